@@ -1,0 +1,25 @@
+"""Ray shell of diffusion.rollout.Sampler."""
+
+from __future__ import annotations
+
+import ray
+
+from diffusion.lora import Snapshot
+from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
+from learner import factory
+from learner.config import Config
+
+
+class SamplerActor:
+    def __init__(self, config: Config) -> None:
+        factory.prepare_process(config)
+        self.sampler = factory.build_sampler(config)
+
+    def ready(self) -> bool:
+        return True
+
+    @ray.method(num_returns=3)
+    def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions, str]:
+        """Trajectories for the learner, clean predictions for the scorer, and the receipt for the driver."""
+        trajectories, clean = self.sampler.sample(chunk, snapshot)
+        return trajectories, clean, trajectories.adapter_sha256

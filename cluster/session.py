@@ -1,0 +1,67 @@
+"""Starting or joining a Ray cluster, and leaving it as it was found."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+import ray
+
+# OMP_NUM_THREADS must be set before torch loads in the worker, so it travels in the runtime environment.
+WORKER_ENV = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
+
+
+class Session:
+    """A connection to Ray: the cluster named by RAY_ADDRESS (set in a submitted job), else one of our own.
+
+    Token authentication is always on. A local cluster makes the user's token file if there is none; a remote
+    cluster must know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives.
+    """
+
+    def __init__(self, cpu_threads: int) -> None:
+        # Actors without GPUs must not see any: Ray's coming default, asked for now to spare a warning.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))
+        address = os.environ.get("RAY_ADDRESS", "local")
+        if address == "local":
+            _ensure_token()
+        self.started = not ray.is_initialized()
+        if self.started:
+            ray.init(
+                address=address,
+                namespace="tributary",
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": {name: os.environ[name] for name in WORKER_ENV if name in os.environ}},
+                **({"include_dashboard": False} if address == "local" else {}),
+            )
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """CPUs and GPUs of the whole cluster."""
+        return {name: float(amount) for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+
+    def close(self) -> None:
+        """Leave; a local cluster ends with us. Safe to call twice."""
+        if self.started and ray.is_initialized():
+            ray.shutdown()
+
+
+def _ensure_token() -> None:
+    """What `ray get-auth-token --generate` does: a cluster that demands a token cannot start without one."""
+    if (
+        os.environ["RAY_AUTH_MODE"] != "token"
+        or os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    ):
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(handle, "w") as stream:
+        stream.write(secrets.token_hex(32))

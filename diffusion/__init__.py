@@ -1,0 +1,1 @@
+"""Ground floor: kernels, rollouts, base models, LoRA state. Plain torch, never Ray."""

@@ -1,0 +1,160 @@
+"""A Stable-Diffusion-shaped base model: prompts -> embeddings, guided U-Net output, latents -> images."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from diffusion import lora
+from diffusion.kernels import DDIMKernel
+
+DECODE_BATCH = 32
+
+
+class BaseModelError(ValueError):
+    """A model path that cannot be loaded; the message names it and the remedy."""
+
+
+class BaseModel:
+    """Frozen text encoder, a U-Net with one LoRA adapter on its attention. The VAE is Decoder's.
+
+    Latents are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). The adapter's
+    parameters are float32; `dtype` is that of everything else.
+    """
+
+    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """
+        Raises:
+            BaseModelError: the path is no pipeline folder and the hub does not have it (or cannot be reached).
+        """
+        pipeline = _load_pipeline(path, dtype)
+        self.device = torch.device(device)
+        self.unet: Any = pipeline.unet.to(device).requires_grad_(False)
+        self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
+        self.tokenizer = pipeline.tokenizer
+        self.scheduler = pipeline.scheduler
+        self._embeddings: dict[str, Tensor] = {}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @property
+    def embedding_width(self) -> int:
+        return int(self.unet.config.cross_attention_dim)
+
+    def kernel(self, num_steps: int, eta: float = 1.0) -> DDIMKernel:
+        return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta)
+
+    def attach_lora(self, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
+        """Add the adapter; the same seed gives the same initial adapter on every machine."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return lora.attach(self.unet, rank, alpha)
+
+    @contextlib.contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """The frozen reference: the same module with its adapter switched off."""
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings [B, L, E], computed once a prompt (one by one: a prompt's embedding must not
+        depend on which others it was batched with)."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._embeddings:
+                ids = self.tokenizer(
+                    prompt, padding="max_length", max_length=self.tokenizer.model_max_length,
+                    truncation=True, return_tensors="pt",
+                ).input_ids  # fmt: skip
+                self._embeddings[prompt] = self.text_encoder(ids.to(self.device))[0][0]
+        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+
+    def predict(
+        self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float, unet: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32.
+
+        guided = out(x, t, "") + guidance * (out(x, t, c) - out(x, t, "")); with guidance 1 both are the
+        conditional output and the unconditional pass is skipped. `unet` stands in for the module (DDP).
+        """
+        unet = unet or self.unet
+        if guidance == 1.0:
+            conditional = unet(x.to(embeddings.dtype), t, encoder_hidden_states=embeddings).sample.float()
+            return conditional, conditional
+        empty = self.embed([""]).expand(len(x), -1, -1)
+        both = unet(
+            torch.cat([x, x]).to(embeddings.dtype),
+            torch.cat([t, t]),
+            encoder_hidden_states=torch.cat([empty, embeddings]),
+        ).sample.float()
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional), conditional
+
+    @torch.no_grad()
+    def predict_reference(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        """Conditional output of the frozen reference (adapter off, no guidance)."""
+        with self.without_lora():
+            return self.predict(x, t, embeddings, 1.0)[0]
+
+
+class Decoder:
+    """Latents -> images: the base model's VAE alone, for reward actors. Decodes in fixed-size batches."""
+
+    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """
+        Raises:
+            BaseModelError: as BaseModel.
+        """
+        folder = _resolve(path)
+        with _load_errors(path):
+            self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
+        self.vae = self.vae.to(device).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w]."""
+        scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        images = [self.vae.decode(part).sample.float() for part in scaled.split(DECODE_BATCH)]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+
+def _resolve(path: str) -> str:
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if local.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) != 1:
+        raise BaseModelError(f"model.path: no such folder: {path}")
+    return path  # a hub id
+
+
+@contextlib.contextmanager
+def _load_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise BaseModelError(
+            f"model.path: {path} is neither a Stable-Diffusion pipeline folder nor reachable on the hub: {error}"
+        ) from error
+
+
+def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    folder = _resolve(path)
+    with _load_errors(path):
+        return StableDiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, vae=None, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip

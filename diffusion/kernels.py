@@ -1,0 +1,170 @@
+"""The forward (denoising) and backward (noising) transition kernels of DDIM with eta > 0.
+
+Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar = cumulative alpha;
+
+    p_F(x_t' | x_t) = N(mu_theta(x_t), sigma_t^2 I)          the policy
+    p_B(x_t | x_t') = N(a_t x_t', (1 - a_t^2) I)             the noising kernel, no parameters
+
+Every transition of the grid goes to the next grid entry and the last one to timestep 0, so sigma_t > 0
+everywhere (a step to abar = 1 would make log p_F infinite).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["sum", "mean"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+class DDIMKernel:
+    """Gaussian transition densities on a fixed timestep grid.
+
+    Schedule constants are kept in float64 and arithmetic is float32 or wider whatever the inputs' dtype:
+    in bfloat16 abar_1 rounds to 1 and sigma to 0.
+    """
+
+    def __init__(
+        self,
+        alphas_cumprod: Tensor,
+        timesteps: Tensor,
+        prediction_type: PredictionType = "epsilon",
+        eta: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            alphas_cumprod: [T] abar at every training timestep, decreasing.
+            timesteps: [N] int64, decreasing, all > 0: where the model is evaluated.
+            prediction_type: what the model's output means.
+            eta: noise scale of DDIM; 1 is the posterior ("small") variance of DDPM.
+
+        Raises:
+            ValueError: eta is not positive, the grid is not decreasing or reaches 0, or the prediction
+                type is unknown.
+        """
+        if eta <= 0:
+            raise ValueError(f"eta must be > 0 for transitions to have a density, got {eta}")
+        if prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"unknown prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
+        timesteps = timesteps.to(torch.int64).cpu()
+        if (timesteps[1:] >= timesteps[:-1]).any():
+            raise ValueError(f"timesteps must decrease, got {timesteps.tolist()}")
+        if timesteps[-1] <= 0:
+            raise ValueError(
+                "the grid evaluates the model at timestep 0, whose step to 0 has no variance; "
+                "use steps_offset=1 or trailing spacing"
+            )
+        self.timesteps = timesteps
+        self.prediction_type = prediction_type
+        self.eta = eta
+        abar = alphas_cumprod.to("cpu", torch.float64)
+        # Off-grid timesteps step by the grid's usual stride; grid entries step to their successor.
+        following = (torch.arange(len(abar)) - max(1, len(abar) // len(timesteps))).clamp(min=0)
+        following[timesteps] = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
+        after = abar[following]
+        self.next_timestep = following
+        self._abar, self._abar_next = abar, after
+        self._sigma2 = eta**2 * (1 - after) / (1 - abar) * (1 - abar / after)
+        if not bool((self._sigma2[timesteps] > 0).all()):
+            raise ValueError("a transition of this grid has no variance: its alphas_cumprod does not decrease")
+        self._direction = (1 - after - self._sigma2).clamp(min=0)
+
+    @classmethod
+    def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0) -> DDIMKernel:
+        """The kernel of a diffusers scheduler: its alphas_cumprod, timestep spacing and prediction type.
+
+        The scheduler itself is left as it was. Equal to diffusers' own DDIM step with
+        `set_alpha_to_one=False` whenever num_steps divides the number of training timesteps.
+
+        Raises:
+            ValueError: num_steps is out of range, or the resulting grid has a step without variance.
+        """
+        total = int(scheduler.config.num_train_timesteps)
+        if not 1 <= num_steps <= total:
+            raise ValueError(f"num_steps must be in 1..{total}, got {num_steps}")
+        own = type(scheduler).from_config(scheduler.config)
+        own.set_timesteps(num_steps)
+        return cls(own.alphas_cumprod, own.timesteps, own.config.prediction_type, eta)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Predicted clean latent xhat_theta(x_t) [B, C, H, W] from the model output at (x, t)."""
+        model_output, x = _wide(model_output), _wide(x)
+        abar = self._at(self._abar, t, x)
+        if self.prediction_type == "epsilon":
+            return (x - self._root(1 - self._abar, t, x) * model_output) / abar.sqrt()
+        if self.prediction_type == "v_prediction":
+            return abar.sqrt() * x - self._root(1 - self._abar, t, x) * model_output
+        return model_output
+
+    def epsilon(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Predicted noise eps_theta(x_t) [B, C, H, W]."""
+        model_output, x = _wide(model_output), _wide(x)
+        if self.prediction_type == "epsilon":
+            return model_output
+        root_noise = self._root(1 - self._abar, t, x)
+        root_signal = self._root(self._abar, t, x)
+        if self.prediction_type == "v_prediction":
+            return root_signal * model_output + root_noise * x
+        return (x - root_signal * model_output) / root_noise
+
+    def mean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """mu_theta(x_t) [B, C, H, W]: the mean of p_F(. | x_t)."""
+        x = _wide(x)
+        signal = self._root(self._abar_next, t, x) * self.clean(model_output, t, x)
+        return signal + self._root(self._direction, t, x) * self.epsilon(model_output, t, x)
+
+    def variance(self, t: Tensor) -> Tensor:
+        """sigma_t^2 [B] float32, per dimension."""
+        return self._sigma2.to(t.device)[t].float()
+
+    def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
+        """log p_F(x_next | x) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
+        mean, x_next = self.mean(model_output, t, x), _wide(x_next)
+        return _log_normal(x_next - mean, self._at(self._sigma2, t, mean), reduction)
+
+    def log_pb(self, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
+        """log p_B(x | x_next) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
+        x, x_next = _wide(x), _wide(x_next)
+        shrink2 = self._abar / self._abar_next
+        residual = x - self._root(shrink2, t, x) * x_next
+        return _log_normal(residual, self._at(1 - shrink2, t, x), reduction)
+
+    def score_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+        """Gradient of the summed log p_F(x_next | x) with respect to x_next [B, C, H, W]."""
+        mean = self.mean(model_output, t, x)
+        return -(_wide(x_next) - mean) / self._at(self._sigma2, t, mean)
+
+    def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        """x_next [B, C, H, W] = mu_theta + sigma_t * noise."""
+        mean = self.mean(model_output, t, x)
+        return mean + self._root(self._sigma2, t, mean) * noise
+
+    @staticmethod
+    def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        """table[t] shaped [B, 1, 1, 1] in like's dtype and device; looked up in float64, then cast."""
+        values = table.to(t.device)[t].to(like.device, like.dtype)
+        return values.reshape(-1, *[1] * (like.ndim - 1))
+
+    def _root(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        return self._at(table.sqrt(), t, like)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _log_normal(residual: Tensor, variance: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    per_dim = -0.5 * (residual.square() / variance + variance.log() + math.log(2 * math.pi))
+    flat = per_dim.flatten(1)
+    return flat.sum(1) if reduction == "sum" else flat.mean(1)

@@ -1,0 +1,112 @@
+"""The adapter as a flat buffer, and as files that other programs load.
+
+One contiguous float32 vector plus a manifest is what crosses the network and what receipts hash; names are
+sorted, so the layout depends on the module alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ADAPTER = "default"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of the adapter: read-only float32 buffer [P] and the sha256 of its bytes."""
+
+    version: int
+    flat: np.ndarray
+    sha256: str
+
+
+def attach(unet: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
+    """Add a LoRA (gaussian A, zero B) to the attention projections; returns its float32 parameters by name.
+
+    Draws from torch's global generator: seed it first.
+    """
+    unet.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    unet.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+    parameters = [parameter for _, parameter in named(unet)]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def named(unet: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The adapter's parameters, sorted by name."""
+    return sorted((name, p) for name, p in unet.named_parameters() if "lora_" in name)
+
+
+def snapshot(unet: nn.Module, version: int) -> Snapshot:
+    """Copy the adapter out of the module."""
+    flat = np.concatenate([p.detach().cpu().numpy().astype(np.float32).ravel() for _, p in named(unet)])
+    flat.flags.writeable = False
+    return Snapshot(version, flat, digest(flat))
+
+
+def load(unet: nn.Module, flat: np.ndarray) -> None:
+    """Copy a buffer into the module's adapter.
+
+    Raises:
+        ValueError: the buffer's length is not the adapter's.
+    """
+    parameters = named(unet)
+    expected = sum(p.numel() for _, p in parameters)
+    if flat.shape != (expected,):
+        raise ValueError(f"adapter buffer holds {flat.shape} numbers, this module's adapter {expected}")
+    offset = 0
+    with torch.no_grad():
+        for _, parameter in parameters:
+            part = flat[offset : offset + parameter.numel()].reshape(parameter.shape)
+            parameter.copy_(torch.from_numpy(np.array(part)))
+            offset += parameter.numel()
+
+
+def digest(flat: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(flat, np.float32).tobytes()).hexdigest()
+
+
+def save_files(unet: nn.Module, folder: Path) -> None:
+    """Write the adapter for diffusers (with its alpha and rank as metadata) and for ComfyUI and A1111 (kohya)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = unet.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    StableDiffusionPipeline.save_lora_weights(
+        str(folder),
+        unet_lora_layers=convert_state_dict_to_diffusers(state),
+        unet_lora_adapter_metadata=_metadata(config),
+    )
+    save_file(_kohya(state, float(config.lora_alpha)), str(folder / KOHYA_FILE))
+
+
+def _metadata(config: LoraConfig) -> dict[str, Any]:
+    """The adapter's settings as JSON types: without them alpha != rank reloads at the wrong scale, silently."""
+    settings = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _kohya(state: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """kohya names of a PEFT state; the library's converter writes alpha = rank, ours is the real one."""
+    renamed = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
+    return {
+        name: torch.tensor(alpha) if name.endswith(".alpha") else value.contiguous() for name, value in renamed.items()
+    }

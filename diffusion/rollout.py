@@ -1,0 +1,146 @@
+"""Sampling: denoising trajectories under a frozen policy snapshot, with everything training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import lora, noise, transitions
+from diffusion.base_model import BaseModel
+from diffusion.kernels import DDIMKernel
+from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
+
+ForwardLooking = Literal["base", "snapshot", "none"]
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How trajectories are made; the same for rollout, training and evaluation.
+
+    `forward_looking` says which weights give the clean predictions of inner states: the frozen reference
+    (adapter off, one more conditional pass a state), the rollout's own, or none (psi = 0).
+    """
+
+    num_steps: int = 50
+    guidance: float = 5.0
+    eta: float = 1.0
+    forward_looking: ForwardLooking = "base"
+    selection: transitions.Selection = "all"
+    fraction: float = 1.0
+    skip_last: bool = False
+
+
+class Sampler:
+    """A base model with an adapter that is replaced before each chunk. Plain Python; actors/ wraps it."""
+
+    def __init__(self, model: BaseModel, settings: RolloutSettings) -> None:
+        """`model` has its adapter attached already."""
+        self.model, self.settings = model, settings
+        self.kernel = model.kernel(settings.num_steps, settings.eta)
+        self._loaded: tuple[int, str] | None = None
+
+    def sample(self, chunk: Chunk, snapshot: lora.Snapshot) -> tuple[Trajectories, CleanPredictions]:
+        """Load the snapshot (if it is not the one loaded) and roll out the chunk.
+
+        The trajectories carry the hash of the adapter as it stands in the module, not of what was sent.
+        """
+        if self._loaded != (snapshot.version, snapshot.sha256):
+            lora.load(self.model.unet, snapshot.flat)
+            self._loaded = (snapshot.version, snapshot.sha256)
+        receipt = lora.snapshot(self.model.unet, snapshot.version).sha256
+        return rollout(self.model, self.kernel, self.settings, chunk, snapshot.version, receipt)
+
+
+@torch.no_grad()
+def rollout(
+    model: BaseModel, kernel: DDIMKernel, settings: RolloutSettings, chunk: Chunk, version: int, receipt: str
+) -> tuple[Trajectories, CleanPredictions]:
+    """Denoise the chunk's B prompts over the kernel's N steps.
+
+    Noise is keyed by (seed, epoch, trajectory id, step), so it does not matter who calls this. Evaluation
+    chunks select no transitions and score only x_0.
+    """
+    training = chunk.purpose == "train"
+    use = noise.ROLLOUT if training else noise.EVALUATION
+    batch, n = len(chunk.prompts), kernel.num_steps
+    selected = (
+        transitions.select(
+            settings.selection, settings.fraction, n - settings.skip_last, chunk.seed, chunk.epoch, chunk.trajectory_ids
+        )
+        if training
+        else np.zeros((batch, 0), np.int64)
+    )
+    chosen = np.zeros((batch, n + 1), bool)
+    np.put_along_axis(chosen, selected, True, axis=1)
+
+    def draw(step: int) -> Tensor:
+        ids = chunk.trajectory_ids
+        return noise.normal(chunk.seed, use, chunk.epoch, ids, step, model.latent_shape).to(model.device)
+
+    embeddings = model.embed(chunk.prompts)
+    x = draw(noise.INITIAL_STATE)
+    states, log_pf, outputs, cleans = [x], [], [], []
+    with _no_dropout(model):
+        for i, timestep in enumerate(kernel.timesteps.tolist()):
+            t = torch.full((batch,), timestep, dtype=torch.int64, device=model.device)
+            guided, conditional = model.predict(x, t, embeddings, settings.guidance)
+            if training and settings.forward_looking != "none":
+                output = conditional
+                if settings.forward_looking == "base":
+                    output = model.predict_reference(x, t, embeddings)
+                cleans.append(kernel.clean(output, t, x))
+            x_next = kernel.sample(guided, t, x, draw(i + 1))
+            log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
+            if training:
+                outputs.append(guided)
+            states.append(x_next)
+            x = x_next
+    trajectories = Trajectories(
+        chunk=chunk,
+        policy_version=version,
+        adapter_sha256=receipt,
+        timesteps=kernel.timesteps.numpy(),
+        states=torch.stack(states, 1).cpu().numpy(),
+        log_pf=torch.stack(log_pf, 1).cpu().numpy(),
+        selected=selected,
+        model_output=_gather(outputs, selected, batch, model.latent_shape),
+    )
+    return trajectories, _to_score(chunk, cleans, chosen, x)
+
+
+def _gather(outputs: list[Tensor], selected: np.ndarray, batch: int, shape: tuple[int, ...]) -> np.ndarray:
+    if not outputs:
+        return np.zeros((batch, 0, *shape), np.float32)
+    stacked = torch.stack(outputs, 1).cpu().numpy()
+    return np.ascontiguousarray(np.take_along_axis(stacked, selected[:, :, None, None, None], axis=1))
+
+
+def _to_score(chunk: Chunk, cleans: list[Tensor], chosen: np.ndarray, terminal: Tensor) -> CleanPredictions:
+    """Both ends of every selected transition need a reward (the same stored value serves as the cleaner end
+    of one and the noisier end of the other); the terminal state always does, and its clean latent is itself."""
+    n = chosen.shape[1] - 1
+    needed = np.zeros_like(chosen)
+    if cleans:
+        needed |= chosen
+        needed[:, 1:] |= chosen[:, :-1]
+    needed[:, n] = True
+    row, step = np.nonzero(needed)
+    stack = torch.stack([*cleans, terminal] if cleans else [terminal], 1).cpu().numpy()
+    latents = stack[row, step if cleans else np.zeros_like(step)]
+    return CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step)
+
+
+@contextmanager
+def _no_dropout(model: BaseModel) -> Iterator[None]:
+    was_training = model.unet.training
+    model.unet.eval()
+    try:
+        yield
+    finally:
+        model.unet.train(was_training)

@@ -1,0 +1,242 @@
+"""The configuration: every key, its type, default and meaning; how YAML and `key=value` become one.
+
+Errors are collected and reported together, each naming its key and, for a misspelt one, the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffusion.kernels import Reduction
+from diffusion.rollout import ForwardLooking, RolloutSettings
+from diffusion.transitions import Selection
+from learner.objectives.db import Penalty, Weighting
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
+
+
+class ConfigError(ValueError):
+    """Everything wrong with a configuration, one line a fault."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Run(Section):
+    dir: str | None = Field(None, description="run directory; default runs/NAME-DATE-TIME, NAME from the config file")
+    seed: int = Field(0, ge=0, description="seed of all randomness in the run")
+    runner: Literal["ray", "inprocess"] = Field("ray", description="actors on Ray, or the same parts in one process")
+    cpu_threads: int = Field(1, ge=1, description="torch threads of each process (results depend on it)")
+    ready_seconds: float = Field(300, gt=0, description="deadline for all actors to be up")
+    chunk_seconds: float = Field(600, gt=0, description="deadline for sampling or scoring one chunk")
+    train_seconds: float = Field(1800, gt=0, description="deadline for the learner's part of an epoch")
+
+
+class Model(Section):
+    path: str = Field("models/shapes", description="diffusers pipeline folder, or hub id")
+    device: str = Field("auto", description="auto (cuda if there), cpu or cuda")
+
+
+class Prompts(Section):
+    path: str = Field("configs/prompts/shapes_small.txt", description="text file, one prompt a line")
+    per_prompt: int = Field(4, ge=1, description="trajectories drawn for each prompt of an epoch, side by side")
+
+
+class SamplerConfig(Section):
+    actors: int | None = Field(None, ge=1, description="sampler actors; default from the resources found")
+    chunk_size: int = Field(16, ge=1, description="trajectories rolled out together")
+    steps: int = Field(50, ge=2, description="DDIM steps N")
+    guidance: float = Field(5.0, ge=1, description="classifier-free guidance scale w, in rollout and training; 1: off")
+    eta: float = Field(1.0, gt=0, description="noise scale of DDIM; 1 is the papers'")
+    transitions: Selection = Field("all", description="which transitions to train on: all, random or low_variance")
+    transition_fraction: float = Field(1.0, gt=0, le=1, description="share of transitions for random and low_variance")
+
+
+class RewardConfig(Section):
+    actors: int | None = Field(None, ge=1, description="reward actors; default from the resources found")
+    name: str = Field("shapes_alignment", description="reward by name, or your own as module:callable")
+    weights: str | None = Field(None, description="weights of the reward model: path or hub id")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the reward")
+
+
+class LoraConfig(Section):
+    rank: int = Field(4, ge=1, description="LoRA rank")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: rank")
+
+
+class FlowConfig(Section):
+    widths: tuple[int, ...] = Field((64, 128, 256, 256), description="channels of the flow network's blocks")
+    stem_stride: int = Field(1, ge=1, le=4, description="stride of its first convolution; 2 is four times cheaper")
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the flow network")
+    fit_steps: int = Field(
+        0,
+        ge=0,
+        description="flow-only steps before each policy step, which then holds the flow fixed; 0: one joint loss",
+    )
+    batch: int = Field(128, ge=4, description="transitions a flow-only step and rank")
+    replay_epochs: int = Field(1, ge=1, description="epochs of rollouts the flow-only steps draw from")
+
+
+class LearnerConfig(Section):
+    ranks: int | None = Field(
+        None, ge=1, description="data-parallel learner processes; default from the resources found"
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the LoRA")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of both networks")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip, for LoRA and flow network separately")
+    micro_batch: int = Field(8, ge=1, description="transitions a forward and backward pass")
+
+
+class Objective(Section):
+    kind: Literal["dag_db"] = Field("dag_db", description="objective: dag_db")
+    beta: float = Field(100.0, ge=0, description="reward exponent (per dimension when log_prob_reduction is mean)")
+    anneal_fraction: float = Field(0.5, ge=0, le=1, description="beta rises linearly over this share of the epochs")
+    log_prob_reduction: Reduction = Field("mean", description="log-probabilities summed or averaged over dimensions")
+    forward_looking: ForwardLooking = Field(
+        "base", description="weights of psi's clean predictions: base, snapshot, none"
+    )
+    detach_next_flow: bool = Field(True, description="no gradient into f(x_t'); false is the published code")
+    penalty: Penalty = Field("squared", description="of the residual: squared or huber")
+    huber_width: float = Field(1.0, gt=0, description="residual in nats where huber turns linear")
+    transition_weight: Weighting = Field("uniform", description="uniform, or variance: weight sigma_t^2 over its mean")
+    last_transition: Literal["train", "skip"] = Field(
+        "train",
+        description="skip: not trained on, the state before it counts as terminal (its 1/sigma^2 drowns the rest)",
+    )
+    regulariser: float = Field(1.0, ge=0, description="weight of the squared change of the model output since rollout")
+
+
+class Train(Section):
+    epochs: int = Field(100, ge=1, description="epochs")
+    trajectories: int = Field(512, ge=1, description="trajectories an epoch")
+    updates_per_epoch: int = Field(2, ge=1, description="policy optimizer steps an epoch")
+    shuffle_rewards: bool = Field(
+        False, description="control experiment: permute each trajectory's rewards among the trajectories of a chunk"
+    )
+
+
+class Evaluation(Section):
+    prompts: str | None = Field(None, description="text file of fixed evaluation prompts; default: prompts.path")
+    images: int = Field(128, ge=0, description="images of the fixed evaluation set")
+    every: int = Field(10, ge=1, description="epochs between evaluations (before the first and after the last always)")
+    seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same for every run.seed")
+
+
+class Config(Section):
+    run: Run = Run()
+    model: Model = Model()
+    prompts: Prompts = Prompts()
+    sampler: SamplerConfig = SamplerConfig()
+    reward: RewardConfig = RewardConfig()
+    lora: LoraConfig = LoraConfig()
+    flow: FlowConfig = FlowConfig()
+    learner: LearnerConfig = LearnerConfig()
+    objective: Objective = Objective()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+
+    def contradictions(self) -> Iterator[str]:
+        """What no single key can show to be wrong."""
+        chunk, epoch, updates = self.sampler.chunk_size, self.train.trajectories, self.train.updates_per_epoch
+        if epoch % chunk:
+            yield f"sampler.chunk_size: {chunk} does not divide train.trajectories {epoch}"
+        elif (epoch // chunk) % (updates * (self.learner.ranks or 1)):
+            yield (
+                f"train.updates_per_epoch: the epoch's {epoch // chunk} chunks (of sampler.chunk_size {chunk}) "
+                f"do not divide evenly among {updates} updates of {self.learner.ranks or 1} learner ranks"
+            )
+        if chunk % self.prompts.per_prompt:
+            yield f"prompts.per_prompt: {self.prompts.per_prompt} does not divide sampler.chunk_size {chunk}"
+        if self.evaluation.images % chunk:
+            yield f"evaluation.images: {self.evaluation.images} is not a multiple of sampler.chunk_size {chunk}"
+
+    def rollout_settings(self) -> RolloutSettings:
+        return RolloutSettings(
+            num_steps=self.sampler.steps,
+            guidance=self.sampler.guidance,
+            eta=self.sampler.eta,
+            forward_looking=self.objective.forward_looking,
+            selection=self.sampler.transitions,
+            fraction=self.sampler.transition_fraction,
+            skip_last=self.objective.last_transition == "skip",
+        )
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (default: the demo's preset) and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: an unreadable file, or any number of unknown keys, wrong values and contradictions.
+    """
+    path = path or DEFAULT_CONFIG
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config: cannot read {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config: {path} holds {type(tree).__name__}, expected sections of keys")
+    faults = [fault for override in overrides if (fault := _apply(tree, override))]
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        faults += [_describe(item) for item in error.errors()]
+        raise ConfigError("\n".join(faults)) from None
+    faults += config.contradictions()
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def resolve(path: str) -> Path:
+    """A path of the config: as given if it exists, else relative to the project, so that presets hold from
+    any working directory."""
+    given = Path(path).expanduser()
+    return given if given.exists() or given.is_absolute() else (ROOT / given if (ROOT / given).exists() else given)
+
+
+def known_keys() -> dict[str, Any]:
+    """Every `section.key` with its field."""
+    return {
+        f"{section}.{key}": field
+        for section, outer in Config.model_fields.items()
+        for key, field in outer.annotation.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+def _apply(tree: dict[str, Any], override: str) -> str | None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        return f"{override}: expected key=value"
+    *sections, leaf = key.strip().split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.setdefault(section, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        return f"{key}: {_nearest(key)}"
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        node[leaf] = text
+    return None
+
+
+def _describe(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"][:2])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: {_nearest(key)}"
+    return f"{key}: {item['msg']}, got {item['input']!r}"
+
+
+def _nearest(key: str) -> str:
+    keys = known_keys()
+    by_leaf = [known for known in keys if known.split(".")[1] == key.split(".")[-1]]
+    close = difflib.get_close_matches(key, keys, 1, 0.5) or by_leaf
+    return "unknown key" + (f"; did you mean {close[0]}?" if close else f"; sections: {', '.join(Config.model_fields)}")

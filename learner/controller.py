@@ -1,0 +1,91 @@
+"""The epoch loop: draw prompts, have them sampled and scored, train, publish, evaluate, record.
+
+    prompts -> chunks -> sampler actors -> reward actors -> learner ranks -> new adapter -> samplers ...
+
+It never sees a trajectory: runners hand references from actor to actor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from diffusion.trajectory import Scores
+from learner.config import Config
+from learner.objectives import db
+from learner.records import RunDirectory
+from learner.runner import EpochResult, Runner
+from learner.work import evaluation_chunks, read_prompts, training_chunks
+
+
+def run(config: Config, runner: Runner, directory: RunDirectory, say: Callable[[str], None] = print) -> None:
+    """Train for config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training."""
+    prompts = read_prompts(config.prompts.path)
+    evaluation = evaluation_chunks(config, _evaluation_prompts(config, prompts))
+    say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
+    before = runner.evaluate(evaluation) if evaluation else []
+    if before:
+        directory.save_sheet("before", before)
+        directory.append({"epoch": -1, "policy_version": runner.snapshot.version, "eval_reward_mean": _mean(before)})
+        say(f"before training: evaluated reward {_mean(before):.3f} on {config.evaluation.images} fixed images")
+    after = before
+    for epoch in range(config.train.epochs):
+        start = time.perf_counter()
+        objective = config.objective
+        beta = db.anneal(objective.beta, epoch, config.train.epochs, objective.anneal_fraction)
+        version = runner.snapshot.version
+        result = runner.train_epoch(epoch, beta, training_chunks(config, prompts, epoch))
+        directory.save_latest(runner.snapshot.version, runner.save_lora)
+        due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
+        evaluated = None
+        if due:
+            after = runner.evaluate(evaluation)
+            evaluated = _mean(after)
+        directory.append(_line(epoch, version, beta, result, evaluated))
+        say(_summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))
+    if after:
+        sheet = directory.save_sheet("after", after)
+        say(f"evaluated reward {_mean(before):.3f} -> {_mean(after):.3f}")
+        say(f"pictures: {sheet.with_name('before.png')}, {sheet}")
+    say(f"LoRA: {directory.path / 'checkpoints' / 'latest' / 'lora'}")
+
+
+def _evaluation_prompts(config: Config, prompts: list[str]) -> list[str]:
+    path = config.evaluation.prompts
+    return read_prompts(path, "evaluation.prompts") if path else prompts
+
+
+def _mean(scores: list[Scores]) -> float:
+    return float(np.mean(np.concatenate([part.rewards[:, -1] for part in scores])))
+
+
+def _line(epoch: int, version: int, beta: float, result: EpochResult, evaluated: float | None) -> dict:
+    """`policy_version` is the one that sampled the epoch's trajectories."""
+    rewards = np.asarray(result.rewards)
+    return {
+        "epoch": epoch,
+        "policy_version": version,
+        "beta": beta,
+        **result.metrics,
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "eval_reward_mean": evaluated,
+        "sample_seconds": result.sample_seconds,
+        "score_seconds": result.score_seconds,
+        "train_seconds": result.train_seconds,
+        "trajectories": len(rewards),
+    }
+
+
+def _summary(
+    config: Config, epoch: int, beta: float, result: EpochResult, evaluated: float | None, seconds: float
+) -> str:
+    text = (
+        f"epoch {epoch + 1}/{config.train.epochs}  "
+        f"reward {np.mean(result.rewards):.3f} +- {np.std(result.rewards):.3f}  "
+        f"loss {result.metrics['loss']:.4g}  beta {beta:.3g}  {seconds:.1f} s "
+        f"(sample {result.sample_seconds:.1f}, score {result.score_seconds:.1f}, train {result.train_seconds:.1f})"
+    )
+    return text if evaluated is None else f"{text}  evaluated {evaluated:.3f}"

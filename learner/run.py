@@ -1,0 +1,85 @@
+"""The main job: `python -m learner.run [--config FILE] [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from diffusion.base_model import BaseModelError
+from learner import controller
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, load_config, resolve
+from learner.records import RunDirectory
+from learner.runner import Runner
+from learner.work import read_prompts
+from rewards import UnknownReward
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0: done; 2: bad input, said in one message before anything starts; 1: the run failed."""
+    args = _parser().parse_args(arguments)
+    try:
+        config = load_config(args.config, args.overrides)
+        _check_inputs(config)
+        directory = RunDirectory(_run_path(config, args.config or DEFAULT_CONFIG), config)
+    except (ConfigError, BaseModelError, UnknownReward) as error:
+        for line in str(error).splitlines():
+            print(f"learner.run: {line}", file=sys.stderr)
+        return 2
+    print(f"run directory: {directory.path.resolve()}", flush=True)
+    runner = build_runner(config)
+    try:
+        controller.run(config, runner, directory, say=lambda text: print(text, flush=True))
+    finally:
+        runner.close()
+    return 0
+
+
+def build_runner(config: Config) -> Runner:
+    if config.run.runner == "inprocess":
+        from learner.inprocess import InProcessRunner
+
+        return InProcessRunner(config)
+    from actors.ray_runner import RayRunner
+
+    return RayRunner(config)
+
+
+def _check_inputs(config: Config) -> None:
+    """Files and names that would otherwise fail only after actors are up."""
+    import rewards
+
+    read_prompts(config.prompts.path)
+    if config.evaluation.prompts:
+        read_prompts(config.evaluation.prompts, "evaluation.prompts")
+    folder = resolve(config.model.path)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ConfigError(f"model.path: {folder} holds no diffusers pipeline (no model_index.json)")
+    if config.reward.name not in rewards.NAMES and ":" not in config.reward.name:
+        raise UnknownReward(f"reward.name: unknown reward {config.reward.name!r}; known: {', '.join(rewards.NAMES)}")
+
+
+def _run_path(config: Config, source: Path) -> Path:
+    if config.run.dir:
+        return Path(config.run.dir).expanduser()
+    return Path("runs") / f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    keys = "\n".join(
+        f"  {key:<30} {field.description} (default: {field.default})" for key, field in known_keys().items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m learner.run",
+        description="Post-train a text-to-image diffusion model with a GFlowNet objective.",
+        epilog=f"keys:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help=f"YAML preset (default: {DEFAULT_CONFIG.name})")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the preset's")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

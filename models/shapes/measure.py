@@ -1,0 +1,95 @@
+"""Prints the figures of README.md: `python -m models.shapes.measure [--steps 10] [--lora FOLDER]`.
+
+Plain diffusers all the way (StableDiffusionPipeline, DDIM, eta = 1, one thread); pictures are read back by
+detector.py. The same noise seeds for every prompt kind, so two calls compare like with like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from models.shapes import world
+from models.shapes.detector import halves, read
+from models.shapes.world import BACKGROUNDS, HELD_OUT, RADII, SEEN, Scene, Thing
+
+BATCH = 24
+
+
+def scenes(kind: str, count: int) -> list[Scene]:
+    """`count` scenes of one kind, cycling through pairs and backgrounds: seen, held-out, small, large or two."""
+    rng = np.random.default_rng(7)
+    pairs = sorted(HELD_OUT) if kind == "held-out" else list(SEEN)
+    made = []
+    for i in range(count):
+        colour, shape = pairs[i % len(pairs)]
+        background = list(BACKGROUNDS)[(i + i // len(pairs)) % len(BACKGROUNDS)]
+        things = [Thing(colour, shape, kind if kind in ("small", "large") else None)]
+        if kind == "two":
+            things.append(Thing(*SEEN[rng.integers(len(SEEN))]))
+        made.append(Scene(tuple(things), background))
+    return made
+
+
+def correct(image: np.ndarray, scene: Scene) -> bool:
+    """Strict: every object has the asked colour and shape, and a named size within 2 pixels of its range."""
+    parts = [image] if len(scene.things) == 1 else halves(image)
+    for part, thing in zip(parts, scene.things, strict=True):
+        reading = read(part)
+        low, high = RADII[thing.size or "medium"]
+        sized = thing.size is None or low - 2 <= reading.radius <= high + 2
+        if (reading.colour, reading.shape) != (thing.colour, thing.shape) or not sized:
+            return False
+    return True
+
+
+def generate(pipeline: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float) -> np.ndarray:
+    """[B, H, W, 3] uint8; image i has noise seed i."""
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        images.append(
+            pipeline(
+                part, num_inference_steps=steps, guidance_scale=guidance, eta=1.0, generator=seeds, output_type="np"
+            ).images
+        )
+    return (np.concatenate(images) * 255).round().astype(np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(Path(__file__).parent))
+    parser.add_argument("--lora", help="folder with pytorch_lora_weights.safetensors")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--count", type=int, default=252)
+    parser.add_argument("--kinds", nargs="+", default=["seen", "held-out", "large", "small", "two"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    true = [(world.draw(scene, rng), scene) for kind in args.kinds for scene in scenes(kind, args.count)]
+    print(f"detector on {len(true)} true drawings: {np.mean([correct(*pair) for pair in true]):.3f}")
+    pipeline = StableDiffusionPipeline.from_pretrained(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    if args.lora:
+        pipeline.load_lora_weights(args.lora)
+    for kind in args.kinds:
+        asked = scenes(kind, args.count)
+        start = time.perf_counter()
+        images = generate(pipeline, [scene.caption() for scene in asked], args.steps, args.guidance)
+        speed = len(images) / (time.perf_counter() - start)
+        accuracy = np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)])
+        print(
+            f"{kind:9} strict accuracy {accuracy:.3f} of {len(images)} "
+            f"({args.steps} steps, guidance {args.guidance:g}, {speed:.1f} images/s)"
+        )
+
+
+if __name__ == "__main__":
+    main()

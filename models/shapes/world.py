@@ -1,0 +1,167 @@
+"""The shapes world: what a caption means, and the true drawing of it.
+
+A scene has a plain background and one object, or two side by side. Everything random is drawn from the
+`numpy.random.Generator` that the caller passes, so a seed names a picture.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+IMAGE_SIZE = 64  # pixels, square
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 40, 45),
+    "green": (45, 165, 70),
+    "blue": (50, 85, 220),
+    "yellow": (245, 220, 50),
+    "orange": (245, 135, 30),
+    "purple": (130, 50, 170),
+    "pink": (250, 140, 195),
+    "cyan": (50, 205, 215),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "gray": (140, 140, 140),
+    "black": (20, 20, 20),
+    "sand": (222, 200, 160),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+
+# Radii in pixels of the circle that circumscribes the object (for the square, of the one inside it).
+RADII: dict[str, tuple[float, float]] = {"small": (6.0, 8.0), "medium": (12.0, 17.0), "large": (21.0, 26.0)}
+PAIR_RADII = (8.0, 12.0)  # each of two objects
+
+# One colour-shape pair in eight never occurs in training: one for each shape.
+HELD_OUT = frozenset(zip(("green", "orange", "pink", "red", "blue", "purple"), SHAPES, strict=True))
+SEEN = tuple(pair for pair in itertools.product(COLOURS, SHAPES) if pair not in HELD_OUT)
+
+# How often training shows each kind of scene. Small objects and pairs are rare on purpose: prompts for
+# them are what reinforcement can improve.
+KINDS: dict[str, float] = {"medium": 0.705, "large": 0.25, "small": 0.015, "pair": 0.03}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object as a caption names it; `size` is None when the caption does not say it (then: medium)."""
+
+    colour: str
+    shape: str
+    size: str | None = None
+
+    def words(self) -> str:
+        return " ".join(word for word in (self.size, self.colour, self.shape) if word)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says: one object, or two (left, then right), on a background (None: not said)."""
+
+    things: tuple[Thing, ...]
+    background: str | None
+
+    def caption(self) -> str:
+        text = " and ".join(f"a {thing.words()}" for thing in self.things)
+        return text if self.background is None else f"{text} on a {self.background} background"
+
+
+def parse(caption: str) -> Scene:
+    """Read a caption back into its scene.
+
+    Raises:
+        ValueError: the caption is not of this world; the message says which word and what the world knows.
+    """
+    text, _, tail = caption.strip().lower().partition(" on a ")
+    background = tail.removesuffix(" background") or None
+    if background is not None and background not in BACKGROUNDS:
+        raise ValueError(f"prompt {caption!r}: unknown background {background!r}; known: {', '.join(BACKGROUNDS)}")
+    things = []
+    for part in text.split(" and "):
+        words = part.split()
+        if words and words[0] in ("a", "an"):
+            words = words[1:]
+        size = words.pop(0) if words and words[0] in ("small", "large") else None
+        if len(words) != 2 or words[0] not in COLOURS or words[1] not in SHAPES:
+            raise ValueError(
+                f"prompt {caption!r}: expected 'a [small|large] COLOUR SHAPE [and a COLOUR SHAPE] "
+                f"[on a BACKGROUND background]', with colours {', '.join(COLOURS)} and shapes {', '.join(SHAPES)}"
+            )
+        things.append(Thing(words[0], words[1], size))
+    if len(things) > 2:
+        raise ValueError(f"prompt {caption!r}: at most two objects")
+    return Scene(tuple(things), background)
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Distance in pixels to the outline of `shape` of radius `r` centred at the origin, negative inside.
+
+    x, y: same-shaped arrays of pixel coordinates, y downwards. Exact near straight edges; near corners
+    only the sign is.
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.85 * r
+    if shape == "triangle":
+        return np.maximum(np.abs(x) * 0.866 - y * 0.5, y) - 0.5 * r
+    if shape == "star":
+        angle = np.arctan2(x, -y)
+        sector = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+        rho = np.hypot(x, y)
+        px, py = rho * np.cos(sector), rho * np.sin(sector)
+        # The edge runs from the tip (r, 0) to the notch at radius 0.42 r, angle pi/5.
+        nx, ny = 0.42 * r * np.cos(np.pi / 5), 0.42 * r * np.sin(np.pi / 5)
+        ex, ey = nx - r, ny
+        return ((px - r) * -ey + py * ex) / -np.hypot(ex, ey)
+    if shape == "cross":
+        arm, width = 0.95 * r, 0.32 * r
+        ax, ay = np.abs(x), np.abs(y)
+        return np.minimum(np.maximum(ax - arm, ay - width), np.maximum(ax - width, ay - arm))
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+_GRID_Y, _GRID_X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
+
+
+def coverage(shape: str, cx: float, cy: float, r: float) -> np.ndarray:
+    """Antialiased mask [H, W] in [0, 1] of a shape centred at (cx, cy) pixels."""
+    return np.clip(0.5 - signed_distance(shape, _GRID_X - cx, _GRID_Y - cy, r), 0.0, 1.0)
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """A true drawing of the scene, [H, W, 3] uint8, with random place, radius and slight colour jitter."""
+    background = scene.background or "white"
+    image = np.broadcast_to(_jitter(BACKGROUNDS[background], rng), (IMAGE_SIZE, IMAGE_SIZE, 3))
+    for i, thing in enumerate(scene.things):
+        pair = len(scene.things) == 2
+        r = rng.uniform(*(PAIR_RADII if pair else RADII[thing.size or "medium"]))
+        slack = max(0.0, (IMAGE_SIZE / (4 if pair else 2)) - r - 3)
+        dx, dy = rng.uniform(-1, 1, 2) * min(slack, 9.0)
+        cx = IMAGE_SIZE * ((0.25 + 0.5 * i) if pair else 0.5) + dx
+        alpha = coverage(thing.shape, cx, IMAGE_SIZE / 2 + dy, r)[..., None]
+        image = image * (1 - alpha) + _jitter(COLOURS[thing.colour], rng) * alpha
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _jitter(rgb: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    return np.asarray(rgb, np.float32) + rng.uniform(-8, 8, 3).astype(np.float32)
+
+
+def training_scene(rng: np.random.Generator) -> Scene:
+    """One scene of the training distribution: seen pairs only, kinds as often as KINDS says."""
+    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+    background = str(rng.choice(list(BACKGROUNDS)))
+    colour, shape = SEEN[rng.integers(len(SEEN))]
+    if kind == "pair":
+        return Scene((Thing(colour, shape), Thing(*SEEN[rng.integers(len(SEEN))])), background)
+    return Scene((Thing(colour, shape, None if kind == "medium" else str(kind)),), background)
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption can hold, sorted."""
+    return sorted({"a", "and", "on", "background", "small", "large", *COLOURS, *BACKGROUNDS, *SHAPES})

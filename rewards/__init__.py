@@ -1,0 +1,81 @@
+"""Rewards: functions of (images, prompts) -> scores, never Ray. One file a reward; `load` is the name table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Reward(Protocol):
+    """A reward model. `differentiable` says whether autograd reaches the images."""
+
+    name: str
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] float in [0, 1], B prompts -> raw scores [B] float32."""
+        ...
+
+
+class UnknownReward(ValueError):
+    """No reward of that name, or a `module:callable` that cannot be imported; the message says what is there."""
+
+
+NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "shapes_alignment")
+
+
+def load(name: str, weights: str | None = None, device: str = "cpu", **options: Any) -> Reward:
+    """The reward called `name`, or a user's own as `module:callable`.
+
+    `weights` is a path or hub id for rewards that have weights; `options` go to the reward's constructor.
+    A user's callable takes (images, prompts) and returns [B]; with options it is first called with them.
+
+    Raises:
+        UnknownReward: see there.
+        ValueError: weights or options that this reward does not take.
+    """
+    if ":" in name:
+        return UserReward(name, **options)
+    if name not in NAMES:
+        raise UnknownReward(
+            f"reward.name: unknown reward {name!r}; known: {', '.join(NAMES)}, or your own as module:callable"
+        )
+    if weights is not None:
+        raise ValueError(f"reward {name} has no weights, got {weights!r}")
+    if name == "shapes_alignment":
+        from rewards.shapes_alignment import ShapesAlignment
+
+        factory: Callable[..., Reward] = ShapesAlignment
+    else:
+        from rewards.jpeg import JpegSize
+
+        options = {"sign": -1 if name == "jpeg_compressibility" else 1, **options}
+        factory = JpegSize
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {name}: {error}") from error
+
+
+class UserReward:
+    """A user's own function, named explicitly in the config as `module:callable`."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        module, _, attribute = name.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UnknownReward(f"reward.name: cannot import {name!r}: {error}") from error
+        self.name = name
+        self._function = function(**options) if options or isinstance(function, type) else function
+        self.differentiable = bool(getattr(self._function, "differentiable", False))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        scores = torch.as_tensor(self._function(images, prompts), dtype=torch.float32)
+        if scores.shape != (len(images),):
+            raise ValueError(f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images")
+        return scores

@@ -1,0 +1,51 @@
+"""Scoring a chunk's clean predictions: decode, reward, and refuse what is not a number."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from diffusion.base_model import Decoder
+from diffusion.trajectory import CleanPredictions, Scores
+from rewards import Reward
+
+SCORE_BATCH = 64
+
+
+class BadReward(ValueError):
+    """A reward that is not finite: a data failure, never retried. Names reward, prompt and trajectory."""
+
+
+class Scorer:
+    """A decoder and a reward. Plain Python; actors/ wraps it."""
+
+    def __init__(self, decoder: Decoder, reward: Reward) -> None:
+        self.decoder, self.reward = decoder, reward
+
+    @torch.no_grad()
+    def score(self, clean: CleanPredictions) -> Scores:
+        """One raw reward for each clean latent, laid out by trajectory and state [B, N+1].
+
+        Raises:
+            BadReward: the reward is NaN or infinite somewhere.
+        """
+        chunk = clean.chunk
+        rewards = np.full((len(chunk.prompts), clean.num_steps + 1), np.nan, np.float32)
+        pictures = []
+        for start in range(0, len(clean.latents), SCORE_BATCH):
+            part = slice(start, start + SCORE_BATCH)
+            row, step = clean.row[part], clean.step[part]
+            images = self.decoder(torch.from_numpy(np.array(clean.latents[part])))
+            prompts = [chunk.prompts[r] for r in row]
+            values = self.reward(images, prompts).cpu().numpy()
+            for r, s, value in zip(row, step, values, strict=True):
+                if not np.isfinite(value):
+                    raise BadReward(
+                        f"reward {self.reward.name} returned {value} for prompt {chunk.prompts[r]!r}, "
+                        f"trajectory {chunk.trajectory_ids[r]} of epoch {chunk.epoch}, state {s}"
+                    )
+            rewards[row, step] = values
+            if chunk.purpose == "evaluate":
+                pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+                pictures.append(pixels.cpu().numpy())
+        return Scores(chunk, rewards, np.concatenate(pictures) if pictures else None)
