@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 
 class DeadlineExceeded(TimeoutError):
@@ -31,6 +31,8 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
         raise DeadlineExceeded(f"{what} took longer than {setting}={seconds:g} s") from None
     except RayActorError as error:
         raise ActorDied(f"{what}: {error}") from error
+    except RayTaskError as error:
+        raise error.cause from error
 
 
 def wait_any(refs: Sequence[ray.ObjectRef], seconds: float) -> list[ray.ObjectRef]:

@@ -105,10 +105,10 @@ class BaseModel:
         return unconditional + guidance * (conditional - unconditional), conditional
 
     @torch.no_grad()
-    def predict_reference(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        """Conditional output of the frozen reference (adapter off, no guidance)."""
+    def predict_reference(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float = 1.0) -> Tensor:
+        """Output of the frozen reference (adapter off); without guidance the conditional one."""
         with self.without_lora():
-            return self.predict(x, t, embeddings, 1.0)[0]
+            return self.predict(x, t, embeddings, guidance)[0]
 
 
 class Decoder:
@@ -119,7 +119,7 @@ class Decoder:
         Raises:
             BaseModelError: as BaseModel.
         """
-        folder = _resolve(path)
+        folder = locate(path)
         with _load_errors(path):
             self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
         self.vae = self.vae.to(device).requires_grad_(False).eval()
@@ -132,9 +132,16 @@ class Decoder:
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
-def _resolve(path: str) -> str:
+def locate(path: str) -> str:
+    """The pipeline folder, or the hub id, that `path` names.
+
+    Raises:
+        BaseModelError: a path that does not exist, or a folder without a pipeline.
+    """
     local = Path(path).expanduser()
     if local.is_dir():
+        if not (local / "model_index.json").is_file():
+            raise BaseModelError(f"model.path: {path} holds no diffusers pipeline (no model_index.json)")
         return str(local)
     if local.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) != 1:
         raise BaseModelError(f"model.path: no such folder: {path}")
@@ -152,7 +159,7 @@ def _load_errors(path: str) -> Iterator[None]:
 
 
 def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    folder = _resolve(path)
+    folder = locate(path)
     with _load_errors(path):
         return StableDiffusionPipeline.from_pretrained(
             folder, dtype=dtype, vae=None, safety_checker=None, feature_extractor=None,

@@ -87,7 +87,7 @@ def digest(flat: np.ndarray) -> str:
 def save_files(unet: nn.Module, folder: Path) -> None:
     """Write the adapter for diffusers (with its alpha and rank as metadata) and for ComfyUI and A1111 (kohya)."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = unet.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    config: Any = unet.peft_config[ADAPTER]  # type: ignore[index, union-attr]
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     StableDiffusionPipeline.save_lora_weights(

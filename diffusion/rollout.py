@@ -17,6 +17,7 @@ from diffusion.kernels import DDIMKernel
 from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
 
 ForwardLooking = Literal["base", "snapshot", "none"]
+CleanPrediction = Literal["conditional", "guided"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class RolloutSettings:
     """How trajectories are made; the same for rollout, training and evaluation.
 
     `forward_looking` says which weights give the clean predictions of inner states: the frozen reference
-    (adapter off, one more conditional pass a state), the rollout's own, or none (psi = 0).
+    (adapter off, one more pass a state), the rollout's own, or none (psi = 0); `clean_prediction` whether from the
+    conditional output (the published code) or the guided one, which foretells the image better. `skip_last` leaves
+    the last transition out of training; the state before it then counts as terminal.
     """
 
     num_steps: int = 50
     guidance: float = 5.0
     eta: float = 1.0
     forward_looking: ForwardLooking = "base"
+    clean_prediction: CleanPrediction = "conditional"
     selection: transitions.Selection = "all"
     fraction: float = 1.0
     skip_last: bool = False
@@ -91,9 +95,10 @@ def rollout(
             t = torch.full((batch,), timestep, dtype=torch.int64, device=model.device)
             guided, conditional = model.predict(x, t, embeddings, settings.guidance)
             if training and settings.forward_looking != "none":
-                output = conditional
+                output = guided if settings.clean_prediction == "guided" else conditional
                 if settings.forward_looking == "base":
-                    output = model.predict_reference(x, t, embeddings)
+                    scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
+                    output = model.predict_reference(x, t, embeddings, scale)
                 cleans.append(kernel.clean(output, t, x))
             x_next = kernel.sample(guided, t, x, draw(i + 1))
             log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffusion.kernels import Reduction
-from diffusion.rollout import ForwardLooking, RolloutSettings
+from diffusion.rollout import CleanPrediction, ForwardLooking, RolloutSettings
 from diffusion.transitions import Selection
 from learner.objectives.db import Penalty, Weighting
 
@@ -103,6 +103,10 @@ class Objective(Section):
     forward_looking: ForwardLooking = Field(
         "base", description="weights of psi's clean predictions: base, snapshot, none"
     )
+    clean_prediction: CleanPrediction = Field(
+        "conditional",
+        description="model output behind psi: conditional (the paper's code), or guided (foretells better)",
+    )
     detach_next_flow: bool = Field(True, description="no gradient into f(x_t'); false is the published code")
     penalty: Penalty = Field("squared", description="of the residual: squared or huber")
     huber_width: float = Field(1.0, gt=0, description="residual in nats where huber turns linear")
@@ -164,6 +168,7 @@ class Config(Section):
             guidance=self.sampler.guidance,
             eta=self.sampler.eta,
             forward_looking=self.objective.forward_looking,
+            clean_prediction=self.objective.clean_prediction,
             selection=self.sampler.transitions,
             fraction=self.sampler.transition_fraction,
             skip_last=self.objective.last_transition == "skip",

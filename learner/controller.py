@@ -17,6 +17,7 @@ from learner.config import Config
 from learner.objectives import db
 from learner.records import RunDirectory
 from learner.runner import EpochResult, Runner
+from learner.statistics import paired_interval
 from learner.work import evaluation_chunks, read_prompts, training_chunks
 
 
@@ -28,6 +29,7 @@ def run(config: Config, runner: Runner, directory: RunDirectory, say: Callable[[
     before = runner.evaluate(evaluation) if evaluation else []
     if before:
         directory.save_sheet("before", before)
+        directory.save_evaluation("epoch-before", before)
         directory.append({"epoch": -1, "policy_version": runner.snapshot.version, "eval_reward_mean": _mean(before)})
         say(f"before training: evaluated reward {_mean(before):.3f} on {config.evaluation.images} fixed images")
     after = before
@@ -43,11 +45,16 @@ def run(config: Config, runner: Runner, directory: RunDirectory, say: Callable[[
         if due:
             after = runner.evaluate(evaluation)
             evaluated = _mean(after)
+            directory.save_evaluation(f"epoch-{epoch}", after)
         directory.append(_line(epoch, version, beta, result, evaluated))
         say(_summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))
     if after:
         sheet = directory.save_sheet("after", after)
-        say(f"evaluated reward {_mean(before):.3f} -> {_mean(after):.3f}")
+        low, high = paired_interval(_rewards(before), _rewards(after))
+        say(
+            f"evaluated reward {_mean(before):.3f} -> {_mean(after):.3f} on {config.evaluation.images} fixed images: "
+            f"{_mean(after) - _mean(before):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+        )
         say(f"pictures: {sheet.with_name('before.png')}, {sheet}")
     say(f"LoRA: {directory.path / 'checkpoints' / 'latest' / 'lora'}")
 
@@ -57,8 +64,12 @@ def _evaluation_prompts(config: Config, prompts: list[str]) -> list[str]:
     return read_prompts(path, "evaluation.prompts") if path else prompts
 
 
+def _rewards(scores: list[Scores]) -> np.ndarray:
+    return np.concatenate([part.rewards[:, -1] for part in scores])
+
+
 def _mean(scores: list[Scores]) -> float:
-    return float(np.mean(np.concatenate([part.rewards[:, -1] for part in scores])))
+    return float(np.mean(_rewards(scores)))
 
 
 def _line(epoch: int, version: int, beta: float, result: EpochResult, evaluated: float | None) -> dict:

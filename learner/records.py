@@ -66,6 +66,16 @@ class RunDirectory:
         self._replace(target, lambda f: contact_sheet(scores).save(f, "PNG"))
         return target
 
+    def save_evaluation(self, name: str, scores: Sequence[Scores]) -> None:
+        """evaluation/NAME.json: prompt and reward of every fixed image, for paired comparisons."""
+        folder = self.path / "evaluation"
+        folder.mkdir(exist_ok=True)
+        table = {
+            "prompt": [prompt for part in scores for prompt in part.chunk.prompts],
+            "reward": [float(value) for part in scores for value in part.rewards[:, -1]],
+        }
+        self._replace(folder / f"{name}.json", lambda f: f.write_text(json.dumps(table) + "\n"))
+
     @staticmethod
     def _replace(target: Path, write: Callable[[Path], Any]) -> None:
         aside = target.with_name(f".{target.name}.new")

@@ -7,13 +7,20 @@ import sys
 import time
 from pathlib import Path
 
-from diffusion.base_model import BaseModelError
+import rewards
+from cluster.placement import PlacementError
+from cluster.waits import ActorDied, DeadlineExceeded
+from diffusion.base_model import BaseModelError, locate
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, load_config, resolve
 from learner.records import RunDirectory
 from learner.runner import Runner
+from learner.update import StaleWeights
 from learner.work import read_prompts
-from rewards import UnknownReward
+from rewards.scorer import BadReward
+
+# What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
+FAILURES = (BadReward, StaleWeights, DeadlineExceeded, ActorDied, PlacementError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,16 +30,21 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         _check_inputs(config)
         directory = RunDirectory(_run_path(config, args.config or DEFAULT_CONFIG), config)
-    except (ConfigError, BaseModelError, UnknownReward) as error:
+    except (ConfigError, BaseModelError, rewards.UnknownReward) as error:
         for line in str(error).splitlines():
             print(f"learner.run: {line}", file=sys.stderr)
         return 2
     print(f"run directory: {directory.path.resolve()}", flush=True)
-    runner = build_runner(config)
+    runner = None
     try:
+        runner = build_runner(config)
         controller.run(config, runner, directory, say=lambda text: print(text, flush=True))
+    except FAILURES as error:
+        print(f"learner.run: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     finally:
-        runner.close()
+        if runner is not None:
+            runner.close()
     return 0
 
 
@@ -48,16 +60,11 @@ def build_runner(config: Config) -> Runner:
 
 def _check_inputs(config: Config) -> None:
     """Files and names that would otherwise fail only after actors are up."""
-    import rewards
-
     read_prompts(config.prompts.path)
     if config.evaluation.prompts:
         read_prompts(config.evaluation.prompts, "evaluation.prompts")
-    folder = resolve(config.model.path)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ConfigError(f"model.path: {folder} holds no diffusers pipeline (no model_index.json)")
-    if config.reward.name not in rewards.NAMES and ":" not in config.reward.name:
-        raise UnknownReward(f"reward.name: unknown reward {config.reward.name!r}; known: {', '.join(rewards.NAMES)}")
+    locate(str(resolve(config.model.path)))
+    rewards.check(config.reward.name)
 
 
 def _run_path(config: Config, source: Path) -> Path:

@@ -100,7 +100,7 @@ class Learner:
         totals: dict[str, list[float]] = {}
         for index, update in enumerate(updates):
             metrics = self._fit_flow(epoch, index, beta) if self.config.flow.fit_steps else {}
-            metrics |= self._policy_update(update, beta)
+            metrics |= self.update([batch for scored in update for batch in self._micro_batches(scored)], beta)
             for name, value in metrics.items():
                 totals.setdefault(name, []).append(value)
         names = sorted(totals)
@@ -110,12 +110,12 @@ class Learner:
             means /= self.world_size
         return dict(zip(names, means.tolist(), strict=True))
 
-    def _policy_update(self, update: Sequence[Scored], beta: float) -> dict[str, float]:
-        """One policy step (and flow step, when the two train on one loss), gradients accumulated."""
+    def update(self, batches: Sequence[Transitions], beta: float) -> dict[str, float]:
+        """One policy step (and flow step, when the two train on one loss) on the mean over all transitions of
+        the micro-batches; returns the loss's parts and the gradient norms before clipping."""
         joint = self.config.flow.fit_steps == 0
         nets = [self.unet, self.flow] if joint else [self.unet]
         totals: dict[str, float] = {}
-        batches = [batch for scored in update for batch in self._micro_batches(scored)]
         count = sum(len(batch.t) for batch in batches)
         for i, batch in enumerate(batches):
             with self._sync_last(nets, i == len(batches) - 1):

@@ -40,10 +40,7 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
     """
     if ":" in name:
         return UserReward(name, **options)
-    if name not in NAMES:
-        raise UnknownReward(
-            f"reward.name: unknown reward {name!r}; known: {', '.join(NAMES)}, or your own as module:callable"
-        )
+    check(name)
     if weights is not None:
         raise ValueError(f"reward {name} has no weights, got {weights!r}")
     if name == "shapes_alignment":
@@ -61,15 +58,28 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
         raise ValueError(f"reward {name}: {error}") from error
 
 
+def check(name: str) -> None:
+    """Raises UnknownReward if `load` would not find the name; loads no weights."""
+    if ":" in name:
+        _import(name)
+    elif name not in NAMES:
+        known = ", ".join(NAMES)
+        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+
+
+def _import(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownReward(f"reward.name: cannot import {name!r}: {error}") from error
+
+
 class UserReward:
     """A user's own function, named explicitly in the config as `module:callable`."""
 
     def __init__(self, name: str, **options: Any) -> None:
-        module, _, attribute = name.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UnknownReward(f"reward.name: cannot import {name!r}: {error}") from error
+        function = _import(name)
         self.name = name
         self._function = function(**options) if options or isinstance(function, type) else function
         self.differentiable = bool(getattr(self._function, "differentiable", False))

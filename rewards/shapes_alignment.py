@@ -12,20 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.shapes.detector import MIN_CONTRAST, Reading, halves, read
+from models.shapes.detector import MIN_CONTRAST, Reading, along, halves, read
 from models.shapes.world import BACKGROUNDS, COLOURS, PAIR_RADII, RADII, SHAPES, Scene, Thing, parse
 
 BACKGROUND_WEIGHT, COLOUR_WEIGHT, FORM_WEIGHT = 0.15, 0.25, 0.6
 IOU_SLOPE = 12.0  # per unit of IoU margin
 RGB_SLOPE = 1 / 15  # per unit of RGB distance margin
 SIZE_SLOPE = 0.8  # per pixel of radius outside the size's own range
+PLACE_SLOPE, PLACE_MIDDLE = 0.3, 8.0  # per pixel towards the place, and where the score is one half
+PLACE_WEIGHT = 0.5  # of form, when a place is named
 
 
 class ShapesAlignment:
     """0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a margin, so [0, 1] a picture.
 
     Form is the overlap with the asked shape against the best other shape; when the prompt names a size, it is
-    multiplied by how well the radius fits. Two objects are read in the left and right half and averaged.
+    multiplied by how well the radius fits; when it names a place, half of form's weight goes to how far the object
+    lies towards it. Two objects are read in the left and right half and averaged.
     """
 
     name = "shapes_alignment"
@@ -58,6 +61,9 @@ def _thing(reading: Reading, thing: Thing, pair: bool) -> float:
         low, high = PAIR_RADII if pair else RADII[thing.size or "medium"]
         outside = max(low - reading.radius_as[shape], reading.radius_as[shape] - high)
         form *= _sigmoid(-SIZE_SLOPE * (outside - 2))
+    if thing.place is not None:
+        there = _sigmoid(PLACE_SLOPE * (along(reading, thing.place) - PLACE_MIDDLE))
+        form = (1 - PLACE_WEIGHT) * form + PLACE_WEIGHT * there
     hue = _margin(reading.colour_distance, colour)
     return contrast * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
 

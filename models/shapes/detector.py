@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.shapes.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, signed_distance
+from models.shapes.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, PLACES, SHAPES, signed_distance
 
 MIN_IOU = 0.6  # below this the blob is no shape at all
 MIN_CONTRAST = 40.0  # RGB distance from the background that an object must reach somewhere
@@ -35,7 +35,8 @@ class Reading:
     """What the detector sees in one picture, or in one half of it.
 
     `iou` [shapes] is each shape's soft overlap in [0, 1]; `radius_as` [shapes] the radius in pixels the object
-    would have as each shape, `radius` that of the best; `contrast` the object's RGB distance from the
+    would have as each shape, `radius` that of the best; `centre` (x, y)
+    the pixel of its centroid; `contrast` the object's RGB distance from the
     background; distances are RGB distances (0..441) to every known colour and background, in table order.
     `found` is False for an empty or formless picture; then the other fields hold what was measured anyway.
     """
@@ -44,6 +45,7 @@ class Reading:
     colour: str | None
     shape: str | None
     radius: float
+    centre: tuple[float, float]
     background: str
     contrast: float
     iou: np.ndarray
@@ -74,7 +76,7 @@ def read(image: np.ndarray) -> Reading:
     alpha = np.clip((pixels - ground) @ direction / max(float(direction @ direction), 1.0), 0.0, 1.0)
     # Faint texture of the background is not ink.
     alpha = np.clip((alpha - 0.15) / 0.7, 0.0, 1.0)
-    iou, radius = _fit(alpha)
+    iou, radius, centre = _fit(alpha)
     best = int(iou.argmax())
     found = bool(peak >= MIN_CONTRAST and alpha.sum() >= MIN_AREA and iou[best] >= MIN_IOU)
     return Reading(
@@ -82,6 +84,7 @@ def read(image: np.ndarray) -> Reading:
         colour=list(COLOURS)[int(colour_distance.argmin())] if found else None,
         shape=SHAPES[best] if found else None,
         radius=float(radius[best]),
+        centre=centre,
         background=list(BACKGROUNDS)[int(ground_distance.argmin())],
         contrast=peak,
         iou=iou,
@@ -97,18 +100,24 @@ def detect(image: np.ndarray) -> tuple[str | None, str | None]:
     return reading.colour, reading.shape
 
 
+def along(reading: Reading, place: str) -> float:
+    """Pixels from the middle of the picture to the object's centroid, in the direction of `place`."""
+    x, y = PLACES[place]
+    return x * (reading.centre[0] - IMAGE_SIZE / 2) + y * (reading.centre[1] - IMAGE_SIZE / 2)
+
+
 def halves(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Left and right half of a picture [H, W, 3], where a scene of two objects puts them."""
     middle = image.shape[1] // 2
     return image[:, :middle], image[:, middle:]
 
 
-def _fit(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Soft IoU [shapes] and radius [shapes] of every shape's drawing of the same area and centroid."""
+def _fit(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """Soft IoU [shapes] and radius [shapes] of every shape's drawing of the same area and centroid, and that."""
     area = float(alpha.sum())
-    if area < 1.0:
-        return np.zeros(len(SHAPES), np.float32), np.zeros(len(SHAPES), np.float32)
     height, width = alpha.shape
+    if area < 1.0:
+        return np.zeros(len(SHAPES), np.float32), np.zeros(len(SHAPES), np.float32), (width / 2, height / 2)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     cx, cy = float((alpha * x).sum() / area), float((alpha * y).sum() / area)
     ious, radii = [], []
@@ -118,4 +127,4 @@ def _fit(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ideal = np.clip(0.5 - signed_distance(shape, x - cx, y - (cy - unit_y * r), r), 0.0, 1.0)
         ious.append(float(np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()))
         radii.append(r)
-    return np.array(ious, np.float32), np.array(radii, np.float32)
+    return np.array(ious, np.float32), np.array(radii, np.float32), (cx, cy)

@@ -15,21 +15,23 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from models.shapes import world
-from models.shapes.detector import halves, read
-from models.shapes.world import BACKGROUNDS, HELD_OUT, RADII, SEEN, Scene, Thing
+from models.shapes.detector import along, halves, read
+from models.shapes.world import BACKGROUNDS, HELD_OUT, PLACES, RADII, SEEN, Scene, Thing
 
 BATCH = 24
+PLACED_FROM = 8.0
 
 
 def scenes(kind: str, count: int) -> list[Scene]:
-    """`count` scenes of one kind, cycling through pairs and backgrounds: seen, held-out, small, large or two."""
+    """`count` scenes of one kind, cycling through pairs and backgrounds: seen, held-out, small, large, two
+    or a place."""
     rng = np.random.default_rng(7)
     pairs = sorted(HELD_OUT) if kind == "held-out" else list(SEEN)
     made = []
     for i in range(count):
         colour, shape = pairs[i % len(pairs)]
         background = list(BACKGROUNDS)[(i + i // len(pairs)) % len(BACKGROUNDS)]
-        things = [Thing(colour, shape, kind if kind in ("small", "large") else None)]
+        things = [Thing(colour, shape, kind if kind in RADII else None, kind if kind in PLACES else None)]
         if kind == "two":
             things.append(Thing(*SEEN[rng.integers(len(SEEN))]))
         made.append(Scene(tuple(things), background))
@@ -37,13 +39,15 @@ def scenes(kind: str, count: int) -> list[Scene]:
 
 
 def correct(image: np.ndarray, scene: Scene) -> bool:
-    """Strict: every object has the asked colour and shape, and a named size within 2 pixels of its range."""
+    """Strict: every object has the asked colour and shape, a named size within 2 pixels of its range, and lies at
+    least PLACED_FROM pixels from the middle towards a named place."""
     parts = [image] if len(scene.things) == 1 else halves(image)
     for part, thing in zip(parts, scene.things, strict=True):
         reading = read(part)
         low, high = RADII[thing.size or "medium"]
         sized = thing.size is None or low - 2 <= reading.radius <= high + 2
-        if (reading.colour, reading.shape) != (thing.colour, thing.shape) or not sized:
+        placed = thing.place is None or along(reading, thing.place) >= PLACED_FROM
+        if (reading.colour, reading.shape) != (thing.colour, thing.shape) or not sized or not placed:
             return False
     return True
 
@@ -69,7 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--count", type=int, default=252)
-    parser.add_argument("--kinds", nargs="+", default=["seen", "held-out", "large", "small", "two"])
+    parser.add_argument("--kinds", nargs="+", default=["seen", "held-out", "large", "small", "two", *PLACES])
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)

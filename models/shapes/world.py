@@ -39,21 +39,30 @@ PAIR_RADII = (8.0, 12.0)  # each of two objects
 HELD_OUT = frozenset(zip(("green", "orange", "pink", "red", "blue", "purple"), SHAPES, strict=True))
 SEEN = tuple(pair for pair in itertools.product(COLOURS, SHAPES) if pair not in HELD_OUT)
 
-# How often training shows each kind of scene. Small objects and pairs are rare on purpose: prompts for
-# them are what reinforcement can improve.
-KINDS: dict[str, float] = {"medium": 0.705, "large": 0.25, "small": 0.015, "pair": 0.03}
+# Where a placed object is: unit direction (x, y downwards) from the middle, and how often among placed objects.
+PLACES: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+PLACE_SHARES = (0.4, 0.3, 0.2, 0.1)
+PLACE_OFFSETS = (13.0, 16.0)  # pixels from the middle
+PLACED_RADII = (11.0, 14.0)
+
+# How often training shows each kind of scene. Small and placed objects and pairs are rare on purpose: prompts
+# for them are what reinforcement can improve.
+KINDS: dict[str, float] = {"medium": 0.695, "large": 0.25, "small": 0.015, "pair": 0.03, "placed": 0.01}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object as a caption names it; `size` is None when the caption does not say it (then: medium)."""
+    """One object as a caption names it; `size` and `place` are None when the caption does not say them (then:
+    medium, near the middle)."""
 
     colour: str
     shape: str
     size: str | None = None
+    place: str | None = None
 
     def words(self) -> str:
-        return " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        text = " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        return text if self.place is None else f"{text} at the {self.place}"
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,16 @@ def parse(caption: str) -> Scene:
         if words and words[0] in ("a", "an"):
             words = words[1:]
         size = words.pop(0) if words and words[0] in ("small", "large") else None
+        place = words[4] if words[2:4] == ["at", "the"] and len(words) == 5 and words[4] in PLACES else None
+        if place is not None:
+            words = words[:2]
         if len(words) != 2 or words[0] not in COLOURS or words[1] not in SHAPES:
             raise ValueError(
-                f"prompt {caption!r}: expected 'a [small|large] COLOUR SHAPE [and a COLOUR SHAPE] "
-                f"[on a BACKGROUND background]', with colours {', '.join(COLOURS)} and shapes {', '.join(SHAPES)}"
+                f"prompt {caption!r}: expected 'a [small|large] COLOUR SHAPE [at the PLACE] [and a COLOUR SHAPE] "
+                f"[on a BACKGROUND background]', with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; "
+                f"places {', '.join(PLACES)}"
             )
-        things.append(Thing(words[0], words[1], size))
+        things.append(Thing(words[0], words[1], size, place))
     if len(things) > 2:
         raise ValueError(f"prompt {caption!r}: at most two objects")
     return Scene(tuple(things), background)
@@ -139,9 +152,16 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     image = np.broadcast_to(_jitter(BACKGROUNDS[background], rng), (IMAGE_SIZE, IMAGE_SIZE, 3))
     for i, thing in enumerate(scene.things):
         pair = len(scene.things) == 2
-        r = rng.uniform(*(PAIR_RADII if pair else RADII[thing.size or "medium"]))
+        placed = thing.place is not None and not pair
+        named = RADII[thing.size or "medium"]
+        r = rng.uniform(*(PAIR_RADII if pair else PLACED_RADII if placed and thing.size is None else named))
         slack = max(0.0, (IMAGE_SIZE / (4 if pair else 2)) - r - 3)
         dx, dy = rng.uniform(-1, 1, 2) * min(slack, 9.0)
+        if placed:
+            toward = PLACES[thing.place or ""]
+            offset = rng.uniform(*PLACE_OFFSETS)
+            dx = toward[0] * offset if toward[0] else dx / 3
+            dy = toward[1] * offset if toward[1] else dy / 3
         cx = IMAGE_SIZE * ((0.25 + 0.5 * i) if pair else 0.5) + dx
         alpha = coverage(thing.shape, cx, IMAGE_SIZE / 2 + dy, r)[..., None]
         image = image * (1 - alpha) + _jitter(COLOURS[thing.colour], rng) * alpha
@@ -159,9 +179,14 @@ def training_scene(rng: np.random.Generator) -> Scene:
     colour, shape = SEEN[rng.integers(len(SEEN))]
     if kind == "pair":
         return Scene((Thing(colour, shape), Thing(*SEEN[rng.integers(len(SEEN))])), background)
+    if kind == "placed":
+        place = str(rng.choice(list(PLACES), p=PLACE_SHARES))
+        return Scene((Thing(colour, shape, place=place),), background)
     return Scene((Thing(colour, shape, None if kind == "medium" else str(kind)),), background)
 
 
 def vocabulary() -> list[str]:
     """Every word a caption can hold, sorted."""
-    return sorted({"a", "and", "on", "background", "small", "large", *COLOURS, *BACKGROUNDS, *SHAPES})
+    return sorted(
+        {"a", "and", "on", "at", "the", "background", "small", "large", *PLACES, *COLOURS, *BACKGROUNDS, *SHAPES}
+    )

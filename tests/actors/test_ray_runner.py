@@ -1,0 +1,72 @@
+"""The service on its own local Ray cluster: the same bits however many actors, and clean failures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.numpy import load_file
+
+ADAPTER = "checkpoints/latest/lora/pytorch_lora_weights.safetensors"
+BAD_REWARD = """
+import torch
+
+def nan_at_the_third(images, prompts):
+    scores = images.mean((1, 2, 3))
+    if "ring" in " ".join(prompts):
+        scores[0] = float("nan")
+    return scores
+"""
+
+
+def run(folder, tiny_pipeline, *overrides, expect=0, cwd=None):
+    from tests.conftest import SMALL
+
+    settings = [*SMALL, f"model.path={tiny_pipeline}", f"run.dir={folder}", *overrides]
+    done = subprocess.run(
+        [sys.executable, "-m", "learner.run", *settings], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_pipeline, tmp_path_factory):
+    """Two epochs in process: what every other way to run must reproduce."""
+    folder = tmp_path_factory.mktemp("runs") / "inprocess"
+    run(folder, tiny_pipeline, "run.runner=inprocess")
+    return folder
+
+
+def same_bits(one, other) -> bool:
+    first, second = load_file(one / ADAPTER), load_file(other / ADAPTER)
+    assert first.keys() == second.keys()
+    return all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.parametrize("samplers", [1, 3])
+def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(unbroken, tiny_pipeline, tmp_path, samplers):
+    run(tmp_path / "run", tiny_pipeline, f"sampler.actors={samplers}")
+    assert same_bits(unbroken, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [-1, 0, 1]
+    assert [line["policy_version"] for line in lines] == [0, 0, 1]
+    assert all(line["trajectories"] == 8 for line in lines[1:])
+
+
+def test_another_seed_gives_another_lora(unbroken, tiny_pipeline, tmp_path):
+    run(tmp_path / "run", tiny_pipeline, "run.runner=inprocess", "run.seed=1")
+    assert not same_bits(unbroken, tmp_path / "run")
+
+
+def test_a_nan_reward_ends_the_run_naming_prompt_and_trajectory(tiny_pipeline, tmp_path):
+    (tmp_path / "mine.py").write_text(BAD_REWARD)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ring\n")
+    done = run(
+        tmp_path / "run", tiny_pipeline, "reward.name=mine:nan_at_the_third", f"prompts.path={prompts}",
+        expect=1, cwd=tmp_path,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("learner.run:")]
+    assert len(said) == 1 and "Traceback" not in done.stderr
+    assert "BadReward" in said[0] and "a red ring" in said[0] and "trajectory 0" in said[0]

@@ -1,0 +1,42 @@
+"""Shared fixtures: one thread, a tiny Stable-Diffusion-shaped pipeline made on the spot, small configs."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import pytest
+import torch
+
+from learner.config import Config, load_config
+from models.shapes import train
+
+torch.set_num_threads(1)
+
+# A run of the shapes preset small enough for a test: 2 epochs of 8 trajectories of 4 steps.
+SMALL = (
+    "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=2", "train.trajectories=8", "train.epochs=2",
+    "train.updates_per_epoch=1", "evaluation.images=4", "learner.ranks=1", "learner.micro_batch=4",
+    "flow.fit_steps=2", "flow.batch=8", "lora.rank=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> str:
+    """A randomly initialised pipeline of the embedded model's own classes: for plumbing, not for pictures."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tokenizer = train.build_tokenizer(folder / "words")
+    train.save_pipeline(folder, train.build_vae(), tokenizer, train.build_unet(), train.build_text_encoder(tokenizer))
+    return str(folder)
+
+
+@pytest.fixture
+def small_config(tiny_pipeline):
+    """Factory of small configs over the random pipeline: small_config("run.seed=1", ...)."""
+
+    def make(*overrides: str) -> Config:
+        return load_config(overrides=[*SMALL, f"model.path={tiny_pipeline}", *overrides])
+
+    return make

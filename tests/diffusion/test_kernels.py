@@ -1,0 +1,145 @@
+"""The kernels against slow float64 loops written from the papers' formulas, and against diffusers' own DDIM."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffusion.kernels import DDIMKernel
+
+SD15 = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+    "set_alpha_to_one": False, "clip_sample": False,
+}  # fmt: skip
+SHAPES = {
+    "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing", "steps_offset": 1,
+    "set_alpha_to_one": False, "clip_sample": False,
+}  # fmt: skip
+
+
+def batch(kernel: DDIMKernel, seed: int = 0):
+    """One transition at every step of the grid, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (kernel.num_steps, 2, 3, 3)
+    x, x_next, output = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    return kernel.timesteps, x, x_next, output
+
+
+def slow_step(abar: list[float], t: int, t_next: int, kind: str, x: float, output: float, eta: float):
+    """One number's (xhat, mu, sigma^2, a^2) from objectives, section 0, in plain Python floats."""
+    a, b = abar[t], abar[t_next]
+    if kind == "epsilon":
+        eps = output
+        clean = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    elif kind == "v_prediction":
+        clean = math.sqrt(a) * x - math.sqrt(1 - a) * output
+        eps = math.sqrt(a) * output + math.sqrt(1 - a) * x
+    else:
+        clean = output
+        eps = (x - math.sqrt(a) * output) / math.sqrt(1 - a)
+    variance = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+    mean = math.sqrt(b) * clean + math.sqrt(1 - b - variance) * eps
+    return clean, mean, variance, a / b
+
+
+def log_normal(y: float, mean: float, variance: float) -> float:
+    return -((y - mean) ** 2) / (2 * variance) - 0.5 * math.log(variance) - 0.5 * math.log(2 * math.pi)
+
+
+@pytest.mark.parametrize("settings", [SD15, SHAPES], ids=["sd15", "shapes"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_equals_slow_float64_loops(settings, kind, eta):
+    scheduler = DDIMScheduler(**settings, prediction_type=kind)
+    kernel = DDIMKernel.from_scheduler(scheduler, 20, eta)
+    t, x, x_next, output = batch(kernel)
+    abar = scheduler.alphas_cumprod.double().tolist()
+    grid = [*t.tolist(), 0]
+    clean, mean = torch.empty_like(x), torch.empty_like(x)
+    log_pf, log_pb = torch.zeros(len(t), dtype=torch.float64), torch.zeros(len(t), dtype=torch.float64)
+    score = torch.empty_like(x)
+    for i in range(len(t)):
+        for index in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(3)).tolist():
+            where = (i, *index)
+            value, after = x[where].item(), x_next[where].item()
+            c, m, variance, shrink2 = slow_step(abar, grid[i], grid[i + 1], kind, value, output[where].item(), eta)
+            clean[where], mean[where] = c, m
+            score[where] = -(after - m) / variance
+            log_pf[i] += log_normal(after, m, variance)
+            log_pb[i] += log_normal(value, math.sqrt(shrink2) * after, 1 - shrink2)
+            assert kernel.variance(t)[i].item() == pytest.approx(variance, rel=1e-6)
+    torch.testing.assert_close(kernel.clean(output, t, x), clean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kernel.mean(output, t, x), mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kernel.score_pf(output, t, x, x_next), score, rtol=1e-10, atol=1e-10)
+    for reduction, dimensions in (("sum", 1), ("mean", 18)):
+        ours = kernel.log_pf(output, t, x, x_next, reduction)
+        torch.testing.assert_close(ours, log_pf / dimensions, rtol=1e-10, atol=1e-10)
+        ours = kernel.log_pb(t, x, x_next, reduction)
+        torch.testing.assert_close(ours, log_pb / dimensions, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", [SD15, SHAPES], ids=["sd15", "shapes"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_sampling_equals_diffusers_ddim(settings, kind):
+    scheduler = DDIMScheduler(**settings, prediction_type=kind)
+    kernel = DDIMKernel.from_scheduler(scheduler, 50)
+    t, x, noise, output = batch(kernel)
+    ours = kernel.sample(output, t, x, noise)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps.tolist() == t.tolist()
+    for i, timestep in enumerate(t):
+        theirs = scheduler.step(output[i], timestep, x[i], eta=1.0, variance_noise=noise[i]).prev_sample
+        torch.testing.assert_close(ours[i], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_sd15_grid_and_constants():
+    kernel = DDIMKernel.from_scheduler(DDIMScheduler(**SD15), 50)
+    assert kernel.timesteps[:2].tolist() == [981, 961] and kernel.timesteps[-1] == 1
+    assert kernel.next_timestep[kernel.timesteps].tolist() == [*kernel.timesteps[1:].tolist(), 0]
+    assert kernel.variance(torch.tensor([1])).item() == pytest.approx(4.26e-4, rel=2e-3)
+
+
+def test_last_step_goes_to_timestep_zero_even_with_set_alpha_to_one():
+    """Discrepancy 4: going to abar = 1 would make sigma 0 and log p_F infinite."""
+    kernel = DDIMKernel.from_scheduler(DDIMScheduler(**{**SD15, "set_alpha_to_one": True}), 50)
+    assert kernel.variance(kernel.timesteps).min() > 1e-4
+
+
+def test_half_precision_inputs_are_computed_in_float32():
+    kernel = DDIMKernel.from_scheduler(DDIMScheduler(**SD15), 50)
+    t, x, x_next, output = batch(kernel)
+    low = [value.bfloat16() for value in (output, x, x_next)]
+    got = kernel.log_pf(low[0], t, low[1], low[2], "mean")
+    exact = kernel.log_pf(low[0].double(), t, low[1].double(), low[2].double(), "mean")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_score_is_the_gradient_of_log_pf():
+    kernel = DDIMKernel.from_scheduler(DDIMScheduler(**SHAPES, prediction_type="v_prediction"), 10)
+    t, x, x_next, output = batch(kernel)
+    x_next.requires_grad_()
+    (gradient,) = torch.autograd.grad(kernel.log_pf(output, t, x, x_next, "sum").sum(), x_next)
+    torch.testing.assert_close(kernel.score_pf(output, t, x, x_next).detach(), gradient)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"eta": 0.0}, "eta"), ({"num_steps": 0}, "num_steps"), ({"num_steps": 1001}, "num_steps")],
+)
+def test_refuses_what_has_no_density(change, message):
+    with pytest.raises(ValueError, match=message):
+        DDIMKernel.from_scheduler(DDIMScheduler(**SD15), **change)
+
+
+def test_refuses_a_grid_that_ends_at_zero():
+    with pytest.raises(ValueError, match="timestep 0"):
+        DDIMKernel.from_scheduler(DDIMScheduler(**{**SD15, "steps_offset": 0}), 50)
+
+
+def test_unknown_reduction_is_refused():
+    kernel = DDIMKernel.from_scheduler(DDIMScheduler(**SD15), 50)
+    t, x, x_next, _ = batch(kernel)
+    with pytest.raises(ValueError, match="reduction"):
+        kernel.log_pb(t, x, x_next, "total")

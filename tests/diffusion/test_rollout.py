@@ -1,0 +1,118 @@
+"""Rollouts: counter-based noise, exact stored log-probabilities, one clean prediction for each needed state."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import lora, noise
+from diffusion.base_model import BaseModel, BaseModelError
+from diffusion.rollout import RolloutSettings, Sampler
+from diffusion.trajectory import Chunk
+
+
+def chunk(purpose="train", ids=(0, 1, 2, 3), seed=5):
+    prompts = ("a red circle", "a blue star", "a green ring", "a pink square")
+    return Chunk(0, purpose, 2, seed, prompts, ids)
+
+
+def sampler(path: str, **settings) -> Sampler:
+    model = BaseModel(path)
+    model.attach_lora(rank=2, alpha=2, seed=0)
+    return Sampler(model, RolloutSettings(num_steps=4, guidance=3.0, **settings))
+
+
+def moved(model: BaseModel, version: int = 1, amount: float = 0.05) -> lora.Snapshot:
+    """A snapshot whose LoRA does something."""
+    rng = np.random.default_rng(version)
+    flat = lora.snapshot(model.unet, 0).flat
+    flat = (flat + amount * rng.standard_normal(flat.shape)).astype(np.float32)
+    return lora.Snapshot(version, flat, lora.digest(flat))
+
+
+def test_noise_is_named_by_its_use_alone():
+    whole = noise.normal(3, noise.ROLLOUT, 1, range(4), 2, (4, 2, 2))
+    assert torch.equal(noise.normal(3, noise.ROLLOUT, 1, [2], 2, (4, 2, 2))[0], whole[2])
+    for other in [(4, 0, 1, 2), (3, 1, 1, 2), (3, 0, 2, 2), (3, 0, 1, 3)]:
+        seed, use, epoch, step = other
+        assert not torch.equal(noise.normal(seed, use, epoch, [2], step, (4, 2, 2))[0], whole[2])
+
+
+def test_same_chunk_same_bits_in_another_sampler_after_other_work(tiny_pipeline):
+    first, second = sampler(tiny_pipeline), sampler(tiny_pipeline)
+    snapshot = moved(first.model)
+    expected, clean = first.sample(chunk(), snapshot)
+    second.sample(chunk(ids=(9, 8, 7, 6)), moved(first.model, 3))
+    again, clean_again = second.sample(chunk(), snapshot)
+    assert np.array_equal(expected.states, again.states)
+    assert np.array_equal(expected.log_pf, again.log_pf)
+    assert np.array_equal(clean.latents, clean_again.latents)
+    assert expected.adapter_sha256 == again.adapter_sha256 == snapshot.sha256
+    other, _ = second.sample(chunk(seed=6), snapshot)
+    assert not np.array_equal(expected.states, other.states)
+
+
+def test_stored_log_pf_is_that_of_the_stored_states(tiny_pipeline):
+    made = sampler(tiny_pipeline)
+    trajectories, _ = made.sample(chunk(), moved(made.model))
+    embeddings = made.model.embed(trajectories.chunk.prompts)
+    for i, timestep in enumerate(trajectories.timesteps.tolist()):
+        x, x_next = (torch.from_numpy(trajectories.states[:, j]) for j in (i, i + 1))
+        t = torch.full((4,), timestep)
+        with torch.no_grad():
+            output, _ = made.model.predict(x, t, embeddings, 3.0)
+        torch.testing.assert_close(output, torch.from_numpy(trajectories.model_output[:, i]), rtol=0, atol=0)
+        log_pf = made.kernel.log_pf(output, t, x, x_next, "sum")
+        torch.testing.assert_close(log_pf, torch.from_numpy(trajectories.log_pf[:, i]), rtol=0, atol=0)
+
+
+def test_guidance_mixes_the_conditional_and_the_empty_prompt(tiny_pipeline):
+    model = sampler(tiny_pipeline).model
+    x, t, embeddings = torch.randn(2, 4, 16, 16), torch.tensor([99, 299]), model.embed(["a red ring", "a blue star"])
+    with torch.no_grad():
+        guided, conditional = model.predict(x, t, embeddings, 3.0)
+        plain, same = model.predict(x, t, embeddings, 1.0)
+        empty, _ = model.predict(x, t, model.embed(["", ""]), 1.0)
+    torch.testing.assert_close(conditional, plain)
+    assert torch.equal(plain, same)
+    torch.testing.assert_close(guided, empty + 3 * (plain - empty), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("looking", ["base", "snapshot", "none"])
+def test_clean_predictions_use_the_weights_they_say(tiny_pipeline, looking):
+    made = sampler(tiny_pipeline, forward_looking=looking)
+    trajectories, clean = made.sample(chunk(), moved(made.model))
+    last = clean.step == 4
+    assert np.array_equal(clean.latents[last], trajectories.states[:, 4])
+    if looking == "none":
+        assert last.all() and len(clean.latents) == 4
+        return
+    assert len(clean.latents) == 4 * 5
+    x, t = torch.from_numpy(trajectories.states[:, 0]), torch.full((4,), int(trajectories.timesteps[0]))
+    embeddings = made.model.embed(trajectories.chunk.prompts)
+    with torch.no_grad():
+        snapshot_output = made.model.predict(x, t, embeddings, 1.0)[0]
+        base_output = made.model.predict_reference(x, t, embeddings)
+    assert not torch.allclose(snapshot_output, base_output)
+    expected = made.kernel.clean(base_output if looking == "base" else snapshot_output, t, x)
+    got = clean.latents[(clean.step == 0)]
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipeline):
+    made = sampler(tiny_pipeline, selection="random", fraction=0.25, skip_last=True)
+    trajectories, clean = made.sample(chunk(), moved(made.model))
+    assert trajectories.selected.shape == (4, 1) and trajectories.selected.max() < 3
+    for row in range(4):
+        step = trajectories.selected[row, 0]
+        assert set(clean.step[clean.row == row]) == {step, step + 1, 4}
+
+
+def test_evaluation_scores_only_the_image(tiny_pipeline):
+    made = sampler(tiny_pipeline)
+    trajectories, clean = made.sample(chunk("evaluate"), moved(made.model))
+    assert trajectories.selected.shape == (4, 0) and (clean.step == 4).all() and len(clean.latents) == 4
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(BaseModelError, match="no such folder"):
+        BaseModel(str(tmp_path / "nowhere"))

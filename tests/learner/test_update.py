@@ -1,0 +1,165 @@
+"""The learner: what each setting does to gradients, stale weights, and one rank against two."""
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from diffusion import lora
+from learner import factory, group
+from learner.config import Config
+from learner.update import Learner, StaleWeights, Transitions
+from learner.work import read_prompts, training_chunks
+
+
+def scored_epoch(config: Config, snapshot: lora.Snapshot):
+    sampler, scorer = factory.build_sampler(config), factory.build_scorer(config)
+    pairs = []
+    for chunk in training_chunks(config, read_prompts(config.prompts.path), 0):
+        trajectories, clean = sampler.sample(chunk, snapshot)
+        pairs.append((trajectories, scorer.score(clean)))
+    return pairs
+
+
+@pytest.fixture
+def prepared(small_config):
+    """A learner on joint loss with an adapter and a flow network that do something, and an epoch for it."""
+    config = small_config("flow.fit_steps=0", "objective.penalty=squared", "objective.last_transition=train")
+    learner = factory.build_learner(config)
+    stir(learner)
+    return learner, scored_epoch(config, learner.publish(1))
+
+
+def stir(learner: Learner) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in [*learner.policy_parameters, *learner.flow_parameters]:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def batch_of(learner: Learner, epoch) -> Transitions:
+    return Transitions.concatenate([b for scored in epoch for b in learner._micro_batches(scored)])
+
+
+def test_just_sampled_trajectories_have_their_stored_log_pf(prepared):
+    """The ratio before the first update is 1: the learner's network is the sampler's."""
+    learner, epoch = prepared
+    batch = batch_of(learner, epoch)
+    with torch.no_grad():
+        output, _ = learner.model.predict(batch.x, batch.t, batch.embeddings, learner.config.sampler.guidance)
+    recomputed = learner.kernel.log_pf(output, batch.t, batch.x, batch.x_next, "mean")
+    torch.testing.assert_close(recomputed, batch.log_pf_old / learner.dimensions, rtol=0, atol=1e-5)
+    _, parts = learner.loss(batch, beta=1.0)
+    assert parts["drift"].item() < 1e-9
+
+
+def test_last_transition_meets_the_terminal_reward_and_others_the_stored_value(prepared):
+    learner, epoch = prepared
+    batch = batch_of(learner, epoch)
+    log_pf = torch.zeros(len(batch.t))
+    delta = learner.residual(batch, log_pf, 5.0, flow_gradient=False)
+    batch.reward_terminal += 1.0
+    batch.reward_next += 10.0
+    moved = learner.residual(batch, log_pf, 5.0, flow_gradient=False) - delta
+    expected = torch.where(batch.terminal, -5.0, -50.0)
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-2)
+    assert batch.terminal.sum() == 8 and (batch.t_next[batch.terminal] == 0).all()
+
+
+def test_both_ends_of_consecutive_transitions_use_one_stored_value(prepared):
+    learner, epoch = prepared
+    batch = next(iter(learner._micro_batches(epoch[0])))
+    assert torch.equal(batch.reward_next[:3], batch.reward[1:4])
+    assert torch.equal(batch.x_next[:3], batch.x[1:4])
+
+
+def test_skipping_the_last_transition_makes_the_state_before_it_terminal(small_config):
+    config = small_config("flow.fit_steps=0", "objective.last_transition=skip")
+    learner = factory.build_learner(config)
+    batch = batch_of(learner, scored_epoch(config, learner.published))
+    last_trained = int(learner.kernel.timesteps[-2])
+    assert batch.t.min() == last_trained
+    assert (batch.terminal == (batch.t == last_trained)).all()
+
+
+def test_gradients_go_where_the_paper_says(prepared):
+    learner, epoch = prepared
+    batch = batch_of(learner, epoch)
+    learner.loss(batch, 5.0, flow_gradient=True)[0].backward()
+    assert all(p.grad is not None for p in learner.policy_parameters)
+    assert all(p.grad is not None for p in learner.flow_parameters)
+    frozen = [p for name, p in learner.model.unet.named_parameters() if "lora_" not in name]
+    assert all(p.grad is None for p in frozen)
+    for parameter in learner.flow_parameters:
+        parameter.grad = None
+    learner.loss(batch, 5.0, flow_gradient=False)[0].backward()
+    assert all(p.grad is None for p in learner.flow_parameters)
+
+
+def test_micro_batches_do_not_change_the_gradient(prepared, small_config):
+    learner, epoch = prepared
+    whole = gradient_of(learner, [batch_of(learner, epoch)])
+    parts = gradient_of(learner, [b for scored in epoch for b in learner._micro_batches(scored)])
+    # Convolution algorithms differ by batch size, so float accuracy relative to the largest entry.
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2e-4 * whole.abs().max().item())
+
+
+def gradient_of(learner: Learner, batches) -> torch.Tensor:
+    """The gradient an update hands to the optimizers, before clipping."""
+    grads = []
+    learner._step = lambda optimizer, parameters: grads.extend(p.grad.clone() for p in parameters) or 0.0  # type: ignore
+    learner.update(batches, 5.0)
+    del learner._step
+    for parameter in [*learner.policy_parameters, *learner.flow_parameters]:
+        parameter.grad = None
+    return torch.cat([g.flatten() for g in grads])
+
+
+def test_trajectories_of_another_adapter_are_refused(prepared):
+    learner, epoch = prepared
+    learner.publish(2)
+    learner.train_epoch(0, 1.0, [epoch])
+    learner.publish(3)
+    with pytest.raises(StaleWeights, match="did not arrive"):
+        learner.train_epoch(1, 1.0, [epoch])
+
+
+@pytest.mark.parametrize("fit_steps", [0, 3])
+def test_an_epoch_moves_policy_and_flow(small_config, fit_steps):
+    config = small_config(f"flow.fit_steps={fit_steps}")
+    learner = factory.build_learner(config)
+    before = learner.published.sha256, [p.detach().clone() for p in learner.flow_parameters]
+    metrics = learner.train_epoch(0, 5.0, [scored_epoch(config, learner.published)])
+    assert learner.publish(1).sha256 != before[0]
+    assert any(not torch.equal(p, q) for p, q in zip(learner.flow_parameters, before[1], strict=True))
+    assert np.isfinite(list(metrics.values())).all()
+
+
+def _rank(rank: int, config: Config, address: str, epoch, queue) -> None:
+    torch.set_num_threads(1)
+    group.join(address, rank, 2, 60, whole_gpu=False)
+    learner = factory.build_learner(config)
+    stir(learner)
+    queue.put(
+        (rank, gradient_of(learner, [b for scored in epoch[rank::2] for b in learner._micro_batches(scored)]).numpy())
+    )
+    group.leave()
+
+
+def test_two_ranks_agree_with_one_on_the_gradient(prepared):
+    learner, epoch = prepared
+    one = gradient_of(learner, [b for scored in epoch for b in learner._micro_batches(scored)])
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    address = group.free_address("127.0.0.1")
+    ranks = [context.Process(target=_rank, args=(r, learner.config, address, epoch, queue)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    got = dict(queue.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(timeout=30)
+    assert np.array_equal(got[0], got[1])
+    scale = one.abs().max().item()
+    difference = np.abs(got[0] - one.numpy()).max()
+    print(f"2 ranks against 1: max gradient difference {difference:.1e} of {scale:.1e}")
+    assert difference < 1e-5 * scale

@@ -1,0 +1,116 @@
+"""Rewards by name, a user's own, and the scorer's layout and refusals."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rewards
+from diffusion.trajectory import Chunk, CleanPredictions
+from models.shapes.world import Scene, Thing, draw
+from rewards.scorer import BadReward, Scorer
+
+
+def as_images(*pictures: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.mark.parametrize(("name", "sign"), [("jpeg_incompressibility", 1), ("jpeg_compressibility", -1)])
+def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (64, 48, 3)).astype(np.uint8), np.zeros((64, 48, 3), np.uint8)]
+    reward = rewards.load(name)
+    scores = reward(as_images(*pictures), ["", ""])
+    for picture, score in zip(pictures, scores, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=95)
+        assert score.item() == pytest.approx(sign * len(buffer.getvalue()) / 1000)
+    assert reward.name == name and not reward.differentiable and scores.dtype == torch.float32
+
+
+def test_alignment_prefers_what_the_prompt_says():
+    rng = np.random.default_rng(0)
+    reward = rewards.load("shapes_alignment")
+    picture = draw(Scene((Thing("red", "circle", "small"),), "white"), rng)
+    prompts = [
+        "a small red circle on a white background",
+        "a small red circle on a black background",
+        "a small blue circle on a white background",
+        "a small red star on a white background",
+        "a large red circle on a white background",
+    ]
+    right, *wrong = reward(as_images(*[picture] * 5), prompts).tolist()
+    assert right > 0.8
+    assert max(wrong) < right - 0.1
+
+
+def test_alignment_is_graded_near_the_top_and_reads_two_objects():
+    rng = np.random.default_rng(0)
+    reward = rewards.load("shapes_alignment")
+    scene = Scene((Thing("red", "circle"), Thing("blue", "square")), "sand")
+    picture = draw(scene, rng)
+    blurred = np.asarray(Image.fromarray(picture).resize((12, 12)).resize((64, 64)))
+    swapped = draw(Scene(scene.things[::-1], "sand"), rng)
+    best, worse, wrong = reward(as_images(picture, blurred, swapped), [scene.caption()] * 3).tolist()
+    assert 1 > best > worse > wrong
+
+
+def test_a_foreign_prompt_is_named():
+    with pytest.raises(ValueError, match="a dog"):
+        rewards.load("shapes_alignment")(torch.zeros(1, 3, 64, 64), ["a dog"])
+
+
+def test_unknown_names_options_and_weights_are_refused():
+    with pytest.raises(rewards.UnknownReward, match="jpeg_compressibility"):
+        rewards.load("beauty")
+    with pytest.raises(rewards.UnknownReward, match="no_such_module"):
+        rewards.load("no_such_module:f")
+    with pytest.raises(ValueError, match="weights"):
+        rewards.load("jpeg_compressibility", weights="x")
+    with pytest.raises(ValueError, match="jpeg"):
+        rewards.load("jpeg_compressibility", colour=3)
+
+
+def test_a_users_own_reward(tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text(
+        "def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n"
+        "class Scaled:\n    differentiable = True\n"
+        "    def __init__(self, by):\n        self.by = by\n"
+        "    def __call__(self, images, prompts):\n        return self.by * images.mean((1, 2, 3))\n"
+        "def wrong(images, prompts):\n    return 0.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    images = torch.full((2, 3, 4, 4), 0.5)
+    assert rewards.load("my_reward:brightness")(images, ["", ""]).tolist() == [0.5, 0.5]
+    scaled = rewards.load("my_reward:Scaled", by=4)
+    assert scaled.differentiable and scaled(images, ["", ""]).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="shape"):
+        rewards.load("my_reward:wrong")(images, ["", ""])
+
+
+class Brightness:
+    name, differentiable = "brightness", False
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def clean(values, purpose="train") -> CleanPredictions:
+    """Two trajectories of two steps; the second's middle state is not scored."""
+    latents = np.stack([np.full((3, 2, 2), value, np.float32) for value in values])
+    chunk = Chunk(0, purpose, 4, 0, ("first", "second"), (10, 11))
+    return CleanPredictions(chunk, 2, latents, np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 0, 2]))
+
+
+def test_scorer_lays_rewards_out_by_trajectory_and_state():
+    scores = Scorer(lambda latents: latents, Brightness()).score(clean([0.1, 0.2, 0.3, 0.4, 0.5]))
+    expected = np.array([[0.1, 0.2, 0.3], [0.4, np.nan, 0.5]], np.float32)
+    np.testing.assert_allclose(scores.rewards, expected, rtol=1e-6)
+    assert scores.images is None
+
+
+def test_scorer_names_prompt_and_trajectory_of_a_bad_reward():
+    with pytest.raises(BadReward, match=r"'second', trajectory 11 of epoch 4, state 2"):
+        Scorer(lambda latents: latents, Brightness()).score(clean([0.1, 0.2, 0.3, 0.4, float("nan")]))
