@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +46,9 @@ class LearnerActor:
         metrics = self.learner.train_epoch(epoch, beta, fetched)
         return metrics, self.learner.publish(self.learner.published.version + 1)
 
-    def save_lora(self, folder: str) -> None:
+    def lora_files(self) -> dict[str, bytes]:
+        """The adapter's files, by name."""
         assert self.learner is not None
-        lora.save_files(self.learner.model.unet, Path(folder))
+        with tempfile.TemporaryDirectory() as folder:
+            lora.save_files(self.learner.model.unet, Path(folder))
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}

@@ -27,7 +27,7 @@ class Pool:
     """Feeds queued work to the least busy actor. Not a thread: the owner drives it with `pump`."""
 
     def __init__(self, role: str, actors: list[Any], seconds: float, in_flight: int = 2) -> None:
-        """`seconds` is the deadline of one call, counted while it can run (`in_flight` queue behind each other)."""
+        """`seconds` is the deadline of one call, from when its actor is free for it."""
         self.role, self.actors, self.seconds, self.in_flight = role, actors, seconds, in_flight
         self._queue: deque[tuple[Any, str, tuple[Any, ...]]] = deque()
         self._calls: dict[ray.ObjectRef, _Call] = {}
@@ -53,11 +53,13 @@ class Pool:
         finished = []
         for ref in wait_any(self.waiting_on, 0) if self._calls else []:
             call = self._calls.pop(ref)
+            for other in self._calls.values():  # what queued behind it can run now
+                if other.actor is call.actor:
+                    other.started = time.monotonic()
             summary = get(ref, self.seconds, f"{self.role} on {call.key}", "run.chunk_seconds")
             finished.append((call.key, call.outputs[:-1], summary))
-        now = time.monotonic()
-        for call in self._calls.values():
-            if now - call.started > self.seconds * self.in_flight:
+        for call in self._running():
+            if time.monotonic() - call.started > self.seconds:
                 raise DeadlineExceeded(
                     f"{self.role} on {call.key} took longer than run.chunk_seconds={self.seconds:g} s"
                 )
@@ -66,6 +68,13 @@ class Pool:
             outputs = getattr(actor, method).remote(*arguments)
             self._calls[outputs[-1]] = _Call(key, actor, outputs, time.monotonic())
         return finished
+
+    def _running(self) -> list[_Call]:
+        """The call that each actor is at: the first one it was given."""
+        first: dict[int, _Call] = {}
+        for call in self._calls.values():
+            first.setdefault(id(call.actor), call)
+        return list(first.values())
 
     def _least_busy(self) -> Any | None:
         loads = [sum(call.actor is actor for call in self._calls.values()) for actor in self.actors]

@@ -45,7 +45,10 @@ class RayRunner:
         config, limit = self.config, self.config.run.ready_seconds
         per_update = config.train.trajectories // config.sampler.chunk_size // config.train.updates_per_epoch
         counts = config.sampler.actors, config.reward.actors, config.learner.ranks
-        placement = place(*counts, per_update, self.session.resources)
+        resources = self.session.resources
+        if config.model.device == "cpu":
+            resources.pop("GPU", None)
+        placement = place(*counts, per_update, resources)
         self.description = f"on Ray: {placement.describe()}"
         shared = ray.put(config)
         samplers = [_spawn(SamplerActor, placement.sampler_options, shared) for _ in range(placement.samplers)]
@@ -55,11 +58,14 @@ class RayRunner:
             _spawn(LearnerActor, placement.rank_options, shared, rank, placement.ranks, whole_gpu)
             for rank in range(placement.ranks)
         ]
-        what = f"starting {placement.describe()} on {self.session.resources}"
-        address = get(self.ranks[0].address.remote(), limit, what, "run.ready_seconds")
-        starts = [rank.start.remote(address, config.run.train_seconds) for rank in self.ranks]
-        self.snapshot = get(starts, limit, what, "run.ready_seconds")[0]
-        get([actor.ready.remote() for actor in samplers + scorers], limit, what, "run.ready_seconds")
+        what, deadline = f"starting {placement.describe()} on {resources}", time.monotonic() + limit
+
+        def ready(refs: Any) -> Any:
+            return get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}")
+
+        address = ready(self.ranks[0].address.remote())
+        self.snapshot = ready([rank.start.remote(address, config.run.train_seconds) for rank in self.ranks])[0]
+        ready([actor.ready.remote() for actor in samplers + scorers])
         self.samplers = Pool("sampling", samplers, config.run.chunk_seconds)
         self.scorers = Pool("scoring", scorers, config.run.chunk_seconds)
         self.weights = WeightStore()
@@ -83,9 +89,12 @@ class RayRunner:
         return get([scores for _, scores in scored], limit, "fetching evaluation images", "run.chunk_seconds")
 
     def save_lora(self, folder: Path) -> None:
-        """Rank 0 writes to the run directory: its node must see it (a shared path on a cluster)."""
-        call = self.ranks[0].save_lora.remote(str(folder.resolve()))
-        get(call, self.config.run.train_seconds, f"saving the LoRA to {folder}", "run.train_seconds")
+        """The files come from rank 0 and are written here: its node need not see the run directory."""
+        limit = self.config.run.train_seconds
+        files = get(self.ranks[0].lora_files.remote(), limit, "fetching the LoRA files", "run.train_seconds")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
 
     def close(self) -> None:
         self.session.close()

@@ -57,5 +57,8 @@ def place(
 
 
 def _share(amount: float, among: int) -> float:
-    """At most 1 of `amount` for each of `among` actors, rounded down to hundredths so that all of them fit."""
-    return min(1.0, math.floor(100 * amount / among) / 100)
+    """What each of `among` actors gets of `amount` devices: a whole one, or 1/k of one so that k of them fill a
+    device exactly (a fraction never spans two devices)."""
+    if among <= amount:
+        return 1.0
+    return math.floor(10_000 / math.ceil(among / amount)) / 10_000

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -21,8 +22,8 @@ class Session:
     """
 
     def __init__(self, cpu_threads: int) -> None:
-        # Actors without GPUs must not see any: Ray's coming default, asked for now to spare a warning.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Actors without a share of a GPU must not see any.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))
         address = os.environ.get("RAY_ADDRESS", "local")
         if address == "local":
@@ -34,8 +35,7 @@ class Session:
                 namespace="tributary",
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                runtime_env={"env_vars": {name: os.environ[name] for name in WORKER_ENV if name in os.environ}},
-                **({"include_dashboard": False} if address == "local" else {}),
+                **(_local_options() if address == "local" else {}),
             )
 
     @property
@@ -47,6 +47,13 @@ class Session:
         """Leave; a local cluster ends with us. Safe to call twice."""
         if self.started and ray.is_initialized():
             ray.shutdown()
+
+
+def _local_options() -> dict[str, Any]:
+    """No dashboard, and our environment in the workers. (A submitted job's environment comes with the job, and Ray
+    refuses to be told a variable twice.)"""
+    variables = {name: os.environ[name] for name in WORKER_ENV if name in os.environ}
+    return {"include_dashboard": False, "runtime_env": {"env_vars": variables}}
 
 
 def _ensure_token() -> None:

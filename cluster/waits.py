@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 
 class DeadlineExceeded(TimeoutError):
@@ -14,7 +14,7 @@ class DeadlineExceeded(TimeoutError):
 
 
 class ActorDied(RuntimeError):
-    """An actor's process ended while it was needed."""
+    """An actor's process, or an object it held, was gone when it was needed."""
 
 
 def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
@@ -28,11 +28,12 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
     try:
         return ray.get(refs, timeout=seconds)
     except GetTimeoutError:
-        raise DeadlineExceeded(f"{what} took longer than {setting}={seconds:g} s") from None
-    except RayActorError as error:
-        raise ActorDied(f"{what}: {error}") from error
+        limit = setting if "=" in setting else f"{setting}={seconds:g}"
+        raise DeadlineExceeded(f"{what} took longer than {limit} s") from None
     except RayTaskError as error:
         raise error.cause from error
+    except RayError as error:
+        raise ActorDied(f"{what}: {error}") from error
 
 
 def wait_any(refs: Sequence[ray.ObjectRef], seconds: float) -> list[ray.ObjectRef]:

@@ -15,6 +15,7 @@ import math
 from typing import Literal
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
@@ -77,8 +78,8 @@ class DDIMKernel:
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0) -> DDIMKernel:
         """The kernel of a diffusers scheduler: its alphas_cumprod, timestep spacing and prediction type.
 
-        The scheduler itself is left as it was. Equal to diffusers' own DDIM step with
-        `set_alpha_to_one=False` whenever num_steps divides the number of training timesteps.
+        Any scheduler will do (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to diffusers' own
+        DDIM step with `set_alpha_to_one=False` whenever num_steps divides the number of training timesteps.
 
         Raises:
             ValueError: num_steps is out of range, or the resulting grid has a step without variance.
@@ -86,7 +87,7 @@ class DDIMKernel:
         total = int(scheduler.config.num_train_timesteps)
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps must be in 1..{total}, got {num_steps}")
-        own = type(scheduler).from_config(scheduler.config)
+        own = DDIMScheduler.from_config(scheduler.config)
         own.set_timesteps(num_steps)
         return cls(own.alphas_cumprod, own.timesteps, own.config.prediction_type, eta)
 
@@ -120,6 +121,10 @@ class DDIMKernel:
         x = _wide(x)
         signal = self._root(self._abar_next, t, x) * self.clean(model_output, t, x)
         return signal + self._root(self._direction, t, x) * self.epsilon(model_output, t, x)
+
+    def abar(self, t: Tensor) -> Tensor:
+        """Cumulative alpha abar_t [B] float32."""
+        return self._abar.to(t.device)[t].float()
 
     def variance(self, t: Tensor) -> Tensor:
         """sigma_t^2 [B] float32, per dimension."""

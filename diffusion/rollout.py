@@ -27,7 +27,8 @@ class RolloutSettings:
     `forward_looking` says which weights give the clean predictions of inner states: the frozen reference
     (adapter off, one more pass a state), the rollout's own, or none (psi = 0); `clean_prediction` whether from the
     conditional output (the published code) or the guided one, which foretells the image better. `skip_last` leaves
-    the last transition out of training; the state before it then counts as terminal.
+    the last transition out of training; the state before it then counts as terminal, with the reward of its clean
+    prediction. psi is 0 at steps before `from_step`, and nothing is decoded there.
     """
 
     num_steps: int = 50
@@ -38,6 +39,7 @@ class RolloutSettings:
     selection: transitions.Selection = "all"
     fraction: float = 1.0
     skip_last: bool = False
+    from_step: int = 0
 
 
 class Sampler:
@@ -94,9 +96,9 @@ def rollout(
         for i, timestep in enumerate(kernel.timesteps.tolist()):
             t = torch.full((batch,), timestep, dtype=torch.int64, device=model.device)
             guided, conditional = model.predict(x, t, embeddings, settings.guidance)
-            if training and settings.forward_looking != "none":
+            if training:
                 output = guided if settings.clean_prediction == "guided" else conditional
-                if settings.forward_looking == "base":
+                if settings.forward_looking == "base" and i >= settings.from_step:
                     scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
                     output = model.predict_reference(x, t, embeddings, scale)
                 cleans.append(kernel.clean(output, t, x))
@@ -116,7 +118,10 @@ def rollout(
         selected=selected,
         model_output=_gather(outputs, selected, batch, model.latent_shape),
     )
-    return trajectories, _to_score(chunk, cleans, chosen, x)
+    needed = _states_with_reward(settings, chosen)
+    row, step = np.nonzero(needed)
+    latents = torch.stack([*cleans, x], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
+    return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step)
 
 
 def _gather(outputs: list[Tensor], selected: np.ndarray, batch: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -126,19 +131,21 @@ def _gather(outputs: list[Tensor], selected: np.ndarray, batch: int, shape: tupl
     return np.ascontiguousarray(np.take_along_axis(stacked, selected[:, :, None, None, None], axis=1))
 
 
-def _to_score(chunk: Chunk, cleans: list[Tensor], chosen: np.ndarray, terminal: Tensor) -> CleanPredictions:
-    """Both ends of every selected transition need a reward (the same stored value serves as the cleaner end
-    of one and the noisier end of the other); the terminal state always does, and its clean latent is itself."""
-    n = chosen.shape[1] - 1
+def _states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:
+    """Which states [B, N+1] need a reward, for transitions `chosen` [B, N+1] (by the step they start from).
+
+    Both ends of a selected transition do (the same stored value serves as the cleaner end of one and the noisier
+    end of the other), unless psi is 0 there; the terminal state of training and the image itself always do.
+    """
     needed = np.zeros_like(chosen)
-    if cleans:
+    if settings.forward_looking != "none":
         needed |= chosen
         needed[:, 1:] |= chosen[:, :-1]
-    needed[:, n] = True
-    row, step = np.nonzero(needed)
-    stack = torch.stack([*cleans, terminal] if cleans else [terminal], 1).cpu().numpy()
-    latents = stack[row, step if cleans else np.zeros_like(step)]
-    return CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step)
+        needed[:, : settings.from_step] = False
+    if settings.skip_last:
+        needed[:, -2] = chosen.any(axis=1)
+    needed[:, -1] = True
+    return needed
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffusion.kernels import Reduction
 from diffusion.rollout import CleanPrediction, ForwardLooking, RolloutSettings
 from diffusion.transitions import Selection
-from learner.objectives.db import Penalty, Weighting
+from learner.objectives.db import Decay, Penalty, Weighting
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
@@ -46,14 +46,14 @@ class Model(Section):
 
 
 class Prompts(Section):
-    path: str = Field("configs/prompts/shapes_small.txt", description="text file, one prompt a line")
+    path: str = Field("configs/prompts/shapes_placed.txt", description="text file, one prompt a line")
     per_prompt: int = Field(4, ge=1, description="trajectories drawn for each prompt of an epoch, side by side")
 
 
 class SamplerConfig(Section):
     actors: int | None = Field(None, ge=1, description="sampler actors; default from the resources found")
     chunk_size: int = Field(16, ge=1, description="trajectories rolled out together")
-    steps: int = Field(50, ge=2, description="DDIM steps N")
+    steps: int = Field(50, ge=2, le=1000, description="DDIM steps N")
     guidance: float = Field(5.0, ge=1, description="classifier-free guidance scale w, in rollout and training; 1: off")
     eta: float = Field(1.0, gt=0, description="noise scale of DDIM; 1 is the papers'")
     transitions: Selection = Field("all", description="which transitions to train on: all, random or low_variance")
@@ -81,6 +81,9 @@ class FlowConfig(Section):
         ge=0,
         description="flow-only steps before each policy step, which then holds the flow fixed; 0: one joint loss",
     )
+    warmup_steps: int = Field(
+        0, ge=0, description="flow-only steps before the very first policy step: an unfitted flow is all noise to it"
+    )
     batch: int = Field(128, ge=4, description="transitions a flow-only step and rank")
     replay_epochs: int = Field(1, ge=1, description="epochs of rollouts the flow-only steps draw from")
 
@@ -102,6 +105,16 @@ class Objective(Section):
     log_prob_reduction: Reduction = Field("mean", description="log-probabilities summed or averaged over dimensions")
     forward_looking: ForwardLooking = Field(
         "base", description="weights of psi's clean predictions: base, snapshot, none"
+    )
+    forward_looking_decay: Decay = Field(
+        "none", description="weight of psi by timestep: none (the paper), sqrt_abar or abar (1 at the image)"
+    )
+    reward_offset: float = Field(
+        0.0,
+        description="subtracted from every reward: shifts log Z alone; near the mean reward it spares the flow work",
+    )
+    forward_looking_from: int = Field(
+        0, ge=0, description="psi is 0 before this step (nothing is decoded there); at 0 it is used everywhere"
     )
     clean_prediction: CleanPrediction = Field(
         "conditional",
@@ -159,6 +172,12 @@ class Config(Section):
             )
         if chunk % self.prompts.per_prompt:
             yield f"prompts.per_prompt: {self.prompts.per_prompt} does not divide sampler.chunk_size {chunk}"
+        if self.objective.forward_looking_from >= self.sampler.steps:
+            yield f"objective.forward_looking_from: must be below sampler.steps {self.sampler.steps}"
+        if self.train.shuffle_rewards and self.sampler.transitions != "all":
+            yield "train.shuffle_rewards: only with sampler.transitions=all (other states have no reward to swap)"
+        if self.train.shuffle_rewards and chunk == 1:
+            yield "train.shuffle_rewards: needs a sampler.chunk_size above 1"
         if self.evaluation.images % chunk:
             yield f"evaluation.images: {self.evaluation.images} is not a multiple of sampler.chunk_size {chunk}"
 
@@ -169,6 +188,7 @@ class Config(Section):
             eta=self.sampler.eta,
             forward_looking=self.objective.forward_looking,
             clean_prediction=self.objective.clean_prediction,
+            from_step=self.objective.forward_looking_from,
             selection=self.sampler.transitions,
             fraction=self.sampler.transition_fraction,
             skip_last=self.objective.last_transition == "skip",

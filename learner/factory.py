@@ -48,7 +48,8 @@ def build_sampler(config: Config) -> Sampler:
 
 def build_scorer(config: Config) -> Scorer:
     reward = rewards.load(config.reward.name, config.reward.weights, device(config), **config.reward.options)
-    return Scorer(Decoder(str(resolve(config.model.path)), device(config)), reward)
+    decoder = Decoder(str(resolve(config.model.path)), device(config))
+    return Scorer(decoder, reward, config.train.shuffle_rewards)
 
 
 def build_learner(config: Config) -> Learner:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import rewards
 from cluster.placement import PlacementError
 from cluster.waits import ActorDied, DeadlineExceeded
@@ -15,12 +17,15 @@ from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, load_config, resolve
 from learner.records import RunDirectory
 from learner.runner import Runner
-from learner.update import StaleWeights
+from learner.update import NonFiniteGradient, StaleWeights
 from learner.work import read_prompts
 from rewards.scorer import BadReward
 
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
-FAILURES = (BadReward, StaleWeights, DeadlineExceeded, ActorDied, PlacementError)
+FAILURES = (
+    BadReward, StaleWeights, NonFiniteGradient, DeadlineExceeded, ActorDied, PlacementError, BaseModelError,
+    ConnectionError,
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         _check_inputs(config)
         directory = RunDirectory(_run_path(config, args.config or DEFAULT_CONFIG), config)
-    except (ConfigError, BaseModelError, rewards.UnknownReward) as error:
+    except (ConfigError, BaseModelError) as error:
         for line in str(error).splitlines():
             print(f"learner.run: {line}", file=sys.stderr)
         return 2
@@ -60,11 +65,16 @@ def build_runner(config: Config) -> Runner:
 
 def _check_inputs(config: Config) -> None:
     """Files and names that would otherwise fail only after actors are up."""
-    read_prompts(config.prompts.path)
+    prompts = read_prompts(config.prompts.path)
     if config.evaluation.prompts:
-        read_prompts(config.evaluation.prompts, "evaluation.prompts")
+        prompts += read_prompts(config.evaluation.prompts, "evaluation.prompts")
     locate(str(resolve(config.model.path)))
-    rewards.check(config.reward.name)
+    if config.model.device == "cuda" and config.run.runner == "inprocess" and not torch.cuda.is_available():
+        raise ConfigError("model.device: cuda was asked for, but torch finds none here")
+    try:
+        rewards.check(config.reward.name, config.reward.weights, config.reward.options, prompts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _run_path(config: Config, source: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,6 +28,10 @@ from learner.objectives import db
 Scored = tuple[Trajectories, Scores]
 
 
+class NonFiniteGradient(ArithmeticError):
+    """An update that would have destroyed the weights; gradients are reduced, so all ranks raise together."""
+
+
 class StaleWeights(RuntimeError):
     """Trajectories that were not made by the adapter this learner published."""
 
@@ -43,7 +47,7 @@ class Transitions:
     embeddings: Tensor  # [b, L, E]
     reward: Tensor  # [b] of the clean prediction at x
     reward_next: Tensor  # [b] of the clean prediction at x_next
-    reward_terminal: Tensor  # [b] of the trajectory's image
+    reward_terminal: Tensor  # [b] of the terminal state
     terminal: Tensor  # [b] bool: x_next is the state whose flow is the reward
     log_pf_old: Tensor  # [b] nats, summed over dimensions, of the rollout
     output_old: Tensor  # [b, C, H, W] guided output of the rollout
@@ -84,7 +88,9 @@ class Learner:
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> dict[str, float]:
         """One optimizer step of the policy for each element of `updates`, this rank's share of that update.
 
-        Returns means over the epoch and over ranks: loss, residual^2, regulariser, gradient norms, flow loss.
+        Returns means over the epoch and over ranks: loss, residual^2, drift
+        (squared change of the output since rollout), kl (nats a transition, rollout policy to current), gradient
+        norms, flow loss.
 
         Raises:
             StaleWeights: trajectories of another adapter than the published one.
@@ -96,29 +102,38 @@ class Learner:
                     f"{trajectories.adapter_sha256[:12]} (version {trajectories.policy_version}), but version "
                     f"{self.published.version} is {self.published.sha256[:12]}: the new weights did not arrive"
                 )
-        self.replay.append([scored for update in updates for scored in update])
+        if self.config.flow.fit_steps or self.config.flow.warmup_steps:
+            self.replay.append([scored for update in updates for scored in update])
         totals: dict[str, list[float]] = {}
         for index, update in enumerate(updates):
-            metrics = self._fit_flow(epoch, index, beta) if self.config.flow.fit_steps else {}
-            metrics |= self.update([batch for scored in update for batch in self._micro_batches(scored)], beta)
+            steps = self.config.flow.fit_steps + (self.config.flow.warmup_steps if epoch == index == 0 else 0)
+            metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
+            batches = (batch for scored in update for batch in self._micro_batches(scored))
+            metrics |= self.update(batches, sum(scored[0].selected.size for scored in update), beta)
             for name, value in metrics.items():
                 totals.setdefault(name, []).append(value)
         names = sorted(totals)
         means = torch.tensor([float(np.mean(totals[name])) for name in names], dtype=torch.float64)
+        means = means.to(self.model.device)
         if self.world_size > 1:
             dist.all_reduce(means)
             means /= self.world_size
         return dict(zip(names, means.tolist(), strict=True))
 
-    def update(self, batches: Sequence[Transitions], beta: float) -> dict[str, float]:
-        """One policy step (and flow step, when the two train on one loss) on the mean over all transitions of
-        the micro-batches; returns the loss's parts and the gradient norms before clipping."""
+    def update(self, batches: Iterable[Transitions], count: int, beta: float) -> dict[str, float]:
+        """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions
+        of the micro-batches; returns the loss's parts and the gradient norms before clipping.
+
+        Raises:
+            NonFiniteGradient: nothing was changed.
+        """
         joint = self.config.flow.fit_steps == 0
         nets = [self.unet, self.flow] if joint else [self.unet]
         totals: dict[str, float] = {}
-        count = sum(len(batch.t) for batch in batches)
-        for i, batch in enumerate(batches):
-            with self._sync_last(nets, i == len(batches) - 1):
+        done = 0
+        for batch in batches:
+            done += len(batch.t)
+            with self._sync_last(nets, done == count):
                 loss, parts = self.loss(batch, beta, flow_gradient=joint)
                 share = len(batch.t) / count
                 (loss * share).backward()
@@ -140,7 +155,10 @@ class Learner:
         balance = (weights * db.penalty(delta, objective.penalty, objective.huber_width)).mean()
         drift = (output - batch.output_old).square().mean()
         loss = balance + objective.regulariser * drift
-        parts = {"loss": loss, "balance": balance, "drift": drift, "residual_squared": delta.square().mean()}
+        with torch.no_grad():
+            moved = kernel.mean(output, batch.t, batch.x) - kernel.mean(batch.output_old, batch.t, batch.x)
+            kl = (moved.square().flatten(1).sum(1) / (2 * variance)).mean()
+        parts = {"loss": loss, "balance": balance, "drift": drift, "kl": kl, "residual_squared": delta.square().mean()}
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def residual(self, batch: Transitions, log_pf: Tensor, beta: float, flow_gradient: bool) -> Tensor:
@@ -154,19 +172,23 @@ class Learner:
             )
         f, f_next = both.chunk(2)
         scale = beta if objective.forward_looking != "none" else 0.0
+        psi, psi_next = (
+            scale * db.gamma(self.kernel.abar(t), objective.forward_looking_decay) * reward
+            for t, reward in ((batch.t, batch.reward), (batch.t_next, batch.reward_next))
+        )
         log_flow_next = db.next_log_flow(
-            f_next, scale * batch.reward_next, beta * batch.reward_terminal, batch.terminal, objective.detach_next_flow
+            f_next, psi_next, beta * batch.reward_terminal, batch.terminal, objective.detach_next_flow
         )
         log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, objective.log_prob_reduction)
-        return db.residual(db.log_flow(f, scale * batch.reward), log_pf, log_pb, log_flow_next)
+        return db.residual(db.log_flow(f, psi), log_pf, log_pb, log_flow_next)
 
-    def _fit_flow(self, epoch: int, update: int, beta: float) -> dict[str, float]:
+    def _fit_flow(self, epoch: int, update: int, beta: float, steps: int) -> dict[str, float]:
         """Flow-only steps on replayed rollouts, with the log p_F that the sampler stored."""
         pool = [scored for part in self.replay for scored in part]
         rng = noise.generator(self.config.run.seed, noise.REPLAY, epoch, update, self.rank)
         losses = []
         per_dim = self.dimensions if self.objective.log_prob_reduction == "mean" else 1
-        for _ in range(self.config.flow.fit_steps):
+        for _ in range(steps):
             pick = rng.integers(0, len(pool), 4)
             each = max(1, self.config.flow.batch // len(pick))
             parts = [self._gather(pool[i], rng.integers(0, pool[i][0].selected.size, each)) for i in pick]
@@ -194,15 +216,15 @@ class Learner:
         row, column = np.unravel_index(flat, trajectories.selected.shape)
         step = trajectories.selected[row, column]
         n = len(trajectories.timesteps)
-        terminal = step + 1 >= (n - 1 if self.objective.last_transition == "skip" else n)
+        end = n - 1 if self.objective.last_transition == "skip" else n
         device = self.model.device
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         times = np.append(trajectories.timesteps, 0)
-        # Rewards of states that nobody needs are NaN; the terminal branch of next_log_flow ignores them.
-        rewards = np.nan_to_num(scores.rewards)
+        # States without a reward have psi = 0 (forward_looking none, or before forward_looking_from).
+        rewards = np.nan_to_num(scores.rewards - np.float32(self.objective.reward_offset))
         return Transitions(
             x=tensor(trajectories.states[row, step]),
             x_next=tensor(trajectories.states[row, step + 1]),
@@ -211,8 +233,8 @@ class Learner:
             embeddings=self.model.embed([trajectories.chunk.prompts[r] for r in row]),
             reward=tensor(rewards[row, step]),
             reward_next=tensor(rewards[row, step + 1]),
-            reward_terminal=tensor(rewards[row, n]),
-            terminal=tensor(terminal),
+            reward_terminal=tensor(rewards[row, end]),
+            terminal=tensor(step + 1 >= end),
             log_pf_old=tensor(trajectories.log_pf[row, step]),
             output_old=tensor(trajectories.model_output[row, column]),
         )
@@ -230,6 +252,11 @@ class Learner:
 
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learner.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteGradient(
+                f"the gradient is not finite (norm {norm.item()}): the adapter of version {self.published.version} is "
+                "kept; lower the learning rates or objective.beta"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()

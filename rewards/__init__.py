@@ -38,11 +38,13 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
         UnknownReward: see there.
         ValueError: weights or options that this reward does not take.
     """
+    if weights is not None:
+        raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
     if ":" in name:
         return UserReward(name, **options)
-    check(name)
-    if weights is not None:
-        raise ValueError(f"reward {name} has no weights, got {weights!r}")
+    if name not in NAMES:
+        known = ", ".join(NAMES)
+        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
     if name == "shapes_alignment":
         from rewards.shapes_alignment import ShapesAlignment
 
@@ -55,16 +57,23 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
     try:
         return factory(**options)
     except TypeError as error:
-        raise ValueError(f"reward {name}: {error}") from error
+        raise ValueError(f"reward.options: {name}: {error}") from error
 
 
-def check(name: str) -> None:
-    """Raises UnknownReward if `load` would not find the name; loads no weights."""
-    if ":" in name:
+def check(name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str]) -> None:
+    """Find out before anything starts whether `load` would fail, or the reward refuse a prompt. A user's own reward
+    is only imported, not made: it may need the actor's device.
+
+    Raises:
+        ValueError: as `load`, or naming the prompt.
+    """
+    if ":" in name and weights is None:
         _import(name)
-    elif name not in NAMES:
-        known = ", ".join(NAMES)
-        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+        return
+    reward = load(name, weights, **options)
+    check_prompts = getattr(reward, "check_prompts", None)
+    if check_prompts is not None:
+        check_prompts(prompts)
 
 
 def _import(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from diffusion import noise
 from diffusion.base_model import Decoder
 from diffusion.trajectory import CleanPredictions, Scores
 from rewards import Reward
@@ -19,8 +20,9 @@ class BadReward(ValueError):
 class Scorer:
     """A decoder and a reward. Plain Python; actors/ wraps it."""
 
-    def __init__(self, decoder: Decoder, reward: Reward) -> None:
-        self.decoder, self.reward = decoder, reward
+    def __init__(self, decoder: Decoder, reward: Reward, shuffle: bool = False) -> None:
+        """`shuffle` hands every training trajectory the rewards of another of its chunk: a control without signal."""
+        self.decoder, self.reward, self.shuffle = decoder, reward, shuffle
 
     @torch.no_grad()
     def score(self, clean: CleanPredictions) -> Scores:
@@ -48,4 +50,9 @@ class Scorer:
             if chunk.purpose == "evaluate":
                 pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
                 pictures.append(pixels.cpu().numpy())
+        if self.shuffle and chunk.purpose == "train":
+            order = noise.generator(chunk.seed, noise.SHUFFLE, chunk.epoch, chunk.index).permutation(len(rewards))
+            shuffled = np.empty_like(rewards)
+            shuffled[order] = rewards[np.roll(order, 1)]  # nobody keeps their own
+            rewards = shuffled
         return Scores(chunk, rewards, np.concatenate(pictures) if pictures else None)

@@ -34,6 +34,11 @@ class ShapesAlignment:
     name = "shapes_alignment"
     differentiable = False
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt that is not of the shapes world."""
+        for prompt in prompts:
+            parse(prompt)
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """
         Raises:

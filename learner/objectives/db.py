@@ -19,6 +19,15 @@ from torch import Tensor
 
 Penalty = Literal["squared", "huber"]
 Weighting = Literal["uniform", "variance"]
+Decay = Literal["none", "sqrt_abar", "abar"]
+
+
+def gamma(abar: Tensor, decay: Decay) -> Tensor:
+    """Weight gamma_t [B] of the forward-looking reward: 1, or the shrinking of arXiv 2412.07775 (sqrt(abar_t) or
+    abar_t). A clean prediction from pure noise says little about the image; at t = 0 gamma is 1 by definition."""
+    if decay == "none":
+        return torch.ones_like(abar)
+    return abar.sqrt() if decay == "sqrt_abar" else abar
 
 
 def log_flow(f: Tensor, psi: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
 
 from diffusion.kernels import DDIMKernel
 
@@ -98,6 +98,14 @@ def test_sd15_grid_and_constants():
     assert kernel.timesteps[:2].tolist() == [981, 961] and kernel.timesteps[-1] == 1
     assert kernel.next_timestep[kernel.timesteps].tolist() == [*kernel.timesteps[1:].tolist(), 0]
     assert kernel.variance(torch.tensor([1])).item() == pytest.approx(4.26e-4, rel=2e-3)
+
+
+def test_sd15_as_shipped_with_pndm_gives_the_ddim_grid():
+    shipped = {key: value for key, value in SD15.items() if key != "clip_sample"}
+    kernel = DDIMKernel.from_scheduler(PNDMScheduler(**shipped, skip_prk_steps=True), 50)
+    expected = DDIMKernel.from_scheduler(DDIMScheduler(**SD15), 50)
+    assert kernel.timesteps.tolist() == expected.timesteps.tolist()
+    assert torch.equal(kernel.variance(kernel.timesteps), expected.variance(kernel.timesteps))
 
 
 def test_last_step_goes_to_timestep_zero_even_with_set_alpha_to_one():

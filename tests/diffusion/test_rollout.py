@@ -104,7 +104,13 @@ def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipelin
     assert trajectories.selected.shape == (4, 1) and trajectories.selected.max() < 3
     for row in range(4):
         step = trajectories.selected[row, 0]
-        assert set(clean.step[clean.row == row]) == {step, step + 1, 4}
+        assert set(clean.step[clean.row == row]) == {step, step + 1, 3, 4}
+
+
+def test_nothing_is_decoded_before_from_step(tiny_pipeline):
+    made = sampler(tiny_pipeline, forward_looking="snapshot", from_step=2)
+    _, clean = made.sample(chunk(), moved(made.model))
+    assert set(clean.step) == {2, 3, 4} and len(clean.step) == 12
 
 
 def test_evaluation_scores_only_the_image(tiny_pipeline):

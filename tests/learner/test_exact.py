@@ -131,7 +131,7 @@ def train(learner: Learner, updates: int = UPDATES) -> dict[str, float]:
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, updates, 0.02 * 3e-2) for o in optimizers]
     metrics: dict[str, float] = {}
     for _ in range(updates):
-        metrics = learner.update([rollout(learner)], beta=1.0)
+        metrics = learner.update([rollout(learner)], STEPS * BATCH, beta=1.0)
         for schedule in schedules:
             schedule.step()
     return metrics

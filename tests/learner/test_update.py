@@ -108,7 +108,7 @@ def gradient_of(learner: Learner, batches) -> torch.Tensor:
     """The gradient an update hands to the optimizers, before clipping."""
     grads = []
     learner._step = lambda optimizer, parameters: grads.extend(p.grad.clone() for p in parameters) or 0.0  # type: ignore
-    learner.update(batches, 5.0)
+    learner.update(batches, sum(len(batch.t) for batch in batches), 5.0)
     del learner._step
     for parameter in [*learner.policy_parameters, *learner.flow_parameters]:
         parameter.grad = None

@@ -111,6 +111,18 @@ def test_scorer_lays_rewards_out_by_trajectory_and_state():
     assert scores.images is None
 
 
+def test_shuffled_rewards_are_a_permutation_of_whole_trajectories_and_spare_evaluation():
+    values = np.linspace(0.1, 0.9, 12).astype(np.float32)
+    latents = np.stack([np.full((3, 2, 2), value, np.float32) for value in values])
+    chunk = Chunk(0, "train", 4, 0, ("p",) * 4, (0, 1, 2, 3))
+    made = CleanPredictions(chunk, 2, latents, np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4))
+    plain = Scorer(lambda latents: latents, Brightness()).score(made).rewards
+    shuffled = Scorer(lambda latents: latents, Brightness(), shuffle=True).score(made).rewards
+    assert (shuffled != plain).any()
+    np.testing.assert_array_equal(np.sort(shuffled[:, 0]), np.sort(plain[:, 0]))
+    assert {tuple(row) for row in shuffled} == {tuple(row) for row in plain}
+
+
 def test_scorer_names_prompt_and_trajectory_of_a_bad_reward():
     with pytest.raises(BadReward, match=r"'second', trajectory 11 of epoch 4, state 2"):
         Scorer(lambda latents: latents, Brightness()).score(clean([0.1, 0.2, 0.3, 0.4, float("nan")]))
