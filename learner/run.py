@@ -85,7 +85,8 @@ def _run_path(config: Config, source: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     keys = "\n".join(
-        f"  {key:<30} {field.description} (default: {field.default})" for key, field in known_keys().items()
+        f"  {key:<30} {field.description} (default: {field.get_default(call_default_factory=True)})"
+        for key, field in known_keys().items()
     )
     parser = argparse.ArgumentParser(
         prog="python -m learner.run",

@@ -74,23 +74,27 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--count", type=int, default=252)
     parser.add_argument("--kinds", nargs="+", default=["seen", "held-out", "large", "small", "two", *PLACES])
+    parser.add_argument("--prompts", type=Path, help="also measure the prompts of this file, in turn")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    true = [(world.draw(scene, rng), scene) for kind in args.kinds for scene in scenes(kind, args.count)]
+    sets = {kind: scenes(kind, args.count) for kind in args.kinds}
+    if args.prompts:
+        lines = [line for line in args.prompts.read_text().splitlines() if line and not line.startswith("#")]
+        sets[args.prompts.stem] = [world.parse(lines[i % len(lines)]) for i in range(args.count)]
+    true = [(world.draw(scene, rng), scene) for asked in sets.values() for scene in asked]
     print(f"detector on {len(true)} true drawings: {np.mean([correct(*pair) for pair in true]):.3f}")
     pipeline = StableDiffusionPipeline.from_pretrained(args.model)
     pipeline.set_progress_bar_config(disable=True)
     if args.lora:
         pipeline.load_lora_weights(args.lora)
-    for kind in args.kinds:
-        asked = scenes(kind, args.count)
+    for kind, asked in sets.items():
         start = time.perf_counter()
         images = generate(pipeline, [scene.caption() for scene in asked], args.steps, args.guidance)
         speed = len(images) / (time.perf_counter() - start)
         accuracy = np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)])
         print(
-            f"{kind:9} strict accuracy {accuracy:.3f} of {len(images)} "
+            f"{kind:13} strict accuracy {accuracy:.3f} of {len(images)} "
             f"({args.steps} steps, guidance {args.guidance:g}, {speed:.1f} images/s)"
         )
 

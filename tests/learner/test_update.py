@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from diffusion import lora
 from learner import factory, group
 from learner.config import Config
-from learner.update import Learner, StaleWeights, Transitions
+from learner.update import Learner, NonFiniteGradient, StaleWeights, Transitions
 from learner.work import read_prompts, training_chunks
 
 
@@ -122,6 +122,27 @@ def test_trajectories_of_another_adapter_are_refused(prepared):
     learner.publish(3)
     with pytest.raises(StaleWeights, match="did not arrive"):
         learner.train_epoch(1, 1.0, [epoch])
+
+
+def test_a_sampler_that_skips_the_load_is_found_out(small_config, monkeypatch):
+    """The receipt is of the adapter as it stands in the module, not of what was sent."""
+    config = small_config()
+    learner = factory.build_learner(config)
+    stir(learner)
+    monkeypatch.setattr(lora, "load", lambda unet, flat: None)
+    epoch = scored_epoch(config, learner.publish(1))
+    with pytest.raises(StaleWeights, match="did not arrive"):
+        learner.train_epoch(0, 1.0, [epoch])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(prepared):
+    learner, epoch = prepared
+    batch = batch_of(learner, epoch)
+    batch.reward_terminal[:] = float("nan")
+    before = lora.snapshot(learner.model.unet, 0).sha256
+    with pytest.raises(NonFiniteGradient, match="kept"):
+        learner.update([batch], len(batch.t), 5.0)
+    assert lora.snapshot(learner.model.unet, 0).sha256 == before
 
 
 @pytest.mark.parametrize("fit_steps", [0, 3])
