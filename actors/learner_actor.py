@@ -29,11 +29,11 @@ class LearnerActor:
         """A free port on this rank's node, where rank 0 will meet the others."""
         return group.free_address(ray.util.get_node_ip_address())
 
-    def start(self, address: str, seconds: float) -> Snapshot:
-        """Join the group and build the networks. Returns policy version 0."""
+    def start(self, address: str, seconds: float) -> tuple[Snapshot, int]:
+        """Join the group and build the networks. Returns policy version 0 and the number of latent dimensions."""
         group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
         self.learner = factory.build_learner(self.config)
-        return self.learner.published
+        return self.learner.published, self.learner.dimensions
 
     def train_epoch(
         self, epoch: int, beta: float, updates: Sequence[Sequence[ScoredRefs]], seconds: float

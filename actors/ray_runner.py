@@ -64,7 +64,8 @@ class RayRunner:
             return get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}")
 
         address = ready(self.ranks[0].address.remote())
-        self.snapshot = ready([rank.start.remote(address, config.run.train_seconds) for rank in self.ranks])[0]
+        starts = [rank.start.remote(address, config.run.train_seconds) for rank in self.ranks]
+        self.snapshot, self.dimensions = ready(starts)[0]
         ready([actor.ready.remote() for actor in samplers + scorers])
         self.samplers = Pool("sampling", samplers, config.run.chunk_seconds)
         self.scorers = Pool("scoring", scorers, config.run.chunk_seconds)

@@ -99,6 +99,11 @@ class LearnerConfig(Section):
 
 
 class Objective(Section):
+    """DAG-DB. The published code is: forward_looking snapshot, clean_prediction conditional, detach_next_flow false,
+    log_prob_reduction mean, penalty squared, transition_weight uniform, last_transition train, regulariser 1, beta 100
+    annealed over half of the epochs, and flow.fit_steps 0. The corrected default detaches the next flow and takes psi
+    from the frozen base."""
+
     kind: Literal["dag_db"] = Field("dag_db", description="objective: dag_db")
     beta: float = Field(100.0, ge=0, description="reward exponent (per dimension when log_prob_reduction is mean)")
     anneal_fraction: float = Field(0.5, ge=0, le=1, description="beta rises linearly over this share of the epochs")

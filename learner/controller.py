@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -26,18 +27,18 @@ def run(config: Config, runner: Runner, directory: RunDirectory, say: Callable[[
     prompts = read_prompts(config.prompts.path)
     evaluation = evaluation_chunks(config, _evaluation_prompts(config, prompts))
     say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
+    say(_target(config, runner.dimensions))
     before = runner.evaluate(evaluation) if evaluation else []
     if before:
         directory.save_sheet("before", before)
         directory.save_evaluation("epoch-before", before)
-        directory.append({"epoch": -1, "policy_version": runner.snapshot.version, "eval_reward_mean": _mean(before)})
+        directory.append(_line(-1, runner.snapshot.version, None, None, _mean(before)))
         say(f"before training: evaluated reward {_mean(before):.3f} on {config.evaluation.images} fixed images")
     after = before
     for epoch in range(config.train.epochs):
         start = time.perf_counter()
         objective = config.objective
         beta = db.anneal(objective.beta, epoch, config.train.epochs, objective.anneal_fraction)
-        version = runner.snapshot.version
         result = runner.train_epoch(epoch, beta, training_chunks(config, prompts, epoch))
         directory.save_latest(runner.snapshot.version, runner.save_lora)
         due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
@@ -46,7 +47,7 @@ def run(config: Config, runner: Runner, directory: RunDirectory, say: Callable[[
             after = runner.evaluate(evaluation)
             evaluated = _mean(after)
             directory.save_evaluation(f"epoch-{epoch}", after)
-        directory.append(_line(epoch, version, beta, result, evaluated))
+        directory.append(_line(epoch, runner.snapshot.version, beta, result, evaluated))
         say(_summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))
     if after:
         sheet = directory.save_sheet("after", after)
@@ -57,6 +58,16 @@ def run(config: Config, runner: Runner, directory: RunDirectory, say: Callable[[
         )
         say(f"pictures: {sheet.with_name('before.png')}, {sheet}")
     say(f"LoRA: {directory.path / 'checkpoints' / 'latest' / 'lora'}")
+
+
+def _target(config: Config, dimensions: int) -> str:
+    """What the objective's zero-loss solution samples from: the log-probability reduction decides the exponent."""
+    objective = config.objective
+    exponent = objective.beta * (dimensions if objective.log_prob_reduction == "mean" else 1)
+    return (
+        f"{objective.kind}: target proportional to exp({exponent:g} x reward) "
+        f"(beta {objective.beta:g}, log-probabilities by {objective.log_prob_reduction} over D = {dimensions})"
+    )
 
 
 def _evaluation_prompts(config: Config, prompts: list[str]) -> list[str]:
@@ -72,20 +83,24 @@ def _mean(scores: list[Scores]) -> float:
     return float(np.mean(_rewards(scores)))
 
 
-def _line(epoch: int, version: int, beta: float, result: EpochResult, evaluated: float | None) -> dict:
-    """`policy_version` is the one that sampled the epoch's trajectories."""
-    rewards = np.asarray(result.rewards)
+def _line(
+    epoch: int, version: int, beta: float | None, result: EpochResult | None, evaluated: float | None
+) -> dict[str, Any]:
+    """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; epoch -1,
+    before training, has neither loss nor training rewards."""
+    rewards = np.asarray(result.rewards if result else [])
     return {
         "epoch": epoch,
         "policy_version": version,
         "beta": beta,
-        **result.metrics,
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
+        "loss": None,
+        **(result.metrics if result else {}),
+        "reward_mean": float(rewards.mean()) if result else None,
+        "reward_std": float(rewards.std()) if result else None,
         "eval_reward_mean": evaluated,
-        "sample_seconds": result.sample_seconds,
-        "score_seconds": result.score_seconds,
-        "train_seconds": result.train_seconds,
+        "sample_seconds": result.sample_seconds if result else None,
+        "score_seconds": result.score_seconds if result else None,
+        "train_seconds": result.train_seconds if result else None,
         "trajectories": len(rewards),
     }
 

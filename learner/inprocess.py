@@ -24,6 +24,7 @@ class InProcessRunner:
         self.scorer = factory.build_scorer(config)
         self.learner = factory.build_learner(config)
         self.snapshot = self.learner.published
+        self.dimensions = self.learner.dimensions
         self.description = "in process: 1 sampler, 1 scorer, 1 learner"
 
     def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk]) -> EpochResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from learner.config import Config, ConfigError
 
 SHEET_COLUMNS = 8
 SHEET_IMAGES = 32
+GAP, LINE, CAPTION_LINES = 8, 12, 3  # pixels between pictures, pixels a caption line, lines
 
 
 class RunDirectory:
@@ -84,24 +86,19 @@ class RunDirectory:
 
 
 def contact_sheet(scores: Sequence[Scores], limit: int = SHEET_IMAGES) -> Image.Image:
-    """The first `limit` images in rows of eight, enlarged to about 128 pixels, reward and prompt beneath."""
+    """The first `limit` images in rows of eight, at least 128 pixels wide, reward and prompt beneath."""
     pictures = [image for part in scores for image in part.images][:limit]  # type: ignore[union-attr]
     prompts = [prompt for part in scores for prompt in part.chunk.prompts][:limit]
     values = [float(value) for part in scores for value in part.rewards[:, -1]][:limit]
     side = max(128, min(256, pictures[0].shape[0]))
+    width, height = side + GAP, side + GAP + CAPTION_LINES * LINE
     rows = -(-len(pictures) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * (side + 8), rows * (side + 44)), "white")
+    sheet = Image.new("RGB", (SHEET_COLUMNS * width, rows * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (picture, prompt, value) in enumerate(zip(pictures, prompts, values, strict=True)):
-        x, y = (i % SHEET_COLUMNS) * (side + 8) + 4, (i // SHEET_COLUMNS) * (side + 44) + 4
+        x, y = (i % SHEET_COLUMNS) * width + GAP // 2, (i // SHEET_COLUMNS) * height + GAP // 2
         sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        first, second = _two_lines(prompt)
-        pen.text((x, y + side + 1), f"{value:.2f}  {first}", fill="black")
-        pen.text((x, y + side + 13), second, fill="black")
+        caption = textwrap.wrap(f"{value:.2f}  {prompt}", side // 6, max_lines=CAPTION_LINES, placeholder=" ...")
+        for line, text in enumerate(caption):
+            pen.text((x, y + side + line * LINE), text, fill="black")
     return sheet
-
-
-def _two_lines(prompt: str, width: int = 16) -> tuple[str, str]:
-    cut = prompt.rfind(" ", 0, width) if len(prompt) > width else len(prompt)
-    cut = cut if cut > 0 else width
-    return prompt[:cut], prompt[cut:].strip()[: width + 6]

@@ -28,6 +28,7 @@ class Runner(Protocol):
 
     snapshot: Snapshot
     description: str
+    dimensions: int  # D, numbers in one latent
 
     def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk]) -> EpochResult:
         """Sample, score and train on the chunks, then publish the next policy version."""

@@ -50,8 +50,9 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(unbroken, ti
     assert same_bits(unbroken, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [-1, 0, 1]
-    assert [line["policy_version"] for line in lines] == [0, 0, 1]
-    assert all(line["trajectories"] == 8 for line in lines[1:])
+    assert [line["policy_version"] for line in lines] == [0, 1, 2]
+    assert [line["trajectories"] for line in lines] == [0, 8, 8]
+    assert all(line["loss"] is not None and line["reward_std"] > 0 for line in lines[1:])
 
 
 def test_another_seed_gives_another_lora(unbroken, tiny_pipeline, tmp_path):
