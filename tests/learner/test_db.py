@@ -104,6 +104,13 @@ def test_annealing_is_linear_over_the_first_half():
     assert db.anneal(100, 0, 8, 0.0) == 100
 
 
+def test_decay_fades_towards_the_noise_and_is_one_at_the_image():
+    abar = torch.tensor([0.01, 0.25, 1.0])
+    assert db.gamma(abar, "none").tolist() == [1, 1, 1]
+    torch.testing.assert_close(db.gamma(abar, "sqrt_abar"), torch.tensor([0.1, 0.5, 1.0]))
+    assert torch.equal(db.gamma(abar, "abar"), abar)
+
+
 def test_variance_weights_average_to_one_over_the_grid():
     variance = torch.tensor([0.5, 0.1, 0.01])
     assert db.transition_weights(variance, variance, "variance").mean().item() == pytest.approx(1)

@@ -61,7 +61,8 @@ def test_last_transition_meets_the_terminal_reward_and_others_the_stored_value(p
     batch.reward_terminal += 1.0
     batch.reward_next += 10.0
     moved = learner.residual(batch, log_pf, 5.0, flow_gradient=False) - delta
-    expected = torch.where(batch.terminal, -5.0, -50.0)
+    fade = learner.kernel.abar(batch.t_next).sqrt()  # the preset's forward_looking_decay
+    expected = torch.where(batch.terminal, -5.0, -50.0 * fade)
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-2)
     assert batch.terminal.sum() == 8 and (batch.t_next[batch.terminal] == 0).all()
 
