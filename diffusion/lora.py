@@ -18,13 +18,15 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTER = "default"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
+METADATA_KEY = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,15 @@ def save_files(unet: nn.Module, folder: Path) -> None:
         unet_lora_layers=convert_state_dict_to_diffusers(state),
         unet_lora_adapter_metadata=_metadata(config),
     )
+    _drop_format_key(folder / DIFFUSERS_FILE)
     save_file(_kohya(state, float(config.lora_alpha)), str(folder / KOHYA_FILE))
+
+
+def _drop_format_key(file: Path) -> None:
+    """Keep one metadata key: safetensors writes several in a random order, and equal adapters are to be equal files."""
+    with safe_open(str(file), "pt") as opened:
+        metadata = {METADATA_KEY: opened.metadata()[METADATA_KEY]}
+    save_file(load_file(str(file)), str(file), metadata=metadata)
 
 
 def _metadata(config: LoraConfig) -> dict[str, Any]:

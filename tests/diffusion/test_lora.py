@@ -95,6 +95,15 @@ def test_files_carry_alpha(recorded):
     assert alphas == {ALPHA}
 
 
+def test_equal_adapters_are_equal_files(tiny_pipeline, tmp_path):
+    model = BaseModel(tiny_pipeline)
+    model.attach_lora(2, 3, seed=0)
+    for i in range(4):
+        lora.save_files(model.unet, tmp_path / str(i))
+    for name in (lora.DIFFUSERS_FILE, lora.KOHYA_FILE):
+        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(4)}) == 1
+
+
 def test_buffer_round_trip_and_hash(tiny_pipeline):
     first, second = BaseModel(tiny_pipeline), BaseModel(tiny_pipeline)
     first.attach_lora(2, 2, seed=0)
