@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from diffusion import lora
 from diffusion.kernels import DDIMKernel
 
 DECODE_BATCH = 32
+
+# Loading bars of a dozen small files, in every actor, help nobody.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 
 class BaseModelError(ValueError):

@@ -32,11 +32,17 @@ def tiny_pipeline(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def small_settings(tiny_pipeline) -> list[str]:
+    """Overrides that make a run of the preset small."""
+    return [*SMALL, f"model.path={tiny_pipeline}"]
+
+
 @pytest.fixture
-def small_config(tiny_pipeline):
+def small_config(small_settings):
     """Factory of small configs over the random pipeline: small_config("run.seed=1", ...)."""
 
     def make(*overrides: str) -> Config:
-        return load_config(overrides=[*SMALL, f"model.path={tiny_pipeline}", *overrides])
+        return load_config(overrides=[*small_settings, *overrides])
 
     return make

@@ -19,10 +19,8 @@ def nan_at_the_third(images, prompts):
 """
 
 
-def run(folder, tiny_pipeline, *overrides, expect=0, cwd=None):
-    from tests.conftest import SMALL
-
-    settings = [*SMALL, f"model.path={tiny_pipeline}", f"run.dir={folder}", *overrides]
+def run(folder, small_settings, *overrides, expect=0, cwd=None):
+    settings = [*small_settings, f"run.dir={folder}", *overrides]
     done = subprocess.run(
         [sys.executable, "-m", "learner.run", *settings], capture_output=True, text=True, timeout=300, cwd=cwd
     )
@@ -31,10 +29,10 @@ def run(folder, tiny_pipeline, *overrides, expect=0, cwd=None):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny_pipeline, tmp_path_factory):
+def unbroken(small_settings, tmp_path_factory):
     """Two epochs in process: what every other way to run must reproduce."""
     folder = tmp_path_factory.mktemp("runs") / "inprocess"
-    run(folder, tiny_pipeline, "run.runner=inprocess")
+    run(folder, small_settings, "run.runner=inprocess")
     return folder
 
 
@@ -45,8 +43,8 @@ def same_bits(one, other) -> bool:
 
 
 @pytest.mark.parametrize("samplers", [1, 3])
-def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(unbroken, tiny_pipeline, tmp_path, samplers):
-    run(tmp_path / "run", tiny_pipeline, f"sampler.actors={samplers}")
+def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(unbroken, small_settings, tmp_path, samplers):
+    run(tmp_path / "run", small_settings, f"sampler.actors={samplers}")
     assert same_bits(unbroken, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [-1, 0, 1]
@@ -55,17 +53,17 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(unbroken, ti
     assert all(line["loss"] is not None and line["reward_std"] > 0 for line in lines[1:])
 
 
-def test_another_seed_gives_another_lora(unbroken, tiny_pipeline, tmp_path):
-    run(tmp_path / "run", tiny_pipeline, "run.runner=inprocess", "run.seed=1")
+def test_another_seed_gives_another_lora(unbroken, small_settings, tmp_path):
+    run(tmp_path / "run", small_settings, "run.runner=inprocess", "run.seed=1")
     assert not same_bits(unbroken, tmp_path / "run")
 
 
-def test_a_nan_reward_ends_the_run_naming_prompt_and_trajectory(tiny_pipeline, tmp_path):
+def test_a_nan_reward_ends_the_run_naming_prompt_and_trajectory(small_settings, tmp_path):
     (tmp_path / "mine.py").write_text(BAD_REWARD)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\n")
     done = run(
-        tmp_path / "run", tiny_pipeline, "reward.name=mine:nan_at_the_third", f"prompts.path={prompts}",
+        tmp_path / "run", small_settings, "reward.name=mine:nan_at_the_third", f"prompts.path={prompts}",
         expect=1, cwd=tmp_path,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if line.startswith("learner.run:")]
