@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -138,6 +138,19 @@ class Decoder:
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
+def load_kernel(path: str, num_steps: int, eta: float) -> DDIMKernel:
+    """The kernel of a pipeline's scheduler, without loading any weights.
+
+    Raises:
+        BaseModelError: as BaseModel.
+        ValueError: as DDIMKernel.
+    """
+    folder = locate(path)
+    with _load_errors(path):
+        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    return DDIMKernel.from_scheduler(scheduler, num_steps, eta)
+
+
 def locate(path: str) -> str:
     """The pipeline folder, or the hub id, that `path` names.
 
@@ -160,7 +173,8 @@ def _load_errors(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError) as error:
         raise BaseModelError(
-            f"model.path: {path} is neither a Stable-Diffusion pipeline folder nor reachable on the hub: {error}"
+            f"model.path: {path} is neither a Stable-Diffusion pipeline folder nor reachable on the hub: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 

@@ -33,7 +33,9 @@ class Section(BaseModel):
 class Run(Section):
     dir: str | None = Field(None, description="run directory; default runs/NAME-DATE-TIME, NAME from the config file")
     seed: int = Field(0, ge=0, description="seed of all randomness in the run")
-    runner: Literal["ray", "inprocess"] = Field("ray", description="actors on Ray, or the same parts in one process")
+    runner: Literal["ray", "inprocess"] = Field(
+        "ray", description="ray: actors; inprocess: the same parts in one process"
+    )
     cpu_threads: int = Field(1, ge=1, description="torch threads of each process (results depend on it)")
     ready_seconds: float = Field(300, gt=0, description="deadline for all actors to be up")
     chunk_seconds: float = Field(600, gt=0, description="deadline for sampling or scoring one chunk")
@@ -42,7 +44,7 @@ class Run(Section):
 
 class Model(Section):
     path: str = Field("models/shapes", description="diffusers pipeline folder, or hub id")
-    device: str = Field("auto", description="auto (cuda if there), cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (cuda if there), cpu or cuda")
 
 
 class Prompts(Section):
@@ -64,7 +66,10 @@ class RewardConfig(Section):
     actors: int | None = Field(None, ge=1, description="reward actors; default from the resources found")
     name: str = Field("shapes_alignment", description="reward by name, or your own as module:callable")
     weights: str | None = Field(None, description="weights of the reward model: path or hub id")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the reward")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of the reward; your own callable is then called with them first and returns it",
+    )
 
 
 class LoraConfig(Section):
@@ -167,13 +172,15 @@ class Config(Section):
 
     def contradictions(self) -> Iterator[str]:
         """What no single key can show to be wrong."""
+        ranks = (self.learner.ranks or 1) if self.run.runner == "ray" else 1
         chunk, epoch, updates = self.sampler.chunk_size, self.train.trajectories, self.train.updates_per_epoch
         if epoch % chunk:
             yield f"sampler.chunk_size: {chunk} does not divide train.trajectories {epoch}"
-        elif (epoch // chunk) % (updates * (self.learner.ranks or 1)):
+        elif (epoch // chunk) % (updates * ranks):
             yield (
                 f"train.updates_per_epoch: the epoch's {epoch // chunk} chunks (of sampler.chunk_size {chunk}) "
-                f"do not divide evenly among {updates} updates of {self.learner.ranks or 1} learner ranks"
+                f"do not divide evenly among {updates} updates of {ranks} learner ranks; "
+                f"make train.trajectories a multiple of {chunk * updates * ranks}"
             )
         if chunk % self.prompts.per_prompt:
             yield f"prompts.per_prompt: {self.prompts.per_prompt} does not divide sampler.chunk_size {chunk}"
@@ -210,7 +217,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config: cannot read {path}: {error}") from error
+        raise ConfigError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} holds {type(tree).__name__}, expected sections of keys")
     faults = [fault for override in overrides if (fault := _apply(tree, override))]
@@ -250,7 +257,7 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
     for section in sections:
         node = node.setdefault(section, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-        return f"{key}: {_nearest(key)}"
+        return f"{key}: {'.'.join(sections)} holds a single value in the file, expected a section of keys"
     try:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -262,6 +269,8 @@ def _describe(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"][:2])
     if item["type"] == "extra_forbidden":
         return f"{key}: {_nearest(key)}"
+    if item["type"] == "model_type":
+        return f"{key}: expected a section of keys, got {item['input']!r}"
     return f"{key}: {item['msg']}, got {item['input']!r}"
 
 

@@ -12,7 +12,7 @@ import torch
 import rewards
 from cluster.placement import PlacementError
 from cluster.waits import ActorDied, DeadlineExceeded
-from diffusion.base_model import BaseModelError, locate
+from diffusion.base_model import BaseModelError, load_kernel
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, load_config, resolve
 from learner.records import RunDirectory
@@ -29,8 +29,8 @@ FAILURES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input, said in one message before anything starts; 1: the run failed."""
-    args = _parser().parse_args(arguments)
+    """Exit status 0: done; 2: bad input, said in one message before anything starts; 1: the run failed; 130: Ctrl-C."""
+    args = _parser().parse_intermixed_args(arguments)
     try:
         config = load_config(args.config, args.overrides)
         _check_inputs(config)
@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     except FAILURES as error:
         print(f"learner.run: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"learner.run: interrupted; what was done is in {directory.path.resolve()}", file=sys.stderr)
+        return 130
     finally:
         if runner is not None:
             runner.close()
@@ -68,7 +71,12 @@ def _check_inputs(config: Config) -> None:
     prompts = read_prompts(config.prompts.path)
     if config.evaluation.prompts:
         prompts += read_prompts(config.evaluation.prompts, "evaluation.prompts")
-    locate(str(resolve(config.model.path)))
+    try:
+        load_kernel(str(resolve(config.model.path)), config.sampler.steps, config.sampler.eta)
+    except BaseModelError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"sampler.steps: {error}") from error
     if config.model.device == "cuda" and config.run.runner == "inprocess" and not torch.cuda.is_available():
         raise ConfigError("model.device: cuda was asked for, but torch finds none here")
     try:
@@ -91,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m learner.run",
         description="Post-train a text-to-image diffusion model with a GFlowNet objective.",
-        epilog=f"keys:\n{keys}",
+        epilog=f"keys (defaults are the papers'; a bare command runs {DEFAULT_CONFIG.name}, which sets many):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, help=f"YAML preset (default: {DEFAULT_CONFIG.name})")

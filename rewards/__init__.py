@@ -79,9 +79,14 @@ def check(name: str, weights: str | None, options: dict[str, Any], prompts: Sequ
 def _import(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UnknownReward(f"reward.name: cannot import {name!r}: {error}") from error
+        raise UnknownReward(
+            f"reward.name: cannot import {name!r}: {error} (looked in the current directory and PYTHONPATH)"
+        ) from error
+    if not callable(found):
+        raise UnknownReward(f"reward.name: {name} is {type(found).__name__}, expected a function or a class")
+    return found
 
 
 class UserReward:

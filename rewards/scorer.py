@@ -7,14 +7,14 @@ import torch
 
 from diffusion import noise
 from diffusion.base_model import Decoder
-from diffusion.trajectory import CleanPredictions, Scores
+from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards import Reward
 
 SCORE_BATCH = 64
 
 
 class BadReward(ValueError):
-    """A reward that is not finite: a data failure, never retried. Names reward, prompt and trajectory."""
+    """A reward that failed, or is not finite: a data failure, never retried. Names reward, prompt and trajectory."""
 
 
 class Scorer:
@@ -29,7 +29,7 @@ class Scorer:
         """One raw reward for each clean latent, laid out by trajectory and state [B, N+1].
 
         Raises:
-            BadReward: the reward is NaN or infinite somewhere.
+            BadReward: the reward raised, or is NaN or infinite somewhere.
         """
         chunk = clean.chunk
         rewards = np.full((len(chunk.prompts), clean.num_steps + 1), np.nan, np.float32)
@@ -39,12 +39,12 @@ class Scorer:
             row, step = clean.row[part], clean.step[part]
             images = self.decoder(torch.from_numpy(np.array(clean.latents[part])))
             prompts = [chunk.prompts[r] for r in row]
-            values = self.reward(images, prompts).cpu().numpy()
+            values = self._judge(images, prompts)
             for r, s, value in zip(row, step, values, strict=True):
                 if not np.isfinite(value):
                     raise BadReward(
                         f"reward {self.reward.name} returned {value} for prompt {chunk.prompts[r]!r}, "
-                        f"trajectory {chunk.trajectory_ids[r]} of epoch {chunk.epoch}, state {s}"
+                        f"trajectory {chunk.trajectory_ids[r]} of {self._where(chunk)}, state {s}"
                     )
             rewards[row, step] = values
             if chunk.purpose == "evaluate":
@@ -56,3 +56,16 @@ class Scorer:
             shuffled[order] = rewards[np.roll(order, 1)]  # nobody keeps their own
             rewards = shuffled
         return Scores(chunk, rewards, np.concatenate(pictures) if pictures else None)
+
+    def _judge(self, images: torch.Tensor, prompts: list[str]) -> np.ndarray:
+        try:
+            return self.reward(images, prompts).cpu().numpy()
+        except Exception as error:  # a user's code may raise anything
+            raise BadReward(
+                f"reward {self.reward.name} failed on {len(images)} images with prompts from {prompts[0]!r} to "
+                f"{prompts[-1]!r}: {type(error).__name__}: {error}"
+            ) from error
+
+    @staticmethod
+    def _where(chunk: Chunk) -> str:
+        return f"epoch {chunk.epoch}" if chunk.purpose == "train" else "the evaluation set"

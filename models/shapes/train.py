@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing: `python -m models.shapes.train --out models/shapes`.
 
-Two stages on one CPU core, about 45 minutes: an autoencoder (f=4) on true drawings, then text encoder and
+Two stages on one CPU core, about 30 minutes: an autoencoder (f=4) on true drawings, then text encoder and
 v-prediction U-Net together on its latents. The recipe is standard (v-MSE, uniform t, EMA, caption dropout);
 the figures it reached are in README.md beside this file.
 """

@@ -55,6 +55,11 @@ def test_every_key_is_described():
         (["reward.name=beauty"], "shapes_alignment"),
         (["reward.name=nowhere:f"], "nowhere"),
         (["--config", "/no/config.yaml"], "/no/config.yaml"),
+        (["--config", "/tmp"], "/tmp"),
+        (["model.path=no/hub-id"], "no/hub-id"),
+        (["model.device=tpu"], "model.device"),
+        (["sampler=3"], "sampler"),
+        (["reward.options={colour: 3}"], "reward.options"),
     ],
 )
 def test_bad_input_exits_2_with_one_line_and_writes_nothing(arguments, named, tmp_path, capsys):
@@ -62,6 +67,19 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(arguments, named, tm
     error = capsys.readouterr().err
     assert named in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_stand_on_both_sides_of_the_config(tmp_path, capsys):
+    config = str(DEFAULT_CONFIG)
+    assert main(["run.sed=1", "--config", config, "train.epoch=2", f"run.dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert "run.sed" in error and "train.epoch" in error
+
+
+def test_a_prompt_that_the_reward_cannot_judge_is_named_before_the_start(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    assert main([f"prompts.path={tmp_path / 'prompts.txt'}", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "a dog" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_prompt_file_that_is_empty_or_not_utf8_is_refused(tmp_path, capsys):

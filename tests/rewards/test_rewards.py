@@ -80,6 +80,7 @@ def test_a_users_own_reward(tmp_path, monkeypatch):
         "    def __init__(self, by):\n        self.by = by\n"
         "    def __call__(self, images, prompts):\n        return self.by * images.mean((1, 2, 3))\n"
         "def wrong(images, prompts):\n    return 0.0\n"
+        "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     images = torch.full((2, 3, 4, 4), 0.5)
@@ -88,6 +89,8 @@ def test_a_users_own_reward(tmp_path, monkeypatch):
     assert scaled.differentiable and scaled(images, ["", ""]).tolist() == [2, 2]
     with pytest.raises(ValueError, match="shape"):
         rewards.load("my_reward:wrong")(images, ["", ""])
+    with pytest.raises(rewards.UnknownReward, match="expected a function"):
+        rewards.check("my_reward:number", None, {}, [])
 
 
 class Brightness:
@@ -121,6 +124,15 @@ def test_shuffled_rewards_are_a_permutation_of_whole_trajectories_and_spare_eval
     assert (shuffled != plain).any()
     np.testing.assert_array_equal(np.sort(shuffled[:, 0]), np.sort(plain[:, 0]))
     assert {tuple(row) for row in shuffled} == {tuple(row) for row in plain}
+
+
+def test_a_reward_that_raises_is_named_with_its_prompts():
+    class Broken(Brightness):
+        def __call__(self, images, prompts):
+            raise KeyError("no such key")
+
+    with pytest.raises(BadReward, match=r"brightness failed .*'first' to 'second': KeyError"):
+        Scorer(lambda latents: latents, Broken()).score(clean([0.1, 0.2, 0.3, 0.4, 0.5]))
 
 
 def test_scorer_names_prompt_and_trajectory_of_a_bad_reward():
