@@ -33,7 +33,7 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
     except RayTaskError as error:
         raise error.cause from error
     except RayError as error:
-        raise ActorDied(f"{what}: {error}") from error
+        raise ActorDied(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 def wait_any(refs: Sequence[ray.ObjectRef], seconds: float) -> list[ray.ObjectRef]:

@@ -66,9 +66,8 @@ class Learner:
         self.kernel = model.kernel(config.sampler.steps, config.sampler.eta)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.flow_module = flow.to(model.device)
         self.unet: nn.Module = self._parallel(model.unet)
-        self.flow: nn.Module = self._parallel(self.flow_module)
+        self.flow: nn.Module = self._parallel(flow.to(model.device))
         self.policy_parameters: list[nn.Parameter] = [p for _, p in lora.named(model.unet)]
         self.flow_parameters: list[nn.Parameter] = list(flow.parameters())
         decay = config.learner.weight_decay
@@ -88,9 +87,8 @@ class Learner:
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> dict[str, float]:
         """One optimizer step of the policy for each element of `updates`, this rank's share of that update.
 
-        Returns means over the epoch and over ranks: loss, residual^2, drift
-        (squared change of the output since rollout), kl (nats a transition, rollout policy to current), gradient
-        norms, flow loss.
+        Returns means over the epoch and over ranks: loss, residual^2, drift (squared change of the output since
+        rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss.
 
         Raises:
             StaleWeights: trajectories of another adapter than the published one.
@@ -125,7 +123,7 @@ class Learner:
         of the micro-batches; returns the loss's parts and the gradient norms before clipping.
 
         Raises:
-            NonFiniteGradient: nothing was changed.
+            NonFiniteGradient: the network whose gradient it was is unchanged.
         """
         joint = self.config.flow.fit_steps == 0
         nets = [self.unet, self.flow] if joint else [self.unet]
