@@ -56,6 +56,24 @@ def test_everything_submitted_comes_back_once(done):
     assert sorted(seen) == list(range(10))
 
 
+def test_the_clock_of_a_queued_call_starts_when_its_actor_is_free(done, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+    actor = FakeActor("a")
+    pool = Pool("sampling", [actor], seconds=10, in_flight=2)
+    for i in range(2):
+        pool.submit(i, "work", i)
+    pool.pump()
+    now[0] = 9.0
+    done.add(actor.calls[0])
+    assert [key for key, _, _ in pool.pump()] == [0]
+    now[0] = 18.0  # 18 s after it was handed out, 9 s after it could run
+    assert pool.pump() == []
+    now[0] = 20.0
+    with pytest.raises(DeadlineExceeded, match="sampling on 1 "):
+        pool.pump()
+
+
 def test_a_call_that_never_ends_meets_its_deadline(done):
     pool = Pool("sampling", [FakeActor("a")], seconds=0.01, in_flight=1)
     pool.submit(7, "work", 7)

@@ -98,6 +98,19 @@ def test_clean_predictions_use_the_weights_they_say(tiny_pipeline, looking):
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("looking", ["base", "snapshot"])
+def test_guided_clean_predictions_are_guided(tiny_pipeline, looking):
+    made = sampler(tiny_pipeline, forward_looking=looking, clean_prediction="guided")
+    trajectories, clean = made.sample(chunk(), moved(made.model))
+    x, t = torch.from_numpy(trajectories.states[:, 0]), torch.full((4,), int(trajectories.timesteps[0]))
+    embeddings = made.model.embed(trajectories.chunk.prompts)
+    with torch.no_grad():
+        guided = made.model.predict(x, t, embeddings, 3.0)[0]
+        reference = made.model.predict_reference(x, t, embeddings, 3.0)
+    expected = made.kernel.clean(reference if looking == "base" else guided, t, x)
+    torch.testing.assert_close(torch.from_numpy(clean.latents[clean.step == 0]), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipeline):
     made = sampler(tiny_pipeline, selection="random", fraction=0.25, skip_last=True)
     trajectories, clean = made.sample(chunk(), moved(made.model))
