@@ -1,23 +1,36 @@
-"""Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline.
+"""Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline, the dead replaced.
 
-(`ray.util.ActorPool` strands its work when an actor dies.)
+A chunk of work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another
+one. (`ray.util.ActorPool` strands its work when an actor dies.)
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from cluster.waits import DeadlineExceeded, get, wait_any
+from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, get, wait_any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Deadlines of a pool, and how often a chunk may be tried."""
+
+    chunk_seconds: float  # one call, from when its actor is free for it
+    ready_seconds: float  # a replacement to be up
+    attempts: int  # actors a chunk may cost
 
 
 @dataclass
 class _Call:
     key: Any
+    method: str
+    arguments: tuple[Any, ...]
     actor: Any
     outputs: list[ray.ObjectRef]  # the last one is the small summary that is waited on
     started: float
@@ -26,11 +39,20 @@ class _Call:
 class Pool:
     """Feeds queued work to the least busy actor. Not a thread: the owner drives it with `pump`."""
 
-    def __init__(self, role: str, actors: list[Any], seconds: float, in_flight: int = 2) -> None:
-        """`seconds` is the deadline of one call, from when its actor is free for it."""
-        self.role, self.actors, self.seconds, self.in_flight = role, actors, seconds, in_flight
+    def __init__(
+        self, role: str, actors: list[Any], spawn: Callable[[], Any], limits: Limits, say: Callable[[str], None],
+        in_flight: int = 2,
+    ) -> None:  # fmt: skip
+        """`actors` are up; `spawn` starts another one, which has a `ready` method. `say` hears of each fault."""
+        self.role, self.actors, self.limits, self.in_flight = role, actors, limits, in_flight
+        self.on_lost: Callable[[Any], None] = lambda key: None  # told of every call that will be made again
+        self.inputs_lost: list[Any] = []  # keys whose arguments are gone: the owner must make them again
+        self._spawn, self._say = spawn, say
         self._queue: deque[tuple[Any, str, tuple[Any, ...]]] = deque()
         self._calls: dict[ray.ObjectRef, _Call] = {}
+        self._joining: dict[ray.ObjectRef, tuple[Any, float]] = {}
+        self._attempts: Counter[Any] = Counter()
+        self._failed_starts = 0
 
     def submit(self, key: Any, method: str, *arguments: Any) -> None:
         """Queue a remote method with several returns, the last of them small."""
@@ -38,7 +60,7 @@ class Pool:
 
     @property
     def waiting_on(self) -> list[ray.ObjectRef]:
-        return list(self._calls)
+        return [*self._calls, *(self._joining if self._queue else ())]
 
     @property
     def busy(self) -> bool:
@@ -48,26 +70,94 @@ class Pool:
         """Start what there is room for; return (key, outputs, summary) of every finished call, without blocking.
 
         Raises:
-            DeadlineExceeded, ActorDied, or what the remote code raised.
+            ActorDied, DeadlineExceeded: a chunk cost `attempts` actors, or no actor is left and none can be started.
+            Exception: what the remote code raised; such work is never tried again.
         """
         finished = []
-        for ref in wait_any(self.waiting_on, 0) if self._calls else []:
-            call = self._calls.pop(ref)
+        for ref in wait_any(list(self._calls), 0) if self._calls else []:
+            call = self._calls[ref]
+            try:
+                summary = get(ref, self.limits.chunk_seconds, f"{self.role} {call.key}", "run.chunk_seconds")
+            except ActorDied as error:
+                self._discard(call.actor, error)
+                self._again(call)
+                continue
+            except ObjectLost as error:
+                self._say(f"{error}: will be made again")
+                self.inputs_lost.append(call.key)
+            else:
+                finished.append((call.key, call.outputs[:-1], summary))
+            del self._calls[ref]
             for other in self._calls.values():  # what queued behind it can run now
                 if other.actor is call.actor:
                     other.started = time.monotonic()
-            summary = get(ref, self.seconds, f"{self.role} on {call.key}", "run.chunk_seconds")
-            finished.append((call.key, call.outputs[:-1], summary))
-        for call in self._running():
-            if time.monotonic() - call.started > self.seconds:
-                raise DeadlineExceeded(
-                    f"{self.role} on {call.key} took longer than run.chunk_seconds={self.seconds:g} s"
-                )
+        self._check_deadlines()
+        self._check_joining()
         while self._queue and (actor := self._least_busy()) is not None:
             key, method, arguments = self._queue.popleft()
             outputs = getattr(actor, method).remote(*arguments)
-            self._calls[outputs[-1]] = _Call(key, actor, outputs, time.monotonic())
+            self._calls[outputs[-1]] = _Call(key, method, arguments, actor, outputs, time.monotonic())
         return finished
+
+    def forget_attempts(self) -> None:
+        """A new round of work begins, with keys of its own."""
+        self._attempts.clear()
+
+    def _again(self, call: _Call) -> None:
+        del self._calls[call.outputs[-1]]
+        self.on_lost(call.key)
+        self._queue.appendleft((call.key, call.method, call.arguments))
+
+    def _discard(self, actor: Any, error: Exception) -> None:
+        """Count the call that the actor was at, drop the actor and start another."""
+        if actor not in self.actors:
+            return  # seen before: this is a call that had queued behind
+        running = next(call for call in self._calls.values() if call.actor is actor)
+        self._attempts[running.key] += 1
+        self.actors.remove(actor)
+        if self._attempts[running.key] >= self.limits.attempts:
+            raise type(error)(f"{error} (tried {self.limits.attempts} times, run.chunk_attempts)") from error
+        self._say(f"{error}: replacing the actor")
+        self._start_another()
+
+    def _start_another(self) -> None:
+        actor = self._spawn()
+        self._joining[actor.ready.remote()] = (actor, time.monotonic())
+
+    def _check_deadlines(self) -> None:
+        limit = self.limits.chunk_seconds
+        for call in self._running():
+            if time.monotonic() - call.started > limit and call.actor in self.actors:
+                ray.kill(call.actor)  # its calls fail now, and go to others
+                what = f"{self.role} {call.key} took longer than run.chunk_seconds={limit:g} s"
+                self._discard(call.actor, DeadlineExceeded(what))
+
+    def _check_joining(self) -> None:
+        for ref in wait_any(list(self._joining), 0) if self._joining else []:
+            actor, _ = self._joining.pop(ref)
+            try:
+                get(ref, self.limits.ready_seconds, f"a replacement for {self.role}", "run.ready_seconds")
+            except ActorDied as error:
+                self._not_started(error)
+            else:
+                self.actors.append(actor)
+                self._failed_starts = 0
+        for ref, (actor, since) in list(self._joining.items()):
+            if time.monotonic() - since > self.limits.ready_seconds:
+                del self._joining[ref]
+                ray.kill(actor)
+                limit = self.limits.ready_seconds
+                self._not_started(DeadlineExceeded(f"a replacement for {self.role} was not up in {limit:g} s"))
+
+    def _not_started(self, error: Exception) -> None:
+        self._failed_starts += 1
+        if self._failed_starts < self.limits.attempts:
+            self._say(f"{error}: trying another")
+            self._start_another()
+        elif not self.actors and not self._joining:
+            raise error
+        else:
+            self._say(f"{error}: going on with {len(self.actors)}")
 
     def _running(self) -> list[_Call]:
         """The call that each actor is at: the first one it was given."""
@@ -78,5 +168,7 @@ class Pool:
 
     def _least_busy(self) -> Any | None:
         loads = [sum(call.actor is actor for call in self._calls.values()) for actor in self.actors]
+        if not loads:
+            return None
         best = min(range(len(loads)), key=loads.__getitem__)
         return self.actors[best] if loads[best] < self.in_flight else None

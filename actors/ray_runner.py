@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ray
 
 from actors.learner_actor import LearnerActor
-from actors.pool import Pool
+from actors.pool import Limits, Pool
 from actors.reward_actor import RewardActor
 from actors.sampler_actor import SamplerActor
-from cluster.placement import place
+from cluster.placement import place_for
 from cluster.session import Session
 from cluster.waits import get, wait_any
 from cluster.weights import WeightStore
-from diffusion.trajectory import Chunk, Scores
+from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
+from learner import receipts
 from learner.config import Config
-from learner.runner import EpochResult
+from learner.ledger import Ledger
+from learner.runner import EpochResult, Hooks
 
 POLL_SECONDS = 1.0
 
@@ -27,35 +29,36 @@ POLL_SECONDS = 1.0
 class RayRunner:
     """Starts the actors of a run and drives them. See learner/runner.py for the contract."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
         """
         Raises:
             DeadlineExceeded: not all actors were up within run.ready_seconds.
             PlacementError: the cluster's resources do not fit the config.
+            ActorDied: an actor could not start; the message has its error.
         """
         self.config = config
+        self.hooks = Hooks()
+        self._spawned: list[Any] = []
         self.session = Session(config.run.cpu_threads)
         try:
-            self._start()
+            self._start(files)
         except BaseException:
             self.close()
             raise
 
-    def _start(self) -> None:
+    def _start(self, files: dict[str, bytes] | None) -> None:
         config, limit = self.config, self.config.run.ready_seconds
-        per_update = config.train.trajectories // config.sampler.chunk_size // config.train.updates_per_epoch
-        counts = config.sampler.actors, config.reward.actors, config.learner.ranks
         resources = self.session.resources
-        if config.model.device == "cpu":
-            resources.pop("GPU", None)
-        placement = place(*counts, per_update, resources)
-        self.description = f"on Ray: {placement.describe()}"
-        shared = ray.put(config)
-        samplers = [_spawn(SamplerActor, placement.sampler_options, shared) for _ in range(placement.samplers)]
-        scorers = [_spawn(RewardActor, placement.scorer_options, shared) for _ in range(placement.scorers)]
+        placement = place_for(config, resources)
+        self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
+        shared, state = ray.put(config), ray.put(files)
+        new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, shared)
+        new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, shared)
+        samplers = [new_sampler() for _ in range(placement.samplers)]
+        scorers = [new_scorer() for _ in range(placement.scorers)]
         whole_gpu = placement.rank_options.get("num_gpus") == 1
-        self.ranks = [
-            _spawn(LearnerActor, placement.rank_options, shared, rank, placement.ranks, whole_gpu)
+        self._ranks = [
+            self._spawn(LearnerActor, placement.rank_options, shared, rank, placement.ranks, whole_gpu)
             for rank in range(placement.ranks)
         ]
         what, deadline = f"starting {placement.describe()} on {resources}", time.monotonic() + limit
@@ -63,75 +66,123 @@ class RayRunner:
         def ready(refs: Any) -> Any:
             return get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}")
 
-        address = ready(self.ranks[0].address.remote())
-        starts = [rank.start.remote(address, config.run.train_seconds) for rank in self.ranks]
+        address = ready(self._ranks[0].address.remote())
+        starts = [rank.start.remote(address, config.run.train_seconds, state) for rank in self._ranks]
         self.snapshot, self.dimensions = ready(starts)[0]
         ready([actor.ready.remote() for actor in samplers + scorers])
-        self.samplers = Pool("sampling", samplers, config.run.chunk_seconds)
-        self.scorers = Pool("scoring", scorers, config.run.chunk_seconds)
+        limits = Limits(config.run.chunk_seconds, limit, config.run.chunk_attempts)
+        self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
+        self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)
         self.weights = WeightStore()
         self.weights.publish(self.snapshot)
 
-    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk]) -> EpochResult:
-        scored, rewards, sample_seconds, score_seconds = self._sample_and_score(chunks)
+    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk], ledger: Ledger) -> EpochResult:
+        """As the contract says.
+
+        Raises:
+            StaleWeights: a sampler, or a learner's trajectories, had another adapter than the published one.
+            ActorDied, DeadlineExceeded: a learner rank is gone, or work could not be done by any actor.
+        """
+        pairs, accounts, sample_seconds, score_seconds = self._sample_and_score(chunks, ledger)
         start = time.perf_counter()
         limit = self.config.run.train_seconds
+        self.hooks.progress("training", 0, 1)
         calls = [
-            actor.train_epoch.remote(epoch, beta, self._share(scored, rank), self.config.run.chunk_seconds)
-            for rank, actor in enumerate(self.ranks)
+            actor.train_epoch.remote(epoch, beta, self._share(pairs, rank), self.config.run.chunk_seconds)
+            for rank, actor in enumerate(self._ranks)
         ]
-        metrics, self.snapshot = get(calls, limit, f"training of epoch {epoch}", "run.train_seconds")[0]
+        answers = get(calls, limit, f"training of epoch {epoch}", "run.train_seconds")
+        receipts.check_ranks([sha256 for _, sha256, _ in answers])
+        for training, _, _ in answers:
+            ledger.advance(training.trajectory_ids, "trained")
+        training, _, self.snapshot = answers[0]
         self.weights.publish(self.snapshot)
-        return EpochResult(rewards, metrics, sample_seconds, score_seconds, time.perf_counter() - start)
+        return EpochResult(
+            chunks,
+            [receipt for receipt, _ in accounts],
+            [verdict for _, verdict in accounts],
+            training,
+            sample_seconds,
+            score_seconds,
+            time.perf_counter() - start,
+        )
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        scored, _, _, _ = self._sample_and_score(chunks)
+        pairs, _, _, _ = self._sample_and_score(chunks, None)
         limit = self.config.run.chunk_seconds
-        return get([scores for _, scores in scored], limit, "fetching evaluation images", "run.chunk_seconds")
+        return get([scores for _, scores in pairs], limit, "fetching evaluation images", "run.chunk_seconds")
 
-    def save_lora(self, folder: Path) -> None:
-        """The files come from rank 0 and are written here: its node need not see the run directory."""
+    def checkpoint_files(self) -> dict[str, bytes]:
+        """They come from the ranks and are written by the driver: the ranks' nodes need not see the run directory."""
         limit = self.config.run.train_seconds
-        files = get(self.ranks[0].lora_files.remote(), limit, "fetching the LoRA files", "run.train_seconds")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        parts = get([rank.state_files.remote() for rank in self._ranks], limit, "a checkpoint", "run.train_seconds")
+        return {name: content for part in parts for name, content in part.items()}
 
     def close(self) -> None:
+        if ray.is_initialized():
+            for actor in self._spawned:
+                ray.kill(actor)
+        self._spawned = []
         self.session.close()
+
+    def _say(self, text: str) -> None:
+        self.hooks.say(text)
+
+    def _spawn(self, shell: type, options: dict[str, float], *arguments: Any) -> Any:
+        """Start an actor of a shell class; it lives until `close`."""
+        actor = ray.remote(shell).options(**options).remote(*arguments)
+        self._spawned.append(actor)
+        return actor
 
     def _share(self, scored: list[tuple], rank: int) -> list[list[tuple]]:
         """This rank's chunks of each update: every update is the same set of chunks whatever the ranks."""
         updates = self.config.train.updates_per_epoch
         size = len(scored) // updates
-        return [scored[i * size : (i + 1) * size][rank :: len(self.ranks)] for i in range(updates)]
+        return [scored[i * size : (i + 1) * size][rank :: len(self._ranks)] for i in range(updates)]
 
-    def _sample_and_score(self, chunks: Sequence[Chunk]) -> tuple[list[tuple], list[float], float, float]:
-        """(trajectories, scores) references and terminal rewards in chunk order, and the seconds until the last
-        chunk was sampled and scored."""
-        start = time.perf_counter()
+    def _sample_and_score(
+        self, chunks: Sequence[Chunk], ledger: Ledger | None
+    ) -> tuple[list[tuple], list[tuple[Receipt, Verdict]], float, float]:
+        """(trajectories, scores) references, and the actors' accounts, in chunk order; the seconds until the last
+        chunk was sampled and scored. Evaluation has no ledger: nothing is trained on it."""
+        by_index = {chunk.index: chunk for chunk in chunks}
+        start = sampled_at = time.perf_counter()
         trajectories: dict[int, ray.ObjectRef] = {}
         scores: dict[int, ray.ObjectRef] = {}
-        rewards: dict[int, list[float]] = {}
-        sampled_at = start
+        accounts: dict[int, tuple[Receipt, Verdict]] = {}
+        sampled: dict[int, Receipt] = {}
+
+        def enter(index: int, stage: str) -> None:
+            if ledger:
+                ledger.advance(by_index[index].trajectory_ids, stage)
+
+        def lose(index: int) -> None:
+            if ledger:
+                ledger.lose(by_index[index].trajectory_ids)
+
+        for pool in (self.samplers, self.scorers):
+            pool.forget_attempts()
+        self.samplers.on_lost = lose
         for chunk in chunks:
             self.samplers.submit(chunk.index, "sample", chunk, self.weights.ref)
         while self.samplers.busy or self.scorers.busy:
-            for index, (trajectory, clean), _receipt in self.samplers.pump():
-                trajectories[index] = trajectory
+            for index, (trajectory, clean), receipt in self.samplers.pump():
+                receipts.check(receipt, self.snapshot, f"chunk {index} of {by_index[index].where}")
+                enter(index, "sampled")
+                trajectories[index], sampled[index] = trajectory, receipt
                 sampled_at = time.perf_counter()
                 self.scorers.submit(index, "score", clean)
-            for index, (score,), values in self.scorers.pump():
-                scores[index], rewards[index] = score, values
+            for index, (score,), verdict in self.scorers.pump():
+                enter(index, "scored")
+                scores[index], accounts[index] = score, (sampled[index], verdict)
+                self.hooks.progress("sampling and scoring", len(scores), len(chunks))
+            while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
+                index = self.scorers.inputs_lost.pop()
+                lose(index)
+                self.samplers.submit(index, "sample", by_index[index], self.weights.ref)
             pending = self.samplers.waiting_on + self.scorers.waiting_on
             if pending:
                 wait_any(pending, POLL_SECONDS)
         order = [chunk.index for chunk in chunks]
         pairs = [(trajectories[i], scores[i]) for i in order]
-        values = [value for i in order for value in rewards[i]]
-        return pairs, values, sampled_at - start, time.perf_counter() - start
-
-
-def _spawn(shell: type, options: dict[str, float], *arguments: Any) -> Any:
-    """Start an actor of a shell class; it lives until the session ends."""
-    return ray.remote(shell).options(**options).remote(*arguments)
+        return pairs, [accounts[i] for i in order], sampled_at - start, time.perf_counter() - start

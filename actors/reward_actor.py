@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import ray
 
-from diffusion.trajectory import CleanPredictions, Scores
+from diffusion.trajectory import CleanPredictions, Scores, Verdict
 from learner import factory
 from learner.config import Config
 
@@ -18,7 +21,8 @@ class RewardActor:
         return True
 
     @ray.method(num_returns=2)
-    def score(self, clean: CleanPredictions) -> tuple[Scores, list[float]]:
-        """Scores for the learner, and the terminal rewards for the driver."""
+    def score(self, clean: CleanPredictions) -> tuple[Scores, Verdict]:
+        """Scores for the learner; terminal rewards and thumbnails for the driver."""
+        start = time.perf_counter()
         scores = self.scorer.score(clean)
-        return scores, [float(value) for value in scores.rewards[:, -1]]
+        return replace(scores, thumbnails=()), scores.verdict(time.perf_counter() - start)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import ray
 
 from diffusion.lora import Snapshot
-from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
+from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Trajectories
 from learner import factory
 from learner.config import Config
 
@@ -19,7 +21,8 @@ class SamplerActor:
         return True
 
     @ray.method(num_returns=3)
-    def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions, str]:
+    def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions, Receipt]:
         """Trajectories for the learner, clean predictions for the scorer, and the receipt for the driver."""
+        start = time.perf_counter()
         trajectories, clean = self.sampler.sample(chunk, snapshot)
-        return trajectories, clean, trajectories.adapter_sha256
+        return trajectories, clean, trajectories.receipt(ray.util.get_node_ip_address(), time.perf_counter() - start)

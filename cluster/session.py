@@ -9,9 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 # OMP_NUM_THREADS must be set before torch loads in the worker, so it travels in the runtime environment.
 WORKER_ENV = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
+
+
+def resources_at_hand(cpu_threads: int, local: bool = False) -> dict[str, float]:
+    """CPUs and GPUs that a run would have: of the cluster named by RAY_ADDRESS, which this asks, else (or with
+    `local`) of this machine, without starting anything.
+
+    Raises:
+        ConnectionError: the cluster does not answer, or refuses our token.
+    """
+    if local or _address() == "local":
+        return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    session = Session(cpu_threads)
+    try:
+        return session.resources
+    finally:
+        session.close()
 
 
 class Session:
@@ -25,7 +42,7 @@ class Session:
         # Actors without a share of a GPU must not see any.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))
-        address = os.environ.get("RAY_ADDRESS", "local")
+        address = _address()
         if address == "local":
             _ensure_token()
         self.started = not ray.is_initialized()
@@ -47,6 +64,10 @@ class Session:
         """Leave; a local cluster ends with us. Safe to call twice."""
         if self.started and ray.is_initialized():
             ray.shutdown()
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _local_options() -> dict[str, Any]:

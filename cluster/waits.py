@@ -1,4 +1,4 @@
-"""Waiting on Ray with a deadline, always; failures told apart by role."""
+"""Waiting on Ray with a deadline, always; failures told apart: an actor's, the data's, the code's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
 
 class DeadlineExceeded(TimeoutError):
@@ -14,7 +14,11 @@ class DeadlineExceeded(TimeoutError):
 
 
 class ActorDied(RuntimeError):
-    """An actor's process, or an object it held, was gone when it was needed."""
+    """An actor's process was gone when it was needed, or could not start."""
+
+
+class ObjectLost(RuntimeError):
+    """Something an actor had made, trajectories or clean predictions, was gone when it was needed."""
 
 
 def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
@@ -23,6 +27,7 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
     Raises:
         DeadlineExceeded: nothing within `seconds`.
         ActorDied: the actor that owes the answer is gone.
+        ObjectLost: what it needed for the answer is gone.
         Exception: whatever the remote code raised, as its own type.
     """
     try:
@@ -31,12 +36,22 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
         limit = setting if "=" in setting else f"{setting}={seconds:g}"
         raise DeadlineExceeded(f"{what} took longer than {limit} s") from None
     except RayTaskError as error:
+        if isinstance(error.cause, ObjectLostError):
+            raise ObjectLost(f"{what}: {_reason(error.cause)}") from error
         raise error.cause from error
+    except ObjectLostError as error:
+        raise ObjectLost(f"{what}: {_reason(error)}") from error
     except RayError as error:
-        raise ActorDied(f"{what}: {str(error).splitlines()[0]}") from error
+        raise ActorDied(f"{what}: {_reason(error)}") from error
 
 
 def wait_any(refs: Sequence[ray.ObjectRef], seconds: float) -> list[ray.ObjectRef]:
     """Those of `refs` that are done, after at most `seconds`; at least one unless time ran out."""
     done, _ = ray.wait(list(refs), num_returns=1, timeout=max(0.0, seconds))
     return done
+
+
+def _reason(error: RayError) -> str:
+    """Ray's message in one line: of an actor that failed in its constructor, the last one, which names the fault."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if "creation task" in lines[0] else lines[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -149,6 +149,19 @@ def load_kernel(path: str, num_steps: int, eta: float) -> DDIMKernel:
     with _load_errors(path):
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     return DDIMKernel.from_scheduler(scheduler, num_steps, eta)
+
+
+def without_weights(path: str) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """U-Net and VAE of a pipeline on torch's meta device: shapes only, for counting what they would cost.
+
+    Raises:
+        BaseModelError: as BaseModel.
+    """
+    folder = locate(path)
+    with _load_errors(path), torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+    return unet, vae
 
 
 def locate(path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,13 @@ def save_files(unet: nn.Module, folder: Path) -> None:
     )
     _drop_format_key(folder / DIFFUSERS_FILE)
     save_file(_kohya(state, float(config.lora_alpha)), str(folder / KOHYA_FILE))
+
+
+def files(unet: nn.Module) -> dict[str, bytes]:
+    """What save_files writes, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_files(unet, Path(folder))
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
 def _drop_format_key(file: Path) -> None:

@@ -91,7 +91,7 @@ def rollout(
 
     embeddings = model.embed(chunk.prompts)
     x = draw(noise.INITIAL_STATE)
-    states, log_pf, outputs, cleans = [x], [], [], []
+    states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
     with _no_dropout(model):
         for i, timestep in enumerate(kernel.timesteps.tolist()):
             t = torch.full((batch,), timestep, dtype=torch.int64, device=model.device)
@@ -104,6 +104,7 @@ def rollout(
                 cleans.append(kernel.clean(output, t, x))
             x_next = kernel.sample(guided, t, x, draw(i + 1))
             log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
+            log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
             if training:
                 outputs.append(guided)
             states.append(x_next)
@@ -115,10 +116,11 @@ def rollout(
         timesteps=kernel.timesteps.numpy(),
         states=torch.stack(states, 1).cpu().numpy(),
         log_pf=torch.stack(log_pf, 1).cpu().numpy(),
+        log_pb=torch.stack(log_pb, 1).cpu().numpy(),
         selected=selected,
         model_output=_gather(outputs, selected, batch, model.latent_shape),
     )
-    needed = _states_with_reward(settings, chosen)
+    needed = states_with_reward(settings, chosen)
     row, step = np.nonzero(needed)
     latents = torch.stack([*cleans, x], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
     return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step)
@@ -131,7 +133,7 @@ def _gather(outputs: list[Tensor], selected: np.ndarray, batch: int, shape: tupl
     return np.ascontiguousarray(np.take_along_axis(stacked, selected[:, :, None, None, None], axis=1))
 
 
-def _states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:
+def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:
     """Which states [B, N+1] need a reward, for transitions `chosen` [B, N+1] (by the step they start from).
 
     Both ends of a selected transition do (the same stored value serves as the cleaner end of one and the noisier

@@ -24,6 +24,11 @@ class Chunk:
     prompts: tuple[str, ...]
     trajectory_ids: tuple[int, ...]
 
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"epoch {self.epoch}" if self.purpose == "train" else "the evaluation set"
+
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -39,8 +44,35 @@ class Trajectories:
     timesteps: np.ndarray  # [N] int64
     states: np.ndarray  # [B, N+1, C, H, W]
     log_pf: np.ndarray  # [B, N] nats, summed over dimensions, of the rollout's own weights
+    log_pb: np.ndarray  # [B, N] nats, summed over dimensions
     selected: np.ndarray  # [B, K] int64 steps to train on, ascending
     model_output: np.ndarray  # [B, K, C, H, W] the rollout's guided output at the selected steps
+
+    def receipt(self, node: str, seconds: float) -> Receipt:
+        """What the driver is told, made on `node` in `seconds`."""
+        return Receipt(
+            policy_version=self.policy_version,
+            adapter_sha256=self.adapter_sha256,
+            log_pf_sum=tuple(self.log_pf.sum(1, dtype=np.float64).tolist()),
+            log_pb_sum=tuple(self.log_pb.sum(1, dtype=np.float64).tolist()),
+            node=node,
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A sampler's account of one chunk of B trajectories, small enough for the driver: the arrays stay where they are.
+
+    Version and hash are of the adapter as it stood in the sampler's module. Sums are over the N transitions, in nats.
+    """
+
+    policy_version: int
+    adapter_sha256: str
+    log_pf_sum: tuple[float, ...]  # B
+    log_pb_sum: tuple[float, ...]  # B
+    node: str  # where it was sampled
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -62,9 +94,24 @@ class CleanPredictions:
 class Scores:
     """Raw rewards, never multiplied by beta: [B, N+1] float32, NaN where no state needed one.
 
-    `images` [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks.
+    `images` [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks; `thumbnails` are B PNG files of
+    them, only for training chunks.
     """
 
     chunk: Chunk
     rewards: np.ndarray
     images: np.ndarray | None = None
+    thumbnails: tuple[bytes, ...] = ()
+
+    def verdict(self, seconds: float) -> Verdict:
+        """What the driver is told of a chunk scored in `seconds`."""
+        return Verdict(tuple(self.rewards[:, -1].tolist()), self.thumbnails, seconds)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A scorer's account of one chunk of B trajectories: raw terminal rewards and small pictures."""
+
+    rewards: tuple[float, ...]  # B
+    thumbnails: tuple[bytes, ...]  # B PNG files, or none
+    seconds: float

@@ -6,6 +6,8 @@ Errors are collected and reported together, each naming its key and, for a missp
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from diffusion.rollout import CleanPrediction, ForwardLooking, RolloutSettings
 from diffusion.transitions import Selection
 from learner.objectives.db import Decay, Penalty, Weighting
 
+CONFIG_VERSION = 1  # of the keys and their meaning
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
 
@@ -31,7 +34,24 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str | None = Field(None, description="run directory; default runs/NAME-DATE-TIME, NAME from the config file")
+    dir: str | None = Field(
+        None, description="run directory or fsspec URL; default runs/NAME-DATE-TIME, NAME from the config file"
+    )
+    root: str | None = Field(
+        None, description="what a relative run.dir is relative to; default: here, or ~/tributary in a submitted Ray job"
+    )
+    resume: str = Field(
+        "auto",
+        description="auto: go on with the run in run.dir, or without run.dir with the newest unfinished run of "
+        "the same settings; never: start afresh; or the path of a run or checkpoint to go on from",
+    )
+    keep_checkpoints: int = Field(
+        3, ge=0, description="newest checkpoints kept, beside those of evaluated epochs; 0: all"
+    )
+    thumbnail_pixels: int = Field(64, ge=0, description="side of the pictures in trajectories/*.parquet; 0: none")
+    chunk_attempts: int = Field(
+        3, ge=1, description="times a chunk is tried on another actor when its actor dies or hangs"
+    )
     seed: int = Field(0, ge=0, description="seed of all randomness in the run")
     runner: Literal["ray", "inprocess"] = Field(
         "ray", description="ray: actors; inprocess: the same parts in one process"
@@ -48,12 +68,16 @@ class Model(Section):
 
 
 class Prompts(Section):
-    path: str = Field("configs/prompts/shapes_placed.txt", description="text file, one prompt a line")
+    path: str = Field(
+        "configs/prompts/shapes_placed.txt", description="prompts: .txt (one a line), .jsonl, .csv or .parquet"
+    )
+    column: str = Field("prompt", description="column or key that holds the prompt in .jsonl, .csv and .parquet")
     per_prompt: int = Field(4, ge=1, description="trajectories drawn for each prompt of an epoch, side by side")
 
 
 class SamplerConfig(Section):
     actors: int | None = Field(None, ge=1, description="sampler actors; default from the resources found")
+    gpus: float | None = Field(None, ge=0, description="GPUs of a sampler actor; default: what the ranks leave, shared")
     chunk_size: int = Field(16, ge=1, description="trajectories rolled out together")
     steps: int = Field(50, ge=2, le=1000, description="DDIM steps N")
     guidance: float = Field(5.0, ge=1, description="classifier-free guidance scale w, in rollout and training; 1: off")
@@ -64,6 +88,7 @@ class SamplerConfig(Section):
 
 class RewardConfig(Section):
     actors: int | None = Field(None, ge=1, description="reward actors; default from the resources found")
+    gpus: float | None = Field(None, ge=0, description="GPUs of a reward actor; default: what the ranks leave, shared")
     name: str = Field("shapes_alignment", description="reward by name, or your own as module:callable")
     weights: str | None = Field(None, description="weights of the reward model: path or hub id")
     options: dict[str, Any] = Field(
@@ -96,6 +121,9 @@ class FlowConfig(Section):
 class LearnerConfig(Section):
     ranks: int | None = Field(
         None, ge=1, description="data-parallel learner processes; default from the resources found"
+    )
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs of a learner rank; default: a whole one, if there are enough"
     )
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the LoRA")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of both networks")
@@ -151,13 +179,35 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    prompts: str | None = Field(None, description="text file of fixed evaluation prompts; default: prompts.path")
+    prompts: str | None = Field(None, description="file of fixed evaluation prompts; default: prompts.path")
     images: int = Field(128, ge=0, description="images of the fixed evaluation set")
     every: int = Field(10, ge=1, description="epochs between evaluations (before the first and after the last always)")
     seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same for every run.seed")
 
 
+class Mlflow(Section):
+    enabled: bool = Field(True, description="show the run in MLflow; the run directory is complete without it")
+    uri: str | None = Field(
+        None,
+        description="tracking server; default MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the run directory",
+    )
+    experiment: str = Field("tributary", description="MLflow experiment")
+    finish_seconds: float = Field(
+        30, ge=0, description="longest wait for a last upload; `python -m learner.upload RUN` does the rest"
+    )
+
+
+# What a resumed run may set anew: none of it changes a bit of the result, but for train.epochs, which prolongs it.
+FREE = (
+    "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
+    "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "sampler.actors", "sampler.gpus", "reward.actors",
+    "reward.gpus", "learner.gpus", "train.epochs", "mlflow.enabled", "mlflow.uri", "mlflow.experiment",
+    "mlflow.finish_seconds",
+)  # fmt: skip
+
+
 class Config(Section):
+    config_version: int = Field(CONFIG_VERSION, description="version of these keys; set only by the program")
     run: Run = Run()
     model: Model = Model()
     prompts: Prompts = Prompts()
@@ -169,6 +219,20 @@ class Config(Section):
     objective: Objective = Objective()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+    mlflow: Mlflow = Mlflow()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting as `section.key`, JSON types."""
+        tree = self.model_dump(mode="json")
+        return {f"{section}.{key}": value for section in _sections() for key, value in tree[section].items()}
+
+    def binding(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with its beginning: all but FREE."""
+        return {key: value for key, value in self.flat().items() if key not in FREE}
+
+    def digest(self) -> str:
+        """sha256 of the binding settings: equal runs have equal ones."""
+        return hashlib.sha256(json.dumps(self.binding(), sort_keys=True).encode()).hexdigest()
 
     def contradictions(self) -> Iterator[str]:
         """What no single key can show to be wrong."""
@@ -213,6 +277,19 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         ConfigError: an unreadable file, or any number of unknown keys, wrong values and contradictions.
     """
+    config, faults = read_config(path, overrides)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def read_config(path: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """As load_config, but returns the faults, a line each, with the config that the sound settings make: so that
+    whatever else is wrong can be said along with them.
+
+    Raises:
+        ConfigError: nothing can be made of the file.
+    """
     path = path or DEFAULT_CONFIG
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -221,15 +298,28 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} holds {type(tree).__name__}, expected sections of keys")
     faults = [fault for override in overrides if (fault := _apply(tree, override))]
+    if tree.get("config_version", CONFIG_VERSION) != CONFIG_VERSION:
+        raise ConfigError(
+            f"config_version: {path} is of version {tree['config_version']!r}, this Tributary reads {CONFIG_VERSION}: "
+            "use the version that wrote it, or start from a preset in configs/"
+        )
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         faults += [_describe(item) for item in error.errors()]
-        raise ConfigError("\n".join(faults)) from None
-    faults += config.contradictions()
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return config
+        for item in error.errors():
+            _leave_out(tree, item["loc"])
+        return Config.model_validate(tree), faults
+    return config, faults + list(config.contradictions())
+
+
+def _leave_out(tree: dict[str, Any], location: Sequence[Any]) -> None:
+    """Remove a faulty setting: `section.key`, or a section that is none."""
+    section, *key = location
+    if key and isinstance(tree.get(section), dict):
+        tree[section].pop(key[0], None)
+    else:
+        tree.pop(section, None)
 
 
 def resolve(path: str) -> Path:
@@ -242,10 +332,13 @@ def resolve(path: str) -> Path:
 def known_keys() -> dict[str, Any]:
     """Every `section.key` with its field."""
     return {
-        f"{section}.{key}": field
-        for section, outer in Config.model_fields.items()
-        for key, field in outer.annotation.model_fields.items()  # type: ignore[union-attr]
+        f"{section}.{key}": field for section, outer in _sections().items() for key, field in outer.model_fields.items()
     }
+
+
+def _sections() -> dict[str, type[Section]]:
+    found = ((name, field.annotation) for name, field in Config.model_fields.items())
+    return {name: kind for name, kind in found if isinstance(kind, type) and issubclass(kind, Section)}
 
 
 def _apply(tree: dict[str, Any], override: str) -> str | None:
@@ -278,4 +371,4 @@ def _nearest(key: str) -> str:
     keys = known_keys()
     by_leaf = [known for known in keys if known.split(".")[1] == key.split(".")[-1]]
     close = difflib.get_close_matches(key, keys, 1, 0.5) or by_leaf
-    return "unknown key" + (f"; did you mean {close[0]}?" if close else f"; sections: {', '.join(Config.model_fields)}")
+    return "unknown key" + (f"; did you mean {close[0]}?" if close else f"; sections: {', '.join(_sections())}")

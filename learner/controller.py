@@ -1,8 +1,9 @@
-"""The epoch loop: draw prompts, have them sampled and scored, train, publish, evaluate, record.
+"""The epoch loop: draw prompts, have them sampled and scored, train, publish, evaluate, record, checkpoint.
 
     prompts -> chunks -> sampler actors -> reward actors -> learner ranks -> new adapter -> samplers ...
 
-It never sees a trajectory: runners hand references from actor to actor.
+It never sees a trajectory: runners hand references from actor to actor. The checkpoint closes an epoch; whatever a
+killed run wrote after its last one is dropped and made again, bit by bit the same.
 """
 
 from __future__ import annotations
@@ -12,52 +13,120 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import yaml
 
-from diffusion.trajectory import Scores
+from learner import checkpoint, report
 from learner.config import Config
+from learner.ledger import Ledger
 from learner.objectives import db
-from learner.records import RunDirectory
+from learner.progress import Bar
+from learner.prompts import read_prompts
+from learner.records import BEFORE, CONFIG, Records
+from learner.resume import OpenRun
 from learner.runner import EpochResult, Runner
 from learner.statistics import paired_interval
-from learner.work import evaluation_chunks, read_prompts, training_chunks
+from learner.tracking import Tracker
+from learner.work import evaluation_chunks, training_chunks
+
+Say = Callable[[str], None]
 
 
-def run(config: Config, runner: Runner, directory: RunDirectory, say: Callable[[str], None] = print) -> None:
-    """Train for config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training."""
-    prompts = read_prompts(config.prompts.path)
-    evaluation = evaluation_chunks(config, _evaluation_prompts(config, prompts))
-    say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
-    say(_target(config, runner.dimensions))
-    before = runner.evaluate(evaluation) if evaluation else []
-    if before:
-        directory.save_sheet("before", before)
-        directory.save_evaluation("epoch-before", before)
-        directory.append(_line(-1, runner.snapshot.version, None, None, _mean(before)))
-        say(f"before training: evaluated reward {_mean(before):.3f} on {config.evaluation.images} fixed images")
-    after = before
-    for epoch in range(config.train.epochs):
-        start = time.perf_counter()
-        objective = config.objective
-        beta = db.anneal(objective.beta, epoch, config.train.epochs, objective.anneal_fraction)
-        result = runner.train_epoch(epoch, beta, training_chunks(config, prompts, epoch))
-        directory.save_latest(runner.snapshot.version, runner.save_lora)
-        due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
-        evaluated = None
-        if due:
-            after = runner.evaluate(evaluation)
-            evaluated = _mean(after)
-            directory.save_evaluation(f"epoch-{epoch}", after)
-        directory.append(_line(epoch, runner.snapshot.version, beta, result, evaluated))
-        say(_summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))
-    if after:
-        sheet = directory.save_sheet("after", after)
-        low, high = paired_interval(_rewards(before), _rewards(after))
+def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
+    """Train up to config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training."""
+    config, records, saved = opened.config, opened.records, opened.checkpoint
+    prompts = training_prompts(config)
+    evaluation = evaluation_chunks(config, evaluation_prompts(config))
+    ledger = Ledger(saved.manifest["ledger"] if saved else None)
+    with Bar() as bar:
+        runner.hooks.progress, runner.hooks.say = bar.show, lambda text: bar.around(say, text)
+        say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
+        say(_target(config, runner.dimensions))
+        if saved is None:
+            if evaluation:
+                records.save_evaluation(BEFORE, runner.evaluate(evaluation))
+                records.append(_line(config, BEFORE, runner, None, None, _mean(records, BEFORE), 0.0, ledger))
+                bar.around(say, f"before training: evaluated reward {_mean(records, BEFORE):.3f} on "
+                                f"{config.evaluation.images} fixed images")  # fmt: skip
+            _save(opened, runner, ledger, 0)
+            tracker.notify()
+        for epoch in range(opened.epochs_done, config.train.epochs):
+            start = time.perf_counter()
+            objective = config.objective
+            beta = db.anneal(objective.beta, epoch, config.train.epochs, objective.anneal_fraction)
+            chunks = training_chunks(config, prompts, epoch)
+            lost = ledger.totals["lost"]
+            ledger.open(epoch, [number for chunk in chunks for number in chunk.trajectory_ids])
+            result = runner.train_epoch(epoch, beta, chunks, ledger)
+            ledger.close()
+            records.save_trajectories(epoch, beta, result)
+            due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
+            if due:
+                records.save_evaluation(epoch, runner.evaluate(evaluation))
+            evaluated = _mean(records, epoch) if due else None
+            seconds = time.perf_counter() - start
+            line = _line(config, epoch, runner, beta, result, evaluated, seconds, ledger)
+            records.append({**line, "lost_trajectories": ledger.totals["lost"] - lost})
+            _save(opened, runner, ledger, epoch + 1)
+            if due:
+                records.storage.write(report.FILE, report.render(records, config))
+            tracker.notify()
+            bar.around(say, _summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))
+
+
+def finish(records: Records, config: Config, say: Say) -> None:
+    """The end of a run, from its records alone: pictures, report, and where everything is."""
+    storage, evaluated = records.storage, records.evaluated()
+    if len(evaluated) > 1:
+        first, last = BEFORE, evaluated[-1]
+        for name, epoch in (("before", first), ("after", last)):
+            storage.write(f"{name}.png", records.sheet(epoch))
+        before, after = (records.evaluation_rewards(epoch) for epoch in (first, last))
+        low, high = paired_interval(before, after)
         say(
-            f"evaluated reward {_mean(before):.3f} -> {_mean(after):.3f} on {config.evaluation.images} fixed images: "
-            f"{_mean(after) - _mean(before):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+            f"evaluated reward {before.mean():.3f} -> {after.mean():.3f} on {len(after)} fixed images: "
+            f"{after.mean() - before.mean():+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
         )
-        say(f"pictures: {sheet.with_name('before.png')}, {sheet}")
-    say(f"LoRA: {directory.path / 'checkpoints' / 'latest' / 'lora'}")
+        say(f"pictures: {storage}/before.png, {storage}/after.png")
+    records.note(finished=True)
+    storage.write(report.FILE, report.render(records, config))
+    say(f"report: {storage}/{report.FILE}")
+    newest = checkpoint.LATEST if storage.local else f"step-{checkpoint.steps(storage)[-1]:06d}"
+    say(f"LoRA: {storage}/{checkpoint.FOLDER}/{newest}/lora")
+
+
+def training_prompts(config: Config) -> list[str]:
+    return read_prompts(config.prompts.path, config.prompts.column)
+
+
+def evaluation_prompts(config: Config) -> list[str]:
+    path = config.evaluation.prompts
+    return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
+
+
+def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int) -> None:
+    """Close the first `epochs` epochs."""
+    config, records = opened.config, opened.records
+    manifest = {
+        "run_id": records.run_id,
+        "mlflow_run_id": records.about.get("mlflow_run_id"),
+        "step": epochs * config.train.updates_per_epoch,
+        "next_epoch": epochs,
+        "prompts_drawn": epochs * config.train.trajectories // config.prompts.per_prompt,
+        "policy_version": runner.snapshot.version,
+        "adapter_sha256": runner.snapshot.sha256,
+        "ranks": runner.ranks,
+        "batch_sizes": {
+            "chunk": config.sampler.chunk_size,
+            "micro_batch": config.learner.micro_batch,
+            "flow_batch": config.flow.batch,
+        },
+        "ledger": ledger.to_json(),
+        "config_digest": config.digest(),
+    }
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+    checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: settings})
+    always = {(epoch + 1) * config.train.updates_per_epoch for epoch in records.evaluated()}
+    checkpoint.prune(records.storage, config.run.keep_checkpoints, always)
 
 
 def _target(config: Config, dimensions: int) -> str:
@@ -70,38 +139,36 @@ def _target(config: Config, dimensions: int) -> str:
     )
 
 
-def _evaluation_prompts(config: Config, prompts: list[str]) -> list[str]:
-    path = config.evaluation.prompts
-    return read_prompts(path, "evaluation.prompts") if path else prompts
-
-
-def _rewards(scores: list[Scores]) -> np.ndarray:
-    return np.concatenate([part.rewards[:, -1] for part in scores])
-
-
-def _mean(scores: list[Scores]) -> float:
-    return float(np.mean(_rewards(scores)))
+def _mean(records: Records, epoch: int) -> float:
+    return float(records.evaluation_rewards(epoch).mean())
 
 
 def _line(
-    epoch: int, version: int, beta: float | None, result: EpochResult | None, evaluated: float | None
-) -> dict[str, Any]:
-    """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; epoch -1,
-    before training, has neither loss nor training rewards."""
+    config: Config, epoch: int, runner: Runner, beta: float | None, result: EpochResult | None,
+    evaluated: float | None, seconds: float, ledger: Ledger,
+) -> dict[str, Any]:  # fmt: skip
+    """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; `step`
+    counts policy updates; epoch -1, before training, has neither loss nor training rewards."""
     rewards = np.asarray(result.rewards if result else [])
     return {
         "epoch": epoch,
-        "policy_version": version,
+        "step": (epoch + 1) * config.train.updates_per_epoch,
+        "time": time.time(),
+        "policy_version": runner.snapshot.version,
+        "adapter_sha256": runner.snapshot.sha256,
         "beta": beta,
         "loss": None,
-        **(result.metrics if result else {}),
+        **(result.training.metrics if result else {}),
         "reward_mean": float(rewards.mean()) if result else None,
         "reward_std": float(rewards.std()) if result else None,
         "eval_reward_mean": evaluated,
+        "seconds": seconds,
         "sample_seconds": result.sample_seconds if result else None,
         "score_seconds": result.score_seconds if result else None,
         "train_seconds": result.train_seconds if result else None,
         "trajectories": len(rewards),
+        "trajectories_trained": ledger.totals["trained"],
+        "updates": result.training.updates if result else [],
     }
 
 
@@ -111,7 +178,7 @@ def _summary(
     text = (
         f"epoch {epoch + 1}/{config.train.epochs}  "
         f"reward {np.mean(result.rewards):.3f} +- {np.std(result.rewards):.3f}  "
-        f"loss {result.metrics['loss']:.4g}  beta {beta:.3g}  {seconds:.1f} s "
+        f"loss {result.training.metrics['loss']:.4g}  beta {beta:.3g}  {seconds:.1f} s "
         f"(sample {result.sample_seconds:.1f}, score {result.score_seconds:.1f}, train {result.train_seconds:.1f})"
     )
     return text if evaluated is None else f"{text}  evaluated {evaluated:.3f}"

@@ -50,13 +50,16 @@ def build_sampler(config: Config) -> Sampler:
 def build_scorer(config: Config) -> Scorer:
     reward = rewards.load(config.reward.name, config.reward.weights, device(config), **config.reward.options)
     decoder = Decoder(str(resolve(config.model.path)), device(config))
-    return Scorer(decoder, reward, config.train.shuffle_rewards)
+    return Scorer(decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels)
 
 
-def build_learner(config: Config) -> Learner:
-    """A learner rank; with a process group initialised, one of several."""
+def build_learner(config: Config, files: dict[str, bytes] | None = None) -> Learner:
+    """A learner rank; with a process group initialised, one of several. `files` of a checkpoint to go on from."""
     model = build_model(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)
         flow = FlowNetwork(model.latent_shape[0], model.embedding_width, config.flow.widths, config.flow.stem_stride)
-    return Learner(model, flow, config)
+    learner = Learner(model, flow, config)
+    if files is not None:
+        learner.restore(files)
+    return learner

@@ -2,58 +2,79 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from diffusion import lora
-from diffusion.trajectory import Chunk, Scores
-from learner import factory
+from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
+from learner import factory, receipts
 from learner.config import Config
-from learner.runner import EpochResult
+from learner.ledger import Ledger
+from learner.runner import EpochResult, Hooks
 from learner.update import Scored
 
 
 class InProcessRunner:
     """Runs every part in turn in this process. See learner/runner.py for the contract."""
 
-    def __init__(self, config: Config) -> None:
+    ranks = 1
+
+    def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
         factory.prepare_process(config)
         self.config = config
+        self.hooks = Hooks()
         self.sampler = factory.build_sampler(config)
         self.scorer = factory.build_scorer(config)
-        self.learner = factory.build_learner(config)
+        self.learner = factory.build_learner(config, files)
         self.snapshot = self.learner.published
         self.dimensions = self.learner.dimensions
         self.description = "in process: 1 sampler, 1 scorer, 1 learner"
+        self._node = socket.gethostname()
 
-    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk]) -> EpochResult:
-        scored, sample_seconds, score_seconds = self._sample_and_score(chunks)
+    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk], ledger: Ledger) -> EpochResult:
+        scored: list[Scored] = []
+        accounts: list[tuple[Receipt, Verdict]] = []
+        for chunk in chunks:
+            pair, receipt, verdict = self._sample_and_score(chunk)
+            ledger.advance(chunk.trajectory_ids, "sampled")
+            ledger.advance(chunk.trajectory_ids, "scored")
+            scored.append(pair)
+            accounts.append((receipt, verdict))
+            self.hooks.progress("sampling and scoring", len(scored), len(chunks))
         start = time.perf_counter()
         updates = self.config.train.updates_per_epoch
         size = len(scored) // updates
-        metrics = self.learner.train_epoch(epoch, beta, [scored[i * size : (i + 1) * size] for i in range(updates)])
+        training = self.learner.train_epoch(epoch, beta, [scored[i * size : (i + 1) * size] for i in range(updates)])
+        ledger.advance(training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)
-        train_seconds = time.perf_counter() - start
-        rewards = [float(r) for _, scores in scored for r in scores.rewards[:, -1]]
-        return EpochResult(rewards, metrics, sample_seconds, score_seconds, train_seconds)
+        return EpochResult(
+            chunks,
+            [receipt for receipt, _ in accounts],
+            [verdict for _, verdict in accounts],
+            training,
+            sum(receipt.seconds for receipt, _ in accounts),
+            sum(verdict.seconds for _, verdict in accounts),
+            time.perf_counter() - start,
+        )
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        return [scores for _, scores in self._sample_and_score(chunks)[0]]
+        found = []
+        for chunk in chunks:
+            found.append(self._sample_and_score(chunk)[0][1])
+            self.hooks.progress("evaluating", len(found), len(chunks))
+        return found
 
-    def save_lora(self, folder: Path) -> None:
-        lora.save_files(self.learner.model.unet, folder)
+    def checkpoint_files(self) -> dict[str, bytes]:
+        return self.learner.state_files()
 
     def close(self) -> None:
         """Nothing to stop."""
 
-    def _sample_and_score(self, chunks: Sequence[Chunk]) -> tuple[list[Scored], float, float]:
-        scored, sampling, scoring = [], 0.0, 0.0
-        for chunk in chunks:
-            start = time.perf_counter()
-            trajectories, clean = self.sampler.sample(chunk, self.snapshot)
-            middle = time.perf_counter()
-            scored.append((trajectories, self.scorer.score(clean)))
-            sampling += middle - start
-            scoring += time.perf_counter() - middle
-        return scored, sampling, scoring
+    def _sample_and_score(self, chunk: Chunk) -> tuple[Scored, Receipt, Verdict]:
+        start = time.perf_counter()
+        trajectories, clean = self.sampler.sample(chunk, self.snapshot)
+        middle = time.perf_counter()
+        receipt = trajectories.receipt(self._node, middle - start)
+        receipts.check(receipt, self.snapshot, f"chunk {chunk.index} of {chunk.where}")
+        scores = self.scorer.score(clean)
+        return (trajectories, scores), receipt, scores.verdict(time.perf_counter() - middle)

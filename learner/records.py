@@ -1,104 +1,188 @@
-"""What a run leaves behind in its directory: config, metrics, adapter files and contact sheets."""
+"""The durable record of a run: config, metrics, trajectories, evaluations, pictures. MLflow is only a view of it.
+
+Written by the driver alone, each file in one piece. What belongs to an epoch is on disk before the checkpoint that
+closes the epoch; `drop_after` removes what a killed driver wrote beyond its last checkpoint, so that there are neither
+holes nor repeats.
+"""
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import shutil
-import textwrap
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import math
+import time
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
-from PIL import Image, ImageDraw
 
 from diffusion.trajectory import Scores
-from learner.config import Config, ConfigError
+from learner.config import Config
+from learner.pictures import contact_sheet, png
+from learner.runner import EpochResult
+from learner.storage import Storage
 
-SHEET_COLUMNS = 8
-SHEET_IMAGES = 32
-GAP, LINE, CAPTION_LINES = 8, 12, 3  # pixels between pictures, pixels a caption line, lines
+FORMAT = 1  # of run.json, checkpoints and the trajectories' columns
+RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
+    "run.json",
+    "metrics.jsonl",
+    "config.yaml",
+    "trajectories",
+    "evaluation",
+)
+BEFORE = -1  # the "epoch" of the evaluation before training
+
+SCHEMA = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("epoch", pa.int32()),
+        ("trajectory_id", pa.int64()),
+        ("policy_version", pa.int32()),  # that sampled it
+        ("adapter_sha256", pa.string()),  # as it stood in the sampler's module
+        ("prompt", pa.string()),
+        ("reward", pa.float32()),  # raw, of the image
+        ("log_pf_sum", pa.float64()),  # nats, over all transitions and dimensions
+        ("log_pb_sum", pa.float64()),
+        ("beta", pa.float64()),  # that the epoch trained with
+        ("thumbnail_png", pa.binary()),
+        ("sampler_node", pa.string()),
+        ("chunk", pa.int32()),
+        ("sample_seconds", pa.float32()),  # of the whole chunk
+        ("score_seconds", pa.float32()),
+    ],
+    metadata={"tributary_format": str(FORMAT)},
+)
 
 
-class RunDirectory:
-    """The files of one run. Everything is written aside and renamed, so a reader never sees half a file."""
+class Records:
+    """The files of one run."""
 
-    def __init__(self, path: Path, config: Config) -> None:
-        """
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.about: dict[str, Any] = {}  # run.json
+        self.lines: list[dict[str, Any]] = []  # metrics.jsonl
+
+    @classmethod
+    def create(cls, storage: Storage, name: str, config: Config, extra: dict[str, Any]) -> Records:
+        """Begin a run here.
+
         Raises:
-            ConfigError: the directory already holds a run, or cannot be made or written.
+            StorageError: the folder cannot be made or written.
         """
-        self.path = path
-        self.metrics = path / "metrics.jsonl"
-        if self.metrics.exists():
-            raise ConfigError(f"run.dir: {path} already holds a run; choose another or remove it")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._replace(path / "config.yaml", lambda f: f.write_text(yaml.safe_dump(config.model_dump(mode="json"))))
-        except OSError as error:
-            raise ConfigError(f"run.dir: cannot write {path}: {error}") from error
+        records = cls(storage)
+        storage.write(CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        records.note(format=FORMAT, run_id=uuid.uuid4().hex, name=name, created=time.time(), finished=False, **extra)
+        return records
+
+    @classmethod
+    def open(cls, storage: Storage) -> Records:
+        """A run that is here already.
+
+        Raises:
+            StorageError: there is none, or a file is damaged.
+        """
+        records = cls(storage)
+        records.about = json.loads(storage.read(RUN))
+        if storage.exists(METRICS):
+            records.lines = [json.loads(line) for line in storage.read(METRICS).decode().splitlines()]
+        return records
+
+    @property
+    def run_id(self) -> str:
+        return self.about["run_id"]
+
+    def note(self, **facts: Any) -> None:
+        """Add to run.json."""
+        self.about |= facts
+        self.storage.write(RUN, (json.dumps(self.about, indent=1) + "\n").encode())
 
     def append(self, line: dict[str, Any]) -> None:
         """One epoch's line, on disk before this returns. Non-finite numbers become null."""
-        clean = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.lines.append(_finite(line))
+        self._write_lines()
 
-    def save_latest(self, version: int, save_lora: Callable[[Path], None]) -> Path:
-        """Replace checkpoints/latest by the current adapter."""
-        folder = self.path / "checkpoints"
-        fresh, latest, old = folder / f".new-{version}", folder / "latest", folder / ".old"
-        shutil.rmtree(fresh, ignore_errors=True)
-        save_lora(fresh / "lora")
-        (fresh / "version.json").write_text(json.dumps({"policy_version": version}) + "\n")
-        shutil.rmtree(old, ignore_errors=True)
-        if latest.exists():
-            latest.rename(old)
-        fresh.rename(latest)
-        shutil.rmtree(old, ignore_errors=True)
-        return latest
+    def drop_after(self, epochs: int) -> None:
+        """Keep what belongs to the first `epochs` epochs and the evaluation before them; -1 keeps nothing."""
+        if any(line["epoch"] >= epochs for line in self.lines):
+            self.lines = [line for line in self.lines if line["epoch"] < epochs]
+            self._write_lines()
+        for folder in (TRAJECTORIES, EVALUATION):
+            for name in self.storage.entries(folder):
+                if _epoch_of(name) >= epochs:
+                    self.storage.remove(f"{folder}/{name}")
 
-    def save_sheet(self, name: str, scores: Sequence[Scores]) -> Path:
-        """Contact sheet NAME.png of the first evaluation images, each under its prompt and reward."""
-        target = self.path / f"{name}.png"
-        self._replace(target, lambda f: contact_sheet(scores).save(f, "PNG"))
-        return target
+    def save_trajectories(self, epoch: int, beta: float, result: EpochResult) -> None:
+        """trajectories/epoch-NNNNNN.parquet: a row a trajectory, columns of SCHEMA."""
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        for chunk, receipt, verdict in zip(result.chunks, result.receipts, result.verdicts, strict=True):
+            for i, number in enumerate(chunk.trajectory_ids):
+                row = {
+                    "run_id": self.run_id,
+                    "epoch": epoch,
+                    "trajectory_id": number,
+                    "policy_version": receipt.policy_version,
+                    "adapter_sha256": receipt.adapter_sha256,
+                    "prompt": chunk.prompts[i],
+                    "reward": verdict.rewards[i],
+                    "log_pf_sum": receipt.log_pf_sum[i],
+                    "log_pb_sum": receipt.log_pb_sum[i],
+                    "beta": beta,
+                    "thumbnail_png": verdict.thumbnails[i] if verdict.thumbnails else None,
+                    "sampler_node": receipt.node,
+                    "chunk": chunk.index,
+                    "sample_seconds": receipt.seconds,
+                    "score_seconds": verdict.seconds,
+                }
+                for name, value in row.items():
+                    columns[name].append(value)
+        file = io.BytesIO()
+        pq.write_table(pa.table(columns, schema=SCHEMA), file)
+        self.storage.write(f"{TRAJECTORIES}/{_name(epoch)}.parquet", file.getvalue())
 
-    def save_evaluation(self, name: str, scores: Sequence[Scores]) -> None:
-        """evaluation/NAME.json: prompt and reward of every fixed image, for paired comparisons."""
-        folder = self.path / "evaluation"
-        folder.mkdir(exist_ok=True)
+    def save_evaluation(self, epoch: int, scores: Sequence[Scores]) -> None:
+        """evaluation/epoch-N.json, prompt and reward of every fixed image, for paired comparisons; and epoch-N.png, a
+        contact sheet of the first of them."""
         table = {
             "prompt": [prompt for part in scores for prompt in part.chunk.prompts],
             "reward": [float(value) for part in scores for value in part.rewards[:, -1]],
         }
-        self._replace(folder / f"{name}.json", lambda f: f.write_text(json.dumps(table) + "\n"))
+        self.storage.write(f"{EVALUATION}/{_name(epoch)}.png", png(contact_sheet(scores)))
+        self.storage.write(f"{EVALUATION}/{_name(epoch)}.json", (json.dumps(table) + "\n").encode())
 
-    @staticmethod
-    def _replace(target: Path, write: Callable[[Path], Any]) -> None:
-        aside = target.with_name(f".{target.name}.new")
-        write(aside)
-        aside.replace(target)
+    def evaluated(self) -> list[int]:
+        """Epochs whose evaluation is here, in order; BEFORE is the one before training."""
+        names = self.storage.entries(EVALUATION)
+        return sorted(_epoch_of(name) for name in names if name.endswith(".json"))
+
+    def evaluation_rewards(self, epoch: int) -> np.ndarray:
+        """Rewards of the fixed images after an epoch."""
+        return np.asarray(json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))["reward"])
+
+    def sheet(self, epoch: int) -> bytes:
+        """PNG of the contact sheet after an epoch."""
+        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.png")
+
+    def _write_lines(self) -> None:
+        # Rewritten whole: object stores cannot append, and a line is never half there.
+        self.storage.write(METRICS, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
 
-def contact_sheet(scores: Sequence[Scores], limit: int = SHEET_IMAGES) -> Image.Image:
-    """The first `limit` images in rows of eight, at least 128 pixels wide, reward and prompt beneath."""
-    pictures = [image for part in scores for image in part.images][:limit]  # type: ignore[union-attr]
-    prompts = [prompt for part in scores for prompt in part.chunk.prompts][:limit]
-    values = [float(value) for part in scores for value in part.rewards[:, -1]][:limit]
-    side = max(128, min(256, pictures[0].shape[0]))
-    width, height = side + GAP, side + GAP + CAPTION_LINES * LINE
-    rows = -(-len(pictures) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * width, rows * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (picture, prompt, value) in enumerate(zip(pictures, prompts, values, strict=True)):
-        x, y = (i % SHEET_COLUMNS) * width + GAP // 2, (i // SHEET_COLUMNS) * height + GAP // 2
-        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        caption = textwrap.wrap(f"{value:.2f}  {prompt}", side // 6, max_lines=CAPTION_LINES, placeholder=" ...")
-        for line, text in enumerate(caption):
-            pen.text((x, y + side + line * LINE), text, fill="black")
-    return sheet
+def _name(epoch: int) -> str:
+    return "epoch-before" if epoch == BEFORE else f"epoch-{epoch:06d}"
+
+
+def _epoch_of(name: str) -> int:
+    number = name.split(".")[0].removeprefix("epoch-")
+    return int(number) if number.isdigit() else BEFORE
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,96 +4,164 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 import rewards
-from cluster.placement import PlacementError
-from cluster.waits import ActorDied, DeadlineExceeded
+from cluster.placement import Placement, PlacementError, place_for
+from cluster.session import resources_at_hand
+from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.base_model import BaseModelError, load_kernel
-from learner import controller
-from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, load_config, resolve
-from learner.records import RunDirectory
+from learner import controller, environment, resume
+from learner.checkpoint import CheckpointError
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
+from learner.ledger import LedgerError
+from learner.receipts import RanksDiverged, StaleWeights
+from learner.resume import OpenRun
 from learner.runner import Runner
-from learner.update import NonFiniteGradient, StaleWeights
-from learner.work import read_prompts
+from learner.storage import StorageError
+from learner.tracking import Tracker
+from learner.update import NonFiniteGradient
 from rewards.scorer import BadReward
 
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
 FAILURES = (
-    BadReward, StaleWeights, NonFiniteGradient, DeadlineExceeded, ActorDied, PlacementError, BaseModelError,
-    ConnectionError,
+    BadReward, StaleWeights, RanksDiverged, NonFiniteGradient, LedgerError, CheckpointError, StorageError,
+    DeadlineExceeded, ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
 )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input, said in one message before anything starts; 1: the run failed; 130: Ctrl-C."""
+    """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C."""
     args = _parser().parse_intermixed_args(arguments)
+    source = args.config or DEFAULT_CONFIG
     try:
-        config = load_config(args.config, args.overrides)
-        _check_inputs(config)
-        directory = RunDirectory(_run_path(config, args.config or DEFAULT_CONFIG), config)
-    except (ConfigError, BaseModelError) as error:
+        config, faults = read_config(source, args.overrides)
+        if args.print_config:
+            _raise(faults)
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        placement, resources = _check(config, faults)
+        if args.plan:
+            from learner import plan
+
+            print(plan.describe(config, placement, resources, resume.whereabouts(config, source)))
+            return 0
+        prompts = [*controller.training_prompts(config), *controller.evaluation_prompts(config)]
+        opened = resume.open_run(config, source, prompts, warn=lambda text: complain(f"warning: {text}"))
+    except (ConfigError, CheckpointError, ConnectionError) as error:
         for line in str(error).splitlines():
-            print(f"learner.run: {line}", file=sys.stderr)
+            complain(line)
         return 2
-    print(f"run directory: {directory.path.resolve()}", flush=True)
-    runner = None
     try:
-        runner = build_runner(config)
-        controller.run(config, runner, directory, say=lambda text: print(text, flush=True))
+        return _run(opened)
+    finally:
+        opened.close()
+
+
+def _run(opened: OpenRun) -> int:
+    records, config = opened.records, opened.config
+    say(f"run directory: {records.storage}")
+    if opened.checkpoint:
+        done = opened.epochs_done
+        say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
+            "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
+    runner, tracker, status = None, None, "FAILED"
+    try:
+        if records.about["finished"] and opened.epochs_done >= config.train.epochs:
+            say("nothing is left to do")
+            controller.finish(records, config, say)
+            return 0
+        records.note(finished=False, environment=environment.facts())
+        tracker = Tracker(records, config, say)
+        if opened.epochs_done < config.train.epochs:
+            runner = build_runner(config, opened.checkpoint.files if opened.checkpoint else None)
+            if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
+                raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
+            controller.run(opened, runner, tracker, say)
+        controller.finish(records, config, say)
+        status = "FINISHED"
+        return 0
     except FAILURES as error:
-        print(f"learner.run: {type(error).__name__}: {error}", file=sys.stderr)
+        complain(f"{type(error).__name__}: {error}")
+        complain(f"what was done is in {records.storage}; the same command goes on from its last checkpoint")
         return 1
     except KeyboardInterrupt:
-        print(f"learner.run: interrupted; what was done is in {directory.path.resolve()}", file=sys.stderr)
+        status = "KILLED"
+        complain(f"interrupted; what was done is in {records.storage}; the same command goes on from there")
         return 130
     finally:
         if runner is not None:
             runner.close()
-    return 0
+        if tracker is not None:
+            tracker.finish(status)
 
 
-def build_runner(config: Config) -> Runner:
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    print(f"learner.run: {text}", file=sys.stderr, flush=True)
+
+
+def build_runner(config: Config, files: dict[str, bytes] | None) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
-        return InProcessRunner(config)
+        return InProcessRunner(config, files)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config)
+    return RayRunner(config, files)
 
 
-def _check_inputs(config: Config) -> None:
-    """Files and names that would otherwise fail only after actors are up."""
-    prompts = read_prompts(config.prompts.path)
+def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, float]]:
+    """Everything that would otherwise fail only after actors are up; with `faults`, all is said at once.
+
+    Raises:
+        ConfigError: a line for each fault.
+    """
+    found = list(faults)
+
+    def attempt(step: Callable[[], Any], prefix: str = "") -> Any:
+        try:
+            return step()
+        except (BaseModelError, ConfigError, PlacementError) as error:
+            found.append(str(error))
+        except ValueError as error:
+            found.append(f"{prefix}{error}")
+        return None
+
+    prompts = attempt(lambda: controller.training_prompts(config)) or []
     if config.evaluation.prompts:
-        prompts += read_prompts(config.evaluation.prompts, "evaluation.prompts")
-    try:
-        load_kernel(str(resolve(config.model.path)), config.sampler.steps, config.sampler.eta)
-    except BaseModelError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"sampler.steps: {error}") from error
-    if config.model.device == "cuda" and config.run.runner == "inprocess" and not torch.cuda.is_available():
-        raise ConfigError("model.device: cuda was asked for, but torch finds none here")
-    try:
-        rewards.check(config.reward.name, config.reward.weights, config.reward.options, prompts)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        prompts = prompts + (attempt(lambda: controller.evaluation_prompts(config)) or [])
+    path = str(resolve(config.model.path))
+    attempt(lambda: load_kernel(path, config.sampler.steps, config.sampler.eta), "sampler.steps: ")
+    attempt(lambda: rewards.check(config.reward.name, config.reward.weights, config.reward.options, prompts))
+    if config.run.runner == "inprocess":
+        if config.model.device == "cuda" and not torch.cuda.is_available():
+            found.append("model.device: cuda was asked for, but torch finds none here")
+        _raise(found)
+        return Placement(1, 1, 1, {}, {}, {}), resources_at_hand(config.run.cpu_threads, local=True)
+    resources = resources_at_hand(config.run.cpu_threads)
+    placement = attempt(lambda: place_for(config, resources))
+    _raise(found)
+    return placement, resources
 
 
-def _run_path(config: Config, source: Path) -> Path:
-    if config.run.dir:
-        return Path(config.run.dir).expanduser()
-    return Path("runs") / f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _raise(faults: Sequence[str]) -> None:
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _parser() -> argparse.ArgumentParser:
     keys = "\n".join(
-        f"  {key:<30} {field.description} (default: {field.get_default(call_default_factory=True)})"
+        f"  {key:<30} {_kind(field.annotation):<12} {field.description} "
+        f"(default: {field.get_default(call_default_factory=True)})"
         for key, field in known_keys().items()
     )
     parser = argparse.ArgumentParser(
@@ -103,8 +171,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, help=f"YAML preset (default: {DEFAULT_CONFIG.name})")
+    parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what would run where and what it costs, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the preset's")
     return parser
+
+
+def _kind(annotation: Any) -> str:
+    """Name of a key's type: int, float, str, bool, list, dict; `|none` where it may be left out."""
+    text = str(getattr(annotation, "__name__", annotation)) if isinstance(annotation, type) else str(annotation)
+    for word, name in (("Literal", "choice"), ("tuple", "list"), ("dict", "dict")):
+        if word in text:
+            return name
+    return text.replace(" | None", "|none")
 
 
 if __name__ == "__main__":

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from diffusion.lora import Snapshot
-from diffusion.trajectory import Chunk, Scores
+from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
+from learner.ledger import Ledger
+from learner.update import Training
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What comes back of an epoch. Seconds: sampling and scoring overlap on Ray, where each is the time from
-    the epoch's start until its last chunk was done."""
+    """What comes back of an epoch, in chunk order. Seconds: sampling and scoring overlap on Ray, where each is the
+    time from the epoch's start until its last chunk was done."""
 
-    rewards: list[float]  # raw terminal reward of each trajectory
-    metrics: dict[str, float]  # of Learner.train_epoch
+    chunks: Sequence[Chunk]
+    receipts: list[Receipt]
+    verdicts: list[Verdict]
+    training: Training  # of rank 0: metrics are means over ranks
     sample_seconds: float
     score_seconds: float
     train_seconds: float
 
+    @property
+    def rewards(self) -> list[float]:
+        """Raw terminal reward of each trajectory."""
+        return [reward for verdict in self.verdicts for reward in verdict.rewards]
+
+
+@dataclass
+class Hooks:
+    """What a runner tells the loop while it works."""
+
+    say: Callable[[str], None] = print  # faults survived, a line each
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
 
 class Runner(Protocol):
-    """Does epochs with one current policy version; `snapshot` is the one that the next chunks are sampled with."""
+    """Does epochs with one current policy version; `snapshot` is the one that the next chunks are sampled with.
+
+    A runner is made from a config and, to go on from a checkpoint, that checkpoint's files.
+    """
 
     snapshot: Snapshot
     description: str
     dimensions: int  # D, numbers in one latent
+    ranks: int
+    hooks: Hooks
 
-    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk]) -> EpochResult:
+    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk], ledger: Ledger) -> EpochResult:
         """Sample, score and train on the chunks, then publish the next policy version."""
         ...
 
@@ -38,8 +59,8 @@ class Runner(Protocol):
         """Scores and images of the evaluation chunks under the current version, in their order."""
         ...
 
-    def save_lora(self, folder: Path) -> None:
-        """Write the current adapter for other programs."""
+    def checkpoint_files(self) -> dict[str, bytes]:
+        """The learner's state (learner/state.py) and, under lora/, the adapter for other programs."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.optim import AdamW
 from diffusion import lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
+from learner import receipts, state
 from learner.config import Config
 from learner.flow import FlowNetwork
 from learner.objectives import db
@@ -32,8 +33,14 @@ class NonFiniteGradient(ArithmeticError):
     """An update that would have destroyed the weights; gradients are reduced, so all ranks raise together."""
 
 
-class StaleWeights(RuntimeError):
-    """Trajectories that were not made by the adapter this learner published."""
+@dataclass(frozen=True)
+class Training:
+    """What an epoch of training did, means over ranks: loss, residual^2, drift (squared change of the output since
+    rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss."""
+
+    metrics: dict[str, float]  # means over the epoch's updates
+    updates: list[dict[str, float]]  # the same of each update
+    trajectory_ids: tuple[int, ...]  # this rank's, in the order trained
 
 
 @dataclass
@@ -50,7 +57,7 @@ class Transitions:
     reward_terminal: Tensor  # [b] of the terminal state
     terminal: Tensor  # [b] bool: x_next is the state whose flow is the reward
     log_pf_old: Tensor  # [b] nats, summed over dimensions, of the rollout
-    output_old: Tensor  # [b, C, H, W] guided output of the rollout
+    output_old: Tensor  # [b, C, H, W] guided output of the rollout; [b, 0, H, W] in flow-only fits, which need none
 
     @classmethod
     def concatenate(cls, parts: Sequence[Transitions]) -> Transitions:
@@ -80,43 +87,73 @@ class Learner:
         return DistributedDataParallel(module) if self.world_size > 1 else module
 
     def publish(self, version: int) -> lora.Snapshot:
-        """The adapter as it stands, as this version; later trajectories must carry its hash."""
-        self.published = lora.snapshot(self.model.unet, version)
-        return self.published
+        """The adapter as it stands, as this version; later trajectories must carry its hash.
 
-    def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> dict[str, float]:
+        Raises:
+            StaleWeights: it is bitwise the one before.
+        """
+        fresh = lora.snapshot(self.model.unet, version)
+        receipts.check_moved(self.published, fresh)
+        self.published = fresh
+        return fresh
+
+    def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
         """One optimizer step of the policy for each element of `updates`, this rank's share of that update.
-
-        Returns means over the epoch and over ranks: loss, residual^2, drift (squared change of the output since
-        rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss.
 
         Raises:
             StaleWeights: trajectories of another adapter than the published one.
         """
         for trajectories, _ in (scored for update in updates for scored in update):
-            if trajectories.adapter_sha256 != self.published.sha256:
-                raise StaleWeights(
-                    f"chunk {trajectories.chunk.index} of epoch {epoch} was sampled by adapter "
-                    f"{trajectories.adapter_sha256[:12]} (version {trajectories.policy_version}), but version "
-                    f"{self.published.version} is {self.published.sha256[:12]}: the new weights did not arrive"
-                )
+            receipts.check(trajectories, self.published, f"chunk {trajectories.chunk.index} of epoch {epoch}")
         if self.config.flow.fit_steps or self.config.flow.warmup_steps:
-            self.replay.append([scored for update in updates for scored in update])
-        totals: dict[str, list[float]] = {}
+            self.replay.append([(_without_output(made), scores) for update in updates for made, scores in update])
+        rows: list[dict[str, float]] = []
         for index, update in enumerate(updates):
             steps = self.config.flow.fit_steps + (self.config.flow.warmup_steps if epoch == index == 0 else 0)
             metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
             batches = (batch for scored in update for batch in self._micro_batches(scored))
-            metrics |= self.update(batches, sum(scored[0].selected.size for scored in update), beta)
-            for name, value in metrics.items():
-                totals.setdefault(name, []).append(value)
-        names = sorted(totals)
-        means = torch.tensor([float(np.mean(totals[name])) for name in names], dtype=torch.float64)
-        means = means.to(self.model.device)
+            rows.append(metrics | self.update(batches, sum(scored[0].selected.size for scored in update), beta))
+        names = sorted({name for row in rows for name in row})
+        table = torch.tensor([[row.get(name, np.nan) for name in names] for row in rows], dtype=torch.float64)
+        table = table.to(self.model.device)
         if self.world_size > 1:
-            dist.all_reduce(means)
-            means /= self.world_size
-        return dict(zip(names, means.tolist(), strict=True))
+            dist.all_reduce(table)
+            table /= self.world_size
+        means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+        each = [
+            {name: value for name, value in zip(names, row, strict=True) if not np.isnan(value)}
+            for row in table.tolist()
+        ]
+        trained = (number for update in updates for made, _ in update for number in made.chunk.trajectory_ids)
+        return Training(means, each, tuple(trained))
+
+    def state_files(self) -> dict[str, bytes]:
+        """What this rank adds to a checkpoint: the rollouts that its flow fits draw from, and from rank 0, being equal
+        on all ranks, networks, optimizers and, under lora/, the adapter for other programs."""
+        files = {state.replay_file(self.rank): state.dump_replay(self.replay)}
+        if self.rank == 0:
+            files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
+            files[state.LEARNER_FILE] = state.dump(
+                {
+                    "version": self.published.version,
+                    "adapter": torch.from_numpy(np.array(self.published.flat)),
+                    "flow": _unwrap(self.flow).state_dict(),
+                    "policy_optimizer": self.policy_optimizer.state_dict(),
+                    "flow_optimizer": self.flow_optimizer.state_dict(),
+                }
+            )
+        return files
+
+    def restore(self, files: dict[str, bytes]) -> None:
+        """Go on from a checkpoint's files, made by as many ranks as there are now."""
+        saved = state.parse(files[state.LEARNER_FILE])
+        lora.load(self.model.unet, saved["adapter"].numpy())
+        _unwrap(self.flow).load_state_dict(saved["flow"])
+        self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
+        self.flow_optimizer.load_state_dict(saved["flow_optimizer"])
+        self.replay.clear()
+        self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
+        self.published = lora.snapshot(self.model.unet, saved["version"])
 
     def update(self, batches: Iterable[Transitions], count: int, beta: float) -> dict[str, float]:
         """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions
@@ -258,3 +295,12 @@ class Learner:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def _without_output(made: Trajectories) -> Trajectories:
+    """For the replay: flow-only fits do not use the rollout's model output, a third of a trajectory's bytes."""
+    return replace(made, model_output=made.model_output[:, :, :0].copy())

@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from diffusion import noise
 from diffusion.trajectory import Chunk
-from learner.config import Config, ConfigError, resolve
-
-
-def read_prompts(path: str, key: str = "prompts.path") -> list[str]:
-    """Prompts of a UTF-8 text file, one a line; blank lines and lines starting with # are skipped.
-
-    Raises:
-        ConfigError: the file cannot be read, is not UTF-8, or holds no prompt.
-    """
-    file = Path(resolve(path))
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}: cannot read {file}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise ConfigError(f"{key}: {file} holds no prompt")
-    return prompts
+from learner.config import Config
 
 
 def training_chunks(config: Config, prompts: Sequence[str], epoch: int) -> list[Chunk]:

@@ -1,0 +1,201 @@
+"""`--plan`: what a run would do and cost, without running it: actors, work, FLOPs, bytes.
+
+FLOPs are counted by torch on networks without weights (a multiplication and an addition are two); rewards are not
+counted, they may be anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cluster.placement import Placement
+from diffusion import lora, transitions
+from diffusion.base_model import without_weights
+from diffusion.rollout import states_with_reward
+from learner.config import Config, resolve
+from learner.flow import FlowNetwork
+
+TOKENS = 77  # of a prompt's embedding: CLIP's
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One sample through each network, in FLOPs, and sizes."""
+
+    unet: float  # forward
+    unet_train: float  # forward and backward into the LoRA
+    decode: float
+    flow: float  # forward
+    flow_train: float  # forward and backward
+    latent: int  # D, numbers
+    lora: int  # parameters
+    flow_parameters: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an epoch holds."""
+
+    rollout: float  # FLOPs
+    decoding: float
+    training: float
+    evaluation: float  # FLOPs of one evaluation
+    transitions: int  # trained on
+    states_scored: int
+    object_store: int  # bytes put in an epoch
+    checkpoint: int  # bytes
+    thumbnails: int  # bytes, at most
+
+
+def costs(config: Config) -> Costs:
+    """Count on the meta device.
+
+    Raises:
+        BaseModelError: the model's configuration cannot be read.
+    """
+    unet, vae = without_weights(str(resolve(config.model.path)))
+    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    width = int(unet.config.cross_attention_dim)
+    with torch.device("meta"):
+        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank)
+        flow = FlowNetwork(shape[1], width, config.flow.widths, config.flow.stem_stride)
+        x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width)
+
+    def predict() -> torch.Tensor:
+        return unet(x, t, encoder_hidden_states=embedding).sample
+
+    def log_flow() -> torch.Tensor:
+        return flow(x, t, embedding)
+
+    return Costs(
+        unet=_count(predict),
+        unet_train=_count(predict, backward=True),
+        decode=_count(lambda: vae.decode(x).sample),
+        flow=_count(log_flow),
+        flow_train=_count(log_flow, backward=True),
+        latent=prod(shape),
+        lora=sum(p.numel() for _, p in lora.named(unet)),
+        flow_parameters=_size(flow),
+    )
+
+
+def work(config: Config, cost: Costs, ranks: int) -> Work:
+    """An epoch of this config, exact but for thumbnails and rewards."""
+    settings, n, count = config.rollout_settings(), config.sampler.steps, config.train.trajectories
+    ids = list(range(config.sampler.chunk_size))
+    end = n - settings.skip_last
+    selected = transitions.select(settings.selection, settings.fraction, end, config.run.seed, 0, ids)
+    chosen = np.zeros((len(ids), n + 1), bool)
+    np.put_along_axis(chosen, selected, True, axis=1)
+    scored = int(states_with_reward(settings, chosen).sum()) * count // len(ids)
+    trained = selected.shape[1] * count
+    passes = 1 if config.sampler.guidance == 1 else 2  # classifier-free guidance
+    reference = 0
+    if settings.forward_looking == "base":
+        reference = (n - settings.from_step) * (passes if settings.clean_prediction == "guided" else 1)
+    joint = config.flow.fit_steps == 0
+    fits = config.flow.fit_steps * config.flow.batch * ranks * config.train.updates_per_epoch
+    kept = config.flow.replay_epochs if config.flow.fit_steps or config.flow.warmup_steps else 0
+    states = count * (n + 1) * cost.latent
+    return Work(
+        rollout=count * (n * passes + reference) * cost.unet,
+        decoding=scored * cost.decode,
+        training=trained * (passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow))
+        + fits * 2 * cost.flow_train,
+        evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode),
+        transitions=trained,
+        states_scored=scored,
+        object_store=FLOAT * (states + (trained + scored) * cost.latent + 2 * count * n + cost.lora),
+        checkpoint=FLOAT * (5 * cost.lora + 3 * cost.flow_parameters + kept * (states + 2 * count * n)),
+        thumbnails=count * 3 * config.run.thumbnail_pixels**2,
+    )
+
+
+def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
+    """The plan as text, one fact a line."""
+    cost = costs(config)
+    each = work(config, cost, placement.ranks)
+    train, n = config.train, config.sampler.steps
+    evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
+    evaluations *= config.evaluation.images > 0
+    total = train.epochs * (each.rollout + each.decoding + each.training) + evaluations * each.evaluation
+    kept = (config.run.keep_checkpoints or train.epochs) + evaluations
+    if config.run.runner == "inprocess":
+        actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
+    else:
+        roles = (
+            ("samplers", placement.samplers, placement.sampler_options),
+            ("reward actors", placement.scorers, placement.scorer_options),
+            ("learner ranks", placement.ranks, placement.rank_options),
+        )
+        actors = [f"{count} {role}, each {_bundle(options)}" for role, count, options in roles]
+    lines = [
+        ("run directory", [place]),
+        ("cluster", [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"]),
+        ("actors", actors),
+        ("an epoch", [
+            f"{train.trajectories} trajectories of {n} steps in chunks of {config.sampler.chunk_size}",
+            f"{each.states_scored} states scored, {each.transitions} transitions trained on in "
+            f"{train.updates_per_epoch} updates",
+        ]),
+        ("the run", [
+            f"{train.epochs} epochs, {train.epochs * train.trajectories} trajectories, "
+            f"{train.epochs * train.updates_per_epoch} updates",
+            f"{evaluations} evaluations of {config.evaluation.images} images",
+        ]),
+        ("FLOPs", [
+            f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, training "
+            f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
+            f"the run: {_flops(total)}, rewards not counted",
+        ]),
+        ("object store", [
+            f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}",
+        ]),
+        ("disk", [
+            f"{_bytes(each.checkpoint)} a checkpoint, at most {kept} kept; trajectories up to "
+            f"{_bytes(each.thumbnails)} an epoch; at most "
+            f"{_bytes(kept * each.checkpoint + train.epochs * each.thumbnails)} in all",
+        ]),
+    ]  # fmt: skip
+    return "\n".join(f"{title if i == 0 else '':<14} {text}" for title, texts in lines for i, text in enumerate(texts))
+
+
+def _count(forward, backward: bool = False) -> float:
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        output = forward()
+        if backward:
+            output.sum().backward()
+    return float(counter.get_total_flops())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bundle(options: dict[str, float]) -> str:
+    return (
+        "{" + ", ".join(f"{key.removeprefix('num_').upper()[:-1]}: {value:g}" for key, value in options.items()) + "}"
+    )
+
+
+def _flops(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {unit}FLOP"
+        value /= 1000
+    return f"{value:.3g} EFLOP"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -1,0 +1,53 @@
+"""Proof that new weights arrived: what a sampler found in its module against what the learner published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusion.lora import Snapshot
+from diffusion.trajectory import Receipt, Trajectories
+
+
+class StaleWeights(RuntimeError):
+    """Trajectories that were not made by the published adapter, or an adapter that training did not change."""
+
+
+class RanksDiverged(RuntimeError):
+    """Learner ranks that hold different adapters after the same updates."""
+
+
+def check(receipt: Receipt | Trajectories, published: Snapshot, where: str) -> None:
+    """Version and sha256 of the adapter that sampled must be the published one's.
+
+    Raises:
+        StaleWeights: they are not; names the chunk (`where`) and both adapters.
+    """
+    if (receipt.policy_version, receipt.adapter_sha256) != (published.version, published.sha256):
+        raise StaleWeights(
+            f"{where} was sampled by adapter {receipt.adapter_sha256[:12]} (as version {receipt.policy_version}), "
+            f"but version {published.version} is {published.sha256[:12]}: the new weights did not arrive"
+        )
+
+
+def check_moved(before: Snapshot, after: Snapshot) -> None:
+    """Training must have changed the adapter: publishing the old one again would go unnoticed by the hashes.
+
+    Raises:
+        StaleWeights: it is the same, bit by bit.
+    """
+    if after.sha256 == before.sha256:
+        raise StaleWeights(
+            f"version {after.version} is bitwise version {before.version}: training did not reach the adapter, "
+            "or learner.learning_rate is too small for float32"
+        )
+
+
+def check_ranks(sha256s: Sequence[str]) -> None:
+    """Every rank must publish the same adapter.
+
+    Raises:
+        RanksDiverged: they do not.
+    """
+    if len(set(sha256s)) > 1:
+        each = ", ".join(f"rank {rank} {sha256[:12]}" for rank, sha256 in enumerate(sha256s))
+        raise RanksDiverged(f"the learner ranks' adapters differ after the same updates: {each}")

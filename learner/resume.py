@@ -1,0 +1,274 @@
+"""Which run a command means: a new one, or one to go on with; and whether it may.
+
+The same command given again goes on where the run stopped, and does nothing where it is done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from learner import checkpoint
+from learner.checkpoint import Checkpoint
+from learner.config import CONFIG_VERSION, Config, ConfigError
+from learner.records import BEFORE, CONFIG, EVALUATION, FORMAT, METRICS, RUN, TRAJECTORIES, Records
+from learner.storage import Storage, StorageError
+
+LOCK = "run.lock"
+
+
+@dataclass
+class OpenRun:
+    """A run that this process alone may write, and the checkpoint to go on from (None: from the beginning)."""
+
+    records: Records
+    config: Config
+    checkpoint: Checkpoint | None
+    lock: int | None = None  # file descriptor; the kernel drops the lock with the process
+
+    @property
+    def epochs_done(self) -> int:
+        return int(self.checkpoint.manifest["next_epoch"]) if self.checkpoint else 0
+
+    def close(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Callable[[str], None]) -> OpenRun:
+    """The run that the config means; its folder is made if need be. `source` is the config file, which names new runs.
+
+    Raises:
+        ConfigError: run.dir or run.resume cannot be followed: another run's settings, in use, not writable ...
+        CheckpointError: the run's checkpoints cannot be used.
+    """
+    facts = {"config_digest": config.digest(), "prompts_sha256": sha256("\n".join(prompts).encode()).hexdigest()}
+    try:
+        if config.run.resume not in ("auto", "never"):
+            return _from_path(config, source, facts, warn)
+        if config.run.dir is None:
+            found = _newest_unfinished(config, facts) if config.run.resume == "auto" else None
+            return _go_on(found, config, facts, warn) if found else _begin(_new_url(config, source), config, facts)
+        storage = Storage(_absolute(config.run.dir, config))
+        if not _holds_run(storage):
+            return _begin(str(storage), config, facts)
+        if config.run.resume == "never":
+            raise ConfigError(f"run.dir: {storage} already holds a run; choose another, or run.resume=auto to go on")
+        return _go_on(storage, config, facts, warn)
+    except StorageError as error:
+        raise ConfigError(f"run.dir: {error}") from error
+
+
+def whereabouts(config: Config, source: Path) -> str:
+    """Where the run would live, for a plan: nothing is made or locked."""
+    if config.run.resume not in ("auto", "never"):
+        return f"goes on from {_absolute(config.run.resume, config)}" + (
+            f", in {_absolute(config.run.dir, config)}" if config.run.dir else ""
+        )
+    url = _absolute(config.run.dir, config) if config.run.dir else _new_url(config, source)
+    try:
+        found = checkpoint.steps(Storage(url))
+    except StorageError as error:
+        raise ConfigError(f"run.dir: {error}") from error
+    return f"{url}" + (f", going on from step-{found[-1]:06d}" if found else "")
+
+
+def root(config: Config) -> str:
+    """What relative run directories are relative to. A submitted Ray job's working directory is deleted with the job,
+    so there it is a folder in the user's home."""
+    if config.run.root:
+        return config.run.root if "://" in config.run.root else str(Path(config.run.root).expanduser().absolute())
+    return str(Path.home() / "tributary") if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else str(Path.cwd())
+
+
+def _absolute(url: str, config: Config) -> str:
+    if "://" in url:
+        return url
+    path = Path(url).expanduser()
+    return str(path) if path.is_absolute() else f"{root(config).rstrip('/')}/{path}"
+
+
+def _new_url(config: Config, source: Path) -> str:
+    base = _absolute(f"runs/{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}", config)
+    url, number = base, 2
+    while _holds_run(Storage(url)):
+        url, number = f"{base}-{number}", number + 1
+    return url
+
+
+def _holds_run(storage: Storage) -> bool:
+    return storage.exists(RUN) or storage.exists(METRICS)
+
+
+def _newest_unfinished(config: Config, facts: dict[str, Any]) -> Storage | None:
+    """Of the runs in runs/ with these very settings and prompts, the newest that is not done and not in use."""
+    folder = Storage(_absolute("runs", config))
+    found = []
+    for name in folder.entries():
+        storage = Storage(f"{folder}/{name}")
+        try:
+            about = json.loads(storage.read(RUN))
+            same = all(about[key] == value for key, value in facts.items())
+            if same and about["format"] == FORMAT and not about["finished"] and not _in_use(storage):
+                found.append((about["created"], storage))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not a run, or not one of ours
+    return max(found, key=lambda item: item[0])[1] if found else None
+
+
+def _begin(url: str, config: Config, facts: dict[str, Any]) -> OpenRun:
+    storage = Storage(url)
+    lock = _lock(storage, make=True)
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    return OpenRun(Records.create(storage, name, config, facts), config, None, lock)
+
+
+def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callable[[str], None]) -> OpenRun:
+    if not storage.exists(RUN):
+        raise ConfigError(
+            f"run.dir: {storage} holds a run of an older Tributary, which cannot be resumed; choose another"
+        )
+    lock = _lock(storage)
+    try:
+        records = Records.open(storage)
+        _refuse_other_settings(records, config, facts)
+        newest = checkpoint.load_newest(storage, warn)
+        if newest:
+            config = _with_ranks(config, newest)
+        records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
+        return OpenRun(records, config, newest, lock)
+    except BaseException:
+        if lock is not None:
+            os.close(lock)
+        raise
+
+
+def _from_path(config: Config, source: Path, facts: dict[str, Any], warn: Callable[[str], None]) -> OpenRun:
+    """run.resume=PATH: a run is gone on with in place; a checkpoint too if it is its run's newest, else (or with
+    another run.dir) it becomes the beginning of a new run."""
+    url = _absolute(config.run.resume, config).rstrip("/")
+    head, _, last = url.rpartition("/")
+    step = last.removeprefix("step-")
+    is_step = last.startswith("step-") and step.isdigit() and head.endswith(f"/{checkpoint.FOLDER}")
+    storage = Storage(head.removesuffix(f"/{checkpoint.FOLDER}") if is_step else url)
+    if not storage.exists(RUN):
+        raise ConfigError(
+            f"run.resume: {url} is neither a run nor a checkpoint of one (RUN/checkpoints/step-N); or say auto or never"
+        )
+    target = Storage(_absolute(config.run.dir, config)) if config.run.dir else storage
+    if str(target) != str(storage) and _holds_run(target):
+        return _go_on(target, config, facts, warn)  # the same command again
+    found = checkpoint.steps(storage)
+    chosen = int(step) if is_step else (found[-1] if found else None)
+    if chosen is not None and chosen not in found:
+        raise ConfigError(f"run.resume: no checkpoint {url}; there are: {', '.join(f'step-{n:06d}' for n in found)}")
+    if str(target) == str(storage):
+        if chosen is not None and chosen != found[-1]:
+            raise ConfigError(
+                f"run.resume: {url} is not the newest checkpoint of its run (step-{found[-1]:06d} is); give a new "
+                "run.dir to begin another run from it"
+            )
+        return _go_on(storage, config, facts, warn)
+    if chosen is None:
+        raise ConfigError(f"run.resume: {storage} has no checkpoint yet to begin another run from")
+    return _branch(storage, chosen, target, config, facts)
+
+
+def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: dict[str, Any]) -> OpenRun:
+    """A new run that begins as a copy of another's up to a checkpoint."""
+    before = Records.open(origin)
+    _refuse_other_settings(before, config, facts)
+    chosen = checkpoint.load(origin, step)
+    config = _with_ranks(config, chosen)
+    run = _begin(str(target), config, {**facts, "branched_from": f"{origin}/{chosen.name}"})
+    try:
+        before.lines = [line for line in before.lines if line["epoch"] < chosen.manifest["next_epoch"]]
+        for line in before.lines:
+            run.records.append(line)
+        for folder in (TRAJECTORIES, EVALUATION):
+            for name in origin.entries(folder):
+                target.write(f"{folder}/{name}", origin.read(f"{folder}/{name}"))
+        run.records.drop_after(chosen.manifest["next_epoch"])
+        manifest = {**chosen.manifest, "run_id": run.records.run_id, "mlflow_run_id": None}
+        checkpoint.save(target, manifest, chosen.files)
+        return OpenRun(run.records, config, checkpoint.load(target, step), run.lock)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _with_ranks(config: Config, saved: Checkpoint) -> Config:
+    """As many learner ranks as wrote the checkpoint: sums in another order have other last bits."""
+    if config.run.runner == "inprocess":
+        return config
+    return config.model_copy(update={"learner": config.learner.model_copy(update={"ranks": saved.manifest["ranks"]})})
+
+
+def _refuse_other_settings(records: Records, config: Config, facts: dict[str, Any]) -> None:
+    if records.about["format"] != FORMAT:
+        raise ConfigError(
+            f"run.dir: {records.storage} is of format {records.about['format']}, this Tributary reads {FORMAT}: use "
+            "the version that wrote it, or choose another run.dir"
+        )
+    if records.about["config_digest"] != facts["config_digest"]:
+        saved = yaml.safe_load(records.storage.read(CONFIG))
+        if saved.get("config_version") != CONFIG_VERSION:
+            raise ConfigError(
+                f"config_version: the run in {records.storage} has settings of version "
+                f"{saved.get('config_version')!r}, this Tributary reads {CONFIG_VERSION}: use the "
+                "version that began it, or choose another run.dir"
+            )
+        ours, theirs = config.binding(), Config.model_validate(saved).binding()
+        faults = [
+            f"{key}: the run in {records.storage} has {theirs[key]!r}, not {ours[key]!r}; use that, or another run.dir"
+            for key in ours
+            if ours[key] != theirs[key]
+        ]
+        raise ConfigError("\n".join(faults) or f"run.dir: {records.storage} was begun with other settings")
+    if records.about["prompts_sha256"] != facts["prompts_sha256"]:
+        raise ConfigError(
+            f"prompts.path: {config.prompts.path} (or evaluation.prompts) is not what the run in {records.storage} "
+            "began with; put the old file back, or choose another run.dir"
+        )
+
+
+def _lock(storage: Storage, make: bool = False) -> int | None:
+    """An advisory lock on a local run; object stores have none."""
+    if storage.local is None:
+        return None
+    try:
+        if make:
+            storage.local.mkdir(parents=True, exist_ok=True)
+        handle = os.open(storage.local / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"run.dir: cannot write {storage}: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
+        raise ConfigError(f"run.dir: {storage} is in use by {owner}; wait for it, or choose another") from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return handle
+
+
+def _in_use(storage: Storage) -> bool:
+    try:
+        handle = _lock(storage)
+    except ConfigError:
+        return True
+    if handle is not None:
+        os.close(handle)
+    return False

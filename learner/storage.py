@@ -1,0 +1,148 @@
+"""Where a run's files live: a local or mounted folder, or any fsspec URL (s3://, gs://, ...). Only the driver writes.
+
+A reader never sees half a file: locally it is written aside, synced and renamed; an object store's put is atomic.
+A folder is written in one piece too: locally aside and renamed; on an object store its last file (the manifest, which
+`learner/checkpoint.py` writes last) says that it is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import fsspec
+
+ASIDE = ".new"
+
+
+class StorageError(OSError):
+    """A file that could not be written or read; the message names it and the remedy."""
+
+
+class Storage:
+    """Files under one root, named by relative paths with forward slashes."""
+
+    def __init__(self, url: str) -> None:
+        """
+        Raises:
+            StorageError: no such protocol here.
+        """
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StorageError(f"cannot open {url}: {error}") from error
+        self.local = Path(self._root) if "file" in _protocols(self._fs) else None
+
+    def __str__(self) -> str:
+        """The absolute path or URL: what a log says."""
+        return str(self.local) if self.local else self._fs.unstrip_protocol(self._root)
+
+    def write(self, name: str, content: bytes) -> None:
+        """
+        Raises:
+            StorageError: the disk is full, read-only, gone ...
+        """
+        try:
+            if self.local is None:
+                self._fs.pipe_file(self._at(name), content)
+                return
+            target = self.local / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}{ASIDE}")
+            try:
+                _write_synced(aside, content)
+                aside.replace(target)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise self._failed("write", name, error) from error
+
+    def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
+        """All or nothing (see the module's docstring); an older folder of that name is replaced.
+
+        Raises:
+            StorageError: as write.
+        """
+        if self.local is None:
+            self.remove(name)
+            for file, content in files.items():
+                self.write(f"{name}/{file}", content)
+            return
+        target = self.local / name
+        aside = target.with_name(f".{target.name}{ASIDE}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                for file, content in files.items():
+                    (aside / file).parent.mkdir(parents=True, exist_ok=True)
+                    _write_synced(aside / file, content)
+                shutil.rmtree(target, ignore_errors=True)
+                aside.rename(target)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise self._failed("write", name, error) from error
+
+    def read(self, name: str) -> bytes:
+        """
+        Raises:
+            StorageError: it is not there, or cannot be read.
+        """
+        try:
+            return self._fs.cat_file(self._at(name))
+        except OSError as error:
+            raise self._failed("read", name, error) from error
+
+    def exists(self, name: str) -> bool:
+        return bool(self._fs.exists(self._at(name)))
+
+    def entries(self, name: str = "") -> list[str]:
+        """Names (without the folder's) of what lies in a folder, sorted; hidden ones are left out."""
+        try:
+            found = self._fs.ls(self._at(name), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(entry for entry in names if not entry.startswith("."))
+
+    def remove(self, name: str) -> None:
+        """A file or a folder with all in it; nothing happens where there is none."""
+        if self.exists(name):
+            self._fs.rm(self._at(name), recursive=True)
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _failed(self, verb: str, name: str, error: OSError) -> StorageError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space left on it; free some and give the same command again"
+        else:
+            reason = error.strerror or str(error)
+        return StorageError(f"cannot {verb} {name} in {self}: {reason}")
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
