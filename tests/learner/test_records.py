@@ -1,11 +1,17 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from diffusion.trajectory import Chunk, Scores
-from learner.config import ConfigError
-from learner.records import RunDirectory, contact_sheet
+from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
+from learner.pictures import contact_sheet
+from learner.records import BEFORE, Records
+from learner.runner import EpochResult
+from learner.storage import Storage, StorageError
+from learner.update import Training
+
+FACTS = {"config_digest": "c", "prompts_sha256": "p"}
 
 
 def scores(count: int = 4) -> list[Scores]:
@@ -15,37 +21,72 @@ def scores(count: int = 4) -> list[Scores]:
     return [Scores(chunk, rewards, np.zeros((count, 64, 64, 3), np.uint8))]
 
 
-def test_files_of_a_run(tmp_path, small_config):
-    directory = RunDirectory(tmp_path / "run", small_config())
-    directory.append({"epoch": -1, "loss": float("nan")})
-    directory.append({"epoch": 0, "loss": 1.5})
-    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
-    assert lines == [{"epoch": -1, "loss": None}, {"epoch": 0, "loss": 1.5}]
-    for version in (1, 2):
-        latest = directory.save_latest(version, lambda folder: folder.mkdir(parents=True))
-    assert json.loads((latest / "version.json").read_text()) == {"policy_version": 2}
-    directory.save_evaluation("epoch-0", scores())
-    assert json.loads((tmp_path / "run/evaluation/epoch-0.json").read_text())["reward"] == [0, 1, 2, 3]
-    directory.save_sheet("before", scores())
-    assert not [path for path in (tmp_path / "run").rglob(".*")]
+def result(epoch: int) -> EpochResult:
+    chunks = [Chunk(i, "train", epoch, 0, (f"prompt {i}", "b"), (2 * i, 2 * i + 1)) for i in range(2)]
+    receipt = Receipt(epoch, "sha", (-1.0, -2.0), (-3.0, -4.0), "node", 0.5)
+    verdict = Verdict((0.25, 0.75), (b"png1", b"png2"), 0.1)
+    return EpochResult(chunks, [receipt] * 2, [verdict] * 2, Training({}, [], (0, 1, 2, 3)), 1.0, 1.0, 1.0)
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, small_config):
-    directory = RunDirectory(tmp_path / "run", small_config())
-    directory.save_latest(1, lambda folder: folder.mkdir(parents=True))
+@pytest.fixture(params=["local", "memory"])
+def records(request, tmp_path, small_config):
+    url = str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run"
+    return Records.create(Storage(url), "run", small_config(), FACTS)
 
-    def fails(folder):
-        raise OSError("disk full")
 
-    with pytest.raises(OSError):
-        directory.save_latest(2, fails)
-    assert json.loads((tmp_path / "run/checkpoints/latest/version.json").read_text())["policy_version"] == 1
+def test_a_run_reads_back_as_written(records):
+    records.append({"epoch": -1, "loss": float("nan"), "updates": []})
+    records.append({"epoch": 0, "loss": 1.5, "updates": [{"loss": float("inf")}]})
+    records.note(mlflow_run_id="m")
+    again = Records.open(records.storage)
+    assert again.lines == [
+        {"epoch": -1, "loss": None, "updates": []},
+        {"epoch": 0, "loss": 1.5, "updates": [{"loss": None}]},
+    ]
+    assert again.run_id == records.run_id and again.about["mlflow_run_id"] == "m"
+    text = records.storage.read("metrics.jsonl").decode()
+    assert [json.loads(line)["epoch"] for line in text.splitlines()] == [-1, 0]
+
+
+def test_trajectories_are_rows_of_a_parquet_dataset(records, tmp_path):
+    for epoch in range(2):
+        records.save_trajectories(epoch, 30.0, result(epoch))
+    assert records.storage.entries("trajectories") == ["epoch-000000.parquet", "epoch-000001.parquet"]
+    file = tmp_path / "part.parquet"
+    file.write_bytes(records.storage.read("trajectories/epoch-000001.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    assert [row["trajectory_id"] for row in rows] == [0, 1, 2, 3]
+    assert rows[3] == {
+        "run_id": records.run_id, "epoch": 1, "trajectory_id": 3, "policy_version": 1, "adapter_sha256": "sha",
+        "prompt": "b", "reward": 0.75, "log_pf_sum": -2.0, "log_pb_sum": -4.0, "beta": 30.0, "thumbnail_png": b"png2",
+        "sampler_node": "node", "chunk": 1, "sample_seconds": 0.5, "score_seconds": pytest.approx(0.1),
+    }  # fmt: skip
+
+
+def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
+    for epoch in (BEFORE, 0, 1, 2):
+        records.append({"epoch": epoch})
+        records.save_evaluation(epoch, scores())
+        if epoch >= 0:
+            records.save_trajectories(epoch, 1.0, result(epoch))
+    records.drop_after(1)
+    assert [line["epoch"] for line in Records.open(records.storage).lines] == [-1, 0]
+    assert records.storage.entries("trajectories") == ["epoch-000000.parquet"]
+    assert records.evaluated() == [BEFORE, 0]
+    records.drop_after(BEFORE)
+    assert records.lines == [] and records.evaluated() == [] and records.storage.entries("trajectories") == []
+
+
+def test_evaluations_and_their_sheets(records):
+    records.save_evaluation(BEFORE, scores())
+    assert records.evaluation_rewards(BEFORE).tolist() == [0, 1, 2, 3]
+    assert records.sheet(BEFORE).startswith(b"\x89PNG")
 
 
 def test_an_unwritable_directory_is_named(tmp_path, small_config):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.dir"):
-        RunDirectory(tmp_path / "file" / "run", small_config())
+    with pytest.raises(StorageError, match="file/run"):
+        Records.create(Storage(str(tmp_path / "file" / "run")), "run", small_config(), FACTS)
 
 
 def test_sheet_has_a_row_for_every_eight_images():

@@ -1,0 +1,84 @@
+import pytest
+
+from learner.ledger import Ledger, LedgerError
+
+
+def through(ledger: Ledger, epoch: int, ids: list[int]) -> None:
+    ledger.open(epoch, ids)
+    for stage in ("sampled", "scored", "trained"):
+        ledger.advance(ids, stage)
+    ledger.close()
+
+
+def test_every_trajectory_is_counted_once_at_every_stage():
+    ledger = Ledger()
+    through(ledger, 0, [0, 1, 2])
+    through(ledger, 1, [0, 1, 2])
+    assert ledger.epochs == 2
+    assert ledger.totals == {"issued": 6, "sampled": 6, "scored": 6, "trained": 6, "lost": 0}
+
+
+def test_a_lost_chunk_is_made_again_and_counted():
+    ledger = Ledger()
+    ledger.open(0, [0, 1, 2, 3])
+    ledger.advance([0, 1], "sampled")
+    ledger.lose([0, 1])  # after sampling
+    ledger.lose([2, 3])  # before
+    for stage in ("sampled", "scored", "trained"):
+        ledger.advance([0, 1, 2, 3], stage)
+    ledger.close()
+    assert ledger.totals["sampled"] == 4 and ledger.totals["lost"] == 4
+
+
+@pytest.mark.parametrize(
+    ("stages", "ids", "stage", "said"),
+    [
+        ((), [0], "scored", "trajectory 0 of epoch 0 was to be scored, but is issued"),
+        (("sampled",), [0], "sampled", "but is sampled"),
+        (("sampled", "scored", "trained"), [0], "trained", "but is trained"),
+        ((), [7], "sampled", "trajectory 7 of epoch 0 was to be sampled, but was never issued"),
+    ],
+)
+def test_what_is_out_of_order_is_refused_by_name(stages, ids, stage, said):
+    ledger = Ledger()
+    ledger.open(0, [0, 1])
+    for done in stages:
+        ledger.advance([0], done)
+    with pytest.raises(LedgerError, match=said):
+        ledger.advance(ids, stage)
+
+
+def test_an_epoch_does_not_close_before_all_is_trained():
+    ledger = Ledger()
+    ledger.open(0, [0, 1])
+    for stage in ("sampled", "scored", "trained"):
+        ledger.advance([0], stage)
+    with pytest.raises(LedgerError, match="1 trajectories were not trained on, first 1"):
+        ledger.close()
+
+
+def test_epochs_and_ids_come_once():
+    ledger = Ledger()
+    through(ledger, 0, [0])
+    for epoch in (0, 2):
+        with pytest.raises(LedgerError, match="1 is next"):
+            ledger.open(epoch, [0])
+    with pytest.raises(LedgerError, match="twice"):
+        ledger.open(1, [0, 0])
+
+
+def test_scored_work_cannot_be_lost():
+    ledger = Ledger()
+    ledger.open(0, [0])
+    for stage in ("sampled", "scored"):
+        ledger.advance([0], stage)
+    with pytest.raises(LedgerError, match="cannot be made again"):
+        ledger.lose([0])
+
+
+def test_a_saved_ledger_goes_on():
+    ledger = Ledger()
+    through(ledger, 0, [0, 1])
+    again = Ledger(ledger.to_json())
+    through(again, 1, [0, 1])
+    assert again.totals["trained"] == 4

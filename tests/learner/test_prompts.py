@@ -1,0 +1,82 @@
+"""Prompt files of four kinds; what is wrong with one is said with its name."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from learner.config import ConfigError
+from learner.prompts import read_prompts
+
+PROMPTS = ["a red circle, large", 'a "quoted" ring', "ein grüner Würfel"]
+
+
+def write(folder, kind: str, column: str = "prompt"):
+    file = folder / f"prompts.{kind}"
+    if kind == "txt":
+        file.write_text("# comment\n\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
+    elif kind == "jsonl":
+        rows = [
+            json.dumps({column: PROMPTS[0], "id": 1}),
+            json.dumps({column: PROMPTS[1]}),
+            json.dumps({column: PROMPTS[2]}),
+        ]
+        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    elif kind == "csv":
+        quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS]
+        file.write_text(f"id,{column}\n" + "".join(f"{i},{q}\n" for i, q in enumerate(quoted)), encoding="utf-8")
+    else:
+        pq.write_table(pa.table({column: PROMPTS, "id": [1, 2, 3]}), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_every_kind_gives_the_same_prompts(tmp_path, kind):
+    assert read_prompts(str(write(tmp_path, kind))) == PROMPTS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_missing_column_names_those_there_are(tmp_path, kind):
+    file = write(tmp_path, kind, column="text")
+    assert read_prompts(str(file), "text") == PROMPTS
+    with pytest.raises(ConfigError, match=r"prompts\.path: .*'prompt' \(prompts\.column\).*text"):
+        read_prompts(str(file))
+
+
+def test_jsonl_may_hold_bare_strings(tmp_path):
+    (tmp_path / "p.jsonl").write_text('"one"\n"two"\n')
+    assert read_prompts(str(tmp_path / "p.jsonl")) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"\xff\xfe bad", "not UTF-8"),
+        ("p.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
+        ("p.csv", b"prompt\n\xff\n", "not UTF-8"),
+        ("p.txt", b"# nothing\n\n", "holds no prompt"),
+        ("p.csv", b"prompt\n", "holds no prompt"),
+        ("p.jsonl", b"", "holds no prompt"),
+        ("p.jsonl", b'{"prompt": "a"}\n{oops\n', "line 2 is not JSON"),
+        ("p.jsonl", b'{"prompt": 3}\n', "line 1 has no text"),
+        ("p.parquet", b"not parquet", "cannot read"),
+        ("p.csv", b"", "cannot read"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_prompts(str(tmp_path / name))
+    assert name in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: cannot read .*no/such\.txt"):
+        read_prompts("/no/such.txt", key="evaluation.prompts")
+
+
+def test_numbers_in_a_parquet_column_are_refused(tmp_path):
+    pq.write_table(pa.table({"prompt": [1, 2]}), tmp_path / "p.parquet")
+    with pytest.raises(ConfigError, match="int64, not text"):
+        read_prompts(str(tmp_path / "p.parquet"))

@@ -1,0 +1,242 @@
+"""Killed at any point and started again by the same command: bitwise the unbroken run, no holes, no repeats."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+
+from learner import checkpoint, controller, report
+from learner.config import ConfigError
+from learner.inprocess import InProcessRunner
+from learner.records import Records
+from learner.run import main
+from learner.storage import Storage
+
+TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds")
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it: as sudden as a test in one process can be."""
+
+
+@pytest.fixture(scope="module")
+def settings(small_settings):
+    return [*small_settings, "run.runner=inprocess", "train.epochs=3", "evaluation.every=2", "flow.replay_epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert main([*settings, f"run.dir={folder}"]) == 0
+    return folder
+
+
+def lines(folder) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    records = Records.open(Storage(str(folder)))
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in records.lines]
+
+
+def rows(folder) -> list[tuple]:
+    columns = ["epoch", "trajectory_id", "policy_version", "adapter_sha256", "prompt", "reward", "log_pf_sum", "beta"]
+    return [tuple(row.values()) for row in pq.read_table(folder / "trajectories", columns=columns).to_pylist()]
+
+
+def lora(folder) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((folder / "checkpoints/latest/lora").iterdir())]
+
+
+def assert_same(one, other) -> None:
+    assert lora(one) == lora(other)
+    assert lines(one) == lines(other)
+    assert rows(one) == rows(other) and len(rows(one)) == 24 and len(set(rows(one))) == 24
+    for name in ("before.png", "after.png", "evaluation/epoch-000002.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    totals = json.loads((other / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
+    assert totals == {"issued": 24, "sampled": 24, "scored": 24, "trained": 24, "lost": 0}
+
+
+# (where the blow falls, at which call)
+BLOWS = [
+    (InProcessRunner, "evaluate", 1),  # before anything is on disk
+    (InProcessRunner, "train_epoch", 1),  # before the first epoch
+    (InProcessRunner, "train_epoch", 2),
+    (InProcessRunner, "checkpoint_files", 3),  # trained, recorded, not closed
+    (InProcessRunner, "evaluate", 2),
+    (Records, "save_trajectories", 2),
+    (Records, "append", 3),
+    (checkpoint, "save", 3),
+    (checkpoint, "prune", 3),  # closed
+    (report, "render", 1),
+    (controller, "finish", 1),  # all done but the end
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "count"), BLOWS)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_run_killed_anywhere_ends_as_the_unbroken_one(
+    owner, name, count, after, settings, unbroken, tmp_path, monkeypatch
+):
+    real, calls = getattr(owner, name), []
+
+    def blow(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == count and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if len(calls) == count:
+            raise Killed
+        return result
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, blow)
+        with pytest.raises(Killed):
+            main([*settings, f"run.dir={folder}"])
+    assert main([*settings, f"run.dir={folder}"]) == 0
+    assert_same(unbroken, folder)
+
+
+def test_a_finished_run_is_left_alone(settings, unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
+    assert main([*settings, f"run.dir={folder}"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
+    assert_same(unbroken, folder)
+
+
+def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(
+    settings, unbroken, tmp_path, monkeypatch, capsys
+):
+    real = InProcessRunner.train_epoch
+
+    def dies_in_epoch_1(self, epoch, *rest):
+        if epoch == 1:
+            raise Killed
+        return real(self, epoch, *rest)
+
+    arguments = [*settings, f"run.root={tmp_path}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(InProcessRunner, "train_epoch", dies_in_epoch_1)
+        with pytest.raises(Killed):
+            main(arguments)
+    assert main([*arguments, "run.seed=7"]) == 0  # other settings: another run
+    assert main(arguments) == 0
+    assert "going on from checkpoints/step-000001: 1 of 3 epochs" in capsys.readouterr().out
+    assert main(arguments) == 0  # all are finished: a new one
+    folders = sorted((tmp_path / "runs").iterdir(), key=lambda path: Records.open(Storage(str(path))).about["created"])
+    assert len(folders) == 3
+    assert_same(unbroken, folders[0])
+    assert_same(unbroken, folders[2])
+
+
+def test_more_epochs_prolong_a_finished_run(settings, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*settings, "train.epochs=1", f"run.dir={folder}"]) == 0
+    assert main([*settings, f"run.dir={folder}"]) == 0
+    # The shorter run was evaluated after its last epoch; otherwise nothing differs (the preset does not anneal).
+    assert lora(folder) == lora(unbroken) and rows(folder) == rows(unbroken)
+
+
+def test_other_settings_are_refused_key_by_key(settings, unbroken, capsys):
+    arguments = [*settings, f"run.dir={unbroken}", "lora.rank=3", "objective.beta=7"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "lora.rank: the run in" in said and "has 2, not 3" in said and "objective.beta" in said
+    assert main([*settings, f"run.dir={unbroken}", "run.resume=never"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_other_prompts_are_refused(settings, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ring\na blue ring\n")
+    arguments = [*settings, f"run.dir={tmp_path / 'run'}", f"prompts.path={prompts}", "train.epochs=1"]
+    assert main(arguments) == 0
+    prompts.write_text("a red ring\n")
+    assert main(arguments) == 2
+    assert "prompts.path" in capsys.readouterr().err
+
+
+def test_a_run_in_use_is_refused(settings, tmp_path, capsys):
+    from learner.config import load_config
+    from learner.resume import open_run
+
+    config = load_config(overrides=[*settings, f"run.dir={tmp_path / 'run'}"])
+    opened = open_run(config, tmp_path, ["a"], print)
+    with pytest.raises(ConfigError, match="in use by process"):
+        open_run(config, tmp_path, ["a"], print)
+    opened.close()
+    open_run(config, tmp_path, ["a"], print).close()
+
+
+def test_a_checkpoint_becomes_the_beginning_of_another_run(settings, unbroken, tmp_path, capsys):
+    start = unbroken / "checkpoints/step-000002"
+    assert main([*settings, f"run.resume={start}"]) == 2
+    assert "is not the newest checkpoint" in capsys.readouterr().err
+    arguments = [*settings, f"run.resume={start}", f"run.dir={tmp_path / 'branch'}"]
+    for _ in range(2):  # and again, by the same command
+        assert main(arguments) == 0
+        assert lora(tmp_path / "branch") == lora(unbroken) and lines(tmp_path / "branch") == lines(unbroken)
+        assert rows(tmp_path / "branch") == rows(unbroken)
+    ids = {row["run_id"] for row in pq.read_table(tmp_path / "branch/trajectories", columns=["run_id"]).to_pylist()}
+    assert len(ids) == 2  # who made which
+
+
+def test_a_run_by_its_path(settings, unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([*settings, "train.epochs=2", f"run.dir={folder}"]) == 0
+    assert main([*settings, f"run.resume={folder}"]) == 0
+    assert lora(folder) == lora(unbroken)
+    assert main([*settings, f"run.resume={tmp_path / 'nowhere'}"]) == 2
+    assert "nowhere is neither a run nor a checkpoint" in capsys.readouterr().err
+
+
+def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(settings, unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([*settings, "train.epochs=2", f"run.dir={folder}"]) == 0
+    torn = folder / "checkpoints/step-000002/learner.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    assert main([*settings, f"run.dir={folder}"]) == 0
+    assert "sha256 differs" in capsys.readouterr().err
+    assert lora(folder) == lora(unbroken) and rows(folder) == rows(unbroken)
+
+
+@pytest.mark.parametrize(("file", "change"), [("run.json", {"format": 99}), ("config.yaml", {"config_version": 99})])
+def test_a_run_of_another_version_is_refused(file, change, settings, unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    if file == "run.json":
+        about = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(about | change))
+    else:
+        (folder / file).write_text((folder / file).read_text().replace("config_version: 1", "config_version: 99"))
+        about = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(about | {"config_digest": "another"}))
+    assert main([*settings, f"run.dir={folder}"]) == 2
+    said = capsys.readouterr().err
+    assert "99" in said and "Traceback" not in said and str(folder) in said
+
+
+def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken, monkeypatch):
+    url = "memory://bucket/run"
+    real = InProcessRunner.train_epoch
+
+    def dies_in_epoch_1(self, epoch, *rest):
+        if epoch == 1:
+            raise Killed
+        return real(self, epoch, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(InProcessRunner, "train_epoch", dies_in_epoch_1)
+        with pytest.raises(Killed):
+            main([*settings, f"run.dir={url}"])
+    assert main([*settings, f"run.dir={url}"]) == 0
+    storage = Storage(url)
+    newest = checkpoint.load(storage, 3)
+    assert [
+        newest.files[f"lora/{file.name}"] for file in sorted((unbroken / "checkpoints/latest/lora").iterdir())
+    ] == lora(unbroken)
+    assert storage.exists("report.html") and storage.entries("trajectories")[-1] == "epoch-000002.parquet"

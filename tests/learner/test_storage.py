@@ -1,0 +1,61 @@
+"""Local folders and fsspec URLs alike; nothing half-written."""
+
+import errno
+
+import pytest
+
+from learner import storage as storage_module
+from learner.storage import Storage, StorageError
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request, tmp_path):
+    return Storage(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run")
+
+
+def test_files_and_folders_come_back(storage):
+    storage.write("a.txt", b"one")
+    storage.write("deep/b.txt", b"two")
+    storage.write_folder("folder", {"x": b"1", "sub/y": b"2"})
+    assert storage.read("a.txt") == b"one" and storage.read("folder/sub/y") == b"2"
+    assert storage.entries() == ["a.txt", "deep", "folder"] and storage.entries("nowhere") == []
+    storage.write_folder("folder", {"z": b"3"})
+    assert storage.entries("folder") == ["z"]
+    storage.remove("folder")
+    storage.remove("folder")
+    assert not storage.exists("folder") and storage.exists("deep/b.txt")
+
+
+def test_what_is_not_there_is_named(storage):
+    with pytest.raises(StorageError, match=r"cannot read missing\.txt in .*run"):
+        storage.read("missing.txt")
+
+
+def test_the_name_for_a_log_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(Storage("run")) == str(tmp_path / "run")
+    assert str(Storage(f"file://{tmp_path}/run")) == str(tmp_path / "run")
+    assert str(Storage("memory://x/run")).startswith("memory://")
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(StorageError, match="nosuch"):
+        Storage("nosuch://bucket/run")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, folder):
+    storage = Storage(str(tmp_path / "run"))
+    storage.write("file", b"old")
+    storage.write_folder("folder", {"x": b"old"})
+    real = storage_module._write_synced
+
+    def fails(path, content):
+        real(path, content[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage_module, "_write_synced", fails)
+    with pytest.raises(StorageError, match="no space left"):
+        storage.write_folder("folder", {"x": b"new"}) if folder else storage.write("file", b"new")
+    assert storage.read("file") == b"old" and storage.read("folder/x") == b"old"
+    assert not [path for path in (tmp_path / "run").rglob(".*")]
