@@ -87,12 +87,11 @@ def _run(opened: OpenRun) -> int:
         status = "FINISHED"
         return 0
     except FAILURES as error:
-        complain(f"{type(error).__name__}: {error}")
-        complain(f"what was done is in {records.storage}; the same command goes on from its last checkpoint")
+        complain(f"{type(error).__name__}: {error} (the same command goes on from what is done in {records.storage})")
         return 1
     except KeyboardInterrupt:
         status = "KILLED"
-        complain(f"interrupted; what was done is in {records.storage}; the same command goes on from there")
+        complain(f"interrupted; the same command goes on from what is done in {records.storage}")
         return 130
     finally:
         if runner is not None:

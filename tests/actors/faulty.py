@@ -1,0 +1,87 @@
+"""Actors that fail in one way each, on cue: what test_faults.py injects. Config.run.dir is where they leave a mark."""
+
+import os
+import time
+from pathlib import Path
+
+import ray
+
+from actors.reward_actor import RewardActor
+from actors.sampler_actor import SamplerActor
+from diffusion import rollout
+from learner.config import Config
+
+
+def witness(config: Config, name: str) -> Path:
+    return Path(config.run.dir).with_name(name)
+
+
+def first_time(config: Config, name: str) -> bool:
+    """True once over all processes: the mark left behind is the proof that the fault fired."""
+    try:
+        witness(config, name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class SkipsLoad(SamplerActor):
+    """New weights come, and are never copied into the module."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        rollout.lora.load = lambda unet, flat: None
+
+
+class DiesOnce(SamplerActor):
+    """Its process is gone in the middle of epoch 1's chunk 1."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+
+    @ray.method(num_returns=3)
+    def sample(self, chunk, snapshot):
+        if chunk.purpose == "train" and (chunk.epoch, chunk.index) == (1, 1) and first_time(self.config, "died"):
+            os._exit(1)
+        return super().sample(chunk, snapshot)
+
+
+class HangsOnce(DiesOnce):
+    @ray.method(num_returns=3)
+    def sample(self, chunk, snapshot):
+        if chunk.purpose == "train" and (chunk.epoch, chunk.index) == (1, 1) and first_time(self.config, "hung"):
+            time.sleep(3600)
+        return SamplerActor.sample(self, chunk, snapshot)
+
+
+class StaleAfterRestart(DiesOnce):
+    """Dies, and the one that takes its place keeps the weights it was built with."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if witness(config, "died").exists():
+            witness(config, "stale").touch()
+            rollout.lora.load = lambda unet, flat: None
+
+
+class ScorerDiesOnce(RewardActor):
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+
+    @ray.method(num_returns=2)
+    def score(self, clean):
+        if clean.chunk.purpose == "train" and clean.chunk.epoch == 1 and first_time(self.config, "scorer-died"):
+            os._exit(1)
+        return super().score(clean)
+
+
+class ChunkKills(SamplerActor):
+    """A chunk that no sampler survives."""
+
+    @ray.method(num_returns=3)
+    def sample(self, chunk, snapshot):
+        if chunk.purpose == "train" and chunk.index == 1:
+            os._exit(1)
+        return super().sample(chunk, snapshot)

@@ -1,0 +1,122 @@
+"""Faults injected into a run on Ray: new weights that do not arrive, and actors that die or hang. Each leaves a witness."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faulty import ChunkKills, DiesOnce, HangsOnce, ScorerDiesOnce, SkipsLoad, StaleAfterRestart
+
+from actors import ray_runner
+from cluster.session import Session
+from cluster.weights import WeightStore
+from diffusion.lora import Snapshot, digest
+from learner.run import main
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One local Ray for all the runs here; each kills its own actors. Its workers find faulty.py."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        session = Session(1)
+        yield session
+        session.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert main([*small_settings, "run.runner=inprocess", f"run.dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(cluster, small_settings, tmp_path, capfd):
+    """Run on Ray; (exit status, what was said)."""
+
+    def go(*overrides):
+        status = main([*small_settings, f"run.dir={tmp_path / 'run'}", "sampler.actors=2", "reward.actors=1", *overrides])
+        captured = capfd.readouterr()
+        return status, captured.out + captured.err
+
+    return go
+
+
+def lora(folder) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((folder / "checkpoints/latest/lora").iterdir())]
+
+
+def trained(folder) -> dict:
+    return json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
+
+
+def test_a_push_of_base_only_weights_ends_the_run(run, monkeypatch):
+    real = WeightStore.publish
+
+    def base_only(self, snapshot):
+        flat = np.zeros_like(snapshot.flat) if snapshot.version else snapshot.flat
+        real(self, Snapshot(snapshot.version, flat, digest(flat)))
+
+    monkeypatch.setattr(WeightStore, "publish", base_only)
+    status, said = run()
+    assert status == 1 and "StaleWeights" in said and "the new weights did not arrive" in said
+    assert "epoch 1/2" in said or "before training" in said
+
+
+def test_base_only_weights_under_the_right_name_end_the_run(run, monkeypatch):
+    real = WeightStore.publish
+
+    def mislabelled(self, snapshot):
+        flat = np.zeros_like(snapshot.flat) if snapshot.version else snapshot.flat
+        real(self, Snapshot(snapshot.version, flat, snapshot.sha256))
+
+    monkeypatch.setattr(WeightStore, "publish", mislabelled)
+    status, said = run()
+    assert status == 1 and "StaleWeights" in said
+
+
+def test_a_skipped_load_ends_the_run(run, monkeypatch):
+    monkeypatch.setattr(ray_runner, "SamplerActor", SkipsLoad)
+    status, said = run()
+    assert status == 1 and "StaleWeights: chunk" in said and "epoch 1 was sampled by adapter" in said
+
+
+def test_the_learner_refuses_even_if_the_driver_does_not_look(run, monkeypatch):
+    monkeypatch.setattr(ray_runner, "SamplerActor", SkipsLoad)
+    monkeypatch.setattr(ray_runner.receipts, "check", lambda *_: None)  # in the driver alone
+    status, said = run()
+    assert status == 1 and "StaleWeights: chunk" in said
+
+
+def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_runner, "SamplerActor", StaleAfterRestart)
+    status, said = run("sampler.actors=1")
+    assert (tmp_path / "died").exists() and (tmp_path / "stale").exists()
+    assert status == 1 and "StaleWeights" in said and "replacing the actor" in said
+
+
+@pytest.mark.parametrize(("faulty", "mark"), [(DiesOnce, "died"), (HangsOnce, "hung")])
+def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbroken, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_runner, "SamplerActor", faulty)
+    status, said = run("run.chunk_seconds=8" if mark == "hung" else "run.chunk_seconds=600")
+    assert status == 0 and (tmp_path / mark).exists() and "replacing the actor" in said
+    assert lora(tmp_path / "run") == lora(unbroken)
+    totals = trained(tmp_path / "run")
+    # One chunk of four was in its hands, and perhaps one queued behind it.
+    assert totals["trained"] == 16 and totals["lost"] in (4, 8) and totals["sampled"] == 16
+
+
+def test_a_lost_reward_actor_is_replaced_and_nothing_changes(run, unbroken, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_runner, "RewardActor", ScorerDiesOnce)
+    status, said = run()
+    assert status == 0 and (tmp_path / "scorer-died").exists() and "replacing the actor" in said
+    assert lora(tmp_path / "run") == lora(unbroken)
+    assert trained(tmp_path / "run") == {"issued": 16, "sampled": 16, "scored": 16, "trained": 16, "lost": 0}
+
+
+def test_a_chunk_that_no_sampler_survives_ends_the_run_naming_it(run, monkeypatch):
+    monkeypatch.setattr(ray_runner, "SamplerActor", ChunkKills)
+    status, said = run("run.chunk_attempts=2")
+    assert status == 1 and "ActorDied: sampling 1" in said and "run.chunk_attempts" in said
