@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import ray
 import torch
 
 # OMP_NUM_THREADS must be set before torch loads in the worker, so it travels in the runtime environment.
+CONNECT_SECONDS = 20.0
 WORKER_ENV = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
 
 
@@ -36,6 +39,9 @@ class Session:
 
     Token authentication is always on. A local cluster makes the user's token file if there is none; a remote
     cluster must know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives.
+
+    Raises:
+        ConnectionError: the cluster does not answer, or refuses our token.
     """
 
     def __init__(self, cpu_threads: int) -> None:
@@ -45,6 +51,8 @@ class Session:
         address = _address()
         if address == "local":
             _ensure_token()
+        elif not ray.is_initialized():
+            _require_answer(address)
         self.started = not ray.is_initialized()
         if self.started:
             ray.init(
@@ -68,6 +76,27 @@ class Session:
 
 def _address() -> str:
     return os.environ.get("RAY_ADDRESS") or "local"
+
+
+def _require_answer(address: str) -> None:
+    """`ray.init` waits for minutes on a cluster that is gone, and takes no deadline: ask with Ray's own probe first.
+
+    Raises:
+        ConnectionError: no answer within CONNECT_SECONDS, or our token is refused.
+    """
+    if address == "auto" or "://" in address:
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ConnectionError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s; start one, or unset it to "
+            "use this machine"
+        ) from None
+    if done.returncode:
+        words = (done.stderr.strip().splitlines() or ["it is not healthy"])[-1]
+        raise ConnectionError(f"RAY_ADDRESS: the Ray cluster at {address} refuses us: {words}")
 
 
 def _local_options() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Faults injected into a run on Ray: new weights that do not arrive, and actors that die or hang. Each leaves a witness."""
+"""Faults injected into a run on Ray: new weights that do not arrive, actors that die or hang. Each leaves a witness."""
 
 import json
 import os
@@ -37,7 +37,9 @@ def run(cluster, small_settings, tmp_path, capfd):
     """Run on Ray; (exit status, what was said)."""
 
     def go(*overrides):
-        status = main([*small_settings, f"run.dir={tmp_path / 'run'}", "sampler.actors=2", "reward.actors=1", *overrides])
+        status = main(
+            [*small_settings, f"run.dir={tmp_path / 'run'}", "sampler.actors=2", "reward.actors=1", *overrides]
+        )
         captured = capfd.readouterr()
         return status, captured.out + captured.err
 

@@ -64,7 +64,9 @@ def lora(folder) -> list[bytes]:
 def test_the_same_command_goes_on_bitwise(ranks, start, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     # With one rank the in-process run is the same, bit by bit, and starts faster.
-    process, temporary = start(unbroken, f"learner.ranks={ranks}", "run.runner=" + ("inprocess" if ranks == 1 else "ray"))
+    process, temporary = start(
+        unbroken, f"learner.ranks={ranks}", "run.runner=" + ("inprocess" if ranks == 1 else "ray")
+    )
     done(process)
     assert ray_processes.all_gone(temporary)
 

@@ -89,7 +89,7 @@ def test_a_prompt_file_that_is_empty_or_not_utf8_is_refused(tmp_path, capsys):
         assert "prompts.txt" in capsys.readouterr().err
 
 
-def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
+def test_an_existing_run_of_the_first_version_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert main([f"run.dir={tmp_path}"]) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "holds a run of an older Tributary" in capsys.readouterr().err

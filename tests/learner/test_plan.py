@@ -1,0 +1,83 @@
+"""The plan's numbers against what a run really does, and against published counts."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from cluster.placement import place
+from learner import factory, plan
+from learner.config import load_config
+from learner.run import main
+from learner.state import LEARNER_FILE, replay_file
+from learner.work import training_chunks
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["objective.last_transition=train", "objective.forward_looking=none"],
+        ["sampler.transitions=random", "sampler.transition_fraction=0.5", "objective.forward_looking_from=2"],
+    ],
+)
+def test_counts_and_bytes_are_those_of_a_real_epoch(small_config, overrides):
+    config = small_config("run.runner=inprocess", "flow.replay_epochs=1", *overrides)
+    sampler, scorer, learner = (
+        factory.build_sampler(config),
+        factory.build_scorer(config),
+        factory.build_learner(config),
+    )
+    made = []
+    for chunk in training_chunks(config, ["a red circle", "a blue ring"], 0):
+        trajectories, clean = sampler.sample(chunk, learner.published)
+        made.append((trajectories, clean, scorer.score(clean)))
+    learner.train_epoch(0, 1.0, [[(trajectories, scores) for trajectories, _, scores in made]])
+    learner.publish(1)
+    each = plan.work(config, plan.costs(config), ranks=1)
+    assert each.transitions == sum(trajectories.selected.size for trajectories, _, _ in made)
+    assert each.states_scored == sum(len(clean.latents) for _, clean, _ in made)
+    arrays = [getattr(t, name) for t, _, _ in made for name in ("states", "log_pf", "log_pb", "model_output")]
+    stored = sum(array.nbytes for array in [*arrays, *(clean.latents for _, clean, _ in made), learner.published.flat])
+    assert each.object_store == pytest.approx(stored, rel=0.02)
+    files = learner.state_files()
+    assert LEARNER_FILE in files and replay_file(0) in files
+    assert each.checkpoint == pytest.approx(sum(map(len, files.values())), rel=0.2)
+
+
+def test_flops_of_a_known_network_are_the_published_ones():
+    """Stable Diffusion 1.5's U-Net: 0.80 TFLOP a sample; its decoder: 2.51 (counted independently)."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        x, t, embedding = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 77, 768)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        )  # fmt: skip
+    assert plan._count(lambda: unet(x, t, encoder_hidden_states=embedding).sample) == pytest.approx(0.80e12, rel=0.02)
+    assert plan._count(lambda: vae.decode(x).sample) == pytest.approx(2.51e12, rel=0.02)
+
+
+def test_the_plan_is_text_and_nothing_starts(small_settings, tmp_path, capsys):
+    assert main([*small_settings, f"run.dir={tmp_path / 'run'}", "--plan"]) == 0
+    said = capsys.readouterr().out
+    for word in (
+        str(tmp_path / "run"),
+        "samplers",
+        "learner ranks",
+        "trajectories",
+        "updates",
+        "FLOP",
+        "object store",
+        "disk",
+    ):
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_resources_of_actors_are_shown():
+    config = load_config()
+    placement = place(2, 1, 2, 2, {"CPU": 16.0, "GPU": 8.0})
+    said = plan.describe(config, placement, {"CPU": 16.0, "GPU": 8.0}, "here")
+    assert "2 learner ranks, each {CPU: 1, GPU: 1}" in said
+    assert np.isfinite(plan.work(config, plan.costs(config), 2).training)

@@ -1,0 +1,214 @@
+"""MLflow as a view of the run's records: complete, without repeats, and never in the way."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import mlflow
+import pytest
+
+from learner import upload
+from learner.inprocess import InProcessRunner
+from learner.records import Records
+from learner.run import main
+from learner.storage import Storage
+from learner.tracking import Tracker
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def settings(small_settings):
+    return [
+        *small_settings,
+        "run.runner=inprocess",
+        "train.epochs=3",
+        "evaluation.every=2",
+        "train.updates_per_epoch=2",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+
+def only_run(uri: str):
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("tributary").experiment_id])
+    return client, run
+
+
+def assert_complete(uri: str, folder, epochs: int = 3) -> None:
+    """Everything of the run's records is there, once."""
+    client, run = only_run(uri)
+    records = Records.open(Storage(str(folder)))
+    assert run.data.tags["tributary.run_id"] == records.run_id
+    for key in run.data.metrics:
+        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
+        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
+    losses = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
+    assert losses == {line["epoch"] + 1: line["loss"] for line in records.lines if line["epoch"] >= 0}
+    updates = client.get_metric_history(run.info.run_id, "update/loss")
+    assert [metric.step for metric in updates] == list(range(1, 2 * epochs + 1))
+    names = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    steps = sorted(int(name.split("step+")[1].split("+")[0]) for name in (path.replace("%", "+") for path in names))
+    assert steps == [epoch + 1 for epoch in records.evaluated()]
+    top = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"checkpoints", "images", "config.yaml", "report.html"} <= top
+    adapters = {file.path for file in client.list_artifacts(run.info.run_id, f"checkpoints/step-{2 * epochs:06d}/lora")}
+    assert {path.rsplit("/", 1)[1] for path in adapters} == {"kohya.safetensors", "pytorch_lora_weights.safetensors"}
+    assert run.data.params["lora.rank"] == "2" and run.info.status == "FINISHED"
+
+
+def test_a_run_is_shown_whole_and_keeps_its_id_through_a_resume(settings, tmp_path, monkeypatch):
+    real = InProcessRunner.train_epoch
+
+    def dies_in_epoch_1(self, epoch, *rest):
+        if epoch == 1:
+            time.sleep(12)  # long enough for the mirror to be up and to have sent epoch 0
+            raise Killed
+        return real(self, epoch, *rest)
+
+    arguments = [*settings, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(InProcessRunner, "train_epoch", dies_in_epoch_1)
+        with pytest.raises(Killed):
+            main(arguments)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = only_run(uri)[1]
+    assert run.info.status == "FAILED" and "loss" in run.data.metrics
+    assert main(arguments) == 0
+    assert_complete(uri, tmp_path / "run")
+    again = only_run(uri)[1]
+    assert again.info.run_id == run.info.run_id == Records.open(Storage(str(tmp_path / "run"))).about["mlflow_run_id"]
+    assert "tributary.git_commit" in again.data.tags and again.data.tags["tributary.config_sha256"]
+    assert "system/cpu_utilization_percentage" in again.data.metrics
+    assert not (tmp_path / "mlruns").exists() and (tmp_path / "mlartifacts").exists()
+
+
+def test_upload_sends_what_is_missing_and_nothing_twice(settings, tmp_path, capsys):
+    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
+    uri = f"sqlite:///{tmp_path}/elsewhere.db"
+    for _ in range(2):
+        assert upload.main([str(tmp_path / "run"), "--uri", uri]) == 0
+        assert_complete(uri, tmp_path / "run")
+    assert "has everything" in capsys.readouterr().out
+    assert upload.main([str(tmp_path / "nothing")]) == 2
+
+
+@pytest.fixture
+def black_hole():
+    """A server that accepts and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def accept():
+        while True:
+            try:
+                kept.append(server.accept()[0])
+            except OSError:
+                return
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.close()
+    for connection in kept:
+        connection.close()
+
+
+def test_a_server_that_never_answers_costs_a_warning(settings, tmp_path, black_hole, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", black_hole)
+    real = InProcessRunner.train_epoch
+
+    def slower(self, *arguments):
+        time.sleep(4)  # a run longer than the mirror's start, so that the silence is met on the way
+        return real(self, *arguments)
+
+    monkeypatch.setattr(InProcessRunner, "train_epoch", slower)
+    waited = time_of_finish(monkeypatch)
+    assert main([*settings, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("warning: MLflow") == 1 and f"python -m learner.upload {tmp_path / 'run'}" in said
+    assert waited[0] < 3
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert upload.main([str(tmp_path / "run")]) == 0
+    assert_complete(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run")
+
+
+def time_of_finish(monkeypatch) -> list[float]:
+    """Seconds that the driver waits for the mirror at its end, once it has."""
+    real, seconds = Tracker.finish, []
+
+    def timed(self, status):
+        start = time.perf_counter()
+        real(self, status)
+        seconds.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(Tracker, "finish", timed)
+    return seconds
+
+
+def serve(folder, port: int) -> subprocess.Popen:
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/kept",
+    ]  # fmt: skip
+    log = (folder / "server.log").open("a")
+    server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return server
+        except OSError:
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[-2000:]
+            time.sleep(0.2)
+
+
+def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monkeypatch, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    server = serve(tmp_path, port)
+    real = InProcessRunner.train_epoch
+
+    def server_dies_in_epoch_1(self, epoch, *rest):
+        if epoch == 1:
+            deadline = time.monotonic() + 60
+            client = mlflow.MlflowClient(uri)
+            while time.monotonic() < deadline:  # the witness: epoch 0 was there
+                found = client.get_experiment_by_name("tributary")
+                runs = client.search_runs([found.experiment_id]) if found else []
+                if runs and "loss" in runs[0].data.metrics:
+                    break
+                time.sleep(0.5)
+            else:
+                raise AssertionError("epoch 0 never reached the server")
+            os.killpg(server.pid, signal.SIGKILL)
+        if epoch == 2:
+            time.sleep(6)
+        return real(self, epoch, *rest)
+
+    monkeypatch.setattr(InProcessRunner, "train_epoch", server_dies_in_epoch_1)
+    try:
+        assert main([*settings, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
+        said = capfd.readouterr().out
+        assert said.count("warning: MLflow") == 1 and "python -m learner.upload" in said
+        assert [line["epoch"] for line in Records.open(Storage(str(tmp_path / "run"))).lines] == [-1, 0, 1, 2]
+        assert upload.main([str(tmp_path / "run")]) == 1
+        server = serve(tmp_path, port)
+        assert upload.main([str(tmp_path / "run")]) == 0
+        assert_complete(uri, tmp_path / "run")
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
