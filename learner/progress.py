@@ -21,7 +21,7 @@ class Bar:
         if not self._on:
             return
         if self._bar is None:
-            self._bar = tqdm(total=total, leave=False, bar_format="{desc}: {n}/{total} |{bar}| {elapsed}")
+            self._bar = tqdm(desc=what, total=total, leave=False, bar_format="{desc}{n}/{total} |{bar}| {elapsed}")
         self._bar.total, self._bar.n = total, done
         self._bar.set_description(what)
 
