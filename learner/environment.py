@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -12,10 +14,16 @@ from learner.config import ROOT
 
 PACKAGES = ("tributary", "torch", "diffusers", "peft", "transformers", "ray")
 GIT_SECONDS = 5
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in a submitted job's entrypoint
+
+
+def in_submitted_job() -> bool:
+    return JOB_VARIABLE in os.environ
 
 
 def facts() -> dict[str, str]:
-    """Versions, git commit (empty where there is no repository; with + where files were changed), machine."""
+    """Versions, git commit (empty where there is no repository; with + where files were changed), the package that a
+    submitted Ray job's code came in (its name is a hash of the content), machine."""
     found = {name: _version(name) for name in PACKAGES}
     commit = _git("rev-parse", "HEAD")
     changed = "+" if commit and _git("status", "--porcelain", "--untracked-files=no") else ""
@@ -23,10 +31,16 @@ def facts() -> dict[str, str]:
     return found | {
         "python": platform.python_version(),
         "git_commit": commit + changed,
+        "working_dir": _working_dir(),
         "host": platform.node(),
         "machine": platform.processor() or platform.machine(),
         "gpu": gpu,
     }
+
+
+def _working_dir() -> str:
+    settings = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
+    return (settings.get("runtime_env") or {}).get("working_dir") or ""
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from learner import checkpoint
+from learner import checkpoint, environment
 from learner.checkpoint import Checkpoint
 from learner.config import CONFIG_VERSION, Config, ConfigError
 from learner.records import BEFORE, CONFIG, EVALUATION, FORMAT, METRICS, RUN, TRAJECTORIES, Records
@@ -89,7 +89,7 @@ def root(config: Config) -> str:
     so there it is a folder in the user's home."""
     if config.run.root:
         return config.run.root if "://" in config.run.root else str(Path(config.run.root).expanduser().absolute())
-    return str(Path.home() / "tributary") if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else str(Path.cwd())
+    return str(Path.home() / "tributary") if environment.in_submitted_job() else str(Path.cwd())
 
 
 def _absolute(url: str, config: Config) -> str:

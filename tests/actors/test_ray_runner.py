@@ -8,15 +8,6 @@ import pytest
 from safetensors.numpy import load_file
 
 ADAPTER = "checkpoints/latest/lora/pytorch_lora_weights.safetensors"
-BAD_REWARD = """
-import torch
-
-def nan_at_the_third(images, prompts):
-    scores = images.mean((1, 2, 3))
-    if "ring" in " ".join(prompts):
-        scores[0] = float("nan")
-    return scores
-"""
 
 
 def run(folder, small_settings, *overrides, expect=0, cwd=None):
@@ -56,16 +47,3 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(unbroken, sm
 def test_another_seed_gives_another_lora(unbroken, small_settings, tmp_path):
     run(tmp_path / "run", small_settings, "run.runner=inprocess", "run.seed=1")
     assert not same_bits(unbroken, tmp_path / "run")
-
-
-def test_a_nan_reward_ends_the_run_naming_prompt_and_trajectory(small_settings, tmp_path):
-    (tmp_path / "mine.py").write_text(BAD_REWARD)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\n")
-    done = run(
-        tmp_path / "run", small_settings, "reward.name=mine:nan_at_the_third", f"prompts.path={prompts}",
-        expect=1, cwd=tmp_path,
-    )  # fmt: skip
-    said = [line for line in done.stderr.splitlines() if line.startswith("learner.run:")]
-    assert len(said) == 1 and "Traceback" not in done.stderr
-    assert "BadReward" in said[0] and "a red ring" in said[0] and "trajectory 0" in said[0]
