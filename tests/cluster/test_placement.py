@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.placement import PlacementError, place
+from cluster.placement import PlacementError, place, place_for
 
 
 def total(placement, resource: str) -> float:
@@ -50,3 +50,35 @@ def test_what_cannot_be_placed_is_refused():
         place(1, 1, 1, 1, {})
     with pytest.raises(PlacementError, match=r"learner\.ranks"):
         place(1, 1, 3, 4, {"CPU": 8.0})
+
+
+@pytest.mark.parametrize(
+    ("each", "expected"),
+    [
+        ((None, None, None), (1, 1, 1)),
+        ((1, None, None), (1, 1, 1)),
+        ((None, 0, None), (1, 0, 1)),
+        ((0.5, 0, 2), (0.5, 0, 2)),
+        ((2, 2, None), (2, 2, 0)),
+    ],
+)
+def test_gpus_as_the_config_says_and_fair_shares_of_the_rest(each, expected):
+    placement = place(2, 2, 2, 4, {"CPU": 16.0, "GPU": 8.0}, each)
+    options = placement.sampler_options, placement.scorer_options, placement.rank_options
+    got = tuple(option.get("num_gpus", 0) for option in options)
+    assert total(placement, "num_gpus") <= 8
+    assert got == expected
+
+
+def test_more_gpus_than_there_are_is_refused_with_the_sum():
+    with pytest.raises(PlacementError, match=r"2 x 2 \+ 1 x 1 \+ 2 x 4 = 13 GPUs asked for, the cluster has 8"):
+        place(2, 1, 2, 4, {"CPU": 16.0, "GPU": 8.0}, (2, 1, 4))
+    with pytest.raises(PlacementError, match="the cluster has 0"):
+        place(2, 1, 2, 4, {"CPU": 16.0}, (None, None, 1))
+
+
+def test_a_gpu_model_without_gpus_is_refused(small_config):
+    with pytest.raises(PlacementError, match="cuda was asked for"):
+        place_for(small_config("model.device=cuda"), {"CPU": 2.0})
+    on_cpu = place_for(small_config("model.device=cpu"), {"CPU": 2.0, "GPU": 8.0})
+    assert total(on_cpu, "num_gpus") == 0

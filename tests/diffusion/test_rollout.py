@@ -135,3 +135,17 @@ def test_evaluation_scores_only_the_image(tiny_pipeline):
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(BaseModelError, match="no such folder"):
         BaseModel(str(tmp_path / "nowhere"))
+
+
+def test_the_receipt_sums_what_is_stored(tiny_pipeline):
+    made = sampler(tiny_pipeline)
+    trajectories, _ = made.sample(chunk(), moved(made.model))
+    for i, timestep in enumerate(trajectories.timesteps.tolist()):
+        x, x_next = (torch.from_numpy(trajectories.states[:, j]) for j in (i, i + 1))
+        log_pb = made.kernel.log_pb(torch.full((4,), timestep), x, x_next, "sum")
+        np.testing.assert_allclose(trajectories.log_pb[:, i], log_pb.numpy(), rtol=1e-5)
+    receipt = trajectories.receipt("here", 2.0)
+    np.testing.assert_allclose(receipt.log_pf_sum, trajectories.log_pf.astype(np.float64).sum(1))
+    np.testing.assert_allclose(receipt.log_pb_sum, trajectories.log_pb.astype(np.float64).sum(1))
+    assert (receipt.policy_version, receipt.adapter_sha256) == (1, trajectories.adapter_sha256)
+    assert (receipt.node, receipt.seconds) == ("here", 2.0)

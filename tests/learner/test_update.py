@@ -8,8 +8,10 @@ import torch.multiprocessing as mp
 from diffusion import lora
 from learner import factory, group
 from learner.config import Config
-from learner.update import Learner, NonFiniteGradient, StaleWeights, Transitions
-from learner.work import read_prompts, training_chunks
+from learner.prompts import read_prompts
+from learner.receipts import StaleWeights
+from learner.update import Learner, NonFiniteGradient, Transitions
+from learner.work import training_chunks
 
 
 def scored_epoch(config: Config, snapshot: lora.Snapshot):
@@ -118,11 +120,16 @@ def gradient_of(learner: Learner, batches) -> torch.Tensor:
 
 def test_trajectories_of_another_adapter_are_refused(prepared):
     learner, epoch = prepared
-    learner.publish(2)
     learner.train_epoch(0, 1.0, [epoch])
-    learner.publish(3)
+    learner.publish(2)
     with pytest.raises(StaleWeights, match="did not arrive"):
         learner.train_epoch(1, 1.0, [epoch])
+
+
+def test_an_adapter_that_training_did_not_change_is_not_published(prepared):
+    learner, _ = prepared
+    with pytest.raises(StaleWeights, match="bitwise version 1"):
+        learner.publish(2)
 
 
 def test_a_sampler_that_skips_the_load_is_found_out(small_config, monkeypatch):
@@ -151,10 +158,36 @@ def test_an_epoch_moves_policy_and_flow(small_config, fit_steps):
     config = small_config(f"flow.fit_steps={fit_steps}")
     learner = factory.build_learner(config)
     before = learner.published.sha256, [p.detach().clone() for p in learner.flow_parameters]
-    metrics = learner.train_epoch(0, 5.0, [scored_epoch(config, learner.published)])
+    epoch = scored_epoch(config, learner.published)
+    training = learner.train_epoch(0, 5.0, [epoch[:1], epoch[1:]])
     assert learner.publish(1).sha256 != before[0]
     assert any(not torch.equal(p, q) for p, q in zip(learner.flow_parameters, before[1], strict=True))
-    assert np.isfinite(list(metrics.values())).all()
+    assert np.isfinite(list(training.metrics.values())).all()
+    assert training.trajectory_ids == tuple(range(8))
+    for name, mean in training.metrics.items():
+        assert mean == pytest.approx(np.mean([update[name] for update in training.updates if name in update]))
+
+
+def test_a_restored_learner_goes_on_bitwise(small_config):
+    config = small_config("flow.replay_epochs=2", "flow.warmup_steps=3")
+    learner = factory.build_learner(config)
+    epoch = scored_epoch(config, learner.published)
+    learner.train_epoch(0, 5.0, [epoch])
+    learner.publish(1)
+    files = learner.state_files()
+    second = scored_epoch(config, learner.published)
+    restored = factory.build_learner(config, files)
+    assert restored.published.sha256 == learner.published.sha256 and restored.published.version == 1
+    for either in (learner, restored):
+        either.train_epoch(1, 5.0, [second])
+        either.publish(2)
+    assert restored.published.sha256 == learner.published.sha256
+    assert all(torch.equal(p, q) for p, q in zip(restored.flow_parameters, learner.flow_parameters, strict=True))
+    again = restored.state_files()
+    assert {name: len(content) for name, content in again.items()} == {
+        name: len(content) for name, content in learner.state_files().items()
+    }
+    assert again["lora/kohya.safetensors"] == learner.state_files()["lora/kohya.safetensors"]
 
 
 def _rank(rank: int, config: Config, address: str, epoch, queue) -> None:

@@ -138,3 +138,15 @@ def test_a_reward_that_raises_is_named_with_its_prompts():
 def test_scorer_names_prompt_and_trajectory_of_a_bad_reward():
     with pytest.raises(BadReward, match=r"'second', trajectory 11 of epoch 4, state 2"):
         Scorer(lambda latents: latents, Brightness()).score(clean([0.1, 0.2, 0.3, 0.4, float("nan")]))
+
+
+def test_thumbnails_are_small_pictures_of_the_images_of_training():
+    def opened(file):
+        return np.asarray(Image.open(io.BytesIO(file)))
+
+    scorer = Scorer(lambda latents: latents, Brightness(), thumbnail_pixels=8)
+    scores = scorer.score(clean([0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert [opened(file).shape for file in scores.thumbnails] == [(8, 8, 3)] * 2
+    assert [opened(file).mean().round() for file in scores.thumbnails] == [76, 128]  # .3 and .5 of 255, in their order
+    assert scores.verdict(1.5).rewards == (pytest.approx(0.3), 0.5) and scores.verdict(1.5).seconds == 1.5
+    assert Scorer(lambda latents: latents, Brightness()).score(clean([0.1, 0.2, 0.3, 0.4, 0.5])).thumbnails == ()
