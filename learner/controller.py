@@ -67,7 +67,7 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
             line = _line(config, epoch, runner, beta, result, evaluated, seconds, ledger)
             records.append({**line, "lost_trajectories": ledger.totals["lost"] - lost})
             _save(opened, runner, ledger, epoch + 1)
-            if due:
+            if due and epoch + 1 < config.train.epochs:
                 records.storage.write(report.FILE, report.render(records, config))
             tracker.notify()
             bar.around(say, _summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))

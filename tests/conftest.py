@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 SMALL = (
     "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=2", "train.trajectories=8", "train.epochs=2",
     "train.updates_per_epoch=1", "evaluation.images=4", "learner.ranks=1", "learner.micro_batch=4",
-    "flow.fit_steps=2", "flow.batch=8", "lora.rank=2", "mlflow.enabled=false",
+    "flow.warmup_steps=2", "flow.fit_steps=2", "flow.batch=8", "lora.rank=2", "mlflow.enabled=false",
 )  # fmt: skip
 
 

@@ -85,3 +85,17 @@ class ChunkKills(SamplerActor):
         if chunk.purpose == "train" and chunk.index == 1:
             os._exit(1)
         return super().sample(chunk, snapshot)
+
+
+class Raises:
+    """A user's reward that fails."""
+
+    def __call__(self, images, prompts):
+        raise RuntimeError("the reward's own words")
+
+
+class Unbuildable:
+    """A user's reward that cannot even be made."""
+
+    def __init__(self):
+        raise OSError("the reward's own words: no /no/weights.bin")

@@ -9,6 +9,8 @@ import tempfile
 import pytest
 import ray_processes
 
+from learner.run import main
+
 REWARDS = """
 import torch
 
@@ -17,13 +19,6 @@ def nan_for_rings(images, prompts):
     if "ring" in " ".join(prompts):
         scores[0] = float("nan")
     return scores
-
-def raises(images, prompts):
-    raise RuntimeError("the reward's own fault")
-
-class Unbuildable:
-    def __init__(self):
-        raise OSError("no such weights: /no/weights.bin")
 """
 
 
@@ -58,37 +53,42 @@ def test_a_nan_reward_names_prompt_and_trajectory(run, tmp_path):
     assert not half_written(tmp_path / "run")
 
 
-def test_a_reward_that_raises_is_named_with_its_words(run, tmp_path):
-    (said,) = run(tmp_path / "run", "reward.name=mine:raises", expect=1)
-    assert "BadReward: reward mine:raises failed" in said and "RuntimeError: the reward's own fault" in said
-
-
-def test_a_reward_that_cannot_be_built_is_named_with_its_words(run, tmp_path):
-    (said,) = run(tmp_path / "run", "reward.name=mine:Unbuildable", expect=1)
-    assert "ActorDied" in said and "no such weights: /no/weights.bin" in said
-
-
-def test_a_full_disk_is_said_and_the_same_command_goes_on_when_there_is_room(run, tmp_path, small_settings):
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True)
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB, smaller than a run."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
         pytest.skip("only root can mount a small file system")
-    try:
-        folder = small / "run"
-        (said,) = run(folder, expect=1)
-        assert "StorageError" in said and "no space left" in said and str(folder) in said
-        assert not half_written(folder)
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            json.loads(line)
-        whole = [path.parent for path in folder.glob("checkpoints/step-*/state.json")]
-        assert whole == sorted(folder.glob("checkpoints/step-*")) and whole
-        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
-        run(folder, expect=0)
-        unbroken = tmp_path / "unbroken"
-        run(unbroken, "run.runner=inprocess", expect=0)
-        one, other = (path / "checkpoints/latest/lora/kohya.safetensors" for path in (folder, unbroken))
-        assert one.read_bytes() == other.read_bytes()
-        assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [-1, 0, 1]
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def assert_whole(folder) -> None:
+    """Every file that is there can be read, and every checkpoint has its manifest."""
+    assert not half_written(folder)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    whole = [path.parent for path in folder.glob("checkpoints/step-*/state.json")]
+    assert sorted(whole) == sorted(folder.glob("checkpoints/step-*")) and whole
+
+
+def test_a_full_disk_is_said(run, small_disk):
+    (said,) = run(small_disk / "run", expect=1)
+    assert "StorageError" in said and "no space left" in said and str(small_disk / "run") in said
+    assert_whole(small_disk / "run")
+
+
+def test_when_there_is_room_again_the_same_command_goes_on(small_settings, small_disk, tmp_path, capsys):
+    arguments = [*small_settings, "run.runner=inprocess"]
+    assert main([*arguments, f"run.dir={small_disk / 'run'}"]) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert_whole(small_disk / "run")
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    assert main([*arguments, f"run.dir={small_disk / 'run'}"]) == 0
+    assert main([*arguments, f"run.dir={tmp_path / 'unbroken'}"]) == 0
+    one, other = small_disk / "run", tmp_path / "unbroken"
+    adapter = "checkpoints/latest/lora/kohya.safetensors"
+    assert (one / adapter).read_bytes() == (other / adapter).read_bytes()
+    assert [json.loads(line)["epoch"] for line in (one / "metrics.jsonl").read_text().splitlines()] == [-1, 0, 1]

@@ -1,28 +1,15 @@
 """Faults injected into a run on Ray: new weights that do not arrive, actors that die or hang. Each leaves a witness."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from faulty import ChunkKills, DiesOnce, HangsOnce, ScorerDiesOnce, SkipsLoad, StaleAfterRestart
 
 from actors import ray_runner
-from cluster.session import Session
 from cluster.weights import WeightStore
 from diffusion.lora import Snapshot, digest
 from learner.run import main
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """One local Ray for all the runs here; each kills its own actors. Its workers find faulty.py."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        session = Session(1)
-        yield session
-        session.close()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +54,7 @@ def test_a_push_of_base_only_weights_ends_the_run(run, monkeypatch):
     assert "epoch 1/2" in said or "before training" in said
 
 
+@pytest.mark.slow
 def test_base_only_weights_under_the_right_name_end_the_run(run, monkeypatch):
     real = WeightStore.publish
 
@@ -99,7 +87,9 @@ def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, monkeypatch, t
     assert status == 1 and "StaleWeights" in said and "replacing the actor" in said
 
 
-@pytest.mark.parametrize(("faulty", "mark"), [(DiesOnce, "died"), (HangsOnce, "hung")])
+@pytest.mark.parametrize(
+    ("faulty", "mark"), [(DiesOnce, "died"), pytest.param(HangsOnce, "hung", marks=pytest.mark.slow)]
+)
 def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbroken, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_runner, "SamplerActor", faulty)
     status, said = run("run.chunk_seconds=8" if mark == "hung" else "run.chunk_seconds=600")
@@ -116,6 +106,18 @@ def test_a_lost_reward_actor_is_replaced_and_nothing_changes(run, unbroken, monk
     assert status == 0 and (tmp_path / "scorer-died").exists() and "replacing the actor" in said
     assert lora(tmp_path / "run") == lora(unbroken)
     assert trained(tmp_path / "run") == {"issued": 16, "sampled": 16, "scored": 16, "trained": 16, "lost": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Raises", "BadReward: reward faulty:Raises failed"),
+        ("Unbuildable", "ActorDied: starting 2 samplers"),
+    ],
+)
+def test_a_reward_that_fails_is_named_with_its_own_words(name, said, run):
+    status, text = run(f"reward.name=faulty:{name}")
+    assert status == 1 and said in text and "the reward's own words" in text
 
 
 def test_a_chunk_that_no_sampler_survives_ends_the_run_naming_it(run, monkeypatch):
