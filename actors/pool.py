@@ -14,7 +14,9 @@ from typing import Any
 
 import ray
 
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, get, wait_any
+from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get
+
+SWEEP_SECONDS = 2.0  # for idle actors to say that they live; the dead are found at once
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Pool:
         self._attempts: Counter[Any] = Counter()
         self._failed_starts = 0
 
+    def begin(self) -> None:
+        """A new round of work, with keys of its own. Actors that died meanwhile are replaced, at no chunk's cost."""
+        self._attempts.clear()
+        self._sweep()
+
     def submit(self, key: Any, method: str, *arguments: Any) -> None:
         """Queue a remote method with several returns, the last of them small."""
         self._queue.append((key, method, arguments))
@@ -74,13 +81,13 @@ class Pool:
             Exception: what the remote code raised; such work is never tried again.
         """
         finished = []
-        for ref in wait_any(list(self._calls), 0) if self._calls else []:
-            call = self._calls[ref]
+        for ref in done(list(self._calls)):
+            if (call := self._calls.get(ref)) is None:
+                continue  # its actor was discarded a moment ago
             try:
                 summary = get(ref, self.limits.chunk_seconds, f"{self.role} {call.key}", "run.chunk_seconds")
             except ActorDied as error:
                 self._discard(call.actor, error)
-                self._again(call)
                 continue
             except ObjectLost as error:
                 self._say(f"{error}: will be made again")
@@ -99,26 +106,50 @@ class Pool:
             self._calls[outputs[-1]] = _Call(key, method, arguments, actor, outputs, time.monotonic())
         return finished
 
-    def forget_attempts(self) -> None:
-        """A new round of work begins, with keys of its own."""
-        self._attempts.clear()
-
-    def _again(self, call: _Call) -> None:
-        del self._calls[call.outputs[-1]]
-        self.on_lost(call.key)
-        self._queue.appendleft((call.key, call.method, call.arguments))
-
     def _discard(self, actor: Any, error: Exception) -> None:
-        """Count the call that the actor was at, drop the actor and start another."""
-        if actor not in self.actors:
-            return  # seen before: this is a call that had queued behind
-        running = next(call for call in self._calls.values() if call.actor is actor)
-        self._attempts[running.key] += 1
-        self.actors.remove(actor)
-        if self._attempts[running.key] >= self.limits.attempts:
-            raise type(error)(f"{error} (tried {self.limits.attempts} times, run.chunk_attempts)") from error
+        """Drop an actor that failed at its work, queue what it had in hand anew, and start another. What it had
+        finished before is kept. The call that it was at has cost an attempt."""
+        mine = [call for call in self._calls.values() if call.actor is actor]
+        answered = done([call.outputs[-1] for call in mine])
+        lost = [call for call in mine if call.outputs[-1] not in answered or self._died(call)]
+        if lost:
+            self._attempts[lost[0].key] += 1
+            if self._attempts[lost[0].key] >= self.limits.attempts:
+                raise type(error)(f"{error} (tried {self.limits.attempts} times, run.chunk_attempts)") from error
+        self._replace(actor)
+        for call in reversed(lost):
+            del self._calls[call.outputs[-1]]
+            self.on_lost(call.key)
+            self._queue.appendleft((call.key, call.method, call.arguments))
         self._say(f"{error}: replacing the actor")
+        self._sweep()
+
+    def _died(self, call: _Call) -> bool:
+        """Whether an answered call says no more than that its actor is gone."""
+        try:
+            get(call.outputs[-1], self.limits.chunk_seconds, f"{self.role} {call.key}", "run.chunk_seconds")
+        except ActorDied:
+            return True
+        except Exception:  # the work's own failure: raised when its turn comes
+            return False
+        return False
+
+    def _replace(self, actor: Any) -> None:
+        """For good: killed even if it only cannot be reached, lest it keep its share of the machine."""
+        self.actors.remove(actor)
+        ray.kill(actor)
         self._start_another()
+
+    def _sweep(self) -> None:
+        """Find idle actors that are dead before work is given to them."""
+        busy = {id(call.actor) for call in self._calls.values()}
+        asked = {actor.ready.remote(): actor for actor in self.actors if id(actor) not in busy}
+        for ref in done(list(asked), SWEEP_SECONDS):
+            try:
+                get(ref, SWEEP_SECONDS, f"an idle actor for {self.role}", "run.ready_seconds")
+            except ActorDied as error:
+                self._say(f"{error}: replacing the actor")
+                self._replace(asked[ref])
 
     def _start_another(self) -> None:
         actor = self._spawn()
@@ -128,12 +159,11 @@ class Pool:
         limit = self.limits.chunk_seconds
         for call in self._running():
             if time.monotonic() - call.started > limit and call.actor in self.actors:
-                ray.kill(call.actor)  # its calls fail now, and go to others
                 what = f"{self.role} {call.key} took longer than run.chunk_seconds={limit:g} s"
                 self._discard(call.actor, DeadlineExceeded(what))
 
     def _check_joining(self) -> None:
-        for ref in wait_any(list(self._joining), 0) if self._joining else []:
+        for ref in done(list(self._joining)):
             actor, _ = self._joining.pop(ref)
             try:
                 get(ref, self.limits.ready_seconds, f"a replacement for {self.role}", "run.ready_seconds")

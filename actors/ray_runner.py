@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from actors.reward_actor import RewardActor
 from actors.sampler_actor import SamplerActor
 from cluster.placement import place_for
 from cluster.session import Session
-from cluster.waits import get, wait_any
+from cluster.waits import ObjectLost, get, put, wait_any
 from cluster.weights import WeightStore
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner import receipts
@@ -51,7 +52,7 @@ class RayRunner:
         resources = self.session.resources
         placement = place_for(config, resources)
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
-        shared, state = ray.put(config), ray.put(files)
+        shared, state = put(config, "sharing the config"), put(files, "sharing the checkpoint")
         new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, shared)
         new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, shared)
         samplers = [new_sampler() for _ in range(placement.samplers)]
@@ -160,9 +161,10 @@ class RayRunner:
             if ledger:
                 ledger.lose(by_index[index].trajectory_ids)
 
-        for pool in (self.samplers, self.scorers):
-            pool.forget_attempts()
         self.samplers.on_lost = lose
+        for pool in (self.samplers, self.scorers):
+            pool.begin()
+        made_again: Counter[int] = Counter()
         for chunk in chunks:
             self.samplers.submit(chunk.index, "sample", chunk, self.weights.ref)
         while self.samplers.busy or self.scorers.busy:
@@ -178,11 +180,14 @@ class RayRunner:
                 self.hooks.progress("sampling and scoring", len(scores), len(chunks))
             while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
                 index = self.scorers.inputs_lost.pop()
+                made_again[index] += 1
+                if made_again[index] >= self.config.run.chunk_attempts:
+                    raise ObjectLost(
+                        f"chunk {index} was sampled and lost {made_again[index]} times (run.chunk_attempts)"
+                    )
                 lose(index)
                 self.samplers.submit(index, "sample", by_index[index], self.weights.ref)
-            pending = self.samplers.waiting_on + self.scorers.waiting_on
-            if pending:
-                wait_any(pending, POLL_SECONDS)
+            wait_any(self.samplers.waiting_on + self.scorers.waiting_on, POLL_SECONDS)
         order = [chunk.index for chunk in chunks]
         pairs = [(trajectories[i], scores[i]) for i in order]
         return pairs, [accounts[i] for i in order], sampled_at - start, time.perf_counter() - start

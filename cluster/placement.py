@@ -55,8 +55,8 @@ def place(
     takes a whole one and samplers and scorers share the rest; if too few are left for that, all roles share all GPUs.
 
     Raises:
-        PlacementError: no CPU at all, more GPUs asked for than there are, or a number of ranks among which an update's
-            chunks cannot be divided.
+        PlacementError: no CPU at all, more GPUs asked for than there are or one and a part, or a number of ranks among
+            which an update's chunks cannot be divided.
     """
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0.0))
     if cpus <= 0:
@@ -77,6 +77,9 @@ def place(
             f"{ranks} x {each[2]:g} = {asked:g} GPUs asked for, the cluster has {gpus}"
             + ("" if gpus else " (or model.device is cpu)")
         )
+    for key, share in zip(("sampler", "reward", "learner"), each, strict=True):
+        if share > 1 and share != int(share):
+            raise PlacementError(f"{key}.gpus: {share:g} is neither a whole number of GPUs nor a part of one")
     options = [{"num_cpus": cpu} | ({"num_gpus": share} if share else {}) for share in each]
     return Placement(samplers, scorers, ranks, *options)
 

@@ -55,13 +55,16 @@ class Session:
             _require_answer(address)
         self.started = not ray.is_initialized()
         if self.started:
-            ray.init(
-                address=address,
-                namespace="tributary",
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                **(_local_options() if address == "local" else {}),
-            )
+            try:
+                ray.init(
+                    address=address,
+                    namespace="tributary",
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    **(_local_options() if address == "local" else {}),
+                )
+            except (RuntimeError, ray.exceptions.RayError) as error:  # another version of Ray or Python, a port, ...
+                raise ConnectionError(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
 
     @property
     def resources(self) -> dict[str, float]:

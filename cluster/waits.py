@@ -45,10 +45,27 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
         raise ActorDied(f"{what}: {_reason(error)}") from error
 
 
-def wait_any(refs: Sequence[ray.ObjectRef], seconds: float) -> list[ray.ObjectRef]:
-    """Those of `refs` that are done, after at most `seconds`; at least one unless time ran out."""
-    done, _ = ray.wait(list(refs), num_returns=1, timeout=max(0.0, seconds))
-    return done
+def put(value: Any, what: str) -> ray.ObjectRef:
+    """ray.put.
+
+    Raises:
+        ObjectLost: the object store has no room for it.
+    """
+    try:
+        return ray.put(value)
+    except RayError as error:
+        raise ObjectLost(f"{what}: {_reason(error)}") from error
+
+
+def wait_any(refs: Sequence[ray.ObjectRef], seconds: float) -> None:
+    """Wait until one of `refs` is done, for at most `seconds`."""
+    if refs:
+        ray.wait(list(refs), num_returns=1, timeout=max(0.0, seconds))
+
+
+def done(refs: Sequence[ray.ObjectRef], seconds: float = 0.0) -> list[ray.ObjectRef]:
+    """All of `refs` that are done; waits for the rest for at most `seconds`."""
+    return ray.wait(list(refs), num_returns=len(refs), timeout=max(0.0, seconds))[0] if refs else []
 
 
 def _reason(error: RayError) -> str:

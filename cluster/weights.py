@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ray
 
+from cluster.waits import put
 from diffusion.lora import Snapshot
 
 
@@ -19,7 +20,8 @@ class WeightStore:
 
         Raises:
             ValueError: the version is not newer than the last.
+            ObjectLost: the object store has no room for it.
         """
         if snapshot.version <= self.version:
             raise ValueError(f"policy version {snapshot.version} published after {self.version}")
-        self.ref, self.version = ray.put(snapshot), snapshot.version
+        self.ref, self.version = put(snapshot, f"publishing policy version {snapshot.version}"), snapshot.version

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from diffusion import lora
@@ -149,6 +150,19 @@ def load_kernel(path: str, num_steps: int, eta: float) -> DDIMKernel:
     with _load_errors(path):
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     return DDIMKernel.from_scheduler(scheduler, num_steps, eta)
+
+
+def check_parts(path: str) -> None:
+    """Read the configurations of U-Net, VAE and text encoder, but no weights.
+
+    Raises:
+        BaseModelError: as BaseModel.
+    """
+    folder = locate(path)
+    with _load_errors(path):
+        UNet2DConditionModel.load_config(folder, subfolder="unet")
+        AutoencoderKL.load_config(folder, subfolder="vae")
+        AutoConfig.from_pretrained(folder, subfolder="text_encoder")
 
 
 def without_weights(path: str) -> tuple[UNet2DConditionModel, AutoencoderKL]:

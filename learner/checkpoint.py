@@ -11,11 +11,14 @@ There is no random state to keep: every draw is keyed by what it is for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from learner.records import FORMAT
@@ -52,11 +55,7 @@ def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> st
     text = json.dumps({"format": FORMAT, **about, "files": sums}, indent=1) + "\n"
     storage.write_folder(f"{FOLDER}/{name}", {**files, MANIFEST: text.encode()})
     if storage.local:
-        link = storage.local / FOLDER / LATEST
-        aside = link.with_name(f".{LATEST}.new")
-        aside.unlink(missing_ok=True)
-        os.symlink(name, aside)
-        aside.replace(link)
+        _link(storage.local / FOLDER / LATEST, name)
     return f"{FOLDER}/{name}"
 
 
@@ -125,8 +124,26 @@ def load_newest(storage: Storage, warn: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
+def drop_after(storage: Storage, step: int) -> None:
+    """Remove the checkpoints of later steps: they were passed over."""
+    for later in steps(storage):
+        if later > step:
+            storage.remove(f"{FOLDER}/step-{later:06d}")
+
+
 def prune(storage: Storage, keep: int, always: set[int]) -> None:
     """Remove all but the newest `keep` checkpoints and the steps in `always`; keep 0 keeps all."""
     for step in steps(storage)[:-keep] if keep else []:
         if step not in always:
             storage.remove(f"{FOLDER}/step-{step:06d}")
+
+
+def _link(link: Path, name: str) -> None:
+    """A convenience for people; some file systems have no links, and a copied run has a folder there."""
+    aside = link.with_name(f".{LATEST}.new")
+    with contextlib.suppress(OSError):
+        aside.unlink(missing_ok=True)
+        os.symlink(name, aside)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        aside.replace(link)

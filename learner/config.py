@@ -197,7 +197,7 @@ class Mlflow(Section):
     )
 
 
-# What a resumed run may set anew: none of it changes a bit of the result, but for train.epochs, which prolongs it.
+# What a resumed run may set anew: on CPU none of it changes a bit of the result, but train.epochs, which prolongs it.
 FREE = (
     "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
     "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "sampler.actors", "sampler.gpus", "reward.actors",

@@ -25,6 +25,7 @@ from learner.records import BEFORE, CONFIG, Records
 from learner.resume import OpenRun
 from learner.runner import EpochResult, Runner
 from learner.statistics import paired_interval
+from learner.storage import StorageError
 from learner.tracking import Tracker
 from learner.work import evaluation_chunks, training_chunks
 
@@ -47,7 +48,7 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
                 records.append(_line(config, BEFORE, runner, None, None, _mean(records, BEFORE), 0.0, ledger))
                 bar.around(say, f"before training: evaluated reward {_mean(records, BEFORE):.3f} on "
                                 f"{config.evaluation.images} fixed images")  # fmt: skip
-            _save(opened, runner, ledger, 0)
+            _save(opened, runner, ledger, 0, say)
             tracker.notify()
         for epoch in range(opened.epochs_done, config.train.epochs):
             start = time.perf_counter()
@@ -66,9 +67,9 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
             seconds = time.perf_counter() - start
             line = _line(config, epoch, runner, beta, result, evaluated, seconds, ledger)
             records.append({**line, "lost_trajectories": ledger.totals["lost"] - lost})
-            _save(opened, runner, ledger, epoch + 1)
+            _save(opened, runner, ledger, epoch + 1, say)
             if due and epoch + 1 < config.train.epochs:
-                records.storage.write(report.FILE, report.render(records, config))
+                _report(records, config, say)
             tracker.notify()
             bar.around(say, _summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))
 
@@ -88,8 +89,8 @@ def finish(records: Records, config: Config, say: Say) -> None:
         )
         say(f"pictures: {storage}/before.png, {storage}/after.png")
     records.note(finished=True)
-    storage.write(report.FILE, report.render(records, config))
-    say(f"report: {storage}/{report.FILE}")
+    if _report(records, config, say):
+        say(f"report: {storage}/{report.FILE}")
     newest = checkpoint.LATEST if storage.local else f"step-{checkpoint.steps(storage)[-1]:06d}"
     say(f"LoRA: {storage}/{checkpoint.FOLDER}/{newest}/lora")
 
@@ -103,7 +104,17 @@ def evaluation_prompts(config: Config) -> list[str]:
     return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
 
 
-def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int) -> None:
+def _report(records: Records, config: Config, say: Say) -> bool:
+    """Write the report; a page that cannot be drawn is no reason to lose a run."""
+    try:
+        records.storage.write(report.FILE, report.render(records, config))
+    except Exception as error:
+        say(f"warning: no {report.FILE}: {type(error).__name__}: {error} (later: python -m learner.report RUN)")
+        return False
+    return True
+
+
+def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, say: Say) -> None:
     """Close the first `epochs` epochs."""
     config, records = opened.config, opened.records
     manifest = {
@@ -126,7 +137,10 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int) -> None:
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: settings})
     always = {(epoch + 1) * config.train.updates_per_epoch for epoch in records.evaluated()}
-    checkpoint.prune(records.storage, config.run.keep_checkpoints, always)
+    try:
+        checkpoint.prune(records.storage, config.run.keep_checkpoints, always)
+    except StorageError as error:  # the new one is there: that matters
+        say(f"warning: an old checkpoint stays: {error}")
 
 
 def _target(config: Config, dimensions: int) -> str:

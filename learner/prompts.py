@@ -40,12 +40,13 @@ def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -
 
 
 def _text(file: Path, column: str) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
+    # Not splitlines(), which also splits at characters that a prompt may hold.
+    return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if not line.lstrip().startswith("#")]
 
 
 def _jsonl(file: Path, column: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -74,8 +75,7 @@ def _parquet(file: Path, column: str) -> list[str]:
 def _column(table: pa.Table, column: str) -> list[str]:
     if column not in table.column_names:
         raise ValueError(f"no column {column!r} (prompts.column); its columns: {', '.join(table.column_names)}")
-    if not pa.types.is_string(table.schema.field(column).type) and not pa.types.is_large_string(
-        table.schema.field(column).type
-    ):
+    values = table[column].to_pylist()
+    if not all(isinstance(value, str | None) for value in values):
         raise ValueError(f"column {column!r} (prompts.column) is {table.schema.field(column).type}, not text")
-    return [prompt or "" for prompt in table[column].to_pylist()]
+    return [value or "" for value in values]

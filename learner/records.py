@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from diffusion.trajectory import Scores
-from learner.config import Config
+from learner.config import CONFIG_VERSION, Config, ConfigError
 from learner.pictures import contact_sheet, png
 from learner.runner import EpochResult
-from learner.storage import Storage
+from learner.storage import Storage, StorageError
 
 FORMAT = 1  # of run.json, checkpoints and the trajectories' columns
 RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
@@ -73,9 +73,23 @@ class Records:
         Raises:
             StorageError: the folder cannot be made or written.
         """
+        records = cls.prepare(storage, name, config, extra)
+        records.note()
+        return records
+
+    @classmethod
+    def prepare(cls, storage: Storage, name: str, config: Config, extra: dict[str, Any]) -> Records:
+        """As create, but without run.json yet: there is no run here before its first `note`."""
         records = cls(storage)
-        storage.write(CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-        records.note(format=FORMAT, run_id=uuid.uuid4().hex, name=name, created=time.time(), finished=False, **extra)
+        records.about = {
+            "format": FORMAT,
+            "run_id": uuid.uuid4().hex,
+            "name": name,
+            "created": time.time(),
+            "finished": False,
+            **extra,
+        }
+        records.save_config(config)
         return records
 
     @classmethod
@@ -86,10 +100,46 @@ class Records:
             StorageError: there is none, or a file is damaged.
         """
         records = cls(storage)
-        records.about = json.loads(storage.read(RUN))
-        if storage.exists(METRICS):
-            records.lines = [json.loads(line) for line in storage.read(METRICS).decode().splitlines()]
+        try:
+            records.about = json.loads(storage.read(RUN))
+            for key in ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256"):
+                records.about[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{RUN} in {storage} is damaged ({error}): use another run.dir") from error
+        try:
+            if storage.exists(METRICS):
+                records.lines = [json.loads(line) for line in storage.read(METRICS).decode().splitlines()]
+                for line in records.lines:
+                    line["epoch"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{METRICS} in {storage} is damaged ({error}): remove the damaged lines, or use another run.dir"
+            ) from error
         return records
+
+    def save_config(self, config: Config) -> None:
+        self.storage.write(CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+
+    def config(self) -> Config:
+        """The settings of the run.
+
+        Raises:
+            ConfigError: they are of another version, or damaged.
+        """
+        try:
+            tree = yaml.safe_load(self.storage.read(CONFIG))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"run.dir: {self.storage}/{CONFIG} is damaged: {error}") from error
+        version = tree.get("config_version") if isinstance(tree, dict) else None
+        if version != CONFIG_VERSION:
+            raise ConfigError(
+                f"config_version: the settings in {self.storage}/{CONFIG} are of version {version!r}, this Tributary "
+                f"reads {CONFIG_VERSION}: use the version that wrote them, or choose another run.dir"
+            )
+        try:
+            return Config.model_validate(tree)
+        except ValueError as error:
+            raise ConfigError(f"run.dir: {self.storage}/{CONFIG} is damaged: {str(error).splitlines()[0]}") from error
 
     @property
     def run_id(self) -> str:
@@ -105,11 +155,15 @@ class Records:
         self.lines.append(_finite(line))
         self._write_lines()
 
+    def keep(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Make metrics.jsonl these lines."""
+        self.lines = list(lines)
+        self._write_lines()
+
     def drop_after(self, epochs: int) -> None:
         """Keep what belongs to the first `epochs` epochs and the evaluation before them; -1 keeps nothing."""
         if any(line["epoch"] >= epochs for line in self.lines):
-            self.lines = [line for line in self.lines if line["epoch"] < epochs]
-            self._write_lines()
+            self.keep([line for line in self.lines if line["epoch"] < epochs])
         for folder in (TRAJECTORIES, EVALUATION):
             for name in self.storage.entries(folder):
                 if _epoch_of(name) >= epochs:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from learner.config import Config
-from learner.records import BEFORE, CONFIG, Records
+from learner.records import BEFORE, Records
 from learner.statistics import paired_interval
 from learner.storage import Storage
 
@@ -63,7 +63,7 @@ def render(records: Records, config: Config) -> bytes:
         config=config,
         epochs=len(trained),
         trajectories=sum(line["trajectories"] for line in trained),
-        lost=sum(line["lost_trajectories"] for line in trained),
+        lost=sum(line.get("lost_trajectories", 0) for line in trained),
         headline=_headline(records, evaluated),
         curves=curves,
         sheets=[(label, _data(records.sheet(epoch))) for label, epoch in _sheets(evaluated)],
@@ -147,8 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         storage = Storage(args.run)
         records = Records.open(storage)
-        config = Config.model_validate(yaml.safe_load(storage.read(CONFIG)))
-        storage.write(FILE, render(records, config))
+        storage.write(FILE, render(records, records.config()))
     except (OSError, ValueError) as error:
         print(f"learner.report: {args.run}: {error}", file=sys.stderr)
         return 2

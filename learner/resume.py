@@ -16,12 +16,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from learner import checkpoint, environment
 from learner.checkpoint import Checkpoint
-from learner.config import CONFIG_VERSION, Config, ConfigError
-from learner.records import BEFORE, CONFIG, EVALUATION, FORMAT, METRICS, RUN, TRAJECTORIES, Records
+from learner.config import Config, ConfigError
+from learner.records import BEFORE, EVALUATION, FORMAT, METRICS, RUN, TRAJECTORIES, Records
 from learner.storage import Storage, StorageError
 
 LOCK = "run.lock"
@@ -37,13 +35,20 @@ class OpenRun:
     lock: int | None = None  # file descriptor; the kernel drops the lock with the process
 
     @property
+    def with_ranks(self) -> Config:
+        """The config with as many learner ranks as wrote the checkpoint: sums in another order have other last bits."""
+        if self.checkpoint is None or self.config.run.runner == "inprocess":
+            return self.config
+        ranks = self.checkpoint.manifest["ranks"]
+        return self.config.model_copy(update={"learner": self.config.learner.model_copy(update={"ranks": ranks})})
+
+    @property
     def epochs_done(self) -> int:
         return int(self.checkpoint.manifest["next_epoch"]) if self.checkpoint else 0
 
     def close(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        _unlock(self.lock)
+        self.lock = None
 
 
 def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Callable[[str], None]) -> OpenRun:
@@ -53,7 +58,7 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Callabl
         ConfigError: run.dir or run.resume cannot be followed: another run's settings, in use, not writable ...
         CheckpointError: the run's checkpoints cannot be used.
     """
-    facts = {"config_digest": config.digest(), "prompts_sha256": sha256("\n".join(prompts).encode()).hexdigest()}
+    facts = _facts(config, prompts)
     try:
         if config.run.resume not in ("auto", "never"):
             return _from_path(config, source, facts, warn)
@@ -70,18 +75,26 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Callabl
         raise ConfigError(f"run.dir: {error}") from error
 
 
-def whereabouts(config: Config, source: Path) -> str:
-    """Where the run would live, for a plan: nothing is made or locked."""
+def whereabouts(config: Config, source: Path, prompts: Sequence[str]) -> str:
+    """Where the run would live, for a plan: nothing is made."""
     if config.run.resume not in ("auto", "never"):
         return f"goes on from {_absolute(config.run.resume, config)}" + (
             f", in {_absolute(config.run.dir, config)}" if config.run.dir else ""
         )
-    url = _absolute(config.run.dir, config) if config.run.dir else _new_url(config, source)
     try:
+        unfinished = None
+        if config.run.dir is None and config.run.resume == "auto":
+            unfinished = _newest_unfinished(config, _facts(config, prompts))
+        url = _absolute(config.run.dir, config) if config.run.dir else str(unfinished or _new_url(config, source))
         found = checkpoint.steps(Storage(url))
     except StorageError as error:
         raise ConfigError(f"run.dir: {error}") from error
     return f"{url}" + (f", going on from step-{found[-1]:06d}" if found else "")
+
+
+def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
+    """What a run and whoever goes on with it must share."""
+    return {"config_digest": config.digest(), "prompts_sha256": sha256("\n".join(prompts).encode()).hexdigest()}
 
 
 def root(config: Config) -> str:
@@ -120,7 +133,7 @@ def _newest_unfinished(config: Config, facts: dict[str, Any]) -> Storage | None:
         try:
             about = json.loads(storage.read(RUN))
             same = all(about[key] == value for key, value in facts.items())
-            if same and about["format"] == FORMAT and not about["finished"] and not _in_use(storage):
+            if same and about["format"] == FORMAT and not about["finished"] and not in_use(storage):
                 found.append((about["created"], storage))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run, or not one of ours
@@ -130,8 +143,11 @@ def _newest_unfinished(config: Config, facts: dict[str, Any]) -> Storage | None:
 def _begin(url: str, config: Config, facts: dict[str, Any]) -> OpenRun:
     storage = Storage(url)
     lock = _lock(storage, make=True)
-    name = url.rstrip("/").rsplit("/", 1)[-1]
-    return OpenRun(Records.create(storage, name, config, facts), config, None, lock)
+    try:
+        return OpenRun(Records.create(storage, _name_of(url), config, facts), config, None, lock)
+    except BaseException:
+        _unlock(lock)
+        raise
 
 
 def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callable[[str], None]) -> OpenRun:
@@ -142,15 +158,23 @@ def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callab
     lock = _lock(storage)
     try:
         records = Records.open(storage)
-        _refuse_other_settings(records, config, facts)
+        saved = _settings_of(records, config, facts)
         newest = checkpoint.load_newest(storage, warn)
+        done = newest.manifest["next_epoch"] if newest else 0
+        if config.train.epochs < done:
+            raise ConfigError(f"train.epochs: {config.train.epochs}, but the run in {storage} has done {done} already")
+        if config.train.epochs != saved.train.epochs and config.objective.anneal_fraction and done:
+            warn(
+                f"train.epochs is {config.train.epochs} now, it was {saved.train.epochs}: beta's schedule "
+                "(objective.anneal_fraction) spans the new number from here on"
+            )
         if newest:
-            config = _with_ranks(config, newest)
-        records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
+            checkpoint.drop_after(storage, newest.manifest["step"])
+        records.drop_after(done if newest else BEFORE)
+        records.save_config(config)  # what may change may have
         return OpenRun(records, config, newest, lock)
     except BaseException:
-        if lock is not None:
-            os.close(lock)
+        _unlock(lock)
         raise
 
 
@@ -159,6 +183,8 @@ def _from_path(config: Config, source: Path, facts: dict[str, Any], warn: Callab
     another run.dir) it becomes the beginning of a new run."""
     url = _absolute(config.run.resume, config).rstrip("/")
     head, _, last = url.rpartition("/")
+    if last == checkpoint.LATEST and Path(url).is_symlink():
+        last = os.readlink(url)
     step = last.removeprefix("step-")
     is_step = last.startswith("step-") and step.isdigit() and head.endswith(f"/{checkpoint.FOLDER}")
     storage = Storage(head.removesuffix(f"/{checkpoint.FOLDER}") if is_step else url)
@@ -167,7 +193,7 @@ def _from_path(config: Config, source: Path, facts: dict[str, Any], warn: Callab
             f"run.resume: {url} is neither a run nor a checkpoint of one (RUN/checkpoints/step-N); or say auto or never"
         )
     target = Storage(_absolute(config.run.dir, config)) if config.run.dir else storage
-    if str(target) != str(storage) and _holds_run(target):
+    if str(target) != str(storage) and target.exists(RUN):
         return _go_on(target, config, facts, warn)  # the same command again
     found = checkpoint.steps(storage)
     chosen = int(step) if is_step else (found[-1] if found else None)
@@ -186,50 +212,44 @@ def _from_path(config: Config, source: Path, facts: dict[str, Any], warn: Callab
 
 
 def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: dict[str, Any]) -> OpenRun:
-    """A new run that begins as a copy of another's up to a checkpoint."""
+    """A new run that begins as a copy of another's up to a checkpoint. Its run.json comes last: a copy that was cut
+    short is no run, and is made again."""
     before = Records.open(origin)
-    _refuse_other_settings(before, config, facts)
+    _settings_of(before, config, facts)
     chosen = checkpoint.load(origin, step)
-    config = _with_ranks(config, chosen)
-    run = _begin(str(target), config, {**facts, "branched_from": f"{origin}/{chosen.name}"})
+    done = chosen.manifest["next_epoch"]
+    lock = _lock(target, make=True)
     try:
-        before.lines = [line for line in before.lines if line["epoch"] < chosen.manifest["next_epoch"]]
-        for line in before.lines:
-            run.records.append(line)
+        facts = {**facts, "branched_from": f"{origin}/{chosen.name}"}
+        records = Records.prepare(target, _name_of(str(target)), config, facts)
         for folder in (TRAJECTORIES, EVALUATION):
             for name in origin.entries(folder):
                 target.write(f"{folder}/{name}", origin.read(f"{folder}/{name}"))
-        run.records.drop_after(chosen.manifest["next_epoch"])
-        manifest = {**chosen.manifest, "run_id": run.records.run_id, "mlflow_run_id": None}
+        records.drop_after(done)
+        manifest = {**chosen.manifest, "run_id": records.run_id, "mlflow_run_id": None}
         checkpoint.save(target, manifest, chosen.files)
-        return OpenRun(run.records, config, checkpoint.load(target, step), run.lock)
+        records.keep([line for line in before.lines if line["epoch"] < done])
+        records.note()
+        return OpenRun(records, config, checkpoint.load(target, step), lock)
     except BaseException:
-        run.close()
+        _unlock(lock)
         raise
 
 
-def _with_ranks(config: Config, saved: Checkpoint) -> Config:
-    """As many learner ranks as wrote the checkpoint: sums in another order have other last bits."""
-    if config.run.runner == "inprocess":
-        return config
-    return config.model_copy(update={"learner": config.learner.model_copy(update={"ranks": saved.manifest["ranks"]})})
+def _settings_of(records: Records, config: Config, facts: dict[str, Any]) -> Config:
+    """The run's own settings, when this config may go on with it.
 
-
-def _refuse_other_settings(records: Records, config: Config, facts: dict[str, Any]) -> None:
+    Raises:
+        ConfigError: it may not; a line for each key that differs.
+    """
     if records.about["format"] != FORMAT:
         raise ConfigError(
             f"run.dir: {records.storage} is of format {records.about['format']}, this Tributary reads {FORMAT}: use "
             "the version that wrote it, or choose another run.dir"
         )
+    saved = records.config()
     if records.about["config_digest"] != facts["config_digest"]:
-        saved = yaml.safe_load(records.storage.read(CONFIG))
-        if saved.get("config_version") != CONFIG_VERSION:
-            raise ConfigError(
-                f"config_version: the run in {records.storage} has settings of version "
-                f"{saved.get('config_version')!r}, this Tributary reads {CONFIG_VERSION}: use the "
-                "version that began it, or choose another run.dir"
-            )
-        ours, theirs = config.binding(), Config.model_validate(saved).binding()
+        ours, theirs = config.binding(), saved.binding()
         faults = [
             f"{key}: the run in {records.storage} has {theirs[key]!r}, not {ours[key]!r}; use that, or another run.dir"
             for key in ours
@@ -241,6 +261,11 @@ def _refuse_other_settings(records: Records, config: Config, facts: dict[str, An
             f"prompts.path: {config.prompts.path} (or evaluation.prompts) is not what the run in {records.storage} "
             "began with; put the old file back, or choose another run.dir"
         )
+    return saved
+
+
+def _name_of(url: str) -> str:
+    return url.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _lock(storage: Storage, make: bool = False) -> int | None:
@@ -264,11 +289,17 @@ def _lock(storage: Storage, make: bool = False) -> int | None:
     return handle
 
 
-def _in_use(storage: Storage) -> bool:
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def in_use(storage: Storage) -> bool:
+    """Whether a process is writing this run."""
+    if not storage.local or not (storage.local / LOCK).exists():
+        return False
     try:
-        handle = _lock(storage)
+        _unlock(_lock(storage))
     except ConfigError:
         return True
-    if handle is not None:
-        os.close(handle)
     return False

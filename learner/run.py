@@ -15,7 +15,7 @@ import rewards
 from cluster.placement import Placement, PlacementError, place_for
 from cluster.session import resources_at_hand
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
-from diffusion.base_model import BaseModelError, load_kernel
+from diffusion.base_model import BaseModelError, check_parts, load_kernel
 from learner import controller, environment, resume
 from learner.checkpoint import CheckpointError
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
@@ -26,12 +26,13 @@ from learner.runner import Runner
 from learner.storage import StorageError
 from learner.tracking import Tracker
 from learner.update import NonFiniteGradient
+from rewards import UnknownReward
 from rewards.scorer import BadReward
 
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
 FAILURES = (
-    BadReward, StaleWeights, RanksDiverged, NonFiniteGradient, LedgerError, CheckpointError, StorageError,
-    DeadlineExceeded, ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
+    BadReward, UnknownReward, StaleWeights, RanksDiverged, NonFiniteGradient, LedgerError, CheckpointError,
+    StorageError, DeadlineExceeded, ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
 )  # fmt: skip
 
 
@@ -46,17 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
         placement, resources = _check(config, faults)
+        prompts = [*controller.training_prompts(config), *controller.evaluation_prompts(config)]
         if args.plan:
             from learner import plan
 
-            print(plan.describe(config, placement, resources, resume.whereabouts(config, source)))
+            print(plan.describe(config, placement, resources, resume.whereabouts(config, source, prompts)))
             return 0
-        prompts = [*controller.training_prompts(config), *controller.evaluation_prompts(config)]
         opened = resume.open_run(config, source, prompts, warn=lambda text: complain(f"warning: {text}"))
-    except (ConfigError, CheckpointError, ConnectionError) as error:
+    except (ConfigError, CheckpointError, BaseModelError, ConnectionError) as error:
         for line in str(error).splitlines():
             complain(line)
         return 2
+    except KeyboardInterrupt:
+        complain("interrupted before anything was started")
+        return 130
     try:
         return _run(opened)
     finally:
@@ -79,7 +83,7 @@ def _run(opened: OpenRun) -> int:
         records.note(finished=False, environment=environment.facts())
         tracker = Tracker(records, config, say)
         if opened.epochs_done < config.train.epochs:
-            runner = build_runner(config, opened.checkpoint.files if opened.checkpoint else None)
+            runner = build_runner(opened.with_ranks, opened.checkpoint.files if opened.checkpoint else None)
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
             controller.run(opened, runner, tracker, say)
@@ -139,6 +143,7 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
     if config.evaluation.prompts:
         prompts = prompts + (attempt(lambda: controller.evaluation_prompts(config)) or [])
     path = str(resolve(config.model.path))
+    attempt(lambda: check_parts(path))
     attempt(lambda: load_kernel(path, config.sampler.steps, config.sampler.eta), "sampler.steps: ")
     attempt(lambda: rewards.check(config.reward.name, config.reward.weights, config.reward.options, prompts))
     if config.run.runner == "inprocess":

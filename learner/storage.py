@@ -7,15 +7,16 @@ A folder is written in one piece too: locally aside and renamed; on an object st
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import fsspec
 
-ASIDE = ".new"
+ASIDE, GONE = ".new", ".old"
 
 
 class StorageError(OSError):
@@ -31,7 +32,8 @@ class Storage:
             StorageError: no such protocol here.
         """
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
+            # No listings cache: the mirror reads what another process, the driver, is writing.
+            self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise StorageError(f"cannot open {url}: {error}") from error
         self.local = Path(self._root) if "file" in _protocols(self._fs) else None
@@ -45,7 +47,7 @@ class Storage:
         Raises:
             StorageError: the disk is full, read-only, gone ...
         """
-        try:
+        with self._saying("write", name):
             if self.local is None:
                 self._fs.pipe_file(self._at(name), content)
                 return
@@ -59,8 +61,6 @@ class Storage:
                 aside.unlink(missing_ok=True)
                 raise
             _sync_folder(target.parent)
-        except OSError as error:
-            raise self._failed("write", name, error) from error
 
     def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
         """All or nothing (see the module's docstring); an older folder of that name is replaced.
@@ -75,57 +75,77 @@ class Storage:
             return
         target = self.local / name
         aside = target.with_name(f".{target.name}{ASIDE}")
-        try:
+        with self._saying("write", name):
             shutil.rmtree(aside, ignore_errors=True)
             try:
                 for file, content in files.items():
                     (aside / file).parent.mkdir(parents=True, exist_ok=True)
                     _write_synced(aside / file, content)
-                shutil.rmtree(target, ignore_errors=True)
+                self.remove(name)
                 aside.rename(target)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
             _sync_folder(target.parent)
-        except OSError as error:
-            raise self._failed("write", name, error) from error
 
     def read(self, name: str) -> bytes:
         """
         Raises:
             StorageError: it is not there, or cannot be read.
         """
-        try:
+        with self._saying("read", name):
             return self._fs.cat_file(self._at(name))
-        except OSError as error:
-            raise self._failed("read", name, error) from error
 
     def exists(self, name: str) -> bool:
-        return bool(self._fs.exists(self._at(name)))
+        with self._saying("look for", name):
+            return bool(self._fs.exists(self._at(name)))
 
     def entries(self, name: str = "") -> list[str]:
         """Names (without the folder's) of what lies in a folder, sorted; hidden ones are left out."""
-        try:
-            found = self._fs.ls(self._at(name), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        with self._saying("list", name):
+            try:
+                found = self._fs.ls(self._at(name), detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in found)
         return sorted(entry for entry in names if not entry.startswith("."))
 
     def remove(self, name: str) -> None:
         """A file or a folder with all in it; nothing happens where there is none."""
-        if self.exists(name):
-            self._fs.rm(self._at(name), recursive=True)
+        with self._saying("remove", name):
+            if self.local is None:
+                if self._fs.exists(self._at(name)):
+                    self._fs.rm(self._at(name), recursive=True)
+                return
+            target = self.local / name
+            if not target.is_dir() or target.is_symlink():
+                target.unlink(missing_ok=True)
+                return
+            gone = target.with_name(f".{target.name}{GONE}")  # at once: a reader never sees half a folder
+            shutil.rmtree(gone, ignore_errors=True)
+            target.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def _failed(self, verb: str, name: str, error: OSError) -> StorageError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "no space left on it; free some and give the same command again"
-        else:
-            reason = error.strerror or str(error)
-        return StorageError(f"cannot {verb} {name} in {self}: {reason}")
+    @contextlib.contextmanager
+    def _saying(self, verb: str, name: str) -> Iterator[None]:
+        """Turn whatever the storage raises (each object store has exceptions of its own) into a StorageError."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason = "no space left on it; free some and give the same command again"
+            else:
+                reason = error.strerror or str(error)
+            raise StorageError(f"cannot {verb} {name} in {self}: {reason}") from error
+        except Exception as error:
+            if self.local is not None:
+                raise
+            raise StorageError(f"cannot {verb} {name} in {self}: {type(error).__name__}: {error}") from error
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -42,19 +42,21 @@ class Tracker:
         if not config.mlflow.enabled:
             return
         uri = tracking_uri(config, records.storage)
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         say(f"MLflow: {uri}, experiment {config.mlflow.experiment}" + (
             f" (look: mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite:") else ""
         ))  # fmt: skip
         command = [sys.executable, "-m", "learner.upload", str(records.storage), "--follow", "--uri", uri]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        self._mirror = subprocess.Popen(
+        try:
+            self._mirror = subprocess.Popen(
             [*command, "--experiment", config.mlflow.experiment],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
         )  # fmt: skip
+        except OSError as error:
+            say(f"warning: no MLflow, its process cannot be started: {error}")
+            return
         self._reader = threading.Thread(target=self._read, name="mlflow-mirror", daemon=True)
         self._reader.start()
 

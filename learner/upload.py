@@ -9,6 +9,7 @@ update/... count policy updates.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -26,15 +27,14 @@ os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import mlflow
-import yaml
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
 from learner import checkpoint, report
 from learner.checkpoint import CheckpointError
-from learner.config import Config
-from learner.records import CONFIG, Records
+from learner.records import BEFORE, CONFIG, Records
+from learner.resume import in_use
 from learner.storage import Storage, StorageError
 from learner.tracking import tracking_uri
 
@@ -49,13 +49,16 @@ class Mirror:
 
     def __init__(self, storage: Storage, uri: str, experiment: str) -> None:
         self.storage, self.uri, self.experiment = storage, uri, experiment
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         self.client = mlflow.MlflowClient(uri)
         self.run_id = ""  # MLflow's; empty before connect
         self._logged: set[int] = set()  # steps whose metrics are there
 
     def connect(self) -> str:
         """The MLflow run of this run, found by its tag or made; its parameters and tags. Returns its id."""
-        about = Records.open(self.storage).about
+        records = Records.open(self.storage)
+        about = records.about
         found = self.client.get_experiment_by_name(self.experiment)
         experiment = found.experiment_id if found else self._create_experiment()
         runs = self.client.search_runs([experiment], f"tags.`tributary.run_id` = '{about['run_id']}'", max_results=1)
@@ -65,7 +68,7 @@ class Mirror:
         else:
             tags = {"tributary.run_id": about["run_id"], "mlflow.source.name": "learner.run"}
             self.run_id = self.client.create_run(experiment, tags=tags, run_name=about["name"]).info.run_id
-        config = Config.model_validate(yaml.safe_load(self.storage.read(CONFIG)))
+        config = records.config()
         environment = about.get("environment", {})
         self.client.log_batch(
             self.run_id,
@@ -88,8 +91,8 @@ class Mirror:
     def sync(self) -> None:
         """Send what the server lacks of the closed epochs: metrics, contact sheets, adapters."""
         records = Records.open(self.storage)
-        steps = checkpoint.steps(self.storage)
-        done = checkpoint.manifest(self.storage, steps[-1])["next_epoch"] if steps else -1
+        manifests = [found for step in checkpoint.steps(self.storage) if (found := self._manifest(step))]
+        done = manifests[-1]["next_epoch"] if manifests else BEFORE
         for line in records.lines:
             if line["epoch"] < done and line["epoch"] + 1 not in self._logged:
                 self._send_line(line)
@@ -102,12 +105,20 @@ class Mirror:
             ):
                 picture = Image.open(io.BytesIO(records.sheet(epoch)))
                 self.client.log_image(self.run_id, picture, key=SHEETS, step=epoch + 1, synchronous=True)
-        for step in steps:
-            self._send_adapter(f"{checkpoint.FOLDER}/step-{step:06d}", step, evaluated, steps)
+        for manifest in manifests:  # of those that stay: of evaluated epochs, or the newest when nothing is evaluated
+            if manifest["next_epoch"] - 1 in evaluated or (not evaluated and manifest is manifests[-1]):
+                self._send_adapter(manifest)
 
     def finish(self, status: str) -> None:
-        """Sync, send report and config, and close the MLflow run with FINISHED, FAILED or KILLED."""
+        """Sync, send report and config, and close the MLflow run with FINISHED, FAILED or KILLED.
+
+        Raises:
+            StorageError: the run is finished, but not all of its epochs could be read.
+        """
         self.sync()
+        lines = Records.open(self.storage).lines
+        if status == "FINISHED" and any(line["epoch"] + 1 not in self._logged for line in lines):
+            raise StorageError(f"not every epoch of {self.storage} could be read")
         for name in (CONFIG, report.FILE):
             if self.storage.exists(name):
                 self._send_files("", {name: self.storage.read(name)})
@@ -137,11 +148,15 @@ class Mirror:
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
 
-    def _send_adapter(self, name: str, step: int, evaluated: list[int], steps: list[int]) -> None:
-        """The LoRA of a checkpoint that stays: of an evaluated epoch, or the newest when nothing is evaluated."""
-        manifest = checkpoint.manifest(self.storage, step)
-        if manifest["next_epoch"] - 1 not in evaluated and (evaluated or step != steps[-1]):
-            return
+    def _manifest(self, step: int) -> dict[str, Any] | None:
+        """Of a whole checkpoint; a torn one, or one just being pruned, has none."""
+        with contextlib.suppress(CheckpointError):
+            return checkpoint.manifest(self.storage, step)
+        return None
+
+    def _send_adapter(self, manifest: dict[str, Any]) -> None:
+        """The LoRA of a checkpoint."""
+        name = f"{checkpoint.FOLDER}/step-{manifest['step']:06d}"
         files = [file for file in manifest["files"] if file.startswith("lora/")]
         there = {file.path for file in self.client.list_artifacts(self.run_id, f"{name}/lora")}
         missing = [file for file in files if f"{name}/{file}" not in there]
@@ -173,11 +188,12 @@ def follow(mirror: Mirror) -> int:
             if not connected:
                 tell(f"run {mirror.connect()}")
                 connected = True
-            if monitor is None:
+            if monitor is None:  # system metrics, from a thread of MLflow's own
                 monitor = SystemMetricsMonitor(mirror.run_id, resume_logging=True, tracking_uri=mirror.uri)
                 monitor.start()
-            if word == "gone":
-                mirror.client.set_terminated(mirror.run_id, "KILLED")
+            if word == "gone":  # the driver was killed; unless another one has taken the run over
+                if not in_use(mirror.storage):
+                    mirror.client.set_terminated(mirror.run_id, "KILLED")
                 return 1
             if word.startswith("finish"):
                 monitor.finish()
@@ -194,7 +210,10 @@ def follow(mirror: Mirror) -> int:
                 return 1
         except Exception as error:  # requests', mlflow's, SQL's: whatever it is, the run goes on
             tell("state failing")
-            monitor = None  # it ends by itself when its server is gone
+            with contextlib.suppress(Exception):
+                if monitor is not None:
+                    monitor.finish()
+            monitor = None
             if not warned:
                 warned = True
                 tell(
@@ -236,19 +255,26 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.CRITICAL)
     try:
         storage = Storage(args.run)
-        about = Records.open(storage).about
-        config = Config.model_validate(yaml.safe_load(storage.read(CONFIG)))
+        records = Records.open(storage)
+        config = records.config()
     except (OSError, ValueError) as error:
         print(f"learner.upload: {args.run} is no run of Tributary: {error}", file=sys.stderr)
         return 2
     uri = args.uri or tracking_uri(config, storage)
-    mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment)
-    if args.follow:
-        return follow(mirror)
     try:
+        mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment)
+        if args.follow:
+            return follow(mirror)
         mirror.connect()
-        mirror.finish("FINISHED" if about["finished"] else "KILLED")
+        if in_use(storage):
+            mirror.sync()
+            print(f"MLflow at {uri} has all closed epochs of {storage}, which is still going on (run {mirror.run_id})")
+            return 0
+        mirror.finish("FINISHED" if records.about["finished"] else "KILLED")
     except Exception as error:
+        if args.follow:
+            tell(f"say warning: MLflow at {uri} cannot be used ({reason(error)}); the run goes on without it")
+            return 1
         print(
             f"learner.upload: MLflow at {uri} fails ({reason(error)}); nothing is lost, give it again", file=sys.stderr
         )

@@ -22,7 +22,7 @@ class Reward(Protocol):
 
 
 class UnknownReward(ValueError):
-    """No reward of that name, or a `module:callable` that cannot be imported; the message says what is there."""
+    """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 
 NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "shapes_alignment")
@@ -95,7 +95,10 @@ class UserReward:
     def __init__(self, name: str, **options: Any) -> None:
         function = _import(name)
         self.name = name
-        self._function = function(**options) if options or isinstance(function, type) else function
+        try:
+            self._function = function(**options) if options or isinstance(function, type) else function
+        except Exception as error:  # a user's code may raise anything
+            raise UnknownReward(f"reward.name: {name} cannot be made: {type(error).__name__}: {error}") from error
         self.differentiable = bool(getattr(self._function, "differentiable", False))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -10,23 +10,29 @@ from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 class FakeActor:
     """Hands out references that are done when the test says so."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.calls = name, []
-        self.work = self
-        self.ready = FakeReady(name)
+    def __init__(self, world, name: str) -> None:
+        self.world, self.name, self.calls, self.dead = world, name, [], False
+        self.work, self.ready = Method(self._work), Method(self._ready)
 
-    def remote(self, *arguments):
+    def _work(self, *arguments):
         ref = (self.name, *arguments)
         self.calls.append(ref)
+        if self.dead:
+            self.world.failed[ref] = ActorDied(f"{self.name} is gone")
         return [("big", ref), ref]
 
+    def _ready(self):
+        ref = ("ready", self.name)
+        if self.dead:
+            self.world.failed[ref] = ActorDied(f"{self.name} is gone")
+        elif self not in self.world.spawned:
+            self.world.done.add(ref)  # those of the beginning are up
+        return ref
 
-class FakeReady:
-    def __init__(self, name: str) -> None:
-        self.name = name
 
-    def remote(self):
-        return ("ready", self.name)
+class Method:
+    def __init__(self, function) -> None:
+        self.remote = function
 
 
 class World:
@@ -36,8 +42,11 @@ class World:
         self.done, self.failed, self.killed, self.spawned, self.said = set(), {}, [], [], []
         self.now = 0.0
 
-    def wait_any(self, refs, seconds):
-        return [ref for ref in refs if ref in self.done or ref in self.failed][:1]
+    def actors(self, *names):
+        return [FakeActor(self, name) for name in names]
+
+    def done_of(self, refs, seconds=0.0):
+        return [ref for ref in refs if ref in self.done or ref in self.failed]
 
     def get(self, ref, *_):
         if ref in self.failed:
@@ -46,16 +55,17 @@ class World:
 
     def kill(self, actor):
         self.killed.append(actor)
-        self.failed |= dict.fromkeys(actor.calls, ActorDied("killed"))
-
-    def spawn(self):
-        self.spawned.append(FakeActor(f"spare{len(self.spawned)}"))
-        return self.spawned[-1]
+        self.die(actor)
 
     def die(self, actor):
+        actor.dead = True
         self.failed |= {ref: ActorDied(f"{actor.name} is gone") for ref in actor.calls if ref not in self.done}
 
-    def pool(self, *actors, seconds=10.0, ready=10.0, attempts=3, in_flight=2):
+    def spawn(self):
+        self.spawned.append(FakeActor(self, f"spare{len(self.spawned)}"))
+        return self.spawned[-1]
+
+    def pool(self, actors, seconds=10.0, ready=10.0, attempts=3, in_flight=2):
         limits = Limits(seconds, ready, attempts)
         return Pool("sampling", list(actors), self.spawn, limits, self.said.append, in_flight)
 
@@ -63,7 +73,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch):
     world = World()
-    monkeypatch.setattr(pool_module, "wait_any", world.wait_any)
+    monkeypatch.setattr(pool_module, "done", world.done_of)
     monkeypatch.setattr(pool_module, "get", world.get)
     monkeypatch.setattr(pool_module.ray, "kill", world.kill)
     monkeypatch.setattr(pool_module.time, "monotonic", lambda: world.now)
@@ -84,8 +94,8 @@ def finish(world, pool, rounds=200) -> list:
 
 
 def test_work_goes_to_the_least_busy_actor_and_never_more_than_the_limit(world):
-    actors = [FakeActor("a"), FakeActor("b")]
-    pool = world.pool(*actors)
+    actors = world.actors("a", "b")
+    pool = world.pool(actors)
     for i in range(6):
         pool.submit(i, "work", i)
     assert pool.pump() == []
@@ -97,15 +107,15 @@ def test_work_goes_to_the_least_busy_actor_and_never_more_than_the_limit(world):
 
 
 def test_everything_submitted_comes_back_once(world):
-    pool = world.pool(FakeActor("a"), FakeActor("b"), FakeActor("c"))
+    pool = world.pool(world.actors("a", "b", "c"))
     for i in range(10):
         pool.submit(i, "work", i)
     assert sorted(finish(world, pool)) == list(range(10))
 
 
 def test_the_clock_of_a_queued_call_starts_when_its_actor_is_free(world):
-    actor = FakeActor("a")
-    pool = world.pool(actor)
+    (actor,) = world.actors("a")
+    pool = world.pool([actor])
     for i in range(2):
         pool.submit(i, "work", i)
     pool.pump()
@@ -120,8 +130,8 @@ def test_the_clock_of_a_queued_call_starts_when_its_actor_is_free(world):
 
 
 def test_what_a_dead_actor_had_in_hand_goes_to_others_and_nothing_else(world):
-    dead, alive = FakeActor("dead"), FakeActor("alive")
-    pool = world.pool(dead, alive)
+    dead, alive = world.actors("dead", "alive")
+    pool = world.pool([dead, alive])
     lost = []
     pool.on_lost = lost.append
     for i in range(6):
@@ -136,8 +146,8 @@ def test_what_a_dead_actor_had_in_hand_goes_to_others_and_nothing_else(world):
 
 
 def test_what_a_dying_actor_had_finished_is_kept(world):
-    dead = FakeActor("dead")
-    pool = world.pool(dead)
+    (dead,) = world.actors("dead")
+    pool = world.pool([dead])
     lost = []
     pool.on_lost = lost.append
     for i in range(2):
@@ -149,8 +159,8 @@ def test_what_a_dying_actor_had_finished_is_kept(world):
 
 
 def test_the_last_actor_may_die_too(world):
-    only = FakeActor("only")
-    pool = world.pool(only)
+    (only,) = world.actors("only")
+    pool = world.pool([only])
     for i in range(5):
         pool.submit(i, "work", i)
     pool.pump()
@@ -160,8 +170,8 @@ def test_the_last_actor_may_die_too(world):
 
 
 def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
-    hung = FakeActor("hung")
-    pool = world.pool(hung, in_flight=1)
+    (hung,) = world.actors("hung")
+    pool = world.pool([hung], in_flight=1)
     pool.submit(7, "work", 7)
     pool.pump()
     world.now = 11.0
@@ -171,7 +181,7 @@ def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
 
 
 def test_a_chunk_that_kills_every_actor_ends_the_run_naming_it(world):
-    pool = world.pool(FakeActor("a"), attempts=3, in_flight=1)
+    pool = world.pool(world.actors("a"), attempts=3, in_flight=1)
     pool.submit(7, "work", 7)
     with pytest.raises(ActorDied, match=r"tried 3 times, run\.chunk_attempts"):
         for _ in range(20):
@@ -183,7 +193,7 @@ def test_a_chunk_that_kills_every_actor_ends_the_run_naming_it(world):
 
 
 def test_a_chunk_that_hangs_every_actor_ends_the_run_with_its_deadline(world):
-    pool = world.pool(FakeActor("a"), attempts=2, in_flight=1)
+    pool = world.pool(world.actors("a"), attempts=2, in_flight=1)
     pool.submit(7, "work", 7)
     with pytest.raises(DeadlineExceeded, match=r"sampling 7 .*run\.chunk_seconds"):
         for _ in range(20):
@@ -193,8 +203,8 @@ def test_a_chunk_that_hangs_every_actor_ends_the_run_with_its_deadline(world):
 
 
 def test_replacements_that_never_start_end_the_run_only_when_nobody_is_left(world):
-    dead, alive = FakeActor("dead"), FakeActor("alive")
-    pool = world.pool(dead, alive, ready=5, attempts=2, seconds=1000)
+    dead, alive = world.actors("dead", "alive")
+    pool = world.pool([dead, alive], ready=5, attempts=2, seconds=1000)
     for i in range(4):
         pool.submit(i, "work", i)
     pool.pump()
@@ -211,8 +221,8 @@ def test_replacements_that_never_start_end_the_run_only_when_nobody_is_left(worl
 
 
 def test_work_whose_input_is_gone_is_handed_back(world):
-    actor = FakeActor("a")
-    pool = world.pool(actor)
+    (actor,) = world.actors("a")
+    pool = world.pool([actor])
     pool.submit(3, "work", 3)
     pool.pump()
     world.failed[actor.calls[0]] = ObjectLost("the node went")
@@ -220,11 +230,70 @@ def test_work_whose_input_is_gone_is_handed_back(world):
 
 
 def test_what_remote_code_raises_is_never_tried_again(world):
-    actor = FakeActor("a")
-    pool = world.pool(actor)
+    (actor,) = world.actors("a")
+    pool = world.pool([actor])
     pool.submit(3, "work", 3)
     pool.pump()
     world.failed[actor.calls[0]] = ZeroDivisionError("data")
     with pytest.raises(ZeroDivisionError):
         pool.pump()
     assert len(actor.calls) == 1 and not world.spawned
+
+
+def test_actors_that_died_while_idle_cost_no_chunk_an_attempt(world):
+    actors = world.actors("a", "b", "c", "d")
+    pool = world.pool(actors, attempts=2)
+    for actor in actors[:3]:
+        world.die(actor)
+    pool.begin()
+    assert pool.actors == actors[3:] and len(world.spawned) == 3
+    pool.submit(0, "work", 0)
+    assert finish(world, pool) == [0]
+
+
+def test_the_first_death_uncovers_the_other_idle_dead(world):
+    actors = world.actors("a", "b", "c", "d")
+    pool = world.pool(actors, attempts=2)
+    pool.begin()
+    for actor in actors[:3]:  # after the round began
+        world.die(actor)
+    pool.submit(0, "work", 0)
+    assert finish(world, pool) == [0]
+
+
+def test_an_actor_that_cannot_be_reached_is_killed_and_all_it_had_goes_elsewhere(world):
+    """Ray says it is unavailable, and it lives: it must neither keep its share nor a call without a deadline."""
+    lost, other = world.actors("lost", "other")
+    pool = world.pool([lost, other])
+    for i in range(4):
+        pool.submit(i, "work", i)
+    pool.pump()
+    world.failed[lost.calls[0]] = ActorDied("unavailable")  # and nothing is ever heard of its second call
+    world.kill = world.killed.append
+    pool_module.ray.kill = world.killed.append
+    assert sorted(finish(world, pool)) == [0, 1, 2, 3]
+    assert world.killed == [lost]
+
+
+def test_replacements_that_came_up_during_a_long_silence_are_all_taken(world):
+    actors = world.actors("a", "b", "c")
+    pool = world.pool(actors, ready=5)
+    for actor in actors[:2]:
+        world.die(actor)
+    pool.begin()
+    world.done.update(("ready", actor.name) for actor in world.spawned)
+    world.now = 1000.0  # the driver was training
+    pool.submit(0, "work", 0)
+    pool.pump()
+    assert pool.actors == [actors[2], *world.spawned] and len(world.spawned) == 2
+
+
+def test_a_driver_that_was_stopped_does_not_blame_its_actors(world):
+    actors = world.actors("a", "b", "c")
+    pool = world.pool(actors, in_flight=1)
+    for i in range(3):
+        pool.submit(i, "work", i)
+    pool.pump()
+    world.done.update(ref for actor in actors for ref in actor.calls)
+    world.now = 1000.0
+    assert sorted(key for key, _, _ in pool.pump()) == [0, 1, 2] and not world.killed

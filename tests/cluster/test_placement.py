@@ -82,3 +82,8 @@ def test_a_gpu_model_without_gpus_is_refused(small_config):
         place_for(small_config("model.device=cuda"), {"CPU": 2.0})
     on_cpu = place_for(small_config("model.device=cpu"), {"CPU": 2.0, "GPU": 8.0})
     assert total(on_cpu, "num_gpus") == 0
+
+
+def test_one_gpu_and_a_half_is_refused():
+    with pytest.raises(PlacementError, match=r"sampler\.gpus: 1\.5 is neither"):
+        place(2, 1, 2, 4, {"CPU": 16.0, "GPU": 8.0}, (1.5, None, None))

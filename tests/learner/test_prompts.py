@@ -80,3 +80,14 @@ def test_numbers_in_a_parquet_column_are_refused(tmp_path):
     pq.write_table(pa.table({"prompt": [1, 2]}), tmp_path / "p.parquet")
     with pytest.raises(ConfigError, match="int64, not text"):
         read_prompts(str(tmp_path / "p.parquet"))
+
+
+def test_a_parquet_column_of_categories_is_text(tmp_path):
+    pq.write_table(pa.table({"prompt": pa.array(["a", "b", "a"]).dictionary_encode()}), tmp_path / "p.parquet")
+    assert read_prompts(str(tmp_path / "p.parquet")) == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(("name", "line"), [("p.txt", "a ring\u2028of fire"), ("p.jsonl", '"a ring\u2028of fire"')])
+def test_only_newlines_end_a_line(tmp_path, name, line):
+    (tmp_path / name).write_text(line + "\r\n" + line, encoding="utf-8", newline="")
+    assert read_prompts(str(tmp_path / name)) == ["a ring\u2028of fire"] * 2

@@ -11,7 +11,7 @@ from learner.config import ConfigError
 from learner.inprocess import InProcessRunner
 from learner.records import Records
 from learner.run import main
-from learner.storage import Storage
+from learner.storage import Storage, StorageError
 
 TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds")
 
@@ -204,20 +204,107 @@ def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(settings, unbr
     assert lora(folder) == lora(unbroken) and rows(folder) == rows(unbroken)
 
 
-@pytest.mark.parametrize(("file", "change"), [("run.json", {"format": 99}), ("config.yaml", {"config_version": 99})])
-def test_a_run_of_another_version_is_refused(file, change, settings, unbroken, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("file", "before", "after", "said"),
+    [
+        ("run.json", '"format": 1', '"format": 99', "format 99"),
+        ("config.yaml", "config_version: 1", "config_version: 99", "version 99"),
+        ("run.json", '"run_id"', "", "run.json in"),
+        ("metrics.jsonl", '{"epoch": 1', '{"epo', "metrics.jsonl in"),
+        ("config.yaml", "steps: 4", "steps: four", "config.yaml is damaged"),
+    ],
+)
+def test_a_run_of_another_version_or_damaged_is_refused(
+    file, before, after, said, settings, unbroken, tmp_path, capsys
+):
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder, symlinks=True)
-    if file == "run.json":
-        about = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(about | change))
-    else:
-        (folder / file).write_text((folder / file).read_text().replace("config_version: 1", "config_version: 99"))
-        about = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps(about | {"config_digest": "another"}))
+    text = (folder / file).read_text()
+    assert before in text
+    (folder / file).write_text(text.replace(before, after))
     assert main([*settings, f"run.dir={folder}"]) == 2
-    said = capsys.readouterr().err
-    assert "99" in said and "Traceback" not in said and str(folder) in said
+    error = capsys.readouterr().err
+    assert said in error and str(folder) in error and "Traceback" not in error
+
+
+def test_fewer_epochs_than_are_done_are_refused(settings, unbroken, capsys):
+    assert main([*settings, f"run.dir={unbroken}", "train.epochs=2"]) == 2
+    assert "train.epochs: 2, but the run in" in capsys.readouterr().err
+
+
+def test_settings_that_may_change_are_those_of_the_newest_command(settings, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    assert main([*settings, f"run.dir={folder}", "mlflow.experiment=another"]) == 0
+    assert Records.open(Storage(str(folder))).config().mlflow.experiment == "another"
+
+
+def test_a_branch_that_was_cut_short_is_made_again(settings, unbroken, tmp_path, monkeypatch):
+    arguments = [*settings, f"run.resume={unbroken / 'checkpoints/step-000002'}", f"run.dir={tmp_path / 'branch'}"]
+    for name, count in (("write", 3), ("write", 6), ("write_folder", 1)):
+        real, calls = getattr(Storage, name), []
+
+        def blow(self, *args, real=real, calls=calls, count=count):
+            calls.append(args[0])
+            if len(calls) == count:
+                raise Killed
+            return real(self, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Storage, name, blow)
+            with pytest.raises(Killed):
+                main(arguments)
+        assert not (tmp_path / "branch/run.json").exists()
+    assert main(arguments) == 0
+    assert lora(tmp_path / "branch") == lora(unbroken) and lines(tmp_path / "branch") == lines(unbroken)
+
+
+def test_checkpoints_passed_over_do_not_crowd_out_the_new_ones(settings, unbroken, tmp_path):
+    arguments = [*settings, "run.keep_checkpoints=1", "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]
+    assert main([*arguments, "train.epochs=2"]) == 0
+    folder = tmp_path / "run/checkpoints"
+    shutil.copytree(folder / "step-000002", folder / "step-000001")
+    about = json.loads((folder / "step-000001/state.json").read_text())
+    (folder / "step-000001/state.json").write_text(json.dumps(about | {"step": 1}))  # whole, and older
+    shutil.copytree(folder / "step-000002", folder / "step-000009")
+    (folder / "step-000009/learner.pt").write_bytes(b"torn")
+    assert main(arguments) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-000003"]
+    assert (folder / "latest").resolve() == (folder / "step-000003").resolve()
+
+
+def test_a_copied_run_whose_latest_is_a_folder_goes_on(settings, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*settings, "train.epochs=2", f"run.dir={folder}"]) == 0
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)  # follows the link
+    assert (copied / "checkpoints/latest").is_dir() and not (copied / "checkpoints/latest").is_symlink()
+    assert main([*settings, f"run.resume={copied}"]) == 0
+    assert lora(copied) == lora(unbroken)
+
+
+def test_the_latest_checkpoint_by_its_link(settings, unbroken, tmp_path):
+    arguments = [*settings, f"run.resume={unbroken}/checkpoints/latest", f"run.dir={tmp_path / 'branch'}"]
+    assert main(arguments) == 0
+    assert lora(tmp_path / "branch") == lora(unbroken)
+
+
+def test_a_run_without_evaluation(settings, tmp_path):
+    assert main([*settings, "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [0, 1, 2]
+    assert "3 of 3" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_report_or_an_old_checkpoint_that_fails_costs_a_warning(settings, unbroken, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise StorageError("busy")
+
+    monkeypatch.setattr(report, "render", fails)
+    monkeypatch.setattr(checkpoint, "prune", fails)
+    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr().out
+    assert "warning: no report.html" in said and "warning: an old checkpoint stays: busy" in said
+    assert lora(tmp_path / "run") == lora(unbroken)
 
 
 def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken, monkeypatch):

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -113,3 +114,23 @@ def test_a_log_has_one_plain_line_an_epoch_and_a_terminal_a_bar(small_settings, 
         bars += part
     said = shown.communicate(timeout=60)[0]
     assert shown.returncode == 0 and "sampling and scoring: 2/2" in bars.decode() and "\r" not in said
+
+
+def test_a_model_with_a_part_missing_is_refused_before_anything_is_made(
+    small_settings, tiny_pipeline, tmp_path, capsys
+):
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_pipeline, broken)
+    shutil.rmtree(broken / "unet")
+    for extra in ([], ["--plan"]):
+        assert main([*small_settings, f"model.path={broken}", f"run.dir={tmp_path / 'run'}", *extra]) == 2
+        said = capsys.readouterr().err
+        assert str(broken) in said and "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_cannot_be_made_is_said_in_one_line_in_process_too(small_settings, tmp_path, monkeypatch, capsys):
+    (tmp_path / "unmakeable.py").write_text("class R:\n    def __init__(self):\n        raise OSError('no weights')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = [*small_settings, "run.runner=inprocess", "reward.name=unmakeable:R", f"run.dir={tmp_path / 'run'}"]
+    assert main(arguments) == 1
+    assert "reward.name: unmakeable:R cannot be made: OSError: no weights" in capsys.readouterr().err

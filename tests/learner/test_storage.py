@@ -59,3 +59,29 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, folder):
         storage.write_folder("folder", {"x": b"new"}) if folder else storage.write("file", b"new")
     assert storage.read("file") == b"old" and storage.read("folder/x") == b"old"
     assert not [path for path in (tmp_path / "run").rglob(".*")]
+
+
+def test_listings_are_never_cached(storage):
+    """The MLflow mirror reads, in its own process, what the driver has just written."""
+    assert storage.local or storage._fs.dircache.use_listings_cache is False
+
+
+def test_whatever_an_object_store_raises_is_a_storage_error(tmp_path, monkeypatch):
+    storage = Storage(f"memory://{tmp_path}/run")
+
+    class NoCredentials(Exception):
+        pass
+
+    def fails(*_, **__):
+        raise NoCredentials("unable to locate credentials")
+
+    for name in ("pipe_file", "cat_file", "exists", "ls"):
+        monkeypatch.setattr(storage._fs, name, fails)
+    for call in (
+        lambda: storage.write("a", b""),
+        lambda: storage.read("a"),
+        lambda: storage.exists("a"),
+        storage.entries,
+    ):
+        with pytest.raises(StorageError, match="NoCredentials: unable to locate"):
+            call()

@@ -106,6 +106,61 @@ def test_upload_sends_what_is_missing_and_nothing_twice(settings, tmp_path, caps
     assert upload.main([str(tmp_path / "nothing")]) == 2
 
 
+def test_upload_passes_over_a_torn_checkpoint(settings, tmp_path):
+    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
+    (tmp_path / "run/checkpoints/step-000004/state.json").unlink()
+    assert upload.main([str(tmp_path / "run")]) == 0
+    assert_complete(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run")
+
+
+def test_upload_says_when_not_everything_could_be_read(settings, tmp_path, capsys):
+    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
+    for step in (4, 6):
+        (tmp_path / f"run/checkpoints/step-{step:06d}/state.json").unlink()
+    assert upload.main([str(tmp_path / "run")]) == 1
+    assert "not every epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "uri", [pytest.param("foo://nowhere", marks=pytest.mark.slow), "sqlite:////proc/nope/mlflow.db"]
+)
+def test_an_unusable_server_costs_a_warning_only(uri, settings, tmp_path, capfd):
+    assert main([*settings, "mlflow.enabled=true", f"mlflow.uri={uri}", f"run.dir={tmp_path / 'run'}"]) == 0
+    said = capfd.readouterr()
+    assert said.out.count("warning: MLflow") == 1 and "Traceback" not in said.out + said.err
+    assert upload.main([str(tmp_path / "run"), "--uri", uri]) == 1
+
+
+@pytest.mark.slow
+def test_retries_leave_no_threads_and_no_doubles(settings, tmp_path, monkeypatch):
+    """A store whose metrics work and whose artifacts do not: every sync fails."""
+    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
+    (tmp_path / "mlartifacts").write_text("a file, where a folder should be")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mirror = upload.Mirror(Storage(str(tmp_path / "run")), uri, "tributary")
+    told, words = [], iter(["sync", "sync", "sync", "gone"])
+    monkeypatch.setattr(upload, "tell", told.append)
+    monkeypatch.setattr(upload, "RETRY_SECONDS", 1.5)
+    ours, theirs = os.pipe()
+    monkeypatch.setattr("sys.stdin", os.fdopen(ours))
+    with os.fdopen(theirs, "w", buffering=1) as driver:
+        follower = threading.Thread(target=upload.follow, args=[mirror])
+        follower.start()
+        for _ in words:
+            driver.write("sync\n")
+            time.sleep(2)
+    follower.join(20)
+    assert not follower.is_alive() and told.count("state failing") >= 3
+    deadline = time.monotonic() + 10  # the last one ends by itself: its run is over
+    while any("SystemMetrics" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    client, run = only_run(uri)
+    for key in run.data.metrics:
+        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
+        assert max(steps.values()) == 1, key
+
+
 @pytest.fixture
 def black_hole():
     """A server that accepts and never answers."""
