@@ -81,3 +81,17 @@ def test_resources_of_actors_are_shown():
     said = plan.describe(config, placement, {"CPU": 16.0, "GPU": 8.0}, "here")
     assert "2 learner ranks, each {CPU: 1, GPU: 1}" in said
     assert np.isfinite(plan.work(config, plan.costs(config), 2).training)
+
+
+def test_flops_count_every_pass_of_a_network(small_config):
+    """An independent count on paper: 8 trajectories of 4 steps, the last of them not trained on."""
+    for guidance, passes in ((1, 1), (3, 2)):
+        for looking, extra in (("none", 0), ("base", 4 * passes)):
+            config = small_config(
+                f"sampler.guidance={guidance}", f"objective.forward_looking={looking}", "flow.fit_steps=0"
+            )
+            cost = plan.costs(config)
+            each = plan.work(config, cost, ranks=1)
+            assert each.rollout == 8 * (4 * passes + extra) * cost.unet
+            assert each.training == 8 * 3 * (passes * cost.unet_train + 2 * cost.flow_train)
+            assert each.evaluation == 4 * (4 * passes * cost.unet + cost.decode)
