@@ -74,7 +74,7 @@ BLOWS = [
 
 
 @pytest.mark.parametrize(("owner", "name", "count"), BLOWS)
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_ends_as_the_unbroken_one(
     owner, name, count, after, settings, unbroken, tmp_path, monkeypatch
 ):

@@ -230,6 +230,7 @@ def serve(folder, port: int) -> subprocess.Popen:
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monkeypatch, capfd):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
