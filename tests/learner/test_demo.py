@@ -17,7 +17,7 @@ def gain(folder, *overrides) -> tuple[float, float, float]:
     assert main([*settings, *overrides]) == 0
     before, after = (
         np.array(json.loads((folder / "evaluation" / f"{name}.json").read_text())["reward"])
-        for name in ("epoch-before", f"epoch-{EPOCHS - 1}")
+        for name in ("epoch-before", f"epoch-{EPOCHS - 1:06d}")
     )
     return float((after - before).mean()), *paired_interval(before, after)
 
