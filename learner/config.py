@@ -275,7 +275,8 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     """Read a YAML file (default: the demo's preset) and apply `section.key=value` overrides.
 
     Raises:
-        ConfigError: an unreadable file, or any number of unknown keys, wrong values and contradictions.
+        ConfigError: an unreadable file, any number of unknown keys and wrong values, or, where there are none, any
+            number of contradictions.
     """
     config, faults = read_config(path, overrides)
     if faults:
@@ -360,6 +361,11 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
 
 def _describe(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"][:2])
+    if item["type"] == "extra_forbidden" and "." not in key:
+        close = difflib.get_close_matches(key, _sections(), 1)
+        return f"{key}: unknown section" + (
+            f"; did you mean {close[0]}?" if close else f"; there are {', '.join(_sections())}"
+        )
     if item["type"] == "extra_forbidden":
         return f"{key}: {_nearest(key)}"
     if item["type"] == "model_type":

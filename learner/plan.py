@@ -126,7 +126,7 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
     evaluations *= config.evaluation.images > 0
     total = train.epochs * (each.rollout + each.decoding + each.training) + evaluations * each.evaluation
-    kept = (config.run.keep_checkpoints or train.epochs) + evaluations
+    kept = min((config.run.keep_checkpoints or train.epochs) + evaluations, train.epochs + 1)
     if config.run.runner == "inprocess":
         actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
     else:
@@ -164,6 +164,8 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{_bytes(kept * each.checkpoint + train.epochs * each.thumbnails)} in all",
         ]),
     ]  # fmt: skip
+    if config.run.runner == "inprocess":
+        lines = [line for line in lines if line[0] != "object store"]
     return "\n".join(f"{title if i == 0 else '':<14} {text}" for title, texts in lines for i, text in enumerate(texts))
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -36,7 +37,7 @@ COLOURS = ("#2f7ed8", "#e07b39", "#3a9d6e")
 CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Reward", "raw reward", {"reward_mean": "training rollouts, mean", "eval_reward_mean": "fixed images"}),
     ("Loss", "nats²", {"loss": "policy", "flow_loss": "flow-only fits"}),
-    ("Step size", "nats a transition", {"kl": "KL, rollout policy to updated"}),
+    ("Step size", "nats a transition", {"kl": "KL, rollout policy to the one being updated"}),
     ("Gradient norm before clipping", "", {"grad_norm": "LoRA", "flow_grad_norm": "flow network"}),
 )
 PARTS = {"sample_seconds": "sampling", "score_seconds": "scoring", "train_seconds": "training"}
@@ -93,16 +94,16 @@ def _sheets(evaluated: Sequence[int]) -> list[tuple[str, int]]:
 
 
 def _timings(trained: Sequence[dict[str, Any]], overlap: bool) -> list[tuple[str, float, float]]:
-    """(what, mean seconds an epoch, share of the epoch)."""
+    """(what, median seconds an epoch, share of the epoch): the first epoch, with its warm-up, is no measure."""
     if not trained:
         return []
-    mean = {name: sum(line[name] for line in trained) / len(trained) for name in (*PARTS, "seconds")}
-    parts = mean["sample_seconds"], mean["score_seconds"]
-    busy = (max(parts) if overlap else sum(parts)) + mean["train_seconds"]
+    usual = {name: median(line[name] for line in trained) for name in (*PARTS, "seconds")}
+    parts = usual["sample_seconds"], usual["score_seconds"]
+    busy = (max(parts) if overlap else sum(parts)) + usual["train_seconds"]
     names = ("all trajectories sampled after", "all scored after") if overlap else ("sampling", "scoring")
     rows = list(zip(names, parts, strict=True))
-    rows += [("training", mean["train_seconds"]), ("evaluation and the rest", max(0.0, mean["seconds"] - busy))]
-    return [(what, value, value / mean["seconds"]) for what, value in rows]
+    rows += [("training", usual["train_seconds"]), ("evaluation and the rest", max(0.0, usual["seconds"] - busy))]
+    return [(what, value, value / usual["seconds"]) for what, value in rows]
 
 
 def _points(lines: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:

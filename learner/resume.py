@@ -61,7 +61,7 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Callabl
     facts = _facts(config, prompts)
     try:
         if config.run.resume not in ("auto", "never"):
-            return _from_path(config, source, facts, warn)
+            return _from_path(config, facts, warn)
         if config.run.dir is None:
             found = _newest_unfinished(config, facts) if config.run.resume == "auto" else None
             return _go_on(found, config, facts, warn) if found else _begin(_new_url(config, source), config, facts)
@@ -76,20 +76,35 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Callabl
 
 
 def whereabouts(config: Config, source: Path, prompts: Sequence[str]) -> str:
-    """Where the run would live, for a plan: nothing is made."""
-    if config.run.resume not in ("auto", "never"):
-        return f"goes on from {_absolute(config.run.resume, config)}" + (
-            f", in {_absolute(config.run.dir, config)}" if config.run.dir else ""
-        )
+    """Where the run would live, for a plan: nothing is made.
+
+    Raises:
+        ConfigError: the run would be refused.
+    """
+    facts = _facts(config, prompts)
     try:
-        unfinished = None
-        if config.run.dir is None and config.run.resume == "auto":
-            unfinished = _newest_unfinished(config, _facts(config, prompts))
-        url = _absolute(config.run.dir, config) if config.run.dir else str(unfinished or _new_url(config, source))
-        found = checkpoint.steps(Storage(url))
+        if config.run.resume not in ("auto", "never"):
+            origin, step = _named(config)
+            _settings_of(Records.open(origin), config, facts)
+            place = str(Storage(_absolute(config.run.dir, config))) if config.run.dir else str(origin)
+            return f"{place}, from {origin}" + ("" if step is None else f"/{checkpoint.FOLDER}/step-{step:06d}")
+        storage = Storage(_absolute(config.run.dir, config)) if config.run.dir else None
+        if storage is None:
+            found = _newest_unfinished(config, facts) if config.run.resume == "auto" else None
+            storage = found or Storage(_new_url(config, source))
+        if storage.local and storage.local.exists() and not storage.local.is_dir():
+            raise ConfigError(f"run.dir: {storage} is a file")
+        if not _holds_run(storage):
+            return f"{storage}, new"
+        if config.run.resume == "never":
+            raise ConfigError(f"run.dir: {storage} already holds a run; choose another, or run.resume=auto to go on")
+        records = Records.open(storage)
+        _settings_of(records, config, facts)
     except StorageError as error:
         raise ConfigError(f"run.dir: {error}") from error
-    return f"{url}" + (f", going on from step-{found[-1]:06d}" if found else "")
+    steps = checkpoint.steps(storage)
+    done = len([line for line in records.lines if line["epoch"] >= 0])
+    return f"{storage}, going on from " + (f"step-{steps[-1]:06d} ({done} epochs done)" if steps else "the beginning")
 
 
 def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
@@ -161,8 +176,7 @@ def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callab
         saved = _settings_of(records, config, facts)
         newest = checkpoint.load_newest(storage, warn)
         done = newest.manifest["next_epoch"] if newest else 0
-        if config.train.epochs < done:
-            raise ConfigError(f"train.epochs: {config.train.epochs}, but the run in {storage} has done {done} already")
+        _refuse_fewer(config, done, storage)
         if config.train.epochs != saved.train.epochs and config.objective.anneal_fraction and done:
             warn(
                 f"train.epochs is {config.train.epochs} now, it was {saved.train.epochs}: beta's schedule "
@@ -178,37 +192,55 @@ def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callab
         raise
 
 
-def _from_path(config: Config, source: Path, facts: dict[str, Any], warn: Callable[[str], None]) -> OpenRun:
+def _from_path(config: Config, facts: dict[str, Any], warn: Callable[[str], None]) -> OpenRun:
     """run.resume=PATH: a run is gone on with in place; a checkpoint too if it is its run's newest, else (or with
     another run.dir) it becomes the beginning of a new run."""
+    storage, step = _named(config)
+    target = Storage(_absolute(config.run.dir, config)) if config.run.dir else storage
+    found = checkpoint.steps(storage)
+    chosen = step if step is not None else (found[-1] if found else None)
+    if str(target) == str(storage):
+        if chosen is not None and chosen != found[-1]:
+            raise ConfigError(
+                f"run.resume: step-{chosen:06d} is not the newest checkpoint of {storage} (step-{found[-1]:06d} is); "
+                "give a new run.dir to begin another run from it"
+            )
+        return _go_on(storage, config, facts, warn)
+    if target.exists(RUN):  # the same command again, or a mistake
+        begun_from = Records.open(target).about.get("branched_from") or ""
+        wanted = f"{storage}/" if step is None else f"{storage}/{checkpoint.FOLDER}/step-{step:06d}"
+        if not begun_from.startswith(wanted):
+            raise ConfigError(
+                f"run.dir: the run in {target} did not begin from {config.run.resume}; choose another, or leave out "
+                "run.resume to go on with it"
+            )
+        return _go_on(target, config, facts, warn)
+    if chosen is None:
+        raise ConfigError(f"run.resume: {storage} has no checkpoint yet to begin another run from")
+    return _branch(storage, chosen, target, config, facts)
+
+
+def _named(config: Config) -> tuple[Storage, int | None]:
+    """The run, and the step if one is given, that run.resume=PATH names.
+
+    Raises:
+        ConfigError: there is none.
+    """
     url = _absolute(config.run.resume, config).rstrip("/")
     head, _, last = url.rpartition("/")
     if last == checkpoint.LATEST and Path(url).is_symlink():
         last = os.readlink(url)
-    step = last.removeprefix("step-")
-    is_step = last.startswith("step-") and step.isdigit() and head.endswith(f"/{checkpoint.FOLDER}")
+    text = last.removeprefix("step-")
+    is_step = last.startswith("step-") and text.isdigit() and head.endswith(f"/{checkpoint.FOLDER}")
     storage = Storage(head.removesuffix(f"/{checkpoint.FOLDER}") if is_step else url)
     if not storage.exists(RUN):
         raise ConfigError(
             f"run.resume: {url} is neither a run nor a checkpoint of one (RUN/checkpoints/step-N); or say auto or never"
         )
-    target = Storage(_absolute(config.run.dir, config)) if config.run.dir else storage
-    if str(target) != str(storage) and target.exists(RUN):
-        return _go_on(target, config, facts, warn)  # the same command again
     found = checkpoint.steps(storage)
-    chosen = int(step) if is_step else (found[-1] if found else None)
-    if chosen is not None and chosen not in found:
+    if is_step and int(text) not in found:
         raise ConfigError(f"run.resume: no checkpoint {url}; there are: {', '.join(f'step-{n:06d}' for n in found)}")
-    if str(target) == str(storage):
-        if chosen is not None and chosen != found[-1]:
-            raise ConfigError(
-                f"run.resume: {url} is not the newest checkpoint of its run (step-{found[-1]:06d} is); give a new "
-                "run.dir to begin another run from it"
-            )
-        return _go_on(storage, config, facts, warn)
-    if chosen is None:
-        raise ConfigError(f"run.resume: {storage} has no checkpoint yet to begin another run from")
-    return _branch(storage, chosen, target, config, facts)
+    return storage, int(text) if is_step else None
 
 
 def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: dict[str, Any]) -> OpenRun:
@@ -218,6 +250,7 @@ def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: 
     _settings_of(before, config, facts)
     chosen = checkpoint.load(origin, step)
     done = chosen.manifest["next_epoch"]
+    _refuse_fewer(config, done, origin)
     lock = _lock(target, make=True)
     try:
         facts = {**facts, "branched_from": f"{origin}/{chosen.name}"}
@@ -262,6 +295,11 @@ def _settings_of(records: Records, config: Config, facts: dict[str, Any]) -> Con
             "began with; put the old file back, or choose another run.dir"
         )
     return saved
+
+
+def _refuse_fewer(config: Config, done: int, storage: Storage) -> None:
+    if config.train.epochs < done:
+        raise ConfigError(f"train.epochs: {config.train.epochs}, but the run in {storage} has done {done} already")
 
 
 def _name_of(url: str) -> str:

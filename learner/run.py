@@ -91,7 +91,8 @@ def _run(opened: OpenRun) -> int:
         status = "FINISHED"
         return 0
     except FAILURES as error:
-        complain(f"{type(error).__name__}: {error} (the same command goes on from what is done in {records.storage})")
+        way_on = f"once that is mended, the same command goes on from what is done in {records.storage}"
+        complain(f"{type(error).__name__}: {error} ({way_on})")
         return 1
     except KeyboardInterrupt:
         status = "KILLED"

@@ -16,6 +16,7 @@ import os
 import queue
 import sys
 import tempfile
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def tell(line: str) -> None:
 def reason(error: Exception) -> str:
     """Type and first line: MLflow's own messages hold whole HTML pages."""
     text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text[:160]}"
+    return f"{type(error).__name__}: {textwrap.shorten(text, 200, placeholder=' ...')}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ def faults(*overrides: str) -> list[str]:
 
 
 def test_all_faults_are_reported_at_once_each_with_its_key():
+    assert faults("smapler.steps=5") == ["smapler: unknown section; did you mean sampler?"]
     messages = faults("train.epoch=3", "objective.beta=high", "nonsense", "sampler.steps=1")
     assert any(m.startswith("train.epoch:") and "train.epochs" in m for m in messages)
     assert any(m.startswith("objective.beta:") and "'high'" in m for m in messages)

@@ -283,6 +283,38 @@ def test_a_copied_run_whose_latest_is_a_folder_goes_on(settings, unbroken, tmp_p
     assert lora(copied) == lora(unbroken)
 
 
+def test_a_branch_is_that_of_the_named_checkpoint_only(settings, unbroken, tmp_path, capsys):
+    start, other = (unbroken / f"checkpoints/step-{step:06d}" for step in (2, 0))
+    branch = tmp_path / "branch"
+    assert main([*settings, f"run.resume={start}", f"run.dir={branch}", "train.epochs=1"]) == 2
+    assert "has done 2 already" in capsys.readouterr().err and not branch.exists()
+    assert main([*settings, f"run.resume={start}", f"run.dir={branch}"]) == 0
+    assert main([*settings, f"run.resume={other}", f"run.dir={branch}"]) == 2
+    assert "did not begin from" in capsys.readouterr().err
+    assert main([*settings, f"run.dir={branch}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.dir=UNBROKEN", "sampler.steps=8"], "sampler.steps: the run in"),
+        (["run.dir=UNBROKEN", "run.resume=never"], "already holds a run"),
+        (["run.resume=/nothing"], "/nothing is neither"),
+        (["run.dir=FILE"], "is a file"),
+        (["run.dir=UNBROKEN"], None),
+        (["run.resume=UNBROKEN/checkpoints/step-000002", "run.dir=/no/branch"], None),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(overrides, said, settings, unbroken, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    places = {"UNBROKEN": str(unbroken), "FILE": str(tmp_path / "file")}
+    for name, place in places.items():
+        overrides = [override.replace(name, place) for override in overrides]
+    assert main([*settings, *overrides, "--plan"]) == (2 if said else 0)
+    captured = capsys.readouterr()
+    assert said in captured.err if said else "step-00000" in captured.out.splitlines()[0]
+
+
 def test_the_latest_checkpoint_by_its_link(settings, unbroken, tmp_path):
     arguments = [*settings, f"run.resume={unbroken}/checkpoints/latest", f"run.dir={tmp_path / 'branch'}"]
     assert main(arguments) == 0

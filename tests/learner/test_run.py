@@ -87,7 +87,7 @@ def test_a_submitted_job_keeps_its_run_out_of_the_working_directory(tmp_path, mo
         ([], f"{tmp_path}/home/tributary/runs/shapes_alignment-"),
         (["run.dir=mine"], f"{tmp_path}/home/tributary/mine"),
         (["run.dir=mine", "run.root=/data"], "/data/mine"),
-        (["run.dir=mine", "run.root=memory://bucket/x"], "memory://bucket/x/mine"),
+        (["run.dir=mine", "run.root=memory://bucket/x"], "memory:///bucket/x/mine"),
         (["run.dir=/abs/mine"], "/abs/mine"),
     ]:
         assert main(["--plan", *override]) == 0
