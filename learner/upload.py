@@ -129,9 +129,7 @@ class Mirror:
         # Without a place of its own, a local store would put artifacts into the current directory.
         local = self.uri.startswith("sqlite:///")
         folder = Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts"
-        # The tag makes MLflow's pages show training runs with their charts, not its tools for language models.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return self.client.create_experiment(self.experiment, folder.as_uri() if local else None, tags)
+        return self.client.create_experiment(self.experiment, folder.as_uri() if local else None)
 
     def _send_line(self, line: dict[str, Any]) -> None:
         """An epoch in one request (if it fits), the sentinel last; the record's own times, so that sending the same
