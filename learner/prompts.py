@@ -11,8 +11,6 @@ import pyarrow.parquet
 
 from learner.config import ConfigError, resolve
 
-KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-
 
 def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -> list[str]:
     """Prompts in file order, stripped; empty ones are skipped, and in .txt lines that start with #.

@@ -49,11 +49,14 @@ class Tracker:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         try:
             self._mirror = subprocess.Popen(
-            [*command, "--experiment", config.mlflow.experiment],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
-        )  # fmt: skip
+                [*command, "--experiment", config.mlflow.experiment],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
+            )
         except OSError as error:
             say(f"warning: no MLflow, its process cannot be started: {error}")
             return
