@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from diffusion import lora
-from diffusion.kernels import DDIMKernel
+from diffusion.kernels import DDIMKernel, Grid
+from diffusion.locate import load_errors, locate
 
 DECODE_BATCH = 32
 
 # Loading bars of a dozen small files, in every actor, help nobody.
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
-
-
-class BaseModelError(ValueError):
-    """A model path that cannot be loaded; the message names it and the remedy."""
 
 
 class BaseModel:
@@ -56,11 +50,12 @@ class BaseModel:
         return config.in_channels, config.sample_size, config.sample_size
 
     @property
-    def embedding_width(self) -> int:
+    def embedding_width(self) -> int | None:
+        """E of a prompt's embedding; None for models without prompts."""
         return int(self.unet.config.cross_attention_dim)
 
-    def kernel(self, num_steps: int, eta: float = 1.0) -> DDIMKernel:
-        return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta)
+    def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
+        return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta, grid)
 
     def attach_lora(self, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
         """Add the adapter; the same seed gives the same initial adapter on every machine."""
@@ -111,9 +106,9 @@ class BaseModel:
         unconditional, conditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional), conditional
 
-    @torch.no_grad()
     def predict_reference(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float = 1.0) -> Tensor:
-        """Output of the frozen reference (adapter off); without guidance the conditional one."""
+        """Output of the frozen reference (adapter off), with gradient to x alone; without guidance the conditional
+        one."""
         with self.without_lora():
             return self.predict(x, t, embeddings, guidance)[0]
 
@@ -127,87 +122,20 @@ class Decoder:
             BaseModelError: as BaseModel.
         """
         folder = locate(path)
-        with _load_errors(path):
+        with load_errors(path):
             self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
         self.vae = self.vae.to(device).requires_grad_(False).eval()
 
-    @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w]."""
+        """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
         scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
         images = [self.vae.decode(part).sample.float() for part in scaled.split(DECODE_BATCH)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
-def load_kernel(path: str, num_steps: int, eta: float) -> DDIMKernel:
-    """The kernel of a pipeline's scheduler, without loading any weights.
-
-    Raises:
-        BaseModelError: as BaseModel.
-        ValueError: as DDIMKernel.
-    """
-    folder = locate(path)
-    with _load_errors(path):
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    return DDIMKernel.from_scheduler(scheduler, num_steps, eta)
-
-
-def check_parts(path: str) -> None:
-    """Read the configurations of U-Net, VAE and text encoder, but no weights.
-
-    Raises:
-        BaseModelError: as BaseModel.
-    """
-    folder = locate(path)
-    with _load_errors(path):
-        UNet2DConditionModel.load_config(folder, subfolder="unet")
-        AutoencoderKL.load_config(folder, subfolder="vae")
-        AutoConfig.from_pretrained(folder, subfolder="text_encoder")
-
-
-def without_weights(path: str) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    """U-Net and VAE of a pipeline on torch's meta device: shapes only, for counting what they would cost.
-
-    Raises:
-        BaseModelError: as BaseModel.
-    """
-    folder = locate(path)
-    with _load_errors(path), torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-    return unet, vae
-
-
-def locate(path: str) -> str:
-    """The pipeline folder, or the hub id, that `path` names.
-
-    Raises:
-        BaseModelError: a path that does not exist, or a folder without a pipeline.
-    """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        if not (local / "model_index.json").is_file():
-            raise BaseModelError(f"model.path: {path} holds no diffusers pipeline (no model_index.json)")
-        return str(local)
-    if local.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) != 1:
-        raise BaseModelError(f"model.path: no such folder: {path}")
-    return path  # a hub id
-
-
-@contextlib.contextmanager
-def _load_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        raise BaseModelError(
-            f"model.path: {path} is neither a Stable-Diffusion pipeline folder nor reachable on the hub: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-
-
 def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     folder = locate(path)
-    with _load_errors(path):
+    with load_errors(path):
         return StableDiffusionPipeline.from_pretrained(
             folder, dtype=dtype, vae=None, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,

@@ -15,10 +15,11 @@ import math
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
+Grid = Literal["ddim", "dpm_solver"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -75,11 +76,16 @@ class DDIMKernel:
         self._direction = (1 - after - self._sigma2).clamp(min=0)
 
     @classmethod
-    def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0) -> DDIMKernel:
+    def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
         """The kernel of a diffusers scheduler: its alphas_cumprod, timestep spacing and prediction type.
 
         Any scheduler will do (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to diffusers' own
-        DDIM step with `set_alpha_to_one=False` whenever num_steps divides the number of training timesteps.
+        DDIM step with `set_alpha_to_one=False` whenever num_steps divides the number of training timesteps. Leading
+        spacing without an offset would evaluate the model at timestep 0 (DDPM pipelines say so); it gets offset 1.
+
+        `grid` dpm_solver takes the timesteps of DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++",
+        solver_order=1 and final_sigmas_type="sigma_min" (arXiv 2412.07775's 20 steps): a first-order step of that
+        solver is a DDIM step with eta 1.
 
         Raises:
             ValueError: num_steps is out of range, or the resulting grid has a step without variance.
@@ -88,8 +94,17 @@ class DDIMKernel:
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps must be in 1..{total}, got {num_steps}")
         own = DDIMScheduler.from_config(scheduler.config)
+        if own.config.timestep_spacing == "leading" and own.config.steps_offset == 0:
+            own = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
         own.set_timesteps(num_steps)
-        return cls(own.alphas_cumprod, own.timesteps, own.config.prediction_type, eta)
+        timesteps = own.timesteps
+        if grid == "dpm_solver":
+            solver = DPMSolverMultistepScheduler.from_config(
+                own.config, algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min"
+            )
+            solver.set_timesteps(num_steps)
+            timesteps = solver.timesteps
+        return cls(own.alphas_cumprod, timesteps, own.config.prediction_type, eta)
 
     @property
     def num_steps(self) -> int:
@@ -146,6 +161,16 @@ class DDIMKernel:
         """Gradient of the summed log p_F(x_next | x) with respect to x_next [B, C, H, W]."""
         mean = self.mean(model_output, t, x)
         return -(_wide(x_next) - mean) / self._at(self._sigma2, t, mean)
+
+    def score_pb_next(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+        """Gradient of the summed log p_B(x | x_next) with respect to x_next [B, C, H, W]."""
+        return -self._root(self._abar / self._abar_next, t, _wide(x)) * self.score_pb(t, x, x_next)
+
+    def score_pb(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+        """Gradient of the summed log p_B(x | x_next) with respect to x [B, C, H, W]."""
+        x, x_next = _wide(x), _wide(x_next)
+        shrink2 = self._abar / self._abar_next
+        return -(x - self._root(shrink2, t, x) * x_next) / self._at(1 - shrink2, t, x)
 
     def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
         """x_next [B, C, H, W] = mu_theta + sigma_t * noise."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -26,6 +26,7 @@ from torch import nn
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTER = "default"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 KOHYA_FILE = "kohya.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 
@@ -88,11 +89,16 @@ def digest(flat: np.ndarray) -> str:
 
 
 def save_files(unet: nn.Module, folder: Path) -> None:
-    """Write the adapter for diffusers (with its alpha and rank as metadata) and for ComfyUI and A1111 (kohya)."""
+    """Write the adapter for diffusers (with its alpha and rank as metadata) and for ComfyUI and A1111 (kohya). Of a
+    model without text, which none of them loads adapters for, in PEFT's own form: PeftModel.from_pretrained."""
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = unet.peft_config[ADAPTER]  # type: ignore[index, union-attr]
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    if not isinstance(unet, UNet2DConditionModel):
+        (folder / PEFT_FILES[0]).write_text(json.dumps(_metadata(config), indent=2, sort_keys=True) + "\n")
+        save_file({f"base_model.model.{name}": value for name, value in state.items()}, str(folder / PEFT_FILES[1]))
+        return
     StableDiffusionPipeline.save_lora_weights(
         str(folder),
         unet_lora_layers=convert_state_dict_to_diffusers(state),

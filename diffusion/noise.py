@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # What a draw is for: the second key word, so that no two uses share a stream.
-ROLLOUT, EVALUATION, SELECTION, PROMPTS, REPLAY, SHUFFLE = range(6)
+ROLLOUT, EVALUATION, SELECTION, PROMPTS, REPLAY, SHUFFLE, GROUPS, PAST_UPDATES = range(8)
 INITIAL_STATE = 0  # step 0 draws x_{t_1}; step i+1 draws the noise of transition i
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion import lora, noise, transitions
 from diffusion.base_model import BaseModel
-from diffusion.kernels import DDIMKernel
+from diffusion.kernels import DDIMKernel, Grid
 from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
 
 ForwardLooking = Literal["base", "snapshot", "none"]
@@ -34,6 +34,7 @@ class RolloutSettings:
     num_steps: int = 50
     guidance: float = 5.0
     eta: float = 1.0
+    grid: Grid = "ddim"
     forward_looking: ForwardLooking = "base"
     clean_prediction: CleanPrediction = "conditional"
     selection: transitions.Selection = "all"
@@ -48,7 +49,7 @@ class Sampler:
     def __init__(self, model: BaseModel, settings: RolloutSettings) -> None:
         """`model` has its adapter attached already."""
         self.model, self.settings = model, settings
-        self.kernel = model.kernel(settings.num_steps, settings.eta)
+        self.kernel = model.kernel(settings.num_steps, settings.eta, settings.grid)
         self._loaded: tuple[int, str] | None = None
 
     def sample(self, chunk: Chunk, snapshot: lora.Snapshot) -> tuple[Trajectories, CleanPredictions]:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from diffusion.kernels import Reduction
+from diffusion.kernels import Grid, Reduction
 from diffusion.rollout import CleanPrediction, ForwardLooking, RolloutSettings
-from diffusion.transitions import Selection
-from learner.objectives.db import Decay, Penalty, Weighting
+from diffusion.transitions import Selection, select
+from learner.objectives import OBJECTIVES, Kind
+from learner.objectives.base import Decay, Weighting
+from learner.objectives.db import Penalty
 
 CONFIG_VERSION = 1  # of the keys and their meaning
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +70,9 @@ class Model(Section):
 
 
 class Prompts(Section):
-    path: str = Field(
-        "configs/prompts/shapes_placed.txt", description="prompts: .txt (one a line), .jsonl, .csv or .parquet"
+    path: str | None = Field(
+        "configs/prompts/shapes_placed.txt",
+        description="prompts: .txt (one a line), .jsonl, .csv or .parquet; null for models that take none",
     )
     column: str = Field("prompt", description="column or key that holds the prompt in .jsonl, .csv and .parquet")
     per_prompt: int = Field(4, ge=1, description="trajectories drawn for each prompt of an epoch, side by side")
@@ -82,6 +85,11 @@ class SamplerConfig(Section):
     steps: int = Field(50, ge=2, le=1000, description="DDIM steps N")
     guidance: float = Field(5.0, ge=1, description="classifier-free guidance scale w, in rollout and training; 1: off")
     eta: float = Field(1.0, gt=0, description="noise scale of DDIM; 1 is the papers'")
+    grid: Grid = Field(
+        "ddim",
+        description="timesteps: ddim (the scheduler's own spacing), or dpm_solver: those of first-order "
+        "SDE-DPM-Solver++ with final_sigmas_type=sigma_min, which with eta 1 is that sampler",
+    )
     transitions: Selection = Field("all", description="which transitions to train on: all, random or low_variance")
     transition_fraction: float = Field(1.0, gt=0, le=1, description="share of transitions for random and low_variance")
 
@@ -106,6 +114,7 @@ class FlowConfig(Section):
     widths: tuple[int, ...] = Field((64, 128, 256, 256), description="channels of the flow network's blocks")
     stem_stride: int = Field(1, ge=1, le=4, description="stride of its first convolution; 2 is four times cheaper")
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the flow network")
+    weight_decay: float | None = Field(None, ge=0, description="AdamW weight decay; default: learner.weight_decay")
     fit_steps: int = Field(
         0,
         ge=0,
@@ -126,21 +135,24 @@ class LearnerConfig(Section):
         None, ge=0, description="GPUs of a learner rank; default: a whole one, if there are enough"
     )
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the LoRA")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of both networks")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of the LoRA")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip, for LoRA and flow network separately")
     micro_batch: int = Field(8, ge=1, description="transitions a forward and backward pass")
 
 
 class Objective(Section):
-    """DAG-DB. The published code is: forward_looking snapshot, clean_prediction conditional, detach_next_flow false,
-    log_prob_reduction mean, penalty squared, transition_weight uniform, last_transition train, regulariser 1, beta 100
-    annealed over half of the epochs, and flow.fit_steps 0. The corrected default detaches the next flow and takes psi
-    from the frozen base."""
+    """What is minimised. `setting` changes the defaults of other keys, objective by objective (learner/objectives/)."""
 
-    kind: Literal["dag_db"] = Field("dag_db", description="objective: dag_db")
+    kind: Kind = Field("dag_db", description=", ".join(OBJECTIVES))
+    setting: Literal["corrected", "faithful"] = Field(
+        "corrected",
+        description="defaults of the keys below: faithful is the published code, with its defects (docs/algorithms.md)",
+    )
     beta: float = Field(100.0, ge=0, description="reward exponent (per dimension when log_prob_reduction is mean)")
     anneal_fraction: float = Field(0.5, ge=0, le=1, description="beta rises linearly over this share of the epochs")
-    log_prob_reduction: Reduction = Field("mean", description="log-probabilities summed or averaged over dimensions")
+    log_prob_reduction: Reduction = Field(
+        "mean", description="dag_db, dag_kl, ddpo: log-probabilities summed or averaged over dimensions"
+    )
     forward_looking: ForwardLooking = Field(
         "base", description="weights of psi's clean predictions: base, snapshot, none"
     )
@@ -156,10 +168,10 @@ class Objective(Section):
     )
     clean_prediction: CleanPrediction = Field(
         "conditional",
-        description="model output behind psi: conditional (the paper's code), or guided (foretells better)",
+        description="model output behind psi: conditional (DAG's code), or guided (nabla's; foretells better)",
     )
-    detach_next_flow: bool = Field(True, description="no gradient into f(x_t'); false is the published code")
-    penalty: Penalty = Field("squared", description="of the residual: squared or huber")
+    detach_next_flow: bool = Field(True, description="no gradient into f(x_t'), h(x_t'); false is the published code")
+    penalty: Penalty = Field("squared", description="dag_db, dag_kl: of the residual, squared or huber")
     huber_width: float = Field(1.0, gt=0, description="residual in nats where huber turns linear")
     transition_weight: Weighting = Field("uniform", description="uniform, or variance: weight sigma_t^2 over its mean")
     last_transition: Literal["train", "skip"] = Field(
@@ -167,12 +179,54 @@ class Objective(Section):
         description="skip: not trained on, the state before it counts as terminal (its 1/sigma^2 drowns the rest)",
     )
     regulariser: float = Field(1.0, ge=0, description="weight of the squared change of the model output since rollout")
+    clip_range: float = Field(
+        1e-4,
+        gt=0,
+        description="dag_kl, ddpo: how far the ratio to the rollout policy may leave 1; under mean log-probabilities "
+        "1e-4 is D x 1e-4 nats (1.64 at D = 16384), under sum 1e-4 nats",
+    )
+    old_log_prob: Literal["sampler", "learner"] = Field(
+        "sampler",
+        description="dag_kl, ddpo: whose log p_F of the rollout policy; learner computes it anew, in its own precision "
+        "and batches",
+    )
+    group_size: int = Field(8, ge=2, description="dag_kl: transitions that are compared with each other, within a chunk")
+    kl_weight: float | None = Field(
+        None, ge=0, description="dag_kl: weight of the policy loss; default: the final beta, as in the paper"
+    )
+    advantage: Literal["epoch", "prompt"] = Field(
+        "epoch", description="ddpo: rewards are compared with the epoch's, or the prompt's last 16 once there are so many"
+    )
+    pretrained_strength: float = Field(
+        1.0, ge=0, description="residual nabla-DB: exponent eta_p of the base model's density in the target"
+    )
+    reverse_weight: float = Field(1.0, ge=0, description="nabla-DB: weight of the reverse loss")
+    reverse_transitions: Literal["all", "inner"] = Field(
+        "all", description="nabla-DB: reverse loss on every transition, or (published) on all but the last"
+    )
+    decay_terminal: bool = Field(
+        False, description="nabla-DB: the reward's gradient at the image fades by abar_0 too (published), not by 1"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_setting(cls, given: Any) -> Any:
+        """What the objective's kind and setting say, where a key is not given."""
+        if not isinstance(given, dict):
+            return given
+        objective = OBJECTIVES.get(given.get("kind", "dag_db"))
+        defaults = objective.settings.get(given.get("setting", "corrected"), {}) if objective else {}
+        return {**defaults, **given}
 
 
 class Train(Section):
     epochs: int = Field(100, ge=1, description="epochs")
     trajectories: int = Field(512, ge=1, description="trajectories an epoch")
-    updates_per_epoch: int = Field(2, ge=1, description="policy optimizer steps an epoch")
+    updates_per_epoch: int = Field(2, ge=1, description="policy optimizer steps an epoch on its own trajectories")
+    replay_updates: int = Field(
+        0, ge=0, description="more policy steps an epoch, each on an update's trajectories of an earlier epoch"
+    )
+    replay_epochs: int = Field(4, ge=1, description="earlier epochs that replay_updates draw from")
     shuffle_rewards: bool = Field(
         False, description="control experiment: permute each trajectory's rewards among the trajectories of a chunk"
     )
@@ -234,6 +288,17 @@ class Config(Section):
         """sha256 of the binding settings: equal runs have equal ones."""
         return hashlib.sha256(json.dumps(self.binding(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Policy optimizer steps."""
+        return self.train.updates_per_epoch + self.train.replay_updates
+
+    @property
+    def kept_epochs(self) -> int:
+        """Epochs of rollouts that a learner keeps to train on again."""
+        fits = self.flow.fit_steps or self.flow.warmup_steps
+        return max(self.flow.replay_epochs if fits else 0, self.train.replay_epochs if self.train.replay_updates else 0)
+
     def contradictions(self) -> Iterator[str]:
         """What no single key can show to be wrong."""
         ranks = (self.learner.ranks or 1) if self.run.runner == "ray" else 1
@@ -254,15 +319,50 @@ class Config(Section):
             yield "train.shuffle_rewards: only with sampler.transitions=all (other states have no reward to swap)"
         if self.train.shuffle_rewards and chunk == 1:
             yield "train.shuffle_rewards: needs a sampler.chunk_size above 1"
+        yield from self._contradictions_of_objective()
         if self.evaluation.images % chunk:
             yield f"evaluation.images: {self.evaluation.images} is not a multiple of sampler.chunk_size {chunk}"
 
+    def _contradictions_of_objective(self) -> Iterator[str]:
+        given, objective = self.objective, OBJECTIVES[self.objective.kind]
+        if self.train.replay_updates and not objective.off_policy:
+            allowed = ", ".join(kind for kind, other in OBJECTIVES.items() if other.off_policy)
+            yield (
+                f"train.replay_updates: {given.kind} learns from the ratio of the current policy to the one that sampled, "
+                f"which gives no gradient outside 1 +- objective.clip_range {given.clip_range:g} and is no weight for the "
+                f"states it met: trajectories of earlier policies are out of its reach; use train.replay_updates=0, or "
+                f"one of {allowed}"
+            )
+        if (self.flow.fit_steps or self.flow.warmup_steps) and not objective.fits_flow:
+            allowed = ", ".join(kind for kind, other in OBJECTIVES.items() if other.fits_flow)
+            yield (
+                f"flow.fit_steps, flow.warmup_steps: {given.kind} has no flow network that could be fitted alone; "
+                f"set both to 0, or use one of {allowed}"
+            )
+        if given.kind == "residual_nabla_db_no_flow" and given.forward_looking == "none":
+            yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
+        if objective.reward_gradients and self.train.shuffle_rewards:
+            yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
+        if given.kind == "dag_kl":
+            first = select(
+                self.sampler.transitions, self.sampler.transition_fraction,
+                self.sampler.steps - (given.last_transition == "skip"), 0, 0, [0],
+            )  # fmt: skip
+            each = self.sampler.chunk_size * first.shape[1]
+            if each % given.group_size:
+                yield (
+                    f"objective.group_size: {given.group_size} does not divide the {each} transitions of a chunk "
+                    f"(sampler.chunk_size {self.sampler.chunk_size} times {first.shape[1]})"
+                )
+
     def rollout_settings(self) -> RolloutSettings:
+        objective = OBJECTIVES[self.objective.kind]
         return RolloutSettings(
             num_steps=self.sampler.steps,
             guidance=self.sampler.guidance,
             eta=self.sampler.eta,
-            forward_looking=self.objective.forward_looking,
+            grid=self.sampler.grid,
+            forward_looking=self.objective.forward_looking if objective.inner_rewards else "none",
             clean_prediction=self.objective.clean_prediction,
             from_step=self.objective.forward_looking_from,
             selection=self.sampler.transitions,

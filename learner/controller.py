@@ -18,7 +18,8 @@ import yaml
 from learner import checkpoint, report
 from learner.config import Config
 from learner.ledger import Ledger
-from learner.objectives import db
+from learner.objectives import OBJECTIVES
+from learner.objectives.base import anneal
 from learner.progress import Bar
 from learner.prompts import read_prompts
 from learner.records import BEFORE, CONFIG, Records
@@ -41,7 +42,7 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
     with Bar() as bar:
         runner.hooks.progress, runner.hooks.say = bar.show, lambda text: bar.around(say, text)
         say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
-        say(_target(config, runner.dimensions))
+        say(describe_objective(config, runner.dimensions))
         if saved is None:
             if evaluation:
                 records.save_evaluation(BEFORE, runner.evaluate(evaluation))
@@ -53,7 +54,7 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
         for epoch in range(opened.epochs_done, config.train.epochs):
             start = time.perf_counter()
             objective = config.objective
-            beta = db.anneal(objective.beta, epoch, config.train.epochs, objective.anneal_fraction)
+            beta = anneal(objective.beta, epoch, config.train.epochs, objective.anneal_fraction)
             chunks = training_chunks(config, prompts, epoch)
             lost = ledger.totals["lost"]
             ledger.open(epoch, [number for chunk in chunks for number in chunk.trajectory_ids])
@@ -96,12 +97,23 @@ def finish(records: Records, config: Config, say: Say) -> None:
 
 
 def training_prompts(config: Config) -> list[str]:
-    return read_prompts(config.prompts.path, config.prompts.column)
+    """One empty prompt for models that take none."""
+    return [""] if config.prompts.path is None else read_prompts(config.prompts.path, config.prompts.column)
 
 
 def evaluation_prompts(config: Config) -> list[str]:
     path = config.evaluation.prompts
     return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
+
+
+def describe_objective(config: Config, dimensions: int) -> str:
+    """What the run trains towards, in words, for latents of D = `dimensions`."""
+    given, kind = config.objective, OBJECTIVES[config.objective.kind]
+    text = f"{given.kind} ({given.setting}): {kind.target(given, dimensions)}"
+    if kind.uses_ratio:
+        nats = given.clip_range * (dimensions if given.log_prob_reduction == "mean" else 1)
+        text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"
+    return text
 
 
 def _report(records: Records, config: Config, say: Say) -> bool:
@@ -120,7 +132,7 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, say: Say
     manifest = {
         "run_id": records.run_id,
         "mlflow_run_id": records.about.get("mlflow_run_id"),
-        "step": epochs * config.train.updates_per_epoch,
+        "step": epochs * config.steps_per_epoch,
         "next_epoch": epochs,
         "prompts_drawn": epochs * config.train.trajectories // config.prompts.per_prompt,
         "policy_version": runner.snapshot.version,
@@ -136,21 +148,11 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, say: Say
     }
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: settings})
-    always = {(epoch + 1) * config.train.updates_per_epoch for epoch in records.evaluated()}
+    always = {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
         checkpoint.prune(records.storage, config.run.keep_checkpoints, always)
     except StorageError as error:  # the new one is there: that matters
         say(f"warning: an old checkpoint stays: {error}")
-
-
-def _target(config: Config, dimensions: int) -> str:
-    """What the objective's zero-loss solution samples from: the log-probability reduction decides the exponent."""
-    objective = config.objective
-    exponent = objective.beta * (dimensions if objective.log_prob_reduction == "mean" else 1)
-    return (
-        f"{objective.kind}: target proportional to exp({exponent:g} x reward) "
-        f"(beta {objective.beta:g}, log-probabilities by {objective.log_prob_reduction} over D = {dimensions})"
-    )
 
 
 def _mean(records: Records, epoch: int) -> float:
@@ -166,7 +168,7 @@ def _line(
     rewards = np.asarray(result.rewards if result else [])
     return {
         "epoch": epoch,
-        "step": (epoch + 1) * config.train.updates_per_epoch,
+        "step": (epoch + 1) * config.steps_per_epoch,
         "time": time.time(),
         "policy_version": runner.snapshot.version,
         "adapter_sha256": runner.snapshot.sha256,

@@ -6,12 +6,15 @@ import contextlib
 import ctypes
 
 import torch
+from torch import nn
 
 import rewards
-from diffusion.base_model import BaseModel, Decoder
+from diffusion.base_model import BaseModel
+from diffusion.pipelines import load_decoder, load_model
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
-from learner.flow import FlowNetwork
+from learner.flow import FlowNetwork, GradientNetwork
+from learner.objectives import OBJECTIVES
 from learner.update import Learner
 from rewards.scorer import Scorer
 
@@ -38,7 +41,7 @@ def device(config: Config) -> str:
 
 def build_model(config: Config) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process."""
-    model = BaseModel(str(resolve(config.model.path)), device(config))
+    model = load_model(str(resolve(config.model.path)), device(config))
     model.attach_lora(config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed)
     return model
 
@@ -49,8 +52,19 @@ def build_sampler(config: Config) -> Sampler:
 
 def build_scorer(config: Config) -> Scorer:
     reward = rewards.load(config.reward.name, config.reward.weights, device(config), **config.reward.options)
-    decoder = Decoder(str(resolve(config.model.path)), device(config))
-    return Scorer(decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels)
+    decoder = load_decoder(str(resolve(config.model.path)), device(config))
+    gradients = OBJECTIVES[config.objective.kind].reward_gradients
+    return Scorer(decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels, gradients)
+
+
+def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_width: int | None) -> nn.Module | None:
+    """The network that the objective trains beside the policy, if there is one."""
+    kind = OBJECTIVES[config.objective.kind].flow
+    if kind is None:
+        return None
+    if kind == "gradient":
+        return GradientNetwork(latent_shape, embedding_width, config.flow.widths)
+    return FlowNetwork(latent_shape[0], embedding_width, config.flow.widths, config.flow.stem_stride)
 
 
 def build_learner(config: Config, files: dict[str, bytes] | None = None) -> Learner:
@@ -58,7 +72,7 @@ def build_learner(config: Config, files: dict[str, bytes] | None = None) -> Lear
     model = build_model(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)
-        flow = FlowNetwork(model.latent_shape[0], model.embedding_width, config.flow.widths, config.flow.stem_stride)
+        flow = flow_network(config, model.latent_shape, model.embedding_width)
     learner = Learner(model, flow, config)
     if files is not None:
         learner.restore(files)

@@ -11,15 +11,15 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement
 from diffusion import lora, transitions
-from diffusion.base_model import without_weights
+from diffusion.pipelines import without_weights
 from diffusion.rollout import states_with_reward
 from learner.config import Config, resolve
-from learner.flow import FlowNetwork
+from learner.factory import flow_network
+from learner.objectives import OBJECTIVES
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
 FLOAT = 4  # bytes
@@ -45,7 +45,7 @@ class Work:
 
     rollout: float  # FLOPs
     decoding: float
-    training: float
+    training: float  # with what the objective prepares
     evaluation: float  # FLOPs of one evaluation
     transitions: int  # trained on
     states_scored: int
@@ -62,27 +62,28 @@ def costs(config: Config) -> Costs:
     """
     unet, vae = without_weights(str(resolve(config.model.path)))
     shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    width = int(unet.config.cross_attention_dim)
+    width = getattr(unet.config, "cross_attention_dim", None)  # none without prompts
     with torch.device("meta"):
         lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank)
-        flow = FlowNetwork(shape[1], width, config.flow.widths, config.flow.stem_stride)
-        x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width)
+        flow = flow_network(config, shape[1:], width)
+        x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
 
     def predict() -> torch.Tensor:
-        return unet(x, t, encoder_hidden_states=embedding).sample
+        return unet(x, t).sample if width is None else unet(x, t, encoder_hidden_states=embedding).sample
 
-    def log_flow() -> torch.Tensor:
+    def flows() -> torch.Tensor:
+        assert flow is not None
         return flow(x, t, embedding)
 
     return Costs(
         unet=_count(predict),
         unet_train=_count(predict, backward=True),
-        decode=_count(lambda: vae.decode(x).sample),
-        flow=_count(log_flow),
-        flow_train=_count(log_flow, backward=True),
+        decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
+        flow=_count(flows) if flow else 0.0,
+        flow_train=_count(flows, backward=True) if flow else 0.0,
         latent=prod(shape),
         lora=sum(p.numel() for _, p in lora.named(unet)),
-        flow_parameters=_size(flow),
+        flow_parameters=sum(p.numel() for p in flow.parameters()) if flow else 0,
     )
 
 
@@ -100,20 +101,25 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     reference = 0
     if settings.forward_looking == "base":
         reference = (n - settings.from_step) * (passes if settings.clean_prediction == "guided" else 1)
+    objective = OBJECTIVES[config.objective.kind]
     joint = config.flow.fit_steps == 0
-    fits = config.flow.fit_steps * config.flow.batch * ranks * config.train.updates_per_epoch
-    kept = config.flow.replay_epochs if config.flow.fit_steps or config.flow.warmup_steps else 0
+    fits = config.flow.fit_steps * config.flow.batch * ranks * config.steps_per_epoch
     states = count * (n + 1) * cost.latent
+    extra = objective.extra_passes(config.objective)
+    again = config.train.replay_updates / config.train.updates_per_epoch  # trained on once more
+    step = passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow)
+    outputs = trained * cost.latent * (1 + objective.prepared_fields) if config.train.replay_updates else 0
+    there_and_back = 2 if objective.reward_gradients else 1
     return Work(
         rollout=count * (n * passes + reference) * cost.unet,
-        decoding=scored * cost.decode,
-        training=trained * (passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow))
-        + fits * 2 * cost.flow_train,
+        decoding=scored * cost.decode * there_and_back,
+        training=trained * ((1 + again) * step + extra * passes * cost.unet) + fits * 2 * cost.flow_train,
         evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode),
         transitions=trained,
         states_scored=scored,
-        object_store=FLOAT * (states + (trained + scored) * cost.latent + 2 * count * n + cost.lora),
-        checkpoint=FLOAT * (5 * cost.lora + 3 * cost.flow_parameters + kept * (states + 2 * count * n)),
+        object_store=FLOAT * (states + (trained + scored * there_and_back) * cost.latent + 2 * count * n + cost.lora),
+        checkpoint=FLOAT
+        * (5 * cost.lora + 3 * cost.flow_parameters + config.kept_epochs * (states + 2 * count * n + outputs)),
         thumbnails=count * 3 * config.run.thumbnail_pixels**2,
     )
 
@@ -143,11 +149,11 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         ("an epoch", [
             f"{train.trajectories} trajectories of {n} steps in chunks of {config.sampler.chunk_size}",
             f"{each.states_scored} states scored, {each.transitions} transitions trained on in "
-            f"{train.updates_per_epoch} updates",
+            f"{config.steps_per_epoch} updates",
         ]),
         ("the run", [
             f"{train.epochs} epochs, {train.epochs * train.trajectories} trajectories, "
-            f"{train.epochs * train.updates_per_epoch} updates",
+            f"{train.epochs * config.steps_per_epoch} updates",
             f"{evaluations} evaluations of {config.evaluation.images} images",
         ]),
         ("FLOPs", [
@@ -175,10 +181,6 @@ def _count(forward, backward: bool = False) -> float:
         if backward:
             output.sum().backward()
     return float(counter.get_total_flops())
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _bundle(options: dict[str, float]) -> str:

@@ -15,11 +15,13 @@ import rewards
 from cluster.placement import Placement, PlacementError, place_for
 from cluster.session import resources_at_hand
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
-from diffusion.base_model import BaseModelError, check_parts, load_kernel
+from diffusion.locate import BaseModelError, is_unconditional
+from diffusion.pipelines import check_parts, load_kernel
 from learner import controller, environment, resume
 from learner.checkpoint import CheckpointError
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
 from learner.ledger import LedgerError
+from learner.objectives import OBJECTIVES
 from learner.receipts import RanksDiverged, StaleWeights
 from learner.resume import OpenRun
 from learner.runner import Runner
@@ -145,8 +147,10 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         prompts = prompts + (attempt(lambda: controller.evaluation_prompts(config)) or [])
     path = str(resolve(config.model.path))
     attempt(lambda: check_parts(path))
-    attempt(lambda: load_kernel(path, config.sampler.steps, config.sampler.eta), "sampler.steps: ")
-    attempt(lambda: rewards.check(config.reward.name, config.reward.weights, config.reward.options, prompts))
+    attempt(lambda: _check_prompting(config, path))
+    attempt(lambda: load_kernel(path, config.sampler.steps, config.sampler.eta, config.sampler.grid), "sampler.steps: ")
+    reward = config.reward
+    attempt(lambda: rewards.check(reward.name, reward.weights, reward.options, prompts, _needing_gradients(config)))
     if config.run.runner == "inprocess":
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")
@@ -156,6 +160,27 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
     placement = attempt(lambda: place_for(config, resources))
     _raise(found)
     return placement, resources
+
+
+def _check_prompting(config: Config, path: str) -> None:
+    """
+    Raises:
+        ConfigError: prompts or guidance for a model that takes none, or none for one that does.
+    """
+    faults = []
+    if is_unconditional(path):
+        if config.prompts.path is not None or config.evaluation.prompts is not None:
+            faults.append(f"prompts.path, evaluation.prompts: {path} takes no prompts; set prompts.path=null")
+        if config.sampler.guidance != 1:
+            faults.append(f"sampler.guidance: {path} takes no prompts, so there is nothing to guide; set it to 1")
+    elif config.prompts.path is None:
+        faults.append(f"prompts.path: {path} takes prompts; name a file of them")
+    _raise(faults)
+
+
+def _needing_gradients(config: Config) -> str | None:
+    """The objective, if it learns from reward gradients."""
+    return config.objective.kind if OBJECTIVES[config.objective.kind].reward_gradients else None
 
 
 def _raise(faults: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The learner's state as the files of a checkpoint: all that a resumed run needs to go on bitwise.
 
-`learner.pt` is the same on every rank; `replay-RANK.pt` holds the rollouts that a rank's flow fits draw from. Both
-hold only tensors, numbers and strings, and are read with `weights_only=True`.
+`learner.pt` is the same on every rank; `replay-RANK.pt` holds the rollouts that a rank may still
+train on. Both hold only tensors, numbers and strings, and are read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from diffusion.trajectory import Chunk, Scores, Trajectories
+from learner.experience import Experience
 
 LEARNER_FILE = "learner.pt"
 ARRAYS = ("timesteps", "states", "log_pf", "log_pb", "selected", "model_output")
@@ -34,27 +35,30 @@ def parse(content: bytes) -> dict[str, Any]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def dump_replay(replay: Iterable[Sequence[tuple[Trajectories, Scores]]]) -> bytes:
-    """Epochs of scored trajectories."""
-    return dump({"epochs": [[_pack(*scored) for scored in epoch] for epoch in replay]})
+def dump_replay(replay: Iterable[Sequence[Sequence[Experience]]]) -> bytes:
+    """Epochs of updates of scored trajectories."""
+    return dump({"epochs": [[[_pack(one) for one in update] for update in epoch] for epoch in replay]})
 
 
-def parse_replay(content: bytes) -> list[list[tuple[Trajectories, Scores]]]:
-    return [[_unpack(scored) for scored in epoch] for epoch in parse(content)["epochs"]]
+def parse_replay(content: bytes) -> list[list[list[Experience]]]:
+    return [[[_unpack(one) for one in update] for update in epoch] for epoch in parse(content)["epochs"]]
 
 
-def _pack(trajectories: Trajectories, scores: Scores) -> dict[str, Any]:
+def _pack(one: Experience) -> dict[str, Any]:
+    made = one.trajectories
     return {
-        "chunk": asdict(trajectories.chunk),
-        "policy_version": trajectories.policy_version,
-        "adapter_sha256": trajectories.adapter_sha256,
-        "rewards": torch.from_numpy(np.array(scores.rewards)),
-        **{name: torch.from_numpy(np.array(getattr(trajectories, name))) for name in ARRAYS},
+        "chunk": asdict(made.chunk),
+        "policy_version": made.policy_version,
+        "adapter_sha256": made.adapter_sha256,
+        "rewards": torch.from_numpy(np.array(one.scores.rewards)),
+        "prepared": {name: torch.from_numpy(np.array(values)) for name, values in one.prepared.items()},
+        **{name: torch.from_numpy(np.array(getattr(made, name))) for name in ARRAYS},
     }
 
 
-def _unpack(packed: dict[str, Any]) -> tuple[Trajectories, Scores]:
+def _unpack(packed: dict[str, Any]) -> Experience:
     chunk = Chunk(**packed["chunk"])
     arrays = {name: packed[name].numpy() for name in ARRAYS}
     trajectories = Trajectories(chunk, packed["policy_version"], packed["adapter_sha256"], **arrays)
-    return trajectories, Scores(chunk, packed["rewards"].numpy())
+    prepared = {name: values.numpy() for name, values in packed["prepared"].items()}
+    return Experience(trajectories, Scores(chunk, packed["rewards"].numpy()), prepared)

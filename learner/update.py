@@ -1,7 +1,8 @@
 """The learner: GFlowNet updates of the LoRA and the flow network from scored trajectories.
 
 Plain Python and torch; one instance a rank. With several ranks each holds an equal share of every update's
-trajectories and DistributedDataParallel averages the gradients, so any number of ranks does the same update.
+trajectories and DistributedDataParallel averages the gradients, so any number of ranks does the same update. What is
+minimised is the objective's business (learner/objectives/).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
 from learner import receipts, state
 from learner.config import Config
-from learner.flow import FlowNetwork
-from learner.objectives import db
+from learner.experience import Experience
+from learner.objectives import OBJECTIVES
+from learner.objectives.base import Policy, Population, Transitions
 
 Scored = tuple[Trajectories, Scores]
 
@@ -35,52 +38,38 @@ class NonFiniteGradient(ArithmeticError):
 
 @dataclass(frozen=True)
 class Training:
-    """What an epoch of training did, means over ranks: loss, residual^2, drift (squared change of the output since
-    rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss."""
+    """What an epoch of training did, means over ranks: loss and its parts by objective, drift (squared change of the
+    output since rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss."""
 
     metrics: dict[str, float]  # means over the epoch's updates
     updates: list[dict[str, float]]  # the same of each update
     trajectory_ids: tuple[int, ...]  # this rank's, in the order trained
 
 
-@dataclass
-class Transitions:
-    """A batch of b transitions, tensors on the learner's device. Rewards are raw."""
-
-    x: Tensor  # [b, C, H, W]
-    x_next: Tensor  # [b, C, H, W]
-    t: Tensor  # [b] int64
-    t_next: Tensor  # [b] int64
-    embeddings: Tensor  # [b, L, E]
-    reward: Tensor  # [b] of the clean prediction at x
-    reward_next: Tensor  # [b] of the clean prediction at x_next
-    reward_terminal: Tensor  # [b] of the terminal state
-    terminal: Tensor  # [b] bool: x_next is the state whose flow is the reward
-    log_pf_old: Tensor  # [b] nats, summed over dimensions, of the rollout
-    output_old: Tensor  # [b, C, H, W] guided output of the rollout; [b, 0, H, W] in flow-only fits, which need none
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Transitions]) -> Transitions:
-        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
-
-
 class Learner:
     """Holds the policy's adapter, the flow network and their optimizers."""
 
-    def __init__(self, model: BaseModel, flow: FlowNetwork, config: Config) -> None:
-        """`model` has its adapter attached. Wraps both networks in DDP if a process group is there."""
-        self.model, self.config, self.objective = model, config, config.objective
-        self.kernel = model.kernel(config.sampler.steps, config.sampler.eta)
+    def __init__(self, model: BaseModel, flow: nn.Module | None, config: Config) -> None:
+        """`model` has its adapter attached; `flow` is the network that the objective asks for, if it does. Wraps both
+        in DDP if a process group is there."""
+        self.model, self.config = model, config
+        self.kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)
+        self.objective = OBJECTIVES[config.objective.kind](config.objective, self.kernel)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.unet: nn.Module = self._parallel(model.unet)
-        self.flow: nn.Module = self._parallel(flow.to(model.device))
+        self.policy = Policy(model, self.kernel, config.sampler.guidance, self.unet)
         self.policy_parameters: list[nn.Parameter] = [p for _, p in lora.named(model.unet)]
-        self.flow_parameters: list[nn.Parameter] = list(flow.parameters())
         decay = config.learner.weight_decay
         self.policy_optimizer = AdamW(self.policy_parameters, lr=config.learner.learning_rate, weight_decay=decay)
-        self.flow_optimizer = AdamW(self.flow_parameters, lr=config.flow.learning_rate, weight_decay=decay)
-        self.replay: deque[list[Scored]] = deque(maxlen=config.flow.replay_epochs)
+        self.flow: nn.Module | None = None
+        if flow is not None:
+            self.flow = self._parallel(flow.to(model.device))
+            self.flow_parameters: list[nn.Parameter] = list(flow.parameters())
+            decay = decay if config.flow.weight_decay is None else config.flow.weight_decay
+            self.flow_optimizer = AdamW(self.flow_parameters, lr=config.flow.learning_rate, weight_decay=decay)
+        # The last epochs, update by update, for flow-only fits and replayed policy updates.
+        self.replay: deque[list[list[Experience]]] = deque(maxlen=config.kept_epochs)
         self.published = lora.snapshot(model.unet, 0)
 
     def _parallel(self, module: nn.Module) -> nn.Module:
@@ -98,21 +87,41 @@ class Learner:
         return fresh
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
-        """One optimizer step of the policy for each element of `updates`, this rank's share of that update.
+        """One optimizer step of the policy for each element of `updates`, this rank's share of that update; then
+        train.replay_updates more, each on an update of an earlier epoch.
 
         Raises:
             StaleWeights: trajectories of another adapter than the published one.
         """
         for trajectories, _ in (scored for update in updates for scored in update):
             receipts.check(trajectories, self.published, f"chunk {trajectories.chunk.index} of epoch {epoch}")
-        if self.config.flow.fit_steps or self.config.flow.warmup_steps:
-            self.replay.append([(_without_output(made), scores) for update in updates for made, scores in update])
-        rows: list[dict[str, float]] = []
-        for index, update in enumerate(updates):
-            steps = self.config.flow.fit_steps + (self.config.flow.warmup_steps if epoch == index == 0 else 0)
-            metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
-            batches = (batch for scored in update for batch in self._micro_batches(scored))
-            rows.append(metrics | self.update(batches, sum(scored[0].selected.size for scored in update), beta))
+        fresh = [[Experience(*scored) for scored in update] for update in updates]
+        self._prepare([one for update in fresh for one in update])
+        train = self.config.train
+        earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
+        if self.replay.maxlen:
+            keep = (lambda one: one) if train.replay_updates else Experience.without_output
+            self.replay.append([[keep(one) for one in update] for update in fresh])
+        rows = [self._train(epoch, index, beta, update) for index, update in enumerate(fresh)]
+        for index in range(len(fresh), len(fresh) + train.replay_updates) if earlier else ():
+            # The same draw on every rank: each holds its share of the same past update.
+            pick = noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, index).integers(len(earlier))
+            past = earlier[pick]
+            age = self.published.version - past[0].trajectories.policy_version
+            rows.append({**self._train(epoch, index, beta, past), "replay_age": float(age)})
+        trained = (number for update in updates for made, _ in update for number in made.chunk.trajectory_ids)
+        return Training(*self._over_ranks(rows), tuple(trained))
+
+    def _train(self, epoch: int, index: int, beta: float, update: Sequence[Experience]) -> dict[str, float]:
+        """One update of an epoch, after the flow-only steps that precede it."""
+        flow = self.config.flow
+        steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
+        metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
+        batches = (batch for one in update for batch in self._micro_batches(one, beta))
+        return metrics | self.update(batches, sum(map(len, update)), beta)
+
+    def _over_ranks(self, rows: list[dict[str, float]]) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Means over ranks: of all updates, and of each."""
         names = sorted({name for row in rows for name in row})
         table = torch.tensor([[row.get(name, np.nan) for name in names] for row in rows], dtype=torch.float64)
         table = table.to(self.model.device)
@@ -124,33 +133,35 @@ class Learner:
             {name: value for name, value in zip(names, row, strict=True) if not np.isnan(value)}
             for row in table.tolist()
         ]
-        trained = (number for update in updates for made, _ in update for number in made.chunk.trajectory_ids)
-        return Training(means, each, tuple(trained))
+        return means, each
 
     def state_files(self) -> dict[str, bytes]:
-        """What this rank adds to a checkpoint: the rollouts that its flow fits draw from, and from rank 0, being equal
+        """What this rank adds to a checkpoint: the rollouts that it may still train on, and from rank 0, being equal
         on all ranks, networks, optimizers and, under lora/, the adapter for other programs."""
         files = {state.replay_file(self.rank): state.dump_replay(self.replay)}
         if self.rank == 0:
             files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
-            files[state.LEARNER_FILE] = state.dump(
-                {
-                    "version": self.published.version,
-                    "adapter": torch.from_numpy(np.array(self.published.flat)),
-                    "flow": _unwrap(self.flow).state_dict(),
-                    "policy_optimizer": self.policy_optimizer.state_dict(),
-                    "flow_optimizer": self.flow_optimizer.state_dict(),
-                }
-            )
+            saved: dict[str, Any] = {
+                "version": self.published.version,
+                "adapter": torch.from_numpy(np.array(self.published.flat)),
+                "policy_optimizer": self.policy_optimizer.state_dict(),
+                "objective": self.objective.state(),
+            }
+            if self.flow is not None:
+                saved["flow"] = _unwrap(self.flow).state_dict()
+                saved["flow_optimizer"] = self.flow_optimizer.state_dict()
+            files[state.LEARNER_FILE] = state.dump(saved)
         return files
 
     def restore(self, files: dict[str, bytes]) -> None:
         """Go on from a checkpoint's files, made by as many ranks as there are now."""
         saved = state.parse(files[state.LEARNER_FILE])
         lora.load(self.model.unet, saved["adapter"].numpy())
-        _unwrap(self.flow).load_state_dict(saved["flow"])
         self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
-        self.flow_optimizer.load_state_dict(saved["flow_optimizer"])
+        self.objective.restore(saved["objective"])
+        if self.flow is not None:
+            _unwrap(self.flow).load_state_dict(saved["flow"])
+            self.flow_optimizer.load_state_dict(saved["flow_optimizer"])
         self.replay.clear()
         self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
         self.published = lora.snapshot(self.model.unet, saved["version"])
@@ -162,8 +173,8 @@ class Learner:
         Raises:
             NonFiniteGradient: the network whose gradient it was is unchanged.
         """
-        joint = self.config.flow.fit_steps == 0
-        nets = [self.unet, self.flow] if joint else [self.unet]
+        joint = self.flow is not None and self.config.flow.fit_steps == 0
+        nets = [self.unet, self.flow] if joint and self.flow is not None else [self.unet]
         totals: dict[str, float] = {}
         done = 0
         for batch in batches:
@@ -180,56 +191,63 @@ class Learner:
         return totals
 
     def loss(self, batch: Transitions, beta: float, flow_gradient: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """DAG-DB loss of a batch, mean over its transitions, with its parts detached."""
-        objective, kernel = self.objective, self.kernel
-        output, _ = self.model.predict(batch.x, batch.t, batch.embeddings, self.config.sampler.guidance, self.unet)
-        log_pf = kernel.log_pf(output, batch.t, batch.x, batch.x_next, objective.log_prob_reduction)
-        delta = self.residual(batch, log_pf, beta, flow_gradient)
-        variance = kernel.variance(batch.t)
-        weights = db.transition_weights(variance, self._grid_variance(), objective.transition_weight)
-        balance = (weights * db.penalty(delta, objective.penalty, objective.huber_width)).mean()
+        """The objective's loss of a batch and the regulariser, means over its transitions, with its parts detached."""
+        if self.objective.reward_gradients:
+            batch.x.requires_grad_()
+        output = self.policy.output(batch)
+        loss, parts = self.objective.loss(batch, output, self.flow, beta, flow_gradient)
         drift = (output - batch.output_old).square().mean()
-        loss = balance + objective.regulariser * drift
+        loss = loss + self.config.objective.regulariser * drift
         with torch.no_grad():
-            moved = kernel.mean(output, batch.t, batch.x) - kernel.mean(batch.output_old, batch.t, batch.x)
-            kl = (moved.square().flatten(1).sum(1) / (2 * variance)).mean()
-        parts = {"loss": loss, "balance": balance, "drift": drift, "kl": kl, "residual_squared": delta.square().mean()}
+            moved = self.kernel.mean(output, batch.t, batch.x) - self.kernel.mean(batch.output_old, batch.t, batch.x)
+            kl = (moved.square().flatten(1).sum(1) / (2 * self.kernel.variance(batch.t))).mean()
+        parts = {"loss": loss, **parts, "drift": drift, "kl": kl}
         return loss, {name: value.detach() for name, value in parts.items()}
 
-    def residual(self, batch: Transitions, log_pf: Tensor, beta: float, flow_gradient: bool) -> Tensor:
-        """delta [b] of the batch under the current flow network (Eq. 8), rewards multiplied by beta."""
-        objective = self.objective
-        with contextlib.nullcontext() if flow_gradient else torch.no_grad():
-            both = self.flow(
-                torch.cat([batch.x, batch.x_next]),
-                torch.cat([batch.t, batch.t_next]),
-                torch.cat([batch.embeddings, batch.embeddings]),
-            )
-        f, f_next = both.chunk(2)
-        scale = beta if objective.forward_looking != "none" else 0.0
-        psi, psi_next = (
-            scale * db.gamma(self.kernel.abar(t), objective.forward_looking_decay) * reward
-            for t, reward in ((batch.t, batch.reward), (batch.t_next, batch.reward_next))
-        )
-        log_flow_next = db.next_log_flow(
-            f_next, psi_next, beta * batch.reward_terminal, batch.terminal, objective.detach_next_flow
-        )
-        log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, objective.log_prob_reduction)
-        return db.residual(db.log_flow(f, psi), log_pf, log_pb, log_flow_next)
+    def prepare(self, batch: Transitions) -> None:
+        """Let the objective compute what it needs once an epoch, under the policy as it stands."""
+        batch.prepared.update(self.objective.prepare(self.policy, batch))
+
+    def _prepare(self, chunks: Sequence[Experience]) -> None:
+        self.objective.begin_epoch(self._population(chunks))
+        for one in chunks:
+            flats = [flat for window in self._windows(one) for flat in window]
+            found: list[dict[str, Tensor]] = []
+            for flat in flats:
+                found.append(self.objective.prepare(self.policy, one.gather(flat, self.model, self.config)))
+                if not found[0]:  # nothing to prepare
+                    break
+            for name in found[0]:
+                values = torch.cat([part[name] for part in found]).cpu().numpy()
+                in_place = np.empty_like(values)
+                in_place[np.concatenate(flats)] = values
+                one.prepared[name] = in_place.reshape(*one.trajectories.selected.shape, *values.shape[1:])
+            one.scores = replace(one.scores, gradients=None, gradient_row=None)
+
+    def _population(self, chunks: Sequence[Experience]) -> Population:
+        mine: list[tuple[int, str, float]] = []
+        for one in chunks:
+            chunk, rewards = one.trajectories.chunk, one.scores.rewards[:, -1].tolist()
+            mine.extend(zip(chunk.trajectory_ids, chunk.prompts, rewards, strict=True))
+        parts = [mine]
+        if self.world_size > 1:
+            parts = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(parts, mine)
+        ids, prompts, values = zip(*sorted(row for part in parts for row in part), strict=True)
+        return Population(ids, prompts, values)
 
     def _fit_flow(self, epoch: int, update: int, beta: float, steps: int) -> dict[str, float]:
         """Flow-only steps on replayed rollouts, with the log p_F that the sampler stored."""
-        pool = [scored for part in self.replay for scored in part]
+        assert self.flow is not None
+        recent = list(self.replay)[-self.config.flow.replay_epochs :]
+        pool = [one for part in recent for past in part for one in past]
         rng = noise.generator(self.config.run.seed, noise.REPLAY, epoch, update, self.rank)
         losses = []
-        per_dim = self.dimensions if self.objective.log_prob_reduction == "mean" else 1
         for _ in range(steps):
             pick = rng.integers(0, len(pool), 4)
             each = max(1, self.config.flow.batch // len(pick))
-            parts = [self._gather(pool[i], rng.integers(0, pool[i][0].selected.size, each)) for i in pick]
-            batch = Transitions.concatenate(parts)
-            delta = self.residual(batch, batch.log_pf_old / per_dim, beta, flow_gradient=True)
-            loss = db.penalty(delta, self.objective.penalty, self.objective.huber_width).mean()
+            parts = [pool[i].gather(rng.integers(0, len(pool[i]), each), self.model, self.config) for i in pick]
+            loss = self.objective.flow_loss(Transitions.concatenate(parts), self.flow, beta)
             loss.backward()
             self._step(self.flow_optimizer, self.flow_parameters)
             losses.append(loss.item())
@@ -240,42 +258,27 @@ class Learner:
         """D: numbers in one latent."""
         return int(np.prod(self.model.latent_shape))
 
-    def _micro_batches(self, scored: Scored) -> Iterator[Transitions]:
-        flat = np.arange(scored[0].selected.size)
-        for start in range(0, len(flat), self.config.learner.micro_batch):
-            yield self._gather(scored, flat[start : start + self.config.learner.micro_batch])
+    def _windows(self, one: Experience) -> list[list[np.ndarray]]:
+        return one.windows(self.config.learner.micro_batch, self.objective.group)
 
-    def _gather(self, scored: Scored, flat: np.ndarray) -> Transitions:
-        """The transitions at positions `flat` of selected.ravel()."""
-        trajectories, scores = scored
-        row, column = np.unravel_index(flat, trajectories.selected.shape)
-        step = trajectories.selected[row, column]
-        n = len(trajectories.timesteps)
-        end = n - 1 if self.objective.last_transition == "skip" else n
-        device = self.model.device
+    def _micro_batches(self, one: Experience, beta: float) -> Iterator[Transitions]:
+        """The chunk's transitions. Where a micro-batch cannot hold a group, the group's advantages are computed in a
+        pass before, under the same weights."""
+        for window in self._windows(one):
+            batches = [one.gather(flat, self.model, self.config) for flat in window]
+            if len(batches) > 1:
+                self._compare(batches, beta)
+            yield from batches
 
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        times = np.append(trajectories.timesteps, 0)
-        # States without a reward have psi = 0 (forward_looking none, or before forward_looking_from).
-        rewards = np.nan_to_num(scores.rewards - np.float32(self.objective.reward_offset))
-        return Transitions(
-            x=tensor(trajectories.states[row, step]),
-            x_next=tensor(trajectories.states[row, step + 1]),
-            t=tensor(times[step]),
-            t_next=tensor(times[step + 1]),
-            embeddings=self.model.embed([trajectories.chunk.prompts[r] for r in row]),
-            reward=tensor(rewards[row, step]),
-            reward_next=tensor(rewards[row, step + 1]),
-            reward_terminal=tensor(rewards[row, end]),
-            terminal=tensor(step + 1 >= end),
-            log_pf_old=tensor(trajectories.log_pf[row, step]),
-            output_old=tensor(trajectories.model_output[row, column]),
-        )
-
-    def _grid_variance(self) -> Tensor:
-        return self.kernel.variance(self.kernel.timesteps)
+    def _compare(self, batches: Sequence[Transitions], beta: float) -> None:
+        """Advantages of a group that is spread over micro-batches."""
+        with torch.no_grad():
+            raw = [
+                self.objective.raw_advantage(batch, self.policy.output(batch), self.flow, beta) for batch in batches
+            ]
+            advantage = self.objective.advantages(torch.cat(raw))
+        for batch, part in zip(batches, advantage.split([len(batch.t) for batch in batches]), strict=True):
+            batch.prepared["advantage"] = part
 
     def _sync_last(self, nets: Sequence[nn.Module], last: bool) -> contextlib.ExitStack:
         """Gradients are exchanged once an update, in its last backward pass."""
@@ -299,8 +302,3 @@ class Learner:
 
 def _unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-def _without_output(made: Trajectories) -> Trajectories:
-    """For the replay: flow-only fits do not use the rollout's model output, a third of a trajectory's bytes."""
-    return replace(made, model_output=made.model_output[:, :, :0].copy())

@@ -25,7 +25,7 @@ class UnknownReward(ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 
-NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "shapes_alignment")
+NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "shapes_alignment", "shapes_alignment_soft")
 
 
 def load(name: str, weights: str | None = None, device: str = "cpu", **options: Any) -> Reward:
@@ -49,6 +49,10 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
         from rewards.shapes_alignment import ShapesAlignment
 
         factory: Callable[..., Reward] = ShapesAlignment
+    elif name == "shapes_alignment_soft":
+        from rewards.shapes_alignment_soft import ShapesAlignmentSoft
+
+        factory = ShapesAlignmentSoft
     else:
         from rewards.jpeg import JpegSize
 
@@ -60,17 +64,22 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
         raise ValueError(f"reward.options: {name}: {error}") from error
 
 
-def check(name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str]) -> None:
-    """Find out before anything starts whether `load` would fail, or the reward refuse a prompt. A user's own reward
-    is only imported, not made: it may need the actor's device.
+def check(
+    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None
+) -> None:
+    """Find out before anything starts whether `load` would fail, the reward refuse a prompt, or an `objective` that
+    learns from its gradient find none. A user's own reward is only imported, not made: it may need the actor's device.
 
     Raises:
-        ValueError: as `load`, or naming the prompt.
+        ValueError: as `load`, or naming the prompt, or reward and objective.
     """
-    if ":" in name and weights is None:
-        _import(name)
-        return
-    reward = load(name, weights, **options)
+    reward = _import(name) if ":" in name and weights is None else load(name, weights, **options)
+    if objective and not getattr(reward, "differentiable", False):
+        raise ValueError(
+            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
+            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, or your own with an attribute "
+            "`differentiable = True` whose scores autograd can follow back to the images"
+        )
     check_prompts = getattr(reward, "check_prompts", None)
     if check_prompts is not None:
         check_prompts(prompts)
@@ -99,10 +108,10 @@ class UserReward:
             self._function = function(**options) if options or isinstance(function, type) else function
         except Exception as error:  # a user's code may raise anything
             raise UnknownReward(f"reward.name: {name} cannot be made: {type(error).__name__}: {error}") from error
-        self.differentiable = bool(getattr(self._function, "differentiable", False))
+        self.differentiable = bool(getattr(self._function, "differentiable", getattr(function, "differentiable", False)))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        scores = torch.as_tensor(self._function(images, prompts), dtype=torch.float32)
+        scores = torch.as_tensor(self._function(images, prompts)).float()
         if scores.shape != (len(images),):
             raise ValueError(f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images")
         return scores

@@ -12,22 +12,19 @@ is exp(D beta r).
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from learner.objectives.base import Objective, Transitions, both_ends, gamma
+
+if TYPE_CHECKING:
+    from learner.config import Objective as Settings
 
 Penalty = Literal["squared", "huber"]
-Weighting = Literal["uniform", "variance"]
-Decay = Literal["none", "sqrt_abar", "abar"]
-
-
-def gamma(abar: Tensor, decay: Decay) -> Tensor:
-    """Weight gamma_t [B] of the forward-looking reward: 1, or the shrinking of arXiv 2412.07775 (sqrt(abar_t) or
-    abar_t). A clean prediction from pure noise says little about the image; at t = 0 gamma is 1 by definition."""
-    if decay == "none":
-        return torch.ones_like(abar)
-    return abar.sqrt() if decay == "sqrt_abar" else abar
 
 
 def log_flow(f: Tensor, psi: Tensor) -> Tensor:
@@ -57,17 +54,51 @@ def penalty(delta: Tensor, kind: Penalty, huber_width: float = 1.0) -> Tensor:
     return 2 * torch.nn.functional.huber_loss(delta, torch.zeros_like(delta), reduction="none", delta=huber_width)
 
 
-def transition_weights(variance: Tensor, grid_variance: Tensor, kind: Weighting) -> Tensor:
-    """Weight of each transition [B]: 1, or sigma_t^2 over its mean on the grid.
+class DagDB(Objective):
+    """Squared (or Huber) residual; one loss trains policy and flow."""
 
-    The last transition's sigma is tiny and its gradient, 1/sigma^2, drowns the others; variance weights undo that.
-    """
-    if kind == "uniform":
-        return torch.ones_like(variance)
-    return variance / grid_variance.mean()
+    off_policy = True  # delta = 0 does not depend on who chose the transition
+    fits_flow = True
+    # The published code: gradient through both flows, psi of the rollout's own weights.
+    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "corrected": {},
+        "faithful": {"detach_next_flow": False, "forward_looking": "snapshot"},
+    }
 
+    @staticmethod
+    def target(given: Settings, dimensions: int) -> str:
+        exponent = given.beta * (dimensions if given.log_prob_reduction == "mean" else 1)
+        return (
+            f"target proportional to exp({exponent:g} x reward) (beta {given.beta:g}, log-probabilities by "
+            f"{given.log_prob_reduction} over D = {dimensions})"
+        )
 
-def anneal(beta: float, epoch: int, epochs: int, fraction: float) -> float:
-    """beta_e: rises linearly from 0 at epoch 0 to beta after `fraction` of the epochs, then stays."""
-    ramp = fraction * epochs
-    return beta if ramp <= 0 else beta * min(1.0, epoch / ramp)
+    def loss(
+        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_pf = self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, self.given.log_prob_reduction)
+        delta = self.residual(batch, log_pf, flow, beta, flow_gradient)
+        balance = (self.weights(batch) * penalty(delta, self.given.penalty, self.given.huber_width)).mean()
+        return balance, {"balance": balance, "residual_squared": delta.square().mean()}
+
+    def flow_loss(self, batch: Transitions, flow: nn.Module, beta: float) -> Tensor:
+        delta = self.residual(batch, self.log_pf_old(batch), flow, beta, flow_gradient=True)
+        return penalty(delta, self.given.penalty, self.given.huber_width).mean()
+
+    def residual(
+        self, batch: Transitions, log_pf: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
+    ) -> Tensor:
+        """delta [b] of the batch under the current flow network (Eq. 8), rewards multiplied by beta."""
+        given = self.given
+        assert flow is not None
+        with contextlib.nullcontext() if flow_gradient else torch.no_grad():
+            f, f_next = both_ends(flow, batch)
+        scale = beta if given.forward_looking != "none" else 0.0
+        psi, psi_next = (
+            scale * gamma(self.kernel.abar(t), given.forward_looking_decay) * reward
+            for t, reward in ((batch.t, batch.reward), (batch.t_next, batch.reward_next))
+        )
+        log_reward = beta * batch.reward_terminal
+        log_flow_next = next_log_flow(f_next, psi_next, log_reward, batch.terminal, given.detach_next_flow)
+        log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, given.log_prob_reduction)
+        return residual(log_flow(f, psi), log_pf, log_pb, log_flow_next)

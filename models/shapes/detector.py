@@ -27,7 +27,8 @@ def _unit_properties(shape: str) -> tuple[float, float]:
     return float(inside.sum() / 160**2), float((inside * axis[:, None]).sum() / inside.sum())
 
 
-_UNIT = {shape: _unit_properties(shape) for shape in SHAPES}
+# Area and vertical centroid of every shape at radius 1.
+UNIT = {shape: _unit_properties(shape) for shape in SHAPES}
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _fit(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[float, float]
     cx, cy = float((alpha * x).sum() / area), float((alpha * y).sum() / area)
     ious, radii = [], []
     for shape in SHAPES:
-        unit_area, unit_y = _UNIT[shape]
+        unit_area, unit_y = UNIT[shape]
         r = min(float(np.sqrt(area / unit_area)), float(IMAGE_SIZE))
         ideal = np.clip(0.5 - signed_distance(shape, x - cx, y - (cy - unit_y * r), r), 0.0, 1.0)
         ious.append(float(np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -108,33 +109,33 @@ def parse(caption: str) -> Scene:
     return Scene(tuple(things), background)
 
 
-def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+def signed_distance(shape: str, x: Any, y: Any, r: Any, xp: Any = np) -> Any:
     """Distance in pixels to the outline of `shape` of radius `r` centred at the origin, negative inside.
 
-    x, y: same-shaped arrays of pixel coordinates, y downwards. Exact near straight edges; near corners
-    only the sign is.
+    x, y: same-shaped arrays of pixel coordinates, y downwards; with `xp` torch tensors, and r one that broadcasts.
+    Exact near straight edges; near corners only the sign is.
     """
     if shape == "circle":
-        return np.hypot(x, y) - r
+        return xp.hypot(x, y) - r
     if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.85 * r
+        return xp.maximum(xp.abs(x), xp.abs(y)) - 0.85 * r
     if shape == "triangle":
-        return np.maximum(np.abs(x) * 0.866 - y * 0.5, y) - 0.5 * r
+        return xp.maximum(xp.abs(x) * 0.866 - y * 0.5, y) - 0.5 * r
     if shape == "star":
-        angle = np.arctan2(x, -y)
-        sector = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        rho = np.hypot(x, y)
-        px, py = rho * np.cos(sector), rho * np.sin(sector)
+        angle = xp.arctan2(x, -y)
+        sector = xp.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+        rho = xp.hypot(x, y)
+        px, py = rho * xp.cos(sector), rho * xp.sin(sector)
         # The edge runs from the tip (r, 0) to the notch at radius 0.42 r, angle pi/5.
-        nx, ny = 0.42 * r * np.cos(np.pi / 5), 0.42 * r * np.sin(np.pi / 5)
-        ex, ey = nx - r, ny
-        return ((px - r) * -ey + py * ex) / -np.hypot(ex, ey)
+        nx, ny = 0.42 * float(np.cos(np.pi / 5)), 0.42 * float(np.sin(np.pi / 5))
+        ex, ey = nx - 1, ny
+        return ((px - r) * -ey + py * ex) / -float(np.hypot(ex, ey))
     if shape == "cross":
         arm, width = 0.95 * r, 0.32 * r
-        ax, ay = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(ax - arm, ay - width), np.maximum(ax - width, ay - arm))
+        ax, ay = xp.abs(x), xp.abs(y)
+        return xp.minimum(xp.maximum(ax - arm, ay - width), xp.maximum(ax - width, ay - arm))
     if shape == "ring":
-        return np.abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r
+        return xp.abs(xp.hypot(x, y) - 0.75 * r) - 0.25 * r
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from diffusion import lora, noise
-from diffusion.base_model import BaseModel, BaseModelError
+from diffusion.base_model import BaseModel
+from diffusion.locate import BaseModelError
 from diffusion.rollout import RolloutSettings, Sampler
 from diffusion.trajectory import Chunk
 

@@ -1,0 +1,97 @@
+"""Scored trajectories as the learner uses them: transitions gathered to batches, with what the objective prepared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import noise
+from diffusion.base_model import BaseModel
+from diffusion.trajectory import Scores, Trajectories
+from learner.objectives.base import Transitions
+
+if TYPE_CHECKING:
+    from learner.config import Config
+
+
+@dataclass
+class Experience:
+    """One chunk's trajectories and their rewards. `prepared` holds arrays [B, K, ...], by selected transition."""
+
+    trajectories: Trajectories
+    scores: Scores
+    prepared: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Transitions to train on."""
+        return self.trajectories.selected.size
+
+    def without_output(self) -> Experience:
+        """For flow-only fits, which do not use the rollout's model output, a third of a trajectory's bytes."""
+        made = self.trajectories
+        return Experience(replace(made, model_output=made.model_output[:, :, :0].copy()), self.scores, self.prepared)
+
+    def order(self, group: int) -> np.ndarray:
+        """Positions of the transitions in selected.ravel(), in the order they are trained on.
+
+        Objectives that compare transitions with each other get them mixed over trajectories and timesteps, by the
+        chunk's own draw: the groups are the same whatever the ranks, the micro-batches or the chunk's place.
+        """
+        if group == 1:
+            return np.arange(len(self))
+        chunk = self.trajectories.chunk
+        return noise.generator(chunk.seed, noise.GROUPS, chunk.epoch, chunk.index).permutation(len(self))
+
+    def gather(self, flat: np.ndarray, model: BaseModel, config: Config) -> Transitions:
+        """The transitions at positions `flat` of selected.ravel()."""
+        trajectories, scores, objective = self.trajectories, self.scores, config.objective
+        row, column = np.unravel_index(flat, trajectories.selected.shape)
+        step = trajectories.selected[row, column]
+        n = len(trajectories.timesteps)
+        end = n - 1 if objective.last_transition == "skip" else n
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(model.device)
+
+        times = np.append(trajectories.timesteps, 0)
+        # States without a reward have psi = 0 (forward_looking none, or before forward_looking_from).
+        rewards = np.nan_to_num(scores.rewards - np.float32(objective.reward_offset))
+        gradient, gradient_next = (self._gradient(row, step + ahead) for ahead in (0, 1))
+        return Transitions(
+            x=tensor(trajectories.states[row, step]),
+            x_next=tensor(trajectories.states[row, step + 1]),
+            t=tensor(times[step]),
+            t_next=tensor(times[step + 1]),
+            trajectory_id=tensor(np.asarray(trajectories.chunk.trajectory_ids)[row]),
+            embeddings=model.embed([trajectories.chunk.prompts[r] for r in row]),
+            reward=tensor(rewards[row, step]),
+            reward_next=tensor(rewards[row, step + 1]),
+            reward_terminal=tensor(rewards[row, end]),
+            terminal=tensor(step + 1 >= end),
+            log_pf_old=tensor(trajectories.log_pf[row, step]),
+            output_old=tensor(trajectories.model_output[row, column]),
+            clean_gradient=None if gradient is None else tensor(gradient),
+            clean_gradient_next=None if gradient_next is None else tensor(gradient_next),
+            prepared={name: tensor(values[row, column]) for name, values in self.prepared.items()},
+        )
+
+    def _gradient(self, row: np.ndarray, step: np.ndarray) -> np.ndarray | None:
+        """Gradients [b, C, H, W] of the reward to the clean predictions at states (row, step); 0 where none was asked."""
+        gradients, index = self.scores.gradients, self.scores.gradient_row
+        if gradients is None or index is None:
+            return None
+        at = index[row, step]
+        found = gradients[at]
+        found[at < 0] = 0
+        return found
+
+    def windows(self, size: int, group: int) -> list[list[np.ndarray]]:
+        """Positions of the micro-batches, of at most `size` transitions, in lists that hold whole groups."""
+        order = self.order(group)
+        width = max(size // group * group, group)
+        windows = [order[start : start + width] for start in range(0, len(order), width)]
+        return [[window[start : start + size] for start in range(0, len(window), size)] for window in windows]

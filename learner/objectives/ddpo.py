@@ -1,0 +1,92 @@
+"""DDPO: clipped policy gradient on the reward of the image (arXiv 2305.13301). The baseline to beat.
+
+It maximises the expected reward and has no target distribution. Every transition of a trajectory carries the same
+standardised reward; there is no flow network.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion.kernels import DDIMKernel
+from learner.objectives.base import Objective, Policy, Population, Transitions
+from learner.objectives.kl import ADVANTAGE_LIMIT, clipped
+
+if TYPE_CHECKING:
+    from learner.config import Objective as Settings
+
+HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
+
+
+class DDPO(Objective):
+    """Advantage = (R - mean) / std over the epoch's trajectories on all ranks, or over the prompt's last 16."""
+
+    flow = None
+    uses_ratio = True
+    inner_rewards = False
+    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        setting: {"regulariser": 0.0, "anneal_fraction": 0.0}
+        for setting in ("corrected", "faithful")
+    }
+
+    def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
+        super().__init__(settings, kernel)
+        self.history: dict[str, deque[float]] = {}
+        self._advantages: dict[int, float] = {}
+
+    @staticmethod
+    def target(given: Settings, dimensions: int) -> str:
+        return "maximises the expected reward; it has no target distribution, and beta does not matter"
+
+    def state(self) -> dict[str, Any]:
+        return {prompt: list(rewards) for prompt, rewards in self.history.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.history = {prompt: deque(rewards, HISTORY) for prompt, rewards in state.items()}
+
+    @staticmethod
+    def extra_passes(given: Settings) -> int:
+        return int(given.old_log_prob == "learner")
+
+    def begin_epoch(self, population: Population) -> None:
+        by_prompt = self.given.advantage == "prompt"
+        values = advantages(population, self.history if by_prompt else None)
+        self._advantages = dict(zip(population.ids, values.tolist(), strict=True))
+
+    def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
+        values = [self._advantages[number] for number in batch.trajectory_id.tolist()]
+        advantage = torch.tensor(values, dtype=batch.x.dtype, device=batch.x.device)
+        return {"advantage": advantage, **self.recomputed_log_pf(policy, batch)}
+
+    def loss(
+        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_pf = self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, self.given.log_prob_reduction)
+        log_ratio = log_pf - self.log_pf_old(batch)
+        each, outside = clipped(log_ratio, batch.prepared["advantage"], self.given.clip_range)
+        policy_loss = (self.weights(batch) * each).mean()
+        return policy_loss, {"policy_loss": policy_loss, "clipped": outside.float().mean()}
+
+
+def advantages(population: Population, history: dict[str, deque[float]] | None) -> np.ndarray:
+    """Advantages [n] of the population's trajectories, clipped to +-5.
+
+    Without `history`: (R - mean) / (std + 1e-8) over all. With it the population's rewards are added to it, and a
+    prompt that has 16 by then is standardised by its own (std + 1e-6); the others by all.
+    """
+    rewards = np.asarray(population.rewards, np.float64)
+    result = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+    if history is not None:
+        for prompt, reward in zip(population.prompts, rewards.tolist(), strict=True):
+            history.setdefault(prompt, deque(maxlen=HISTORY)).append(reward)
+        for i, prompt in enumerate(population.prompts):
+            known = np.asarray(history[prompt])
+            if len(known) == HISTORY:
+                result[i] = (rewards[i] - known.mean()) / (known.std() + 1e-6)
+    return result.clip(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)

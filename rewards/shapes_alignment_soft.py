@@ -1,0 +1,117 @@
+"""Prompt alignment for the shapes model that autograd can follow: shapes_alignment.py's parts, made of smooth pieces.
+
+For objectives that learn from the gradient of the reward. Medians become weighted means and the best other shape a
+soft maximum; nothing else differs, so the two rank pictures alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.shapes.detector import MIN_CONTRAST, UNIT
+from models.shapes.world import BACKGROUNDS, COLOURS, PAIR_RADII, PLACES, RADII, SHAPES, Thing, parse, signed_distance
+from rewards.shapes_alignment import (
+    BACKGROUND_WEIGHT, COLOUR_WEIGHT, FORM_WEIGHT, IOU_SLOPE, PLACE_MIDDLE, PLACE_SLOPE, PLACE_WEIGHT, RGB_SLOPE,
+    SIZE_SLOPE,
+)  # fmt: skip
+
+INK_POWER = 8  # weight of a pixel in the object's colour: its RGB distance from the background to this power
+TINY = 1e-3
+
+
+class ShapesAlignmentSoft:
+    """0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a margin, so [0, 1] a picture; see ShapesAlignment."""
+
+    name = "shapes_alignment_soft"
+    differentiable = True
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt that is not of the shapes world."""
+        for prompt in prompts:
+            parse(prompt)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """
+        Raises:
+            ValueError: a prompt that is not of the shapes world, naming it.
+        """
+        scores = []
+        for picture, prompt in zip(images * 255, prompts, strict=True):
+            scene = parse(prompt)
+            middle = picture.shape[2] // 2
+            pair = len(scene.things) == 2
+            parts = [picture[:, :, :middle], picture[:, :, middle:]] if pair else [picture]
+            values = [
+                _score(part, thing, scene.background, pair) for part, thing in zip(parts, scene.things, strict=True)
+            ]
+            scores.append(torch.stack(values).mean())
+        return torch.stack(scores)
+
+
+def _score(picture: Tensor, thing: Thing, background: str | None, pair: bool) -> Tensor:
+    """Of one object in its picture, or half picture, [3, H, W] in 0..255."""
+    frame = [picture[:, :2], picture[:, -2:], picture[:, :, :2], picture[:, :, -2:]]
+    ground = torch.cat([edge.flatten(1) for edge in frame], 1).mean(1)
+    difference = _length(picture - ground[:, None, None])
+    weight = (difference / difference.detach().max().clamp(min=1)) ** INK_POWER
+    ink = (picture * weight).sum((1, 2)) / (weight.sum() + TINY)
+    direction = ink - ground
+    alpha = ((picture - ground[:, None, None]) * direction[:, None, None]).sum(0) / (direction.square().sum() + 1)
+    alpha = ((alpha - 0.15) / 0.7).clamp(0, 1)
+    iou, radius, (cx, cy) = _fit(alpha)
+    shape = SHAPES.index(thing.shape)
+    others = torch.cat([iou[:shape], iou[shape + 1 :]])
+    form = torch.sigmoid(IOU_SLOPE * (iou[shape] - _soft_maximum(others)))
+    if thing.size is not None or pair:
+        low, high = PAIR_RADII if pair else RADII[thing.size or "medium"]
+        outside = torch.maximum(low - radius[shape], radius[shape] - high)
+        form = form * torch.sigmoid(-SIZE_SLOPE * (outside - 2))
+    if thing.place is not None:
+        toward = PLACES[thing.place]
+        height, width = alpha.shape
+        along = toward[0] * (cx - width / 2) + toward[1] * (cy - height / 2)
+        form = (1 - PLACE_WEIGHT) * form + PLACE_WEIGHT * torch.sigmoid(PLACE_SLOPE * (along - PLACE_MIDDLE))
+    contrast = torch.sigmoid((_length(direction) - MIN_CONTRAST) / 10)
+    hue = _margin(ink, list(COLOURS.values()), list(COLOURS).index(thing.colour))
+    whole = contrast * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
+    if background is None:
+        return whole + BACKGROUND_WEIGHT
+    return whole + BACKGROUND_WEIGHT * _margin(ground, list(BACKGROUNDS.values()), list(BACKGROUNDS).index(background))
+
+
+def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Soft IoU [shapes] and radius [shapes] of every shape's drawing of the area and centroid of `alpha` [H, W]."""
+    height, width = alpha.shape
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    x, y = x.to(alpha), y.to(alpha)
+    area = alpha.sum() + TINY
+    cx, cy = (alpha * x).sum() / area, (alpha * y).sum() / area
+    ious, radii = [], []
+    for shape in SHAPES:
+        unit_area, unit_y = UNIT[shape]
+        r = (area / unit_area).sqrt()
+        # A little off the centroid: hypot and the angle have no derivative at the very middle.
+        distance = signed_distance(shape, x - cx + TINY, y - (cy - unit_y * r) + TINY, r, torch)
+        ideal = (0.5 - distance).clamp(0, 1)
+        ious.append(torch.minimum(alpha, ideal).sum() / (torch.maximum(alpha, ideal).sum() + TINY))
+        radii.append(r)
+    return torch.stack(ious), torch.stack(radii), (cx, cy)
+
+
+def _margin(colour: Tensor, known: list[tuple[int, int, int]], asked: int) -> Tensor:
+    table = colour.new_tensor(known)
+    distance = _length((table - colour).T)
+    others = torch.cat([distance[:asked], distance[asked + 1 :]])
+    return torch.sigmoid(RGB_SLOPE * (-_soft_maximum(-others, 0.1) - distance[asked]))
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Euclidean length over the first dimension, with a gradient everywhere."""
+    return (vectors.square().sum(0) + TINY).sqrt()
+
+
+def _soft_maximum(values: Tensor, sharpness: float = 20.0) -> Tensor:
+    return (values * torch.softmax(sharpness * values.detach(), 0)).sum()

@@ -1,0 +1,310 @@
+"""Problems whose answer is known exactly, for the project's own kernel, objectives and update step.
+
+The state is one number (or a few independent ones), so the law of x_0 under the learned policy is found by pushing
+N(0, 1) through the transition densities on a grid: no sampling noise in the metric. Only networks, rollout and rewards
+are the toy's; see docs/algorithms.md for the problems (G, realizable, and M, bimodal).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.kernels import DDIMKernel
+from learner.config import Config
+from learner.objectives.base import Transitions
+from learner.update import Learner
+
+GRID = torch.linspace(-7, 7, 401, dtype=torch.float64)
+WIDTH = float(GRID[1] - GRID[0])
+MODES = ((0.5, -1.0, 0.5), (0.5, 1.0, 0.5))  # of M's base: weight, mean, standard deviation
+REWARD_MODES = ((0.85, 1.2, 0.45), (0.15, -0.8, 0.45))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`log_reward` of one number; the base is N(0, 1), or M's mixture with `bimodal`."""
+
+    steps: int
+    abar: Tensor
+    log_reward: Callable[[Tensor], Tensor]
+    bimodal: bool = False
+    dimensions: int = 1
+
+    def base_epsilon(self, x: Tensor, t: Tensor) -> Tensor:
+        """eps of the base's exact score."""
+        abar = self.abar[t].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        if not self.bimodal:
+            return (1 - abar).sqrt() * x
+        logs, scores = [], []
+        for weight, mean, deviation in MODES:
+            variance = abar * deviation**2 + 1 - abar
+            distance = x - abar.sqrt() * mean
+            logs.append(math.log(weight) - 0.5 * distance.square() / variance - 0.5 * variance.log())
+            scores.append(-distance / variance)
+        posterior = torch.softmax(torch.stack(logs), 0)
+        return -(1 - abar).sqrt() * (posterior * torch.stack(scores)).sum(0)
+
+    def rewards(self, x: Tensor) -> Tensor:
+        """[b]: summed over dimensions."""
+        return self.log_reward(x).flatten(1).sum(1)
+
+
+def schedule(steps: int, high: float, low: float) -> Tensor:
+    return torch.sigmoid(torch.linspace(high, low, steps + 1, dtype=torch.float64))
+
+
+def gaussian(steps: int, dimensions: int = 1) -> Problem:
+    """G with R = N(sqrt(abar_0), 1 - abar_0): the exact reverse kernels have the DDIM variance, so zero loss is
+    attainable."""
+    abar = schedule(steps, 2, -5)
+    mean, variance = abar[0].sqrt().item(), 1 - abar[0].item()
+
+    def log_reward(x: Tensor) -> Tensor:
+        return -((x - mean) ** 2) / (2 * variance) - 0.5 * math.log(2 * math.pi * variance)
+
+    return Problem(steps, abar, log_reward, dimensions=dimensions)
+
+
+def tilted(steps: int) -> Problem:
+    """G with R = exp(x): the base chain tilted by it is exactly Gaussian with the same variances."""
+    return Problem(steps, schedule(steps, 2, -5), lambda x: x)
+
+
+def bimodal() -> Problem:
+    """M: not realizable with Gaussian steps of fixed variance."""
+
+    def log_reward(x: Tensor) -> Tensor:
+        logs = [
+            math.log(weight) - (x - mean) ** 2 / (2 * deviation**2) - math.log(deviation * math.sqrt(2 * math.pi))
+            for weight, mean, deviation in REWARD_MODES
+        ]
+        return torch.logsumexp(torch.stack(logs), 0)
+
+    return Problem(20, schedule(20, 2, -4), log_reward, bimodal=True)
+
+
+class Affine(nn.Module):
+    """a_t x + b_t, per dimension, zero at the start."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.lora_slope = nn.Parameter(torch.zeros(problem.steps + 1, problem.dimensions))
+        self.lora_offset = nn.Parameter(torch.zeros(problem.steps + 1, problem.dimensions))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.lora_slope[t][:, :, None, None] * x + self.lora_offset[t][:, :, None, None]
+
+
+class Perceptron(nn.Module):
+    """Two hidden layers of 64 on (x, where on the grid); the output layer starts at zero."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.steps = problem.steps
+        # Named as adapters are: the learner trains what is called so.
+        self.lora_net = nn.Sequential(
+            nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
+        )
+        nn.init.zeros_(self.lora_net[-1].weight)
+        nn.init.zeros_(self.lora_net[-1].bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        u = (t.float() / self.steps).reshape(-1, 1)
+        angle = math.pi * u
+        inputs = torch.cat([x.reshape(-1, 1), u, angle.sin(), angle.cos(), (2 * angle).sin(), (2 * angle).cos()], 1)
+        return self.lora_net(inputs).reshape(x.shape)
+
+
+class Quadratic(nn.Module):
+    """f(x, t): a quadratic of each dimension a step, summed."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.zeros(problem.steps + 1, 3, problem.dimensions))
+
+    def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return (self.coefficients[t] * torch.stack([torch.ones_like(x), x, x * x], 1)).sum((1, 2))
+
+
+class Flow(nn.Module):
+    """A policy's network as a flow: its output as a field, or as a scalar."""
+
+    def __init__(self, net: nn.Module, scalar: bool) -> None:
+        super().__init__()
+        self.net, self.scalar = net, scalar
+
+    def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        output = self.net(x, t)
+        return output.flatten() if self.scalar else output
+
+
+class ToyModel:
+    """Stands in for BaseModel: eps = the base's, plus a network that is zero at the start; no prompts, no guidance."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.unet = Perceptron(problem) if problem.bimodal else Affine(problem)
+        self.latent_shape = (problem.dimensions, 1, 1)
+
+    def kernel(self, num_steps: int, eta: float, grid: str) -> DDIMKernel:
+        return DDIMKernel(self.problem.abar, torch.arange(self.problem.steps, 0, -1), "epsilon", eta)
+
+    def predict(self, x, t, embeddings, guidance, unet=None):
+        output = self.problem.base_epsilon(x, t) + self.unet(x, t)
+        return output, output
+
+    def predict_reference(self, x, t, embeddings, guidance):
+        return self.problem.base_epsilon(x, t)
+
+
+def make_learner(problem: Problem, kind: str, rate: float, **objective) -> Learner:
+    """Log-probabilities summed, beta 1 and no regulariser, unless `objective` says otherwise."""
+    settings = {
+        "kind": kind, "log_prob_reduction": "sum", "beta": 1.0, "regulariser": 0.0, "kl_weight": 1.0,
+        "anneal_fraction": 0.0, **objective,
+    }  # fmt: skip
+    config = Config.model_validate(
+        {"objective": settings, "learner": {"learning_rate": rate}, "flow": {"learning_rate": rate}}
+    )
+    model = ToyModel(problem)
+    if kind in ("ddpo", "residual_nabla_db_no_flow"):
+        flow: nn.Module | None = None
+    elif kind in ("dag_db", "dag_kl"):
+        flow = Flow(Perceptron(problem), True) if problem.bimodal else Quadratic(problem)
+    else:
+        flow = Flow(Perceptron(problem) if problem.bimodal else Affine(problem), False)
+    return Learner(model, flow, config)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def rollout(learner: Learner, count: int) -> Transitions:
+    """All transitions of `count` on-policy trajectories, step by step, with rewards and their gradients."""
+    model: ToyModel = learner.model  # type: ignore[assignment]
+    problem, kernel = model.problem, learner.kernel
+    x = torch.randn(count, problem.dimensions, 1, 1)
+    states, outputs, times = [x], [], [*kernel.timesteps.tolist(), 0]
+    for step in times[:-1]:
+        t = torch.full((count,), step)
+        outputs.append(model.predict(x, t, None, 1.0)[0])
+        x = kernel.sample(outputs[-1], t, x, torch.randn_like(x))
+        states.append(x)
+    t, every, output = torch.tensor(times).repeat_interleave(count), torch.cat(states), torch.cat(outputs)
+    here, after = slice(0, problem.steps * count), slice(count, None)
+    looking = learner.config.objective.forward_looking
+    clean = every.clone()  # x_0 is itself
+    if looking != "none":
+        inner = t[here]
+        source = model.problem.base_epsilon(every[here], inner) if looking == "base" else output
+        clean[here] = kernel.clean(source, inner, every[here])
+    with torch.enable_grad():
+        clean.requires_grad_()
+        rewards = problem.rewards(clean)
+        gradients = torch.autograd.grad(rewards.sum(), clean)[0]
+    if looking == "none":  # as in a run: nothing is scored but the image
+        gradients[here] = 0
+    reward = rewards.detach()
+    return Transitions(
+        x=every[here], x_next=every[after], t=t[here], t_next=t[after],
+        trajectory_id=torch.arange(count).repeat(problem.steps), embeddings=torch.zeros(problem.steps * count, 1, 1),
+        reward=reward[here], reward_next=reward[after], reward_terminal=reward[-count:].repeat(problem.steps),
+        terminal=t[after] == 0, log_pf_old=kernel.log_pf(output, t[here], every[here], every[after], "sum"),
+        output_old=output, clean_gradient=gradients[here], clean_gradient_next=gradients[after],
+    )  # fmt: skip
+
+
+def pick(batch: Transitions, index: Tensor) -> Transitions:
+    """The transitions at `index`."""
+    values = {name: value[index] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **values)
+
+
+Refill = Callable[[Learner], Transitions]
+
+
+def train(learner: Learner, updates: int, rate: float, draw: Refill) -> dict[str, float]:
+    """`updates` steps of the learner's own update with cosine rates down to 2 %; the last one's metrics."""
+    optimizers = [learner.policy_optimizer, *([learner.flow_optimizer] if learner.flow is not None else [])]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, updates, 0.02 * rate) for o in optimizers]
+    metrics: dict[str, float] = {}
+    for _ in range(updates):
+        batch = draw(learner)
+        learner.prepare(batch)
+        metrics = learner.update([batch], len(batch.t), beta=learner.config.objective.beta)
+        for each in schedules:
+            each.step()
+    return metrics
+
+
+def fresh(count: int) -> Refill:
+    """On-policy: a new rollout for every update."""
+    return lambda learner: rollout(learner, count)
+
+
+def mixed(count: int) -> Refill:
+    """On-policy, in random order: leave-one-out groups mix timesteps."""
+
+    def draw(learner: Learner) -> Transitions:
+        batch = rollout(learner, count)
+        return pick(batch, torch.randperm(len(batch.t)))
+
+    return draw
+
+
+def stale(count: int, every: int, behind: int) -> Refill:
+    """Rollouts made every `every` updates, and trained on `behind` such refreshes later."""
+
+    held: list[Transitions] = []
+    left = 0
+
+    def draw(learner: Learner) -> Transitions:
+        nonlocal held, left
+        if left == 0:
+            held, left = [*held, rollout(learner, count)][-(behind + 1) :], every
+        left -= 1
+        return replace(held[0], prepared={})
+
+    return draw
+
+
+@torch.no_grad()
+def push(learner: Learner, reference: bool = False, dimension: int = 0) -> Tensor:
+    """Density of x_0 on GRID: N(0, 1) pushed through the transitions of the policy, or of the base chain."""
+    model: ToyModel = learner.model  # type: ignore[assignment]
+    kernel, n = learner.kernel, len(GRID)
+    density = torch.exp(-GRID.square() / 2) / math.sqrt(2 * math.pi)
+    x = GRID.reshape(-1, 1, 1, 1).expand(-1, model.problem.dimensions, 1, 1).float()
+    for step in kernel.timesteps.tolist():
+        t = torch.full((n,), step)
+        output = model.predict_reference(x, t, None, 1.0) if reference else model.predict(x, t, None, 1.0)[0]
+        mean = kernel.mean(output, t, x)[:, dimension].flatten().double()
+        sigma = kernel.variance(torch.tensor([step])).double().sqrt()
+        transition = torch.exp(-((GRID[None] - mean[:, None]) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
+        density = (density[:, None] * transition).sum(0) * WIDTH
+    assert abs(float(density.sum()) * WIDTH - 1) < 1e-2
+    return density
+
+
+def total_variation(learner: Learner, residual: bool = False, exponent: float = 1.0) -> float:
+    """TV of x_0 to R^exponent, or to base chain x R^exponent; of the joint law if there are two dimensions."""
+    problem: Problem = learner.model.problem  # type: ignore[attr-defined]
+    target = (exponent * problem.log_reward(GRID)).exp()
+    if residual:
+        target = target * push(learner, reference=True)
+    target = target / (target.sum() * WIDTH)
+    densities = [push(learner, dimension=i) for i in range(problem.dimensions)]
+    if problem.dimensions == 1:
+        return 0.5 * float((densities[0] - target).abs().sum()) * WIDTH
+    joint, wanted = densities[0][:, None] * densities[1], target[:, None] * target
+    return 0.5 * float((joint - wanted).abs().sum()) * WIDTH**2
+
+
+def mean_of_samples(learner: Learner) -> float:
+    return float((GRID * push(learner)).sum()) * WIDTH
