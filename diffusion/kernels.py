@@ -137,13 +137,13 @@ class DDIMKernel:
         signal = self._root(self._abar_next, t, x) * self.clean(model_output, t, x)
         return signal + self._root(self._direction, t, x) * self.epsilon(model_output, t, x)
 
-    def abar(self, t: Tensor) -> Tensor:
-        """Cumulative alpha abar_t [B] float32."""
-        return self._abar.to(t.device)[t].float()
+    def abar(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Cumulative alpha abar_t [B]."""
+        return self._abar.to(t.device)[t].to(dtype)
 
-    def variance(self, t: Tensor) -> Tensor:
-        """sigma_t^2 [B] float32, per dimension."""
-        return self._sigma2.to(t.device)[t].float()
+    def variance(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """sigma_t^2 [B], per dimension."""
+        return self._sigma2.to(t.device)[t].to(dtype)
 
     def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
         """log p_F(x_next | x) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""

@@ -95,8 +95,9 @@ class Scores:
     """Raw rewards, never multiplied by beta: [B, N+1] float32, NaN where no state needed one.
 
     `gradients` [M, C, H, W] float32 of the raw reward with respect to the clean latents, for objectives that learn
-    from them; `gradient_row` [B, N+1] int64 is the row of each state's, -1 where there is none (then it is 0). `images` [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks; `thumbnails` are B PNG files of
-    them, only for training chunks.
+    from them; `gradient_row` [B, N+1] int64 is the row of each state's, -1 where there is none (then it is 0). `images`
+    [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks; `thumbnails` are B PNG files of them, only
+    for training chunks.
     """
 
     chunk: Chunk

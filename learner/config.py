@@ -190,12 +190,13 @@ class Objective(Section):
         description="dag_kl, ddpo: whose log p_F of the rollout policy; learner computes it anew, in its own precision "
         "and batches",
     )
-    group_size: int = Field(8, ge=2, description="dag_kl: transitions that are compared with each other, within a chunk")
+    group_size: int = Field(8, ge=2, description="dag_kl: transitions that are compared with each other, of one chunk")
     kl_weight: float | None = Field(
         None, ge=0, description="dag_kl: weight of the policy loss; default: the final beta, as in the paper"
     )
     advantage: Literal["epoch", "prompt"] = Field(
-        "epoch", description="ddpo: rewards are compared with the epoch's, or the prompt's last 16 once there are so many"
+        "epoch",
+        description="ddpo: rewards are compared with the epoch's, or the prompt's last 16 once it has 16",
     )
     pretrained_strength: float = Field(
         1.0, ge=0, description="residual nabla-DB: exponent eta_p of the base model's density in the target"
@@ -328,10 +329,10 @@ class Config(Section):
         if self.train.replay_updates and not objective.off_policy:
             allowed = ", ".join(kind for kind, other in OBJECTIVES.items() if other.off_policy)
             yield (
-                f"train.replay_updates: {given.kind} learns from the ratio of the current policy to the one that sampled, "
-                f"which gives no gradient outside 1 +- objective.clip_range {given.clip_range:g} and is no weight for the "
-                f"states it met: trajectories of earlier policies are out of its reach; use train.replay_updates=0, or "
-                f"one of {allowed}"
+                f"train.replay_updates: {given.kind} learns from the ratio of the current policy to the one that "
+                f"sampled, which gives no gradient outside 1 +- objective.clip_range {given.clip_range:g} and does not "
+                f"weigh the states that were met: trajectories of earlier epochs' policies are out of its reach; use "
+                f"train.replay_updates=0, or one of {allowed}"
             )
         if (self.flow.fit_steps or self.flow.warmup_steps) and not objective.fits_flow:
             allowed = ", ".join(kind for kind, other in OBJECTIVES.items() if other.fits_flow)

@@ -80,7 +80,7 @@ class Experience:
         )
 
     def _gradient(self, row: np.ndarray, step: np.ndarray) -> np.ndarray | None:
-        """Gradients [b, C, H, W] of the reward to the clean predictions at states (row, step); 0 where none was asked."""
+        """Gradients [b, C, H, W] of the reward to the clean predictions at (row, step); 0 where there is none."""
         gradients, index = self.scores.gradients, self.scores.gradient_row
         if gradients is None or index is None:
             return None

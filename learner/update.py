@@ -273,9 +273,7 @@ class Learner:
     def _compare(self, batches: Sequence[Transitions], beta: float) -> None:
         """Advantages of a group that is spread over micro-batches."""
         with torch.no_grad():
-            raw = [
-                self.objective.raw_advantage(batch, self.policy.output(batch), self.flow, beta) for batch in batches
-            ]
+            raw = [self.objective.raw_advantage(batch, self.policy.output(batch), self.flow, beta) for batch in batches]
             advantage = self.objective.advantages(torch.cat(raw))
         for batch, part in zip(batches, advantage.split([len(batch.t) for batch in batches]), strict=True):
             batch.prepared["advantage"] = part

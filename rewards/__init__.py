@@ -108,7 +108,9 @@ class UserReward:
             self._function = function(**options) if options or isinstance(function, type) else function
         except Exception as error:  # a user's code may raise anything
             raise UnknownReward(f"reward.name: {name} cannot be made: {type(error).__name__}: {error}") from error
-        self.differentiable = bool(getattr(self._function, "differentiable", getattr(function, "differentiable", False)))
+        self.differentiable = bool(
+            getattr(self._function, "differentiable", getattr(function, "differentiable", False))
+        )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         scores = torch.as_tensor(self._function(images, prompts)).float()

@@ -26,11 +26,13 @@ class Scorer:
     """A decoder and a reward. Plain Python; actors/ wraps it."""
 
     def __init__(
-        self, decoder: Callable[[torch.Tensor], torch.Tensor], reward: Reward, shuffle: bool = False, thumbnail_pixels: int = 0, gradients: bool = False
-    ) -> None:
-        """`decoder` turns latents [B, C, h, w] into images. `shuffle` hands every training trajectory the rewards of another of its chunk: a control without signal.
-        `thumbnail_pixels` is the side of the small pictures kept of training trajectories; 0: none. `gradients`: also
-        those of the reward to the clean latents of training trajectories.
+        self, decoder: Callable[[torch.Tensor], torch.Tensor], reward: Reward, shuffle: bool = False,
+        thumbnail_pixels: int = 0, gradients: bool = False,
+    ) -> None:  # fmt: skip
+        """`decoder` turns latents [B, C, h, w] into images. `shuffle` hands every training trajectory the rewards of
+        another of its chunk: a control without signal. `thumbnail_pixels` is the side of the small pictures kept of
+        training trajectories; 0: none. `gradients`: also those of the reward to the clean latents of training
+        trajectories.
 
         Raises:
             BadReward: `gradients` of a reward that is not differentiable.

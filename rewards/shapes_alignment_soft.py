@@ -14,7 +14,14 @@ from torch import Tensor
 from models.shapes.detector import MIN_CONTRAST, UNIT
 from models.shapes.world import BACKGROUNDS, COLOURS, PAIR_RADII, PLACES, RADII, SHAPES, Thing, parse, signed_distance
 from rewards.shapes_alignment import (
-    BACKGROUND_WEIGHT, COLOUR_WEIGHT, FORM_WEIGHT, IOU_SLOPE, PLACE_MIDDLE, PLACE_SLOPE, PLACE_WEIGHT, RGB_SLOPE,
+    BACKGROUND_WEIGHT,
+    COLOUR_WEIGHT,
+    FORM_WEIGHT,
+    IOU_SLOPE,
+    PLACE_MIDDLE,
+    PLACE_SLOPE,
+    PLACE_WEIGHT,
+    RGB_SLOPE,
     SIZE_SLOPE,
 )  # fmt: skip
 
@@ -23,7 +30,7 @@ TINY = 1e-3
 
 
 class ShapesAlignmentSoft:
-    """0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a margin, so [0, 1] a picture; see ShapesAlignment."""
+    """0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a margin: [0, 1] a picture; see ShapesAlignment."""
 
     name = "shapes_alignment_soft"
     differentiable = True

@@ -42,7 +42,7 @@ class Transitions:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Transitions]) -> Transitions:
-        def join(values: Sequence[Any]) -> Any:
+        def join(values: list[Any]) -> Any:
             if isinstance(values[0], dict):
                 return {name: torch.cat([value[name] for value in values]) for name in values[0]}
             return None if values[0] is None else torch.cat(values)
@@ -77,7 +77,7 @@ class Policy:
         return self.model.predict(batch.x, batch.t, batch.embeddings, self.guidance, self.unet)[0]
 
     def clean(self, x: Tensor, t: Tensor, embeddings: Tensor, reference: bool, guided: bool) -> Tensor:
-        """Clean prediction xhat(x_t) [b, C, H, W] of the adapter as it stands, or of the reference; x itself at t = 0."""
+        """Clean prediction xhat(x_t) [b, C, H, W] of the adapter as it stands, or of the reference; x itself at t=0."""
         guidance = self.guidance if guided else 1.0
         predict = self.model.predict_reference if reference else self._without_ddp
         output = predict(x, t.clamp(min=1), embeddings, guidance)
@@ -115,7 +115,6 @@ class Objective:
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
         self.given, self.kernel = settings, kernel
-        self.grid_variance = kernel.variance(kernel.timesteps)
 
     @property
     def group(self) -> int:
@@ -142,7 +141,7 @@ class Objective:
         """Hear of all rewards of the epoch, before `prepare`."""
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        """Values [b, ...] of the batch computed once an epoch, before its first update; they come back in `prepared`."""
+        """Values [b, ...] of the batch, found once an epoch before its first update; they come back in `prepared`."""
         return {}
 
     def raw_advantage(self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float) -> Tensor:
@@ -186,7 +185,9 @@ class Objective:
 
     def weights(self, batch: Transitions) -> Tensor:
         """Weight [b] of each transition by objective.transition_weight."""
-        return transition_weights(self.kernel.variance(batch.t), self.grid_variance, self.given.transition_weight)
+        kernel, dtype = self.kernel, batch.x.dtype
+        grid = kernel.variance(kernel.timesteps, dtype)
+        return transition_weights(kernel.variance(batch.t, dtype), grid, self.given.transition_weight)
 
 
 def both_ends(flow: nn.Module, batch: Transitions) -> tuple[Tensor, Tensor]:

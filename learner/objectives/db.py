@@ -95,7 +95,7 @@ class DagDB(Objective):
             f, f_next = both_ends(flow, batch)
         scale = beta if given.forward_looking != "none" else 0.0
         psi, psi_next = (
-            scale * gamma(self.kernel.abar(t), given.forward_looking_decay) * reward
+            scale * gamma(self.kernel.abar(t, batch.x.dtype), given.forward_looking_decay) * reward
             for t, reward in ((batch.t, batch.reward), (batch.t_next, batch.reward_next))
         )
         log_reward = beta * batch.reward_terminal

@@ -31,8 +31,7 @@ class DDPO(Objective):
     uses_ratio = True
     inner_rewards = False
     settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        setting: {"regulariser": 0.0, "anneal_fraction": 0.0}
-        for setting in ("corrected", "faithful")
+        setting: {"regulariser": 0.0, "anneal_fraction": 0.0} for setting in ("corrected", "faithful")
     }
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:

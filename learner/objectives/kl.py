@@ -8,13 +8,16 @@ minimises delta^2 with log p_F held fixed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from learner.objectives.base import Policy, Transitions
 from learner.objectives.db import DagDB, penalty
+
+if TYPE_CHECKING:
+    from learner.config import Objective as Settings
 
 ADVANTAGE_LIMIT = 5.0
 TINY = 1e-8

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from learner.objectives.base import Objective, Policy, Transitions, both_ends, gamma
+from learner.objectives.base import FlowKind, Objective, Policy, Transitions, both_ends, gamma
 
 if TYPE_CHECKING:
     from learner.config import Objective as Settings
@@ -49,7 +49,7 @@ class NablaDB(Objective):
     """Forward and reverse loss. The forward loss trains the policy (and, as published, the flow), the reverse loss the
     flow alone: as in the published code no gradient goes through the policy's score with respect to x_t."""
 
-    flow = "gradient"
+    flow: ClassVar[FlowKind | None] = "gradient"
     reward_gradients = True
     prepared_fields = 2
     off_policy = True  # both conditions hold at every transition, whoever chose it
@@ -118,7 +118,9 @@ class NablaDB(Objective):
         """g at x and at x_next [b, C, H, W], the latter beta grad r where that is the terminal state."""
         given = self.given
         terminal = _wide(batch.terminal, h)
-        fade, fade_next = (gamma(self.kernel.abar(t), given.forward_looking_decay) for t in (batch.t, batch.t_next))
+        fade, fade_next = (
+            gamma(self.kernel.abar(t, h.dtype), given.forward_looking_decay) for t in (batch.t, batch.t_next)
+        )
         if not given.decay_terminal:
             fade_next = torch.where(batch.terminal, torch.ones_like(fade_next), fade_next)
         ahead = torch.where(terminal, torch.zeros_like(h_next), h_next.detach() if given.detach_next_flow else h_next)

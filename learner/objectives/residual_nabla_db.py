@@ -12,8 +12,7 @@ p_ref(x_0)^eta_p exp(beta r(x_0)); eta_p is objective.pretrained_strength.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn

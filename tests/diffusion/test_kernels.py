@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from diffusion.kernels import DDIMKernel
 
@@ -143,7 +143,36 @@ def test_refuses_what_has_no_density(change, message):
 
 def test_refuses_a_grid_that_ends_at_zero():
     with pytest.raises(ValueError, match="timestep 0"):
-        DDIMKernel.from_scheduler(DDIMScheduler(**{**SD15, "steps_offset": 0}), 50)
+        DDIMKernel(DDIMScheduler(**SD15).alphas_cumprod, torch.tensor([900, 400, 0]))
+
+
+def test_leading_spacing_without_offset_gets_one():
+    """DDPM pipelines come so, and would evaluate the model at timestep 0."""
+    kernel = DDIMKernel.from_scheduler(DDPMScheduler(num_train_timesteps=1000), 50)
+    assert kernel.timesteps[[0, -1]].tolist() == [981, 1]
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_the_dpm_solver_grid_is_first_order_sde_dpm_solver(spacing):
+    """Every step of diffusers' own sde-dpmsolver++ of order 1, given our noise, is our DDIM step with eta 1."""
+    settings = {**SD15, "timestep_spacing": spacing}
+    kernel = DDIMKernel.from_scheduler(DDIMScheduler(**settings), 20, grid="dpm_solver")
+    own = DPMSolverMultistepScheduler.from_config(
+        DDIMScheduler(**settings).config, algorithm_type="sde-dpmsolver++", solver_order=1,
+        final_sigmas_type="sigma_min",
+    )  # fmt: skip
+    own.set_timesteps(20)
+    assert kernel.timesteps.tolist() == own.timesteps.tolist()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 8, 8, generator=generator)
+    for i, step in enumerate(own.timesteps):
+        output, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+        t = step.expand(3)
+        ours = kernel.sample(output, t, x, noise)
+        theirs = own.step(output, step, x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
+        assert i < 20
+        x = theirs
 
 
 def test_unknown_reduction_is_refused():

@@ -6,11 +6,13 @@ import torch
 import torch.multiprocessing as mp
 
 from diffusion import lora
-from learner import factory, group
+from learner import factory, group, state
 from learner.config import Config
+from learner.experience import Experience
+from learner.objectives.base import Transitions
 from learner.prompts import read_prompts
 from learner.receipts import StaleWeights
-from learner.update import Learner, NonFiniteGradient, Transitions
+from learner.update import Learner, NonFiniteGradient
 from learner.work import training_chunks
 
 
@@ -40,7 +42,11 @@ def stir(learner: Learner) -> None:
 
 
 def batch_of(learner: Learner, epoch) -> Transitions:
-    return Transitions.concatenate([b for scored in epoch for b in learner._micro_batches(scored)])
+    return Transitions.concatenate(micro_batches(learner, epoch))
+
+
+def micro_batches(learner: Learner, epoch) -> list[Transitions]:
+    return [batch for scored in epoch for batch in learner._micro_batches(Experience(*scored), 5.0)]
 
 
 def test_just_sampled_trajectories_have_their_stored_log_pf(prepared):
@@ -59,10 +65,10 @@ def test_last_transition_meets_the_terminal_reward_and_others_the_stored_value(p
     learner, epoch = prepared
     batch = batch_of(learner, epoch)
     log_pf = torch.zeros(len(batch.t))
-    delta = learner.residual(batch, log_pf, 5.0, flow_gradient=False)
+    delta = learner.objective.residual(batch, log_pf, learner.flow, 5.0, flow_gradient=False)
     batch.reward_terminal += 1.0
     batch.reward_next += 10.0
-    moved = learner.residual(batch, log_pf, 5.0, flow_gradient=False) - delta
+    moved = learner.objective.residual(batch, log_pf, learner.flow, 5.0, flow_gradient=False) - delta
     fade = learner.kernel.abar(batch.t_next).sqrt()  # the preset's forward_looking_decay
     expected = torch.where(batch.terminal, -5.0, -50.0 * fade)
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-2)
@@ -71,7 +77,7 @@ def test_last_transition_meets_the_terminal_reward_and_others_the_stored_value(p
 
 def test_both_ends_of_consecutive_transitions_use_one_stored_value(prepared):
     learner, epoch = prepared
-    batch = next(iter(learner._micro_batches(epoch[0])))
+    batch = micro_batches(learner, epoch[:1])[0]
     assert torch.equal(batch.reward_next[:3], batch.reward[1:4])
     assert torch.equal(batch.x_next[:3], batch.x[1:4])
 
@@ -102,7 +108,7 @@ def test_gradients_go_where_the_paper_says(prepared):
 def test_micro_batches_do_not_change_the_gradient(prepared, small_config):
     learner, epoch = prepared
     whole = gradient_of(learner, [batch_of(learner, epoch)])
-    parts = gradient_of(learner, [b for scored in epoch for b in learner._micro_batches(scored)])
+    parts = gradient_of(learner, micro_batches(learner, epoch))
     # Convolution algorithms differ by batch size, so float accuracy relative to the largest entry.
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2e-4 * whole.abs().max().item())
 
@@ -184,9 +190,13 @@ def test_a_restored_learner_goes_on_bitwise(small_config):
     assert restored.published.sha256 == learner.published.sha256
     assert all(torch.equal(p, q) for p, q in zip(restored.flow_parameters, learner.flow_parameters, strict=True))
     again = restored.state_files()
-    assert {name: len(content) for name, content in again.items()} == {
-        name: len(content) for name, content in learner.state_files().items()
-    }
+    same = [state.parse_replay(files[state.replay_file(0)]) for files in (again, learner.state_files())]
+    for one, other in zip(
+        *([one for epoch in part for update in epoch for one in update] for part in same), strict=True
+    ):
+        assert one.trajectories.chunk == other.trajectories.chunk
+        assert np.array_equal(one.trajectories.states, other.trajectories.states)
+        assert np.array_equal(one.scores.rewards, other.scores.rewards, equal_nan=True)
     assert again["lora/kohya.safetensors"] == learner.state_files()["lora/kohya.safetensors"]
 
 
@@ -195,15 +205,13 @@ def _rank(rank: int, config: Config, address: str, epoch, queue) -> None:
     group.join(address, rank, 2, 60, whole_gpu=False)
     learner = factory.build_learner(config)
     stir(learner)
-    queue.put(
-        (rank, gradient_of(learner, [b for scored in epoch[rank::2] for b in learner._micro_batches(scored)]).numpy())
-    )
+    queue.put((rank, gradient_of(learner, micro_batches(learner, epoch[rank::2])).numpy()))
     group.leave()
 
 
 def test_two_ranks_agree_with_one_on_the_gradient(prepared):
     learner, epoch = prepared
-    one = gradient_of(learner, [b for scored in epoch for b in learner._micro_batches(scored)])
+    one = gradient_of(learner, micro_batches(learner, epoch))
     context = mp.get_context("spawn")
     queue = context.Queue()
     address = group.free_address("127.0.0.1")

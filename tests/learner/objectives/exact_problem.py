@@ -101,23 +101,19 @@ class Affine(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Two hidden layers of 64 on (x, where on the grid); the output layer starts at zero."""
+    """Two hidden layers of 64, the step as an embedding; the output layer starts at zero."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
-        self.steps = problem.steps
         # Named as adapters are: the learner trains what is called so.
-        self.lora_net = nn.Sequential(
-            nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
-        )
-        nn.init.zeros_(self.lora_net[-1].weight)
-        nn.init.zeros_(self.lora_net[-1].bias)
+        self.lora_step = nn.Embedding(problem.steps + 1, 64)
+        self.lora_in, self.lora_hidden, self.lora_out = nn.Linear(1, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+        nn.init.zeros_(self.lora_out.weight)
+        nn.init.zeros_(self.lora_out.bias)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        u = (t.float() / self.steps).reshape(-1, 1)
-        angle = math.pi * u
-        inputs = torch.cat([x.reshape(-1, 1), u, angle.sin(), angle.cos(), (2 * angle).sin(), (2 * angle).cos()], 1)
-        return self.lora_net(inputs).reshape(x.shape)
+        hidden = nn.functional.silu(self.lora_in(x.reshape(-1, 1)) + self.lora_step(t))
+        return self.lora_out(nn.functional.silu(self.lora_hidden(hidden))).reshape(x.shape)
 
 
 class Quadratic(nn.Module):

@@ -1,0 +1,102 @@
+"""Where each objective's gradient goes, by torch.autograd.gradcheck, and where it must not go."""
+
+import pytest
+import torch
+from test_slow_loops import BETA, FieldFlow, ScalarFlow, setup
+from torch import nn
+
+
+class Given(nn.Module):
+    """A flow network whose outputs at x and x_next are given tensors."""
+
+    def __init__(self, here: torch.Tensor, after: torch.Tensor) -> None:
+        super().__init__()
+        self.here, self.after = here, after
+
+    def forward(self, x, t, embeddings):
+        return torch.cat([self.here, self.after])
+
+
+def flows(s, kind):
+    flow = ScalarFlow() if kind.startswith("dag") else FieldFlow()
+    x = s.batch.x.detach()
+    return [flow(end, t, None).requires_grad_() for end, t in ((x, s.batch.t), (s.batch.x_next, s.batch.t_next))]
+
+
+def part(s, name, output, here, after):
+    """One part of the loss as a function of the policy's output and the flow's."""
+    return s.objective.loss(s.batch, output, Given(here, after), BETA, True)[1][name]
+
+
+def gradient(value, to):
+    found = torch.autograd.grad(value, to, allow_unused=True, retain_graph=True)[0]
+    return torch.zeros_like(to) if found is None else found
+
+
+def test_dag_db_trains_policy_and_both_flows_as_published():
+    s = setup("dag_db", setting="faithful")
+    output, (here, after) = s.output.detach().requires_grad_(), flows(s, "dag_db")
+    assert torch.autograd.gradcheck(lambda *tensors: part(s, "balance", *tensors), (output, here, after))
+    at_end = gradient(part(s, "balance", output, here, after), after)[s.batch.terminal]
+    assert (at_end == 0).all()
+
+
+def test_dag_db_corrected_stops_at_the_next_flow():
+    s = setup("dag_db")
+    output, (here, after) = s.output.detach().requires_grad_(), flows(s, "dag_db")
+    assert torch.autograd.gradcheck(lambda o, h: part(s, "balance", o, h, after.detach()), (output, here))
+    assert (gradient(part(s, "balance", output, here, after), after) == 0).all()
+
+
+def test_dag_kl_policy_and_flow_learn_from_their_own_term_alone():
+    s = setup("dag_kl", group_size=5, clip_range=0.02, setting="faithful")
+    output, (here, after) = s.output.detach().requires_grad_(), flows(s, "dag_kl")
+    balance, policy = (part(s, name, output, here, after) for name in ("balance", "policy_loss"))
+    assert (gradient(balance, output) == 0).all()
+    assert (gradient(policy, here) == 0).all() and (gradient(policy, after) == 0).all()
+    assert gradient(policy, output).abs().sum() > 0
+    assert torch.autograd.gradcheck(lambda h, a: part(s, "balance", output.detach(), h, a), (here, after))
+    with torch.no_grad():
+        raw = s.objective.raw_advantage(s.batch, output, Given(here, after), BETA)
+    s.batch.prepared["advantage"] = s.objective.advantages(raw)
+    assert torch.equal(part(s, "policy_loss", output, here, after), policy)
+    # Numerically too, the advantage now being a constant. A ratio outside of the clip has no slope where it binds.
+    assert torch.autograd.gradcheck(lambda o: part(s, "policy_loss", o, here.detach(), after.detach()), (output,))
+
+
+def test_ddpo_trains_the_policy():
+    s = setup("ddpo", clip_range=0.02)
+    output = s.output.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda o: s.objective.loss(s.batch, o, None, BETA, True)[0], (output,))
+
+
+@pytest.mark.parametrize("kind", ["nabla_db", "residual_nabla_db"])
+@pytest.mark.parametrize("setting", ["corrected", "faithful"])
+def test_nabla_db(kind, setting):
+    s = setup(kind, setting=setting, forward_looking="base")
+    here, after = flows(s, kind)
+    offset = torch.zeros_like(s.output, requires_grad=True)  # s.output must stay a function of x
+
+    def of(name, offset, here, after):
+        return part(s, name, s.output + offset, here, after)
+
+    if setting == "faithful":
+        assert torch.autograd.gradcheck(lambda o, a: of("forward_loss", o, here, a), (offset, after))
+    else:
+        assert torch.autograd.gradcheck(lambda o: of("forward_loss", o, here, after.detach()), (offset,))
+        assert (gradient(of("forward_loss", offset, here, after), after) == 0).all()
+    assert (gradient(of("forward_loss", offset, here, after), here) == 0).all()
+    assert torch.autograd.gradcheck(lambda h: of("reverse_loss", offset.detach(), h, after), (here,))
+    reverse = of("reverse_loss", offset, here, after)
+    assert (gradient(reverse, offset) == 0).all() and (gradient(reverse, after) == 0).all()
+    masked = gradient(reverse, here)[s.batch.terminal]
+    assert (masked == 0).all() == (setting == "faithful")
+    if kind == "residual_nabla_db":
+        assert torch.autograd.gradcheck(lambda a: of("terminal_loss", offset.detach(), here, a), (after,))
+        assert (gradient(of("terminal_loss", offset, here, after), after)[~s.batch.terminal] == 0).all()
+
+
+def test_no_flow_trains_the_policy_alone():
+    s = setup("residual_nabla_db_no_flow")
+    offset = torch.zeros_like(s.output, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda o: s.objective.loss(s.batch, s.output + o, None, BETA, True)[0], (offset,))
