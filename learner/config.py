@@ -201,6 +201,9 @@ class Objective(Section):
     pretrained_strength: float = Field(
         1.0, ge=0, description="residual nabla-DB: exponent eta_p of the base model's density in the target"
     )
+    flow_start: Literal["zero", "reference"] = Field(
+        "zero", description="nabla_db: what h_phi is added to, nothing (the paper) or the frozen model's own score"
+    )
     reverse_weight: float = Field(1.0, ge=0, description="nabla-DB: weight of the reverse loss")
     reverse_transitions: Literal["all", "inner"] = Field(
         "all", description="nabla-DB: reverse loss on every transition, or (published) on all but the last"

@@ -45,25 +45,31 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
+CORRECTED = {
+    "clean_prediction": "guided", "forward_looking_decay": "abar", "transition_weight": "variance",
+    "anneal_fraction": 0.0,
+}  # fmt: skip
+# The published code: the reward's gradient under the rollout's weights, gradient through both flows, no reverse loss at
+# the last transition, gamma_0 = abar_0, no annealing.
+FAITHFUL = {
+    "clean_prediction": "guided", "forward_looking_decay": "abar", "forward_looking": "snapshot",
+    "detach_next_flow": False, "reverse_transitions": "inner", "decay_terminal": True, "regulariser": 1000.0,
+    "anneal_fraction": 0.0,
+}  # fmt: skip
+
+
 class NablaDB(Objective):
     """Forward and reverse loss. The forward loss trains the policy (and, as published, the flow), the reverse loss the
     flow alone: as in the published code no gradient goes through the policy's score with respect to x_t."""
 
     flow: ClassVar[FlowKind | None] = "gradient"
     reward_gradients = True
-    prepared_fields = 2
+    prepared_fields = 4
     off_policy = True  # both conditions hold at every transition, whoever chose it
     settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "corrected": {
-            "clean_prediction": "guided", "forward_looking_decay": "abar", "transition_weight": "variance",
-            "anneal_fraction": 0.0,
-        },
-        "faithful": {
-            "clean_prediction": "guided", "forward_looking_decay": "abar", "forward_looking": "snapshot",
-            "detach_next_flow": False, "reverse_transitions": "inner", "decay_terminal": True, "regulariser": 1000.0,
-            "anneal_fraction": 0.0,
-        },
-    }  # fmt: skip
+        "corrected": {**CORRECTED, "flow_start": "reference"},
+        "faithful": FAITHFUL,
+    }
 
     @staticmethod
     def target(given: Settings, dimensions: int) -> str:
@@ -71,15 +77,30 @@ class NablaDB(Objective):
 
     @staticmethod
     def extra_passes(given: Settings) -> int:
-        return 5  # forward and back at both ends; the score with respect to x once more back
+        return 7  # forward and back at both ends, forward again for scores; the score with respect to x once more back
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        """Gradients of the raw reward with respect to the states x and x_next, [b, C, H, W] each."""
-        ends = (
-            (batch.x, batch.t, batch.clean_gradient, "gradient"),
-            (batch.x_next, batch.t_next, batch.clean_gradient_next, "gradient_next"),
-        )
-        return {name: self.state_gradient(policy, batch, x, t, clean) for x, t, clean, name in ends}
+        """Gradients of the raw reward with respect to the states x and x_next, and the field that h_phi starts from,
+        [b, C, H, W] each."""
+        found = {}
+        for x, t, clean_gradient, end in (
+            (batch.x, batch.t, batch.clean_gradient, ""),
+            (batch.x_next, batch.t_next, batch.clean_gradient_next, "_next"),
+        ):
+            found[f"gradient{end}"] = self.state_gradient(policy, batch, x, t, clean_gradient)
+            found[f"start{end}"] = self._start(policy, batch, x, t)
+        return found
+
+    @torch.no_grad()
+    def _start(self, policy: Policy, batch: Transitions, x: Tensor, t: Tensor) -> Tensor:
+        """The frozen model's score -eps / sqrt(1 - abar_t) [b, C, H, W]: without it h_phi would first have to learn
+        what the base model knows, and the forward loss would unlearn the policy meanwhile."""
+        if self.given.flow_start == "zero":
+            return torch.zeros_like(x)
+        inner = t.clamp(min=1)
+        output = policy.model.predict_reference(x, inner, batch.embeddings, policy.guidance)
+        noise = _wide((1 - self.kernel.abar(inner, x.dtype)).sqrt(), x)
+        return -self.kernel.epsilon(output, inner, x) / noise
 
     def state_gradient(
         self, policy: Policy, batch: Transitions, x: Tensor, t: Tensor, clean_gradient: Tensor | None
@@ -100,6 +121,7 @@ class NablaDB(Objective):
         self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         h, h_next = self.flow_ends(batch, flow, flow_gradient)
+        h, h_next = h + batch.prepared["start"], h_next + batch.prepared["start_next"]
         g, g_next = self.values(batch, h, h_next, beta)
         kernel, x, x_next = self.kernel, batch.x, batch.x_next
         forward = forward_residual(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.objectives.base import Policy, Transitions
-from learner.objectives.nabla_db import NablaDB
+from learner.objectives.nabla_db import CORRECTED, FAITHFUL, NablaDB
 
 if TYPE_CHECKING:
     from learner.config import Objective as Settings
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class ResidualNablaDB(NablaDB):
     """Forward, reverse and terminal loss."""
 
+    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": CORRECTED, "faithful": FAITHFUL}
     prepared_fields = 4
 
     @staticmethod

@@ -252,7 +252,7 @@ def test_ddpo(reduction):
 def test_nabla_db(kind, strength, setting):
     s = setup(
         kind, setting=setting, pretrained_strength=strength, transition_weight="uniform", forward_looking="base",
-        reverse_weight=0.7,
+        reverse_weight=0.7, flow_start="zero",
     )  # fmt: skip
     forward = reverse = terminal = 0.0
     every = slow(s)
