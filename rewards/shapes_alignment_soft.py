@@ -63,7 +63,7 @@ def _score(picture: Tensor, thing: Thing, background: str | None, pair: bool) ->
     frame = [picture[:, :2], picture[:, -2:], picture[:, :, :2], picture[:, :, -2:]]
     ground = torch.cat([edge.flatten(1) for edge in frame], 1).mean(1)
     difference = _length(picture - ground[:, None, None])
-    weight = (difference / difference.detach().max().clamp(min=1)) ** INK_POWER
+    weight = (difference / difference.max()) ** INK_POWER
     ink = (picture * weight).sum((1, 2)) / (weight.sum() + TINY)
     direction = ink - ground
     alpha = ((picture - ground[:, None, None]) * direction[:, None, None]).sum(0) / (direction.square().sum() + 1)
@@ -121,4 +121,4 @@ def _length(vectors: Tensor) -> Tensor:
 
 
 def _soft_maximum(values: Tensor, sharpness: float = 20.0) -> Tensor:
-    return (values * torch.softmax(sharpness * values.detach(), 0)).sum()
+    return (values * torch.softmax(sharpness * values, 0)).sum()

@@ -1,0 +1,134 @@
+"""A pixel-space DDPM, made on the spot, as a base model: loading, training, and its LoRA in plain diffusers and PEFT."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from peft import PeftModel
+
+import rewards
+from diffusion import lora, noise
+from diffusion.locate import BaseModelError
+from diffusion.pipelines import load_decoder, load_kernel, load_model, without_weights
+from learner.run import main
+from learner.storage import Storage
+
+SETTINGS = (
+    "prompts.path=null", "sampler.guidance=1", "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=4",
+    "train.trajectories=8", "train.epochs=2", "train.updates_per_epoch=1", "evaluation.images=4", "lora.rank=2",
+    "learner.micro_batch=4", "flow.warmup_steps=2", "flow.fit_steps=2", "flow.batch=8", "flow.widths=[8,16]",
+    "mlflow.enabled=false", "run.runner=inprocess", "reward.name=jpeg_incompressibility",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory) -> str:
+    """A DDPM of google/ddpm-cifar10-32's classes, with random weights."""
+    folder = tmp_path_factory.mktemp("ddpm")
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8, attention_head_dim=8,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def flat_ddpm(ddpm, tmp_path_factory) -> str:
+    """The same laid out as on the hub: all files at the top."""
+    folder = tmp_path_factory.mktemp("flat")
+    for source in (f"{ddpm}/unet", f"{ddpm}/scheduler", ddpm):
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet", "scheduler"))
+    return str(folder)
+
+
+def test_both_layouts_load_and_predict_as_plain_diffusers(ddpm, flat_ddpm):
+    plain = UNet2DModel.from_pretrained(f"{ddpm}/unet")
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 900])
+    with torch.no_grad():
+        expected = plain(x, t).sample
+        for path in (ddpm, flat_ddpm):
+            model = load_model(path)
+            model.attach_lora(2, 2, 0)
+            empty = model.embed(["", ""])
+            assert empty.shape == (2, 0, 0) and model.latent_shape == (3, 16, 16) and model.embedding_width is None
+            assert torch.equal(model.predict(x, t, empty, 1.0)[0], expected)
+            assert torch.equal(model.predict_reference(x, t, empty), expected)
+            assert load_kernel(path, 50, 1.0).timesteps[-1] == 1
+    assert without_weights(flat_ddpm)[1] is None
+    images = load_decoder(ddpm)(torch.tensor([-2.0, -1.0, 0.0, 1.0]).reshape(4, 1, 1, 1))
+    assert images.flatten().tolist() == [0, 0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["sampler.transitions=low_variance", "sampler.transition_fraction=0.5", "flow.warmup_steps=0",
+         "flow.fit_steps=0", "objective.kind=residual_nabla_db", "reward.name=bright:reward"],
+    ],
+)  # fmt: skip
+def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_path, monkeypatch, overrides):
+    (tmp_path / "bright.py").write_text(
+        "def reward(images, prompts):\n    return images.mean((1, 2, 3))\n\n\nreward.differentiable = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={run}", "learner.learning_rate=0.05", *overrides]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [-1, 0, 1]
+    adapter = run / "checkpoints/latest/lora"
+    assert sorted(file.name for file in adapter.iterdir()) == sorted(lora.PEFT_FILES)
+    assert Storage(str(run)).read("report.html")
+
+    # The images of the last evaluation, drawn again with plain diffusers and PEFT at the same noise.
+    unet = PeftModel.from_pretrained(UNet2DModel.from_pretrained(f"{ddpm}/unet"), str(adapter)).merge_and_unload()
+    scheduler = DDIMScheduler.from_pretrained(
+        f"{ddpm}/scheduler", clip_sample=False, steps_offset=1, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(4)
+    draws = [noise.normal(0, noise.EVALUATION, 0, range(4), i, (3, 16, 16)) for i in range(5)]
+    x = draws[0]
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(unet(x, t).sample, t, x, eta=1.0, variance_noise=draws[i + 1]).prev_sample
+    name = "bright:reward" if overrides else "jpeg_incompressibility"
+    drawn, close = rewards.load(name)(load_decoder(ddpm)(x), [""] * 4), 1e-5 if overrides else 2e-3
+    recorded = json.loads((run / "evaluation/epoch-000001.json").read_text())["reward"]
+    untrained = json.loads((run / "evaluation/epoch-before.json").read_text())["reward"]
+    assert drawn.tolist() == pytest.approx(recorded, abs=close)
+    assert np.abs(np.subtract(recorded, untrained)).max() > 2 * close
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompts.path=configs/prompts/shapes_placed.txt", "takes no prompts; set prompts.path=null"),
+        ("sampler.guidance=3", "nothing to guide; set it to 1"),
+    ],
+)
+def test_prompts_and_guidance_are_refused(ddpm, tmp_path, capsys, override, message):
+    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={tmp_path / 'run'}", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_prompts_needs_some(tiny_pipeline, tmp_path, capsys):
+    settings = [*SETTINGS, f"model.path={tiny_pipeline}", f"run.dir={tmp_path / 'run'}", "sampler.guidance=3"]
+    assert main(settings) == 2
+    assert "prompts.path" in capsys.readouterr().err
+
+
+def test_a_model_without_attention_is_refused(tmp_path):
+    unet = UNet2DModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), norm_num_groups=8, add_attention=False,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match="no attention"):
+        load_model(str(tmp_path))

@@ -1,0 +1,120 @@
+"""Reward gradients: the soft alignment reward, and the scorer's chain through the decoder."""
+
+import numpy as np
+import pytest
+import torch
+
+import rewards
+from diffusion.pipelines import load_decoder
+from diffusion.trajectory import Chunk, CleanPredictions
+from models.shapes.measure import scenes
+from models.shapes.world import draw
+from rewards.scorer import BadReward, Scorer
+
+
+def pictures(kind: str, count: int = 24) -> tuple[torch.Tensor, list[str]]:
+    """True drawings under noise: nothing is at its best, where the gradient would vanish."""
+    rng = np.random.default_rng(0)
+    asked = scenes(kind, count)
+    images = torch.from_numpy(np.stack([draw(scene, rng) for scene in asked])).permute(0, 3, 1, 2).float() / 255
+    noise = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + noise).clamp(0, 1), [scene.caption() for scene in asked]
+
+
+@pytest.mark.parametrize("kind", ["seen", "small", "two", "right"])
+def test_soft_alignment_agrees_with_the_graded_one(kind):
+    images, prompts = pictures(kind)
+    mixed = torch.cat([images, images.roll(1, 0), images.roll(5, 3)])
+    hard, soft = (rewards.load(name)(mixed, prompts * 3) for name in ("shapes_alignment", "shapes_alignment_soft"))
+    correlation = np.corrcoef(hard, soft.detach())[0, 1]
+    print(f"{kind}: correlation {correlation:.3f}, mean difference {(soft - hard).mean():+.3f}")
+    assert correlation > 0.9
+    assert soft.min() >= 0 and soft.max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["seen", "small", "two", "right"])
+def test_soft_alignment_gradient_is_that_of_finite_differences(kind):
+    images, prompts = pictures(kind, 6)
+    images = images.double().requires_grad_()
+    reward = rewards.load("shapes_alignment_soft")
+    assert reward.differentiable
+    gradient = torch.autograd.grad(reward(images, prompts).sum(), images)[0]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        way = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        up, down = (reward(images.detach() + sign * 1e-6 * way, prompts).sum() for sign in (1, -1))
+        assert (gradient * way).sum().item() == pytest.approx(((up - down) / 2e-6).item(), rel=1e-3)
+
+
+def test_soft_alignment_names_a_foreign_prompt():
+    with pytest.raises(ValueError, match="a cat"):
+        rewards.load("shapes_alignment_soft")(torch.zeros(1, 3, 64, 64), ["a cat"])
+    with pytest.raises(ValueError, match="a cat"):
+        rewards.check("shapes_alignment_soft", None, {}, ["a red circle", "a cat"])
+
+
+def predictions(rows=(0, 0, 1, 1), steps=(1, 2, 0, 2), purpose="train") -> CleanPredictions:
+    generator = torch.Generator().manual_seed(2)
+    chunk = Chunk(0, purpose, 0, 0, ("a red circle", "a blue star on a white background"), (4, 9))
+    latents = torch.randn(len(rows), 4, 16, 16, generator=generator).numpy()
+    return CleanPredictions(chunk, 2, latents, np.array(rows), np.array(steps))
+
+
+def test_scorer_returns_the_gradient_to_the_clean_latents():
+    decoder, reward = load_decoder("models/shapes"), rewards.load("shapes_alignment_soft")
+    clean = predictions()
+    scores = Scorer(decoder, reward, gradients=True).score(clean)
+    plain = Scorer(decoder, reward).score(clean)
+    np.testing.assert_allclose(scores.rewards, plain.rewards, atol=1e-6)
+    assert plain.gradients is None
+    assert scores.gradients.shape == (4, 4, 16, 16) and scores.gradients.dtype == np.float32
+    assert scores.gradient_row.tolist() == [[-1, 0, 1], [2, -1, 3]]
+    prompts = [clean.chunk.prompts[r] for r in clean.row]
+    for i in range(4):  # each latent's own score, whatever it was batched with
+        latent = torch.from_numpy(clean.latents[i : i + 1]).requires_grad_()
+        (alone,) = torch.autograd.grad(reward(decoder(latent), prompts[i : i + 1]).sum(), latent)
+        np.testing.assert_allclose(scores.gradients[i], alone[0].numpy(), rtol=1e-3, atol=1e-6)
+        assert np.abs(scores.gradients[i]).max() > 0
+
+
+def test_evaluation_needs_no_gradients():
+    scorer = Scorer(load_decoder("models/shapes"), rewards.load("shapes_alignment_soft"), gradients=True)
+    assert scorer.score(predictions((0, 1), (2, 2), "evaluate")).gradients is None
+
+
+class Wrong:
+    name, differentiable = "wrong", True
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, images, prompts):
+        if self.kind == "detached":
+            return images.detach().mean((1, 2, 3))
+        # sqrt has an infinite slope at 0.
+        return (images - images.detach()).sum((1, 2, 3)).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("detached", "no way"), ("infinite", "gradient of reward wrong .*'a red")]
+)
+def test_a_gradient_that_is_none_is_refused(kind, message):
+    with pytest.raises(BadReward, match=message):
+        Scorer(load_decoder("models/shapes"), Wrong(kind), gradients=True).score(predictions())
+
+
+def test_a_reward_without_gradient_is_refused_by_the_scorer():
+    with pytest.raises(BadReward, match="jpeg_incompressibility is not differentiable"):
+        Scorer(load_decoder("models/shapes"), rewards.load("jpeg_incompressibility"), gradients=True)
+
+
+@pytest.mark.parametrize("kind", ["nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow"])
+@pytest.mark.parametrize("reward", ["jpeg_incompressibility", "shapes_alignment", "math:sqrt"])
+def test_objectives_and_rewards_that_do_not_fit_are_refused_before_anything_starts(kind, reward, tmp_path, capsys):
+    from learner.run import main
+
+    settings = ["flow.fit_steps=0", "flow.warmup_steps=0", "run.runner=inprocess", f"run.dir={tmp_path / 'run'}"]
+    assert main([f"objective.kind={kind}", f"reward.name={reward}", *settings]) == 2
+    said = capsys.readouterr().err
+    assert kind in said and reward in said and "not differentiable" in said and "shapes_alignment_soft" in said
+    assert not (tmp_path / "run").exists()
