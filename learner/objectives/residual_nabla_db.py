@@ -12,7 +12,8 @@ p_ref(x_0)^eta_p exp(beta r(x_0)); eta_p is objective.pretrained_strength.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""A pixel-space DDPM, made on the spot, as a base model: loading, training, and its LoRA in plain diffusers and PEFT."""
+"""A pixel-space DDPM, made on the spot, as a base model: loading, training, its LoRA in plain diffusers and PEFT."""
 
 import json
 import shutil

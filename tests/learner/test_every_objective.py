@@ -1,0 +1,238 @@
+"""For each objective: restarts are bitwise, micro-batches and ranks do not matter, gradients are the chain's."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_update import scored_epoch, stir
+
+import rewards
+from diffusion.pipelines import load_decoder
+from learner import factory, group
+from learner.config import Config, ConfigError, load_config
+from learner.experience import Experience
+from learner.objectives import OBJECTIVES
+from learner.objectives.base import Population
+from learner.run import main
+from learner.update import Learner
+
+BETA = 5.0
+
+
+def settings_of(kind: str) -> list[str]:
+    """The small run with this objective, and whatever state it has in use."""
+    settings = [
+        f"objective.kind={kind}",
+        "reward.name=shapes_alignment_soft",
+        "objective.group_size=6",
+        "flow.widths=[8,16]",
+    ]
+    if not OBJECTIVES[kind].fits_flow:
+        settings += ["flow.warmup_steps=0", "flow.fit_steps=0"]
+    if OBJECTIVES[kind].off_policy:
+        settings += ["train.replay_updates=1", "train.replay_epochs=2"]
+    return settings + (["objective.advantage=prompt"] if kind == "ddpo" else [])
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, tmp_path):
+    settings = [*small_settings, *settings_of(kind), "run.runner=inprocess", "evaluation.images=0"]
+    assert main([*settings, "train.epochs=4", f"run.dir={tmp_path / 'unbroken'}"]) == 0
+    for epochs in (2, 4):
+        assert main([*settings, f"train.epochs={epochs}", f"run.dir={tmp_path / 'stopped'}"]) == 0
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        one, other = (
+            (tmp_path / run / "checkpoints/latest/lora" / name).read_bytes() for run in ("unbroken", "stopped")
+        )
+        assert one == other
+
+
+def build(config: Config) -> Learner:
+    learner = factory.build_learner(config)
+    stir_all(learner)
+    return learner
+
+
+def stir_all(learner: Learner) -> None:
+    if learner.flow is None:
+        learner.flow_parameters = []
+    stir(learner)
+
+
+def gradients(learner: Learner, scored) -> torch.Tensor:
+    """What one update of this rank's `scored` hands to the optimizers, flattened."""
+    learner.flow_parameters = [] if learner.flow is None else learner.flow_parameters
+    experiences = [Experience(*one) for one in scored]
+    learner._prepare(experiences)
+    if learner.config.objective.kind == "dag_kl":  # ratios away from 1, some clipped
+        for one in experiences:
+            shift = np.random.default_rng(one.trajectories.chunk.index).normal(0, 0.05, one.trajectories.log_pf.shape)
+            moved = one.trajectories.log_pf + shift.astype(np.float32)
+            one.trajectories = replace(one.trajectories, log_pf=moved)
+    found: list[torch.Tensor] = []
+    learner._step = lambda optimizer, parameters: found.extend(p.grad.clone() for p in parameters) or 0.0  # type: ignore
+    batches = (batch for one in experiences for batch in learner._micro_batches(one, BETA))
+    learner.update(batches, sum(map(len, experiences)), BETA)
+    del learner._step
+    for parameter in [*learner.policy_parameters, *learner.flow_parameters]:
+        parameter.grad = None
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.fixture
+def configured(small_config):
+    def make(kind: str, *more: str) -> Config:
+        return small_config(*settings_of(kind), "flow.fit_steps=0", "flow.warmup_steps=0", *more)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_micro_batches_do_not_change_the_gradient(kind, configured):
+    """For dag_kl these are smaller than a group, a group and a half, and the whole."""
+    learner = build(configured(kind, "learner.micro_batch=12"))
+    scored = scored_epoch(learner.config, learner.publish(1))
+    whole = gradients(learner, scored)
+    assert whole.abs().max() > 0
+    for size in (2, 9):
+        smaller = build(configured(kind, f"learner.micro_batch={size}"))
+        smaller.publish(1)
+        torch.testing.assert_close(gradients(smaller, scored), whole, rtol=1e-3, atol=3e-4 * whole.abs().max().item())
+
+
+def _rank(rank: int, configs: list[Config], address: str, epochs, queue) -> None:
+    torch.set_num_threads(1)
+    group.join(address, rank, 2, 60, whole_gpu=False)
+    for config, epoch in zip(configs, epochs, strict=True):
+        queue.put((config.objective.kind, rank, gradients(build(config), epoch[rank::2]).numpy()))
+    group.leave()
+
+
+def test_two_ranks_agree_with_one_on_every_objectives_gradient(configured):
+    configs = [configured(kind) for kind in OBJECTIVES]
+    ones, epochs = [], []
+    for config in configs:
+        learner = build(config)
+        epochs.append(scored_epoch(config, learner.publish(1)))
+        ones.append(gradients(learner, epochs[-1]).numpy())
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    address = group.free_address("127.0.0.1")
+    ranks = [context.Process(target=_rank, args=(r, configs, address, epochs, queue)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    got = {(kind, rank): found for kind, rank, found in (queue.get(timeout=180) for _ in range(2 * len(configs)))}
+    for process in ranks:
+        process.join(timeout=30)
+    for kind, one in zip(OBJECTIVES, ones, strict=True):
+        assert np.array_equal(got[kind, 0], got[kind, 1])
+        scale = np.abs(one).max()
+        difference = np.abs(got[kind, 0] - one).max()
+        print(f"{kind}: 2 ranks against 1: max gradient difference {difference:.1e} of {scale:.1e}")
+        assert difference < 1e-4 * scale
+
+
+@pytest.mark.parametrize("looking", ["base", "snapshot"])
+def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
+    """Scorer's factor times learner's factor = autograd through U-Net with guidance, decoder and reward at once."""
+    learner = build(configured("residual_nabla_db", f"objective.forward_looking={looking}"))
+    scored = scored_epoch(learner.config, learner.publish(1))
+    one = Experience(*scored[0])
+    batch = one.gather(np.arange(len(one)), learner.model, learner.config)
+    learner.prepare(batch)
+    decoder, reward = load_decoder(learner.config.model.path), rewards.load("shapes_alignment_soft")
+    prompts = [one.trajectories.chunk.prompts[i % 4] for i in batch.trajectory_id.tolist()]
+    for x, t, name in ((batch.x, batch.t, "gradient"), (batch.x_next, batch.t_next, "gradient_next")):
+        x = x.detach().requires_grad_()
+        predict = learner.model.predict_reference if looking == "base" else learner.policy._without_ddp
+        output = predict(x, t, batch.embeddings, learner.config.sampler.guidance)
+        value = reward(decoder(learner.kernel.clean(output, t, x)), prompts).sum()
+        (expected,) = torch.autograd.grad(value, x)
+        scale = expected.abs().max()
+        assert scale > 0
+        torch.testing.assert_close(batch.prepared[name], expected, rtol=1e-3, atol=2e-3 * scale.item())
+
+
+def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(configured):
+    learner = build(configured("dag_kl"))
+    one = Experience(*scored_epoch(learner.config, learner.publish(1))[0])
+    assert sorted(one.order(6)) == list(range(12)) and list(one.order(6)) == list(Experience.order(one, 6))
+    batch = one.gather(one.order(6)[:6], learner.model, learner.config)
+    assert len(set(batch.trajectory_id.tolist())) > 1 and len(set(batch.t.tolist())) > 1
+
+
+def test_replayed_updates_are_past_ones_and_counted(small_config):
+    config = small_config("train.replay_updates=2", "train.replay_epochs=1", "flow.replay_epochs=1")
+    learner = factory.build_learner(config)
+    for epoch in range(3):
+        training = learner.train_epoch(epoch, BETA, [scored_epoch(config, learner.published)])
+        learner.publish(epoch + 1)
+        assert len(training.updates) == (1 if epoch == 0 else 3)
+        if epoch:
+            assert training.metrics["replay_age"] == 1
+            assert training.updates[0].get("replay_age") is None
+    assert len(learner.replay) == 1
+    assert config.steps_per_epoch == 3
+
+
+def test_the_learners_own_log_prob_replaces_the_samplers(configured):
+    """In float32 the two are equal but for the batch's shape; a sampler's that is wrong no longer matters."""
+    learners = {who: build(configured("dag_kl", f"objective.old_log_prob={who}")) for who in ("sampler", "learner")}
+    scored = scored_epoch(learners["sampler"].config, learners["sampler"].publish(1))
+    learners["learner"].publish(1)
+    trajectories, scores = scored[0]
+    off = replace(trajectories, log_pf=trajectories.log_pf + 5.0)
+    clipped = {}
+    for who, learner in learners.items():
+        one = Experience(off, scores)
+        learner._prepare([one])
+        batch = next(learner._micro_batches(one, BETA))
+        with torch.no_grad():
+            clipped[who] = learner.loss(batch, BETA)[1]["clipped"].item()
+    assert clipped == {"sampler": 1.0, "learner": 0.0}
+
+
+def test_ddpo_standardises_over_the_whole_epoch(configured):
+    objective = build(configured("ddpo", "objective.advantage=epoch")).objective
+    objective.begin_epoch(Population((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0)))
+    values = np.array([objective._advantages[i] for i in range(3)])
+    np.testing.assert_allclose(values, (np.array([1, 2, 6]) - 3) / np.std([1, 2, 6]))
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["dag_kl", "ddpo"])
+def test_replay_is_refused_where_the_ratio_does_not_reach(kind):
+    said = refused(f"objective.kind={kind}", "train.replay_updates=1", "flow.fit_steps=0", "flow.warmup_steps=0")
+    assert "train.replay_updates" in said and kind in said and "ratio" in said and "dag_db" in said
+
+
+def test_what_contradicts_an_objective_is_refused():
+    assert "flow.fit_steps" in refused("objective.kind=ddpo")
+    quiet = ("flow.fit_steps=0", "flow.warmup_steps=0")
+    assert "nothing to learn from" in refused(
+        "objective.kind=residual_nabla_db_no_flow", "objective.forward_looking=none", *quiet
+    )
+    assert "shuffle_rewards" in refused("objective.kind=nabla_db", "train.shuffle_rewards=true", *quiet)
+    assert "objective.group_size: 10 does not divide the 144" in refused(
+        "objective.kind=dag_kl", "objective.group_size=10"
+    )
+
+
+def test_faithful_sets_what_is_not_given():
+    plain = Config.model_validate({"objective": {"setting": "faithful"}}).objective
+    assert (plain.detach_next_flow, plain.forward_looking) == (False, "snapshot")
+    given = Config.model_validate({"objective": {"setting": "faithful", "forward_looking": "base"}}).objective
+    assert (given.detach_next_flow, given.forward_looking) == (False, "base")
+    nabla = Config.model_validate({"objective": {"kind": "residual_nabla_db", "setting": "faithful"}}).objective
+    assert nabla.reverse_transitions == "inner" and nabla.decay_terminal and nabla.regulariser == 1000
+    assert nabla.transition_weight == "uniform" and not nabla.detach_next_flow
+    corrected = Config.model_validate({"objective": {"kind": "residual_nabla_db"}}).objective
+    assert corrected.reverse_transitions == "all" and corrected.forward_looking == "base"
+    assert Config.model_validate({"objective": {"kind": "ddpo"}}).objective.regulariser == 0
