@@ -13,17 +13,7 @@ from torch import Tensor
 
 from models.shapes.detector import MIN_CONTRAST, UNIT
 from models.shapes.world import BACKGROUNDS, COLOURS, PAIR_RADII, PLACES, RADII, SHAPES, Thing, parse, signed_distance
-from rewards.shapes_alignment import (
-    BACKGROUND_WEIGHT,
-    COLOUR_WEIGHT,
-    FORM_WEIGHT,
-    IOU_SLOPE,
-    PLACE_MIDDLE,
-    PLACE_SLOPE,
-    PLACE_WEIGHT,
-    RGB_SLOPE,
-    SIZE_SLOPE,
-)  # fmt: skip
+from rewards import shapes_alignment as graded
 
 INK_POWER = 8  # weight of a pixel in the object's colour: its RGB distance from the background to this power
 TINY = 1e-3
@@ -71,22 +61,26 @@ def _score(picture: Tensor, thing: Thing, background: str | None, pair: bool) ->
     iou, radius, (cx, cy) = _fit(alpha)
     shape = SHAPES.index(thing.shape)
     others = torch.cat([iou[:shape], iou[shape + 1 :]])
-    form = torch.sigmoid(IOU_SLOPE * (iou[shape] - _soft_maximum(others)))
+    form = torch.sigmoid(graded.IOU_SLOPE * (iou[shape] - _soft_maximum(others)))
     if thing.size is not None or pair:
         low, high = PAIR_RADII if pair else RADII[thing.size or "medium"]
         outside = torch.maximum(low - radius[shape], radius[shape] - high)
-        form = form * torch.sigmoid(-SIZE_SLOPE * (outside - 2))
+        form = form * torch.sigmoid(-graded.SIZE_SLOPE * (outside - 2))
     if thing.place is not None:
         toward = PLACES[thing.place]
         height, width = alpha.shape
         along = toward[0] * (cx - width / 2) + toward[1] * (cy - height / 2)
-        form = (1 - PLACE_WEIGHT) * form + PLACE_WEIGHT * torch.sigmoid(PLACE_SLOPE * (along - PLACE_MIDDLE))
+        form = (1 - graded.PLACE_WEIGHT) * form + graded.PLACE_WEIGHT * torch.sigmoid(
+            graded.PLACE_SLOPE * (along - graded.PLACE_MIDDLE)
+        )
     contrast = torch.sigmoid((_length(direction) - MIN_CONTRAST) / 10)
     hue = _margin(ink, list(COLOURS.values()), list(COLOURS).index(thing.colour))
-    whole = contrast * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
+    whole = contrast * (graded.COLOUR_WEIGHT * hue + graded.FORM_WEIGHT * form)
     if background is None:
-        return whole + BACKGROUND_WEIGHT
-    return whole + BACKGROUND_WEIGHT * _margin(ground, list(BACKGROUNDS.values()), list(BACKGROUNDS).index(background))
+        return whole + graded.BACKGROUND_WEIGHT
+    return whole + graded.BACKGROUND_WEIGHT * _margin(
+        ground, list(BACKGROUNDS.values()), list(BACKGROUNDS).index(background)
+    )
 
 
 def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -112,7 +106,7 @@ def _margin(colour: Tensor, known: list[tuple[int, int, int]], asked: int) -> Te
     table = colour.new_tensor(known)
     distance = _length((table - colour).T)
     others = torch.cat([distance[:asked], distance[asked + 1 :]])
-    return torch.sigmoid(RGB_SLOPE * (-_soft_maximum(-others, 0.1) - distance[asked]))
+    return torch.sigmoid(graded.RGB_SLOPE * (-_soft_maximum(-others, 0.1) - distance[asked]))
 
 
 def _length(vectors: Tensor) -> Tensor:

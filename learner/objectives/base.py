@@ -13,7 +13,7 @@ from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel
 
 if TYPE_CHECKING:
-    from learner.config import Objective as Settings
+    from learner.sections import Objective as Settings
 
 Weighting = Literal["uniform", "variance"]
 Decay = Literal["none", "sqrt_abar", "abar"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from learner.objectives.base import Objective, Transitions, both_ends, gamma
 
 if TYPE_CHECKING:
-    from learner.config import Objective as Settings
+    from learner.sections import Objective as Settings
 
 Penalty = Literal["squared", "huber"]
 

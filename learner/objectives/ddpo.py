@@ -19,7 +19,7 @@ from learner.objectives.base import Objective, Policy, Population, Transitions
 from learner.objectives.kl import ADVANTAGE_LIMIT, clipped
 
 if TYPE_CHECKING:
-    from learner.config import Objective as Settings
+    from learner.sections import Objective as Settings
 
 HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
 

@@ -17,7 +17,7 @@ from learner.objectives.base import Policy, Transitions
 from learner.objectives.db import DagDB, penalty
 
 if TYPE_CHECKING:
-    from learner.config import Objective as Settings
+    from learner.sections import Objective as Settings
 
 ADVANTAGE_LIMIT = 5.0
 TINY = 1e-8

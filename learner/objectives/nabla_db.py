@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from learner.objectives.base import FlowKind, Objective, Policy, Transitions, both_ends, gamma
 
 if TYPE_CHECKING:
-    from learner.config import Objective as Settings
+    from learner.sections import Objective as Settings
 
 
 def forward_residual(score_pf: Tensor, score_pb: Tensor, g_next: Tensor) -> Tensor:

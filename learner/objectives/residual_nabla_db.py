@@ -22,7 +22,7 @@ from learner.objectives.base import Policy, Transitions
 from learner.objectives.nabla_db import CORRECTED, FAITHFUL, NablaDB
 
 if TYPE_CHECKING:
-    from learner.config import Objective as Settings
+    from learner.sections import Objective as Settings
 
 
 class ResidualNablaDB(NablaDB):
