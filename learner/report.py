@@ -36,7 +36,9 @@ COLOURS = ("#2f7ed8", "#e07b39", "#3a9d6e")
 # Title, unit, and the metrics of metrics.jsonl with their labels.
 CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Reward", "raw reward", {"reward_mean": "training rollouts, mean", "eval_reward_mean": "fixed images"}),
-    ("Loss", "nats²", {"loss": "policy", "flow_loss": "flow-only fits"}),
+    ("Loss", "", {"loss": "the objective's", "flow_loss": "flow-only fits"}),
+    ("Parts of the loss", "", {"forward_loss": "forward", "reverse_loss": "reverse", "terminal_loss": "terminal"}),
+    ("Clipped", "share of transitions", {"clipped": "ratio outside of the clip"}),
     ("Step size", "nats a transition", {"kl": "KL, rollout policy to the one being updated"}),
     ("Gradient norm before clipping", "", {"grad_norm": "LoRA", "flow_grad_norm": "flow network"}),
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from learner.config import Config, load_config
+from learner.objectives import OBJECTIVES
 from models.shapes import train
 
 torch.set_num_threads(1)
@@ -36,6 +37,24 @@ def tiny_pipeline(tmp_path_factory) -> str:
 def small_settings(tiny_pipeline) -> list[str]:
     """Overrides that make a run of the preset small."""
     return [*SMALL, f"model.path={tiny_pipeline}"]
+
+
+@pytest.fixture(scope="session")
+def settings_of():
+    """Overrides that make a small run one of objective.kind, with whatever state it can have in use."""
+
+    def make(kind: str) -> list[str]:
+        settings = [
+            f"objective.kind={kind}", "reward.name=shapes_alignment_soft", "objective.group_size=6",
+            "flow.widths=[8,16]",
+        ]  # fmt: skip
+        if not OBJECTIVES[kind].fits_flow:
+            settings += ["flow.warmup_steps=0", "flow.fit_steps=0"]
+        if OBJECTIVES[kind].off_policy:
+            settings += ["train.replay_updates=1", "train.replay_epochs=2"]
+        return settings + (["objective.advantage=prompt"] if kind == "ddpo" else [])
+
+    return make
 
 
 @pytest.fixture

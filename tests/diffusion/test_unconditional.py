@@ -60,6 +60,10 @@ def test_both_layouts_load_and_predict_as_plain_diffusers(ddpm, flat_ddpm):
             assert torch.equal(model.predict(x, t, empty, 1.0)[0], expected)
             assert torch.equal(model.predict_reference(x, t, empty), expected)
             assert load_kernel(path, 50, 1.0).timesteps[-1] == 1
+            for _, parameter in lora.named(model.unet):
+                parameter.add_(0.1)
+            assert not torch.equal(model.predict(x, t, empty, 1.0)[0], expected)
+            assert torch.equal(model.predict_reference(x, t, empty), expected)
     assert without_weights(flat_ddpm)[1] is None
     images = load_decoder(ddpm)(torch.tensor([-2.0, -1.0, 0.0, 1.0]).reshape(4, 1, 1, 1))
     assert images.flatten().tolist() == [0, 0, 0.5, 1]

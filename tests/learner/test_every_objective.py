@@ -21,23 +21,8 @@ from learner.update import Learner
 BETA = 5.0
 
 
-def settings_of(kind: str) -> list[str]:
-    """The small run with this objective, and whatever state it has in use."""
-    settings = [
-        f"objective.kind={kind}",
-        "reward.name=shapes_alignment_soft",
-        "objective.group_size=6",
-        "flow.widths=[8,16]",
-    ]
-    if not OBJECTIVES[kind].fits_flow:
-        settings += ["flow.warmup_steps=0", "flow.fit_steps=0"]
-    if OBJECTIVES[kind].off_policy:
-        settings += ["train.replay_updates=1", "train.replay_epochs=2"]
-    return settings + (["objective.advantage=prompt"] if kind == "ddpo" else [])
-
-
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, tmp_path):
+def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_of, tmp_path):
     settings = [*small_settings, *settings_of(kind), "run.runner=inprocess", "evaluation.images=0"]
     assert main([*settings, "train.epochs=4", f"run.dir={tmp_path / 'unbroken'}"]) == 0
     for epochs in (2, 4):
@@ -82,7 +67,7 @@ def gradients(learner: Learner, scored) -> torch.Tensor:
 
 
 @pytest.fixture
-def configured(small_config):
+def configured(small_config, settings_of):
     def make(kind: str, *more: str) -> Config:
         return small_config(*settings_of(kind), "flow.fit_steps=0", "flow.warmup_steps=0", *more)
 
