@@ -95,7 +95,9 @@ class LoraConfig(Section):
 
 class FlowConfig(Section):
     widths: tuple[int, ...] = Field((64, 128, 256, 256), description="channels of the flow network's blocks")
-    stem_stride: int = Field(1, ge=1, le=4, description="stride of its first convolution; 2 is four times cheaper")
+    stem_stride: int = Field(
+        1, ge=1, le=4, description="stride of its first convolution, not of nabla-DB's; 2 is four times cheaper"
+    )
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the flow network")
     weight_decay: float | None = Field(None, ge=0, description="AdamW weight decay; default: learner.weight_decay")
     fit_steps: int = Field(

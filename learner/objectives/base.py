@@ -49,19 +49,6 @@ class Transitions:
 
         return cls(**{item.name: join([getattr(part, item.name) for part in parts]) for item in fields(cls)})
 
-    def split(self, size: int) -> list[Transitions]:
-        """Consecutive parts of at most `size` transitions."""
-
-        def cut(value: Any, start: int) -> Any:
-            if isinstance(value, dict):
-                return {name: tensor[start : start + size] for name, tensor in value.items()}
-            return None if value is None else value[start : start + size]
-
-        return [
-            Transitions(**{item.name: cut(getattr(self, item.name), start) for item in fields(self)})
-            for start in range(0, len(self.t), size)
-        ]
-
 
 @dataclass(frozen=True)
 class Policy:

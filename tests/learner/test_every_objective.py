@@ -23,7 +23,11 @@ BETA = 5.0
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_of, tmp_path):
-    settings = [*small_settings, *settings_of(kind), "run.runner=inprocess", "evaluation.images=0"]
+    (tmp_path / "prompts.txt").write_text("a red circle at the right\n")  # 16 rewards of a prompt after two epochs
+    settings = [
+        *small_settings, *settings_of(kind), "run.runner=inprocess", "evaluation.images=0",
+        f"prompts.path={tmp_path / 'prompts.txt'}",
+    ]  # fmt: skip
     assert main([*settings, "train.epochs=4", f"run.dir={tmp_path / 'unbroken'}"]) == 0
     for epochs in (2, 4):
         assert main([*settings, f"train.epochs={epochs}", f"run.dir={tmp_path / 'stopped'}"]) == 0
@@ -143,9 +147,12 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
 def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(configured):
     learner = build(configured("dag_kl"))
     one = Experience(*scored_epoch(learner.config, learner.publish(1))[0])
-    assert sorted(one.order(6)) == list(range(12)) and list(one.order(6)) == list(Experience.order(one, 6))
+    other = Experience(replace(one.trajectories, chunk=replace(one.trajectories.chunk, index=1)), one.scores)
+    orders = [list(each.order(6)) for each in (one, one, other)]
+    assert sorted(orders[0]) == list(range(12)) and orders[0] == orders[1]
+    assert orders[0] != list(range(12)) and orders[0] != orders[2]
     batch = one.gather(one.order(6)[:6], learner.model, learner.config)
-    assert len(set(batch.trajectory_id.tolist())) > 1 and len(set(batch.t.tolist())) > 1
+    assert len(set(batch.trajectory_id.tolist())) > 2 and len(set(batch.t.tolist())) > 1
 
 
 def test_replayed_updates_are_past_ones_and_counted(small_config):
