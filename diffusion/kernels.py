@@ -55,6 +55,10 @@ class DDIMKernel:
         timesteps = timesteps.to(torch.int64).cpu()
         if (timesteps[1:] >= timesteps[:-1]).any():
             raise ValueError(f"timesteps must decrease, got {timesteps.tolist()}")
+        if timesteps[0] >= len(alphas_cumprod):
+            raise ValueError(
+                f"the grid begins at timestep {int(timesteps[0])} of {len(alphas_cumprod)}: use fewer steps"
+            )
         if timesteps[-1] <= 0:
             raise ValueError(
                 "the grid evaluates the model at timestep 0, whose step to 0 has no variance; "

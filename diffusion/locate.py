@@ -62,8 +62,8 @@ def load_errors(path: str) -> Iterator[None]:
     """What loading raises, as one line that names the path."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
         raise BaseModelError(
             f"model.path: {path} is neither a Stable-Diffusion or DDPM pipeline folder nor reachable on the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error

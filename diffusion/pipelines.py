@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from transformers import AutoConfig
 
 from diffusion.base_model import BaseModel, Decoder
 from diffusion.kernels import DDIMKernel, Grid
-from diffusion.locate import is_unconditional, load_errors, locate, part
+from diffusion.locate import BaseModelError, is_unconditional, load_errors, locate, part
 from diffusion.unconditional import AdaptableUNet2D, PixelDecoder, UnconditionalModel
 
 
@@ -27,11 +29,11 @@ def load_decoder(path: str, device: str = "cpu") -> Decoder | PixelDecoder:
     Raises:
         BaseModelError: as load_model.
     """
-    return PixelDecoder() if is_unconditional(path) else Decoder(path, device)
+    return PixelDecoder(device) if is_unconditional(path) else Decoder(path, device)
 
 
 def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> DDIMKernel:
-    """The kernel of a pipeline's scheduler, without loading any weights.
+    """The kernel of a pipeline's scheduler, without loading any weights (see check_parts).
 
     Raises:
         BaseModelError: as load_model.
@@ -44,21 +46,38 @@ def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> D
 
 
 def check_parts(path: str) -> None:
-    """Read the configurations of U-Net, VAE and text encoder, but no weights.
+    """Read the configurations of U-Net, VAE and text encoder, but no weights (of an unconditional model on the hub all
+    is fetched).
 
     Raises:
-        BaseModelError: as load_model.
+        BaseModelError: as load_model, or an unconditional U-Net of a kind that cannot be trained here.
     """
     if is_unconditional(path):
         folder, subfolder = part(path, "unet")
         with load_errors(path):
-            UNet2DModel.load_config(folder, subfolder=subfolder)
+            unet = UNet2DModel.load_config(folder, subfolder=subfolder)
+        _check_pixels(path, unet)
         return
     folder = locate(path)
     with load_errors(path):
         UNet2DConditionModel.load_config(folder, subfolder="unet")
         AutoencoderKL.load_config(folder, subfolder="vae")
         AutoConfig.from_pretrained(folder, subfolder="text_encoder")
+
+
+def _check_pixels(path: str, unet: dict[str, Any]) -> None:
+    blocks = [*unet["down_block_types"], *unet["up_block_types"]]
+    faults = {
+        "its sample_size is no single number": not isinstance(unet.get("sample_size"), int),
+        "it does not map 3 channels to 3": (unet["in_channels"], unet["out_channels"]) != (3, 3),
+        "it wants class labels": bool(unet.get("num_class_embeds") or unet.get("class_embed_type")),
+        "it has no attention for a LoRA to adapt": not (
+            unet.get("add_attention", True) or any("Attn" in block for block in blocks)
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {fault}")
 
 
 def without_weights(path: str) -> tuple[UNet2DConditionModel | UNet2DModel, AutoencoderKL | None]:

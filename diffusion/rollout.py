@@ -28,7 +28,8 @@ class RolloutSettings:
     (adapter off, one more pass a state), the rollout's own, or none (psi = 0); `clean_prediction` whether from the
     conditional output (the published code) or the guided one, which foretells the image better. `skip_last` leaves
     the last transition out of training; the state before it then counts as terminal, with the reward of its clean
-    prediction. psi is 0 at steps before `from_step`, and nothing is decoded there.
+    prediction. With `image_only` nothing but x_0 is scored. psi is 0 at steps before `from_step`, and nothing is
+    decoded there.
     """
 
     num_steps: int = 50
@@ -41,6 +42,7 @@ class RolloutSettings:
     fraction: float = 1.0
     skip_last: bool = False
     from_step: int = 0
+    image_only: bool = False
 
 
 class Sampler:
@@ -141,13 +143,15 @@ def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndar
     end of the other), unless psi is 0 there; the terminal state of training and the image itself always do.
     """
     needed = np.zeros_like(chosen)
+    needed[:, -1] = True
+    if settings.image_only:
+        return needed
     if settings.forward_looking != "none":
         needed |= chosen
         needed[:, 1:] |= chosen[:, :-1]
         needed[:, : settings.from_step] = False
     if settings.skip_last:
         needed[:, -2] = chosen.any(axis=1)
-    needed[:, -1] = True
     return needed
 
 

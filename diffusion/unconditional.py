@@ -56,6 +56,9 @@ class UnconditionalModel(BaseModel):
 class PixelDecoder:
     """States -> images for models that have no VAE."""
 
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+
     def __call__(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32 in [0, 1] of states [B, 3, H, W] in [-1, 1], with gradient to the states."""
-        return (latents.float() / 2 + 0.5).clamp(0, 1)
+        return (latents.to(self.device).float() / 2 + 0.5).clamp(0, 1)

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ class Config(Section):
                 f"flow.fit_steps, flow.warmup_steps: {given.kind} has no flow network that could be fitted alone; "
                 f"set both to 0, or use one of {allowed}"
             )
+        widths = self.flow.widths
+        if objective.flow and not _groups_fit(widths):
+            yield f"flow.widths: {list(widths)} cannot be normalised in groups; use widths such as [32, 64]"
+        if objective.flow == "gradient" and self.flow.stem_stride != 1:
+            yield f"flow.stem_stride: {given.kind} has a flow network of full size; set it to 1"
         if given.kind == "residual_nabla_db_no_flow" and given.forward_looking == "none":
             yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
         if objective.reward_gradients and self.train.shuffle_rewards:
@@ -147,7 +153,18 @@ class Config(Section):
             selection=self.sampler.transitions,
             fraction=self.sampler.transition_fraction,
             skip_last=self.objective.last_transition == "skip",
+            image_only=not objective.inner_rewards,
         )
+
+
+def _groups_fit(widths: Sequence[int]) -> bool:
+    """Whether both flow networks can be built with these channels (learner/flow.py)."""
+    if not widths or min(widths) < 8:
+        return False
+    groups = [min(32, low // 4, high // 4) for low, high in pairwise([widths[0], *widths])]
+    sides = [low % g == high % g == 0 for g, (low, high) in zip(groups, pairwise([widths[0], *widths]), strict=True)]
+    first = min(32, widths[0] // 4)
+    return all(sides) and all(width % first == 0 and width % (widths[0] // 8) == 0 for width in widths)
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:

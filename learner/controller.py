@@ -25,6 +25,7 @@ from learner.prompts import read_prompts
 from learner.records import BEFORE, CONFIG, Records
 from learner.resume import OpenRun
 from learner.runner import EpochResult, Runner
+from learner.sections import Objective
 from learner.statistics import paired_interval
 from learner.storage import StorageError
 from learner.tracking import Tracker
@@ -109,7 +110,10 @@ def evaluation_prompts(config: Config) -> list[str]:
 def describe_objective(config: Config, dimensions: int) -> str:
     """What the run trains towards, in words, for latents of D = `dimensions`."""
     given, kind = config.objective, OBJECTIVES[config.objective.kind]
-    text = f"{given.kind} ({given.setting}): {kind.target(given, dimensions)}"
+    published = {**Objective(kind=given.kind, setting=given.setting).model_dump(), "beta": given.beta}
+    other = [key for key, value in given.model_dump().items() if key != "reward_offset" and value != published[key]]
+    but = f", but {', '.join(other)}" if other and given.setting == "faithful" else ""
+    text = f"{given.kind} ({given.setting}{but}): {kind.target(given, dimensions)}"
     if kind.uses_ratio:
         nats = given.clip_range * (dimensions if given.log_prob_reduction == "mean" else 1)
         text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"

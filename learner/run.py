@@ -146,9 +146,11 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
     if config.evaluation.prompts:
         prompts = prompts + (attempt(lambda: controller.evaluation_prompts(config)) or [])
     path = str(resolve(config.model.path))
-    attempt(lambda: check_parts(path))
-    attempt(lambda: _check_prompting(config, path))
-    attempt(lambda: load_kernel(path, config.sampler.steps, config.sampler.eta, config.sampler.grid), "sampler.steps: ")
+    sampler = config.sampler
+    if attempt(lambda: is_unconditional(path)) is not None:  # there is a pipeline
+        attempt(lambda: check_parts(path))
+        attempt(lambda: _check_prompting(config, path))
+        attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid), "sampler.steps: ")
     reward = config.reward
     attempt(lambda: rewards.check(reward.name, reward.weights, reward.options, prompts, _needing_gradients(config)))
     if config.run.runner == "inprocess":

@@ -203,9 +203,10 @@ class Objective(Section):
         """What the objective's kind and setting say, where a key is not given."""
         if not isinstance(given, dict):
             return given
-        objective = OBJECTIVES.get(given.get("kind", "dag_db"))
-        defaults = objective.settings.get(given.get("setting", "corrected"), {}) if objective else {}
-        return {**defaults, **given}
+        kind, setting = given.get("kind", "dag_db"), given.get("setting", "corrected")
+        if not isinstance(kind, str) or not isinstance(setting, str) or kind not in OBJECTIVES:
+            return given  # pydantic says what is wrong
+        return {**OBJECTIVES[kind].settings.get(setting, {}), **given}
 
 
 class Train(Section):

@@ -192,7 +192,7 @@ class Learner:
 
     def loss(self, batch: Transitions, beta: float, flow_gradient: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss of a batch and the regulariser, means over its transitions, with its parts detached."""
-        if self.objective.reward_gradients:
+        if self.objective.reward_gradients and self.flow is not None:  # the reverse loss differentiates by x
             batch.x.requires_grad_()
         output = self.policy.output(batch)
         loss, parts = self.objective.loss(batch, output, self.flow, beta, flow_gradient)

@@ -73,8 +73,11 @@ def check(
     Raises:
         ValueError: as `load`, or naming the prompt, or reward and objective.
     """
-    reward = _import(name) if ":" in name and weights is None else load(name, weights, **options)
-    if objective and not getattr(reward, "differentiable", False):
+    own = ":" in name and weights is None
+    reward = _import(name) if own else load(name, weights, **options)
+    # What a class or a factory makes may say so itself: the scorer asks again.
+    unsaid = own and (isinstance(reward, type) or bool(options))
+    if objective and not getattr(reward, "differentiable", unsaid):
         raise ValueError(
             f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
             "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, or your own with an attribute "

@@ -94,12 +94,20 @@ class Scorer:
         self, scores: torch.Tensor, latents: torch.Tensor, chunk: Chunk, row: np.ndarray, step: np.ndarray
     ) -> np.ndarray:
         """[b, C, H, W] float32 of each latent's own score, through reward and decoder."""
-        if not scores.requires_grad:
+        found = None
+        if scores.requires_grad:
+            try:
+                (found,) = torch.autograd.grad(scores.sum(), latents, allow_unused=True)
+            except Exception as error:  # a user's code may raise anything
+                raise BadReward(
+                    f"the gradient of reward {self.reward.name} failed on {len(scores)} images: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        if found is None:
             raise BadReward(
                 f"reward {self.reward.name} says that it is differentiable, but autograd finds no way from its scores "
                 "back to the images (a detach, a no_grad or a step outside torch)"
             )
-        (found,) = torch.autograd.grad(scores.sum(), latents)
         for r, s, gradient in zip(row, step, found, strict=True):
             if not torch.isfinite(gradient).all():
                 raise BadReward(

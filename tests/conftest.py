@@ -46,7 +46,7 @@ def settings_of():
     def make(kind: str) -> list[str]:
         settings = [
             f"objective.kind={kind}", "reward.name=shapes_alignment_soft", "objective.group_size=6",
-            "flow.widths=[8,16]",
+            "flow.widths=[8,16]", "flow.stem_stride=1",
         ]  # fmt: skip
         if not OBJECTIVES[kind].fits_flow:
             settings += ["flow.warmup_steps=0", "flow.fit_steps=0"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ADVANTAGE_LIMIT = 5.0
 TINY = 1e-8
+FAR = 20.0  # nats
 
 
 def leave_one_out(raw: Tensor, group_size: int) -> Tensor:
@@ -47,7 +48,7 @@ def leave_one_out(raw: Tensor, group_size: int) -> Tensor:
 def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
     """Clipped policy-gradient loss [b] (its gradient is zero where the clip binds), and whether the ratio
     exp(log_ratio) is outside of 1 +- clip_range [b] bool. `advantage` must carry no gradient."""
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=FAR).exp()  # beyond any clip; exp would overflow to a gradient of 0 x inf
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * bounded), (ratio.detach() - 1).abs() > clip_range
 

@@ -49,8 +49,8 @@ CORRECTED = {
     "clean_prediction": "guided", "forward_looking_decay": "abar", "transition_weight": "variance",
     "anneal_fraction": 0.0,
 }  # fmt: skip
-# The published code: the reward's gradient under the rollout's weights, gradient through both flows, no reverse loss at
-# the last transition, gamma_0 = abar_0, no annealing.
+# The published code (of the residual form: it has no other): the reward's gradient under the rollout's weights,
+# gradient through both flows, no reverse loss at the last transition, gamma_0 = abar_0, no annealing.
 FAITHFUL = {
     "clean_prediction": "guided", "forward_looking_decay": "abar", "forward_looking": "snapshot",
     "detach_next_flow": False, "reverse_transitions": "inner", "decay_terminal": True, "regulariser": 1000.0,
@@ -77,7 +77,8 @@ class NablaDB(Objective):
 
     @staticmethod
     def extra_passes(given: Settings) -> int:
-        return 7  # forward and back at both ends, forward again for scores; the score with respect to x once more back
+        # Forward and back at both ends, once more back for the score with respect to x, and forward again for scores.
+        return 5 + 2 * (given.flow_start == "reference")
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         """Gradients of the raw reward with respect to the states x and x_next, and the field that h_phi starts from,
@@ -113,7 +114,8 @@ class NablaDB(Objective):
             return torch.zeros_like(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            reference, guided = given.forward_looking != "snapshot", given.clean_prediction == "guided"
+            # The weights that the rollout took its clean prediction from.
+            reference, guided = given.forward_looking == "base", given.clean_prediction == "guided"
             clean = policy.clean(x, t, batch.embeddings, reference, guided)
             return torch.autograd.grad(clean, x, clean_gradient.to(clean.dtype))[0]
 

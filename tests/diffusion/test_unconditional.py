@@ -20,6 +20,7 @@ SETTINGS = (
     "prompts.path=null", "sampler.guidance=1", "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=4",
     "train.trajectories=8", "train.epochs=2", "train.updates_per_epoch=1", "evaluation.images=4", "lora.rank=2",
     "learner.micro_batch=4", "flow.warmup_steps=2", "flow.fit_steps=2", "flow.batch=8", "flow.widths=[8,16]",
+    "flow.stem_stride=1",
     "mlflow.enabled=false", "run.runner=inprocess", "reward.name=jpeg_incompressibility",
 )  # fmt: skip
 
@@ -126,6 +127,31 @@ def test_a_model_with_prompts_needs_some(tiny_pipeline, tmp_path, capsys):
     settings = [*SETTINGS, f"model.path={tiny_pipeline}", f"run.dir={tmp_path / 'run'}", "sampler.guidance=3"]
     assert main(settings) == 2
     assert "prompts.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False},
+         "no attention"),
+        ({"sample_size": [16, 24]}, "sample_size"),
+        ({"num_class_embeds": 10}, "class labels"),
+        ({"out_channels": 6}, "3 channels"),
+        ({"in_channels": 1, "out_channels": 1}, "3 channels"),
+    ],
+)  # fmt: skip
+def test_unets_that_cannot_be_used_are_refused(ddpm, tmp_path, capsys, change, message):
+    folder = shutil.copytree(ddpm, tmp_path / "model")
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert main([*SETTINGS, f"model.path={folder}", f"run.dir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("model.path") == 1
+
+
+def test_more_steps_than_the_offset_leaves_are_refused(ddpm, tmp_path, capsys):
+    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={tmp_path / 'run'}", "sampler.steps=1000"]) == 2
+    assert "sampler.steps: the grid begins at timestep 1000" in capsys.readouterr().err
 
 
 def test_a_model_without_attention_is_refused(tmp_path):

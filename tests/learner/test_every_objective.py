@@ -123,9 +123,10 @@ def test_two_ranks_agree_with_one_on_every_objectives_gradient(configured):
         assert difference < 1e-4 * scale
 
 
-@pytest.mark.parametrize("looking", ["base", "snapshot"])
+@pytest.mark.parametrize("looking", ["base", "snapshot", "none"])
 def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
-    """Scorer's factor times learner's factor = autograd through U-Net with guidance, decoder and reward at once."""
+    """Scorer's factor times learner's factor = autograd through U-Net with guidance, decoder and reward at once. With
+    `none` only the clean prediction that counts as the end has one."""
     learner = build(configured("residual_nabla_db", f"objective.forward_looking={looking}"))
     scored = scored_epoch(learner.config, learner.publish(1))
     one = Experience(*scored[0])
@@ -141,6 +142,10 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
         (expected,) = torch.autograd.grad(value, x)
         scale = expected.abs().max()
         assert scale > 0
+        if looking == "none":
+            expected = (
+                expected * (batch.terminal if name == "gradient_next" else batch.terminal & False)[:, None, None, None]
+            )
         torch.testing.assert_close(batch.prepared[name], expected, rtol=1e-3, atol=2e-3 * scale.item())
 
 
@@ -215,6 +220,40 @@ def test_what_contradicts_an_objective_is_refused():
     assert "objective.group_size: 10 does not divide the 144" in refused(
         "objective.kind=dag_kl", "objective.group_size=10"
     )
+
+
+@pytest.mark.parametrize("wrong", ["objective.kind=[dag_db]", "objective.setting={a: 1}", "objective.kind=dag"])
+def test_a_kind_or_setting_of_the_wrong_type_is_named(wrong):
+    assert refused(wrong).startswith(wrong.split("=")[0])
+
+
+@pytest.mark.parametrize("widths", ["[]", "[0]", "[2,4]", "[20,32]"])
+def test_widths_that_no_network_takes_are_refused(widths):
+    assert refused(f"flow.widths={widths}").startswith("flow.widths")
+
+
+@pytest.mark.parametrize("kind", ["dag_db", "residual_nabla_db"])
+@pytest.mark.parametrize("widths", ["[8]", "[16,32]", "[24,48]", "[64,128,256,256]"])
+def test_widths_that_are_not_refused_make_a_network(kind, widths, configured):
+    config = configured(kind, f"flow.widths={widths}", "flow.stem_stride=1")
+    for width in (64, None):
+        flow = factory.flow_network(config, (4, 16, 16), width)
+        assert flow(torch.zeros(1, 4, 16, 16), torch.ones(1), torch.zeros(1, 3, width or 0)).abs().sum() == 0
+
+
+def test_ddpo_scores_the_images_alone(configured):
+    config = configured("ddpo", "objective.last_transition=skip")
+    for _, scores in scored_epoch(config, factory.build_learner(config).published):
+        assert np.isfinite(scores.rewards[:, -1]).all() and np.isnan(scores.rewards[:, :-1]).all()
+
+
+def test_the_start_line_says_what_is_not_faithful():
+    from learner.controller import describe_objective
+
+    plain = Config.model_validate({"objective": {"setting": "faithful"}})
+    assert "(faithful): target" in describe_objective(plain, 4)
+    other = Config.model_validate({"objective": {"setting": "faithful", "penalty": "huber"}})
+    assert "(faithful, but penalty): target" in describe_objective(other, 4)
 
 
 def test_faithful_sets_what_is_not_given():

@@ -5,6 +5,8 @@ import torch
 from test_slow_loops import BETA, FieldFlow, ScalarFlow, setup
 from torch import nn
 
+from learner.objectives.kl import clipped
+
 
 class Given(nn.Module):
     """A flow network whose outputs at x and x_next are given tensors."""
@@ -62,6 +64,14 @@ def test_dag_kl_policy_and_flow_learn_from_their_own_term_alone():
     assert torch.equal(part(s, "policy_loss", output, here, after), policy)
     # Numerically too, the advantage now being a constant. A ratio outside of the clip has no slope where it binds.
     assert torch.autograd.gradcheck(lambda o: part(s, "policy_loss", o, here.detach(), after.detach()), (output,))
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_far_outside_the_clip_has_a_finite_gradient(advantage):
+    log_ratio = torch.tensor([500.0, -500.0], requires_grad=True)
+    each, outside = clipped(log_ratio, torch.full((2,), advantage), 1e-4)
+    assert torch.isfinite(each).all() and outside.all()
+    assert torch.isfinite(gradient(each.sum(), log_ratio)).all()
 
 
 def test_ddpo_trains_the_policy():

@@ -91,16 +91,29 @@ class Wrong:
     def __call__(self, images, prompts):
         if self.kind == "detached":
             return images.detach().mean((1, 2, 3))
+        if self.kind == "weights":  # a network of its own, fed from outside torch
+            return images.detach().mean((1, 2, 3)) * torch.nn.Parameter(torch.ones(()))
         # sqrt has an infinite slope at 0.
         return (images - images.detach()).sum((1, 2, 3)).sqrt()
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("detached", "no way"), ("infinite", "gradient of reward wrong .*'a red")]
+    ("kind", "message"),
+    [("detached", "no way"), ("weights", "no way"), ("infinite", "gradient of reward wrong .*'a red")],
 )
 def test_a_gradient_that_is_none_is_refused(kind, message):
     with pytest.raises(BadReward, match=message):
         Scorer(load_decoder("models/shapes"), Wrong(kind), gradients=True).score(predictions())
+
+
+def test_a_class_may_say_so_when_it_is_made(tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(
+        "class Late:\n    def __init__(self): self.differentiable = True\n"
+        "    def __call__(self, images, prompts): return images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards.check("late:Late", None, {}, [""], "nabla_db")
+    assert Scorer(load_decoder("models/shapes"), rewards.load("late:Late"), gradients=True).score(predictions())
 
 
 def test_a_reward_without_gradient_is_refused_by_the_scorer():
