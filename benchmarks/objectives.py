@@ -22,7 +22,7 @@ REPLAY = ("train.replay_updates=2", "train.replay_epochs=3")
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ddpo": ("shapes_ddpo", ()),
     "dag_kl": ("shapes_dag_kl", ()),
-    "dag_db": ("shapes_alignment", (SHORT,)),
+    "dag_db": ("shapes_alignment", ()),
     "residual_nabla_db": ("shapes_residual_nabla_db", ()),
     "residual_nabla_db_no_flow": ("shapes_residual_nabla_db_no_flow", ()),
     "nabla_db": ("shapes_nabla_db", ()),
