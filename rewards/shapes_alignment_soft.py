@@ -19,16 +19,11 @@ INK_POWER = 8  # weight of a pixel in the object's colour: its RGB distance from
 TINY = 1e-3
 
 
-class ShapesAlignmentSoft:
-    """0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a margin: [0, 1] a picture; see ShapesAlignment."""
+class ShapesAlignmentSoft(graded.ShapesAlignment):
+    """The same sum of sigmoids of margins, [0, 1] a picture, with a gradient to the images."""
 
     name = "shapes_alignment_soft"
     differentiable = True
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt that is not of the shapes world."""
-        for prompt in prompts:
-            parse(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """
