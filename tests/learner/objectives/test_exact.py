@@ -146,7 +146,7 @@ def test_ddpo_reaches_no_target():
         return batch
 
     learner = make_learner(tilted(10), "ddpo", 1e-2)
-    train(learner, 150, 1e-2, draw)
+    train(learner, 100, 1e-2, draw)
     print(f"DDPO: TV {total_variation(learner, residual=True):.3f}, mean {mean_of_samples(learner):.3f} (target .853)")
     assert mean_of_samples(learner) > 1.5
     assert total_variation(learner, residual=True) > 0.3
