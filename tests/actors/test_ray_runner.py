@@ -33,19 +33,26 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(
     assert all(line["loss"] is not None and line["reward_std"] > 0 for line in lines[1:])
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "residual_nabla_db" else pytest.param(kind, marks=pytest.mark.slow) for kind in OBJECTIVES]
-)
+def assert_same_bits(settings: list[str], folder, ways: dict[str, str]) -> None:
+    for name, way in ways.items():
+        assert main([*settings, "evaluation.images=0", way, f"run.dir={folder / name}"]) == 0
+    first, *others = (lora(folder / name) for name in ways)
+    assert all(other == first for other in others)
+
+
+def test_reward_gradients_give_the_same_bits_on_ray(cluster, small_settings, settings_of, tmp_path):
+    ways = {"inprocess": "run.runner=inprocess", "three": "sampler.actors=3"}
+    assert_same_bits([*small_settings, *settings_of("residual_nabla_db")], tmp_path, ways)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_every_objective_gives_the_same_bits_in_process_and_with_1_and_3_samplers(
     cluster, small_settings, settings_of, tmp_path, kind
 ):
     """With replayed updates where the objective takes them."""
-    settings = [*small_settings, *settings_of(kind), "evaluation.images=0"]
     ways = {"inprocess": "run.runner=inprocess", "one": "sampler.actors=1", "three": "sampler.actors=3"}
-    for name, way in ways.items():
-        assert main([*settings, way, f"run.dir={tmp_path / name}"]) == 0
-    first, *others = (lora(tmp_path / name) for name in ways)
-    assert all(other == first for other in others)
+    assert_same_bits([*small_settings, *settings_of(kind)], tmp_path, ways)
 
 
 def test_another_seed_gives_another_lora(unbroken, small_settings, tmp_path):
