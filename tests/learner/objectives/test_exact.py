@@ -153,12 +153,16 @@ def test_ddpo_reaches_no_target():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("setting", "low", "high"), [("corrected", 0.0, 0.1), ("faithful", 0.15, 0.3)])
-def test_bimodal_residual_nabla_db(setting, low, high):
-    extra = {"regulariser": 0.0, "forward_looking": "snapshot"} if setting == "faithful" else {}
-    rate = 1e-3 if setting == "faithful" else 2e-3
+def test_bimodal_residual_nabla_db_corrected():
     start = time.perf_counter()
-    _, after, _, _ = learned(f"M {setting}", bimodal(), "residual_nabla_db", rate, 1600, fresh(128), True,
-                             setting=setting, **extra)  # fmt: skip
-    assert low < after < high
+    before, after, _, _ = learned("M", bimodal(), "residual_nabla_db", 2e-3, 1600, fresh(128), True)
+    assert before > 0.4
+    assert after < 0.1
     assert time.perf_counter() - start < 60
+
+
+@pytest.mark.slow
+def test_bimodal_residual_nabla_db_as_published_stays_far_off():
+    _, after, _, _ = learned("M faithful", bimodal(), "residual_nabla_db", 1e-3, 1200, fresh(128), True,
+                             setting="faithful", regulariser=0.0)  # fmt: skip
+    assert after > 0.15
