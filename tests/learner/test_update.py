@@ -190,6 +190,9 @@ def test_a_restored_learner_goes_on_bitwise(small_config):
     assert restored.published.sha256 == learner.published.sha256
     assert all(torch.equal(p, q) for p, q in zip(restored.flow_parameters, learner.flow_parameters, strict=True))
     again = restored.state_files()
+    assert {name: len(content) for name, content in again.items() if "replay" not in name} == {
+        name: len(content) for name, content in learner.state_files().items() if "replay" not in name
+    }
     same = [state.parse_replay(files[state.replay_file(0)]) for files in (again, learner.state_files())]
     for one, other in zip(
         *([one for epoch in part for update in epoch for one in update] for part in same), strict=True
