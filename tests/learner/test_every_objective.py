@@ -126,7 +126,9 @@ def test_two_ranks_agree_with_one_on_every_objectives_gradient(configured):
 @pytest.mark.parametrize("looking", ["base", "snapshot", "none"])
 def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
     """Scorer's factor times learner's factor = autograd through U-Net with guidance, decoder and reward at once. With
-    `none` only the clean prediction that counts as the end has one."""
+    `none` only the clean prediction that counts as the end has one. The reward has kinks (a pixel's share of ink stops
+    at 0 and 1): a pixel at one may fall on either side, by the last bit of a batch, so the whole field is compared, not
+    each number."""
     learner = build(configured("residual_nabla_db", f"objective.forward_looking={looking}"))
     scored = scored_epoch(learner.config, learner.publish(1))
     one = Experience(*scored[0])
@@ -140,13 +142,14 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
         output = predict(x, t, batch.embeddings, learner.config.sampler.guidance)
         value = reward(decoder(learner.kernel.clean(output, t, x)), prompts).sum()
         (expected,) = torch.autograd.grad(value, x)
-        scale = expected.abs().max()
-        assert scale > 0
+        assert expected.abs().max() > 0
         if looking == "none":
             expected = (
                 expected * (batch.terminal if name == "gradient_next" else batch.terminal & False)[:, None, None, None]
             )
-        torch.testing.assert_close(batch.prepared[name], expected, rtol=1e-3, atol=2e-3 * scale.item())
+        off = batch.prepared[name] - expected
+        assert off.norm() <= 0.02 * expected.norm()
+        assert off.abs().flatten().median() <= 1e-5 * expected.abs().max()
 
 
 def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(configured):
