@@ -26,12 +26,19 @@ class LearnerActor:
         """A free port on this rank's node, where rank 0 will meet the others."""
         return group.free_address(ray.util.get_node_ip_address())
 
-    def start(self, address: str, seconds: float, files: dict[str, bytes] | None) -> tuple[Snapshot, int]:
+    def start(
+        self, address: str, seconds: float, files: dict[str, bytes] | None
+    ) -> tuple[Snapshot, tuple[int, int, int]]:
         """Join the group and build the networks, from a checkpoint's `files` if there are any. Returns the policy
-        version to sample with and the number of latent dimensions."""
+        version to sample with and the shape of a latent."""
         group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
         self.learner = factory.build_learner(self.config, files)
-        return self.learner.published, self.learner.dimensions
+        return self.learner.published, self.learner.model.latent_shape
+
+    def fit_micro_batch(self, share: float) -> int:
+        """Once all actors have their networks: transitions at once in this rank's share of the free GPU memory."""
+        assert self.learner is not None
+        return self.learner.fit_micro_batch(share)
 
     def train_epoch(
         self, epoch: int, beta: float, updates: Sequence[Sequence[ScoredRefs]], seconds: float
@@ -43,6 +50,8 @@ class LearnerActor:
         fetched = [[(next(values), next(values)) for _ in update] for update in updates]
         training = self.learner.train_epoch(epoch, beta, fetched)
         snapshot = self.learner.publish(self.learner.published.version + 1)
+        if not self.whole_gpu:
+            self.learner.rest()
         return training, snapshot.sha256, snapshot if self.rank == 0 else None
 
     def state_files(self) -> dict[str, bytes]:

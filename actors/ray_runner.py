@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner import receipts
 from learner.config import Config
 from learner.ledger import Ledger
+from learner.prompts import example_prompt
 from learner.runner import EpochResult, Hooks
 
 POLL_SECONDS = 1.0
@@ -53,8 +55,10 @@ class RayRunner:
         placement = place_for(config, resources)
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
         shared, state = put(config, "sharing the config"), put(files, "sharing the checkpoint")
-        new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, shared)
-        new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, shared)
+        share = placement.scorer_options.get("num_gpus", 1.0)
+        shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
+        new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, shared, shares_gpu)
+        new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, shared, shares_gpu)
         samplers = [new_sampler() for _ in range(placement.samplers)]
         scorers = [new_scorer() for _ in range(placement.scorers)]
         whole_gpu = placement.rank_options.get("num_gpus") == 1
@@ -69,8 +73,16 @@ class RayRunner:
 
         address = ready(self._ranks[0].address.remote())
         starts = [rank.start.remote(address, config.run.train_seconds, state) for rank in self._ranks]
-        self.snapshot, self.dimensions = ready(starts)[0]
+        self.snapshot, latent = ready(starts)[0]
+        self.dimensions = prod(latent)
         ready([actor.ready.remote() for actor in samplers + scorers])
+        # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
+        prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
+        fitting = [actor.fitting_batch.remote(latent, prompt, min(1.0, share)) for actor in scorers]
+        self.batch_sizes = {"score": min(ready(fitting))}
+        rank_share = 1.0 if rank_share >= 1 else max(rank_share, 1 / placement.ranks)
+        fitting = [rank.fit_micro_batch.remote(rank_share) for rank in self._ranks]
+        self.batch_sizes["micro_batch"] = min(ready(fitting))
         limits = Limits(config.run.chunk_seconds, limit, config.run.chunk_attempts)
         self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
         self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)
@@ -173,7 +185,7 @@ class RayRunner:
                 enter(index, "sampled")
                 trajectories[index], sampled[index] = trajectory, receipt
                 sampled_at = time.perf_counter()
-                self.scorers.submit(index, "score", clean)
+                self.scorers.submit(index, "score", clean, self.batch_sizes["score"])
             for index, (score,), verdict in self.scorers.pump():
                 enter(index, "scored")
                 scores[index], accounts[index] = score, (sampled[index], verdict)

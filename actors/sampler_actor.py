@@ -13,9 +13,9 @@ from learner.config import Config
 
 
 class SamplerActor:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shares_gpu: bool) -> None:
         factory.prepare_process(config)
-        self.sampler = factory.build_sampler(config)
+        self.sampler, self.shares_gpu = factory.build_sampler(config), shares_gpu
 
     def ready(self) -> bool:
         return True
@@ -25,4 +25,6 @@ class SamplerActor:
         """Trajectories for the learner, clean predictions for the scorer, and the receipt for the driver."""
         start = time.perf_counter()
         trajectories, clean = self.sampler.sample(chunk, snapshot)
+        if self.shares_gpu:
+            self.sampler.rest()
         return trajectories, clean, trajectories.receipt(ray.util.get_node_ip_address(), time.perf_counter() - start)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -15,8 +15,6 @@ from transformers.utils import logging as transformers_logging
 from diffusion import lora
 from diffusion.kernels import DDIMKernel, Grid
 from diffusion.locate import load_errors, locate
-
-DECODE_BATCH = 32
 
 # Loading bars of a dozen small files, in every actor, help nobody.
 diffusers_logging.disable_progress_bar()
@@ -26,8 +24,9 @@ transformers_logging.disable_progress_bar()
 class BaseModel:
     """Frozen text encoder, a U-Net with one LoRA adapter on its attention. The VAE is Decoder's.
 
-    Latents are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). The adapter's
-    parameters are float32; `dtype` is that of everything else.
+    Latents are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). `dtype` is the U-Net's; the
+    adapter's parameters and the text encoder, which runs once a prompt, are float32. Attention is torch's
+    scaled_dot_product_attention, diffusers' default.
     """
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -36,9 +35,9 @@ class BaseModel:
             BaseModelError: the path is no pipeline folder and the hub does not have it (or cannot be reached).
         """
         pipeline = _load_pipeline(path, dtype)
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False)
-        self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
+        self.text_encoder = pipeline.text_encoder.to(device, torch.float32).requires_grad_(False).eval()
         self.tokenizer = pipeline.tokenizer
         self.scheduler = pipeline.scheduler
         self._embeddings: dict[str, Tensor] = {}
@@ -56,6 +55,16 @@ class BaseModel:
 
     def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
         return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta, grid)
+
+    def speed_up(self, channels_last: bool = False, compiled: bool = False, checkpointing: bool = False) -> None:
+        """Memory layout of the convolutions, torch.compile of the U-Net's blocks, activations computed again in the
+        backward pass instead of kept: the same function, in other last bits (checkpointing: in the same)."""
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if compiled:
+            self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
     def attach_lora(self, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
         """Add the adapter; the same seed gives the same initial adapter on every machine."""
@@ -95,13 +104,14 @@ class BaseModel:
         """
         unet = unet or self.unet
         if guidance == 1.0:
-            conditional = unet(x.to(embeddings.dtype), t, encoder_hidden_states=embeddings).sample.float()
+            states = embeddings.to(self.dtype)
+            conditional = unet(x.to(self.dtype), t, encoder_hidden_states=states).sample.float()
             return conditional, conditional
         empty = self.embed([""]).expand(len(x), -1, -1)
         both = unet(
-            torch.cat([x, x]).to(embeddings.dtype),
+            torch.cat([x, x]).to(self.dtype),
             torch.cat([t, t]),
-            encoder_hidden_states=torch.cat([empty, embeddings]),
+            encoder_hidden_states=torch.cat([empty, embeddings]).to(self.dtype),
         ).sample.float()
         unconditional, conditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional), conditional
@@ -114,23 +124,31 @@ class BaseModel:
 
 
 class Decoder:
-    """Latents -> images: the base model's VAE alone, for reward actors. Decodes in fixed-size batches."""
+    """Latents -> images: the base model's VAE alone, for reward actors; or a tiny autoencoder's decoder in its place
+    (AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.5's latents)."""
 
-    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """
+    def __init__(
+        self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False
+    ) -> None:  # fmt: skip
+        """`path` is a pipeline's, with `tiny` that of the autoencoder itself.
+
         Raises:
             BaseModelError: as BaseModel.
         """
-        folder = locate(path)
-        with load_errors(path):
-            self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
-        self.vae = self.vae.to(device).requires_grad_(False).eval()
+        if tiny:
+            folder = locate(path, "config.json", "model.tiny_decoder")
+            with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"):
+                vae: Any = AutoencoderTiny.from_pretrained(folder, dtype=dtype)
+        else:
+            folder = locate(path)
+            with load_errors(path):
+                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
+        self.vae = vae.to(device).requires_grad_(False).eval()
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
         scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        images = [self.vae.decode(part).sample.float() for part in scaled.split(DECODE_BATCH)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:

@@ -73,11 +73,16 @@ class DDIMKernel:
         following[timesteps] = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
         after = abar[following]
         self.next_timestep = following
-        self._abar, self._abar_next = abar, after
-        self._sigma2 = eta**2 * (1 - after) / (1 - abar) * (1 - abar / after)
-        if not bool((self._sigma2[timesteps] > 0).all()):
+        sigma2 = eta**2 * (1 - after) / (1 - abar) * (1 - abar / after)
+        if not bool((sigma2[timesteps] > 0).all()):
             raise ValueError("a transition of this grid has no variance: its alphas_cumprod does not decrease")
-        self._direction = (1 - after - self._sigma2).clamp(min=0)
+        squares = {
+            "abar": abar, "noise": 1 - abar, "abar_next": after, "sigma": sigma2, "shrink": abar / after,
+            "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after,
+        }  # fmt: skip
+        roots = {f"root_{name}": table.sqrt() for name, table in squares.items()}
+        # [T] float64 of every timestep, by device: a copy to a GPU makes the host wait, so each is made once.
+        self._tables: dict[torch.device, dict[str, Tensor]] = {torch.device("cpu"): squares | roots}
 
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
@@ -117,11 +122,11 @@ class DDIMKernel:
     def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """Predicted clean latent xhat_theta(x_t) [B, C, H, W] from the model output at (x, t)."""
         model_output, x = _wide(model_output), _wide(x)
-        abar = self._at(self._abar, t, x)
+        abar = self._at("abar", t, x)
         if self.prediction_type == "epsilon":
-            return (x - self._root(1 - self._abar, t, x) * model_output) / abar.sqrt()
+            return (x - self._at("root_noise", t, x) * model_output) / abar.sqrt()
         if self.prediction_type == "v_prediction":
-            return abar.sqrt() * x - self._root(1 - self._abar, t, x) * model_output
+            return abar.sqrt() * x - self._at("root_noise", t, x) * model_output
         return model_output
 
     def epsilon(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -129,8 +134,8 @@ class DDIMKernel:
         model_output, x = _wide(model_output), _wide(x)
         if self.prediction_type == "epsilon":
             return model_output
-        root_noise = self._root(1 - self._abar, t, x)
-        root_signal = self._root(self._abar, t, x)
+        root_noise = self._at("root_noise", t, x)
+        root_signal = self._at("root_abar", t, x)
         if self.prediction_type == "v_prediction":
             return root_signal * model_output + root_noise * x
         return (x - root_signal * model_output) / root_noise
@@ -138,57 +143,55 @@ class DDIMKernel:
     def mean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """mu_theta(x_t) [B, C, H, W]: the mean of p_F(. | x_t)."""
         x = _wide(x)
-        signal = self._root(self._abar_next, t, x) * self.clean(model_output, t, x)
-        return signal + self._root(self._direction, t, x) * self.epsilon(model_output, t, x)
+        signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
+        return signal + self._at("root_direction", t, x) * self.epsilon(model_output, t, x)
 
     def abar(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Cumulative alpha abar_t [B]."""
-        return self._abar.to(t.device)[t].to(dtype)
+        return self._table("abar", t.device)[t].to(dtype)
 
     def variance(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """sigma_t^2 [B], per dimension."""
-        return self._sigma2.to(t.device)[t].to(dtype)
+        return self._table("sigma", t.device)[t].to(dtype)
 
     def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
         """log p_F(x_next | x) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
         mean, x_next = self.mean(model_output, t, x), _wide(x_next)
-        return _log_normal(x_next - mean, self._at(self._sigma2, t, mean), reduction)
+        return _log_normal(x_next - mean, self._at("sigma", t, mean), reduction)
 
     def log_pb(self, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
         """log p_B(x | x_next) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
         x, x_next = _wide(x), _wide(x_next)
-        shrink2 = self._abar / self._abar_next
-        residual = x - self._root(shrink2, t, x) * x_next
-        return _log_normal(residual, self._at(1 - shrink2, t, x), reduction)
+        residual = x - self._at("root_shrink", t, x) * x_next
+        return _log_normal(residual, self._at("noising", t, x), reduction)
 
     def score_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
         """Gradient of the summed log p_F(x_next | x) with respect to x_next [B, C, H, W]."""
         mean = self.mean(model_output, t, x)
-        return -(_wide(x_next) - mean) / self._at(self._sigma2, t, mean)
+        return -(_wide(x_next) - mean) / self._at("sigma", t, mean)
 
     def score_pb_next(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
         """Gradient of the summed log p_B(x | x_next) with respect to x_next [B, C, H, W]."""
-        return -self._root(self._abar / self._abar_next, t, _wide(x)) * self.score_pb(t, x, x_next)
+        return -self._at("root_shrink", t, _wide(x)) * self.score_pb(t, x, x_next)
 
     def score_pb(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
         """Gradient of the summed log p_B(x | x_next) with respect to x [B, C, H, W]."""
         x, x_next = _wide(x), _wide(x_next)
-        shrink2 = self._abar / self._abar_next
-        return -(x - self._root(shrink2, t, x) * x_next) / self._at(1 - shrink2, t, x)
+        return -(x - self._at("root_shrink", t, x) * x_next) / self._at("noising", t, x)
 
     def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
         """x_next [B, C, H, W] = mu_theta + sigma_t * noise."""
         mean = self.mean(model_output, t, x)
-        return mean + self._root(self._sigma2, t, mean) * noise
+        return mean + self._at("root_sigma", t, mean) * noise
 
-    @staticmethod
-    def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """table[t] shaped [B, 1, 1, 1] in like's dtype and device; looked up in float64, then cast."""
-        values = table.to(t.device)[t].to(like.device, like.dtype)
-        return values.reshape(-1, *[1] * (like.ndim - 1))
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """The table at t, shaped [B, 1, 1, 1] in like's dtype; looked up in float64, then cast."""
+        return self._table(name, t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
-    def _root(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        return self._at(table.sqrt(), t, like)
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = {key: table.to(device) for key, table in self._tables[torch.device("cpu")].items()}
+        return self._tables[device][name]
 
 
 def _wide(x: Tensor) -> Tensor:

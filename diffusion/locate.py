@@ -16,19 +16,19 @@ class BaseModelError(ValueError):
     """A model path that cannot be loaded; the message names it and the remedy."""
 
 
-def locate(path: str) -> str:
-    """The pipeline folder, or the hub id, that `path` names.
+def locate(path: str, index: str = "model_index.json", key: str = "model.path") -> str:
+    """The folder, of a pipeline or of another model with its `index` file, or the hub id that `path` names.
 
     Raises:
-        BaseModelError: a path that does not exist, or a folder without a pipeline.
+        BaseModelError: a path that does not exist, or a folder without the index; names the setting `key`.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        if not (local / "model_index.json").is_file():
-            raise BaseModelError(f"model.path: {path} holds no diffusers pipeline (no model_index.json)")
+        if not (local / index).is_file():
+            raise BaseModelError(f"{key}: {path} holds no diffusers model of the kind wanted (no {index})")
         return str(local)
     if local.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) != 1:
-        raise BaseModelError(f"model.path: no such folder: {path}")
+        raise BaseModelError(f"{key}: no such folder: {path}")
     return path  # a hub id
 
 
@@ -58,12 +58,14 @@ def part(path: str, name: str) -> tuple[str, str | None]:
 
 
 @contextlib.contextmanager
-def load_errors(path: str) -> Iterator[None]:
-    """What loading raises, as one line that names the path."""
+def load_errors(
+    path: str, key: str = "model.path", wanted: str = "a Stable-Diffusion or DDPM pipeline folder"
+) -> Iterator[None]:  # fmt: skip
+    """What loading raises, as one line that names the setting and the path."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
         raise BaseModelError(
-            f"model.path: {path} is neither a Stable-Diffusion or DDPM pipeline folder nor reachable on the hub: "
+            f"{key}: {path} is neither {wanted} nor reachable on the hub: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from transformers import AutoConfig
 
 from diffusion.base_model import BaseModel, Decoder
@@ -23,13 +23,45 @@ def load_model(path: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     return (UnconditionalModel if is_unconditional(path) else BaseModel)(path, device, dtype)
 
 
-def load_decoder(path: str, device: str = "cpu") -> Decoder | PixelDecoder:
+def load_decoder(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder | PixelDecoder:
     """What turns states into images.
 
     Raises:
         BaseModelError: as load_model.
     """
-    return PixelDecoder(device) if is_unconditional(path) else Decoder(path, device)
+    return PixelDecoder(device) if is_unconditional(path) else Decoder(path, device, dtype)
+
+
+def load_tiny_decoder(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+    """The decoder of an AutoencoderTiny, a folder or a hub id.
+
+    Raises:
+        BaseModelError: it is neither.
+    """
+    return Decoder(path, device, dtype, tiny=True)
+
+
+def check_tiny_decoder(path: str, pipeline: str) -> None:
+    """Read its configuration, but no weights.
+
+    Raises:
+        BaseModelError: as load_tiny_decoder, or it decodes other latents than the pipeline's.
+    """
+    folder = locate(path, "config.json", "model.tiny_decoder")
+    with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"):
+        tiny = AutoencoderTiny.load_config(folder)
+    if is_unconditional(pipeline):
+        raise BaseModelError(
+            f"objective.forward_looking_decoder: {pipeline} has no decoder that a tiny one could spare"
+        )
+    with load_errors(pipeline):
+        full = AutoencoderKL.load_config(locate(pipeline), subfolder="vae")
+    shapes = [(c["latent_channels"], 2 ** (len(c["block_out_channels"]) - 1)) for c in (tiny, full)]
+    if shapes[0] != shapes[1]:
+        raise BaseModelError(
+            f"model.tiny_decoder: {path} decodes latents of {shapes[0][0]} channels to {shapes[0][1]} times their "
+            f"side, {pipeline} has {shapes[1][0]} channels and {shapes[1][1]} times"
+        )
 
 
 def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> DDIMKernel:
@@ -78,6 +110,17 @@ def _check_pixels(path: str, unet: dict[str, Any]) -> None:
     for fault, found in faults.items():
         if found:
             raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {fault}")
+
+
+def tiny_without_weights(path: str) -> AutoencoderTiny:
+    """The tiny autoencoder on torch's meta device.
+
+    Raises:
+        BaseModelError: as load_tiny_decoder.
+    """
+    folder = locate(path, "config.json", "model.tiny_decoder")
+    with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"), torch.device("meta"):
+        return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
 
 
 def without_weights(path: str) -> tuple[UNet2DConditionModel | UNet2DModel, AutoencoderKL | None]:

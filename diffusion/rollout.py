@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import lora, noise, transitions
+from diffusion import lora, memory, noise, transitions
 from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel, Grid
 from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
 
 ForwardLooking = Literal["base", "snapshot", "none"]
 CleanPrediction = Literal["conditional", "guided"]
+StatePrecision = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class RolloutSettings:
     conditional output (the published code) or the guided one, which foretells the image better. `skip_last` leaves
     the last transition out of training; the state before it then counts as terminal, with the reward of its clean
     prediction. With `image_only` nothing but x_0 is scored. psi is 0 at steps before `from_step`, and nothing is
-    decoded there.
+    decoded there. States are rounded to `state_precision` as they are made, so that what is stored is what log p_F is
+    of; model outputs and clean predictions are stored in it too.
     """
 
     num_steps: int = 50
@@ -43,6 +45,7 @@ class RolloutSettings:
     skip_last: bool = False
     from_step: int = 0
     image_only: bool = False
+    state_precision: StatePrecision = "float32"
 
 
 class Sampler:
@@ -58,12 +61,20 @@ class Sampler:
         """Load the snapshot (if it is not the one loaded) and roll out the chunk.
 
         The trajectories carry the hash of the adapter as it stands in the module, not of what was sent.
+
+        Raises:
+            OutOfMemory: the chunk is too large for the GPU.
         """
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
             self._loaded = (snapshot.version, snapshot.sha256)
         receipt = lora.snapshot(self.model.unet, snapshot.version).sha256
-        return rollout(self.model, self.kernel, self.settings, chunk, snapshot.version, receipt)
+        with memory.smaller("sampler.chunk_size", len(chunk.prompts)):
+            return rollout(self.model, self.kernel, self.settings, chunk, snapshot.version, receipt)
+
+    def rest(self) -> None:
+        """Between turns on a shared GPU."""
+        memory.release(self.model.device)
 
 
 @torch.no_grad()
@@ -88,28 +99,31 @@ def rollout(
     chosen = np.zeros((batch, n + 1), bool)
     np.put_along_axis(chosen, selected, True, axis=1)
 
+    store = torch.float16 if settings.state_precision == "float16" else torch.float32
+
     def draw(step: int) -> Tensor:
-        ids = chunk.trajectory_ids
-        return noise.normal(chunk.seed, use, chunk.epoch, ids, step, model.latent_shape).to(model.device)
+        drawn = noise.normal(chunk.seed, use, chunk.epoch, chunk.trajectory_ids, step, model.latent_shape)
+        return memory.to_device(drawn.numpy(), model.device)
 
     embeddings = model.embed(chunk.prompts)
-    x = draw(noise.INITIAL_STATE)
+    x = draw(noise.INITIAL_STATE).to(store).float()
+    grid = memory.to_device(kernel.timesteps.numpy(), model.device)
     states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
     with _no_dropout(model):
-        for i, timestep in enumerate(kernel.timesteps.tolist()):
-            t = torch.full((batch,), timestep, dtype=torch.int64, device=model.device)
+        for i in range(n):
+            t = grid[i].expand(batch)
             guided, conditional = model.predict(x, t, embeddings, settings.guidance)
             if training:
                 output = guided if settings.clean_prediction == "guided" else conditional
                 if settings.forward_looking == "base" and i >= settings.from_step:
                     scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
                     output = model.predict_reference(x, t, embeddings, scale)
-                cleans.append(kernel.clean(output, t, x))
-            x_next = kernel.sample(guided, t, x, draw(i + 1))
+                cleans.append(kernel.clean(output, t, x).to(store))
+            x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
             log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
             log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
             if training:
-                outputs.append(guided)
+                outputs.append(guided.to(store))
             states.append(x_next)
             x = x_next
     trajectories = Trajectories(
@@ -117,7 +131,7 @@ def rollout(
         policy_version=version,
         adapter_sha256=receipt,
         timesteps=kernel.timesteps.numpy(),
-        states=torch.stack(states, 1).cpu().numpy(),
+        states=torch.stack(states, 1).to(store).cpu().numpy(),
         log_pf=torch.stack(log_pf, 1).cpu().numpy(),
         log_pb=torch.stack(log_pb, 1).cpu().numpy(),
         selected=selected,
@@ -125,8 +139,9 @@ def rollout(
     )
     needed = states_with_reward(settings, chosen)
     row, step = np.nonzero(needed)
-    latents = torch.stack([*cleans, x], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
-    return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step)
+    latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
+    terminal = n - 1 if training and settings.skip_last else n
+    return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal)
 
 
 def _gather(outputs: list[Tensor], selected: np.ndarray, batch: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -34,7 +34,8 @@ class Chunk:
 class Trajectories:
     """B denoising trajectories of N transitions, rolled out by one policy version.
 
-    Arrays are float32 numpy (zero-copy through the object store). States run noise -> data:
+    Arrays are float32 numpy (zero-copy through the object store), or float16 where RolloutSettings.state_precision
+    says so; log-probabilities are float32 always, and of the states as stored. States run noise -> data:
     `states[:, i]` is x at `timesteps[i]`, `states[:, N]` is x_0. Latents are in the model's own scale.
     """
 
@@ -85,9 +86,10 @@ class CleanPredictions:
 
     chunk: Chunk
     num_steps: int  # N
-    latents: np.ndarray  # [M, C, H, W] float32
+    latents: np.ndarray  # [M, C, H, W] float32, or as the states
     row: np.ndarray  # [M] int64
     step: np.ndarray  # [M] int64
+    terminal: int  # the state whose reward is the trajectory's in training: N, or N-1
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ class Config(Section):
             fraction=self.sampler.transition_fraction,
             skip_last=self.objective.last_transition == "skip",
             image_only=not objective.inner_rewards,
+            state_precision=self.sampler.state_precision,
         )
 
 

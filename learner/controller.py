@@ -144,8 +144,8 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, say: Say
         "ranks": runner.ranks,
         "batch_sizes": {
             "chunk": config.sampler.chunk_size,
-            "micro_batch": config.learner.micro_batch,
             "flow_batch": config.flow.batch,
+            **runner.batch_sizes,
         },
         "ledger": ledger.to_json(),
         "config_digest": config.digest(),

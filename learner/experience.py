@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import noise
+from diffusion import memory, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
 from learner.objectives.base import Transitions
@@ -35,6 +35,10 @@ class Experience:
         made = self.trajectories
         return Experience(replace(made, model_output=made.model_output[:, :, :0].copy()), self.scores, self.prepared)
 
+    def selected_log_pf(self) -> np.ndarray:
+        """The sampler's log p_F [B, K] of the transitions to train on, nats, summed over dimensions."""
+        return np.take_along_axis(self.trajectories.log_pf, self.trajectories.selected, axis=1)
+
     def order(self, group: int) -> np.ndarray:
         """Positions of the transitions in selected.ravel(), in the order they are trained on.
 
@@ -55,7 +59,8 @@ class Experience:
         end = n - 1 if objective.last_transition == "skip" else n
 
         def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(model.device)
+            moved = memory.to_device(array, model.device)
+            return moved.float() if moved.dtype == torch.float16 else moved
 
         times = np.append(trajectories.timesteps, 0)
         # States without a reward have psi = 0 (forward_looking none, or before forward_looking_from).

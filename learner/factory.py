@@ -10,7 +10,7 @@ from torch import nn
 
 import rewards
 from diffusion.base_model import BaseModel
-from diffusion.pipelines import load_decoder, load_model
+from diffusion.pipelines import load_decoder, load_model, load_tiny_decoder
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.flow import FlowNetwork, GradientNetwork
@@ -39,10 +39,12 @@ def device(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_model(config: Config) -> BaseModel:
-    """The base model with the run's initial adapter: equal in every process."""
-    model = load_model(str(resolve(config.model.path)), device(config))
+def build_model(config: Config, training: bool = False) -> BaseModel:
+    """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
+    given = config.model
+    model = load_model(str(resolve(given.path)), device(config), getattr(torch, given.dtype))
     model.attach_lora(config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed)
+    model.speed_up(given.channels_last, given.compile, training and config.learner.gradient_checkpointing)
     return model
 
 
@@ -51,10 +53,19 @@ def build_sampler(config: Config) -> Sampler:
 
 
 def build_scorer(config: Config) -> Scorer:
-    reward = rewards.load(config.reward.name, config.reward.weights, device(config), **config.reward.options)
-    decoder = load_decoder(str(resolve(config.model.path)), device(config))
+    given, where = config.model, device(config)
+    reward = rewards.load(config.reward.name, config.reward.weights, where, **config.reward.options)
     gradients = OBJECTIVES[config.objective.kind].reward_gradients
-    return Scorer(decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels, gradients)
+    # Gradients in float32: beta multiplies them by up to 1e4.
+    dtype = torch.float32 if gradients else getattr(torch, given.dtype)
+    decoder = load_decoder(str(resolve(given.path)), where, dtype)
+    tiny = None
+    if config.objective.forward_looking_decoder == "tiny":
+        tiny = load_tiny_decoder(str(resolve(given.tiny_decoder)), where, dtype)
+    return Scorer(
+        decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels, gradients, tiny,
+        config.reward.batch,
+    )  # fmt: skip
 
 
 def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_width: int | None) -> nn.Module | None:
@@ -69,7 +80,7 @@ def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_w
 
 def build_learner(config: Config, files: dict[str, bytes] | None = None) -> Learner:
     """A learner rank; with a process group initialised, one of several. `files` of a checkpoint to go on from."""
-    model = build_model(config)
+    model = build_model(config, training=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)
         flow = flow_network(config, model.latent_shape, model.embedding_width)

@@ -1,4 +1,5 @@
-"""The in-process runner: one sampler, one scorer, one learner, no Ray. Actor and rank counts do not apply."""
+"""The in-process runner: one sampler, one scorer, one learner in turns, no Ray: on one GPU they share its memory. Actor
+and rank counts do not apply."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner import factory, receipts
 from learner.config import Config
 from learner.ledger import Ledger
+from learner.prompts import example_prompt
 from learner.runner import EpochResult, Hooks
 from learner.update import Scored
 
@@ -28,6 +30,10 @@ class InProcessRunner:
         self.learner = factory.build_learner(config, files)
         self.snapshot = self.learner.published
         self.dimensions = self.learner.dimensions
+        self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(
+            self.learner.model.latent_shape, example_prompt(config), factory.device(config)
+        )
+        self.batch_sizes = {"micro_batch": self.learner.fit_micro_batch(), "score": self.scorer.batch}
         self.description = "in process: 1 sampler, 1 scorer, 1 learner"
         self._node = socket.gethostname()
 

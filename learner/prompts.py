@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from learner.config import ConfigError, resolve
+from learner.config import Config, ConfigError, resolve
 
 
 def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -> list[str]:
@@ -35,6 +35,15 @@ def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -
     if not prompts:
         raise ConfigError(f"{key}: {file} holds no prompt")
     return prompts
+
+
+def example_prompt(config: Config) -> str:
+    """One that the reward is made for, to try batch sizes with.
+
+    Raises:
+        ConfigError: as read_prompts.
+    """
+    return "" if config.prompts.path is None else read_prompts(config.prompts.path, config.prompts.column)[0]
 
 
 def _text(file: Path, column: str) -> list[str]:

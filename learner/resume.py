@@ -35,12 +35,23 @@ class OpenRun:
     lock: int | None = None  # file descriptor; the kernel drops the lock with the process
 
     @property
-    def with_ranks(self) -> Config:
-        """The config with as many learner ranks as wrote the checkpoint: sums in another order have other last bits."""
-        if self.checkpoint is None or self.config.run.runner == "inprocess":
+    def as_begun(self) -> Config:
+        """The config with the learner ranks and batch sizes that the run began with, where it leaves them open: sums in
+        another order, products of other shapes, have other last bits."""
+        if self.checkpoint is None:
             return self.config
-        ranks = self.checkpoint.manifest["ranks"]
-        return self.config.model_copy(update={"learner": self.config.learner.model_copy(update={"ranks": ranks})})
+        saved, config = self.checkpoint.manifest, self.config
+        sizes = saved["batch_sizes"]
+        learner = {"micro_batch": config.learner.micro_batch or sizes["micro_batch"]}
+        if config.run.runner != "inprocess":
+            learner["ranks"] = saved["ranks"]
+        reward = {"batch": config.reward.batch or sizes.get("score")}
+        return config.model_copy(
+            update={
+                "learner": config.learner.model_copy(update=learner),
+                "reward": config.reward.model_copy(update=reward),
+            }
+        )
 
     @property
     def epochs_done(self) -> int:

@@ -16,7 +16,8 @@ from cluster.placement import Placement, PlacementError, place_for
 from cluster.session import resources_at_hand
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.locate import BaseModelError, is_unconditional
-from diffusion.pipelines import check_parts, load_kernel
+from diffusion.memory import OutOfMemory
+from diffusion.pipelines import check_parts, check_tiny_decoder, load_kernel
 from learner import controller, environment, resume
 from learner.checkpoint import CheckpointError
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
@@ -34,7 +35,7 @@ from rewards.scorer import BadReward
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
 FAILURES = (
     BadReward, UnknownReward, StaleWeights, RanksDiverged, NonFiniteGradient, LedgerError, CheckpointError,
-    StorageError, DeadlineExceeded, ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
+    StorageError, OutOfMemory, DeadlineExceeded, ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
 )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _run(opened: OpenRun) -> int:
         records.note(finished=False, environment=environment.facts())
         tracker = Tracker(records, config, say)
         if opened.epochs_done < config.train.epochs:
-            runner = build_runner(opened.with_ranks, opened.checkpoint.files if opened.checkpoint else None)
+            runner = build_runner(opened.as_begun, opened.checkpoint.files if opened.checkpoint else None)
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
             controller.run(opened, runner, tracker, say)
@@ -151,6 +152,8 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         attempt(lambda: check_parts(path))
         attempt(lambda: _check_prompting(config, path))
         attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid), "sampler.steps: ")
+        if config.objective.forward_looking_decoder == "tiny":
+            attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
     reward = config.reward
     attempt(lambda: rewards.check(reward.name, reward.weights, reward.options, prompts, _needing_gradients(config)))
     if config.run.runner == "inprocess":

@@ -49,6 +49,7 @@ class Runner(Protocol):
     description: str
     dimensions: int  # D, numbers in one latent
     ranks: int
+    batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
     hooks: Hooks
 
     def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk], ledger: Ledger) -> EpochResult:

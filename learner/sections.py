@@ -7,11 +7,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffusion.kernels import Grid, Reduction
-from diffusion.rollout import CleanPrediction, ForwardLooking
+from diffusion.rollout import CleanPrediction, ForwardLooking, StatePrecision
 from diffusion.transitions import Selection
 from learner.objectives import OBJECTIVES, Kind
 from learner.objectives.base import Decay, Weighting
 from learner.objectives.db import Penalty
+
+Precision = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
@@ -50,6 +52,16 @@ class Run(Section):
 class Model(Section):
     path: str = Field("models/shapes", description="diffusers pipeline folder, or hub id")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (cuda if there), cpu or cuda")
+    dtype: Precision = Field(
+        "float32",
+        description="of U-Net and VAE: float32 or bfloat16; LoRA, flow network, schedule, log-probabilities, reward "
+        "models and reward gradients are float32 always",
+    )
+    channels_last: bool = Field(False, description="memory layout that convolutions in bfloat16 on a GPU prefer")
+    compile: bool = Field(False, description="torch.compile the U-Net's transformer blocks; minutes at the start")
+    tiny_decoder: str = Field(
+        "madebyollin/taesd", description="AutoencoderTiny for objective.forward_looking_decoder=tiny: folder or hub id"
+    )
 
 
 class Prompts(Section):
@@ -75,6 +87,11 @@ class SamplerConfig(Section):
     )
     transitions: Selection = Field("all", description="which transitions to train on: all, random or low_variance")
     transition_fraction: float = Field(1.0, gt=0, le=1, description="share of transitions for random and low_variance")
+    state_precision: StatePrecision = Field(
+        "float32",
+        description="of stored states and model outputs; float16 halves the object store: states are rounded inside "
+        "the rollout, so log p_F stays exact",
+    )
 
 
 class RewardConfig(Section):
@@ -85,6 +102,12 @@ class RewardConfig(Section):
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="keyword arguments of the reward; your own callable is then called with them first and returns it",
+    )
+    batch: int | None = Field(
+        None,
+        ge=1,
+        description="images decoded and scored at once; default: what free GPU memory holds, chosen once a run (on a "
+        "CPU 32, with gradients 16)",
     )
 
 
@@ -122,7 +145,15 @@ class LearnerConfig(Section):
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the LoRA")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of the LoRA")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip, for LoRA and flow network separately")
-    micro_batch: int = Field(8, ge=1, description="transitions a forward and backward pass")
+    micro_batch: int | None = Field(
+        8,
+        ge=1,
+        description="transitions a forward and backward pass; null: what free GPU memory holds, chosen once a run (on "
+        "a CPU 8)",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the U-Net's activations again in the backward pass: less memory, a third more work"
+    )
 
 
 class Objective(Section):
@@ -150,6 +181,11 @@ class Objective(Section):
     )
     forward_looking_from: int = Field(
         0, ge=0, description="psi is 0 before this step (nothing is decoded there); at 0 it is used everywhere"
+    )
+    forward_looking_decoder: Literal["full", "tiny"] = Field(
+        "full",
+        description="decoder of psi's clean predictions: full (the VAE), or tiny (model.tiny_decoder); the image "
+        "itself is always decoded by the VAE",
     )
     clean_prediction: CleanPrediction = Field(
         "conditional",

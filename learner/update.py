@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from diffusion import lora, noise
+from diffusion import lora, memory, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
 from learner import receipts, state
@@ -30,6 +30,8 @@ from learner.objectives import OBJECTIVES
 from learner.objectives.base import Policy, Population, Transitions
 
 Scored = tuple[Trajectories, Scores]
+MICRO_BATCH = 8  # where no GPU's memory says
+MOST = 64  # a larger one gains nothing, and must fit into a chunk's transitions
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -71,9 +73,51 @@ class Learner:
         # The last epochs, update by update, for flow-only fits and replayed policy updates.
         self.replay: deque[list[list[Experience]]] = deque(maxlen=config.kept_epochs)
         self.published = lora.snapshot(model.unet, 0)
+        self.micro_batch = config.learner.micro_batch or MICRO_BATCH
 
     def _parallel(self, module: nn.Module) -> nn.Module:
         return DistributedDataParallel(module) if self.world_size > 1 else module
+
+    def fit_micro_batch(self, share: float = 1.0) -> int:
+        """Unless the config gives one, choose the largest micro-batch that this process's `share` of the free GPU
+        memory holds, on several ranks the smallest of theirs. Gradients depend on it in their last bits, so it is
+        found once a run and kept in its checkpoints."""
+        if self.config.learner.micro_batch is None and self.model.device.type == "cuda":
+            with memory.smaller("learner.micro_batch", 1):
+                fits = memory.largest_batch(self._try_micro_batch, self.model.device, MOST, share)
+            if self.world_size > 1:
+                least = torch.tensor(fits, device=self.model.device)
+                dist.all_reduce(least, dist.ReduceOp.MIN)
+                fits = int(least.item())
+            self.micro_batch = fits
+        return self.micro_batch
+
+    def _try_micro_batch(self, size: int) -> None:
+        """One forward and backward pass of `size` made-up transitions; networks and objective stay as they are."""
+        device, shape = self.model.device, self.model.latent_shape
+        x, one = torch.zeros(size, *shape, device=device), torch.ones(size, dtype=torch.int64, device=device)
+        number = torch.zeros(size, device=device)
+        batch = Transitions(
+            x=x, x_next=x.clone(), t=one * int(self.kernel.timesteps[0]), t_next=one * int(self.kernel.timesteps[1]),
+            trajectory_id=one * 0, embeddings=self.model.embed([""] * size), reward=number, reward_next=number,
+            reward_terminal=number, terminal=one == 0, log_pf_old=number, output_old=x.clone(),
+            clean_gradient=x.clone() if self.objective.reward_gradients else None,
+            clean_gradient_next=x.clone() if self.objective.reward_gradients else None,
+            prepared={"advantage": number},
+        )  # fmt: skip
+        before = self.objective.state()
+        self.objective.begin_epoch(Population((0, 1), ("", ""), (0.0, 1.0)))
+        self.prepare(batch)
+        nets = [self.unet] if self.flow is None else [self.unet, self.flow]
+        with self._sync_last(nets, False):
+            self.loss(batch, 1.0)[0].backward()
+        self.objective.restore(before)
+        for parameter in [*self.policy_parameters, *(self.flow_parameters if self.flow is not None else [])]:
+            parameter.grad = None
+
+    def rest(self) -> None:
+        """Between turns on a shared GPU."""
+        memory.release(self.model.device)
 
     def publish(self, version: int) -> lora.Snapshot:
         """The adapter as it stands, as this version; later trajectories must carry its hash.
@@ -92,7 +136,12 @@ class Learner:
 
         Raises:
             StaleWeights: trajectories of another adapter than the published one.
+            OutOfMemory: the micro-batch is too large for the GPU.
         """
+        with memory.smaller("learner.micro_batch", self.micro_batch):
+            return self._train_epoch(epoch, beta, updates)
+
+    def _train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
         for trajectories, _ in (scored for update in updates for scored in update):
             receipts.check(trajectories, self.published, f"chunk {trajectories.chunk.index} of epoch {epoch}")
         fresh = [[Experience(*scored) for scored in update] for update in updates]
@@ -103,6 +152,8 @@ class Learner:
             keep = (lambda one: one) if train.replay_updates else Experience.without_output
             self.replay.append([[keep(one) for one in update] for update in fresh])
         rows = [self._train(epoch, index, beta, update) for index, update in enumerate(fresh)]
+        if self.objective.uses_ratio:
+            rows[0]["clipped_before"] = self._clipped_before([one for update in fresh for one in update], rows[0])
         for index in range(len(fresh), len(fresh) + train.replay_updates) if earlier else ():
             # The same draw on every rank: each holds its share of the same past update.
             pick = noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, index).integers(len(earlier))
@@ -175,7 +226,7 @@ class Learner:
         """
         joint = self.flow is not None and self.config.flow.fit_steps == 0
         nets = [self.unet, self.flow] if joint and self.flow is not None else [self.unet]
-        totals: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}  # on the device: reading them out would make the host wait
         done = 0
         for batch in batches:
             done += len(batch.t)
@@ -184,7 +235,8 @@ class Learner:
                 share = len(batch.t) / count
                 (loss * share).backward()
             for name, value in parts.items():
-                totals[name] = totals.get(name, 0.0) + value.item() * share
+                sums[name] = sums.get(name, 0.0) + value.double() * share
+        totals = {name: value.item() for name, value in sums.items()}
         totals["grad_norm"] = self._step(self.policy_optimizer, self.policy_parameters)
         if joint:
             totals["flow_grad_norm"] = self._step(self.flow_optimizer, self.flow_parameters)
@@ -224,6 +276,20 @@ class Learner:
                 one.prepared[name] = in_place.reshape(*one.trajectories.selected.shape, *values.shape[1:])
             one.scores = replace(one.scores, gradients=None, gradient_row=None)
 
+    def _clipped_before(self, chunks: Sequence[Experience], first: dict[str, float]) -> float:
+        """Share of transitions whose ratio to the sampler's log p_F is outside the clip before any update, by
+        precision and batch shape alone: that of the first update, which all sees the weights that sampled; or, where
+        objective.old_log_prob is learner, what was found in preparing."""
+        given = self.config.objective
+        if given.old_log_prob == "sampler":
+            return first["clipped"]
+        scale = 1 if given.log_prob_reduction == "sum" else self.dimensions
+        outside = [
+            np.abs(np.expm1((one.prepared["log_pf_old"] - one.selected_log_pf()) / scale)) > given.clip_range
+            for one in chunks
+        ]
+        return float(np.concatenate(outside).mean())
+
     def _population(self, chunks: Sequence[Experience]) -> Population:
         mine: list[tuple[int, str, float]] = []
         for one in chunks:
@@ -250,8 +316,8 @@ class Learner:
             loss = self.objective.flow_loss(Transitions.concatenate(parts), self.flow, beta)
             loss.backward()
             self._step(self.flow_optimizer, self.flow_parameters)
-            losses.append(loss.item())
-        return {"flow_loss": float(np.mean(losses))}
+            losses.append(loss.detach())
+        return {"flow_loss": torch.stack(losses).double().mean().item()}
 
     @property
     def dimensions(self) -> int:
@@ -259,7 +325,7 @@ class Learner:
         return int(np.prod(self.model.latent_shape))
 
     def _windows(self, one: Experience) -> list[list[np.ndarray]]:
-        return one.windows(self.config.learner.micro_batch, self.objective.group)
+        return one.windows(self.micro_batch, self.objective.group)
 
     def _micro_batches(self, one: Experience, beta: float) -> Iterator[Transitions]:
         """The chunk's transitions. Where a micro-batch cannot hold a group, the group's advantages are computed in a

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffusion import noise
+from diffusion import memory, noise
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards import Reward
 
-SCORE_BATCH = 64
-GRADIENT_BATCH = 16  # decoding with a graph to go back keeps every layer
+Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
+SCORE_BATCH = 32  # on a CPU
+GRADIENT_BATCH = 16  # there; decoding with a graph to go back keeps every layer
+MOST = 256
 
 
 class BadReward(ValueError):
@@ -26,42 +28,69 @@ class Scorer:
     """A decoder and a reward. Plain Python; actors/ wraps it."""
 
     def __init__(
-        self, decoder: Callable[[torch.Tensor], torch.Tensor], reward: Reward, shuffle: bool = False,
-        thumbnail_pixels: int = 0, gradients: bool = False,
+        self, decoder: Decode, reward: Reward, shuffle: bool = False, thumbnail_pixels: int = 0,
+        gradients: bool = False, tiny: Decode | None = None, batch: int | None = None,
     ) -> None:  # fmt: skip
-        """`decoder` turns latents [B, C, h, w] into images. `shuffle` hands every training trajectory the rewards of
+        """`shuffle` hands every training trajectory the rewards of
         another of its chunk: a control without signal. `thumbnail_pixels` is the side of the small pictures kept of
         training trajectories; 0: none. `gradients`: also those of the reward to the clean latents of training
-        trajectories.
+        trajectories. `tiny` decodes the clean predictions of inner states in the decoder's place: psi may be any
+        function of the state, the image's own reward may not. `batch` images go through decoder and reward at once;
+        None: as `fitting_batch` finds.
 
         Raises:
             BadReward: `gradients` of a reward that is not differentiable.
         """
         if gradients and not reward.differentiable:
             raise BadReward(f"reward {reward.name} is not differentiable: the objective cannot learn from its gradient")
-        self.decoder, self.reward, self.shuffle = decoder, reward, shuffle
-        self.thumbnail_pixels, self.gradients = thumbnail_pixels, gradients
+        self.decoder, self.reward, self.shuffle, self.tiny = decoder, reward, shuffle, tiny
+        self.thumbnail_pixels, self.gradients, self.batch = thumbnail_pixels, gradients, batch
+
+    def fitting_batch(
+        self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0
+    ) -> int:  # fmt: skip
+        """Images that decoder and reward hold at once in this process's `share` of the free GPU memory: the largest
+        power of two. Rewards depend on it in their last bits, so it is found once a run. Elsewhere a constant."""
+        if device != "cuda":
+            return GRADIENT_BATCH if self.gradients else SCORE_BATCH
+
+        def trial(size: int) -> None:
+            latents = torch.zeros(size, *latent, device=device, requires_grad=self.gradients)
+            with torch.set_grad_enabled(self.gradients):
+                scores = self._judge(self.decoder(latents), [prompt] * size)
+            if self.gradients:
+                torch.autograd.grad(scores.sum(), latents)
+
+        with memory.smaller("reward.batch", 1):
+            return memory.largest_batch(trial, torch.device(device), MOST, share)
+
+    def rest(self) -> None:
+        """Between turns on a shared GPU."""
+        memory.release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def score(self, clean: CleanPredictions) -> Scores:
         """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient.
 
         Raises:
             BadReward: the reward raised, or it or its gradient is NaN or infinite somewhere.
+            OutOfMemory: the batch is too large for the GPU.
         """
+        with memory.smaller("reward.batch", self.batch):
+            return self._score(clean)
+
+    def _score(self, clean: CleanPredictions) -> Scores:
         chunk = clean.chunk
         rewards = np.full((len(chunk.prompts), clean.num_steps + 1), np.nan, np.float32)
         pictures: list[np.ndarray] = []
         wanted = chunk.purpose == "evaluate" or self.thumbnail_pixels > 0
         differentiate = self.gradients and chunk.purpose == "train"
         gradients: list[np.ndarray] = []
-        size = GRADIENT_BATCH if differentiate else SCORE_BATCH
-        for start in range(0, len(clean.latents), size):
-            part = slice(start, start + size)
+        for part, decoder in self._batches(clean, differentiate):
             row, step = clean.row[part], clean.step[part]
-            latents = torch.from_numpy(np.array(clean.latents[part])).requires_grad_(differentiate)
+            latents = torch.from_numpy(clean.latents[part].astype(np.float32)).requires_grad_(differentiate)
             prompts = [chunk.prompts[r] for r in row]
             with torch.set_grad_enabled(differentiate):
-                images = self.decoder(latents)
+                images = decoder(latents)
                 scores = self._judge(images, prompts)
             if differentiate:
                 gradients.append(self._gradient(scores, latents, chunk, row, step))
@@ -87,8 +116,18 @@ class Scorer:
         if not differentiate:
             return scored
         index = np.full(rewards.shape, -1, np.int64)
-        index[clean.row, clean.step] = np.arange(len(clean.row))
+        order = np.concatenate([part for part, _ in self._batches(clean, differentiate)])
+        index[clean.row[order], clean.step[order]] = np.arange(len(order))
         return replace(scored, gradients=np.concatenate(gradients), gradient_row=index)
+
+    def _batches(self, clean: CleanPredictions, differentiate: bool) -> Iterator[tuple[np.ndarray, Decode]]:
+        """Positions of the latents that are decoded together, and the decoder: `tiny` only for inner states."""
+        size = self.batch or (GRADIENT_BATCH if differentiate else SCORE_BATCH)
+        inner = clean.step < clean.terminal if self.tiny else np.zeros(len(clean.step), bool)
+        for group, decoder in ((np.flatnonzero(inner), self.tiny), (np.flatnonzero(~inner), self.decoder)):
+            for start in range(0, len(group), size):
+                assert decoder is not None
+                yield group[start : start + size], decoder
 
     def _gradient(
         self, scores: torch.Tensor, latents: torch.Tensor, chunk: Chunk, row: np.ndarray, step: np.ndarray

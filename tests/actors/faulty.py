@@ -28,16 +28,16 @@ def first_time(config: Config, name: str) -> bool:
 class SkipsLoad(SamplerActor):
     """New weights come, and are never copied into the module."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, shares_gpu):
+        super().__init__(config, shares_gpu)
         rollout.lora.load = lambda unet, flat: None
 
 
 class DiesOnce(SamplerActor):
     """Its process is gone in the middle of epoch 1's chunk 1."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, shares_gpu):
+        super().__init__(config, shares_gpu)
         self.config = config
 
     @ray.method(num_returns=3)
@@ -58,23 +58,23 @@ class HangsOnce(DiesOnce):
 class StaleAfterRestart(DiesOnce):
     """Dies, and the one that takes its place keeps the weights it was built with."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, shares_gpu):
+        super().__init__(config, shares_gpu)
         if witness(config, "died").exists():
             witness(config, "stale").touch()
             rollout.lora.load = lambda unet, flat: None
 
 
 class ScorerDiesOnce(RewardActor):
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, shares_gpu):
+        super().__init__(config, shares_gpu)
         self.config = config
 
     @ray.method(num_returns=2)
-    def score(self, clean):
+    def score(self, clean, batch):
         if clean.chunk.purpose == "train" and clean.chunk.epoch == 1 and first_time(self.config, "scorer-died"):
             os._exit(1)
-        return super().score(clean)
+        return super().score(clean, batch)
 
 
 class ChunkKills(SamplerActor):

@@ -57,7 +57,7 @@ def predictions(rows=(0, 0, 1, 1), steps=(1, 2, 0, 2), purpose="train") -> Clean
     generator = torch.Generator().manual_seed(2)
     chunk = Chunk(0, purpose, 0, 0, ("a red circle", "a blue star on a white background"), (4, 9))
     latents = torch.randn(len(rows), 4, 16, 16, generator=generator).numpy()
-    return CleanPredictions(chunk, 2, latents, np.array(rows), np.array(steps))
+    return CleanPredictions(chunk, 2, latents, np.array(rows), np.array(steps), 2)
 
 
 def test_scorer_returns_the_gradient_to_the_clean_latents():

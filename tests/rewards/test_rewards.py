@@ -104,7 +104,7 @@ def clean(values, purpose="train") -> CleanPredictions:
     """Two trajectories of two steps; the second's middle state is not scored."""
     latents = np.stack([np.full((3, 2, 2), value, np.float32) for value in values])
     chunk = Chunk(0, purpose, 4, 0, ("first", "second"), (10, 11))
-    return CleanPredictions(chunk, 2, latents, np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 0, 2]))
+    return CleanPredictions(chunk, 2, latents, np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 0, 2]), 2)
 
 
 def test_scorer_lays_rewards_out_by_trajectory_and_state():
@@ -118,7 +118,7 @@ def test_shuffled_rewards_are_a_permutation_of_whole_trajectories_and_spare_eval
     values = np.linspace(0.1, 0.9, 12).astype(np.float32)
     latents = np.stack([np.full((3, 2, 2), value, np.float32) for value in values])
     chunk = Chunk(0, "train", 4, 0, ("p",) * 4, (0, 1, 2, 3))
-    made = CleanPredictions(chunk, 2, latents, np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4))
+    made = CleanPredictions(chunk, 2, latents, np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4), 2)
     plain = Scorer(lambda latents: latents, Brightness()).score(made).rewards
     shuffled = Scorer(lambda latents: latents, Brightness(), shuffle=True).score(made).rewards
     assert (shuffled != plain).any()

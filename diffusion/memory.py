@@ -1,0 +1,67 @@
+"""GPU memory: copies the host does not wait for, batches that fit, and errors that say what to make smaller."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHARE = 0.8  # of free memory: fragments, and peaks that a trial does not see, have the rest
+
+
+class OutOfMemory(RuntimeError):
+    """A GPU is too small for what it was given; the message names the setting to make smaller."""
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of the array on the device. From page-locked memory to a GPU: the host goes on, so that the next batch
+    travels while the GPU works on the one before."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back to the GPU, for the other processes that share it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def smaller(setting: str, value: object) -> Iterator[None]:
+    """
+    Raises:
+        OutOfMemory: where torch does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        text = " ".join(str(error).split())
+        raise OutOfMemory(f"{setting}={value} does not fit into GPU memory; make it smaller ({text[:200]})") from error
+
+
+def largest_batch(trial: Callable[[int], object], device: torch.device, most: int, share: float = 1.0) -> int:
+    """The largest power of two up to `most` that memory holds, from the peaks of trial(1) and trial(2).
+
+    `share` is the part of the free memory that this process may have.
+
+    Raises:
+        OutOfMemory: not even 1 fits.
+    """
+    with smaller("the smallest batch", 1):
+        trial(1)  # libraries allocate their workspaces
+        peaks = []
+        for batch in (1, 2):
+            torch.cuda.reset_peak_memory_stats(device)
+            trial(batch)
+            peaks.append(torch.cuda.max_memory_allocated(device))
+    each = max(peaks[1] - peaks[0], 1)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated(device)
+    room = share * SHARE * torch.cuda.mem_get_info(device)[0]
+    fits = max(1, int((held + room - (peaks[0] - each)) // each))
+    return min(most, 1 << (fits.bit_length() - 1))
