@@ -27,13 +27,16 @@ REWARD_MODES = ((0.85, 1.2, 0.45), (0.15, -0.8, 0.45))
 
 @dataclass(frozen=True)
 class Problem:
-    """`log_reward` of one number; the base is N(0, 1), or M's mixture with `bimodal`."""
+    """`log_reward` of one number; the base is N(0, 1), or M's mixture with `bimodal`. `decoder` makes of x_0 what is
+    rewarded, `inner_decoder` of inner states' clean predictions."""
 
     steps: int
     abar: Tensor
     log_reward: Callable[[Tensor], Tensor]
     bimodal: bool = False
     dimensions: int = 1
+    decoder: Callable[[Tensor], Tensor] = lambda clean: clean
+    inner_decoder: Callable[[Tensor], Tensor] = lambda clean: clean
 
     def base_epsilon(self, x: Tensor, t: Tensor) -> Tensor:
         """eps of the base's exact score."""
@@ -202,11 +205,13 @@ def rollout(learner: Learner, count: int) -> Transitions:
         clean[here] = kernel.clean(source, inner, every[here])
     with torch.enable_grad():
         clean.requires_grad_()
-        rewards = problem.rewards(clean)
+        rewards = problem.rewards(torch.cat([problem.inner_decoder(clean[here]), problem.decoder(clean[-count:])]))
         gradients = torch.autograd.grad(rewards.sum(), clean)[0]
     if looking == "none":  # as in a run: nothing is scored but the image
         gradients[here] = 0
     reward = rewards.detach()
+    blind = slice(0, learner.config.objective.forward_looking_from * count)
+    reward[blind], gradients[blind] = 0, 0
     return Transitions(
         x=every[here], x_next=every[after], t=t[here], t_next=t[after],
         trajectory_id=torch.arange(count).repeat(problem.steps), embeddings=torch.zeros(problem.steps * count, 1, 1),

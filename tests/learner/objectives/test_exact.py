@@ -5,6 +5,7 @@ Rates fall by a cosine to 2 %; one thread, fixed seeds. docs/algorithms.md lists
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,35 @@ def test_t1_dag_db():
     assert before > 0.5
     assert after < 0.02
     assert metrics["residual_squared"] < 1e-3
+
+
+def rough(clean: torch.Tensor) -> torch.Tensor:
+    """A decoder that is nowhere right: another scale and an offset. (Its reward is still a quadratic, as the flow of
+    this problem must be.)"""
+    return 0.7 * clean - 0.3
+
+
+@pytest.mark.parametrize(("decoder", "start"), [(rough, 0), (None, 5), (rough, 5)])
+def test_cheap_inner_values_leave_dag_dbs_target_as_it_is(decoder, start):
+    """psi may be any function of the state: another decoder's, or 0 before some step, as long as both ends of a
+    transition use it and the image's own reward is the true one."""
+    problem = gaussian(10)
+    problem = replace(problem, inner_decoder=decoder) if decoder else problem
+    _, after, metrics, _ = learned("cheap", problem, "dag_db", 3e-2, 2500, fresh(64), setting="faithful",
+                                   forward_looking="base", forward_looking_from=start)  # fmt: skip
+    assert after < 0.02
+    assert metrics["residual_squared"] < 1e-3
+
+
+def test_a_cheap_value_at_the_image_itself_has_another_target():
+    problem = replace(gaussian(10), decoder=rough, inner_decoder=rough)
+    _, after, _, _ = learned("cheap image", problem, "dag_db", 3e-2, 1000, fresh(64), forward_looking="base")
+    assert after > 0.2
+
+
+def test_cheap_inner_gradients_leave_residual_nabla_dbs_target_as_it_is():
+    problem = replace(tilted(20), inner_decoder=rough)
+    assert learned("cheap", problem, "residual_nabla_db", 1e-2, 1000, fresh(64), True)[1] < 0.015
 
 
 def test_t2_dag_kl():
