@@ -61,7 +61,7 @@ def named(unet: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def snapshot(unet: nn.Module, version: int) -> Snapshot:
     """Copy the adapter out of the module."""
-    flat = np.concatenate([p.detach().cpu().numpy().astype(np.float32).ravel() for _, p in named(unet)])
+    flat = torch.cat([p.detach().float().flatten() for _, p in named(unet)]).cpu().numpy()
     flat.flags.writeable = False
     return Snapshot(version, flat, digest(flat))
 

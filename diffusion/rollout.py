@@ -98,6 +98,7 @@ def rollout(
     )
     chosen = np.zeros((batch, n + 1), bool)
     np.put_along_axis(chosen, selected, True, axis=1)
+    needed = states_with_reward(settings, chosen)
 
     store = torch.float16 if settings.state_precision == "float16" else torch.float32
 
@@ -115,9 +116,10 @@ def rollout(
             guided, conditional = model.predict(x, t, embeddings, settings.guidance)
             if training:
                 output = guided if settings.clean_prediction == "guided" else conditional
-                if settings.forward_looking == "base" and i >= settings.from_step:
+                if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
                     scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
-                    output = model.predict_reference(x, t, embeddings, scale)
+                    at = memory.to_device(rows, model.device)
+                    output = output.index_copy(0, at, model.predict_reference(x[at], t[at], embeddings[at], scale))
                 cleans.append(kernel.clean(output, t, x).to(store))
             x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
             log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
@@ -137,7 +139,6 @@ def rollout(
         selected=selected,
         model_output=_gather(outputs, selected, batch, model.latent_shape),
     )
-    needed = states_with_reward(settings, chosen)
     row, step = np.nonzero(needed)
     latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
     terminal = n - 1 if training and settings.skip_last else n

@@ -1,7 +1,7 @@
 """`--plan`: what a run would do and cost, without running it: actors, work, FLOPs, bytes.
 
-FLOPs are counted by torch on networks without weights (a multiplication and an addition are two); rewards are not
-counted, they may be anything.
+FLOPs are counted by torch on networks without weights (a multiplication and an addition are two). Rewards are counted
+where Tributary knows their networks (learner/reward_cost.py), and said not to be where it does not.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from math import prod
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement
 from diffusion import lora, transitions
-from diffusion.pipelines import without_weights
+from diffusion.pipelines import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from learner.config import Config, resolve
 from learner.factory import flow_network
 from learner.objectives import OBJECTIVES
+from learner.reward_cost import reward_cost
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
 FLOAT = 4  # bytes
@@ -32,6 +34,8 @@ class Costs:
     unet: float  # forward
     unet_train: float  # forward and backward into the LoRA
     decode: float
+    tiny: float | None  # decoding by the tiny decoder; None: unknown
+    reward: float | None  # of one image; None: unknown
     flow: float  # forward
     flow_train: float  # forward and backward
     latent: int  # D, numbers
@@ -45,6 +49,7 @@ class Work:
 
     rollout: float  # FLOPs
     decoding: float
+    scoring: float
     training: float  # with what the objective prepares
     evaluation: float  # FLOPs of one evaluation
     transitions: int  # trained on
@@ -52,6 +57,10 @@ class Work:
     object_store: int  # bytes put in an epoch
     checkpoint: int  # bytes
     thumbnails: int  # bytes, at most
+
+    @property
+    def flops(self) -> float:
+        return self.rollout + self.decoding + self.scoring + self.training
 
 
 def costs(config: Config) -> Costs:
@@ -68,6 +77,13 @@ def costs(config: Config) -> Costs:
         flow = flow_network(config, shape[1:], width)
         x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
 
+    tiny = None
+    if config.objective.forward_looking_decoder == "tiny":
+        tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
+    elif vae is not None and len(vae.config.block_out_channels) == 4:  # what TAESD is to Stable Diffusion
+        with torch.device("meta"):
+            tiny = AutoencoderTiny()
+
     def predict() -> torch.Tensor:
         return unet(x, t).sample if width is None else unet(x, t, encoder_hidden_states=embedding).sample
 
@@ -79,6 +95,8 @@ def costs(config: Config) -> Costs:
         unet=_count(predict),
         unet_train=_count(predict, backward=True),
         decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
+        tiny=_count(lambda: tiny.decode(x).sample) if tiny is not None else None,
+        reward=reward_cost(config.reward),
         flow=_count(flows) if flow else 0.0,
         flow_train=_count(flows, backward=True) if flow else 0.0,
         latent=prod(shape),
@@ -95,33 +113,80 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     selected = transitions.select(settings.selection, settings.fraction, end, config.run.seed, 0, ids)
     chosen = np.zeros((len(ids), n + 1), bool)
     np.put_along_axis(chosen, selected, True, axis=1)
-    scored = int(states_with_reward(settings, chosen).sum()) * count // len(ids)
+    needed = states_with_reward(settings, chosen)
+    scored = int(needed.sum()) * count // len(ids)
     trained = selected.shape[1] * count
     passes = 1 if config.sampler.guidance == 1 else 2  # classifier-free guidance
     reference = 0
     if settings.forward_looking == "base":
-        reference = (n - settings.from_step) * (passes if settings.clean_prediction == "guided" else 1)
+        states = int(needed[:, :n].sum()) * count // len(ids)
+        reference = states * (passes if settings.clean_prediction == "guided" else 1)
     objective = OBJECTIVES[config.objective.kind]
     joint = config.flow.fit_steps == 0
     fits = config.flow.fit_steps * config.flow.batch * ranks * config.steps_per_epoch
-    states = count * (n + 1) * cost.latent
+    stored = count * (n + 1) * cost.latent
     extra = objective.extra_passes(config.objective)
     again = config.train.replay_updates / config.train.updates_per_epoch  # trained on once more
     step = passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow)
     outputs = trained * cost.latent * (1 + objective.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if objective.reward_gradients else 1
+    ends = count * (1 + settings.skip_last)
+    inner = cost.decode if config.objective.forward_looking_decoder == "full" else (cost.tiny or 0.0)
+    number = 2 if config.sampler.state_precision == "float16" else FLOAT
+    clean = scored * cost.latent * (number + FLOAT * (there_and_back - 1))
     return Work(
-        rollout=count * (n * passes + reference) * cost.unet,
-        decoding=scored * cost.decode * there_and_back,
+        rollout=(count * n * passes + reference) * cost.unet,
+        decoding=((scored - ends) * inner + ends * cost.decode) * there_and_back,
+        scoring=scored * (cost.reward or 0.0) * there_and_back,
         training=trained * ((1 + again) * step + extra * passes * cost.unet) + fits * 2 * cost.flow_train,
-        evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode),
+        evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode + (cost.reward or 0.0)),
         transitions=trained,
         states_scored=scored,
-        object_store=FLOAT * (states + (trained + scored * there_and_back) * cost.latent + 2 * count * n + cost.lora),
-        checkpoint=FLOAT
-        * (5 * cost.lora + 3 * cost.flow_parameters + config.kept_epochs * (states + 2 * count * n + outputs)),
+        object_store=number * (stored + trained * cost.latent) + clean + FLOAT * (2 * count * n + cost.lora),
+        checkpoint=FLOAT * (5 * cost.lora + 3 * cost.flow_parameters + config.kept_epochs * 2 * count * n)
+        + number * config.kept_epochs * (stored + outputs),
         thumbnails=count * 3 * config.run.thumbnail_pixels**2,
     )
+
+
+def published(config: Config, cost: Costs) -> tuple[float, float] | None:
+    """FLOPs of a transition in the learner, and of an epoch, in the way that the objectives' published algorithms are
+    usually coded (objectives without psi: None): the learner makes clean predictions, decodes and scores both ends of
+    each transition of each update anew, and the sampler's images are scored besides. One update sees every selected
+    transition, as here."""
+    objective, n, count = OBJECTIVES[config.objective.kind], config.sampler.steps, config.train.trajectories
+    if not objective.inner_rewards:
+        return None
+    passes = 1 if config.sampler.guidance == 1 else 2
+    look = cost.decode + (cost.reward or 0.0)
+    # Clean predictions at both ends; or reference and x_t' forward, and four times back to a state (for both reverse
+    # scores and the value at both ends).
+    again = 6 * passes * cost.unet + 4 * look if objective.reward_gradients else 2 * cost.unet + 2 * look
+    transition = passes * cost.unet_train + 2 * cost.flow_train + again
+    transitions = work(config, cost, 1).transitions
+    return transition, count * (n * passes * cost.unet + look) + transitions * transition
+
+
+def _against_published(config: Config, cost: Costs, each: Work) -> list[str]:
+    """Lines that compare, with this config and with cheap values of inner states."""
+    there = published(config, cost)
+    if there is None:
+        return []
+    here = each.training / each.transitions
+    lines = [
+        f"a transition in the learner: {_flops(there[0])} there, {_flops(here)} here: {there[0] / here:.2f} times less",
+        f"an epoch: {_flops(there[1])} there, {_flops(each.flops)} here: {there[1] / each.flops:.2f} times less",
+    ]
+    cheap: dict[str, int | str] = {"forward_looking_from": config.sampler.steps // 2}
+    if cost.tiny is not None:
+        cheap["forward_looking_decoder"] = "tiny"
+    given = config.objective.model_dump()
+    if config.objective.forward_looking != "none" and any(given[key] != value for key, value in cheap.items()):
+        other = config.model_copy(update={"objective": config.objective.model_copy(update=cheap)})
+        flops = work(other, cost, 1).flops
+        names = " ".join(f"objective.{key}={value}" for key, value in cheap.items())
+        lines.append(f"an epoch with {names}: {_flops(flops)}: {there[1] / flops:.2f} times less")
+    return lines
 
 
 def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
@@ -131,7 +196,8 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
     train, n = config.train, config.sampler.steps
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
     evaluations *= config.evaluation.images > 0
-    total = train.epochs * (each.rollout + each.decoding + each.training) + evaluations * each.evaluation
+    total = train.epochs * each.flops + evaluations * each.evaluation
+    scoring = "rewards not counted" if cost.reward is None else f"scoring {_flops(each.scoring)}"
     kept = min((config.run.keep_checkpoints or train.epochs) + evaluations, train.epochs + 1)
     if config.run.runner == "inprocess":
         actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
@@ -157,10 +223,11 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{evaluations} evaluations of {config.evaluation.images} images",
         ]),
         ("FLOPs", [
-            f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, training "
+            f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
-            f"the run: {_flops(total)}, rewards not counted",
+            f"the run: {_flops(total)}",
         ]),
+        ("against the published way", _against_published(config, cost, each)),
         ("object store", [
             f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}",
         ]),
@@ -172,7 +239,7 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
     ]  # fmt: skip
     if config.run.runner == "inprocess":
         lines = [line for line in lines if line[0] != "object store"]
-    return "\n".join(f"{title if i == 0 else '':<14} {text}" for title, texts in lines for i, text in enumerate(texts))
+    return "\n".join(f"{title if i == 0 else '':<26} {text}" for title, texts in lines for i, text in enumerate(texts))
 
 
 def _count(forward, backward: bool = False) -> float:
