@@ -60,8 +60,8 @@ def build(folder: Path, tiny: bool = False, device: str = "cpu", seed: int = 0) 
     """Write a StableDiffusionPipeline folder of Stable Diffusion 1.5's configuration with random weights, in float16.
 
     `tiny` has the same classes, the same four levels and factor 8 between image and latent, 8x8 latents and under two
-    million numbers. Weights are drawn on `device`: 8 s on one CPU core at full size, hardly any time on a GPU; they are
-    the same for a seed on one kind of device.
+    million numbers. Weights are drawn on `device`: some 20 s on one CPU core at full size, hardly any on a GPU. They
+    are the same for a seed on one kind of device.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device != "cpu" else []):
         torch.manual_seed(seed)
