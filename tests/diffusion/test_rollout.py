@@ -150,3 +150,37 @@ def test_the_receipt_sums_what_is_stored(tiny_pipeline):
     np.testing.assert_allclose(receipt.log_pb_sum, trajectories.log_pb.astype(np.float64).sum(1))
     assert (receipt.policy_version, receipt.adapter_sha256) == (1, trajectories.adapter_sha256)
     assert (receipt.node, receipt.seconds) == ("here", 2.0)
+
+
+def test_half_precision_states_are_those_that_log_pf_is_of(tiny_pipeline):
+    """They are rounded as they are made, and sampling goes on from the rounded state."""
+    made = sampler(tiny_pipeline, state_precision="float16")
+    trajectories, clean = made.sample(chunk(), moved(made.model))
+    assert trajectories.states.dtype == trajectories.model_output.dtype == clean.latents.dtype == np.float16
+    assert trajectories.log_pf.dtype == np.float32
+    embeddings = made.model.embed(trajectories.chunk.prompts)
+    for i, timestep in enumerate(trajectories.timesteps.tolist()):
+        x, x_next = (torch.from_numpy(trajectories.states[:, j].astype(np.float32)) for j in (i, i + 1))
+        t = torch.full((4,), timestep)
+        output, _ = made.model.predict(x, t, embeddings, 3.0)
+        log_pf = made.kernel.log_pf(output, t, x, x_next, "sum")
+        np.testing.assert_array_equal(log_pf.detach().numpy(), trajectories.log_pf[:, i])
+
+
+def test_the_reference_looks_only_where_a_reward_is_needed(tiny_pipeline, monkeypatch):
+    """For a third of the transitions less than all of the frozen model's passes, and the same clean predictions."""
+    counted = []
+    whole = BaseModel.predict_reference
+    monkeypatch.setattr(
+        BaseModel, "predict_reference", lambda self, x, *rest: counted.append(len(x)) or whole(self, x, *rest)
+    )
+    some = sampler(tiny_pipeline, forward_looking="base", selection="random", fraction=0.25)
+    every = sampler(tiny_pipeline, forward_looking="base")
+    _, clean = some.sample(chunk(), moved(some.model))
+    asked = sum(counted)
+    assert asked == (clean.step < 4).sum() < 16
+    _, all_clean = every.sample(chunk(), moved(every.model))
+    assert sum(counted) - asked == 16
+    for latent, row, step in zip(clean.latents, clean.row, clean.step, strict=True):
+        (at,) = np.flatnonzero((all_clean.row == row) & (all_clean.step == step))
+        np.testing.assert_allclose(latent, all_clean.latents[at], rtol=1e-4, atol=1e-4)

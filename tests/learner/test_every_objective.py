@@ -270,3 +270,27 @@ def test_faithful_sets_what_is_not_given():
     corrected = Config.model_validate({"objective": {"kind": "residual_nabla_db"}}).objective
     assert corrected.reverse_transitions == "all" and corrected.forward_looking == "base"
     assert Config.model_validate({"objective": {"kind": "ddpo"}}).objective.regulariser == 0
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_trying_a_micro_batch_changes_nothing(kind, configured):
+    """What a GPU's memory is measured with: a forward and backward pass that leaves no trace."""
+    learner = build(configured(kind))
+    scored = scored_epoch(learner.config, learner.publish(1))
+    expected = gradients(learner, scored)
+    other = build(configured(kind))
+    other.publish(1)
+    for size in (1, 2):
+        other._try_micro_batch(size)
+    torch.testing.assert_close(gradients(other, scored), expected, rtol=0, atol=0)
+    assert other.objective.state() == learner.objective.state()
+
+
+def test_checkpointed_activations_give_the_same_gradient(configured):
+    whole, again = (
+        build(configured("dag_db", f"learner.gradient_checkpointing={on}", "flow.fit_steps=0")) for on in (False, True)
+    )
+    assert again.model.unet.is_gradient_checkpointing and not whole.model.unet.is_gradient_checkpointing
+    scored = scored_epoch(whole.config, whole.publish(1))
+    again.publish(1)
+    torch.testing.assert_close(gradients(again, scored), gradients(whole, scored), rtol=1e-6, atol=1e-8)

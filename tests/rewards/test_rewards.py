@@ -1,6 +1,7 @@
 """Rewards by name, a user's own, and the scorer's layout and refusals."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,3 +151,25 @@ def test_thumbnails_are_small_pictures_of_the_images_of_training():
     assert [opened(file).mean().round() for file in scores.thumbnails] == [76, 128]  # .3 and .5 of 255, in their order
     assert scores.verdict(1.5).rewards == (pytest.approx(0.3), 0.5) and scores.verdict(1.5).seconds == 1.5
     assert Scorer(lambda latents: latents, Brightness()).score(clean([0.1, 0.2, 0.3, 0.4, 0.5])).thumbnails == ()
+
+
+def test_a_tiny_decoder_serves_inner_states_and_never_the_end():
+    def tiny(latents):
+        return latents * 0 + 0.9
+
+    made = clean([0.1, 0.2, 0.3, 0.4, 0.5])
+    scores = Scorer(lambda latents: latents, Brightness(), tiny=tiny, thumbnail_pixels=4).score(made)
+    np.testing.assert_allclose(scores.rewards, np.array([[0.9, 0.9, 0.3], [0.9, np.nan, 0.5]], np.float32), rtol=1e-6)
+    brightness = [np.asarray(Image.open(io.BytesIO(file))).mean().round() for file in scores.thumbnails]
+    assert brightness == [76, 128]
+    skipping = Scorer(lambda latents: latents, Brightness(), tiny=tiny).score(replace(made, terminal=1))
+    np.testing.assert_allclose(skipping.rewards, np.array([[0.9, 0.2, 0.3], [0.9, np.nan, 0.5]], np.float32), rtol=1e-6)
+
+
+def test_scoring_in_any_batch_gives_every_state_its_own_reward():
+    made = clean([0.1, 0.2, 0.3, 0.4, 0.5])
+    whole = Scorer(lambda latents: latents, Brightness()).score(made).rewards
+    for batch in (1, 2, 3):
+        np.testing.assert_array_equal(
+            Scorer(lambda latents: latents, Brightness(), batch=batch).score(made).rewards, whole
+        )
