@@ -21,6 +21,7 @@ def short_side(images: Tensor, side: int) -> Tensor:
 
     images [B, 3, H, W] in [0, 1] -> [B, 3, side, side]. By PIL, as its authors do, unless the images need a gradient.
     """
+    images = _at_least_float32(images)
     height, width = images.shape[-2:]
     short, long = min(height, width), max(height, width)
     longer = int(side * long / short)
@@ -38,6 +39,7 @@ def long_side(images: Tensor, side: int) -> Tensor:
 
     images [B, 3, H, W] in [0, 1] -> [B, 3, side, side].
     """
+    images = _at_least_float32(images)
     scale = side / max(images.shape[-2:])
     height, width = (round(length * scale) for length in images.shape[-2:])
     resized = _resize(images, (height, width))
@@ -48,6 +50,10 @@ def long_side(images: Tensor, side: int) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     mean, std = images.new_tensor(MEAN)[:, None, None], images.new_tensor(STD)[:, None, None]
     return (images - mean) / std
+
+
+def _at_least_float32(images: Tensor) -> Tensor:
+    return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
