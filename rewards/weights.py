@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,40 +98,79 @@ def _from_hub(asset: Asset, fetch: bool) -> Path | None:
     repository, _, file = asset.source.partition(":")
     if file and asset.folder:
         raise WeightsNotFound(f"{asset.key}: {asset.source} is one file, expected a repository or folder")
-    path: Path | None = None
+    paths: list[Path | None] = []
     for names in (file,) if file else asset.files:
         reasons = []
         for name in names.rstrip("?").split("|"):
             try:
-                path = _download(repository, name) if fetch else _ask(repository, name)
+                paths.append(_download(repository, name) if fetch else _ask(repository, name))
                 break
             except Exception as error:  # of the hub's client, or its http library
-                reasons.append(f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}")
+                reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
         else:
             if not names.endswith("?"):
                 raise WeightsNotFound(_how_to_get(asset, repository, file, reasons[-1]))
-    return path.parent if path and asset.folder else path
+    folders = {path.parent for path in paths if path is not None}
+    if asset.folder and len(folders) > 1:
+        raise WeightsNotFound(
+            f"{asset.key}: the hub's cache holds files of several revisions of {repository}; mend it with "
+            f"`hf download {repository} {' '.join(_names(asset))}`"
+        )
+    return paths[0].parent if paths[0] and asset.folder else paths[0]
 
 
 def _download(repository: str, name: str) -> Path:
+    """From the cache, else the hub. Raises what the hub's client raises when it is at neither."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repository, name))
+    return _cached(repository, name) or Path(hf_hub_download(repository, name))
 
 
 def _ask(repository: str, name: str) -> Path | None:
-    """Raises what the hub's client raises when the file is neither cached nor at the hub."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    """As `_download`, but without downloading: None when the hub has it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if (cached := _cached(repository, name)) is None:
+        get_hf_file_metadata(hf_hub_url(repository, name), timeout=LONGEST_WAIT)
+    return cached
+
+
+def _cached(repository: str, name: str) -> Path | None:
+    """
+    Raises:
+        ConnectionError: not cached, and the hub does not answer.
+    """
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(repository, name)
     if isinstance(cached, str):
         return Path(cached)
-    get_hf_file_metadata(hf_hub_url(repository, name), timeout=LONGEST_WAIT)
+    if silent := _silent(int(time.monotonic() // 60)):
+        raise ConnectionError(silent)
     return None
 
 
+@functools.lru_cache(1)
+def _silent(minute: int) -> str:
+    """Why the hub does not answer; empty when it does. Asked once a minute: its client tries six times a file."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=LONGEST_WAIT)
+    except Exception as error:  # of its http library
+        return f"no answer from {constants.ENDPOINT}: {error}"
+    return ""
+
+
+def _names(asset: Asset) -> list[str]:
+    return [names.rstrip("?").split("|")[0] for names in asset.files]
+
+
 def _how_to_get(asset: Asset, repository: str, file: str, reason: str) -> str:
-    names = [file] if file else [names.rstrip("?").split("|")[0] for names in asset.files]
+    names = [file] if file else _names(asset)
     target = "/path/to/folder" if asset.folder else f"/path/to/{Path(names[0]).name}"
     return (
         f"{asset.key}: {', '.join(names)} of https://huggingface.co/{repository} is not in the hub's cache, and "

@@ -44,6 +44,13 @@ def hub(monkeypatch, tmp_path):
     return asked
 
 
+@pytest.fixture(autouse=True)
+def ask_anew():
+    weights._silent.cache_clear()
+    yield
+    weights._silent.cache_clear()
+
+
 def loaded(settings: dict):
     return rewards.load(**settings)
 
@@ -115,7 +122,7 @@ class Code:
 
 def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path, capsys):
     settings = write_hpsv2(tmp_path)
-    for content in (b"", b"not weights", pickle.dumps(Code())):
+    for content in (b"", b"not weights", pickle.dumps(Code(), 2)):
         (tmp_path / "HPS_v2.1_compressed.pt").write_bytes(content)
         with pytest.raises(BadWeights, match=r"HPS_v2\.1_compressed\.pt cannot be read as weights"):
             loaded(settings)
@@ -189,7 +196,55 @@ def test_offline_the_message_says_what_to_fetch_from_where_and_which_key_to_set(
         act({"name": name})
     message = str(error.value)
     assert all(part in message for part in said), message
-    assert "\n" not in message
+    assert "\n" not in message and "(HF_HUB_OFFLINE is set)" in message
+
+
+def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    for act in (checked, loaded):
+        with pytest.raises(WeightsNotFound, match=r"no answer from https://\S+: no route to host"):
+            act({"name": "imagereward"})
+    assert len(asked) <= 2  # a minute may have passed
+
+
+def cached(monkeypatch, tmp_path, repository: str, revision: str, *names: str):
+    """A cache of the hub's client that holds these files of a repository."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(revision)
+    snapshot = folder / "snapshots" / revision
+    snapshot.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (snapshot / name).write_text("")
+    return snapshot
+
+
+def test_what_the_cache_holds_needs_no_hub(tmp_path, monkeypatch):
+    snapshot = cached(monkeypatch, tmp_path, "me/mine", "abc", "config.json", "pytorch_model.bin")
+    asset = Asset("key", "me/mine", ("config.json", "model.safetensors|pytorch_model.bin"), folder=True)
+    monkeypatch.setattr(weights, "_silent", lambda minute: "it is silent")
+    weights.check([asset])
+    assert weights.find([asset]) == [snapshot]
+    assert weights.find([Asset("key", "me/mine:config.json", ("other",))]) == [snapshot / "config.json"]
+    with pytest.raises(WeightsNotFound, match=r"vocab\.txt of https://huggingface\.co/me/mine .*\(it is silent\)"):
+        weights.check([Asset("key", "me/mine", ("vocab.txt",))])
+
+
+def test_files_of_several_revisions_are_not_mixed(tmp_path, monkeypatch):
+    asset = Asset("key", "me/mine", ("config.json", "model.safetensors"), folder=True)
+    monkeypatch.setattr(weights, "_download", lambda repository, name: tmp_path / name / name)
+    with pytest.raises(WeightsNotFound, match="several revisions of me/mine"):
+        weights.find([asset])
 
 
 def test_hub_ids_with_and_without_a_file(tmp_path, hub):
