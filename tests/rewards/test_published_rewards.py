@@ -1,18 +1,25 @@
 """The native reward models against their authors' own code: golden/make_*.py made the values, at tiny sizes."""
 
+import copy
+import gzip
 import inspect
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from golden import inputs
 from tiny_models import HPS_SIZE, WRITE
-from transformers import BlipTextConfig, BlipVisionConfig
+from transformers import BlipTextConfig, BlipVisionConfig, CLIPTokenizer
 
 import rewards
+from diffusion.pipelines import load_decoder
+from diffusion.trajectory import Chunk, CleanPredictions
 from rewards import aesthetic, hpsv2, imagereward, preprocess
 from rewards.network import fill, head_layout, on_meta
+from rewards.scorer import Scorer
 
 MODELS = sorted(WRITE)
 
@@ -107,6 +114,20 @@ def test_without_a_graph_an_image_is_a_picture():
 def test_hps_tokens_are_those_of_openclip(made):
     golden, found = inputs.golden("hpsv2")["tokens"], made("hpsv2").tokens(inputs.TRICKY)
     for prompt, ids, expected in zip(inputs.TRICKY, found.tolist(), golden.tolist(), strict=True):
+        assert ids == expected, prompt
+
+
+@pytest.mark.skipif("CLIP_BPE" not in os.environ, reason="CLIP_BPE: bpe_simple_vocab_16e6.txt.gz of OpenCLIP")
+def test_hps_tokens_are_those_of_openclip_with_the_true_vocabulary(made, tmp_path):
+    merges = gzip.decompress(Path(os.environ["CLIP_BPE"]).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    folder = inputs.write_clip_tokenizer(tmp_path / "true", merges)
+    reward = copy.copy(made("hpsv2"))
+    reward.tokenizer = CLIPTokenizer.from_pretrained(folder)
+    assert reward.tokenizer.eos_token_id == hpsv2.Size().vocabulary - 1
+    golden = inputs.golden("hpsv2_true_tokens")["tokens"]
+    for prompt, ids, expected in zip(
+        inputs.TRICKY, reward.tokens(inputs.TRICKY).tolist(), golden.tolist(), strict=True
+    ):
         assert ids == expected, prompt
 
 
@@ -246,3 +267,15 @@ def test_a_network_is_filled_whole_or_not_at_all():
     network = on_meta(lambda: hpsv2.Network(HPS_SIZE.config()))
     with pytest.raises(rewards.weights.BadWeights, match="logit_scale"):
         fill(network, {}, "nothing")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_scorer_learns_gradients_through_decoder_and_reward(name, made):
+    decoder = load_decoder("models/shapes")
+    chunk = Chunk(0, "train", 0, 0, ("the cat", "a red bird"), (4, 9))
+    latents = inputs.rng("latents").standard_normal((3, 4, 16, 16)).astype(np.float32)
+    clean = CleanPredictions(chunk, 2, latents, np.array([0, 0, 1]), np.array([1, 2, 2]))
+    scores = Scorer(decoder, made(name), gradients=True).score(clean)
+    assert scores.gradients.shape == latents.shape and scores.gradients.dtype == np.float32
+    assert (np.abs(scores.gradients).max((1, 2, 3)) > 0).all()
+    assert np.isfinite(scores.rewards[[0, 0, 1], [1, 2, 2]]).all()

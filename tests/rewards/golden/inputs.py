@@ -97,12 +97,12 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
 
 
-def bpe_vocabulary(begin: str, end: str) -> dict[str, int]:
+def bpe_vocabulary(begin: str, end: str, merges: Iterable[str] = MERGES) -> dict[str, int]:
     letters = byte_letters()
     words = [
         *letters,
         *(letter + "</w>" for letter in letters),
-        *(merge.replace(" ", "") for merge in MERGES),
+        *(merge.replace(" ", "") for merge in merges),
         begin,
         end,
     ]
@@ -115,11 +115,11 @@ def write_bpe(file: Path) -> Path:
     return file
 
 
-def write_clip_tokenizer(folder: Path) -> Path:
-    """MERGES as transformers' tokenizer reads them."""
+def write_clip_tokenizer(folder: Path, merges: Iterable[str] = MERGES) -> Path:
+    """As transformers' tokenizer reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(bpe_vocabulary("<|startoftext|>", "<|endoftext|>")))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(bpe_vocabulary("<|startoftext|>", "<|endoftext|>", merges)))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return folder
 
 

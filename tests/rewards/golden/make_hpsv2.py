@@ -8,6 +8,7 @@ hpsv2==1.2.0 (--no-deps) clint requests tqdm ftfy==6.3.1 regex "protobuf<4" timm
 from __future__ import annotations
 
 import gzip
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,7 +24,7 @@ merges = inputs.write_bpe(folder / "merges.gz")
 opened = gzip.open
 gzip.open = lambda *_: opened(merges)  # its tokenizer opens a file that its wheel lacks
 from hpsv2 import img_score  # noqa: E402
-from hpsv2.src.open_clip import CLIP, get_model_config, image_transform, tokenize  # noqa: E402
+from hpsv2.src.open_clip import CLIP, get_model_config, image_transform, tokenize, tokenizer  # noqa: E402
 
 gzip.open = opened
 
@@ -72,3 +73,7 @@ inputs.write(
     tokens=tokenize(inputs.TRICKY).numpy().astype(np.int16),
     preprocessed=np.stack([small(picture).numpy() for picture in pictures]),
 )  # fmt: skip
+
+if "CLIP_BPE" in os.environ:
+    tokenizer._tokenizer = tokenizer.SimpleTokenizer(os.environ["CLIP_BPE"])
+    inputs.write("hpsv2_true_tokens", tokens=tokenize(inputs.TRICKY).numpy().astype(np.uint16))
