@@ -33,7 +33,13 @@ WIDE_OR_JOINED = (
     [0x3000, 0x132, 0x133], range(0x1C4, 0x1CD), range(0x1F1, 0x1F4), range(0xFB00, 0xFB07), range(0xFF01, 0xFFF0),
 )  # fmt: skip
 PLAIN = {code: unicodedata.normalize("NFKC", chr(code)) for codes in WIDE_OR_JOINED for code in codes}
+PLAIN |= {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
 PLAIN |= {0x149: "\u02bcn", 0xFB05: "\u017ft"}
+# What begins and ends a text is written in another way by OpenCLIP, to which transformers' way is mere letters.
+MARKS = (
+    ("<|startoftext|>", "<| startoftext |>"), ("<|endoftext|>", "<| endoftext |>"),
+    ("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>"),
+)  # fmt: skip
 UNSEEN = re.compile("\033\\[[\\d;]*[a-zA-Z]|[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 
 
@@ -162,7 +168,10 @@ def clean(prompt: str) -> str:
     """
     text = UNSEEN.sub("", prompt if "<" in prompt else html.unescape(prompt))
     text = unicodedata.normalize("NFC", text.translate(PLAIN).translate(STRAIGHT))
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).strip().lower()
+    text = re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).strip().lower()
+    for written, meant in MARKS:
+        text = text.replace(written, meant)
+    return text
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -130,12 +130,16 @@ class ImageReward:
         match(images, prompts)
         weight = next(self.network.parameters())
         pixels = preprocess.short_side(images, self.side).to(weight.device, weight.dtype)
-        # Always as long: a score does not depend on which prompts are beside it.
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        ).to(weight.device)
+        ids, mask = self.tokens(prompts)
         with full_precision(weight.device):
-            return self.network(pixels, tokens["input_ids"], tokens["attention_mask"])
+            return self.network(pixels, ids.to(weight.device), mask.to(weight.device))
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, 35]; always as long, so that a score does not depend on which prompts are beside it."""
+        made = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        )  # fmt: skip
+        return made["input_ids"], made["attention_mask"]
 
 
 def text_config(path: Path, vision_width: int) -> BlipTextConfig:

@@ -40,7 +40,9 @@ TRICKY = [
     "cat\ufeff\x07 \x1b[31mred\x1b[0m bird", "e\u0301 cafe\u0301 \u00c5 \u212b", "\u65e5\u672c\u8a9e \u4e2d\u6587",
     "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f408", "\u039f\u0394\u039f\u03a3 \u0130stanbul",
     "the cat sings in the sea " * 20, "x" * 200, "&eacute;&nbsp;&hellip; &#39;cat&#39; &notanentity;",
+    "cat\x85sea\x81", "a <|endoftext|> cat", "a cat <END_OF_TEXT> sea", "cat\u200bsea\xa0\xad \u2028 sea",
 ]  # fmt: skip
+REPORTED = ["A Photo of a CAT", "the cat's in the sea; it'll sing...", "", "the cat sings in the sea " * 20, "red bird"]
 WORDS = """
     [PAD] [UNK] [CLS] [SEP] [MASK] a the red blue bird cat sea sings on in of photo , ! . ' s t it ll c ##at ##s
     ##ing be 3 & ; - cafe stop

@@ -64,7 +64,7 @@ mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 transform = image_transform(tiny["image"], is_train=False, mean=mean, std=std, resize_longest_max=True)
 img_score.model_dict.update(model=model.float(), preprocess_val=transform)
 pictures = [Image.fromarray(picture) for picture in inputs.pictures()]
-reported = [img_score.score(picture, inputs.TRICKY[i], cp=checkpoint)[0] for i, picture in enumerate(pictures)]
+reported = [img_score.score(picture, inputs.REPORTED[i], cp=checkpoint)[0] for i, picture in enumerate(pictures)]
 
 small = image_transform(20, is_train=False, mean=mean, std=std, resize_longest_max=True)
 inputs.write(

@@ -74,7 +74,7 @@ gradients = torch.autograd.grad(scores.sum(), pixels)[0]
 
 pictures = [Image.fromarray(picture) for picture in inputs.pictures()]
 model.float().preprocess = _transform(tiny["image"])  # score() turns to float32 before the last layers
-reported = [model.score(inputs.TRICKY[i], picture) for i, picture in enumerate(pictures)]
+reported = [model.score(inputs.REPORTED[i], picture) for i, picture in enumerate(pictures)]
 
 small = _transform(20)
 inputs.write(
