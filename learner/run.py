@@ -31,11 +31,13 @@ from learner.tracking import Tracker
 from learner.update import NonFiniteGradient
 from rewards import UnknownReward
 from rewards.scorer import BadReward
+from rewards.weights import BadWeights, WeightsNotFound
 
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
 FAILURES = (
-    BadReward, UnknownReward, StaleWeights, RanksDiverged, NonFiniteGradient, LedgerError, CheckpointError,
-    StorageError, OutOfMemory, DeadlineExceeded, ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
+    BadReward, UnknownReward, BadWeights, WeightsNotFound, StaleWeights, RanksDiverged, NonFiniteGradient,
+    LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded, ActorDied, ObjectLost, PlacementError,
+    BaseModelError, ConnectionError,
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,16 @@ class UnknownReward(ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 
-NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "shapes_alignment", "shapes_alignment_soft")
+SIZES = {"jpeg_compressibility": -1, "jpeg_incompressibility": 1}
+# Those with neither weights nor a device.
+PLAIN = {
+    **dict.fromkeys(SIZES, "jpeg:JpegSize"),
+    "shapes_alignment": "shapes_alignment:ShapesAlignment",
+    "shapes_alignment_soft": "shapes_alignment_soft:ShapesAlignmentSoft",
+}
+MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
+SUM = "weighted_sum"
+NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
 
 
 def load(name: str, weights: str | None = None, device: str = "cpu", **options: Any) -> Reward:
@@ -36,30 +45,22 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
 
     Raises:
         UnknownReward: see there.
-        ValueError: weights or options that this reward does not take.
+        ValueError: weights or options that this reward does not take; for a reward model also `WeightsNotFound` and
+            `BadWeights` of rewards/weights.py.
     """
-    if weights is not None:
+    if weights is not None and name not in MODELS:
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
     if ":" in name:
         return UserReward(name, **options)
-    if name not in NAMES:
-        known = ", ".join(NAMES)
-        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
-    if name == "shapes_alignment":
-        from rewards.shapes_alignment import ShapesAlignment
-
-        factory: Callable[..., Reward] = ShapesAlignment
-    elif name == "shapes_alignment_soft":
-        from rewards.shapes_alignment_soft import ShapesAlignmentSoft
-
-        factory = ShapesAlignmentSoft
-    else:
-        from rewards.jpeg import JpegSize
-
-        options = {"sign": -1 if name == "jpeg_compressibility" else 1, **options}
-        factory = JpegSize
+    made = _class(name)
+    if name in SIZES:
+        options = {"sign": SIZES[name], **options}
+    elif name in MODELS:
+        options = {"weights": weights, "device": device, **options}
+    elif name == SUM:
+        options = {"device": device, **options}
     try:
-        return factory(**options)
+        return made(**options)
     except TypeError as error:
         raise ValueError(f"reward.options: {name}: {error}") from error
 
@@ -69,23 +70,52 @@ def check(
 ) -> None:
     """Find out before anything starts whether `load` would fail, the reward refuse a prompt, or an `objective` that
     learns from its gradient find none. A user's own reward is only imported, not made: it may need the actor's device.
+    Of a reward model nothing is read or downloaded: its files are looked for here, in the hub's cache and at the hub.
 
     Raises:
         ValueError: as `load`, or naming the prompt, or reward and objective.
     """
     own = ":" in name and weights is None
-    reward = _import(name) if own else load(name, weights, **options)
+    reward: Any
+    if own:
+        reward = _import(name)
+    elif name in MODELS:
+        from rewards.weights import check as look_for
+
+        reward = _class(name)
+        try:
+            look_for(reward.assets(weights, **options))
+        except TypeError as error:
+            raise ValueError(f"reward.options: {name}: {error}") from error
+    elif name == SUM and weights is None:
+        from rewards.weighted_sum import check_terms
+
+        check_terms(options, prompts, objective)
+        return
+    else:
+        reward = load(name, weights, **options)
     # What a class or a factory makes may say so itself: the scorer asks again.
     unsaid = own and (isinstance(reward, type) or bool(options))
     if objective and not getattr(reward, "differentiable", unsaid):
         raise ValueError(
             f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
-            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, or your own with an attribute "
-            "`differentiable = True` whose scores autograd can follow back to the images"
+            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
+            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
         )
     check_prompts = getattr(reward, "check_prompts", None)
     if check_prompts is not None:
         check_prompts(prompts)
+
+
+def _class(name: str) -> Any:
+    """Imported only when asked for: the reward models need transformers."""
+    if name == SUM:
+        place = "weighted_sum:WeightedSum"
+    elif (place := (PLAIN | MODELS).get(name, "")) == "":
+        known = ", ".join(NAMES)
+        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(f"rewards.{module}"), attribute)
 
 
 def _import(name: str) -> Any:

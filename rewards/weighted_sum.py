@@ -1,0 +1,121 @@
+"""Several rewards at once: the sum of each one's weight times its raw score."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rewards
+from rewards.weights import BadWeights, WeightsNotFound
+
+KEYS = ("name", "weight", "weights", "options")
+WHERE = "reward.options.terms"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of a sum. `label` is its name, made unique within the sum."""
+
+    label: str
+    name: str
+    weight: float
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class WeightedSum:
+    """sum_k weight_k * reward_k. Differentiable when every term is."""
+
+    name = "weighted_sum"
+
+    def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu") -> None:
+        """`terms`: [{"name": ..., "weight": ..., "weights": ..., "options": {...}}, ...], the last two as `load` takes
+        them, where there are any.
+
+        Raises:
+            ValueError: names the term that is wrong, or whose reward cannot be made.
+        """
+        self.terms = read_terms(terms)
+        self.rewards = []
+        for index, term in enumerate(self.terms):
+            with _naming(index, term):
+                self.rewards.append(rewards.load(term.name, term.weights, device, **term.options))
+        self.differentiable = all(reward.differentiable for reward in self.rewards)
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Raw scores [B] of each term, unweighted, by label: its name, with _2, _3 and so on where that is taken."""
+        return {
+            term.label: reward(images, prompts) for term, reward in zip(self.terms, self.rewards, strict=True)
+        }  # fmt: skip
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B prompts -> [B] on the images' device."""
+        scores = self.parts(images, prompts)
+        weighted = [term.weight * scores[term.label].to(images.device) for term in self.terms]
+        return torch.stack(weighted).sum(0)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that one of the terms refuses."""
+        for reward in self.rewards:
+            if hasattr(reward, "check_prompts"):
+                reward.check_prompts(prompts)
+
+
+@contextlib.contextmanager
+def _naming(index: int, term: Term) -> Iterator[None]:
+    """Says in a ValueError from which term it came."""
+    try:
+        yield
+    except ValueError as error:
+        kind = type(error) if isinstance(error, rewards.UnknownReward | WeightsNotFound | BadWeights) else ValueError
+        raise kind(f"{WHERE}[{index}] ({term.name}): {error}") from error
+
+
+def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
+    """As `rewards.check`, of every term.
+
+    Raises:
+        ValueError: names the term.
+    """
+    if extra := set(options) - {"terms"}:
+        raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
+    for index, term in enumerate(read_terms(options.get("terms"))):
+        with _naming(index, term):
+            rewards.check(term.name, term.weights, term.options, prompts, objective)
+
+
+def read_terms(terms: Any) -> list[Term]:
+    """
+    Raises:
+        ValueError: no list of terms, or one without name, with a weight that is not a number, or with other keys.
+    """
+    if not isinstance(terms, Sequence) or isinstance(terms, str) or not terms:
+        raise ValueError(f"{WHERE}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
+    found: list[Term] = []
+    for index, term in enumerate(terms):
+        where = f"{WHERE}[{index}]"
+        if not isinstance(term, dict) or not isinstance(term.get("name"), str):
+            raise ValueError(f"{where}: expected {{name, weight, weights?, options?}}, got {term!r}")
+        if extra := [str(key) for key in term if key not in KEYS]:
+            raise ValueError(f"{where}: unknown keys {', '.join(extra)}; known: {', '.join(KEYS)}")
+        weight, options = term.get("weight"), term.get("options") or {}
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"{where}.weight: expected a number, got {weight!r}")
+        if not isinstance(options, dict):
+            raise ValueError(f"{where}.options: expected keyword arguments, got {options!r}")
+        if term["name"] == WeightedSum.name:
+            raise ValueError(f"{where}: a sum of sums; list its terms here instead")
+        if term.get("weights") is not None and not isinstance(term["weights"], str):
+            raise ValueError(f"{where}.weights: expected a path or hub id, got {term['weights']!r}")
+        taken, label, count = {other.label for other in found}, term["name"], 1
+        while label in taken:
+            count += 1
+            label = f"{term['name']}_{count}"
+        found.append(Term(label, term["name"], float(weight), term.get("weights"), options))
+    return found

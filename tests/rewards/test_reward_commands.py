@@ -1,0 +1,181 @@
+"""`python -m rewards.score` and `python -m rewards.verify`, on tiny models."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from golden import inputs
+from PIL import Image
+from tiny_models import WRITE, write_hpsv2
+
+import rewards
+from rewards import score, verify
+from rewards.weights import BadWeights
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures of several sizes and kinds, named against the order they are made in; two of one size."""
+    where = tmp_path / "pictures"
+    where.mkdir()
+    pictures = inputs.pictures()
+    names = ["e.png", "d.webp", "c.PNG", "b.jpeg", "a.png"]
+    for name, picture in zip(names, [*pictures[:4], pictures[3].transpose(1, 0, 2)], strict=True):
+        Image.fromarray(picture).save(where / name, **({"lossless": True} if name.endswith("webp") else {}))
+    (where / "notes.txt").write_text("no picture")
+    return where
+
+
+def hps_arguments(tmp_path) -> list[str]:
+    settings = write_hpsv2(tmp_path)
+    return [
+        "--reward", "hpsv2", "--weights", settings["weights"], "--option", f"tokenizer={settings['tokenizer']}",
+        "--option", f"size={json.dumps(settings['size'])}",
+    ]  # fmt: skip
+
+
+def table(printed: str) -> list[tuple[str, float]]:
+    return [(path, float(value)) for path, value in (line.split("\t") for line in printed.splitlines())]
+
+
+def test_a_folder_is_scored_in_sorted_order_with_a_prompt_each(folder, tmp_path, capsys):
+    prompts = ["the cat", "a red bird", "sea", "the sea sings", "in the sea"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    assert score.main([*hps_arguments(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), str(folder)]) == 0
+    found = table(capsys.readouterr().out)
+    assert [path for path, _ in found] == [
+        str(folder / name) for name in ("a.png", "b.jpeg", "c.PNG", "d.webp", "e.png")
+    ]
+    reward = rewards.load(**write_hpsv2(tmp_path))
+    for (path, value), prompt in zip(found, prompts, strict=True):
+        image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+        assert value == pytest.approx(reward(image, [prompt]).item(), abs=1e-5)
+
+
+def test_one_prompt_for_all_files_by_name(folder, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("the cat\n")
+    files = [str(folder / "e.png"), str(folder / "a.png"), str(folder / "a.png")]
+    assert score.main([*hps_arguments(tmp_path), "--prompts", str(tmp_path / "prompt.txt"), *files]) == 0
+    assert [path for path, _ in table(capsys.readouterr().out)] == [str(folder / "a.png"), str(folder / "e.png")]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_tables_are_written(suffix, folder, tmp_path, capsys):
+    output = tmp_path / "new" / f"scores{suffix}"
+    assert score.main(["--reward", "jpeg_incompressibility", "--output", str(output), str(folder)]) == 0
+    printed = table(capsys.readouterr().out)
+    if suffix == ".csv":
+        with output.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    elif suffix == ".jsonl":
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+    else:
+        rows = pq.read_table(output).to_pylist()
+    assert [row["image"] for row in rows] == [path for path, _ in printed] and len(rows) == 5
+    assert {row["prompt"] for row in rows} == {""}
+    np.testing.assert_allclose([float(row["score"]) for row in rows], [value for _, value in printed], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward", "beauty", "FOLDER"], "unknown reward 'beauty'"),
+        (["--reward", "jpeg_compressibility", "nowhere"], "no such file or folder: nowhere"),
+        (["--reward", "jpeg_compressibility", "FOLDER/notes.txt"], "notes.txt: no .png"),
+        (["--reward", "jpeg_compressibility", "--prompts", "TWO", "FOLDER"], "has 2 prompts for 5 images"),
+        (["--reward", "jpeg_compressibility", "--prompts", "gone.txt", "FOLDER"], "gone.txt"),
+        (["--reward", "jpeg_compressibility", "--option", "colour", "FOLDER"], "'colour', expected key=value"),
+        (["--reward", "jpeg_compressibility", "--option", "colour=3", "FOLDER"], "colour"),
+        (["--reward", "jpeg_compressibility", "--output", "scores.txt", "FOLDER"], "expected .csv, .jsonl, .parquet"),
+        (["--reward", "hpsv2", "--weights", "gone.pt", "FOLDER"], "no such file or folder: gone.pt"),
+        (["--reward", "shapes_alignment", "FOLDER"], "not a prompt"),
+        (["--reward", "jpeg_compressibility", "BROKEN"], "broken.png"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, message, folder, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG but not really")
+    places = {"FOLDER": str(folder), "TWO": str(tmp_path / "two.txt"), "BROKEN": str(tmp_path / "broken.png")}
+    filled = [places.get(text, text.replace("FOLDER", str(folder))) for text in arguments]
+    assert score.main(filled) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and (message in said or message == "not a prompt")
+
+
+@pytest.fixture(params=sorted(WRITE))
+def reward(request, tmp_path):
+    return rewards.load(**WRITE[request.param](tmp_path))
+
+
+def sizes(reward) -> dict[str, int]:
+    return {reward.name: sum(parameter.numel() for parameter in reward.network.parameters())}
+
+
+def test_verify_finds_nothing_wrong_with_a_sound_reward(reward, capsys):
+    assert verify.report(reward.name, lambda: reward, sizes(reward)) == 0
+    assert capsys.readouterr().out.startswith(f"{reward.name}: ok (scores of three test pictures: ")
+
+
+def test_verify_sees_what_is_broken(reward, capsys):
+    known = sizes(reward)
+    assert verify.report(reward.name, lambda: reward) == 1
+    assert "parameters, expected" in capsys.readouterr().out
+    whole = type(reward).__call__
+    broken = {
+        "score differently a second time": lambda *given: whole(*given) + torch.rand(()),
+        "alone scores": lambda self, images, prompts: whole(self, images, prompts) + len(images),
+        "different pictures score alike": lambda self, images, prompts: 0 * whole(self, images, prompts),
+        "not raise the score": lambda self, images, prompts: whole(self, 2 * images.detach() - images, prompts),
+        "zero or not finite": lambda self, images, prompts: whole(self, images.detach(), prompts) + 0 * images.sum(),
+        "scores [nan": lambda *given: whole(*given) * float("nan"),
+    }
+    for said, call in broken.items():
+        wrong = object.__new__(type("Wrong", (type(reward),), {"__call__": call}))
+        wrong.__dict__.update(reward.__dict__)
+        assert verify.report(reward.name, lambda wrong=wrong: wrong, known) == 1, said
+        assert said in capsys.readouterr().out
+    with torch.no_grad():
+        next(reward.network.parameters()).view(-1)[0] = float("inf")
+    assert verify.report(reward.name, lambda: reward, known) == 1
+    assert "weights that are not finite" in capsys.readouterr().out
+
+
+def test_verify_says_what_is_wrong_with_weights(capsys):
+    def bad():
+        raise BadWeights("1 missing: logit_scale")
+
+    assert verify.report("hpsv2", bad) == 1
+    assert "hpsv2: FAILED: 1 missing: logit_scale" in capsys.readouterr().out
+
+
+def test_verify_offline_says_how_to_get_weights_and_returns_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert verify.main([]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" of https")[0] for line in said] == [
+        "aesthetic: not verified: reward.weights: aesthetic-model.pth",
+        "hpsv2: not verified: reward.weights: HPS_v2.1_compressed.pt",
+        "imagereward: not verified: reward.weights: ImageReward.pt",
+    ]
+
+
+def test_verify_knows_its_names(capsys):
+    assert verify.main(["beauty"]) == 2
+    assert "beauty, expected aesthetic, hpsv2, imagereward" in capsys.readouterr().err
+
+
+def test_published_sizes():
+    """What verify expects, counted from the published keys: all of HPSv2's, ImageReward's without two projections."""
+    counted = {
+        name: sum(
+            int(np.prod(shape)) for key, shape in inputs.published_keys(name).items() if "_proj." not in key[5:17]
+        )
+        for name in ("hpsv2", "imagereward")
+    }
+    positions = 512
+    assert counted["hpsv2"] == verify.PARAMETERS["hpsv2"]
+    assert counted["imagereward"] - positions == verify.PARAMETERS["imagereward"]

@@ -1,0 +1,295 @@
+"""Finding and reading the files of reward models: what is missing or wrong is named, before any hub is asked."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from golden import inputs
+from tiny_models import WRITE, aesthetic_state, hpsv2_state, imagereward_state, write_aesthetic, write_hpsv2
+
+import rewards
+from rewards import weights
+from rewards.weights import Asset, BadWeights, WeightsNotFound
+
+ONE_KEY = {
+    "aesthetic": ("layers.2.weight", aesthetic_state()[0]),
+    "hpsv2": ("visual.transformer.resblocks.1.attn.in_proj_weight", hpsv2_state()),
+    "imagereward": ("blip.text_encoder.encoder.layer.0.crossattention.self.key.weight", imagereward_state()),
+}
+MODELS = sorted(WRITE)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Asking the hub for anything fails the test."""
+    monkeypatch.setattr(weights, "_ask", lambda *asked: pytest.fail(f"the hub was asked for {asked}"))
+    monkeypatch.setattr(weights, "_download", lambda *asked: pytest.fail(f"the hub was asked for {asked}"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of folders `owner--repository`; what was asked of it is listed."""
+    asked: list[tuple[str, str]] = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        path = tmp_path / "hub" / repository.replace("/", "--") / name
+        if not path.exists():
+            raise FileNotFoundError(f"404 {name}")
+        return path
+
+    monkeypatch.setattr(weights, "_download", download)
+    monkeypatch.setattr(weights, "_ask", download)
+    return asked
+
+
+@pytest.fixture(autouse=True)
+def ask_anew():
+    weights._silent.cache_clear()
+    yield
+    weights._silent.cache_clear()
+
+
+def loaded(settings: dict):
+    return rewards.load(**settings)
+
+
+def checked(settings: dict, objective=None):
+    options = {key: value for key, value in settings.items() if key not in ("name", "weights")}
+    rewards.check(settings["name"], settings.get("weights"), options, ["a prompt"], objective)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["missing", "extra", "misshapen"])
+def test_a_wrong_key_is_named_with_its_file(name, kind, tmp_path):
+    key, state = ONE_KEY[name]
+    written = key.replace(".", "__")
+    if kind == "missing":
+        changed, said = {written: None}, rf"1 missing: {key}$"
+    elif kind == "extra":
+        changed, said = {"surprise__weight": torch.zeros(2)}, r"1 extra: surprise.weight$"
+    else:
+        changed = {written: state[key][:-1]}
+        said = rf"1 of another shape: {key} \[.*\] \(expected \["
+    settings = WRITE[name](tmp_path, **changed)
+    with pytest.raises(BadWeights, match=said) as error:
+        loaded(settings)
+    assert settings["weights"] in str(error.value)
+
+
+def test_many_wrong_keys_are_counted(tmp_path):
+    settings = write_hpsv2(tmp_path)
+    settings["size"] = {**settings["size"], "text_layers": 3}
+    with pytest.raises(BadWeights, match=r"12 missing: transformer\.resblocks\.2\.\S+, .*, \.\.\."):
+        loaded(settings)
+
+
+def test_a_wrong_clip_tower_is_named(tmp_path):
+    with pytest.raises(BadWeights, match=r"config\.json: hidden_act is gelu, expected quick_gelu"):
+        loaded(write_aesthetic(tmp_path, activation="gelu"))
+    settings = write_aesthetic(tmp_path)
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 3
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadWeights, match=r"model\.safetensors: no CLIP image tower.* 16 missing: .*layers\.2\."):
+        loaded(settings)
+    (tmp_path / "clip" / "config.json").write_text("{")
+    with pytest.raises(BadWeights, match="no configuration of a CLIP model"):
+        loaded(settings)
+
+
+def test_half_precision_checkpoints_are_computed_in_float32(tmp_path):
+    settings = write_hpsv2(tmp_path, **{key.replace(".", "__"): value.half() for key, value in hpsv2_state().items()})
+    reward = loaded(settings)
+    assert {parameter.dtype for parameter in reward.network.parameters()} == {torch.float32}
+
+
+def test_safetensors_are_read_too(tmp_path):
+    from safetensors.torch import save_file
+
+    settings = write_hpsv2(tmp_path)
+    save_file({key: value.contiguous() for key, value in hpsv2_state().items()}, tmp_path / "hps.safetensors")
+    other = loaded({**settings, "weights": str(tmp_path / "hps.safetensors")})
+    images = torch.rand(1, 3, 30, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other(images, ["the cat"]), loaded(settings)(images, ["the cat"]))
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path, capsys):
+    settings = write_hpsv2(tmp_path)
+    for content in (b"", b"not weights", pickle.dumps(Code(), 2)):
+        (tmp_path / "HPS_v2.1_compressed.pt").write_bytes(content)
+        with pytest.raises(BadWeights, match=r"HPS_v2\.1_compressed\.pt cannot be read as weights"):
+            loaded(settings)
+    torch.save({"state_dict": {"epoch": 3}}, settings["weights"])
+    with pytest.raises(BadWeights, match="holds no tensors by name"):
+        loaded(settings)
+    assert "never run" not in capsys.readouterr().out
+
+
+def test_a_foreign_tokenizer_or_configuration_is_refused(tmp_path):
+    settings = write_hpsv2(tmp_path)
+    vocabulary = inputs.bpe_vocabulary("<|startoftext|>", "<|endoftext|>")
+    (tmp_path / "bpe" / "vocab.json").write_text(json.dumps({**vocabulary, "<|endoftext|>": 7, "!": 300}))
+    with pytest.raises(BadWeights, match="last token is 7"):
+        loaded(settings)
+    settings = WRITE["imagereward"](tmp_path)
+    (tmp_path / "med_config.json").write_text('{"vocab_size": 40}')
+    with pytest.raises(
+        BadWeights, match=r"med_config\.json is no med_config\.json of ImageReward: KeyError: 'hidden_size'"
+    ):
+        loaded(settings)
+
+
+@pytest.mark.parametrize("act", [loaded, checked])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_path, no_hub):
+    settings = WRITE[name](tmp_path)
+    for wrong in (tmp_path / "elsewhere.pt", "weights.safetensors", "./owner/repository", "~/nowhere/weights"):
+        with pytest.raises(WeightsNotFound, match=f"reward.weights: no such file or folder: {wrong}"):
+            act({**settings, "weights": str(wrong)})
+    companion = "clip" if name == "aesthetic" else "tokenizer"
+    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: no such file or folder: a/b/c"):
+        act({**settings, companion: "a/b/c"})
+    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: {tmp_path} holds no "):
+        act({**settings, companion: str(tmp_path)})
+    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: .* is a file, expected the folder"):
+        act({**settings, companion: settings["weights"]})
+
+
+def test_a_wrong_path_is_said_before_another_asset_is_sought_at_the_hub(no_hub):
+    with pytest.raises(WeightsNotFound, match=r"^reward\.weights: no such file or folder: gone\.pt$"):
+        rewards.load("hpsv2", "gone.pt")
+
+
+@pytest.mark.parametrize("act", [loaded, checked])
+def test_a_folder_stands_for_the_published_file_in_it(act, tmp_path, no_hub):
+    settings = {**write_hpsv2(tmp_path), "weights": str(tmp_path)}
+    act(settings)
+    with pytest.raises(WeightsNotFound, match=r"holds no HPS_v2_compressed\.pt"):
+        act({**settings, "version": "v2.0"})
+
+
+@pytest.mark.parametrize("act", [loaded, checked])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("aesthetic", ["reward.weights: aesthetic-model.pth of https://huggingface.co/trl-lib/ddpo-aesthetic-predictor",
+                       "reward.options.clip: config.json, model.safetensors of https://huggingface.co/openai/clip-vit-l"]),
+        ("imagereward", ["reward.weights: ImageReward.pt of https://huggingface.co/THUDM/ImageReward",
+                         "reward.options.med_config: med_config.json of", "reward.options.tokenizer: tokenizer.json"]),
+        ("hpsv2", ["reward.weights: HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2",
+                   "`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir FOLDER`, then set reward.weights=",
+                   "reward.options.tokenizer: tokenizer.json"]),
+    ],
+)  # fmt: skip
+def test_offline_the_message_says_what_to_fetch_from_where_and_which_key_to_set(name, said, act, tmp_path, monkeypatch):
+    """With the hub's own client, whose cache is empty."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsNotFound) as error:
+        act({"name": name})
+    message = str(error.value)
+    assert all(part in message for part in said), message
+    assert "\n" not in message and "(HF_HUB_OFFLINE is set)" in message
+
+
+def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    for act in (checked, loaded):
+        with pytest.raises(WeightsNotFound, match=r"no answer from https://\S+: no route to host"):
+            act({"name": "imagereward"})
+    assert len(asked) <= 2  # a minute may have passed
+
+
+def cached(monkeypatch, tmp_path, repository: str, revision: str, *names: str):
+    """A cache of the hub's client that holds these files of a repository."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(revision)
+    snapshot = folder / "snapshots" / revision
+    snapshot.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (snapshot / name).write_text("")
+    return snapshot
+
+
+def test_what_the_cache_holds_needs_no_hub(tmp_path, monkeypatch):
+    snapshot = cached(monkeypatch, tmp_path, "me/mine", "abc", "config.json", "pytorch_model.bin")
+    asset = Asset("key", "me/mine", ("config.json", "model.safetensors|pytorch_model.bin"), folder=True)
+    monkeypatch.setattr(weights, "_silent", lambda minute: "it is silent")
+    weights.check([asset])
+    assert weights.find([asset]) == [snapshot]
+    assert weights.find([Asset("key", "me/mine:config.json", ("other",))]) == [snapshot / "config.json"]
+    with pytest.raises(WeightsNotFound, match=r"vocab\.txt of https://huggingface\.co/me/mine .*\(it is silent\)"):
+        weights.check([Asset("key", "me/mine", ("vocab.txt",))])
+
+
+def test_files_of_several_revisions_are_not_mixed(tmp_path, monkeypatch):
+    asset = Asset("key", "me/mine", ("config.json", "model.safetensors"), folder=True)
+    monkeypatch.setattr(weights, "_download", lambda repository, name: tmp_path / name / name)
+    with pytest.raises(WeightsNotFound, match="several revisions of me/mine"):
+        weights.find([asset])
+
+
+def test_hub_ids_with_and_without_a_file(tmp_path, hub):
+    held = tmp_path / "hub" / "me--mine"
+    held.mkdir(parents=True)
+    settings = write_hpsv2(held)
+    (held / "other.pt").write_bytes((held / "HPS_v2.1_compressed.pt").read_bytes())
+    for source, name in (("me/mine", "HPS_v2.1_compressed.pt"), ("me/mine:other.pt", "other.pt")):
+        hub.clear()
+        for act in (checked, loaded):
+            act({**settings, "weights": source})
+        assert hub == [("me/mine", name)] * 2
+    with pytest.raises(WeightsNotFound, match=r"third\.pt of https://huggingface\.co/me/mine .*404 third\.pt"):
+        loaded({**settings, "weights": "me/mine:third.pt"})
+
+
+def test_one_of_several_file_names_will_do_and_optional_ones_may_be_absent(tmp_path, hub):
+    held = tmp_path / "hub" / "me--bert"
+    inputs.write_bert_tokenizer(held)
+    asset = Asset("key", "me/bert", ("tokenizer.json|vocab.txt", "tokenizer_config.json?"), folder=True)
+    assert weights.find([asset]) == [held]
+    assert [name for _, name in hub] == ["tokenizer.json", "vocab.txt", "tokenizer_config.json"]
+    with pytest.raises(WeightsNotFound, match="expected a repository or folder"):
+        weights.find([Asset("key", "me/bert:vocab.txt", ("vocab.txt",), folder=True)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_check_reads_no_weights_and_knows_the_options(name, tmp_path, monkeypatch, no_hub):
+    settings = WRITE[name](tmp_path)
+    (tmp_path / settings["weights"]).write_bytes(b"gigabytes that nobody reads")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("weights were read"))
+    checked(settings, "nabla_db")
+    with pytest.raises(ValueError, match=rf"reward\.options: {name}: .*colour"):
+        checked({**settings, "colour": 3})
+    with pytest.raises(ValueError, match=rf"reward\.options: {name}: .*colour"):
+        loaded({**settings, "colour": 3})
+
+
+@pytest.mark.parametrize("act", [loaded, checked])
+def test_versions_and_sizes_that_do_not_exist_are_refused(act, tmp_path, no_hub):
+    settings = write_hpsv2(tmp_path)
+    with pytest.raises(ValueError, match=r"reward\.options\.version: 'v3', expected v2\.0 or v2\.1"):
+        act({**settings, "version": "v3"})
+    with pytest.raises(ValueError, match=r"reward\.options: hpsv2: .*depth"):
+        act({**settings, "size": {"depth": 3}})
+    settings = WRITE["imagereward"](tmp_path)
+    with pytest.raises(ValueError, match=r"reward\.options: imagereward: .*depth"):
+        act({**settings, "vision": {"depth": 3}})

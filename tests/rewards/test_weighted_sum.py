@@ -1,0 +1,113 @@
+"""Sums of rewards: the weights, the raw parts, and what is refused."""
+
+import pytest
+import torch
+from tiny_models import write_aesthetic, write_hpsv2
+
+import rewards
+from rewards.weights import WeightsNotFound
+
+IMAGES = torch.rand(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["the cat", "a red bird"]
+SHAPES = {"name": "shapes_alignment_soft", "weight": 2}
+JPEG = {"name": "jpeg_incompressibility", "weight": -0.5}
+
+
+@pytest.fixture
+def tiny_terms(tmp_path) -> list[dict]:
+    """Aesthetic and HPSv2 as terms."""
+    made = []
+    for write, weight in ((write_aesthetic, 0.25), (write_hpsv2, -3)):
+        settings = write(tmp_path)
+        name, weights = settings.pop("name"), settings.pop("weights")
+        made.append({"name": name, "weight": weight, "weights": weights, "options": settings})
+    return made
+
+
+def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tiny_terms):
+    reward = rewards.load("weighted_sum", terms=tiny_terms)
+    assert reward.name == "weighted_sum" and reward.differentiable
+    images = IMAGES.clone().requires_grad_()
+    parts, total = reward.parts(images, PROMPTS), reward(images, PROMPTS)
+    assert list(parts) == ["aesthetic", "hpsv2"] and all(part.shape == (2,) for part in parts.values())
+    torch.testing.assert_close(total, 0.25 * parts["aesthetic"] - 3 * parts["hpsv2"])
+    for term in tiny_terms:
+        alone = rewards.load(term["name"], term["weights"], **term["options"])
+        assert torch.equal(parts[term["name"]], alone(images, PROMPTS))
+    gradient = torch.autograd.grad(total.sum(), images, retain_graph=True)[0]
+    pieces = [torch.autograd.grad(parts[name].sum(), images)[0] for name in parts]
+    torch.testing.assert_close(gradient, 0.25 * pieces[0] - 3 * pieces[1])
+
+
+def test_equal_names_are_told_apart():
+    reward = rewards.load("weighted_sum", terms=[JPEG, {**JPEG, "weight": 1}, JPEG])
+    parts = reward.parts(IMAGES, PROMPTS)
+    assert list(parts) == ["jpeg_incompressibility", "jpeg_incompressibility_2", "jpeg_incompressibility_3"]
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), 0 * parts["jpeg_incompressibility"])
+
+
+def test_it_is_differentiable_when_every_term_is():
+    assert rewards.load("weighted_sum", terms=[SHAPES]).differentiable
+    assert not rewards.load("weighted_sum", terms=[SHAPES, JPEG]).differentiable
+    rewards.check("weighted_sum", None, {"terms": [SHAPES]}, ["a red circle"], "nabla_db")
+    rewards.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"])
+    with pytest.raises(
+        ValueError, match=r"terms\[1\] \(jpeg_incompressibility\): objective.kind: .* not differentiable"
+    ):
+        rewards.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"], "nabla_db")
+
+
+def test_a_prompt_that_a_term_refuses_is_named():
+    for refuse in (
+        lambda: rewards.check("weighted_sum", None, {"terms": [JPEG, SHAPES]}, ["a cat"]),
+        lambda: rewards.load("weighted_sum", terms=[JPEG, SHAPES]).check_prompts(["a cat"]),
+    ):
+        with pytest.raises(ValueError, match="a cat"):
+            refuse()
+
+
+def test_a_users_own_reward_is_a_term_too(tmp_path, monkeypatch):
+    (tmp_path / "term_of_mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = rewards.load("weighted_sum", terms=[{"name": "term_of_mine:red", "weight": 10}])
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), 10 * IMAGES[:, 0].mean((1, 2)))
+
+
+@pytest.mark.parametrize("act", [
+    lambda terms: rewards.load("weighted_sum", terms=terms),
+    lambda terms: rewards.check("weighted_sum", None, {"terms": terms}, []),
+])  # fmt: skip
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (None, "terms: expected a list"), ([], "terms: expected a list"), ("hpsv2", "terms: expected a list"),
+        (["hpsv2"], r"terms\[0\]: expected \{name, weight"), ([JPEG, {"weight": 1}], r"terms\[1\]: expected \{name"),
+        ([{**JPEG, "colour": 1}], r"terms\[0\]: unknown keys colour; known: name, weight, weights, options"),
+        ([{"name": "hpsv2"}], r"terms\[0\]\.weight: expected a number, got None"),
+        ([{**JPEG, "weight": float("nan")}], "weight: expected a number, got nan"),
+        ([{**JPEG, "weight": True}], "weight: expected a number, got True"),
+        ([{**JPEG, "options": [1]}], r"options: expected keyword arguments"),
+        ([{**JPEG, "options": {"colour": 1}}], r"terms\[0\] \(jpeg_incompressibility\): reward\.options: .*colour"),
+        ([{**JPEG, "weights": 3}], r"terms\[0\]\.weights: expected a path or hub id, got 3"),
+        ([{**JPEG, "weights": "x"}], r"terms\[0\] \(jpeg_incompressibility\): reward\.weights: .* takes none"),
+        ([{"name": "weighted_sum", "weight": 1}], "a sum of sums"),
+    ],
+)  # fmt: skip
+def test_bad_terms_are_refused(terms, message, act):
+    with pytest.raises(ValueError, match=message):
+        act(terms)
+
+
+def test_failures_of_a_term_keep_their_kind():
+    for act in (
+        lambda term: rewards.load("weighted_sum", terms=[term]),
+        lambda term: rewards.check("weighted_sum", None, {"terms": [term]}, []),
+    ):
+        with pytest.raises(rewards.UnknownReward, match=r"terms\[0\] \(beauty\): .*unknown reward 'beauty'"):
+            act({"name": "beauty", "weight": 1})
+        with pytest.raises(WeightsNotFound, match=r"terms\[0\] \(hpsv2\): reward\.weights: .* gone\.pt"):
+            act({"name": "hpsv2", "weight": 1, "weights": "gone.pt"})
+    with pytest.raises(ValueError, match="takes terms alone, got colour"):
+        rewards.check("weighted_sum", None, {"terms": [JPEG], "colour": 1}, [])
+    with pytest.raises(ValueError, match="weights"):
+        rewards.check("weighted_sum", "x", {"terms": [JPEG]}, [])
