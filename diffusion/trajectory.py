@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -99,7 +99,7 @@ class Scores:
     `gradients` [M, C, H, W] float32 of the raw reward with respect to the clean latents, for objectives that learn
     from them; `gradient_row` [B, N+1] int64 is the row of each state's, -1 where there is none (then it is 0). `images`
     [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks; `thumbnails` are B PNG files of them, only
-    for training chunks.
+    for training chunks. Where the reward is a sum of several, `parts` has each one's raw score of x_0 [B] by its label.
     """
 
     chunk: Chunk
@@ -108,16 +108,19 @@ class Scores:
     thumbnails: tuple[bytes, ...] = ()
     gradients: np.ndarray | None = None
     gradient_row: np.ndarray | None = None
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
 
     def verdict(self, seconds: float) -> Verdict:
         """What the driver is told of a chunk scored in `seconds`."""
-        return Verdict(tuple(self.rewards[:, -1].tolist()), self.thumbnails, seconds)
+        parts = {label: tuple(values.tolist()) for label, values in self.parts.items()}
+        return Verdict(tuple(self.rewards[:, -1].tolist()), self.thumbnails, seconds, parts)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A scorer's account of one chunk of B trajectories: raw terminal rewards and small pictures."""
+    """A scorer's account of one chunk of B trajectories: raw terminal rewards, the parts of a sum, small pictures."""
 
     rewards: tuple[float, ...]  # B
     thumbnails: tuple[bytes, ...]  # B PNG files, or none
     seconds: float
+    parts: dict[str, tuple[float, ...]] = field(default_factory=dict)  # B each

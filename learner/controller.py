@@ -181,6 +181,7 @@ def _line(
         **(result.training.metrics if result else {}),
         "reward_mean": float(rewards.mean()) if result else None,
         "reward_std": float(rewards.std()) if result else None,
+        **{f"reward_mean/{label}": value for label, value in (result.reward_parts if result else {}).items()},
         "eval_reward_mean": evaluated,
         "seconds": seconds,
         "sample_seconds": result.sample_seconds if result else None,

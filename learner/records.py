@@ -26,7 +26,7 @@ from learner.pictures import contact_sheet, png
 from learner.runner import EpochResult
 from learner.storage import Storage, StorageError
 
-FORMAT = 2  # of run.json, checkpoints and the trajectories' columns
+FORMAT = 3  # of run.json, checkpoints and the trajectories' columns
 RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
     "run.json",
     "metrics.jsonl",
@@ -45,6 +45,7 @@ SCHEMA = pa.schema(
         ("adapter_sha256", pa.string()),  # as it stood in the sampler's module
         ("prompt", pa.string()),
         ("reward", pa.float32()),  # raw, of the image
+        ("reward_parts", pa.map_(pa.string(), pa.float32())),  # of a weighted_sum, each reward's own by its label
         ("log_pf_sum", pa.float64()),  # nats, over all transitions and dimensions
         ("log_pb_sum", pa.float64()),
         ("beta", pa.float64()),  # that the epoch trained with
@@ -182,6 +183,7 @@ class Records:
                     "adapter_sha256": receipt.adapter_sha256,
                     "prompt": chunk.prompts[i],
                     "reward": verdict.rewards[i],
+                    "reward_parts": [(label, values[i]) for label, values in verdict.parts.items()],
                     "log_pf_sum": receipt.log_pf_sum[i],
                     "log_pb_sum": receipt.log_pb_sum[i],
                     "beta": beta,
@@ -198,12 +200,16 @@ class Records:
         self.storage.write(f"{TRAJECTORIES}/{_name(epoch)}.parquet", file.getvalue())
 
     def save_evaluation(self, epoch: int, scores: Sequence[Scores]) -> None:
-        """evaluation/epoch-N.json, prompt and reward of every fixed image, for paired comparisons; and epoch-N.png, a
-        contact sheet of the first of them."""
-        table = {
+        """evaluation/epoch-N.json, prompt and reward of every fixed image (and of a sum each reward's own), for paired
+        comparisons; and epoch-N.png, a contact sheet of the first of them."""
+        table: dict[str, Any] = {
             "prompt": [prompt for part in scores for prompt in part.chunk.prompts],
             "reward": [float(value) for part in scores for value in part.rewards[:, -1]],
         }
+        if scores[0].parts:
+            table["reward_parts"] = {
+                label: [float(value) for part in scores for value in part.parts[label]] for label in scores[0].parts
+            }
         self.storage.write(f"{EVALUATION}/{_name(epoch)}.png", png(contact_sheet(scores)))
         self.storage.write(f"{EVALUATION}/{_name(epoch)}.json", (json.dumps(table) + "\n").encode())
 

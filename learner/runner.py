@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Protocol
 
 from diffusion.lora import Snapshot
@@ -29,6 +30,12 @@ class EpochResult:
     def rewards(self) -> list[float]:
         """Raw terminal reward of each trajectory."""
         return [reward for verdict in self.verdicts for reward in verdict.rewards]
+
+    @property
+    def reward_parts(self) -> dict[str, float]:
+        """Of a weighted_sum: mean raw terminal score of each of its rewards."""
+        parts = [verdict.parts for verdict in self.verdicts]
+        return {label: mean(value for part in parts for value in part[label]) for label in parts[0]}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion import memory, noise
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards import Reward
+from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
 SCORE_BATCH = 32  # on a CPU
@@ -57,7 +58,7 @@ class Scorer:
         def trial(size: int) -> None:
             latents = torch.zeros(size, *latent, device=device, requires_grad=self.gradients)
             with torch.set_grad_enabled(self.gradients):
-                scores = self._judge(self.decoder(latents), [prompt] * size)
+                scores, _ = self._judge(self.decoder(latents), [prompt] * size)
             if self.gradients:
                 torch.autograd.grad(scores.sum(), latents)
 
@@ -85,13 +86,14 @@ class Scorer:
         wanted = chunk.purpose == "evaluate" or self.thumbnail_pixels > 0
         differentiate = self.gradients and chunk.purpose == "train"
         gradients: list[np.ndarray] = []
+        parts: dict[str, np.ndarray] = {}
         for part, decoder in self._batches(clean, differentiate):
             row, step = clean.row[part], clean.step[part]
             latents = torch.from_numpy(clean.latents[part].astype(np.float32)).requires_grad_(differentiate)
             prompts = [chunk.prompts[r] for r in row]
             with torch.set_grad_enabled(differentiate):
                 images = decoder(latents)
-                scores = self._judge(images, prompts)
+                scores, terms = self._judge(images, prompts)
             if differentiate:
                 gradients.append(self._gradient(scores, latents, chunk, row, step))
             values, images = scores.detach().cpu().numpy(), images.detach()
@@ -102,8 +104,12 @@ class Scorer:
                         f"trajectory {chunk.trajectory_ids[r]} of {chunk.where}, state {s}"
                     )
             rewards[row, step] = values
-            if wanted and (last := step == clean.num_steps).any():
-                pixels = images[torch.from_numpy(last)].mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            at_end = step == clean.num_steps
+            for label, term in terms.items():
+                parts.setdefault(label, np.full(len(rewards), np.nan, np.float32))
+                parts[label][row[at_end]] = term.detach().float().cpu().numpy()[at_end]
+            if wanted and at_end.any():
+                pixels = images[torch.from_numpy(at_end)].mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
                 pictures.extend(pixels.cpu().numpy())
         if self.shuffle and chunk.purpose == "train":
             order = noise.generator(chunk.seed, noise.SHUFFLE, chunk.epoch, chunk.index).permutation(len(rewards))
@@ -111,8 +117,9 @@ class Scorer:
             shuffled[order] = rewards[np.roll(order, 1)]  # nobody keeps their own
             rewards = shuffled
         if chunk.purpose == "evaluate":
-            return Scores(chunk, rewards, images=np.stack(pictures))
-        scored = Scores(chunk, rewards, thumbnails=tuple(self._thumbnail(picture) for picture in pictures))
+            return Scores(chunk, rewards, images=np.stack(pictures), parts=parts)
+        thumbnails = tuple(self._thumbnail(picture) for picture in pictures)
+        scored = Scores(chunk, rewards, thumbnails=thumbnails, parts=parts)
         if not differentiate:
             return scored
         index = np.full(rewards.shape, -1, np.int64)
@@ -161,9 +168,13 @@ class Scorer:
         Image.fromarray(picture).resize(side, Image.Resampling.BICUBIC).save(file, "PNG")
         return file.getvalue()
 
-    def _judge(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def _judge(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Scores [B], and of a sum of rewards each one's own [B]."""
         try:
-            return self.reward(images, prompts)
+            if isinstance(self.reward, WeightedSum):
+                terms = self.reward.parts(images, prompts)
+                return self.reward.total(terms, images.device), terms
+            return self.reward(images, prompts), {}
         except Exception as error:  # a user's code may raise anything
             raise BadReward(
                 f"reward {self.reward.name} failed on {len(images)} images with prompts from {prompts[0]!r} to "

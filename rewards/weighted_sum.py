@@ -56,9 +56,11 @@ class WeightedSum:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B prompts -> [B] on the images' device."""
-        scores = self.parts(images, prompts)
-        weighted = [term.weight * scores[term.label].to(images.device) for term in self.terms]
-        return torch.stack(weighted).sum(0)
+        return self.total(self.parts(images, prompts), images.device)
+
+    def total(self, parts: dict[str, Tensor], device: torch.device) -> Tensor:
+        """The sum [B] of `parts`."""
+        return torch.stack([term.weight * parts[term.label].to(device) for term in self.terms]).sum(0)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for a prompt that one of the terms refuses."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
@@ -22,7 +23,6 @@ SMALL = (
     "run.runner=inprocess", "mlflow.enabled=false", "sampler.steps=4", "sampler.chunk_size=4", "train.trajectories=8",
     "train.epochs=1", "train.updates_per_epoch=1", "evaluation.images=4", "flow.widths=[8,16]", "objective.beta=1",
     "objective.anneal_fraction=0",
-    "reward.options={}",
 )  # fmt: skip
 
 
@@ -45,30 +45,35 @@ def taesd(tmp_path_factory) -> str:
 
 @pytest.fixture
 def settings_of_preset(sd15, tmp_path):
-    """Overrides that leave a preset as it is but for its size, its weights and prompts that are not here."""
+    """Overrides that leave a preset as it is but for its size, and for weights and prompts that are not here."""
 
     def make(name: str) -> list[str]:
         (tmp_path / "prompts.txt").write_text("a fox\na green chair\n")
         settings = [*SMALL, f"model.path={sd15}", f"prompts.path={tmp_path / 'prompts.txt'}"]
-        if "nabla" in name:
-            settings += ["reward.name=test_presets:warm"]
-        elif name not in ("sd15_compressibility", "sd15_incompressibility"):
-            settings += ["reward.name=jpeg_incompressibility"]
+        reward = load_config(CONFIGS / f"{name}.yaml").reward.name
+        if reward in tiny_models.WRITE:
+            options = tiny_models.WRITE[reward](tmp_path)
+            settings += [f"reward.weights={options.pop('weights')}"]
+            assert options.pop("name") == reward
+            settings += [f"reward.options={json.dumps(options)}"]
         return settings
 
     return make
 
 
-def warm(images, prompts):
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-
-
-warm.differentiable = True
-
 PRESETS = sorted(path.stem for path in CONFIGS.glob("sd15_*.yaml"))
 CASES = [
     (name, kind) for name in PRESETS for kind in ("residual_nabla_db",) * ("nabla" in name) or ("dag_db", "dag_kl")
 ]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_plan_of_every_preset(name, settings_of_preset, tmp_path, capsys):
+    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *settings_of_preset(name), f"run.dir={tmp_path / 'run'}"]
+    assert main([*arguments, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "FLOP there" in said and "times less" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -1,5 +1,7 @@
 """The plan's numbers against what a run really does, and against published counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from cluster.placement import place
 from learner import factory, plan
 from learner.config import load_config
+from learner.reward_cost import reward_cost
 from learner.run import main
+from learner.sections import RewardConfig
 from learner.state import LEARNER_FILE, replay_file
 from learner.work import training_chunks
 
@@ -95,3 +99,34 @@ def test_flops_count_every_pass_of_a_network(small_config):
             assert each.rollout == 8 * (4 * passes + extra) * cost.unet
             assert each.training == 8 * 3 * (passes * cost.unet_train + 2 * cost.flow_train)
             assert each.evaluation == 4 * (4 * passes * cost.unet + cost.decode)
+
+
+def test_reward_models_cost_what_their_sizes_say():
+    """ViT-H/14 is 0.33 TFLOP an image, HPSv2's text tower 0.05 more; ViT-L/14 0.16, ViT-L/16 0.12 and a BERT."""
+    cost = {name: reward_cost(RewardConfig(name=name)) for name in ("hpsv2", "aesthetic", "imagereward")}
+    assert cost["hpsv2"] == pytest.approx(0.38e12, rel=0.03)
+    assert cost["aesthetic"] == pytest.approx(0.16e12, rel=0.05)
+    assert cost["imagereward"] == pytest.approx(0.135e12, rel=0.05)
+    assert reward_cost(RewardConfig(name="jpeg_compressibility")) == 0
+    assert reward_cost(RewardConfig(name="mine:own")) is None
+
+
+def test_the_published_way_costs_what_its_passes_do(small_config):
+    """On paper: two clean predictions, two decodings and scorings for each transition, and the images besides."""
+    config = small_config("flow.fit_steps=0", "sampler.guidance=3", "objective.last_transition=train")
+    cost = replace(plan.costs(config), reward=7.0)
+    step = 2 * cost.unet_train + 2 * cost.flow_train + 2 * cost.unet + 2 * (cost.decode + 7)
+    transition, epoch = plan.published(config, cost)
+    assert transition == step
+    assert epoch == 8 * (4 * 2 * cost.unet + cost.decode + 7) + 8 * 4 * step
+    assert plan.published(small_config("objective.kind=ddpo", "flow.fit_steps=0", "flow.warmup_steps=0"), cost) is None
+
+
+def test_cheap_values_cost_what_they_decode(small_config):
+    config = small_config("objective.forward_looking_decoder=tiny", "model.tiny_decoder=models/shapes/tiny_decoder")
+    cost = plan.costs(config)
+    each = plan.work(config, cost, 1)  # 8 trajectories: the image and the state before it whole, three before those
+    assert 0 < cost.tiny < 0.4 * cost.decode
+    assert each.decoding == 8 * (2 * cost.decode + 3 * cost.tiny)
+    late = plan.work(small_config("objective.forward_looking_from=2"), cost, 1)
+    assert late.decoding == 8 * 3 * cost.decode
