@@ -55,9 +55,11 @@ class Model(Section):
 class Prompts(Section):
     path: str | None = Field(
         "configs/prompts/shapes_placed.txt",
-        description="prompts: .txt (one a line), .jsonl, .csv or .parquet; null for models that take none",
+        description="prompts: a file, .txt (one a line), .json, .jsonl, .csv or .parquet; or, where no file has that "
+        "name, a set: animals, imagenet_classes, and from the hub drawbench and hpdv2:STYLE (photo, paintings, anime, "
+        "concept-art, also several as photo+paintings); null for models that take none",
     )
-    column: str = Field("prompt", description="column or key that holds the prompt in .jsonl, .csv and .parquet")
+    column: str = Field("prompt", description="column or key that holds the prompt in .json, .jsonl, .csv and .parquet")
     per_prompt: int = Field(4, ge=1, description="trajectories drawn for each prompt of an epoch, side by side")
 
 
@@ -223,7 +225,7 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    prompts: str | None = Field(None, description="file of fixed evaluation prompts; default: prompts.path")
+    prompts: str | None = Field(None, description="file or set of fixed evaluation prompts; default: prompts.path")
     images: int = Field(128, ge=0, description="images of the fixed evaluation set")
     every: int = Field(10, ge=1, description="epochs between evaluations (before the first and after the last always)")
     seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same for every run.seed")
