@@ -54,7 +54,8 @@ def build_sampler(config: Config) -> Sampler:
 
 def build_scorer(config: Config) -> Scorer:
     given, where = config.model, device(config)
-    reward = rewards.load(config.reward.name, config.reward.weights, where, **config.reward.options)
+    judge = config.reward
+    reward = rewards.load(judge.name, judge.weights, where, judge.backend, **judge.options)
     gradients = OBJECTIVES[config.objective.kind].reward_gradients
     # Gradients in float32: beta multiplies them by up to 1e4.
     dtype = torch.float32 if gradients else getattr(torch, given.dtype)

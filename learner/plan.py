@@ -174,8 +174,8 @@ def _against_published(config: Config, cost: Costs, each: Work) -> list[str]:
         return []
     here = each.training / each.transitions
     lines = [
-        f"a transition in the learner: {_flops(there[0])} there, {_flops(here)} here: {there[0] / here:.2f} times less",
-        f"an epoch: {_flops(there[1])} there, {_flops(each.flops)} here: {there[1] / each.flops:.2f} times less",
+        f"a transition in the learner: {_flops(there[0])} there, {_flops(here)} here; ratio {there[0] / here:.2f}",
+        f"an epoch: {_flops(there[1])} there, {_flops(each.flops)} here; ratio {there[1] / each.flops:.2f}",
     ]
     cheap: dict[str, int | str] = {"forward_looking_from": config.sampler.steps // 2}
     if cost.tiny is not None:
@@ -185,7 +185,7 @@ def _against_published(config: Config, cost: Costs, each: Work) -> list[str]:
         other = config.model_copy(update={"objective": config.objective.model_copy(update=cheap)})
         flops = work(other, cost, 1).flops
         names = " ".join(f"objective.{key}={value}" for key, value in cheap.items())
-        lines.append(f"an epoch with {names}: {_flops(flops)}: {there[1] / flops:.2f} times less")
+        lines.append(f"an epoch with {names}: {_flops(flops)}; ratio {there[1] / flops:.2f}")
     return lines
 
 

@@ -157,7 +157,10 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         if config.objective.forward_looking_decoder == "tiny":
             attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
     reward = config.reward
-    attempt(lambda: rewards.check(reward.name, reward.weights, reward.options, prompts, _needing_gradients(config)))
+    objective = _needing_gradients(config)
+    attempt(
+        lambda: rewards.check(reward.name, reward.weights, reward.options, prompts, objective, reward.backend)
+    )  # fmt: skip
     if config.run.runner == "inprocess":
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")

@@ -12,6 +12,7 @@ from diffusion.transitions import Selection
 from learner.objectives import OBJECTIVES, Kind
 from learner.objectives.base import Decay, Weighting
 from learner.objectives.db import Penalty
+from rewards import Backend
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -67,9 +68,11 @@ class Model(Section):
 class Prompts(Section):
     path: str | None = Field(
         "configs/prompts/shapes_placed.txt",
-        description="prompts: .txt (one a line), .jsonl, .csv or .parquet; null for models that take none",
+        description="prompts: a file, .txt (one a line), .json, .jsonl, .csv or .parquet; or, where no file has that "
+        "name, a set: animals, imagenet_classes, and from the hub drawbench and hpdv2:STYLE (photo, paintings, anime, "
+        "concept-art, also several as photo+paintings); null for models that take none",
     )
-    column: str = Field("prompt", description="column or key that holds the prompt in .jsonl, .csv and .parquet")
+    column: str = Field("prompt", description="column or key that holds the prompt in .json, .jsonl, .csv and .parquet")
     per_prompt: int = Field(4, ge=1, description="trajectories drawn for each prompt of an epoch, side by side")
 
 
@@ -99,6 +102,11 @@ class RewardConfig(Section):
     gpus: float | None = Field(None, ge=0, description="GPUs of a reward actor; default: what the ranks leave, shared")
     name: str = Field("shapes_alignment", description="reward by name, or your own as module:callable")
     weights: str | None = Field(None, description="weights of the reward model: path or hub id")
+    backend: Backend = Field(
+        "native",
+        description="native: our own code, differentiable; package: imagereward's and hpsv2's packages in an "
+        "environment of their own (python -m rewards.package build NAME), without gradients",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="keyword arguments of the reward; your own callable is then called with them first and returns it",
@@ -259,7 +267,7 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    prompts: str | None = Field(None, description="file of fixed evaluation prompts; default: prompts.path")
+    prompts: str | None = Field(None, description="file or set of fixed evaluation prompts; default: prompts.path")
     images: int = Field(128, ge=0, description="images of the fixed evaluation set")
     every: int = Field(10, ge=1, description="epochs between evaluations (before the first and after the last always)")
     seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same for every run.seed")

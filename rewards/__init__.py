@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ class Reward(Protocol):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] float in [0, 1], B prompts -> raw scores [B] float32."""
         ...
+
+
+Backend = Literal["native", "package"]
 
 
 class UnknownReward(ValueError):
@@ -37,10 +40,13 @@ SUM = "weighted_sum"
 NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
 
 
-def load(name: str, weights: str | None = None, device: str = "cpu", **options: Any) -> Reward:
+def load(
+    name: str, weights: str | None = None, device: str = "cpu", backend: Backend = "native", **options: Any
+) -> Reward:
     """The reward called `name`, or a user's own as `module:callable`.
 
-    `weights` is a path or hub id for rewards that have weights; `options` go to the reward's constructor.
+    `weights` is a path or hub id for rewards that have weights; `options` go to the reward's constructor. `backend`
+    package: imagereward and hpsv2 as their authors' packages compute them (rewards/package.py), without gradients.
     A user's callable takes (images, prompts) and returns [B]; with options it is first called with them.
 
     Raises:
@@ -48,12 +54,14 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
         ValueError: weights or options that this reward does not take; for a reward model also `WeightsNotFound` and
             `BadWeights` of rewards/weights.py.
     """
-    if weights is not None and name not in MODELS:
+    if weights is not None and name not in MODELS and backend == "native":
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
-    if ":" in name:
+    if ":" in name and backend == "native":
         return UserReward(name, **options)
-    made = _class(name)
-    if name in SIZES:
+    made = _package() if backend == "package" else _class(name)
+    if backend == "package":
+        options = {"name": name, "weights": weights, "device": device, **options}
+    elif name in SIZES:
         options = {"sign": SIZES[name], **options}
     elif name in MODELS:
         options = {"weights": weights, "device": device, **options}
@@ -66,8 +74,9 @@ def load(name: str, weights: str | None = None, device: str = "cpu", **options: 
 
 
 def check(
-    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None
-) -> None:
+    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None,
+    backend: Backend = "native",
+) -> None:  # fmt: skip
     """Find out before anything starts whether `load` would fail, the reward refuse a prompt, or an `objective` that
     learns from its gradient find none. A user's own reward is only imported, not made: it may need the actor's device.
     Of a reward model nothing is read or downloaded: its files are looked for here, in the hub's cache and at the hub.
@@ -75,9 +84,14 @@ def check(
     Raises:
         ValueError: as `load`, or naming the prompt, or reward and objective.
     """
-    own = ":" in name and weights is None
+    own = ":" in name and weights is None and backend == "native"
     reward: Any
-    if own:
+    if backend == "package":
+        from rewards.weights import check as look_for
+
+        reward = load(name, weights, backend=backend, **options)
+        look_for(list(reward.assets.values()))
+    elif own:
         reward = _import(name)
     elif name in MODELS:
         from rewards.weights import check as look_for
@@ -105,6 +119,12 @@ def check(
     check_prompts = getattr(reward, "check_prompts", None)
     if check_prompts is not None:
         check_prompts(prompts)
+
+
+def _package() -> Any:
+    from rewards.package import PackageReward
+
+    return PackageReward
 
 
 def _class(name: str) -> Any:

@@ -50,6 +50,16 @@ def check(assets: Sequence[Asset]) -> None:
     _each(assets, fetch=False)
 
 
+def check_paths(assets: Sequence[Asset]) -> None:
+    """Is every local path there? No hub is asked.
+
+    Raises:
+        WeightsNotFound: names the first that is not.
+    """
+    for asset in assets:
+        _local(asset)
+
+
 def find(assets: Sequence[Asset]) -> list[Path]:
     """The local path of each, downloaded where need be: a folder, or a file.
 

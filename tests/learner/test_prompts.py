@@ -1,4 +1,4 @@
-"""Prompt files of four kinds; what is wrong with one is said with its name."""
+"""Prompt files of five kinds, and sets; what is wrong with one is said with its name."""
 
 import json
 
@@ -16,6 +16,8 @@ def write(folder, kind: str, column: str = "prompt"):
     file = folder / f"prompts.{kind}"
     if kind == "txt":
         file.write_text("# comment\n\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
+    elif kind == "json":
+        file.write_text(json.dumps([{column: prompt} for prompt in PROMPTS], indent=1), encoding="utf-8")
     elif kind == "jsonl":
         rows = [
             json.dumps({column: PROMPTS[0], "id": 1}),
@@ -31,12 +33,12 @@ def write(folder, kind: str, column: str = "prompt"):
     return file
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "parquet"])
 def test_every_kind_gives_the_same_prompts(tmp_path, kind):
     assert read_prompts(str(write(tmp_path, kind))) == PROMPTS
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
 def test_a_missing_column_names_those_there_are(tmp_path, kind):
     file = write(tmp_path, kind, column="text")
     assert read_prompts(str(file), "text") == PROMPTS
@@ -44,7 +46,9 @@ def test_a_missing_column_names_those_there_are(tmp_path, kind):
         read_prompts(str(file))
 
 
-def test_jsonl_may_hold_bare_strings(tmp_path):
+def test_json_and_jsonl_may_hold_bare_strings(tmp_path):
+    (tmp_path / "p.json").write_text('["one", "two"]')
+    assert read_prompts(str(tmp_path / "p.json")) == ["one", "two"]
     (tmp_path / "p.jsonl").write_text('"one"\n"two"\n')
     assert read_prompts(str(tmp_path / "p.jsonl")) == ["one", "two"]
 
@@ -58,6 +62,10 @@ def test_jsonl_may_hold_bare_strings(tmp_path):
         ("p.txt", b"# nothing\n\n", "holds no prompt"),
         ("p.csv", b"prompt\n", "holds no prompt"),
         ("p.jsonl", b"", "holds no prompt"),
+        ("p.json", b"[]", "holds no prompt"),
+        ("p.json", b'["a",', "not JSON"),
+        ("p.json", b'{"prompt": "a"}', "a JSON dict, expected a list"),
+        ("p.json", b'["a", 3]', "item 2 has no text"),
         ("p.jsonl", b'{"prompt": "a"}\n{oops\n', "line 2 is not JSON"),
         ("p.jsonl", b'{"prompt": 3}\n', "line 1 has no text"),
         ("p.parquet", b"not parquet", "cannot read"),
@@ -91,3 +99,20 @@ def test_a_parquet_column_of_categories_is_text(tmp_path):
 def test_only_newlines_end_a_line(tmp_path, name, line):
     (tmp_path / name).write_text(line + "\r\n" + line, encoding="utf-8", newline="")
     assert read_prompts(str(tmp_path / name)) == ["a ring\u2028of fire"] * 2
+
+
+def test_a_set_is_read_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts("animals")[:2] == ["cat", "dog"] and len(read_prompts("imagenet_classes")) == 1000
+    (tmp_path / "animals").mkdir()
+    assert len(read_prompts("animals")) == 45
+    (tmp_path / "animals").rmdir()
+    (tmp_path / "animals").write_text("my own cat\n")
+    assert read_prompts("animals") == ["my own cat"]
+
+
+def test_a_set_that_is_not_there_is_said_with_the_key():
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: 'hpdv2:foto' is no prompt set; there are animals"):
+        read_prompts("hpdv2:foto", key="evaluation.prompts")
+    with pytest.raises(ConfigError, match=r"cannot read animal: no such file \(nor a prompt set: animals, "):
+        read_prompts("animal")

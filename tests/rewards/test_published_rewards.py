@@ -275,7 +275,7 @@ def test_the_scorer_learns_gradients_through_decoder_and_reward(name, made):
     decoder = load_decoder("models/shapes")
     chunk = Chunk(0, "train", 0, 0, ("the cat", "a red bird"), (4, 9))
     latents = inputs.rng("latents").standard_normal((3, 4, 16, 16)).astype(np.float32)
-    clean = CleanPredictions(chunk, 2, latents, np.array([0, 0, 1]), np.array([1, 2, 2]))
+    clean = CleanPredictions(chunk, 2, latents, np.array([0, 0, 1]), np.array([1, 2, 2]), 2)
     scores = Scorer(decoder, made(name), gradients=True).score(clean)
     assert scores.gradients.shape == latents.shape and scores.gradients.dtype == np.float32
     assert (np.abs(scores.gradients).max((1, 2, 3)) > 0).all()

@@ -1,0 +1,190 @@
+"""Runs inside an environment of a package's own and scores pictures with the package's own code.
+
+A script for that environment's interpreter: it imports nothing of this project, and at first only the standard
+library. Frames on stdin are answered by frames on stdout until stdin ends. See package_process.py for the other end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import struct
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAGIC = b"TRBP"
+FRAME = struct.Struct(">4sIQ")  # magic, bytes of the JSON header, bytes of what follows it
+SECONDS_BETWEEN_LOOKS = 2
+KEPT: list[Any] = []  # a torch library's declarations go with it
+
+# One call of a scorer: uint8 pictures [B, H, W, 3] and B prompts -> B floats.
+Score = Callable[[Any, list[str]], list[float]]
+
+
+def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
+    """Load what the first frame asks for, then score frame by frame."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us by closing stdin
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a package prints goes to stderr, and never between two frames
+    requests = sys.stdin.buffer
+    parent = int(sys.argv[1])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    score: Score | None = None
+    while (frame := _read(requests)) is not None:
+        header, body = frame
+        try:
+            if score is None:
+                make = (models or MODELS)[header["package"]]
+                score = make(header["files"], header["device"], header["threads"])
+                _answer(answers, {"ready": True})
+            else:
+                _answer_scores(answers, score(_pictures(header, body), header["prompts"]))
+        except Exception as error:  # the packages' code, and what they call, may raise anything
+            traceback.print_exc()
+            _answer(answers, {"error": f"{type(error).__name__}: {error}"})
+
+
+def _end_with(parent: int) -> None:
+    """End this process as soon as nobody writes to stdin any more, also in the midst of scoring; or, where a fork of
+    the parent still holds the other end, when the parent is gone."""
+    poll = select.poll()
+    poll.register(0, 0)  # POLLHUP is always told
+    while not poll.poll(SECONDS_BETWEEN_LOOKS * 1000) and os.getppid() == parent:
+        pass
+    os._exit(0)
+
+
+def _read(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+    """The next frame; None at the end."""
+    head = stream.read(FRAME.size)
+    if len(head) < FRAME.size:
+        return None
+    _, header, body = FRAME.unpack(head)
+    return json.loads(stream.read(header)), stream.read(body)
+
+
+def _answer(stream: BinaryIO, header: dict[str, Any], body: bytes = b"") -> None:
+    text = json.dumps(header).encode()
+    stream.write(FRAME.pack(MAGIC, len(text), len(body)) + text + body)
+    stream.flush()
+
+
+def _answer_scores(stream: BinaryIO, scores: list[float]) -> None:
+    _answer(stream, {"count": len(scores)}, struct.pack(f"<{len(scores)}f", *scores))
+
+
+def _pictures(header: dict[str, Any], body: bytes) -> Any:
+    import numpy as np
+
+    return np.frombuffer(body, header["dtype"]).reshape(header["shape"])
+
+
+def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
+    """image-reward 1.5: `files` has weights, med_config and tokenizer (a folder)."""
+    torch = _torch(threads)
+    # Its own __init__ modules also import the fine-tuning code and two more scores: diffusers, datasets, CLIP.
+    _without_init("ImageReward", "ImageReward.models")
+    from ImageReward.ImageReward import ImageReward
+    from ImageReward.models.BLIP import blip
+
+    # It asks for "bert-base-uncased" by that name.
+    kept = blip.BertTokenizer
+    blip.BertTokenizer = types.SimpleNamespace(from_pretrained=lambda _: kept.from_pretrained(files["tokenizer"]))
+    model = ImageReward(device=device, med_config=files["med_config"])
+    faults = model.load_state_dict(_load(torch, files["weights"]), strict=False)
+    # Not strict, as in the package, but for buffers that torch makes anew alone.
+    wrong = [key for key in (*faults.missing_keys, *faults.unexpected_keys) if not key.endswith("position_ids")]
+    if wrong:
+        raise ValueError(f"{files['weights']} does not fit image-reward's model: {len(wrong)} keys, such as {wrong[0]}")
+    model = model.to(device).eval()
+
+    def score(pictures: Any, prompts: list[str]) -> list[float]:
+        with torch.no_grad():
+            images = torch.stack([model.preprocess(picture) for picture in _pil(pictures)]).to(device)
+            words = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
+            text = model.blip.tokenizer(prompts, **words).to(device)
+            return model.score_gard(text.input_ids, text.attention_mask, images).squeeze(1).cpu().tolist()
+
+    return score
+
+
+def hps(files: dict[str, str], device: str, threads: int) -> Score:
+    """hpsv2 1.2.0: `files` has weights. Its `score()` reads them anew at every call; this is that function's body
+    around one load, for a batch."""
+    torch = _torch(threads)
+    _without_init("hpsv2")  # which imports a progress bar and the benchmark's code
+    # A stray import in its factory, which needs Tk.
+    sys.modules["turtle"] = types.ModuleType("turtle")
+    sys.modules["turtle"].forward = None  # type: ignore[attr-defined]
+    from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer
+
+    # `score()` names a pretrained tag here, which downloads 4 GB only to replace them by the checkpoint.
+    model, _, preprocess = create_model_and_transforms(
+        "ViT-H-14", None, precision="amp", device=device, light_augmentation=True, output_dict=True,
+    )  # fmt: skip
+    model.load_state_dict(_load(torch, files["weights"])["state_dict"])
+    model, tokenizer = model.to(device).eval(), get_tokenizer("ViT-H-14")
+
+    def score(pictures: Any, prompts: list[str]) -> list[float]:
+        with torch.no_grad(), torch.autocast("cuda", enabled=device.startswith("cuda")):
+            images = torch.stack([preprocess(picture) for picture in _pil(pictures)]).to(device)
+            out = model(images, tokenizer(prompts).to(device))
+            return torch.diagonal(out["image_features"] @ out["text_features"].T).float().cpu().tolist()
+
+    return score
+
+
+MODELS: dict[str, Callable[..., Score]] = {"imagereward": image_reward, "hpsv2": hps}
+
+
+def _torch(threads: int) -> Any:
+    """torch, with torchvision made importable beside a build of it that PyPI's torchvision does not fit."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        # A CPU torch cannot load its compiled operators, and its Python code wants these two declared. Its transforms,
+        # which is all that is used, are plain torch.
+        KEPT.append(library := torch.library.Library("torchvision", "DEF"))
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+    return torch
+
+
+def _without_init(*names: str) -> None:
+    """Make a package's modules importable without running its __init__.py."""
+    for name in names:
+        [folder] = {
+            str(path) for at in sys.path if (path := Path(at, *name.split("."))).joinpath("__init__.py").is_file()
+        }
+        module = types.ModuleType(name)
+        module.__path__ = [folder]
+        sys.modules[name] = module
+
+
+def _load(torch: Any, path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _pil(pictures: Any) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+if __name__ == "__main__":
+    main()

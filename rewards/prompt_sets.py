@@ -1,0 +1,75 @@
+"""Prompt sets by name: short lists that are here, and benchmarks that are fetched, since others wrote them.
+
+DrawBench and HPDv2's four styles are read from the HPDv2 dataset on the hub, through the hub client's own cache.
+Nothing is kept in memory: two calls read the same files and give equal lists.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs" / "prompts"
+LISTS = ("animals", "imagenet_classes")  # files in FOLDER
+STYLES = ("photo", "paintings", "anime", "concept-art")
+DATASETS = ("zhwang/HPDv2", "ymhao/HPDv2")  # the second is a copy
+NAMES = (*LISTS, "drawbench", *(f"hpdv2:{style}" for style in STYLES))
+
+
+class PromptSetError(ValueError):
+    """No set of that name, or one that cannot be read; the message says how to get it."""
+
+
+def is_name(name: str) -> bool:
+    """Whether this asks for a set, rather than for a file: misspelt styles of HPDv2 do."""
+    return name in NAMES or name.startswith("hpdv2:")
+
+
+def fetch(name: str) -> list[str]:
+    """The prompts of `animals`, `imagenet_classes`, `drawbench` or `hpdv2:STYLE+STYLE...`, in the order of their files.
+
+    Raises:
+        PromptSetError: see there.
+    """
+    if name in LISTS:
+        try:
+            lines = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise PromptSetError(f"{name}: cannot read {FOLDER / name}.txt: {error.strerror}") from error
+        return [line for line in lines if not line.startswith("#")]
+    files = ["drawbench"] if name == "drawbench" else name.removeprefix("hpdv2:").split("+")
+    unknown = [file for file in files if name != "drawbench" and file not in STYLES]
+    if unknown or not is_name(name) or len(set(files)) < len(files):
+        raise PromptSetError(
+            f"{name!r} is no prompt set; there are {', '.join(NAMES)}, and several styles at once as "
+            "hpdv2:photo+paintings"
+        )
+    return [prompt for file in files for prompt in _read(_download(name, file), name)]
+
+
+def _download(name: str, file: str) -> Path:
+    """Cached by the hub's client, which also asks the hub whether there is a newer one unless HF_HUB_OFFLINE is set."""
+    from huggingface_hub import hf_hub_download
+
+    reasons = []
+    for dataset in DATASETS:
+        try:
+            return Path(hf_hub_download(dataset, f"benchmark/{file}.json", repo_type="dataset"))
+        except Exception as error:  # of the hub's client, or its http library
+            reasons.append(f"{dataset}: {type(error).__name__}")
+    raise PromptSetError(
+        f"{name} is neither in the hub's cache nor to be had from the hub ({', '.join(reasons)}); where there is a "
+        f"network: `hf download {DATASETS[0]} benchmark/{file}.json --repo-type dataset --local-dir FOLDER` (from "
+        f"https://huggingface.co/datasets/{DATASETS[0]}), then set prompts.path=FOLDER/benchmark/{file}.json; or give "
+        "any prompts of yours with prompts.path=YOUR_FILE"
+    )
+
+
+def _read(path: Path, name: str) -> list[str]:
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PromptSetError(f"{name}: cannot read {path}: {error}; remove it, and it is fetched anew") from error
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise PromptSetError(f"{name}: {path} is not the list of prompts that was expected there")
+    return prompts

@@ -1,0 +1,273 @@
+"""The package backend with workers that are not the packages: frames, deadlines, deaths."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rewards
+from diffusion.trajectory import Chunk, CleanPredictions
+from rewards import package_process, package_worker
+from rewards.package import PackageReward
+from rewards.package_environment import EnvironmentMissing
+from rewards.package_process import PackageFailed
+from rewards.scorer import BadReward, Scorer
+
+IMAGES = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 4, 6)
+PROMPTS = ["one", "two", "three"]
+
+# What the real worker does, with models of ours; `prompts` say what is to happen.
+FAKE = """
+import importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("package_worker", sys.argv[1])
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+sys.argv = sys.argv[1:]
+
+def make(files, device, threads):
+    with open(files["weights"]) as f:
+        content = f.read()
+    if content == "slow":
+        time.sleep(60)
+    if content == "broken":
+        raise KeyError("blip.mlp")
+    def score(pictures, prompts):
+        print("garbage" * 100)
+        os.write(1, b"more garbage")
+        if "sleep" in prompts:
+            time.sleep(60)
+        if "raise" in prompts:
+            raise ValueError("no such prompt")
+        if "die" in prompts:
+            print("about to go", file=sys.stderr)
+            os._exit(3)
+        if "killed" in prompts:
+            os.kill(os.getpid(), 9)
+        if "pid" in prompts:
+            return [float(os.getpid()), float(threads), float(pictures.shape[2])]
+        scores = [float(picture.mean()) for picture in pictures]
+        return scores[:-1] if "few" in prompts else [float("nan")] + scores[1:] if "nan" in prompts else scores
+    return score
+
+worker.main({"hpsv2": make})
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(script=FAKE, weights="", **options) -> a PackageReward whose interpreter runs the script."""
+    made = []
+
+    def maker(script: str = FAKE, weights: str = "", **options):
+        (tmp_path / "fake.py").write_text(script)
+        (tmp_path / "weights.pt").write_text(weights)
+        python = tmp_path / "python"
+        # -I and the worker's file are what a real interpreter would be given; -I is kept from the fake.
+        python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
+        python.chmod(0o755)
+        made.append(PackageReward("hpsv2", str(tmp_path / "weights.pt"), python=str(python), **options))
+        return made[-1]
+
+    yield maker
+    for reward in made:
+        reward.close()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not is_running(pid)
+
+
+def test_scores_come_back_in_order_whatever_the_package_prints(make):
+    reward = make()
+    assert reward.name == "hpsv2" and not reward.differentiable
+    scores = reward(IMAGES, PROMPTS)
+    assert scores.tolist() == [0, 128, 255] and scores.dtype == torch.float32
+    many = torch.rand(40, 3, 64, 64)  # more than a pipe holds
+    expected = (many * 255).round().mean((1, 2, 3))
+    torch.testing.assert_close(reward(many, ["x"] * 40), expected)
+    first, threads, width = reward(IMAGES, ["pid", "", ""]).tolist()
+    assert reward(IMAGES, ["pid", "", ""])[0] == first  # one process, one load
+    assert threads == torch.get_num_threads() and width == 6
+    assert reward(IMAGES[:0], []).shape == (0,)
+    reward.close()
+    reward.close()
+    assert gone(int(first), 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (
+            "raise",
+            r"raised ValueError: no such prompt; .*python -m rewards.package build hpsv2.*last words: .*Traceback",
+        ),
+        ("die", r"ended with status 3; .*about to go"),
+        ("killed", r"was killed \(signal 9: out of memory\?\)"),
+        ("sleep", r"did not answer within 1 s; .*reward\.options\.seconds"),
+        ("few", r"2 scores for 3 images"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line_and_leaves_no_process(make, prompt, said):
+    reward = make(seconds=1)
+    pid = int(reward(IMAGES, ["pid", "", ""])[0])
+    begun = time.monotonic()
+    with pytest.raises(PackageFailed, match=said) as caught:
+        reward(IMAGES, ["", prompt, ""])
+    assert time.monotonic() - begun < 5 and len(str(caught.value).splitlines()) == 1
+    assert gone(pid, 0)
+    assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]  # another process
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [("slow", r"within 1 s; .*reward\.options\.start_seconds"), ("broken", r"raised KeyError: 'blip\.mlp'")],
+)
+def test_a_model_that_does_not_load_is_named(make, weights, said):
+    reward = make(weights=weights, start_seconds=1)
+    with pytest.raises(PackageFailed, match=said):
+        reward.start()
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("print('hello ' * 100, flush=True); import sys; sys.stdin.read()", "no answer"),
+        ("import nothing_of_that_name", "ended with status 1; .*nothing_of_that_name"),
+        ("import os, time; os.close(1); os.close(0); time.sleep(60)", "closed its pipes"),
+    ],
+)
+def test_an_interpreter_that_runs_something_else_is_said(make, monkeypatch, script, said):
+    monkeypatch.setattr(package_process, "SECONDS_TO_END", 0.3)
+    with pytest.raises(PackageFailed, match=said):
+        make(script)(IMAGES, PROMPTS)
+
+
+def test_what_is_not_a_number_reaches_the_scorer_which_names_its_prompt(make):
+    reward = make()
+    assert reward(IMAGES, ["nan", "", ""]).isnan().tolist() == [True, False, False]
+    chunk = Chunk(0, "train", 4, 0, ("nan",), (10,))
+    latents = np.full((2, 3, 2, 2), 0.5, np.float32)
+    with pytest.raises(BadReward, match=r"hpsv2 returned nan for prompt 'nan', trajectory 10"):
+        Scorer(lambda x: x, reward).score(CleanPredictions(chunk, 1, latents, np.array([0, 0]), np.array([0, 1]), 1))
+
+
+def test_a_forgotten_reward_ends_its_process(make):
+    kept = make()
+    forgotten = PackageReward("hpsv2", kept.assets["weights"].source, python=str(kept._python))
+    pid = int(forgotten(IMAGES, ["pid", "", ""])[0])
+    assert is_running(pid)
+    del forgotten
+    assert gone(pid, 0)
+
+
+PARENTS = """
+import os, sys, time, torch
+from rewards.package import PackageReward
+weights, python = sys.argv[1:]
+images = torch.zeros(3, 3, 4, 4)
+for case in ("idle", "busy", "forked"):
+    if os.fork() == 0:
+        reward = PackageReward("hpsv2", weights, python=python)
+        worker = int(reward(images, ["pid", "", ""])[0])
+        if case == "forked" and os.fork() == 0:  # it holds the other end of the pipe
+            time.sleep(20)
+            os._exit(0)
+        os.write(1, f"{os.getpid()} {worker}\\n".encode())
+        if case == "busy":
+            reward(images, ["sleep", "", ""])
+        time.sleep(60)
+for _ in range(3):
+    os.wait()
+"""
+
+
+def test_the_worker_ends_when_its_parent_is_killed(make, tmp_path):
+    command = [sys.executable, "-c", PARENTS, str(tmp_path / "weights.pt"), str(make()._python)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        pairs = [[int(pid) for pid in launcher.stdout.readline().split()] for _ in range(3)]
+        time.sleep(0.2)
+        assert all(is_running(worker) for _, worker in pairs)
+        for parent, _ in pairs:
+            os.kill(parent, signal.SIGKILL)
+        assert all(gone(worker) for _, worker in pairs)
+        launcher.kill()
+
+
+def test_wrong_settings_are_refused_before_anything_starts(make, tmp_path, monkeypatch):
+    python = str(make()._python)
+    for arguments, options, said in [
+        (("beauty",), {}, "hpsv2, imagereward"),
+        (("hpsv2",), {"version": "v3"}, r"reward\.options\.version: unknown 'v3'.*v2\.0, v2\.1"),
+        (("hpsv2",), {"tokenizer": "x"}, "imagereward's"),
+        (("imagereward",), {"version": "v2.1"}, "hpsv2's"),
+        (("hpsv2", "/no/such.pt"), {}, r"reward\.weights: no such file or folder: /no/such\.pt"),
+        (("imagereward",), {"med_config": "./no.json"}, r"reward\.options\.med_config: no such file"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            PackageReward(*arguments, python=python, **options)
+    with pytest.raises(EnvironmentMissing, match=r"reward\.options\.python: /no/python"):
+        PackageReward("hpsv2", python="/no/python")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(EnvironmentMissing, match=r"no environment for hpsv2 in .*cache.*rewards\.package build hpsv2"):
+        PackageReward("hpsv2")
+
+
+def test_files_come_from_a_folder_or_the_hub(make, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    python = str(make()._python)
+    (tmp_path / "HPS_v2_compressed.pt").write_text("")
+    reward = PackageReward("hpsv2", str(tmp_path), python=python, version="v2.0")
+    assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
+    reward.close()
+    with pytest.raises(ValueError, match=r"hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt.*set reward\.weights="):
+        PackageReward("hpsv2", python=python).start()
+    cached = {("someone/copy", "other.pt"): str(tmp_path / "weights.pt")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: cached[repository, name])
+    reward = PackageReward("hpsv2", "someone/copy:other.pt", python=python)
+    assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
+    reward.close()
+
+
+@pytest.mark.parametrize("backend", ["native", "package"])
+def test_the_backend_is_a_setting_of_the_reward(backend, make):
+    """Found wanting before anything starts, and made by the name table."""
+    made = make()
+    options = {"python": str(made._python)} if backend == "package" else {}
+    weights = made.assets["weights"].source
+    if backend == "package":
+        rewards.check("hpsv2", weights, options, PROMPTS, backend=backend)
+        reward = rewards.load("hpsv2", weights, backend=backend, **options)
+        assert isinstance(reward, PackageReward) and reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
+        reward.close()
+        with pytest.raises(ValueError, match=r"residual_nabla_db learns from the gradient .* not differentiable"):
+            rewards.check("hpsv2", weights, options, PROMPTS, "residual_nabla_db", backend)
+        with pytest.raises(ValueError, match=r"reward\.backend: aesthetic has no package"):
+            rewards.check("aesthetic", None, {}, PROMPTS, backend=backend)
+    else:
+        with pytest.raises(ValueError, match="python"):
+            rewards.check("hpsv2", weights, {"python": "x"}, PROMPTS)
+
+
+def test_the_worker_imports_nothing_of_ours_and_no_package_by_itself():
+    code = f"import runpy, sys; runpy.run_path({package_worker.__file__!r}); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True, env={**os.environ}
+    ).stdout.split()
+    assert not {"torch", "numpy", "rewards"} & set(loaded)

@@ -1,0 +1,115 @@
+"""Lists that are here, and benchmarks read from a hub's cache that is made on the spot."""
+
+import json
+import shutil
+
+import pytest
+
+from learner.config import load_config
+from learner.controller import training_prompts
+from learner.run import main
+from rewards import prompt_sets
+from rewards.prompt_sets import PromptSetError
+
+SETS = {
+    "photo": ["a photo of a dog", "ein Foto, \u2028 zwei Zeilen"],
+    "paintings": ["oil on canvas"],
+    "anime": ["a duel"],
+    "concept-art": ["a castle"],
+    "drawbench": ["a red car", "a red car"],
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(dataset): its files lie in an otherwise empty cache, as the hub's client would have put them."""
+    import huggingface_hub.constants as constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # Bound when its function was defined.
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", with_cache(cache))
+
+    def put(dataset: str) -> None:
+        folder = cache / f"datasets--{dataset.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        benchmark = folder / "snapshots" / ("0" * 40) / "benchmark"
+        benchmark.mkdir(parents=True)
+        for name, prompts in SETS.items():
+            (benchmark / f"{name}.json").write_text(json.dumps(prompts))
+
+    put.cache = cache
+    return put
+
+
+def with_cache(cache):
+    from huggingface_hub import hf_hub_download
+
+    return lambda *args, **kwargs: hf_hub_download(*args, cache_dir=cache, **kwargs)
+
+
+def test_the_lists_are_whole():
+    animals, classes = prompt_sets.fetch("animals"), prompt_sets.fetch("imagenet_classes")
+    assert len(animals) == len(set(animals)) == 45 and animals[-1] == "kangaroo"
+    assert len(classes) == 1000 and len(set(classes)) == 999
+    at = {0: "tench", 99: "goose", 207: "golden retriever", 517: "crane", 638: "maillot", 950: "orange"}
+    assert {index: classes[index] for index in at} == at and classes[999] == "toilet tissue"
+    assert all(name == name.strip() and name for name in animals + classes)
+
+
+@pytest.mark.parametrize("dataset", prompt_sets.DATASETS)
+def test_benchmarks_come_from_the_cache_without_a_network(hub, dataset):
+    hub(dataset)
+    for style in prompt_sets.STYLES:
+        assert prompt_sets.fetch(f"hpdv2:{style}") == SETS[style]
+    assert prompt_sets.fetch("drawbench") == SETS["drawbench"]  # in order, repeated ones too
+    mixed = SETS["paintings"] + SETS["photo"]
+    assert [prompt_sets.fetch("hpdv2:paintings+photo") for _ in range(3)] == [mixed] * 3
+    assert training_prompts(load_config(overrides=["prompts.path=hpdv2:paintings+photo"]))[0] == "oil on canvas"
+
+
+def test_without_network_and_cache_it_is_said_how_to_get_them(hub, capsys):
+    expected = (
+        r"hpdv2:photo\+anime is neither .*zhwang/HPDv2: \w+, ymhao/HPDv2: \w+.*hf download zhwang/HPDv2 "
+        r"benchmark/photo\.json --repo-type dataset.*https://huggingface\.co/datasets/zhwang/HPDv2.*"
+        r"prompts\.path=FOLDER/benchmark/photo\.json.*prompts\.path=YOUR_FILE"
+    )
+    with pytest.raises(PromptSetError, match=expected) as caught:
+        prompt_sets.fetch("hpdv2:photo+anime")
+    assert len(str(caught.value).splitlines()) == 1
+    assert main(["prompts.path=drawbench", "reward.name=jpeg_compressibility"]) == 2
+    assert "prompts.path: drawbench is neither" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hpdv2:", "hpdv2:photo+", "hpdv2:photo+photo", "hpdv2:drawbench", "animal", ""])
+def test_other_names_are_refused(name):
+    with pytest.raises(PromptSetError, match=r"no prompt set; there are animals, .*hpdv2:photo\+paintings"):
+        prompt_sets.fetch(name)
+
+
+@pytest.mark.parametrize("content", ["[", '{"a": 1}', "[]", '["a", null]', "[{}]"])
+def test_a_file_of_another_shape_is_named(hub, content):
+    hub("zhwang/HPDv2")
+    next(hub.cache.rglob("anime.json")).write_text(content)
+    with pytest.raises(PromptSetError, match=r"hpdv2:anime: .*anime\.json"):
+        prompt_sets.fetch("hpdv2:anime")
+
+
+def test_a_run_goes_on_only_with_the_prompts_it_began_with(hub, tmp_path, capsys):
+    hub("zhwang/HPDv2")
+    arguments = [
+        "prompts.path=hpdv2:photo", "reward.name=jpeg_incompressibility", "run.runner=inprocess",
+        f"run.dir={tmp_path / 'run'}", "sampler.steps=3", "sampler.chunk_size=4", "train.trajectories=4",
+        "train.updates_per_epoch=1", "train.epochs=1", "evaluation.images=0", "mlflow.enabled=false",
+        "flow.fit_steps=0", "flow.warmup_steps=0", "objective.forward_looking_from=0",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert main([*arguments, "train.epochs=2"]) == 0
+    next(hub.cache.rglob("photo.json")).write_text(json.dumps(["another"]))
+    assert main([*arguments, "train.epochs=3"]) == 2
+    assert "prompts.path: hpdv2:photo" in capsys.readouterr().err
+    shutil.rmtree(hub.cache)
+    assert main([*arguments, "train.epochs=3"]) == 2
+    assert "hf download" in capsys.readouterr().err
