@@ -30,7 +30,7 @@ from benchmarks.measure import CEILING, Measured, measure, process_peak_bytes, r
 from benchmarks.parts import COMPARISON, Bench, objective_configs, with_settings
 from diffusion.locate import BaseModelError
 from learner import environment, factory
-from learner.config import DEFAULT_CONFIG, ConfigError
+from learner.config import DEFAULT_CONFIG, ConfigError, resolve
 from learner.objectives import OBJECTIVES
 from rewards import UnknownReward
 
@@ -48,6 +48,9 @@ RATIOS = {
     ),
     "whole epoch, late forward-looking values only": (
         [names.PUBLISHED_SAMPLE, names.PUBLISHED_LEARN], [names.ROLLOUT, names.SCORE_CHEAP, names.LEARN],
+    ),
+    "whole epoch, inner states by the tiny decoder": (
+        [names.PUBLISHED_SAMPLE, names.PUBLISHED_LEARN], [names.ROLLOUT, names.SCORE_TINY, names.LEARN],
     ),
 }  # fmt: skip
 
@@ -82,14 +85,15 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     Raises:
         BadArguments, ConfigError, BaseModelError, UnknownReward: see there; nothing was measured.
     """
-    path, overrides, cheap = _settings(args, folder)
+    path, overrides, cheap, tiny = _settings(args, folder)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     config = with_settings(path, overrides, *COMPARISON)
     if args.sd15:
         _say("making a pipeline with random weights")
         pipelines.build(folder, args.sd15 == "tiny", factory.device(config))
+        pipelines.build_tiny_decoder(folder / "taesd", args.sd15 == "tiny")
     try:
-        bench = Bench(config, cheap)
+        bench = Bench(config, cheap, tiny)
     except ConfigError:
         raise
     except ValueError as error:  # a reward's options, a grid without variance
@@ -118,14 +122,15 @@ def _check(args: argparse.Namespace) -> None:
         raise BadArguments("--device: cuda was asked for, but torch finds none here")
 
 
-def _settings(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], int]:
-    """Config file, overrides and the step from which cheap forward-looking values begin."""
+def _settings(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], int, str | None]:
+    """Config file, overrides, the step from which late forward-looking values begin, and the tiny decoder if the config
+    has one in use."""
     path = args.config or (SD15 if args.sd15 else DEFAULT_CONFIG)
     overrides = list(args.overrides)
     if args.device:
         overrides.append(f"model.device={args.device}")
     if args.sd15:
-        overrides.append(f"model.path={folder}")
+        overrides += [f"model.path={folder}", f"model.tiny_decoder={folder / 'taesd'}"]
     count = args.trajectories
     if count is None:  # the least that the config can do
         given = with_settings(path, overrides)
@@ -137,7 +142,8 @@ def _settings(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], 
         cheap = config.objective.forward_looking_from or round(LATE * steps)
     if not 0 < cheap <= steps:
         raise BadArguments(f"--cheap-from: must be in 1..{steps} (sampler.steps), got {cheap}")
-    return path, overrides, cheap
+    use = config.objective.forward_looking_decoder == "tiny"
+    return path, overrides, cheap, str(resolve(config.model.tiny_decoder)) if use else None
 
 
 def _report(

@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.measure import Part, ceiling
 from benchmarks.published import Published, Rollouts
 from diffusion import lora
+from diffusion.pipelines import load_tiny_decoder
 from diffusion.rollout import RolloutSettings, Sampler
 from diffusion.trajectory import CleanPredictions, Trajectories
 from diffusion.unconditional import UnconditionalModel
@@ -26,6 +27,7 @@ from learner import factory
 from learner.config import Config, ConfigError, load_config
 from learner.controller import training_prompts
 from learner.objectives import OBJECTIVES
+from learner.prompts import example_prompt
 from learner.update import Learner, Scored
 from learner.work import training_chunks
 from rewards.scorer import Scorer
@@ -38,10 +40,11 @@ COMPARISON = (
     "objective.transition_weight=uniform", "objective.last_transition=train", "objective.forward_looking_decay=none",
     "objective.reward_offset=0", "objective.log_prob_reduction=mean", "objective.forward_looking_from=0",
     "sampler.transitions=all", "flow.fit_steps=0", "flow.warmup_steps=0", "flow.weight_decay=null",
-    "train.replay_updates=0", "train.shuffle_rewards=false",
+    "train.replay_updates=0", "train.shuffle_rewards=false", "objective.forward_looking_decoder=full",
 )  # fmt: skip
 ROLLOUT, ROLLOUT_BASE, PIPELINE = "rollout, snapshot", "rollout, base", "diffusers pipeline"
 SCORE, SCORE_CHEAP, LEARN = "score, all states", "score, late states", "learn, as published"
+SCORE_TINY = "score, tiny decoder"
 PUBLISHED_SAMPLE, PUBLISHED_LEARN = "published: sample, score", "published: learn"
 
 
@@ -78,6 +81,7 @@ class Bench:
 
     config: Config  # with COMPARISON
     cheap_from: int
+    tiny: str | None = None  # a tiny decoder's folder or hub id
 
     def __post_init__(self) -> None:
         self.changes: dict[str, dict[str, Any]] = {}  # of each objective's part: what its config has otherwise
@@ -86,6 +90,11 @@ class Bench:
         self.model.unet.eval()
         self.scorer = factory.build_scorer(self.config)
         self.start = lora.snapshot(self.model.unet, 0)
+        self.prompt = example_prompt(self.config)
+        # As a run would choose them.
+        device, latent = factory.device(self.config), self.model.latent_shape
+        self.batch = self.scorer.batch or self.scorer.fitting_batch(latent, self.prompt, device)
+        self.scorer.batch = self.batch
         self.chunks = training_chunks(self.config, training_prompts(self.config), EPOCH)
         self.prompts = [prompt for chunk in self.chunks for prompt in chunk.prompts]
         self.dtype = self.model.unet.conv_in.weight.dtype
@@ -102,19 +111,22 @@ class Bench:
         """Everything but the objectives' own parts is under self.config."""
         compared = self.config.rollout_settings()
         learner = Learner(self.model, self._flow(self.config), self.config)
+        learner.fit_micro_batch()
         self.changes = {kind: _changes(self.config, config) for kind, config in objectives.items()}
         rows = [
             *(ceiling(self.model.device, dtype) for dtype in dict.fromkeys((self.dtype, self.decode_dtype))),
             self._rollout(ROLLOUT, compared),
             self._rollout(ROLLOUT_BASE, replace(compared, forward_looking="base")),
             self._pipeline(),
-            self._score(SCORE, compared, 0),
-            self._score(SCORE_CHEAP, compared, self.cheap_from),
+            self._score(SCORE, compared, 0, self.scorer),
+            self._score(SCORE_CHEAP, compared, self.cheap_from, self.scorer),
+            *self._score_tiny(compared),
             self._learn(LEARN, learner, self.config),
             *self._published(learner),
         ]
         for kind, config in objectives.items():
             own = Learner(self.model, self._flow(config), config)
+            own.fit_micro_batch()
             rows.append(self._learn(learning(kind), own, config))
         return rows
 
@@ -160,13 +172,21 @@ class Bench:
 
         return Part(PIPELINE, "images", len(self.prompts), self.dtype, run, self.put_back)
 
-    def _score(self, name: str, settings: RolloutSettings, from_step: int) -> Part:
+    def _score_tiny(self, settings: RolloutSettings) -> list[Part]:
+        """Inner states by the tiny decoder, the images by the whole one."""
+        if self.tiny is None:
+            return []
+        tiny = load_tiny_decoder(self.tiny, factory.device(self.config), self.decode_dtype)
+        scorer = Scorer(self.scorer.decoder, self.scorer.reward, tiny=tiny, batch=self.scorer.batch)
+        return [self._score(SCORE_TINY, settings, 0, scorer)]
+
+    def _score(self, name: str, settings: RolloutSettings, from_step: int, scorer: Scorer) -> Part:
         """The states from `from_step` on, as objective.forward_looking_from leaves them."""
         cleans = [_late(clean, from_step) for _, clean in self._sample(settings)]
 
         def run() -> None:
             for clean in cleans:
-                self.scorer.score(clean)
+                scorer.score(clean)
 
         return Part(name, "states", sum(len(clean.latents) for clean in cleans), self.decode_dtype, run)
 
@@ -190,7 +210,8 @@ class Bench:
         """Its learner on the project's trajectories; its sampler for itself, which costs the same whatever it draws."""
         config = self.config
         assert learner.flow is not None
-        published = Published(self.model, self.scorer, copy.deepcopy(learner.flow), config)
+        flow = copy.deepcopy(learner.flow)
+        published = Published(self.model, self.scorer, flow, config, learner.micro_batch)
         scored = self._score_for(config)
         rollouts = Rollouts.join(
             [Rollouts.of(made, scores.rewards[:, -1], self.model.device) for made, scores in scored]
@@ -225,7 +246,9 @@ class Bench:
         """Trajectories as the config's objective wants them, and their scores."""
         settings, gradients = config.rollout_settings(), OBJECTIVES[config.objective.kind].reward_gradients
         if (settings, gradients) not in self._scored:
-            scorer = Scorer(self.scorer.decoder, self.scorer.reward, gradients=gradients)
+            scorer = Scorer(
+                self.scorer.decoder, self.scorer.reward, gradients=gradients, batch=None if gradients else self.batch
+            )
             self._scored[settings, gradients] = [(made, scorer.score(clean)) for made, clean in self._sample(settings)]
         return self._scored[settings, gradients]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
@@ -76,6 +76,18 @@ def build(folder: Path, tiny: bool = False, device: str = "cpu", seed: int = 0) 
     config = folder / "text_encoder" / "config.json"
     settings = {**json.loads(config.read_text()), "dtype": "float32"}  # else it loads in half beside a float32 U-Net
     config.write_text(json.dumps(settings, indent=2) + "\n")
+    return folder
+
+
+def build_tiny_decoder(folder: Path, tiny: bool = False, seed: int = 0) -> Path:
+    """Write an AutoencoderTiny of TAESD's configuration, diffusers' default, or a narrow one with as many levels."""
+    narrow = {
+        "encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+        "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoencoderTiny(**(narrow if tiny else {})).save_pretrained(folder)
     return folder
 
 

@@ -26,6 +26,7 @@ from diffusion import lora
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Trajectories
 from learner.config import Config
+from learner.update import MICRO_BATCH
 from rewards.scorer import Scorer
 
 
@@ -59,9 +60,12 @@ class Rollouts:
 class Published:
     """Sampler and learner in one. Shares the model and its adapter with whoever made them."""
 
-    def __init__(self, model: BaseModel, scorer: Scorer, flow: nn.Module, config: Config) -> None:
-        """`flow` is this learner's own, on the model's device."""
+    def __init__(
+        self, model: BaseModel, scorer: Scorer, flow: nn.Module, config: Config, micro_batch: int | None = None
+    ) -> None:
+        """`flow` is this learner's own, on the model's device; `micro_batch` by default the config's."""
         self.model, self.flow, self.config = model, flow, config
+        self.micro_batch = micro_batch or config.learner.micro_batch or MICRO_BATCH
         self.decode, self.reward = scorer.decoder, scorer.reward
         kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)  # only for its grid
         self.times = torch.cat([kernel.timesteps, torch.zeros(1, dtype=torch.int64)]).to(model.device)  # [N+1]
@@ -122,7 +126,7 @@ class Published:
         order = torch.stack([torch.randperm(steps) for _ in range(count)], 1).flatten()  # [N * B], by position
         rows = torch.arange(count).repeat(steps)
         total = torch.zeros((), device=self.model.device)
-        size = self.config.learner.micro_batch
+        size = self.micro_batch
         for row, step in zip(rows.split(size), order.split(size), strict=True):
             share = len(row) / len(rows)
             loss = self.loss(rollouts, row, step, beta) * share

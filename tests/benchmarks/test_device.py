@@ -27,6 +27,7 @@ def report(tmp_path_factory):
 def test_every_part_is_measured_in_every_round(report):
     expected = {
         f"{CEILING} float32", parts.ROLLOUT, parts.ROLLOUT_BASE, parts.PIPELINE, parts.SCORE, parts.SCORE_CHEAP,
+        parts.SCORE_TINY,
         parts.LEARN, parts.PUBLISHED_SAMPLE, parts.PUBLISHED_LEARN, *map(parts.learning, KINDS),
     }  # fmt: skip
     assert set(report["parts"]) == expected and report["not_measured"] == {}

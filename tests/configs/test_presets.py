@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from benchmarks import pipelines
 from diffusion import lora
@@ -33,14 +33,7 @@ def sd15(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def taesd(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("taesd")
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
-        num_decoder_blocks=(1,) * 4,
-    )  # fmt: skip
-    tiny.save_pretrained(folder)
-    return str(folder)
+    return str(pipelines.build_tiny_decoder(tmp_path_factory.mktemp("taesd"), tiny=True))
 
 
 @pytest.fixture
