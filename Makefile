@@ -16,8 +16,9 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/python -m learner.run
 
+# Two files at a time, Ray's one after the other.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -27,4 +28,4 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -1,6 +1,7 @@
 """Shared fixtures: one thread, a tiny Stable-Diffusion-shaped pipeline made on the spot, small configs."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,13 @@ SMALL = (
     "train.updates_per_epoch=1", "evaluation.images=4", "learner.ranks=1", "learner.micro_batch=4",
     "flow.warmup_steps=2", "flow.fit_steps=2", "flow.batch=8", "lora.rank=2", "mlflow.enabled=false",
 )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """`make test` runs two tests at a time, a file's together; all of Ray's after each other: a cluster is enough."""
+    for item in items:
+        part = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(pytest.mark.xdist_group("ray" if part in ("actors", "cluster") else str(item.path)))
 
 
 @pytest.fixture(scope="session")
