@@ -7,6 +7,7 @@ import pytest
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner.pictures import contact_sheet
 from learner.records import BEFORE, Records
+from learner.run import main
 from learner.runner import EpochResult
 from learner.storage import Storage, StorageError
 from learner.update import Training
@@ -24,7 +25,7 @@ def scores(count: int = 4) -> list[Scores]:
 def result(epoch: int) -> EpochResult:
     chunks = [Chunk(i, "train", epoch, 0, (f"prompt {i}", "b"), (2 * i, 2 * i + 1)) for i in range(2)]
     receipt = Receipt(epoch, "sha", (-1.0, -2.0), (-3.0, -4.0), "node", 0.5)
-    verdict = Verdict((0.25, 0.75), (b"png1", b"png2"), 0.1)
+    verdict = Verdict((0.25, 0.75), (b"png1", b"png2"), 0.1, {"sharp": (1.0, 2.0), "bright": (3.0, 4.0)})
     return EpochResult(chunks, [receipt] * 2, [verdict] * 2, Training({}, [], (0, 1, 2, 3)), 1.0, 1.0, 1.0)
 
 
@@ -58,7 +59,8 @@ def test_trajectories_are_rows_of_a_parquet_dataset(records, tmp_path):
     assert [row["trajectory_id"] for row in rows] == [0, 1, 2, 3]
     assert rows[3] == {
         "run_id": records.run_id, "epoch": 1, "trajectory_id": 3, "policy_version": 1, "adapter_sha256": "sha",
-        "prompt": "b", "reward": 0.75, "log_pf_sum": -2.0, "log_pb_sum": -4.0, "beta": 30.0, "thumbnail_png": b"png2",
+        "prompt": "b", "reward": 0.75, "reward_parts": [("sharp", 2.0), ("bright", 4.0)],
+        "log_pf_sum": -2.0, "log_pb_sum": -4.0, "beta": 30.0, "thumbnail_png": b"png2",
         "sampler_node": "node", "chunk": 1, "sample_seconds": 0.5, "score_seconds": pytest.approx(0.1),
     }  # fmt: skip
 
@@ -91,3 +93,23 @@ def test_an_unwritable_directory_is_named(tmp_path, small_config):
 
 def test_sheet_has_a_row_for_every_eight_images():
     assert contact_sheet(scores(4), 32).height * 2 == contact_sheet(scores(12), 32).height
+
+
+def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
+    terms = [{"name": "shapes_alignment", "weight": 2.0}, {"name": "jpeg_compressibility", "weight": 0.1}]
+    settings = [
+        *small_settings, "run.runner=inprocess", "train.epochs=1", "reward.name=weighted_sum",
+        f"reward.options={json.dumps({'terms': terms})}", f"run.dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert main(settings) == 0
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    rows = pq.read_table(tmp_path / "run/trajectories/epoch-000000.parquet").to_pylist()
+    parts = [dict(row["reward_parts"]) for row in rows]
+    for row, part in zip(rows, parts, strict=True):
+        whole = 2 * part["shapes_alignment"] + 0.1 * part["jpeg_compressibility"]
+        assert row["reward"] == pytest.approx(whole, abs=1e-5)  # the two nearly cancel
+    assert len({part["jpeg_compressibility"] for part in parts}) > 1
+    for name in parts[0]:
+        assert line[f"reward_mean/{name}"] == pytest.approx(sum(part[name] for part in parts) / len(parts), rel=1e-5)
+    evaluated = json.loads((tmp_path / "run/evaluation/epoch-000000.json").read_text())
+    assert set(evaluated["reward_parts"]) == set(parts[0]) and len(evaluated["reward_parts"]["shapes_alignment"]) == 4

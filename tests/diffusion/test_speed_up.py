@@ -1,0 +1,40 @@
+"""Layouts and compilation change last bits, not the function: with the adapter on, off, and in the backward pass."""
+
+import pytest
+import torch
+
+from diffusion import lora
+from diffusion.base_model import BaseModel
+
+
+def outputs(path: str, **how: bool) -> list[torch.Tensor]:
+    """Guided output, the frozen reference's, and the adapter's gradient."""
+    model = BaseModel(path)
+    parameters = model.attach_lora(rank=2, alpha=2, seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.speed_up(**how)
+    x, t = torch.randn(2, *model.latent_shape), torch.tensor([500, 20])
+    embeddings = model.embed(["a red circle", "a blue star"])
+    reference = model.predict_reference(x, t, embeddings)
+    guided, _ = model.predict(x, t, embeddings, 3.0)
+    guided.square().mean().backward()
+    gradient = torch.cat([parameter.grad.flatten() for _, parameter in lora.named(model.unet)])
+    return [guided.detach(), reference.detach(), gradient]
+
+
+@pytest.mark.parametrize(
+    "how", [{"channels_last": True}, {"checkpointing": True}, pytest.param({"compiled": True}, marks=pytest.mark.slow)]
+)
+def test_the_same_function(how, tiny_pipeline):
+    plain = outputs(tiny_pipeline)
+    assert not torch.allclose(plain[0], plain[1], atol=1e-2)  # the adapter does something
+    for found, expected in zip(outputs(tiny_pipeline, **how), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_attention_is_torchs_fused_one(tiny_pipeline):
+    processors = BaseModel(tiny_pipeline).unet.attn_processors.values()
+    assert {type(processor).__name__ for processor in processors} == {"AttnProcessor2_0"}
