@@ -88,6 +88,9 @@ def build_tiny_decoder(folder: Path, tiny: bool = False, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         AutoencoderTiny(**(narrow if tiny else {})).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["block_out_channels"]  # diffusers' own addition; the published file has none
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

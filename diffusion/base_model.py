@@ -10,11 +10,14 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
 
 from diffusion import lora
 from diffusion.kernels import DDIMKernel, Grid
 from diffusion.locate import load_errors, locate
+
+COMPILED_GRAPHS = 64
 
 # Loading bars of a dozen small files, in every actor, help nobody.
 diffusers_logging.disable_progress_bar()
@@ -29,6 +32,8 @@ class BaseModel:
     scaled_dot_product_attention, diffusers' default.
     """
 
+    _adapted = True
+
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """
         Raises:
@@ -37,7 +42,7 @@ class BaseModel:
         pipeline = _load_pipeline(path, dtype)
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False)
-        self.text_encoder = pipeline.text_encoder.to(device, torch.float32).requires_grad_(False).eval()
+        self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
         self.tokenizer = pipeline.tokenizer
         self.scheduler = pipeline.scheduler
         self._embeddings: dict[str, Tensor] = {}
@@ -62,8 +67,10 @@ class BaseModel:
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(self._checkpoint)
         if compiled:
+            # All blocks share one forward; adapter on and off, with and without gradient, and each width are graphs.
+            torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
             self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
     def attach_lora(self, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
@@ -76,10 +83,20 @@ class BaseModel:
     def without_lora(self) -> Iterator[None]:
         """The frozen reference: the same module with its adapter switched off."""
         self.unet.disable_adapters()
+        self._adapted = False
         try:
             yield
         finally:
             self.unet.enable_adapters()
+            self._adapted = True
+
+    def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
+        """A block whose activations the backward pass computes again, by then with the adapter switched on: it must be
+        as it was."""
+        again = contextlib.nullcontext() if self._adapted else _WithoutLora(self)
+        return checkpoint(
+            block.__call__, *arguments, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again)
+        )
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -123,6 +140,19 @@ class BaseModel:
             return self.predict(x, t, embeddings, guidance)[0]
 
 
+class _WithoutLora:
+    """BaseModel.without_lora to be entered again and again, as a graph that is kept for two backward passes does."""
+
+    def __init__(self, model: BaseModel) -> None:
+        self.model, self.stack = model, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self.stack.enter_context(self.model.without_lora())
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+
 class Decoder:
     """Latents -> images: the base model's VAE alone, for reward actors; or a tiny autoencoder's decoder in its place
     (AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.5's latents)."""
@@ -155,6 +185,6 @@ def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     folder = locate(path)
     with load_errors(path):
         return StableDiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, vae=None, safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
+            folder, dtype={"unet": dtype, "default": torch.float32}, vae=None, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip

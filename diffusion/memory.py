@@ -17,8 +17,8 @@ class OutOfMemory(RuntimeError):
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of the array on the device. From page-locked memory to a GPU: the host goes on, so that the next batch
-    travels while the GPU works on the one before."""
+    """The array as a tensor on the device (on a CPU they may share memory). To a GPU from page-locked memory: the host
+    goes on, so that the next batch travels while the GPU works on the one before."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return tensor.to(device)
@@ -41,7 +41,12 @@ def smaller(setting: str, value: object) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         text = " ".join(str(error).split())
-        raise OutOfMemory(f"{setting}={value} does not fit into GPU memory; make it smaller ({text[:200]})") from error
+        remedy = "make it smaller"
+        if value == 1:
+            remedy = (
+                "leave it more memory: fewer actors on the GPU, learner.gradient_checkpointing=true, or a larger GPU"
+            )
+        raise OutOfMemory(f"{setting}={value} does not fit into GPU memory; {remedy} ({text[:200]})") from error
 
 
 def largest_batch(trial: Callable[[int], object], device: torch.device, most: int, share: float = 1.0) -> int:
@@ -50,15 +55,18 @@ def largest_batch(trial: Callable[[int], object], device: torch.device, most: in
     `share` is the part of the free memory that this process may have.
 
     Raises:
-        OutOfMemory: not even 1 fits.
+        torch.OutOfMemoryError: not even 1 fits.
     """
-    with smaller("the smallest batch", 1):
-        trial(1)  # libraries allocate their workspaces
-        peaks = []
-        for batch in (1, 2):
-            torch.cuda.reset_peak_memory_stats(device)
+    trial(1)  # libraries allocate their workspaces
+    peaks = []
+    for batch in (1, 2):
+        torch.cuda.reset_peak_memory_stats(device)
+        with contextlib.suppress(torch.OutOfMemoryError) if batch == 2 else contextlib.nullcontext():
             trial(batch)
             peaks.append(torch.cuda.max_memory_allocated(device))
+    if len(peaks) < 2:
+        torch.cuda.empty_cache()
+        return 1
     each = max(peaks[1] - peaks[0], 1)
     torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated(device)

@@ -56,7 +56,8 @@ def check_tiny_decoder(path: str, pipeline: str) -> None:
         )
     with load_errors(pipeline):
         full = AutoencoderKL.load_config(locate(pipeline), subfolder="vae")
-    shapes = [(c["latent_channels"], 2 ** (len(c["block_out_channels"]) - 1)) for c in (tiny, full)]
+    levels = tiny.get("decoder_block_out_channels", (64,) * 4), full["block_out_channels"]
+    shapes = [(c["latent_channels"], 2 ** (len(each) - 1)) for c, each in zip((tiny, full), levels, strict=True)]
     if shapes[0] != shapes[1]:
         raise BaseModelError(
             f"model.tiny_decoder: {path} decodes latents of {shapes[0][0]} channels to {shapes[0][1]} times their "

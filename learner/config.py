@@ -31,12 +31,13 @@ class ConfigError(ValueError):
     """Everything wrong with a configuration, one line a fault."""
 
 
-# What a resumed run may set anew: on CPU none of it changes a bit of the result, but train.epochs, which prolongs it.
+# What a resumed run may set anew: on CPU none of it changes a bit of the result, but train.epochs, which prolongs it,
+# and the batches that must fit into memory, which change last bits (it says so): a small GPU must not strand a run.
 FREE = (
     "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
-    "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "sampler.actors", "sampler.gpus", "reward.actors",
-    "reward.gpus", "learner.gpus", "train.epochs", "mlflow.enabled", "mlflow.uri", "mlflow.experiment",
-    "mlflow.finish_seconds",
+    "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "sampler.actors", "sampler.gpus",
+    "reward.actors", "reward.gpus", "learner.gpus", "train.epochs", "learner.micro_batch", "reward.batch",
+    "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
 )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     step = passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow)
     outputs = trained * cost.latent * (1 + objective.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if objective.reward_gradients else 1
-    ends = count * (1 + settings.skip_last)
+    ends = count * (1 + (settings.skip_last and not settings.image_only))
     inner = cost.decode if config.objective.forward_looking_decoder == "full" else (cost.tiny or 0.0)
     number = 2 if config.sampler.state_precision == "float16" else FLOAT
     clean = scored * cost.latent * (number + FLOAT * (there_and_back - 1))
@@ -155,13 +155,15 @@ def published(config: Config, cost: Costs) -> tuple[float, float] | None:
     each transition of each update anew, and the sampler's images are scored besides. One update sees every selected
     transition, as here."""
     objective, n, count = OBJECTIVES[config.objective.kind], config.sampler.steps, config.train.trajectories
-    if not objective.inner_rewards:
+    if not objective.inner_rewards or config.objective.kind == "nabla_db":  # which was never published as code
         return None
     passes = 1 if config.sampler.guidance == 1 else 2
     look = cost.decode + (cost.reward or 0.0)
     # Clean predictions at both ends; or reference and x_t' forward, and four times back to a state (for both reverse
-    # scores and the value at both ends).
-    again = 6 * passes * cost.unet + 4 * look if objective.reward_gradients else 2 * cost.unet + 2 * look
+    # scores and the value at both ends; without flow for the value at x_t' alone).
+    again = 2 * cost.unet + 2 * look
+    if objective.reward_gradients:
+        again = 3 * passes * cost.unet + 2 * look if objective.flow is None else 6 * passes * cost.unet + 4 * look
     transition = passes * cost.unet_train + 2 * cost.flow_train + again
     transitions = work(config, cost, 1).transitions
     return transition, count * (n * passes * cost.unet + look) + transitions * transition

@@ -186,6 +186,8 @@ def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callab
         records = Records.open(storage)
         saved = _settings_of(records, config, facts)
         newest = checkpoint.load_newest(storage, warn)
+        if newest:
+            _warn_of_batches(config, newest, warn)
         done = newest.manifest["next_epoch"] if newest else 0
         _refuse_fewer(config, done, storage)
         if config.train.epochs != saved.train.epochs and config.objective.anneal_fraction and done:
@@ -306,6 +308,16 @@ def _settings_of(records: Records, config: Config, facts: dict[str, Any]) -> Con
             "began with; put the old file back, or choose another run.dir"
         )
     return saved
+
+
+def _warn_of_batches(config: Config, begun: Checkpoint, warn: Callable[[str], None]) -> None:
+    sizes = begun.manifest["batch_sizes"]
+    for key, now, name in (
+        ("learner.micro_batch", config.learner.micro_batch, "micro_batch"),
+        ("reward.batch", config.reward.batch, "score"),
+    ):
+        if now and now != sizes.get(name, now):
+            warn(f"{key} is {now} now, it was {sizes[name]}: last bits differ from here on from an unbroken run's")
 
 
 def _refuse_fewer(config: Config, done: int, storage: Storage) -> None:

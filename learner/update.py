@@ -101,8 +101,8 @@ class Learner:
             x=x, x_next=x.clone(), t=one * int(self.kernel.timesteps[0]), t_next=one * int(self.kernel.timesteps[1]),
             trajectory_id=one * 0, embeddings=self.model.embed([""] * size), reward=number, reward_next=number,
             reward_terminal=number, terminal=one == 0, log_pf_old=number, output_old=x.clone(),
-            clean_gradient=x.clone() if self.objective.reward_gradients else None,
-            clean_gradient_next=x.clone() if self.objective.reward_gradients else None,
+            clean_gradient=torch.ones_like(x) if self.objective.reward_gradients else None,
+            clean_gradient_next=torch.ones_like(x) if self.objective.reward_gradients else None,
             prepared={"advantage": number},
         )  # fmt: skip
         before = self.objective.state()

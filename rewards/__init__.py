@@ -37,6 +37,7 @@ PLAIN = {
 }
 MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
 SUM = "weighted_sum"
+OWN_SETTINGS = ("name", "weights", "device", "backend")
 NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
 
 
@@ -84,6 +85,7 @@ def check(
     Raises:
         ValueError: as `load`, or naming the prompt, or reward and objective.
     """
+    check_options(options)
     own = ":" in name and weights is None and backend == "native"
     reward: Any
     if backend == "package":
@@ -119,6 +121,30 @@ def check(
     check_prompts = getattr(reward, "check_prompts", None)
     if check_prompts is not None:
         check_prompts(prompts)
+
+
+def check_options(options: dict[Any, Any]) -> None:
+    """
+    Raises:
+        ValueError: a key that cannot be a reward's own.
+    """
+    for key in options:
+        if not isinstance(key, str) or not key.isidentifier() or key in OWN_SETTINGS:
+            raise ValueError(
+                f"reward.options: {key!r} cannot be an option of a reward; those of every reward, "
+                f"{', '.join(OWN_SETTINGS)}, are settings beside reward.options"
+            )
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: torch does not know it, or has none here.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device}: {str(error).splitlines()[0]}") from error
 
 
 def _package() -> Any:

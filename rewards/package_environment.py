@@ -15,6 +15,7 @@ from pathlib import Path
 
 LOCKS = Path(__file__).resolve().parent / "locks"
 NAMES = ("hpsv2", "imagereward")
+BUILD_SECONDS = 3600  # of one step
 MARKER = "tributary.json"
 BUILDERS = ("setuptools", "wheel")  # what source distributions are built with
 BPE = "bpe_simple_vocab_16e6.txt.gz"
@@ -140,7 +141,12 @@ def _complete_hps(folder: Path) -> None:
 def _run(command: list[str]) -> None:
     # A pip or python setting of the caller's own environment has no business in this one.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=BUILD_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildFailed(f"`{' '.join(command)}` took longer than {BUILD_SECONDS} s") from error
     if done.returncode:
         said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-5:]
         raise BuildFailed(f"`{' '.join(command)}` failed:\n  " + "\n  ".join(said))

@@ -6,6 +6,7 @@ without a name, so that it never blocks on it, and its last lines are in every e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -157,5 +158,6 @@ def _end(process: subprocess.Popen[bytes], stderr: IO[bytes], owner: int) -> Non
             process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # not even SIGKILL ends one that waits for a disk
+                process.wait(SECONDS_TO_END)
     stderr.close()

@@ -42,12 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = find_images(given.images)
         prompts = read_prompts(given.prompts, len(files))
         options = dict(_option(text) for text in given.option)
+        rewards.check_options(options)
+        rewards.check_device(given.device)
         reward = rewards.load(given.reward, given.weights, given.device, **options)
         scores: list[float] = []
         for part in batches(files):
             images = torch.from_numpy(np.stack([picture for _, picture in part])).permute(0, 3, 1, 2).float() / 255
-            with torch.no_grad():
-                found = reward(images.to(given.device), prompts[len(scores) : len(scores) + len(part)])
+            some = prompts[len(scores) : len(scores) + len(part)]
+            try:
+                with torch.no_grad():
+                    found = reward(images.to(given.device), some)
+            except Exception as error:  # a user's code may raise anything
+                raise ValueError(f"{given.reward} failed on {part[0][0]}: {type(error).__name__}: {error}") from error
             for (file, _), score in zip(part, found.tolist(), strict=True):
                 scores.append(score)
                 print(f"{file}\t{score:.6g}", flush=True)

@@ -13,12 +13,13 @@ from PIL import Image
 from diffusion import memory, noise
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards import Reward
+from rewards.package import PackageReward
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
 SCORE_BATCH = 32  # on a CPU
 GRADIENT_BATCH = 16  # there; decoding with a graph to go back keeps every layer
-MOST = 256
+MOST, PACKAGE_MOST = 256, 16
 
 
 class BadReward(ValueError):
@@ -60,10 +61,12 @@ class Scorer:
             with torch.set_grad_enabled(self.gradients):
                 scores, _ = self._judge(self.decoder(latents), [prompt] * size)
             if self.gradients:
-                torch.autograd.grad(scores.sum(), latents)
+                self._differentiate(scores, latents)
 
+        # A package has its memory in a process of its own, where it is not seen from here.
+        most = PACKAGE_MOST if isinstance(self.reward, PackageReward) else MOST
         with memory.smaller("reward.batch", 1):
-            return memory.largest_batch(trial, torch.device(device), MOST, share)
+            return memory.largest_batch(trial, torch.device(device), most, share)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
@@ -139,11 +142,24 @@ class Scorer:
     def _gradient(
         self, scores: torch.Tensor, latents: torch.Tensor, chunk: Chunk, row: np.ndarray, step: np.ndarray
     ) -> np.ndarray:
-        """[b, C, H, W] float32 of each latent's own score, through reward and decoder."""
+        """[b, C, H, W] float32 of each latent's own score, finite."""
+        found = self._differentiate(scores, latents)
+        for r, s, gradient in zip(row, step, found, strict=True):
+            if not torch.isfinite(gradient).all():
+                raise BadReward(
+                    f"the gradient of reward {self.reward.name} is not finite for prompt {chunk.prompts[r]!r}, "
+                    f"trajectory {chunk.trajectory_ids[r]} of {chunk.where}, state {s}"
+                )
+        return found.cpu().numpy()
+
+    def _differentiate(self, scores: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """[b, C, H, W] of each latent's own score, through reward and decoder."""
         found = None
         if scores.requires_grad:
             try:
                 (found,) = torch.autograd.grad(scores.sum(), latents, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # a user's code may raise anything
                 raise BadReward(
                     f"the gradient of reward {self.reward.name} failed on {len(scores)} images: "
@@ -154,13 +170,7 @@ class Scorer:
                 f"reward {self.reward.name} says that it is differentiable, but autograd finds no way from its scores "
                 "back to the images (a detach, a no_grad or a step outside torch)"
             )
-        for r, s, gradient in zip(row, step, found, strict=True):
-            if not torch.isfinite(gradient).all():
-                raise BadReward(
-                    f"the gradient of reward {self.reward.name} is not finite for prompt {chunk.prompts[r]!r}, "
-                    f"trajectory {chunk.trajectory_ids[r]} of {chunk.where}, state {s}"
-                )
-        return found.cpu().numpy()
+        return found
 
     def _thumbnail(self, picture: np.ndarray) -> bytes:
         side = (self.thumbnail_pixels, self.thumbnail_pixels)
@@ -175,6 +185,8 @@ class Scorer:
                 terms = self.reward.parts(images, prompts)
                 return self.reward.total(terms, images.device), terms
             return self.reward(images, prompts), {}
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a user's code may raise anything
             raise BadReward(
                 f"reward {self.reward.name} failed on {len(images)} images with prompts from {prompts[0]!r} to "

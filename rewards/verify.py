@@ -35,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in given.names if name not in rewards.MODELS]:
         print(f"rewards.verify: {', '.join(unknown)}, expected {', '.join(rewards.MODELS)}", file=sys.stderr)
         return 2
+    try:
+        rewards.check_device(given.device)
+    except ValueError as error:
+        print(f"rewards.verify: {error}", file=sys.stderr)
+        return 2
     worst = 0
     for name in given.names or rewards.MODELS:
         worst = max(worst, report(name, functools.partial(rewards.load, name, device=given.device)))

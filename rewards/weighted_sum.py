@@ -111,6 +111,10 @@ def read_terms(terms: Any) -> list[Term]:
             raise ValueError(f"{where}.weight: expected a number, got {weight!r}")
         if not isinstance(options, dict):
             raise ValueError(f"{where}.options: expected keyword arguments, got {options!r}")
+        try:
+            rewards.check_options(options)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if term["name"] == WeightedSum.name:
             raise ValueError(f"{where}: a sum of sums; list its terms here instead")
         if term.get("weights") is not None and not isinstance(term["weights"], str):

@@ -130,3 +130,15 @@ def test_cheap_values_cost_what_they_decode(small_config):
     assert each.decoding == 8 * (2 * cost.decode + 3 * cost.tiny)
     late = plan.work(small_config("objective.forward_looking_from=2"), cost, 1)
     assert late.decoding == 8 * 3 * cost.decode
+
+
+def test_the_published_way_of_reward_gradients(small_config, settings_of):
+    """Beside the policy's own passes: the table of objectives' costs, in U-Net passes under guidance and in looks."""
+    for kind, passes, looks in (("residual_nabla_db", 6, 4), ("residual_nabla_db_no_flow", 3, 2)):
+        config = small_config(*settings_of(kind), "sampler.guidance=3", "train.replay_updates=0")
+        cost = replace(plan.costs(config), reward=7.0)
+        own = 2 * cost.unet_train + 2 * cost.flow_train
+        transition, _ = plan.published(config, cost)
+        assert transition == own + passes * 2 * cost.unet + looks * (cost.decode + 7)
+    config = small_config(*settings_of("nabla_db"), "train.replay_updates=0")
+    assert plan.published(config, plan.costs(config)) is None

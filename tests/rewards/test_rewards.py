@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import rewards
+from diffusion.memory import OutOfMemory
 from diffusion.trajectory import Chunk, CleanPredictions
 from models.shapes.world import Scene, Thing, draw
 from rewards.scorer import BadReward, Scorer
@@ -164,6 +165,41 @@ def test_a_tiny_decoder_serves_inner_states_and_never_the_end():
     assert brightness == [76, 128]
     skipping = Scorer(lambda latents: latents, Brightness(), tiny=tiny).score(replace(made, terminal=1))
     np.testing.assert_allclose(skipping.rewards, np.array([[0.9, 0.2, 0.3], [0.9, np.nan, 0.5]], np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["reward", "gradient"])
+def test_a_gpu_that_is_too_small_is_no_bad_reward(where):
+    """Memory peaks in decoder and reward, and in the way back: the message names the setting."""
+
+    class Greedy(torch.autograd.Function):
+        @staticmethod
+        def forward(context, images):
+            if where == "reward":
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return images.mean((1, 2, 3))
+
+        @staticmethod
+        def backward(context, gradient):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Large(Brightness):
+        differentiable = True
+
+        def __call__(self, images, prompts):
+            return Greedy.apply(images)
+
+    scorer = Scorer(lambda latents: latents, Large(), gradients=True, batch=4)
+    with pytest.raises(OutOfMemory, match=r"reward\.batch=4 does not fit into GPU memory; make it smaller"):
+        scorer.score(clean([0.1, 0.2, 0.3, 0.4, 0.5]))
+
+
+@pytest.mark.parametrize("options", [{"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}])
+def test_options_that_no_reward_can_have_are_named(options):
+    with pytest.raises(ValueError, match=r"reward\.options: .* cannot be an option"):
+        rewards.check("jpeg_compressibility", None, options, [])
+    with pytest.raises(ValueError, match=r"terms\[0\]: reward\.options: .* cannot be an option"):
+        terms = [{"name": "jpeg_compressibility", "weight": 1, "options": options}]
+        rewards.check("weighted_sum", None, {"terms": terms}, [])
 
 
 def test_scoring_in_any_batch_gives_every_state_its_own_reward():
