@@ -67,5 +67,12 @@ def load_errors(
     except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
         raise BaseModelError(
             f"{key}: {path} is neither {wanted} nor reachable on the hub: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0]}{_way(path, key)}"
         ) from error
+
+
+def _way(path: str, key: str) -> str:
+    """How to get what reads like a hub id."""
+    if Path(path).expanduser().exists():
+        return ""
+    return f"; where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"

@@ -359,3 +359,26 @@ def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken, monkeypatch):
         newest.files[f"lora/{file.name}"] for file in sorted((unbroken / "checkpoints/latest/lora").iterdir())
     ] == lora(unbroken)
     assert storage.exists("report.html") and storage.entries("trajectories")[-1] == "epoch-000002.parquet"
+
+
+def test_a_resumed_run_keeps_the_batches_that_memory_once_had(small_settings, tmp_path, capsys):
+    """Open in the config, they are found once, kept in the checkpoint, and may be made smaller by hand."""
+    run = tmp_path / "run"
+    settings = [*small_settings, "run.runner=inprocess", "evaluation.images=0", f"run.dir={run}"]
+    open_ended = [*settings, "learner.micro_batch=null"]
+
+    def sizes() -> dict:
+        return json.loads((run / "checkpoints/latest/state.json").read_text())["batch_sizes"]
+
+    assert main([*open_ended, "train.epochs=1"]) == 0
+    assert (sizes()["micro_batch"], sizes()["score"]) == (8, 32)
+    file = run / "checkpoints/latest/state.json"
+    held = json.loads(file.read_text())
+    held["batch_sizes"] |= {"micro_batch": 2, "score": 3}  # as if a small GPU had begun the run
+    file.write_text(json.dumps(held))
+    assert main([*open_ended, "train.epochs=2"]) == 0
+    assert (sizes()["micro_batch"], sizes()["score"]) == (2, 3)
+    assert "last bits" not in capsys.readouterr().err
+    assert main([*settings, "learner.micro_batch=1", "train.epochs=3"]) == 0
+    assert (sizes()["micro_batch"], sizes()["score"]) == (1, 3)
+    assert "learner.micro_batch is 1 now, it was 2: last bits differ" in capsys.readouterr().err
