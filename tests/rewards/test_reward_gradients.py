@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import rewards
-from diffusion.pipelines import load_decoder
+from diffusion.pipelines import load_decoder, load_tiny_decoder
 from diffusion.trajectory import Chunk, CleanPredictions
 from models.shapes.measure import scenes
 from models.shapes.world import draw
@@ -58,6 +58,22 @@ def predictions(rows=(0, 0, 1, 1), steps=(1, 2, 0, 2), purpose="train") -> Clean
     chunk = Chunk(0, purpose, 0, 0, ("a red circle", "a blue star on a white background"), (4, 9))
     latents = torch.randn(len(rows), 4, 16, 16, generator=generator).numpy()
     return CleanPredictions(chunk, 2, latents, np.array(rows), np.array(steps), 2)
+
+
+def test_with_a_tiny_decoder_each_state_keeps_its_own_gradient():
+    """Inner states are decoded together, before the images: the rows come back in another order than they went."""
+    decoder, reward = load_decoder("models/shapes"), rewards.load("shapes_alignment_soft")
+    tiny = load_tiny_decoder("models/shapes/tiny_decoder")
+    clean = predictions()
+    scores = Scorer(decoder, reward, gradients=True, tiny=tiny).score(clean)
+    for i, (row, step) in enumerate(zip(clean.row.tolist(), clean.step.tolist(), strict=True)):
+        latent = torch.from_numpy(clean.latents[i : i + 1]).requires_grad_()
+        images = (decoder if step == 2 else tiny)(latent)
+        (alone,) = torch.autograd.grad(reward(images, [clean.chunk.prompts[row]]).sum(), latent)
+        assert alone.abs().max() > 0
+        found = scores.gradients[scores.gradient_row[row, step]]
+        off = np.linalg.norm(found - alone[0].numpy()) / np.linalg.norm(alone.numpy())
+        assert off < 0.02
 
 
 def test_scorer_returns_the_gradient_to_the_clean_latents():
