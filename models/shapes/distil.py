@@ -8,6 +8,7 @@ this file.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(HERE / "vae", dtype=torch.float32).eval()
     images, _ = pictures(args.pictures, np.random.default_rng(0))
     distil(vae, encode(vae, images), args.steps).half().save_pretrained(args.out)
+    config = json.loads((args.out / "config.json").read_text())
+    del config["block_out_channels"]  # diffusers writes it, and warns of it when it reads
+    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":
