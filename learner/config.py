@@ -36,8 +36,8 @@ class ConfigError(ValueError):
 FREE = (
     "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
     "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "sampler.actors", "sampler.gpus",
-    "reward.actors", "reward.gpus", "learner.gpus", "train.epochs", "learner.micro_batch", "reward.batch",
-    "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
+    "reward.actors", "reward.gpus", "learner.gpus", "learner.attempts", "train.epochs", "learner.micro_batch",
+    "reward.batch", "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
 )  # fmt: skip
 
 

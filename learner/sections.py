@@ -150,6 +150,12 @@ class LearnerConfig(Section):
     gpus: float | None = Field(
         None, ge=0, description="GPUs of a learner rank; default: a whole one, if there are enough"
     )
+    attempts: int = Field(
+        3,
+        ge=1,
+        description="times an epoch's training is tried when learner ranks die or hang; each but the first starts "
+        "all ranks anew from the last checkpoint",
+    )
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the LoRA")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of the LoRA")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip, for LoRA and flow network separately")
@@ -257,6 +263,11 @@ class Train(Section):
     epochs: int = Field(100, ge=1, description="epochs")
     trajectories: int = Field(512, ge=1, description="trajectories an epoch")
     updates_per_epoch: int = Field(2, ge=1, description="policy optimizer steps an epoch on its own trajectories")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="published versions that trajectories may lag behind the learner's; 0: synchronous, as the papers",
+    )
     replay_updates: int = Field(
         0, ge=0, description="more policy steps an epoch, each on an update's trajectories of an earlier epoch"
     )
