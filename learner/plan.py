@@ -229,7 +229,8 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         ]),
         ("against the published way", _against_published(config, cost, each)),
         ("object store", [
-            f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}",
+            f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
+            f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
         ]),
         ("disk", [
             f"{_bytes(each.checkpoint)} a checkpoint, at most {kept} kept; trajectories up to "
