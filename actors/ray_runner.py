@@ -10,12 +10,15 @@ from math import prod
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from actors.learner_actor import LearnerActor
 from actors.pool import Limits, Pool
 from actors.reward_actor import RewardActor
 from actors.sampler_actor import SamplerActor
+from cluster.nodes import alive_nodes
 from cluster.placement import place_for
+from cluster.readiness import Asked, in_group, ready, reserve
 from cluster.session import Session
 from cluster.waits import ObjectLost, get, put, wait_any
 from cluster.weights import WeightStore
@@ -42,6 +45,7 @@ class RayRunner:
         self.config = config
         self.hooks = Hooks()
         self._spawned: list[Any] = []
+        self._group: PlacementGroup | None = None
         self.session = Session(config.run.cpu_threads)
         try:
             self._start(files)
@@ -51,38 +55,43 @@ class RayRunner:
 
     def _start(self, files: dict[str, bytes] | None) -> None:
         config, limit = self.config, self.config.run.ready_seconds
-        resources = self.session.resources
-        placement = place_for(config, resources)
+        placement = place_for(config, alive_nodes())
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
         shared, state = put(config, "sharing the config"), put(files, "sharing the checkpoint")
         share = placement.scorer_options.get("num_gpus", 1.0)
         shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
         new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, shared, shares_gpu)
         new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, shared, shares_gpu)
+        deadline = time.monotonic() + limit
+        self._group = reserve(placement, limit)
         samplers = [new_sampler() for _ in range(placement.samplers)]
         scorers = [new_scorer() for _ in range(placement.scorers)]
         whole_gpu = placement.rank_options.get("num_gpus") == 1
         self._ranks = [
-            self._spawn(LearnerActor, placement.rank_options, shared, rank, placement.ranks, whole_gpu)
-            for rank in range(placement.ranks)
+            self._spawn(LearnerActor, options, shared, rank, placement.ranks, whole_gpu)
+            for rank, options in enumerate(in_group(placement, self._group))
         ]
-        what, deadline = f"starting {placement.describe()} on {resources}", time.monotonic() + limit
+        up = [
+            Asked("samplers", placement.sampler_options, [actor.ready.remote() for actor in samplers]),
+            Asked("reward actors", placement.scorer_options, [actor.ready.remote() for actor in scorers]),
+        ]
 
-        def ready(refs: Any) -> Any:
-            return get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}")
+        def answers(*refs: Any) -> list[Any]:
+            asked = Asked("learner ranks", placement.rank_options, list(refs))
+            return ready([asked], deadline, limit)[0]
 
-        address = ready(self._ranks[0].address.remote())
+        (address,) = answers(self._ranks[0].address.remote())
         starts = [rank.start.remote(address, config.run.train_seconds, state) for rank in self._ranks]
-        self.snapshot, latent = ready(starts)[0]
+        self.snapshot, latent = answers(*starts)[0]
         self.dimensions = prod(latent)
-        ready([actor.ready.remote() for actor in samplers + scorers])
+        ready(up, deadline, limit)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
         fitting = [actor.fitting_batch.remote(latent, prompt, min(1.0, share)) for actor in scorers]
-        self.batch_sizes = {"score": min(ready(fitting))}
+        self.batch_sizes = {"score": min(answers(*fitting))}
         rank_share = 1.0 if rank_share >= 1 else max(rank_share, 1 / placement.ranks)
         fitting = [rank.fit_micro_batch.remote(rank_share) for rank in self._ranks]
-        self.batch_sizes["micro_batch"] = min(ready(fitting))
+        self.batch_sizes["micro_batch"] = min(answers(*fitting))
         limits = Limits(config.run.chunk_seconds, limit, config.run.chunk_attempts)
         self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
         self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)
@@ -135,13 +144,15 @@ class RayRunner:
         if ray.is_initialized():
             for actor in self._spawned:
                 ray.kill(actor)
-        self._spawned = []
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
+        self._spawned, self._group = [], None
         self.session.close()
 
     def _say(self, text: str) -> None:
         self.hooks.say(text)
 
-    def _spawn(self, shell: type, options: dict[str, float], *arguments: Any) -> Any:
+    def _spawn(self, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
         """Start an actor of a shell class; it lives until `close`."""
         actor = ray.remote(shell).options(**options).remote(*arguments)
         self._spawned.append(actor)

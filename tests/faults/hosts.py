@@ -131,8 +131,8 @@ class Hosts:
         log = self._folder / f"{host.port}.log"
         with log.open("a") as stream:
             done = subprocess.run(
-                self.inside(host, command), stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=self.environment,
-                timeout=START_SECONDS,
+                self.inside(host, command), stdout=stream, stderr=stream, stdin=subprocess.DEVNULL,
+                env=self.environment, timeout=START_SECONDS,
             )  # fmt: skip
         assert done.returncode == 0, log.read_text()[-3000:]
 
