@@ -227,6 +227,14 @@ def cluster():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def eventually(condition) -> None:
+    """Of the nodes alive: Ray collects what is free now and then."""
+    deadline = time.monotonic() + 20
+    while not condition(nodes := alive_nodes()):
+        assert time.monotonic() < deadline, listed(nodes)
+        time.sleep(0.1)
+
+
 def where_class() -> type:
     """Made on the spot, so that Ray sends it whole: its workers do not find this file."""
 
@@ -251,9 +259,7 @@ def kinds(cluster):
     yield go
     for actor in started:
         ray.kill(actor)
-    deadline = time.monotonic() + 20
-    while any(node.free_cpus < node.cpus for node in alive_nodes()) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    eventually(lambda nodes: all(node.free_cpus == node.cpus for node in nodes))
 
 
 def test_the_nodes_are_told_with_what_is_free(kinds):
@@ -261,10 +267,7 @@ def test_the_nodes_are_told_with_what_is_free(kinds):
         (4.0, 2.0, "gpu")
     ) == 2
     kinds({"num_cpus": 3, "label_selector": {"kind": "cpu"}})
-    deadline = time.monotonic() + 10  # Ray collects what is free now and then
-    while "4 CPU (1 free), 0 GPU (0 free), labels {'kind': 'cpu'}" not in listed(alive_nodes()):
-        assert time.monotonic() < deadline, listed(alive_nodes())
-        time.sleep(0.1)
+    eventually(lambda nodes: "4 CPU (1 free), 0 GPU (0 free), labels {'kind': 'cpu'}" in listed(nodes))
 
 
 def test_reward_actors_without_gpus_go_to_nodes_without_while_there_is_room(kinds):
@@ -277,7 +280,7 @@ def test_reward_actors_without_gpus_go_to_nodes_without_while_there_is_room(kind
 def test_samplers_are_spread_over_the_nodes_of_their_labels(kinds):
     placement = place(4, 1, 1, 8, alive_nodes(), (0.5, 0, 0), ({"kind": "!head"}, {}, {}))
     assert kinds(*[placement.sampler_options] * 4) == {"gpu": 4}
-    placement = place(3, 1, 1, 8, alive_nodes(), (0, 0, 0), ({"kind": "in(cpu, gpu)"}, {}, {}))
+    placement = place(3, 1, 1, 8, alive_nodes(), (0, 0, 0), ({"kind": "in(cpu,gpu)"}, {}, {}))
     del placement.sampler_options["fallback_strategy"]
     spread = {**placement.sampler_options, "label_selector": {"kind": "in(cpu,gpu)"}}
     assert kinds(*[spread] * 3) == {"gpu": 2, "cpu": 1}
@@ -288,7 +291,7 @@ def test_learner_ranks_are_packed_where_their_labels_say(kinds):
     group = reserve(placement, 20)
     try:
         assert kinds(*in_group(placement, group)) == {"gpu": 2}
-        assert sorted(node.free_gpus for node in alive_nodes() if node.gpus) == [0, 2]
+        eventually(lambda nodes: sorted(node.free_gpus for node in nodes if node.gpus) == [0, 2])
     finally:
         ray.util.remove_placement_group(group)
     placement = place(1, 1, 2, 8, alive_nodes(), (0, 0, 1), ({}, {}, {"kind": "tpu"}), autoscale=True)
