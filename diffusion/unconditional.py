@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.loaders.peft import PeftAdapterMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion import lora
 from diffusion.base_model import BaseModel

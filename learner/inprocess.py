@@ -51,6 +51,7 @@ class InProcessRunner:
         updates = self.config.train.updates_per_epoch
         size = len(scored) // updates
         training = self.learner.train_epoch(epoch, beta, [scored[i * size : (i + 1) * size] for i in range(updates)])
+        ledger.set_aside(one.facts["trajectory_id"] for one in training.set_aside)
         ledger.advance(training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)
         return EpochResult(
@@ -61,6 +62,7 @@ class InProcessRunner:
             sum(receipt.seconds for receipt, _ in accounts),
             sum(verdict.seconds for _, verdict in accounts),
             time.perf_counter() - start,
+            training.set_aside,
         )
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:

@@ -1,4 +1,5 @@
-"""The ledger: every trajectory id of an epoch is issued, sampled, scored and trained exactly once.
+"""The ledger: every trajectory id of an epoch is issued, sampled, scored and trained (or, being bad, quarantined)
+exactly once.
 
 A chunk whose actor died goes back to `issued` and is counted as lost; whatever else departs from the order is a
 defect, and ends the run rather than training on something twice or not at all.
@@ -7,9 +8,10 @@ defect, and ends the run rather than training on something twice or not at all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 STAGES = ("issued", "sampled", "scored", "trained")
+ENDS = (STAGES.index("trained"), len(STAGES))  # trained or quarantined
 
 
 class LedgerError(RuntimeError):
@@ -23,7 +25,7 @@ class Ledger:
         """`saved` is a checkpoint's `to_json`."""
         saved = saved or {}
         self.epochs = int(saved.get("epochs", 0))  # closed
-        self.totals: dict[str, int] = dict.fromkeys((*STAGES, "lost"), 0) | saved.get("totals", {})
+        self.totals: dict[str, int] = dict.fromkeys((*STAGES, "quarantined", "lost"), 0) | saved.get("totals", {})
         self._stage: dict[int, int] = {}
         self._epoch: int | None = None
 
@@ -53,11 +55,27 @@ class Ledger:
         for number in ids:
             now = self._stage.get(number)
             if now != goal - 1:
-                found = "was never issued" if now is None else f"is {STAGES[now]}"
-                raise LedgerError(f"trajectory {number} of epoch {self._epoch} was to be {stage}, but {found}")
+                self._refuse(number, stage)
             self._stage[number] = goal
             count += 1
         self.totals[stage] += count
+
+    def set_aside(self, ids: Iterable[int]) -> None:
+        """Scored trajectories that are bad are not trained on: quarantined.
+
+        Raises:
+            LedgerError: one of them is not scored, or is trained already.
+        """
+        for number in ids:
+            if self._stage.get(number) != STAGES.index("scored"):
+                self._refuse(number, "quarantined")
+            self._stage[number] = len(STAGES)
+            self.totals["quarantined"] += 1
+
+    def _refuse(self, number: int, stage: str) -> NoReturn:
+        now = self._stage.get(number)
+        found = "was never issued" if now is None else f"is {(*STAGES, 'quarantined')[now]}"
+        raise LedgerError(f"trajectory {number} of epoch {self._epoch} was to be {stage}, but {found}")
 
     def lose(self, ids: Iterable[int]) -> None:
         """Sampled trajectories are gone before they were scored, or never came: they will be made again.
@@ -77,9 +95,9 @@ class Ledger:
         """The epoch is over.
 
         Raises:
-            LedgerError: not everything issued was trained on.
+            LedgerError: not everything issued was trained on or quarantined.
         """
-        left = sorted(number for number, stage in self._stage.items() if stage != len(STAGES) - 1)
+        left = sorted(number for number, stage in self._stage.items() if stage not in ENDS)
         if left:
             raise LedgerError(f"epoch {self._epoch}: {len(left)} trajectories were not trained on, first {left[0]}")
         self.epochs += 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan
 from statistics import mean
 from typing import Protocol
 
 from diffusion.lora import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner.ledger import Ledger
+from learner.quarantine import SetAside
 from learner.update import Training
 
 
@@ -25,17 +27,18 @@ class EpochResult:
     sample_seconds: float
     score_seconds: float
     train_seconds: float
+    set_aside: Sequence[SetAside] = ()  # the bad trajectories, of all ranks
 
     @property
     def rewards(self) -> list[float]:
-        """Raw terminal reward of each trajectory."""
-        return [reward for verdict in self.verdicts for reward in verdict.rewards]
+        """Raw terminal reward of each trajectory that is not bad."""
+        return [reward for verdict in self.verdicts for reward in verdict.rewards if not isnan(reward)]
 
     @property
     def reward_parts(self) -> dict[str, float]:
         """Of a weighted_sum: mean raw terminal score of each of its rewards."""
         parts = [verdict.parts for verdict in self.verdicts]
-        return {label: mean(value for part in parts for value in part[label]) for label in parts[0]}
+        return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
 
 
 @dataclass

@@ -21,11 +21,12 @@ from torch.optim import AdamW
 from diffusion import lora, memory, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
-from learner import group, receipts, state
+from learner import group, quarantine, receipts, state
 from learner.config import Config
 from learner.experience import Experience
 from learner.objectives import OBJECTIVES
 from learner.objectives.base import Policy, Population, Transitions
+from learner.quarantine import SetAside
 
 Scored = tuple[Trajectories, Scores]
 MICRO_BATCH = 8  # where no GPU's memory says
@@ -44,6 +45,7 @@ class Training:
     metrics: dict[str, float]  # means over the epoch's updates
     updates: list[dict[str, float]]  # the same of each update
     trajectory_ids: tuple[int, ...]  # this rank's, in the order trained
+    set_aside: tuple[SetAside, ...] = ()  # this rank's bad ones
 
 
 class Learner:
@@ -70,6 +72,7 @@ class Learner:
         # The last epochs, update by update, for flow-only fits and replayed policy updates.
         self.replay: deque[list[list[Experience]]] = deque(maxlen=config.kept_epochs)
         self.published = lora.snapshot(model.unet, 0)
+        self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
 
     def fit_micro_batch(self, share: float = 1.0) -> int:
@@ -117,6 +120,9 @@ class Learner:
         fresh = lora.snapshot(self.model.unet, version)
         receipts.check_moved(self.published, fresh)
         self.published = fresh
+        self.recent[version] = fresh.sha256
+        for old in [old for old in self.recent if old < version - self.config.train.max_staleness]:
+            del self.recent[old]
         return fresh
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
@@ -124,7 +130,8 @@ class Learner:
         train.replay_updates more, each on an update of an earlier epoch.
 
         Raises:
-            StaleWeights: trajectories of another adapter than the published one.
+            StaleWeights: trajectories of another adapter than the published one and the train.max_staleness before.
+            GroupBroken: another rank is gone or silent.
             OutOfMemory: the micro-batch is too large for the GPU.
         """
         with memory.smaller("learner.micro_batch", self.micro_batch):
@@ -132,8 +139,8 @@ class Learner:
 
     def _train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
         for trajectories, _ in (scored for update in updates for scored in update):
-            receipts.check(trajectories, self.published, f"chunk {trajectories.chunk.index} of epoch {epoch}")
-        fresh = [[Experience(*scored) for scored in update] for update in updates]
+            receipts.check_recent(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")
+        fresh = [[Experience(*quarantine.replaced(*scored)) for scored in update] for update in updates]
         self._prepare([one for update in fresh for one in update])
         train = self.config.train
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
@@ -149,8 +156,19 @@ class Learner:
             past = earlier[pick]
             age = self.published.version - past[0].trajectories.policy_version
             rows.append({**self._train(epoch, index, beta, past), "replay_age": float(age)})
-        trained = (number for update in updates for made, _ in update for number in made.chunk.trajectory_ids)
-        return Training(*self._over_ranks(rows), tuple(trained))
+        means, each = self._over_ranks(rows)
+        scored = [pair for update in updates for pair in update]
+        trained = tuple(number for _, scores in scored for number in scores.good_ids)
+        aside = tuple(found for pair in scored for found in quarantine.set_aside(*pair))
+        return Training(means | self._staleness(scored), each, trained, aside)
+
+    def _staleness(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Published versions that the epoch's trajectories lag behind, on all ranks, where they may."""
+        if not self.config.train.max_staleness:
+            return {}
+        mine = [self.published.version - made.policy_version for made, _ in scored for _ in made.chunk.trajectory_ids]
+        lags = [lag for part in group.gather(mine) for lag in part]
+        return {"staleness_mean": float(np.mean(lags)), "staleness_max": float(max(lags))}
 
     def _train(self, epoch: int, index: int, beta: float, update: Sequence[Experience]) -> dict[str, float]:
         """One update of an epoch, after the flow-only steps that precede it."""
@@ -180,6 +198,7 @@ class Learner:
             files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
             saved: dict[str, Any] = {
                 "version": self.published.version,
+                "recent": self.recent,
                 "adapter": torch.from_numpy(np.array(self.published.flat)),
                 "policy_optimizer": self.policy_optimizer.state_dict(),
                 "objective": self.objective.state(),
@@ -202,6 +221,7 @@ class Learner:
         self.replay.clear()
         self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
         self.published = lora.snapshot(self.model.unet, saved["version"])
+        self.recent = dict(saved["recent"])
 
     def update(self, batches: Iterable[Transitions], count: int, beta: float) -> dict[str, float]:
         """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions

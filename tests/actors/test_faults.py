@@ -105,7 +105,8 @@ def test_a_lost_reward_actor_is_replaced_and_nothing_changes(run, unbroken, monk
     status, said = run()
     assert status == 0 and (tmp_path / "scorer-died").exists() and "replacing the actor" in said
     assert lora(tmp_path / "run") == lora(unbroken)
-    assert trained(tmp_path / "run") == {"issued": 16, "sampled": 16, "scored": 16, "trained": 16, "lost": 0}
+    totals = {"issued": 16, "sampled": 16, "scored": 16, "trained": 16, "quarantined": 0, "lost": 0}
+    assert trained(tmp_path / "run") == totals
 
 
 @pytest.mark.parametrize(
