@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from actors.apart import Apart
 from actors.learner_actor import LearnerActor
 from actors.learner_group import GONE, LearnerGroup
 from actors.pool import PATIENCE, Limits, Pool
@@ -111,6 +112,8 @@ class RayRunner:
         self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
         self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)
         self.samplers.on_lost = self._sampling_lost
+        self.scorers.on_hopeless = self._score_apart
+        self._apart = Apart(self.scorers, self.batch_sizes["score"])
         self.weights = WeightStore()
         self.weights.publish(self.snapshot)
         self._nodes, self._looked = placement.nodes, time.monotonic()
@@ -134,12 +137,16 @@ class RayRunner:
         self.hooks.progress("training", 0, 1)
         training_start = time.perf_counter()
         trainings, self.snapshot, self._files = self._train(epoch, beta, works)
+        set_aside = [one for training in trainings for one in training.set_aside]
+        self.ledger.set_aside(epoch, (one.facts["trajectory_id"] for one in set_aside))
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.weights.publish(self.snapshot)
         works = self._pipeline.take(epoch, epoch)
         sample_seconds, score_seconds = max(0.0, self._sampled_at - start), training_start - start
-        return EpochResult.of(works, trainings[0], sample_seconds, score_seconds, time.perf_counter() - training_start)
+        return EpochResult.of(
+            works, trainings[0], set_aside, sample_seconds, score_seconds, time.perf_counter() - training_start
+        )
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
         pipeline = self._pipeline
@@ -259,9 +266,14 @@ class RayRunner:
                 self._sampled_at = time.perf_counter()
             self.scorers.submit(key, "score", partial(self._to_score, clean), first=key[0] == "evaluate")
         for key, (scores,), verdict in self.scorers.pump():
-            pipeline.scored(key, verdict, scores)
+            if len(key) > 3:
+                self._apart.answered(key, scores)
+            else:
+                pipeline.scored(key, verdict, scores)
         while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
-            self._make_again(self.scorers.inputs_lost.pop())
+            key = self.scorers.inputs_lost.pop()
+            if len(key) == 3 or self._apart.forget(key):
+                self._make_again(key[:3])
         if time.monotonic() - self._looked > NODES_SECONDS:
             self._follow_nodes()
 
@@ -292,6 +304,17 @@ class RayRunner:
         self._pipeline.lose(key)
         self.samplers.submit(key, "sample", partial(self._to_sample, key), first=True)
 
+    def _score_apart(self, key: Any, error: Exception) -> bool:
+        """Of a chunk that costs every reward actor its process, if bad trajectories are set aside."""
+        if self.config.reward.on_bad_reward == "stop":
+            return False
+        if len(key) > 3:
+            self._apart.hopeless(key, error)
+        else:
+            work = self._pipeline.work(key)
+            self._apart.begin(key, len(work.chunk.prompts), work.clean)
+        return True
+
     def _sampling_lost(self, key: Key) -> None:
         self._pipeline.lose(key)
 
@@ -301,4 +324,4 @@ class RayRunner:
     def _to_sample(self, key: Key) -> tuple[Chunk, ray.ObjectRef]:
         """A chunk is sampled with the weights that are the newest when a sampler is free for it."""
         self._pipeline.given(key, self.snapshot)
-        return self._pipeline.chunk(key), self.weights.ref
+        return self._pipeline.work(key).chunk, self.weights.ref

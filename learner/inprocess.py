@@ -55,10 +55,11 @@ class InProcessRunner:
         updates = self.config.train.updates_per_epoch
         size = len(scored) // updates
         training = self.learner.train_epoch(epoch, beta, [scored[i * size : (i + 1) * size] for i in range(updates)])
+        self.ledger.set_aside(epoch, (one.facts["trajectory_id"] for one in training.set_aside))
         self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)
         seconds = time.perf_counter() - start
-        result = EpochResult.of(works, training, 0.0, 0.0, seconds)
+        result = EpochResult.of(works, training, training.set_aside, 0.0, 0.0, seconds)
         return replace(
             result,
             sample_seconds=sum(receipt.seconds for receipt in result.receipts),

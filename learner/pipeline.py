@@ -71,8 +71,8 @@ class Pipeline:
     def add_evaluation(self, chunks: Sequence[Chunk]) -> None:
         self._work |= {key_of(chunk): Work(chunk) for chunk in chunks}
 
-    def chunk(self, key: Key) -> Chunk:
-        return self._work[key].chunk
+    def work(self, key: Key) -> Work:
+        return self._work[key]
 
     def given(self, key: Key, snapshot: Snapshot) -> None:
         """A sampler gets the chunk, for the first time or again, with these weights.

@@ -19,7 +19,7 @@ from typing import Any
 from learner import checkpoint, environment
 from learner.checkpoint import Checkpoint
 from learner.config import Config, ConfigError
-from learner.records import BEFORE, EVALUATION, FORMAT, METRICS, RUN, TRAJECTORIES, Records
+from learner.records import BEFORE, EPOCH_FOLDERS, FORMAT, METRICS, RUN, Records
 from learner.storage import Storage, StorageError
 
 LOCK = "run.lock"
@@ -268,7 +268,7 @@ def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: 
     try:
         facts = {**facts, "branched_from": f"{origin}/{chosen.name}"}
         records = Records.prepare(target, _name_of(str(target)), config, facts)
-        for folder in (TRAJECTORIES, EVALUATION):
+        for folder in EPOCH_FOLDERS:
             for name in origin.entries(folder):
                 target.write(f"{folder}/{name}", origin.read(f"{folder}/{name}"))
         records.drop_after(done)

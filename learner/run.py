@@ -22,8 +22,11 @@ from diffusion.pipelines import check_parts, check_tiny_decoder, load_kernel
 from learner import controller, environment, resume
 from learner.checkpoint import CheckpointError
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
+from learner.group import GroupBroken
 from learner.ledger import LedgerError
 from learner.objectives import OBJECTIVES
+from learner.pipeline import TooStale
+from learner.quarantine import QuarantineFull
 from learner.receipts import RanksDiverged, StaleWeights
 from learner.resume import OpenRun
 from learner.runner import Runner
@@ -36,9 +39,9 @@ from rewards.weights import BadWeights, WeightsNotFound
 
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
 FAILURES = (
-    BadReward, UnknownReward, BadWeights, WeightsNotFound, StaleWeights, RanksDiverged, NonFiniteGradient,
-    LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded, ActorDied, ObjectLost, PlacementError,
-    BaseModelError, ConnectionError,
+    BadReward, QuarantineFull, UnknownReward, BadWeights, WeightsNotFound, StaleWeights, TooStale, RanksDiverged,
+    NonFiniteGradient, GroupBroken, LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded,
+    ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
 )  # fmt: skip
 
 

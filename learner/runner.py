@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan
 from statistics import mean
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner.ledger import Ledger
 from learner.pipeline import Work
+from learner.quarantine import SetAside
 from learner.training import Training
 
 
@@ -26,24 +28,28 @@ class EpochResult:
     sample_seconds: float
     score_seconds: float
     train_seconds: float
+    set_aside: Sequence[SetAside] = ()  # the bad trajectories, of all ranks
 
     @classmethod
-    def of(cls, works: Sequence[Work], training: Training, *seconds: float) -> EpochResult:
+    def of(
+        cls, works: Sequence[Work], training: Training, set_aside: Sequence[SetAside], *seconds: float
+    ) -> EpochResult:
         """Of an epoch's chunks, all scored; `seconds` of sampling, scoring and training."""
         receipts = [work.receipt for work in works if work.receipt]
         verdicts = [work.verdict for work in works if work.verdict]
-        return cls([work.chunk for work in works], receipts, verdicts, training, *seconds)
+        sample, score, train = seconds
+        return cls([work.chunk for work in works], receipts, verdicts, training, sample, score, train, set_aside)
 
     @property
     def rewards(self) -> list[float]:
-        """Raw terminal reward of each trajectory."""
-        return [reward for verdict in self.verdicts for reward in verdict.rewards]
+        """Raw terminal reward of each trajectory that is not bad."""
+        return [reward for verdict in self.verdicts for reward in verdict.rewards if not isnan(reward)]
 
     @property
     def reward_parts(self) -> dict[str, float]:
         """Of a weighted_sum: mean raw terminal score of each of its rewards."""
         parts = [verdict.parts for verdict in self.verdicts]
-        return {label: mean(value for part in parts for value in part[label]) for label in parts[0]}
+        return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
 
 
 @dataclass

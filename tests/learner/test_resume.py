@@ -54,7 +54,7 @@ def assert_same(one, other) -> None:
     for name in ("before.png", "after.png", "evaluation/epoch-000002.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     totals = json.loads((other / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
-    assert totals == {"issued": 24, "sampled": 24, "scored": 24, "trained": 24, "lost": 0}
+    assert totals == {"issued": 24, "sampled": 24, "scored": 24, "trained": 24, "quarantined": 0, "lost": 0}
 
 
 # (where the blow falls, at which call)
