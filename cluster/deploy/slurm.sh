@@ -63,7 +63,7 @@ trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 trap 'requeue=1; exit 143' USR1
-run() { "$@" <&0 & child=$!; wait "$child"; }       # in the background: bash answers signals only in `wait`
+run() { "$@" & child=$!; wait "$child"; }           # in the background: bash answers signals only in `wait`
 
 # Roles are placed by labels: docs/deploy.md.
 srun --nodes=1 --ntasks=1 --nodelist="$head" --cpu-bind=none bash -c 'exec ray start --head --block \
@@ -73,12 +73,8 @@ srun --nodes=1 --ntasks=1 --nodelist="$head" --cpu-bind=none bash -c 'exec ray s
   --disable-usage-stats --log-color=false' &
 steps+=($!)
 
-deadline=$((SECONDS + ${TRIBUTARY_READY_SECONDS:-600}))
-until run timeout 20 ray health-check --address "$RAY_ADDRESS" > /dev/null 2>&1; do
-  kill -0 "${steps[0]}" 2> /dev/null || fail "the head on $head ended at once; its words are above"
-  ((SECONDS < deadline)) || fail "no head at $RAY_ADDRESS within TRIBUTARY_READY_SECONDS"
-  sleep 1
-done
+seconds=${TRIBUTARY_READY_SECONDS:-600}
+run python cluster/deploy/wait_for_nodes.py 1 "$seconds"
 if ((SLURM_JOB_NUM_NODES > 1)); then
   others=$((SLURM_JOB_NUM_NODES - 1))
   srun --nodes=$others --ntasks=$others --exclude="$head" --cpu-bind=none --wait=0 --no-kill bash -c 'exec ray start --block \
@@ -86,16 +82,7 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
     --labels=tributary.role=sampler --disable-usage-stats --log-color=false' &
   steps=($! "${steps[@]}")                          # ended before the head
 fi
-run timeout $((deadline - SECONDS + 60)) python - "$SLURM_JOB_NUM_NODES" $((deadline - SECONDS)) << 'PYTHON'
-import sys, time, ray
-
-count, deadline = int(sys.argv[1]), time.monotonic() + float(sys.argv[2])
-ray.init(log_to_driver=False, logging_level="WARNING")
-while (up := sum(node["Alive"] for node in ray.nodes())) < count:
-    if time.monotonic() > deadline:
-        sys.exit(f"slurm.sh: {up} of {count} nodes joined within TRIBUTARY_READY_SECONDS")
-    time.sleep(0.5)
-PYTHON
+run python cluster/deploy/wait_for_nodes.py "$SLURM_JOB_NUM_NODES" "$seconds"
 
 if [[ ${1:-} == -- ]]; then shift; else set -- python -m learner.run "$@"; fi
 run "$@"
