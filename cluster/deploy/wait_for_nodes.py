@@ -1,6 +1,6 @@
-"""Wait until the Ray cluster at RAY_ADDRESS has its nodes: python wait_for_nodes.py COUNT SECONDS. For slurm.sh, skypilot.yaml.
+"""Wait until the Ray cluster at RAY_ADDRESS has its nodes: python wait_for_nodes.py COUNT SECONDS.
 
-Exit status 0 when COUNT nodes are alive, 1 with one line when they are not within SECONDS.
+slurm.sh and skypilot.yaml call it. Exit status 0 when COUNT nodes are alive, else 1 with one line after SECONDS.
 """
 
 import contextlib
