@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
-from cluster.waits import get
-from diffusion.lora import Snapshot
-from learner import factory, group
-from learner.config import Config
-from learner.update import Learner, Training
+from cluster.waits import ObjectLost, get
+from diffusion.snapshot import Snapshot
+from learner import group
+from learner.training import Training
+
+if TYPE_CHECKING:
+    from learner.update import Learner, Scored
 
 ScoredRefs = tuple[ray.ObjectRef, ray.ObjectRef]
+Build = Callable[["dict[str, bytes] | None"], "Learner"]
 
 
 class LearnerActor:
-    def __init__(self, config: Config, rank: int, world_size: int, whole_gpu: bool) -> None:
-        factory.prepare_process(config)
-        self.config, self.rank, self.world_size = config, rank, world_size
-        self.whole_gpu = whole_gpu
+    def __init__(self, build: Build, rank: int, world_size: int, whole_gpu: bool) -> None:
+        self.build, self.rank, self.world_size, self.whole_gpu = build, rank, world_size, whole_gpu
         self.learner: Learner | None = None
+        self.fetched: list[list[Scored]] = []
 
     def address(self) -> str:
         """A free port on this rank's node, where rank 0 will meet the others."""
@@ -32,7 +35,7 @@ class LearnerActor:
         """Join the group and build the networks, from a checkpoint's `files` if there are any. Returns the policy
         version to sample with and the shape of a latent."""
         group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
-        self.learner = factory.build_learner(self.config, files)
+        self.learner = self.build(files)
         return self.learner.published, self.learner.model.latent_shape
 
     def fit_micro_batch(self, share: float) -> int:
@@ -40,14 +43,28 @@ class LearnerActor:
         assert self.learner is not None
         return self.learner.fit_micro_batch(share)
 
-    def train_epoch(
-        self, epoch: int, beta: float, updates: Sequence[Sequence[ScoredRefs]], seconds: float
-    ) -> tuple[Training, str, Snapshot | None]:
-        """Fetch this rank's share of each update, train, publish the next version: its hash, and from rank 0 itself."""
-        assert self.learner is not None
+    def fetch(self, epoch: int, updates: Sequence[Sequence[ScoredRefs]], seconds: float) -> list[tuple[int, int]]:
+        """Get this rank's share of each update before any rank trains. Returns (update, place) of what is lost."""
         refs = [ref for update in updates for pair in update for ref in pair]
-        values = iter(get(refs, seconds, f"fetching trajectories of epoch {epoch}", "run.chunk_seconds"))
-        fetched = [[(next(values), next(values)) for _ in update] for update in updates]
+        what, setting = f"fetching trajectories of epoch {epoch}", "run.chunk_seconds"
+        try:
+            values = iter(get(refs, seconds, what, setting))
+        except ObjectLost:
+            lost = []
+            for i, update in enumerate(updates):
+                for j, pair in enumerate(update):
+                    try:
+                        get(list(pair), seconds, what, setting)
+                    except ObjectLost:
+                        lost.append((i, j))
+            return lost
+        self.fetched = [[(next(values), next(values)) for _ in update] for update in updates]
+        return []
+
+    def train_epoch(self, epoch: int, beta: float) -> tuple[Training, str, Snapshot | None]:
+        """Train on what was fetched, and make the next version: its hash, and from rank 0 itself."""
+        assert self.learner is not None
+        fetched, self.fetched = self.fetched, []
         training = self.learner.train_epoch(epoch, beta, fetched)
         snapshot = self.learner.publish(self.learner.published.version + 1)
         if not self.whole_gpu:

@@ -1,7 +1,7 @@
 """Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline, the dead replaced.
 
 A chunk of work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another
-one. (`ray.util.ActorPool` strands its work when an actor dies.)
+one. Idle actors are asked every second whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ import ray
 
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get
 
-SWEEP_SECONDS = 2.0  # for idle actors to say that they live; the dead are found at once
+PING_SECONDS = 1.0  # between two questions to an idle actor
+PATIENCE = 2.0  # an idle actor that has not answered for so long gets no work while others do
 
 
 @dataclass(frozen=True)
 class Limits:
     """Deadlines of a pool, and how often a chunk may be tried."""
 
-    chunk_seconds: float  # one call, from when its actor is free for it
+    chunk_seconds: float  # one call, from when its actor is free for it; an idle actor's answer
     ready_seconds: float  # a replacement to be up
     attempts: int  # actors a chunk may cost
 
 
 @dataclass
-class _Call:
+class _Order:
+    """Work that waits. Its arguments are found when an actor is free for it, so that they are the newest."""
+
     key: Any
     method: str
-    arguments: tuple[Any, ...]
+    arguments: Callable[[], tuple[Any, ...]]
+
+
+@dataclass
+class _Call:
+    order: _Order
     actor: Any
     outputs: list[ray.ObjectRef]  # the last one is the small summary that is waited on
     started: float
@@ -48,26 +56,39 @@ class Pool:
         """`actors` are up; `spawn` starts another one, which has a `ready` method. `say` hears of each fault."""
         self.role, self.actors, self.limits, self.in_flight = role, actors, limits, in_flight
         self.on_lost: Callable[[Any], None] = lambda key: None  # told of every call that will be made again
+        # Asked when a chunk has cost all its attempts: whether it is taken care of, else the run ends.
+        self.on_hopeless: Callable[[Any, Exception], bool] = lambda key, error: False
         self.inputs_lost: list[Any] = []  # keys whose arguments are gone: the owner must make them again
         self._spawn, self._say = spawn, say
-        self._queue: deque[tuple[Any, str, tuple[Any, ...]]] = deque()
+        self._queue: deque[_Order] = deque()
         self._calls: dict[ray.ObjectRef, _Call] = {}
         self._joining: dict[ray.ObjectRef, tuple[Any, float]] = {}
+        self._pings: dict[ray.ObjectRef, tuple[Any, float]] = {}
+        self._asked: dict[int, float] = {}  # when each actor was last asked whether it lives
         self._attempts: Counter[Any] = Counter()
         self._failed_starts = 0
 
-    def begin(self) -> None:
-        """A new round of work, with keys of its own. Actors that died meanwhile are replaced, at no chunk's cost."""
-        self._attempts.clear()
-        self._sweep()
-
-    def submit(self, key: Any, method: str, *arguments: Any) -> None:
-        """Queue a remote method with several returns, the last of them small."""
-        self._queue.append((key, method, arguments))
+    def submit(self, key: Any, method: str, arguments: Callable[[], tuple[Any, ...]], first: bool = False) -> None:
+        """Queue a remote method with several returns, the last of them small. `first`: before all that waits."""
+        order = _Order(key, method, arguments)
+        if first:
+            self._queue.appendleft(order)
+        else:
+            self._queue.append(order)
 
     @property
     def waiting_on(self) -> list[ray.ObjectRef]:
         return [*self._calls, *(self._joining if self._queue else ())]
+
+    @property
+    def waiting(self) -> int:
+        """Chunks that no actor has yet."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Chunks that actors have."""
+        return len(self._calls)
 
     @property
     def busy(self) -> bool:
@@ -84,27 +105,40 @@ class Pool:
         for ref in done(list(self._calls)):
             if (call := self._calls.get(ref)) is None:
                 continue  # its actor was discarded a moment ago
+            key = call.order.key
             try:
-                summary = get(ref, self.limits.chunk_seconds, f"{self.role} {call.key}", "run.chunk_seconds")
+                summary = get(ref, self.limits.chunk_seconds, f"{self.role} {_name(key)}", "run.chunk_seconds")
             except ActorDied as error:
                 self._discard(call.actor, error)
                 continue
             except ObjectLost as error:
                 self._say(f"{error}: will be made again")
-                self.inputs_lost.append(call.key)
+                self.inputs_lost.append(key)
             else:
-                finished.append((call.key, call.outputs[:-1], summary))
+                finished.append((key, call.outputs[:-1], summary))
+                self._attempts.pop(key, None)
             del self._calls[ref]
             for other in self._calls.values():  # what queued behind it can run now
                 if other.actor is call.actor:
                     other.started = time.monotonic()
         self._check_deadlines()
         self._check_joining()
+        self._check_idle()
         while self._queue and (actor := self._least_busy()) is not None:
-            key, method, arguments = self._queue.popleft()
-            outputs = getattr(actor, method).remote(*arguments)
-            self._calls[outputs[-1]] = _Call(key, method, arguments, actor, outputs, time.monotonic())
+            order = self._queue.popleft()
+            outputs = getattr(actor, order.method).remote(*order.arguments())
+            self._calls[outputs[-1]] = _Call(order, actor, outputs, time.monotonic())
         return finished
+
+    def resize(self, wanted: int) -> None:
+        """More actors if there are fewer, and no more replacements on their way than are wanted: the cluster has
+        changed. Actors that work are left alone."""
+        self._failed_starts = 0
+        for _ in range(wanted - len(self.actors) - len(self._joining)):
+            self._start_another()
+        for ref in list(self._joining)[max(0, wanted - len(self.actors)) :]:
+            actor, _ = self._joining.pop(ref)
+            ray.kill(actor)
 
     def _discard(self, actor: Any, error: Exception) -> None:
         """Drop an actor that failed at its work, queue what it had in hand anew, and start another. What it had
@@ -112,22 +146,24 @@ class Pool:
         mine = [call for call in self._calls.values() if call.actor is actor]
         answered = done([call.outputs[-1] for call in mine])
         lost = [call for call in mine if call.outputs[-1] not in answered or self._died(call)]
-        if lost:
-            self._attempts[lost[0].key] += 1
-            if self._attempts[lost[0].key] >= self.limits.attempts:
-                raise type(error)(f"{error} (tried {self.limits.attempts} times, run.chunk_attempts)") from error
-        self._replace(actor)
-        for call in reversed(lost):
-            del self._calls[call.outputs[-1]]
-            self.on_lost(call.key)
-            self._queue.appendleft((call.key, call.method, call.arguments))
         self._say(f"{error}: replacing the actor")
-        self._sweep()
+        self._replace(actor)
+        for call in lost:
+            del self._calls[call.outputs[-1]]
+            self.on_lost(call.order.key)
+        if lost:
+            key = lost[0].order.key
+            self._attempts[key] += 1
+            if self._attempts[key] >= self.limits.attempts:
+                if not self.on_hopeless(key, error):
+                    raise type(error)(f"{error} (tried {self._attempts[key]} times, run.chunk_attempts)") from error
+                lost = lost[1:]
+        self._queue.extendleft(call.order for call in reversed(lost))
 
     def _died(self, call: _Call) -> bool:
         """Whether an answered call says no more than that its actor is gone."""
         try:
-            get(call.outputs[-1], self.limits.chunk_seconds, f"{self.role} {call.key}", "run.chunk_seconds")
+            get(call.outputs[-1], self.limits.chunk_seconds, self.role, "run.chunk_seconds")
         except ActorDied:
             return True
         except Exception:  # the work's own failure: raised when its turn comes
@@ -137,19 +173,40 @@ class Pool:
     def _replace(self, actor: Any) -> None:
         """For good: killed even if it only cannot be reached, lest it keep its share of the machine."""
         self.actors.remove(actor)
+        self._pings = {ref: ping for ref, ping in self._pings.items() if ping[0] is not actor}
+        self._asked.pop(id(actor), None)
         ray.kill(actor)
         self._start_another()
 
-    def _sweep(self) -> None:
-        """Find idle actors that are dead before work is given to them."""
-        busy = {id(call.actor) for call in self._calls.values()}
-        asked = {actor.ready.remote(): actor for actor in self.actors if id(actor) not in busy}
-        for ref in done(list(asked), SWEEP_SECONDS):
+    def _check_idle(self) -> None:
+        """Ask idle actors whether they live; replace those that do not, or do not answer, at no chunk's cost."""
+        for ref in done(list(self._pings)):
+            if ref not in self._pings:
+                continue
+            actor, _ = self._pings.pop(ref)
             try:
-                get(ref, SWEEP_SECONDS, f"an idle actor for {self.role}", "run.ready_seconds")
+                get(ref, PATIENCE, f"an idle actor for {self.role}", "run.chunk_seconds")
             except ActorDied as error:
-                self._say(f"{error}: replacing the actor")
-                self._replace(asked[ref])
+                if not any(call.actor is actor for call in self._calls.values()):  # else its calls say so too
+                    self._say(f"{error}: replacing the actor")
+                    self._replace(actor)
+        now, limit = time.monotonic(), self.limits.chunk_seconds
+        for actor, since in list(self._pings.values()):
+            if now - since > limit and actor in self.actors:
+                self._say(
+                    f"an idle actor for {self.role} did not answer in run.chunk_seconds={limit:g} s: replacing it"
+                )
+                mine = [call for call in self._calls.values() if call.actor is actor]
+                for call in mine:
+                    del self._calls[call.outputs[-1]]
+                    self.on_lost(call.order.key)
+                self._queue.extendleft(call.order for call in reversed(mine))
+                self._replace(actor)
+        busy = {id(call.actor) for call in self._calls.values()} | {id(actor) for actor, _ in self._pings.values()}
+        for actor in self.actors:
+            if id(actor) not in busy and now - self._asked.get(id(actor), -PING_SECONDS) >= PING_SECONDS:
+                self._asked[id(actor)] = now
+                self._pings[actor.ready.remote()] = (actor, now)
 
     def _start_another(self) -> None:
         actor = self._spawn()
@@ -157,9 +214,9 @@ class Pool:
 
     def _check_deadlines(self) -> None:
         limit = self.limits.chunk_seconds
-        for call in self._running():
+        for call in self._at_work():
             if time.monotonic() - call.started > limit and call.actor in self.actors:
-                what = f"{self.role} {call.key} took longer than run.chunk_seconds={limit:g} s"
+                what = f"{self.role} {_name(call.order.key)} took longer than run.chunk_seconds={limit:g} s"
                 self._discard(call.actor, DeadlineExceeded(what))
 
     def _check_joining(self) -> None:
@@ -189,7 +246,7 @@ class Pool:
         else:
             self._say(f"{error}: going on with {len(self.actors)}")
 
-    def _running(self) -> list[_Call]:
+    def _at_work(self) -> list[_Call]:
         """The call that each actor is at: the first one it was given."""
         first: dict[int, _Call] = {}
         for call in self._calls.values():
@@ -197,8 +254,21 @@ class Pool:
         return list(first.values())
 
     def _least_busy(self) -> Any | None:
-        loads = [sum(call.actor is actor for call in self._calls.values()) for actor in self.actors]
-        if not loads:
-            return None
-        best = min(range(len(loads)), key=loads.__getitem__)
-        return self.actors[best] if loads[best] < self.in_flight else None
+        """An actor with room. One that leaves a question unanswered is the last to be given work."""
+        now = time.monotonic()
+        silent = {id(actor) for actor, since in self._pings.values() if now - since > PATIENCE}
+        loads = Counter(id(call.actor) for call in self._calls.values())
+        free = [actor for actor in self.actors if loads[id(actor)] < self.in_flight]
+        answering = [actor for actor in free if id(actor) not in silent]
+        if not answering and len(silent) < len(self.actors):
+            return None  # those that answer have their hands full, but will be free
+        return min(answering or free, key=lambda actor: loads[id(actor)], default=None)
+
+
+def _name(key: Any) -> str:
+    """Of the chunk in messages."""
+    if not isinstance(key, tuple):
+        return str(key)
+    purpose, epoch, index = key[:3]
+    where = f"epoch {epoch}" if purpose == "train" else "the evaluation set"
+    return f"chunk {index} of {where}" + "".join(f", row {row}" for row in key[3:])

@@ -1,32 +1,45 @@
-"""The Ray runner: sampler actors -> reward actors -> learner ranks; only references cross the driver."""
+"""The Ray runner: sampler actors -> reward actors -> learner ranks; only references cross the driver.
+
+One thread drives it all: whatever is waited for, `_turn` meanwhile hands out work, takes in what is done and replaces
+the dead. Which chunk may be sampled when, and what it is behind, is learner/pipeline.py's business.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from actors.learner_actor import LearnerActor
-from actors.pool import Limits, Pool
+from actors.learner_group import GONE, LearnerGroup
+from actors.pool import PATIENCE, Limits, Pool
 from actors.reward_actor import RewardActor
 from actors.sampler_actor import SamplerActor
-from cluster.placement import place_for
+from cluster.nodes import alive_nodes
+from cluster.placement import counts_now, place_for
+from cluster.readiness import Asked, in_group, ready, reserve
 from cluster.session import Session
-from cluster.waits import ObjectLost, get, put, wait_any
+from cluster.waits import DeadlineExceeded, ObjectLost, get, wait_any
 from cluster.weights import WeightStore
-from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
-from learner import receipts
+from diffusion.snapshot import Snapshot
+from diffusion.trajectory import Chunk, Scores
+from learner import factory
 from learner.config import Config
 from learner.ledger import Ledger
+from learner.pipeline import Key, Pipeline, Work, key_of
 from learner.prompts import example_prompt
+from learner.receipts import StaleWeights
 from learner.runner import EpochResult, Hooks
+from learner.training import Training
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
+NODES_SECONDS = 5.0  # between two looks at which nodes there are
 
 
 class RayRunner:
@@ -41,7 +54,12 @@ class RayRunner:
         """
         self.config = config
         self.hooks = Hooks()
+        self.pipeline: Pipeline | None = None
         self._spawned: list[Any] = []
+        self._room: PlacementGroup | None = None  # for the learner ranks
+        self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
+        self._made_again: Counter[Key] = Counter()
+        self._sampled_at = 0.0  # when the last chunk came from a sampler
         self.session = Session(config.run.cpu_threads)
         try:
             self._start(files)
@@ -51,155 +69,236 @@ class RayRunner:
 
     def _start(self, files: dict[str, bytes] | None) -> None:
         config, limit = self.config, self.config.run.ready_seconds
-        resources = self.session.resources
-        placement = place_for(config, resources)
+        self._placement = placement = place_for(config, alive_nodes())
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
-        shared, state = put(config, "sharing the config"), put(files, "sharing the checkpoint")
+        parts = factory.parts(config)
         share = placement.scorer_options.get("num_gpus", 1.0)
         shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
-        new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, shared, shares_gpu)
-        new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, shared, shares_gpu)
+        new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, parts.sampler, shares_gpu)
+        new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
+        deadline = time.monotonic() + limit
+        self._room = reserve(placement, limit)
         samplers = [new_sampler() for _ in range(placement.samplers)]
         scorers = [new_scorer() for _ in range(placement.scorers)]
-        whole_gpu = placement.rank_options.get("num_gpus") == 1
-        self._ranks = [
-            self._spawn(LearnerActor, placement.rank_options, shared, rank, placement.ranks, whole_gpu)
-            for rank in range(placement.ranks)
+        self._build_learner = parts.learner
+        self._group = LearnerGroup(
+            self._new_rank, placement.ranks, config.train.updates_per_epoch, config.run.train_seconds,
+            config.run.chunk_seconds, self._turn,
+        )  # fmt: skip
+        up = [
+            Asked("samplers", placement.sampler_options, [actor.ready.remote() for actor in samplers]),
+            Asked("reward actors", placement.scorer_options, [actor.ready.remote() for actor in scorers]),
         ]
-        what, deadline = f"starting {placement.describe()} on {resources}", time.monotonic() + limit
+        what, setting = f"starting {placement.ranks} learner ranks", f"run.ready_seconds={limit:g}"
 
-        def ready(refs: Any) -> Any:
-            return get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}")
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
 
-        address = ready(self._ranks[0].address.remote())
-        starts = [rank.start.remote(address, config.run.train_seconds, state) for rank in self._ranks]
-        self.snapshot, latent = ready(starts)[0]
+        self.snapshot, latent = self._group.start(files, left(), what, setting)
         self.dimensions = prod(latent)
-        ready([actor.ready.remote() for actor in samplers + scorers])
+        ready(up, deadline, limit)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
-        fitting = [actor.fitting_batch.remote(latent, prompt, min(1.0, share)) for actor in scorers]
-        self.batch_sizes = {"score": min(ready(fitting))}
+        device = factory.device(config) if share else "cpu"
+        fitting = [actor.fitting_batch.remote(latent, prompt, device, min(1.0, share)) for actor in scorers]
+        self.batch_sizes = {"score": min(get(fitting, left(), what, setting))}
         rank_share = 1.0 if rank_share >= 1 else max(rank_share, 1 / placement.ranks)
-        fitting = [rank.fit_micro_batch.remote(rank_share) for rank in self._ranks]
-        self.batch_sizes["micro_batch"] = min(ready(fitting))
+        self.batch_sizes["micro_batch"] = self._group.fit_micro_batch(rank_share, left(), what, setting)
+        # A restarted group keeps the batches that this one found.
+        learner = config.learner.model_copy(update={"micro_batch": self.batch_sizes["micro_batch"]})
+        self._build_learner = factory.parts(config.model_copy(update={"learner": learner})).learner
         limits = Limits(config.run.chunk_seconds, limit, config.run.chunk_attempts)
         self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
         self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)
+        self.samplers.on_lost = self._sampling_lost
         self.weights = WeightStore()
         self.weights.publish(self.snapshot)
+        self._nodes, self._looked = placement.nodes, time.monotonic()
 
-    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk], ledger: Ledger) -> EpochResult:
+    def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
+        self.pipeline = Pipeline(chunks_of, epochs, self.config.train.max_staleness, ledger)
+        self.ledger = ledger
+
+    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
         """As the contract says.
 
         Raises:
-            StaleWeights: a sampler, or a learner's trajectories, had another adapter than the published one.
-            ActorDied, DeadlineExceeded: a learner rank is gone, or work could not be done by any actor.
+            StaleWeights: a sampler, or a learner's trajectories, had another adapter than a published one.
+            ActorDied, DeadlineExceeded, GroupBroken: learner ranks were lost, or work could not be done by any actor,
+                too often.
         """
-        pairs, accounts, sample_seconds, score_seconds = self._sample_and_score(chunks, ledger)
         start = time.perf_counter()
-        limit = self.config.run.train_seconds
+        for chunk in self._pipeline.admit():
+            self.samplers.submit(key_of(chunk), "sample", partial(self._to_sample, key_of(chunk)))
+        works = self._await_epoch(epoch)
         self.hooks.progress("training", 0, 1)
-        calls = [
-            actor.train_epoch.remote(epoch, beta, self._share(pairs, rank), self.config.run.chunk_seconds)
-            for rank, actor in enumerate(self._ranks)
-        ]
-        answers = get(calls, limit, f"training of epoch {epoch}", "run.train_seconds")
-        receipts.check_ranks([sha256 for _, sha256, _ in answers])
-        for training, _, _ in answers:
-            ledger.advance(training.trajectory_ids, "trained")
-        training, _, self.snapshot = answers[0]
+        training_start = time.perf_counter()
+        trainings, self.snapshot, self._files = self._train(epoch, beta, works)
+        for training in trainings:
+            self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.weights.publish(self.snapshot)
-        return EpochResult(
-            chunks,
-            [receipt for receipt, _ in accounts],
-            [verdict for _, verdict in accounts],
-            training,
-            sample_seconds,
-            score_seconds,
-            time.perf_counter() - start,
-        )
+        works = self._pipeline.take(epoch, epoch)
+        sample_seconds, score_seconds = max(0.0, self._sampled_at - start), training_start - start
+        return EpochResult.of(works, trainings[0], sample_seconds, score_seconds, time.perf_counter() - training_start)
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        pairs, _, _, _ = self._sample_and_score(chunks, None)
+        pipeline = self._pipeline
+        pipeline.add_evaluation(chunks)
+        for chunk in reversed(chunks):
+            self.samplers.submit(key_of(chunk), "sample", partial(self._to_sample, key_of(chunk)), first=True)
+        self._until_whole("evaluate", 0, "evaluating")
         limit = self.config.run.chunk_seconds
-        return get([scores for _, scores in pairs], limit, "fetching evaluation images", "run.chunk_seconds")
+        refs = [work.scores for work in pipeline.take_evaluation()]
+        return get(refs, limit, "fetching evaluation images", "run.chunk_seconds")
 
     def checkpoint_files(self) -> dict[str, bytes]:
-        """They come from the ranks and are written by the driver: the ranks' nodes need not see the run directory."""
-        limit = self.config.run.train_seconds
-        parts = get([rank.state_files.remote() for rank in self._ranks], limit, "a checkpoint", "run.train_seconds")
-        return {name: content for part in parts for name, content in part.items()}
+        if self._files is None:
+            self._files = self._group.state_files()
+        files, self._files = self._files, None
+        return files
+
+    def closed(self, epoch: int) -> None:
+        self._pipeline.close(epoch)
+        self._made_again.clear()
 
     def close(self) -> None:
         if ray.is_initialized():
             for actor in self._spawned:
                 ray.kill(actor)
-        self._spawned = []
+            if self._room is not None:
+                ray.util.remove_placement_group(self._room)
+        self._spawned, self._room = [], None
         self.session.close()
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        assert self.pipeline is not None, "begin() comes first"
+        return self.pipeline
 
     def _say(self, text: str) -> None:
         self.hooks.say(text)
 
-    def _spawn(self, shell: type, options: dict[str, float], *arguments: Any) -> Any:
+    def _spawn(self, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
         """Start an actor of a shell class; it lives until `close`."""
         actor = ray.remote(shell).options(**options).remote(*arguments)
         self._spawned.append(actor)
         return actor
 
-    def _share(self, scored: list[tuple], rank: int) -> list[list[tuple]]:
-        """This rank's chunks of each update: every update is the same set of chunks whatever the ranks."""
-        updates = self.config.train.updates_per_epoch
-        size = len(scored) // updates
-        return [scored[i * size : (i + 1) * size][rank :: len(self._ranks)] for i in range(updates)]
+    def _new_rank(self, rank: int) -> Any:
+        assert self._room is not None
+        options = in_group(self._placement, self._room)[rank]
+        whole_gpu = options.get("num_gpus") == 1
+        return self._spawn(LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
 
-    def _sample_and_score(
-        self, chunks: Sequence[Chunk], ledger: Ledger | None
-    ) -> tuple[list[tuple], list[tuple[Receipt, Verdict]], float, float]:
-        """(trajectories, scores) references, and the actors' accounts, in chunk order; the seconds until the last
-        chunk was sampled and scored. Evaluation has no ledger: nothing is trained on it."""
-        by_index = {chunk.index: chunk for chunk in chunks}
-        start = sampled_at = time.perf_counter()
-        trajectories: dict[int, ray.ObjectRef] = {}
-        scores: dict[int, ray.ObjectRef] = {}
-        accounts: dict[int, tuple[Receipt, Verdict]] = {}
-        sampled: dict[int, Receipt] = {}
+    def _train(self, epoch: int, beta: float, works: list[Work]) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
+        """Train until it succeeds: what is lost on the way is made again, by actors or from the last checkpoint."""
+        attempts = 0
+        while True:
+            try:
+                while lost := self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works]):
+                    self._say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
+                    for place in lost:
+                        self._make_again(key_of(works[place].chunk))
+                    works = self._await_epoch(epoch)
+                return self._group.train(epoch, beta)
+            except GONE as error:
+                attempts += 1
+                if attempts >= self.config.learner.attempts:
+                    raise type(error)(f"{error} (tried {attempts} times, learner.attempts)") from error
+                self._say(f"{error}: starting the learner ranks anew from the last checkpoint")
+                self._restart_group()
 
-        def enter(index: int, stage: str) -> None:
-            if ledger:
-                ledger.advance(by_index[index].trajectory_ids, stage)
+    def _restart_group(self) -> None:
+        limit = self.config.run.ready_seconds
+        self._group.stop()
+        held, _ = self._group.start(
+            self.hooks.last_checkpoint(), limit, "starting the learner ranks anew", f"run.ready_seconds={limit:g}"
+        )
+        if held.sha256 != self.snapshot.sha256:
+            raise StaleWeights(
+                f"the restarted learner holds adapter {held.sha256[:12]} (as version {held.version}), but version "
+                f"{self.snapshot.version} is {self.snapshot.sha256[:12]}"
+            )
 
-        def lose(index: int) -> None:
-            if ledger:
-                ledger.lose(by_index[index].trajectory_ids)
+    def _await_epoch(self, epoch: int) -> list[Work]:
+        self._until_whole("train", epoch, "sampling and scoring")
+        return self._pipeline.take(epoch, self.snapshot.version)
 
-        self.samplers.on_lost = lose
-        for pool in (self.samplers, self.scorers):
-            pool.begin()
-        made_again: Counter[int] = Counter()
-        for chunk in chunks:
-            self.samplers.submit(chunk.index, "sample", chunk, self.weights.ref)
-        while self.samplers.busy or self.scorers.busy:
-            for index, (trajectory, clean), receipt in self.samplers.pump():
-                receipts.check(receipt, self.snapshot, f"chunk {index} of {by_index[index].where}")
-                enter(index, "sampled")
-                trajectories[index], sampled[index] = trajectory, receipt
-                sampled_at = time.perf_counter()
-                self.scorers.submit(index, "score", clean, self.batch_sizes["score"])
-            for index, (score,), verdict in self.scorers.pump():
-                enter(index, "scored")
-                scores[index], accounts[index] = score, (sampled[index], verdict)
-                self.hooks.progress("sampling and scoring", len(scores), len(chunks))
-            while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
-                index = self.scorers.inputs_lost.pop()
-                made_again[index] += 1
-                if made_again[index] >= self.config.run.chunk_attempts:
-                    raise ObjectLost(
-                        f"chunk {index} was sampled and lost {made_again[index]} times (run.chunk_attempts)"
-                    )
-                lose(index)
-                self.samplers.submit(index, "sample", by_index[index], self.weights.ref)
-            wait_any(self.samplers.waiting_on + self.scorers.waiting_on, POLL_SECONDS)
-        order = [chunk.index for chunk in chunks]
-        pairs = [(trajectories[i], scores[i]) for i in order]
-        return pairs, [accounts[i] for i in order], sampled_at - start, time.perf_counter() - start
+    def _until_whole(self, purpose: str, epoch: int, doing: str) -> None:
+        """Take turns until every chunk of an epoch, or of the evaluation, is scored."""
+        before = -1
+        while True:
+            self._pump()
+            done, total = self._pipeline.counts(purpose, epoch)
+            if done != before:
+                self.hooks.progress(doing, done, total)
+            if done == total:
+                return
+            before = done
+            self._wait([])
+
+    def _turn(self, waiting_on: Sequence[ray.ObjectRef]) -> None:
+        """Hand out work and take in what is done, then wait a little for one of these, or for an actor."""
+        self._pump()
+        self._wait(waiting_on)
+
+    def _wait(self, waiting_on: Sequence[ray.ObjectRef]) -> None:
+        if self.pipeline is not None:
+            waiting_on = [*waiting_on, *self.samplers.waiting_on, *self.scorers.waiting_on]
+        if waiting_on:
+            wait_any(waiting_on, POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
+
+    def _pump(self) -> None:
+        if (pipeline := self.pipeline) is None:  # the group starts before the pools
+            return
+        for key, (trajectories, clean), receipt in self.samplers.pump():
+            pipeline.sampled(key, receipt, trajectories, clean)
+            if key[0] == "train":
+                self._sampled_at = time.perf_counter()
+            self.scorers.submit(key, "score", partial(self._to_score, clean), first=key[0] == "evaluate")
+        for key, (scores,), verdict in self.scorers.pump():
+            pipeline.scored(key, verdict, scores)
+        while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
+            self._make_again(self.scorers.inputs_lost.pop())
+        if time.monotonic() - self._looked > NODES_SECONDS:
+            self._follow_nodes()
+
+    def _follow_nodes(self) -> None:
+        """Use nodes that have joined; do without those that have left."""
+        self._looked = time.monotonic()
+        try:
+            nodes = tuple(alive_nodes(PATIENCE))
+        except DeadlineExceeded:
+            return  # the next call to an actor will say more
+        before, now = ({node.id: node for node in found} for found in (self._nodes, nodes))
+        if before.keys() == now.keys():
+            return
+        for verb, one, other in (("joined", now, before), ("left", before, now)):
+            for node in (one[key] for key in one.keys() - other.keys()):
+                self._say(f"node {node.address} has {verb} the cluster")
+        self._nodes = nodes
+        samplers, scorers = counts_now(self.config, self._placement, nodes)
+        self.samplers.resize(samplers)
+        self.scorers.resize(scorers)
+
+    def _make_again(self, key: Key) -> None:
+        self._made_again[key] += 1
+        if self._made_again[key] >= self.config.run.chunk_attempts:
+            raise ObjectLost(
+                f"chunk {key[2]} of epoch {key[1]} was made and lost {self._made_again[key]} times (run.chunk_attempts)"
+            )
+        self._pipeline.lose(key)
+        self.samplers.submit(key, "sample", partial(self._to_sample, key), first=True)
+
+    def _sampling_lost(self, key: Key) -> None:
+        self._pipeline.lose(key)
+
+    def _to_score(self, clean: ray.ObjectRef) -> tuple[ray.ObjectRef, int]:
+        return clean, self.batch_sizes["score"]
+
+    def _to_sample(self, key: Key) -> tuple[Chunk, ray.ObjectRef]:
+        """A chunk is sampled with the weights that are the newest when a sampler is free for it."""
+        self._pipeline.given(key, self.snapshot)
+        return self._pipeline.chunk(key), self.weights.ref

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import ray
 
 from diffusion.trajectory import CleanPredictions, Scores, Verdict
-from learner import factory
-from learner.config import Config
+
+if TYPE_CHECKING:
+    from rewards.scorer import Scorer
 
 
 class RewardActor:
-    def __init__(self, config: Config, shares_gpu: bool) -> None:
-        factory.prepare_process(config)
-        self.scorer, self.shares_gpu = factory.build_scorer(config), shares_gpu
-        self.device = factory.device(config)
+    def __init__(self, build: Callable[[], Scorer], shares_gpu: bool) -> None:
+        self.scorer, self.shares_gpu = build(), shares_gpu
 
     def ready(self) -> bool:
         return True
 
-    def fitting_batch(self, latent: tuple[int, int, int], prompt: str, share: float) -> int:
+    def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float) -> int:
         """Images at once that this actor's `share` of the free GPU memory holds."""
-        return self.scorer.batch or self.scorer.fitting_batch(latent, prompt, self.device, share)
+        return self.scorer.batch or self.scorer.fitting_batch(latent, prompt, device, share)
 
     @ray.method(num_returns=2)
     def score(self, clean: CleanPredictions, batch: int) -> tuple[Scores, Verdict]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import ray
 
-from diffusion.lora import Snapshot
+from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Trajectories
-from learner import factory
-from learner.config import Config
+
+if TYPE_CHECKING:
+    from diffusion.rollout import Sampler
 
 
 class SamplerActor:
-    def __init__(self, config: Config, shares_gpu: bool) -> None:
-        factory.prepare_process(config)
-        self.sampler, self.shares_gpu = factory.build_sampler(config), shares_gpu
+    def __init__(self, build: Callable[[], Sampler], shares_gpu: bool) -> None:
+        self.sampler, self.shares_gpu = build(), shares_gpu
 
     def ready(self) -> bool:
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 
 from cluster.waits import put
-from diffusion.lora import Snapshot
+from diffusion.snapshot import Snapshot
 
 
 class WeightStore:

@@ -6,10 +6,8 @@ sorted, so the layout depends on the module alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffusion.snapshot import Snapshot, digest
+
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTER = "default"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 KOHYA_FILE = "kohya.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One version of the adapter: read-only float32 buffer [P] and the sha256 of its bytes."""
-
-    version: int
-    flat: np.ndarray
-    sha256: str
 
 
 def attach(unet: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
@@ -82,10 +73,6 @@ def load(unet: nn.Module, flat: np.ndarray) -> None:
             part = flat[offset : offset + parameter.numel()].reshape(parameter.shape)
             parameter.copy_(torch.from_numpy(np.array(part)))
             offset += parameter.numel()
-
-
-def digest(flat: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(flat, np.float32).tobytes()).hexdigest()
 
 
 def save_files(unet: nn.Module, folder: Path) -> None:

@@ -42,6 +42,12 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
     ledger = Ledger(saved.manifest["ledger"] if saved else None)
     with Bar() as bar:
         runner.hooks.progress, runner.hooks.say = bar.show, lambda text: bar.around(say, text)
+        runner.hooks.last_checkpoint = lambda: _last_files(records, say)
+        runner.begin(
+            lambda epoch: training_chunks(config, prompts, epoch),
+            range(opened.epochs_done, config.train.epochs),
+            ledger,
+        )
         say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
         say(describe_objective(config, runner.dimensions))
         if saved is None:
@@ -56,11 +62,8 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
             start = time.perf_counter()
             objective = config.objective
             beta = anneal(objective.beta, epoch, config.train.epochs, objective.anneal_fraction)
-            chunks = training_chunks(config, prompts, epoch)
-            lost = ledger.totals["lost"]
-            ledger.open(epoch, [number for chunk in chunks for number in chunk.trajectory_ids])
-            result = runner.train_epoch(epoch, beta, chunks, ledger)
-            ledger.close()
+            result = runner.train_epoch(epoch, beta)
+            lost = ledger.close(epoch)
             records.save_trajectories(epoch, beta, result)
             due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
             if due:
@@ -68,8 +71,9 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
             evaluated = _mean(records, epoch) if due else None
             seconds = time.perf_counter() - start
             line = _line(config, epoch, runner, beta, result, evaluated, seconds, ledger)
-            records.append({**line, "lost_trajectories": ledger.totals["lost"] - lost})
+            records.append({**line, "lost_trajectories": lost})
             _save(opened, runner, ledger, epoch + 1, say)
+            runner.closed(epoch)
             if due and epoch + 1 < config.train.epochs:
                 _report(records, config, say)
             tracker.notify()
@@ -157,6 +161,11 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, say: Say
         checkpoint.prune(records.storage, config.run.keep_checkpoints, always)
     except StorageError as error:  # the new one is there: that matters
         say(f"warning: an old checkpoint stays: {error}")
+
+
+def _last_files(records: Records, say: Say) -> dict[str, bytes] | None:
+    newest = checkpoint.load_newest(records.storage, lambda text: say(f"warning: {text}"))
+    return newest.files if newest else None
 
 
 def _mean(records: Records, epoch: int) -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,6 +22,19 @@ from learner.update import Learner
 from rewards.scorer import Scorer
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How to build the compute of a run; each is called in the process that will use it."""
+
+    sampler: Callable[[], Sampler]
+    scorer: Callable[[], Scorer]
+    learner: Callable[[dict[str, bytes] | None], Learner]  # a checkpoint's files
+
+
+def parts(config: Config) -> Parts:
+    return Parts(partial(build_sampler, config), partial(build_scorer, config), partial(build_learner, config))
 
 
 def prepare_process(config: Config) -> None:
@@ -49,10 +65,12 @@ def build_model(config: Config, training: bool = False) -> BaseModel:
 
 
 def build_sampler(config: Config) -> Sampler:
+    prepare_process(config)
     return Sampler(build_model(config), config.rollout_settings())
 
 
 def build_scorer(config: Config) -> Scorer:
+    prepare_process(config)
     given, where = config.model, device(config)
     judge = config.reward
     reward = rewards.load(judge.name, judge.weights, where, judge.backend, **judge.options)
@@ -81,6 +99,7 @@ def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_w
 
 def build_learner(config: Config, files: dict[str, bytes] | None = None) -> Learner:
     """A learner rank; with a process group initialised, one of several. `files` of a checkpoint to go on from."""
+    prepare_process(config)
     model = build_model(config, training=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 
 
+class GroupBroken(RuntimeError):
+    """A peer is gone, or a collective timed out."""
+
+
 def free_address(ip: str) -> str:
     """tcp:// URL of a free port on this node, where rank 0 will meet the others."""
     with socket.socket() as probe:

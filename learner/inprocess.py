@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner import factory, receipts
 from learner.config import Config
 from learner.ledger import Ledger
+from learner.pipeline import Pipeline, key_of
 from learner.prompts import example_prompt
 from learner.runner import EpochResult, Hooks
 from learner.update import Scored
@@ -22,12 +24,10 @@ class InProcessRunner:
     ranks = 1
 
     def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
-        factory.prepare_process(config)
+        parts = factory.parts(config)
         self.config = config
         self.hooks = Hooks()
-        self.sampler = factory.build_sampler(config)
-        self.scorer = factory.build_scorer(config)
-        self.learner = factory.build_learner(config, files)
+        self.sampler, self.scorer, self.learner = parts.sampler(), parts.scorer(), parts.learner(files)
         self.snapshot = self.learner.published
         self.dimensions = self.learner.dimensions
         self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(
@@ -37,30 +37,32 @@ class InProcessRunner:
         self.description = "in process: 1 sampler, 1 scorer, 1 learner"
         self._node = socket.gethostname()
 
-    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk], ledger: Ledger) -> EpochResult:
-        scored: list[Scored] = []
-        accounts: list[tuple[Receipt, Verdict]] = []
+    def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
+        self.pipeline = Pipeline(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
+        self.ledger = ledger
+
+    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
+        chunks = self.pipeline.admit()
         for chunk in chunks:
-            pair, receipt, verdict = self._sample_and_score(chunk)
-            ledger.advance(chunk.trajectory_ids, "sampled")
-            ledger.advance(chunk.trajectory_ids, "scored")
-            scored.append(pair)
-            accounts.append((receipt, verdict))
-            self.hooks.progress("sampling and scoring", len(scored), len(chunks))
+            self.pipeline.given(key_of(chunk), self.snapshot)
+            (trajectories, scores), receipt, verdict = self._sample_and_score(chunk)
+            self.pipeline.sampled(key_of(chunk), receipt, trajectories, None)
+            self.pipeline.scored(key_of(chunk), verdict, scores)
+            self.hooks.progress("sampling and scoring", self.pipeline.counts("train", epoch)[0], len(chunks))
         start = time.perf_counter()
+        works = self.pipeline.take(epoch, self.snapshot.version)
+        scored = [(work.trajectories, work.scores) for work in works]
         updates = self.config.train.updates_per_epoch
         size = len(scored) // updates
         training = self.learner.train_epoch(epoch, beta, [scored[i * size : (i + 1) * size] for i in range(updates)])
-        ledger.advance(training.trajectory_ids, "trained")
+        self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)
-        return EpochResult(
-            chunks,
-            [receipt for receipt, _ in accounts],
-            [verdict for _, verdict in accounts],
-            training,
-            sum(receipt.seconds for receipt, _ in accounts),
-            sum(verdict.seconds for _, verdict in accounts),
-            time.perf_counter() - start,
+        seconds = time.perf_counter() - start
+        result = EpochResult.of(works, training, 0.0, 0.0, seconds)
+        return replace(
+            result,
+            sample_seconds=sum(receipt.seconds for receipt in result.receipts),
+            score_seconds=sum(verdict.seconds for verdict in result.verdicts),
         )
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
@@ -72,6 +74,9 @@ class InProcessRunner:
 
     def checkpoint_files(self) -> dict[str, bytes]:
         return self.learner.state_files()
+
+    def closed(self, epoch: int) -> None:
+        self.pipeline.close(epoch)
 
     def close(self) -> None:
         """Nothing to stop."""

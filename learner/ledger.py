@@ -1,11 +1,12 @@
 """The ledger: every trajectory id of an epoch is issued, sampled, scored and trained exactly once.
 
-A chunk whose actor died goes back to `issued` and is counted as lost; whatever else departs from the order is a
-defect, and ends the run rather than training on something twice or not at all.
+A chunk that an actor or a node took with it goes back to `issued` and is counted as lost; whatever else departs from
+the order is a defect, and ends the run rather than training on something twice or not at all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,70 +18,76 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """Accounts of one epoch at a time, and totals over the run."""
+    """Accounts of the epochs in work, and totals over the closed ones: what is in work may have to be done again."""
 
     def __init__(self, saved: dict[str, Any] | None = None) -> None:
         """`saved` is a checkpoint's `to_json`."""
         saved = saved or {}
         self.epochs = int(saved.get("epochs", 0))  # closed
         self.totals: dict[str, int] = dict.fromkeys((*STAGES, "lost"), 0) | saved.get("totals", {})
-        self._stage: dict[int, int] = {}
-        self._epoch: int | None = None
+        self._stage: dict[int, dict[int, int]] = {}  # of the epochs in work, in their order
+        self._lost: Counter[int] = Counter()
 
     def to_json(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "totals": dict(self.totals)}
 
     def open(self, epoch: int, ids: Sequence[int]) -> None:
-        """Issue an epoch's trajectories. Epochs come in order, each once.
+        """Issue an epoch's trajectories. Epochs come in order, each once; several may be in work.
 
         Raises:
             LedgerError: another epoch is next, or an id is issued twice.
         """
-        if epoch != self.epochs:
-            raise LedgerError(f"epoch {epoch} was issued, but {self.epochs} is next")
-        self._epoch, self._stage = epoch, dict.fromkeys(ids, 0)
-        if len(self._stage) != len(ids):
+        following = self.epochs + len(self._stage)
+        if epoch != following:
+            raise LedgerError(f"epoch {epoch} was issued, but {following} is next")
+        stage = dict.fromkeys(ids, 0)
+        if len(stage) != len(ids):
             raise LedgerError(f"epoch {epoch} issued a trajectory id twice")
-        self.totals["issued"] += len(ids)
+        self._stage[epoch] = stage
 
-    def advance(self, ids: Iterable[int], stage: str) -> None:
-        """Move trajectories to `stage` from the one before it.
+    def advance(self, epoch: int, ids: Iterable[int], stage: str) -> None:
+        """Move an epoch's trajectories to `stage` from the one before it.
 
         Raises:
             LedgerError: one of them is not there; names it.
         """
-        goal, count = STAGES.index(stage), 0
+        goal, stages = STAGES.index(stage), self._stage.get(epoch, {})
         for number in ids:
-            now = self._stage.get(number)
+            now = stages.get(number)
             if now != goal - 1:
                 found = "was never issued" if now is None else f"is {STAGES[now]}"
-                raise LedgerError(f"trajectory {number} of epoch {self._epoch} was to be {stage}, but {found}")
-            self._stage[number] = goal
-            count += 1
-        self.totals[stage] += count
+                raise LedgerError(f"trajectory {number} of epoch {epoch} was to be {stage}, but {found}")
+            stages[number] = goal
 
-    def lose(self, ids: Iterable[int]) -> None:
-        """Sampled trajectories are gone before they were scored, or never came: they will be made again.
+    def lose(self, epoch: int, ids: Iterable[int]) -> None:
+        """Trajectories, or their scores, are gone before they were trained on, or never came: made again.
 
         Raises:
             LedgerError: one of them is past that.
         """
+        stages = self._stage.get(epoch, {})
         for number in ids:
-            now = self._stage.get(number)
-            if now not in (0, 1):
-                raise LedgerError(f"trajectory {number} of epoch {self._epoch} cannot be made again")
-            self.totals["sampled"] -= now
-            self._stage[number] = 0
-            self.totals["lost"] += 1
+            if stages.get(number) not in (0, 1, 2):
+                raise LedgerError(f"trajectory {number} of epoch {epoch} cannot be made again")
+            stages[number] = 0
+            self._lost[epoch] += 1
 
-    def close(self) -> None:
-        """The epoch is over.
+    def close(self, epoch: int) -> int:
+        """The epoch, the first in work, is over; returns how many trajectories had to be made again.
 
         Raises:
-            LedgerError: not everything issued was trained on.
+            LedgerError: not everything issued was trained on, or an earlier epoch is in work.
         """
-        left = sorted(number for number, stage in self._stage.items() if stage != len(STAGES) - 1)
+        if epoch != self.epochs or epoch not in self._stage:
+            raise LedgerError(f"epoch {epoch} was to be closed, but {self.epochs} is next")
+        stages = self._stage[epoch]
+        left = sorted(number for number, stage in stages.items() if stage != len(STAGES) - 1)
         if left:
-            raise LedgerError(f"epoch {self._epoch}: {len(left)} trajectories were not trained on, first {left[0]}")
+            raise LedgerError(f"epoch {epoch}: {len(left)} trajectories were not trained on, first {left[0]}")
+        for stage in STAGES:
+            self.totals[stage] += len(stages)
+        lost = self._lost.pop(epoch, 0)
+        self.totals["lost"] += lost
         self.epochs += 1
-        self._epoch, self._stage = None, {}
+        del self._stage[epoch]
+        return lost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusion.lora import Snapshot
+from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Receipt, Trajectories
 
 

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Protocol
 
-from diffusion.lora import Snapshot
+from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner.ledger import Ledger
-from learner.update import Training
+from learner.pipeline import Work
+from learner.training import Training
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What comes back of an epoch, in chunk order. Seconds: sampling and scoring overlap on Ray, where each is the
-    time from the epoch's start until its last chunk was done."""
+    """What comes back of an epoch, in chunk order. Seconds: sampling and scoring overlap on Ray, where each is what the
+    learner waited for its last chunk, little or nothing if train.max_staleness lets them run ahead."""
 
     chunks: Sequence[Chunk]
     receipts: list[Receipt]
@@ -25,6 +26,13 @@ class EpochResult:
     sample_seconds: float
     score_seconds: float
     train_seconds: float
+
+    @classmethod
+    def of(cls, works: Sequence[Work], training: Training, *seconds: float) -> EpochResult:
+        """Of an epoch's chunks, all scored; `seconds` of sampling, scoring and training."""
+        receipts = [work.receipt for work in works if work.receipt]
+        verdicts = [work.verdict for work in works if work.verdict]
+        return cls([work.chunk for work in works], receipts, verdicts, training, *seconds)
 
     @property
     def rewards(self) -> list[float]:
@@ -40,16 +48,18 @@ class EpochResult:
 
 @dataclass
 class Hooks:
-    """What a runner tells the loop while it works."""
+    """What a runner tells the loop while it works, and asks of it."""
 
     say: Callable[[str], None] = print  # faults survived, a line each
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    last_checkpoint: Callable[[], dict[str, bytes] | None] = lambda: None  # its files, for learners to start anew
 
 
 class Runner(Protocol):
-    """Does epochs with one current policy version; `snapshot` is the one that the next chunks are sampled with.
+    """Does epochs with one current policy version; `snapshot` is the newest, which the next chunks are sampled with.
 
-    A runner is made from a config and, to go on from a checkpoint, that checkpoint's files.
+    A runner is made from a config and, to go on from a checkpoint, that checkpoint's files. Then `begin`, and for each
+    epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`.
     """
 
     snapshot: Snapshot
@@ -59,8 +69,13 @@ class Runner(Protocol):
     batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
     hooks: Hooks
 
-    def train_epoch(self, epoch: int, beta: float, chunks: Sequence[Chunk], ledger: Ledger) -> EpochResult:
-        """Sample, score and train on the chunks, then publish the next policy version."""
+    def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
+        """What there is to do: `epochs` are those left, `chunks_of` gives the chunks of one. The runner opens an epoch
+        in the ledger when it begins to sample it, up to train.max_staleness epochs before its turn."""
+        ...
+
+    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
+        """Sample, score and train on an epoch's chunks, then publish the next policy version."""
         ...
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
@@ -68,7 +83,11 @@ class Runner(Protocol):
         ...
 
     def checkpoint_files(self) -> dict[str, bytes]:
-        """The learner's state (learner/state.py) and, under lora/, the adapter for other programs."""
+        """The learner's state (learner/state.py) and, under lora/, the adapter for other programs; once an epoch."""
+        ...
+
+    def closed(self, epoch: int) -> None:
+        """The epoch is in a checkpoint: nothing of it is needed any more."""
         ...
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from learner.config import Config
 from learner.experience import Experience
 from learner.objectives import OBJECTIVES
 from learner.objectives.base import Policy, Population, Transitions
+from learner.training import Training
 
 Scored = tuple[Trajectories, Scores]
 MICRO_BATCH = 8  # where no GPU's memory says
@@ -36,16 +37,6 @@ MOST = 64  # a larger one gains nothing, and must fit into a chunk's transitions
 
 class NonFiniteGradient(ArithmeticError):
     """An update that would have destroyed the weights; gradients are reduced, so all ranks raise together."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """What an epoch of training did, means over ranks: loss and its parts by objective, drift (squared change of the
-    output since rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss."""
-
-    metrics: dict[str, float]  # means over the epoch's updates
-    updates: list[dict[str, float]]  # the same of each update
-    trajectory_ids: tuple[int, ...]  # this rank's, in the order trained
 
 
 class Learner:

@@ -8,7 +8,7 @@ from faulty import ChunkKills, DiesOnce, HangsOnce, ScorerDiesOnce, SkipsLoad, S
 
 from actors import ray_runner
 from cluster.weights import WeightStore
-from diffusion.lora import Snapshot, digest
+from diffusion.snapshot import Snapshot, digest
 from learner.run import main
 
 

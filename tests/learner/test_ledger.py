@@ -6,8 +6,8 @@ from learner.ledger import Ledger, LedgerError
 def through(ledger: Ledger, epoch: int, ids: list[int]) -> None:
     ledger.open(epoch, ids)
     for stage in ("sampled", "scored", "trained"):
-        ledger.advance(ids, stage)
-    ledger.close()
+        ledger.advance(epoch, ids, stage)
+    ledger.close(epoch)
 
 
 def test_every_trajectory_is_counted_once_at_every_stage():
@@ -21,12 +21,12 @@ def test_every_trajectory_is_counted_once_at_every_stage():
 def test_a_lost_chunk_is_made_again_and_counted():
     ledger = Ledger()
     ledger.open(0, [0, 1, 2, 3])
-    ledger.advance([0, 1], "sampled")
-    ledger.lose([0, 1])  # after sampling
-    ledger.lose([2, 3])  # before
+    ledger.advance(0, [0, 1], "sampled")
+    ledger.lose(0, [0, 1])  # after sampling
+    ledger.lose(0, [2, 3])  # before
     for stage in ("sampled", "scored", "trained"):
-        ledger.advance([0, 1, 2, 3], stage)
-    ledger.close()
+        ledger.advance(0, [0, 1, 2, 3], stage)
+    ledger.close(0)
     assert ledger.totals["sampled"] == 4 and ledger.totals["lost"] == 4
 
 
@@ -43,18 +43,18 @@ def test_what_is_out_of_order_is_refused_by_name(stages, ids, stage, said):
     ledger = Ledger()
     ledger.open(0, [0, 1])
     for done in stages:
-        ledger.advance([0], done)
+        ledger.advance(0, [0], done)
     with pytest.raises(LedgerError, match=said):
-        ledger.advance(ids, stage)
+        ledger.advance(0, ids, stage)
 
 
 def test_an_epoch_does_not_close_before_all_is_trained():
     ledger = Ledger()
     ledger.open(0, [0, 1])
     for stage in ("sampled", "scored", "trained"):
-        ledger.advance([0], stage)
+        ledger.advance(0, [0], stage)
     with pytest.raises(LedgerError, match="1 trajectories were not trained on, first 1"):
-        ledger.close()
+        ledger.close(0)
 
 
 def test_epochs_and_ids_come_once():
@@ -67,13 +67,33 @@ def test_epochs_and_ids_come_once():
         ledger.open(1, [0, 0])
 
 
-def test_scored_work_cannot_be_lost():
+def test_trained_work_cannot_be_lost_but_scored_work_can():
     ledger = Ledger()
-    ledger.open(0, [0])
+    ledger.open(0, [0, 1])
     for stage in ("sampled", "scored"):
-        ledger.advance([0], stage)
-    with pytest.raises(LedgerError, match="cannot be made again"):
-        ledger.lose([0])
+        ledger.advance(0, [0, 1], stage)
+    ledger.lose(0, [1])
+    ledger.advance(0, [0], "trained")
+    with pytest.raises(LedgerError, match="trajectory 0 of epoch 0 cannot be made again"):
+        ledger.lose(0, [0])
+
+
+def test_several_epochs_are_in_work_and_close_in_their_order():
+    ledger = Ledger()
+    ledger.open(0, [0, 1])
+    ledger.open(1, [0, 1])
+    with pytest.raises(LedgerError, match="epoch 1 was issued, but 2 is next"):
+        ledger.open(1, [0])
+    for stage in ("sampled", "scored", "trained"):
+        ledger.advance(1, [0, 1], stage)
+    with pytest.raises(LedgerError, match="epoch 1 was to be closed, but 0 is next"):
+        ledger.close(1)
+    # A checkpoint has the closed epochs alone: what is in work will be done again after a crash.
+    assert ledger.to_json() == Ledger().to_json()
+    for stage in ("sampled", "scored", "trained"):
+        ledger.advance(0, [0, 1], stage)
+    assert (ledger.close(0), ledger.close(1)) == (0, 0)
+    assert ledger.totals["trained"] == 4 and ledger.epochs == 2
 
 
 def test_a_saved_ledger_goes_on():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from diffusion.lora import Snapshot
+from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Receipt
 from learner import receipts
 from learner.receipts import RanksDiverged, StaleWeights

@@ -10,7 +10,7 @@ from learner.records import BEFORE, Records
 from learner.run import main
 from learner.runner import EpochResult
 from learner.storage import Storage, StorageError
-from learner.update import Training
+from learner.training import Training
 
 FACTS = {"config_digest": "c", "prompts_sha256": "p"}
 

@@ -1,0 +1,116 @@
+"""The learner ranks as one: they start together, train together and, when one is lost, start anew together from the
+last checkpoint. Training is a function of that checkpoint and the trajectories, so its result is the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from cluster.waits import ActorDied, DeadlineExceeded, done, get
+from diffusion.snapshot import Snapshot
+from learner import receipts
+from learner.group import GroupBroken
+from learner.training import Training
+
+GONE = (ActorDied, DeadlineExceeded, GroupBroken)
+Pairs = Sequence[tuple[ray.ObjectRef, ray.ObjectRef]]  # (trajectories, scores) in chunk order
+
+
+class LearnerGroup:
+    """Dispatches to the ranks and waits for all of them. The first rank's failure is the group's: others would only
+    notice it later, in the collective that they wait in."""
+
+    def __init__(
+        self, spawn: Callable[[int], Any], ranks: int, updates: int, train_seconds: float, chunk_seconds: float,
+        meanwhile: Callable[[list[ray.ObjectRef]], None],
+    ) -> None:  # fmt: skip
+        """`spawn` starts the actor of a rank. `meanwhile` is called while an answer is awaited: it waits for one of the
+        references it gets, for a second at most, and may do other work. An epoch's chunks are `updates` equal parts."""
+        self.ranks, self.updates = ranks, updates
+        self.train_seconds, self.chunk_seconds = train_seconds, chunk_seconds
+        self._spawn, self._meanwhile = spawn, meanwhile
+        self._actors: list[Any] = []
+
+    def start(
+        self, files: dict[str, bytes] | None, seconds: float, what: str, setting: str
+    ) -> tuple[Snapshot, tuple[int, int, int]]:
+        """Start the ranks, from a checkpoint's files if there are any; within `seconds`. Returns the policy version
+        that the group holds and the shape of a latent.
+
+        Raises:
+            DeadlineExceeded: not all were up in time.
+            ActorDied: one could not start.
+        """
+        deadline = time.monotonic() + seconds
+
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
+
+        self._actors = [self._spawn(rank) for rank in range(self.ranks)]
+        state = ray.put(files)
+        address = self._answers([self._actors[0].address.remote()], left(), what, setting)[0]
+        starts = [actor.start.remote(address, self.train_seconds, state) for actor in self._actors]
+        return self._answers(starts, left(), what, setting)[0]
+
+    def fit_micro_batch(self, share: float, seconds: float, what: str, setting: str) -> int:
+        """Transitions at once that every rank's share of its free GPU memory holds."""
+        return min(
+            self._answers([actor.fit_micro_batch.remote(share) for actor in self._actors], seconds, what, setting)
+        )
+
+    def fetch(self, epoch: int, pairs: Pairs) -> list[int]:
+        """Have every rank get its share of the epoch. Returns places in `pairs` whose objects are lost: nothing is
+        trained then."""
+        shares = [self._share(range(len(pairs)), rank) for rank in range(self.ranks)]
+        calls = [
+            actor.fetch.remote(epoch, [[pairs[i] for i in update] for update in share], self.chunk_seconds)
+            for actor, share in zip(self._actors, shares, strict=True)
+        ]
+        # A rank has its own deadline for it, whose words are better.
+        answers = self._answers(calls, self.chunk_seconds + 5, f"fetching epoch {epoch}", "run.chunk_seconds")
+        return sorted(share[i][j] for share, lost in zip(shares, answers, strict=True) for i, j in lost)
+
+    def train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
+        """Train on what was fetched: each rank's account, the next policy version, and the files of a checkpoint.
+
+        Raises:
+            one of GONE: a rank is lost; `restart`, fetch and train again.
+            RanksDiverged: the ranks hold different adapters.
+        """
+        limit, setting = self.train_seconds, "run.train_seconds"
+        calls = [actor.train_epoch.remote(epoch, beta) for actor in self._actors]
+        answers = self._answers(calls, limit, f"training of epoch {epoch}", setting)
+        receipts.check_ranks([sha256 for _, sha256, _ in answers])
+        return [training for training, _, _ in answers], answers[0][2], self.state_files()
+
+    def state_files(self) -> dict[str, bytes]:
+        """What all ranks add to a checkpoint. They pass through the driver, which writes them: the ranks' nodes need
+        not see the run directory."""
+        calls = [actor.state_files.remote() for actor in self._actors]
+        parts = self._answers(calls, self.train_seconds, "a checkpoint", "run.train_seconds")
+        return {name: content for part in parts for name, content in part.items()}
+
+    def stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _share(self, places: Sequence[int], rank: int) -> list[Sequence[int]]:
+        """This rank's chunks of each update: every update is the same set of chunks whatever the ranks."""
+        size = len(places) // self.updates
+        return [places[i * size : (i + 1) * size][rank :: self.ranks] for i in range(self.updates)]
+
+    def _answers(self, calls: list[ray.ObjectRef], seconds: float, what: str, setting: str) -> list[Any]:
+        deadline, found = time.monotonic() + seconds, {}
+        while True:
+            for ref in done([ref for ref in calls if ref not in found]):
+                found[ref] = get(ref, self.chunk_seconds, what, setting)  # or raises what it failed with
+            if len(found) == len(calls):
+                return [found[ref] for ref in calls]
+            if time.monotonic() > deadline:
+                limit = setting if "=" in setting else f"{setting}={seconds:g}"
+                raise DeadlineExceeded(f"{what} took longer than {limit} s")
+            self._meanwhile([ref for ref in calls if ref not in found])
