@@ -37,9 +37,9 @@ fi
 export RAY_health_check_initial_delay_ms=0 RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=1000 RAY_health_check_failure_threshold=3
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ip=${TRIBUTARY_HEAD_IP:-$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address)}
-ip=$(tr ' ' '\n' <<< "$ip" | grep -E '^[0-9.]+$' | head -n 1 || true)
+ip=$(tr ' ' '\n' <<< "$ip" | grep -m 1 -E '^[0-9.]+$' || true)
 [[ -n $ip && ( $ip != 127.* || -n ${TRIBUTARY_HEAD_IP:-} ) ]] ||
   fail "the name $head is no address that other nodes reach: set TRIBUTARY_HEAD_IP"
 port=$((20000 + SLURM_JOB_ID % 1000 * 10))          # below it are Ray's worker ports

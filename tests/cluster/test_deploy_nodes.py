@@ -118,13 +118,18 @@ def slurm(environment, tmp_path):
             [DEPLOY / "slurm.sh", *arguments], env=environment | slurm | changed, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
-        begun.append(process)
+        begun.append((process, slurm["FOLDER"]))
         return process, slurm["FOLDER"]
 
     yield begin
-    for process in begun:
+    for process, rays in begun:  # what a script that failed its test has left
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+        for left in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if rays in " ".join(left.cmdline()):
+                    left.kill()
+        shutil.rmtree(rays, ignore_errors=True)
 
 
 def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
