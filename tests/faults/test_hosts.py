@@ -25,7 +25,7 @@ NOTICE_SECONDS = 8.0
 
 # Chunks of about a second, several for each sampler in an epoch.
 LONGER = (
-    "sampler.steps=20", "train.trajectories=64", "sampler.transitions=random", "sampler.transition_fraction=0.2",
+    "sampler.steps=20", "train.trajectories=64", "sampler.transitions=random", "sampler.transition_fraction=0.05",
 )  # fmt: skip
 
 
