@@ -76,22 +76,22 @@ class RayRunner:
             Asked("reward actors", placement.scorer_options, [actor.ready.remote() for actor in scorers]),
         ]
 
-        def answers(*refs: Any) -> list[Any]:
-            asked = Asked("learner ranks", placement.rank_options, list(refs))
-            return ready([asked], deadline, limit)[0]
+        def answers(role: str, options: dict[str, Any], refs: list[Any]) -> list[Any]:
+            return ready([Asked(role, options, refs)], deadline, limit)[0]
 
-        (address,) = answers(self._ranks[0].address.remote())
+        on_ranks = partial(answers, "learner ranks", placement.rank_options)
+        (address,) = on_ranks([self._ranks[0].address.remote()])
         starts = [rank.start.remote(address, config.run.train_seconds, state) for rank in self._ranks]
-        self.snapshot, latent = answers(*starts)[0]
+        self.snapshot, latent = on_ranks(starts)[0]
         self.dimensions = prod(latent)
         ready(up, deadline, limit)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
         fitting = [actor.fitting_batch.remote(latent, prompt, min(1.0, share)) for actor in scorers]
-        self.batch_sizes = {"score": min(answers(*fitting))}
+        self.batch_sizes = {"score": min(answers("reward actors", placement.scorer_options, fitting))}
         rank_share = 1.0 if rank_share >= 1 else max(rank_share, 1 / placement.ranks)
         fitting = [rank.fit_micro_batch.remote(rank_share) for rank in self._ranks]
-        self.batch_sizes["micro_batch"] = min(answers(*fitting))
+        self.batch_sizes["micro_batch"] = min(on_ranks(fitting))
         limits = Limits(config.run.chunk_seconds, limit, config.run.chunk_attempts)
         self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
         self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)
