@@ -62,6 +62,8 @@ class Driven:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            if "[state-dump]" in line:
+                continue  # Ray's own last words of a raylet that is gone, pages of them
             self.lines.append((time.monotonic(), line.rstrip()))
 
     @property
