@@ -102,7 +102,8 @@ class RayRunner:
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
         device = factory.device(config) if share else "cpu"
         fitting = [actor.fitting_batch.remote(latent, prompt, device, min(1.0, share)) for actor in scorers]
-        self.batch_sizes = {"score": min(get(fitting, left(), what, setting))}
+        asked = Asked("reward actors", placement.scorer_options, fitting)
+        self.batch_sizes = {"score": min(ready([asked], deadline, limit)[0])}
         rank_share = 1.0 if rank_share >= 1 else max(rank_share, 1 / placement.ranks)
         self.batch_sizes["micro_batch"] = self._group.fit_micro_batch(rank_share, left(), what, setting)
         # A restarted group keeps the batches that this one found.
