@@ -17,6 +17,7 @@ import yaml
 
 from learner import checkpoint, report
 from learner.config import Config
+from learner.heartbeat import Heartbeat
 from learner.ledger import Ledger
 from learner.objectives import OBJECTIVES
 from learner.objectives.base import anneal
@@ -34,20 +35,30 @@ from learner.work import evaluation_chunks, training_chunks
 Say = Callable[[str], None]
 
 
-def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
+def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat, say: Say) -> None:
     """Train up to config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training."""
     config, records, saved = opened.config, opened.records, opened.checkpoint
     prompts = training_prompts(config)
     evaluation = evaluation_chunks(config, evaluation_prompts(config))
     ledger = Ledger(saved.manifest["ledger"] if saved else None)
     with Bar() as bar:
-        runner.hooks.progress, runner.hooks.say = bar.show, lambda text: bar.around(say, text)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.show(what, done, total)
+            heartbeat.progress(what, done, total)
+
+        def survived(text: str) -> None:
+            bar.around(say, text)
+            heartbeat.fault(text)
+
+        runner.hooks.progress, runner.hooks.say, runner.hooks.turn = progress, survived, heartbeat.turn
         runner.hooks.last_checkpoint = lambda: _last_files(records, say)
         runner.begin(
             lambda epoch: training_chunks(config, prompts, epoch),
             range(opened.epochs_done, config.train.epochs),
             ledger,
         )
+        heartbeat.running(runner.vitals, turns=config.run.runner == "ray")
         say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
         say(describe_objective(config, runner.dimensions))
         if saved is None:
@@ -74,6 +85,7 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
             records.append({**line, "lost_trajectories": lost})
             _save(opened, runner, ledger, epoch + 1, say)
             runner.closed(epoch)
+            heartbeat.closed()
             if due and epoch + 1 < config.train.epochs:
                 _report(records, config, say)
             tracker.notify()
