@@ -47,11 +47,11 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat,
             bar.show(what, done, total)
             heartbeat.progress(what, done, total)
 
-        def survived(text: str) -> None:
+        def event(text: str) -> None:
             bar.around(say, text)
-            heartbeat.fault(text)
+            heartbeat.event(text)
 
-        runner.hooks.progress, runner.hooks.say, runner.hooks.turn = progress, survived, heartbeat.turn
+        runner.hooks.progress, runner.hooks.say, runner.hooks.turn = progress, event, heartbeat.turn
         runner.hooks.last_checkpoint = lambda: _last_files(records, say)
         runner.begin(
             lambda epoch: training_chunks(config, prompts, epoch),

@@ -22,7 +22,7 @@ from learner.storage import Storage, StorageError
 FILE = "status.json"
 SECONDS, OBJECT_STORE_SECONDS = 5.0, 30.0  # between two writes at least
 QUIET = 6  # so many times that without a sign is cause for worry
-FAULTS = 10  # the last ones are kept
+EVENTS = 10  # the last ones are kept
 
 
 class Heartbeat:
@@ -36,7 +36,7 @@ class Heartbeat:
         self._seconds = SECONDS if storage.local else OBJECT_STORE_SECONDS
         self._quiet = max(quiet_seconds, QUIET * self._seconds)
         self._due = 0.0
-        self._faults: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
         self._facts: dict[str, Any] = {
             "state": "starting",
             "reason": None,
@@ -48,7 +48,7 @@ class Heartbeat:
             "doing": "starting",
             "done": 0,
             "total": 0,
-            "faults": 0,
+            "events": 0,
         }
         self._write()
 
@@ -65,10 +65,10 @@ class Heartbeat:
         self._facts |= {"doing": doing, "done": done, "total": total}
         self.turn()
 
-    def fault(self, text: str) -> None:
-        """One that was survived."""
-        self._facts["faults"] += 1
-        self._faults = [*self._faults, {"time": time.time(), "text": text}][-FAULTS:]
+    def event(self, text: str) -> None:
+        """A fault that was survived, a node that came or went: a line of the run's output."""
+        self._facts["events"] += 1
+        self._events = [*self._events, {"time": time.time(), "text": text}][-EVENTS:]
 
     def turn(self) -> None:
         """Write if it is time to."""
@@ -87,7 +87,7 @@ class Heartbeat:
         self._write()
 
     def _write(self) -> None:
-        facts = self._facts | {"time": time.time(), "quiet_seconds": self._quiet, "last_faults": self._faults}
+        facts = self._facts | {"time": time.time(), "quiet_seconds": self._quiet, "last_events": self._events}
         if self.vitals:
             facts |= asdict(self.vitals())
         with contextlib.suppress(StorageError):  # the records' own failure to write will be said, and ends the run

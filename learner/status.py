@@ -20,7 +20,7 @@ from learner.storage import Storage, StorageError
 
 RUN, METRICS, REPORT, CHECKPOINTS = "run.json", "metrics.jsonl", "report.html", "checkpoints"
 EPOCHS = 6  # last ones in the table, and of the estimate
-FAULTS = 5
+EVENTS = 5
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -63,8 +63,8 @@ def look(storage: Storage, now: float) -> dict[str, Any]:
         "seconds_left": usual * max(0, total - done) if usual is not None and total and state == "running" else None,
         "lost_trajectories": sum(line.get("lost_trajectories") or 0 for line in trained),
         **{key: beat.get(key) for key in ("staleness", "epochs_in_work", "actors", "waiting", "running")},
-        "faults": beat.get("faults", 0),
-        "last_faults": beat.get("last_faults", []),
+        "events": beat.get("events", 0),
+        "last_events": beat.get("last_events", []),
         "lora": f"{storage}/{CHECKPOINTS}/{newest}/lora" if steps and newest else None,
         "report": f"{storage}/{REPORT}" if storage.exists(REPORT) else None,
         "mlflow": beat.get("mlflow"),
@@ -100,10 +100,10 @@ def render(found: dict[str, Any]) -> str:
         rows.append(("staleness", f"{mean:.2g} versions on average, {most} at most, in the last epoch"))
     if found["lost_trajectories"]:
         rows.append(("lost", f"{found['lost_trajectories']} trajectories, made again"))
-    if found["faults"]:
-        rows.append(("survived", f"{found['faults']} faults since this start, the last:"))
-        for fault in found["last_faults"][-FAULTS:]:
-            rows.append(("", f"{_clock(fault['time'])} {fault['text']}"))
+    if found["events"]:
+        rows.append(("events", f"{found['events']} since this start (faults survived, nodes), the last:"))
+        for event in found["last_events"][-EVENTS:]:
+            rows.append(("", f"{_clock(event['time'])} {event['text']}"))
     rows += [(label, found[key]) for label, key in (("LoRA", "lora"), ("report", "report")) if found[key]]
     if found["mlflow"]:
         rows.append(("MLflow", _mlflow(found["mlflow"], found["mlflow_run_id"])))

@@ -66,20 +66,20 @@ def edit(storage, **facts) -> None:
 def test_a_run_that_goes_on(storage, at_once):
     beat = beating(storage, "http://me:secret@mlflow:5000")
     for number in range(12):
-        beat.fault(f"sampler {number}\x1b[2J died")
+        beat.event(f"sampler {number}\x1b[2J died")
     beat.progress("sampling and scoring", 3, 8)
     found = look(storage)
     assert (found["state"], found["process"], found["host"]) == ("running", os.getpid(), socket.gethostname())
     assert (found["epochs_done"], found["epochs"], found["step"], found["policy_version"]) == (3, 10, 6, 3)
     assert (found["epoch_seconds"], found["seconds_left"]) == (8.0, 56.0)
-    assert (found["lost_trajectories"], found["faults"], len(found["last_faults"])) == (12, 12, heartbeat.FAULTS)
+    assert (found["lost_trajectories"], found["events"], len(found["last_events"])) == (12, 12, heartbeat.EVENTS)
     assert found["staleness"] == [0.5, 1] and found["waiting"] == {"sampler": 5, "scorer": 0}
     text = status.render(found)
     for words in (
         f"running by process {os.getpid()} on {socket.gethostname()} since 20",
         "3 of 10 epochs done, sampling and scoring 3/8; step 6, policy version 3; 8 s an epoch, about 56 s left",
         "0.500 ▁▄█ 0.700", "2 sampler, 1 scorer, 1 learner", "sampler 5 waiting, 2 running", "epochs in work: 2",
-        "0.5 versions on average, 1 at most", "12 trajectories", "12 faults", "sampler 11 [2J died",
+        "0.5 versions on average, 1 at most", "12 trajectories", "12 since this start", "sampler 11 [2J died",
         "http://mlflow:5000/#/runs/f00", f"{storage}/checkpoints/{'latest' if storage.local else 'step-000006'}/lora",
     ):  # fmt: skip
         assert words in text
