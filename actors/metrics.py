@@ -1,12 +1,13 @@
 """What a run tells Prometheus, through Ray's metrics agents: `ray_tributary_...`, counters with `_total` behind.
 
 The driver alone exports. Ray sends every 10 s, and forgets a gauge that was not set for 20 s, so all of them are set
-in every turn. `cluster/deploy/grafana.json` shows them.
+again every second. `cluster/deploy/grafana.json` shows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,7 @@ from diffusion.trajectory import Receipt, Verdict
 from learner.receipts import StaleWeights
 from learner.runner import EpochResult, Vitals
 
+SECONDS = 1.0  # between two settings of the gauges
 CHUNK_SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
 
 
@@ -44,9 +46,16 @@ class Metrics:
         self.lost_chunks = new(Counter, "lost_chunks", "Chunks to be made again, by whom they were lost with", "where")
         self.failures = new(Counter, "failures", "Failures, survived or not, by the error's class", "role", "error")
         self._last_epoch: tuple[float, float] | None = None
+        self._due = 0.0
 
-    def turn(self, vitals: Vitals) -> None:
-        """Set every gauge."""
+    def turn(self, vitals: Callable[[], Vitals]) -> None:
+        """Set every gauge, if it is time to."""
+        if time.monotonic() >= self._due:
+            self.show(vitals())
+
+    def show(self, vitals: Vitals) -> None:
+        """Set every gauge now."""
+        self._due = time.monotonic() + SECONDS
         self.policy_version.set(vitals.policy_version)
         self.epochs_in_work.set(vitals.epochs_in_work)
         self.staleness_mean.set(vitals.staleness[0])

@@ -189,6 +189,7 @@ class RayRunner:
     def closed(self, epoch: int) -> None:
         self._pipeline.close(epoch)
         self._made_again.clear()
+        self.metrics.show(self.vitals())
 
     def close(self) -> None:
         if ray.is_initialized():
@@ -296,7 +297,7 @@ class RayRunner:
             self.metrics.scored(verdict)
         while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
             self._make_again(self.scorers.inputs_lost.pop())
-        self.metrics.turn(self.vitals())
+        self.metrics.turn(self.vitals)
         self.hooks.turn()
         if time.monotonic() - self._looked > NODES_SECONDS:
             self._follow_nodes()

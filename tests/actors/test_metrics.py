@@ -70,15 +70,30 @@ def test_gauges_appear_and_change_and_each_run_has_its_own(cluster):
     def shown(found) -> list[float | None]:
         return [of(found, "policy_version", "mine"), of(found, "policy_version", "other")]
 
-    mine.turn(VITALS)
-    other.turn(replace(VITALS, policy_version=3))
+    mine.show(VITALS)
+    other.show(replace(VITALS, policy_version=3))
     found = wait_for(lambda found: shown(found) == [7, 3])
     assert of(found, "chunks", "mine", role="sampler", state="waiting") == 5
     assert of(found, "chunks", "mine", role="sampler", state="running") == 3
     assert of(found, "staleness_mean", "mine") == 0.5 and of(found, "staleness_max", "mine") == 1
     assert of(found, "reward_mean", "mine") is None  # nothing is trained yet
-    mine.turn(replace(VITALS, policy_version=8))
+    mine.show(replace(VITALS, policy_version=8))
     wait_for(lambda found: shown(found) == [8, 3])
+
+
+def test_turns_are_many_and_gauges_are_set_once_a_second(monkeypatch):
+    metrics, asked, clock = Metrics("any"), [], 1000.0
+    monkeypatch.setattr("actors.metrics.time.monotonic", lambda: clock)
+
+    def vitals() -> Vitals:
+        asked.append(clock)
+        return VITALS
+
+    for _ in range(10):
+        metrics.turn(vitals)
+        metrics.turn(vitals)
+        clock += 0.5
+    assert asked == [1000.0, 1001.0, 1002.0, 1003.0, 1004.0]
 
 
 def test_a_receipt_that_fails_is_counted_and_ends_the_run_all_the_same(cluster):
@@ -101,22 +116,22 @@ def run(cluster, tmp_path, monkeypatch):
     Returns the
     names of the actors alive before that, at the end, and after the run."""
     monkeypatch.setattr(factory, "parts", lambda config: emulated.parts(emulated.Emulation(sample_seconds=0.1)))
-    real, names = RayRunner.vitals, {}
+    real, names = RayRunner._wait, {}
 
     def named() -> set[str]:
         found = list_named_actors(all_namespaces=True)
         return {actor["name"] for actor in found if actor["namespace"] != "tributary"}
 
-    def kills(self):
-        vitals = real(self)
-        if vitals.policy_version == 1 and vitals.running["sampler"] and "before" not in names:
+    def kills(self, waiting_on):
+        version = self.snapshot.version if self.pipeline else 0
+        if version == 1 and self.samplers.running and "before" not in names:
             names["before"] = named()
             ray.kill(next(iter(self.samplers._calls.values())).actor)
-        if vitals.policy_version == 3:
+        if version == 3:
             names["end"] = named()
-        return vitals
+        real(self, waiting_on)
 
-    monkeypatch.setattr(RayRunner, "vitals", kills)
+    monkeypatch.setattr(RayRunner, "_wait", kills)
     stranger = ray.remote(Stranger).options(name="mine/sampler-1", num_cpus=0).remote()
     settings = [
         "sampler.steps=2", "sampler.chunk_size=4", "train.trajectories=16", "train.epochs=3", "sampler.actors=2",
@@ -149,7 +164,7 @@ def test_a_run_is_measured_and_its_actors_have_names(run, cluster, tmp_path):
     assert of(found, "chunk_seconds_sum", "mine", role="sampler") > 14 * 0.1
     assert of(found, "lost_chunks_total", "mine", where="sampler") == lost
     assert of(found, "failures_total", "mine", role="sampler", error="ActorDied") == 1
-    assert of(found, "policy_version", "mine") == 3
+    assert (of(found, "policy_version", "mine"), of(found, "epochs_in_work", "mine")) == (3, 0)
     assert of(found, "reward_mean", "mine") == pytest.approx(lines[-1]["reward_mean"])
     assert of(found, "train_seconds", "mine") == pytest.approx(lines[-1]["train_seconds"])
     assert of(found, "actors", "mine", role="scorer") == 1
