@@ -31,6 +31,7 @@ class LearnerGroup:
         references it gets, for a second at most, and may do other work. An epoch's chunks are `updates` equal parts."""
         self.ranks, self.updates = ranks, updates
         self.train_seconds, self.chunk_seconds = train_seconds, chunk_seconds
+        self.on_fault: Callable[[Exception], None] = lambda error: None  # told of every failure of a rank
         self._spawn, self._meanwhile = spawn, meanwhile
         self._actors: list[Any] = []
 
@@ -93,6 +94,11 @@ class LearnerGroup:
         parts = self._answers(calls, self.train_seconds, "a checkpoint", "run.train_seconds")
         return {name: content for part in parts for name, content in part.items()}
 
+    @property
+    def alive(self) -> int:
+        """Ranks that were started and not stopped."""
+        return len(self._actors)
+
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
@@ -107,10 +113,16 @@ class LearnerGroup:
         deadline, found = time.monotonic() + seconds, {}
         while True:
             for ref in done([ref for ref in calls if ref not in found]):
-                found[ref] = get(ref, self.chunk_seconds, what, setting)  # or raises what it failed with
+                try:
+                    found[ref] = get(ref, self.chunk_seconds, what, setting)
+                except Exception as error:
+                    self.on_fault(error)
+                    raise
             if len(found) == len(calls):
                 return [found[ref] for ref in calls]
             if time.monotonic() > deadline:
                 limit = setting if "=" in setting else f"{setting}={seconds:g}"
-                raise DeadlineExceeded(f"{what} took longer than {limit} s")
+                late = DeadlineExceeded(f"{what} took longer than {limit} s")
+                self.on_fault(late)
+                raise late
             self._meanwhile([ref for ref in calls if ref not in found])

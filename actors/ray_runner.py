@@ -7,10 +7,12 @@ the dead. Which chunk may be sampled when, and what it is behind, is learner/pip
 from __future__ import annotations
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
+from statistics import mean
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from ray.util.placement_group import PlacementGroup
 from actors.apart import Apart
 from actors.learner_actor import LearnerActor
 from actors.learner_group import GONE, LearnerGroup
+from actors.metrics import Metrics
 from actors.pool import PATIENCE, Limits, Pool
 from actors.reward_actor import RewardActor
 from actors.sampler_actor import SamplerActor
@@ -36,7 +39,7 @@ from learner.ledger import Ledger
 from learner.pipeline import Key, Pipeline, Work, key_of
 from learner.prompts import example_prompt
 from learner.receipts import StaleWeights
-from learner.runner import EpochResult, Hooks
+from learner.runner import EpochResult, Hooks, Vitals
 from learner.training import Training
 
 POLL_SECONDS = 0.5
@@ -46,8 +49,9 @@ NODES_SECONDS = 5.0  # between two looks at which nodes there are
 class RayRunner:
     """Starts the actors of a run and drives them. See learner/runner.py for the contract."""
 
-    def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
-        """
+    def __init__(self, config: Config, files: dict[str, bytes] | None = None, name: str = "run") -> None:
+        """`name` is the run's, in the Ray dashboard and on its metrics.
+
         Raises:
             DeadlineExceeded: not all actors were up within run.ready_seconds.
             PlacementError: the cluster's resources do not fit the config.
@@ -56,12 +60,18 @@ class RayRunner:
         self.config = config
         self.hooks = Hooks()
         self.pipeline: Pipeline | None = None
+        self.name = name
         self._spawned: list[Any] = []
         self._room: PlacementGroup | None = None  # for the learner ranks
+        self._numbers: Counter[str] = Counter()  # actors of each role so far
+        # Actors' names are looked up by nobody, and must not clash with those of another run of the same name.
+        self._namespace = f"tributary-{uuid.uuid4().hex}"
+        self._staleness = (0.0, 0)
         self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
         self._made_again: Counter[Key] = Counter()
         self._sampled_at = 0.0  # when the last chunk came from a sampler
         self.session = Session(config.run.cpu_threads)
+        self.metrics = Metrics(name)
         try:
             self._start(files)
         except BaseException:
@@ -75,8 +85,10 @@ class RayRunner:
         parts = factory.parts(config)
         share = placement.scorer_options.get("num_gpus", 1.0)
         shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
-        new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, parts.sampler, shares_gpu)
-        new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
+        new_sampler = partial(
+            self._spawn, "sampler", SamplerActor, placement.sampler_options, parts.sampler, shares_gpu
+        )
+        new_scorer = partial(self._spawn, "scorer", RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
         deadline = time.monotonic() + limit
         self._room = reserve(placement, limit)
         samplers = [new_sampler() for _ in range(placement.samplers)]
@@ -86,6 +98,7 @@ class RayRunner:
             self._new_rank, placement.ranks, config.train.updates_per_epoch, config.run.train_seconds,
             config.run.chunk_seconds, self._turn,
         )  # fmt: skip
+        self._group.on_fault = partial(self.metrics.failed, "learner")
         up = [
             Asked("samplers", placement.sampler_options, [actor.ready.remote() for actor in samplers]),
             Asked("reward actors", placement.scorer_options, [actor.ready.remote() for actor in scorers]),
@@ -115,6 +128,9 @@ class RayRunner:
         self.samplers.on_lost = self._sampling_lost
         self.scorers.on_hopeless = self._score_apart
         self._apart = Apart(self.scorers, self.batch_sizes["score"])
+        self.scorers.on_lost = lambda key: self.metrics.lost("scorer")
+        self.samplers.on_fault = partial(self.metrics.failed, "sampler")
+        self.scorers.on_fault = partial(self.metrics.failed, "scorer")
         self.weights = WeightStore()
         self.weights.publish(self.snapshot)
         self._nodes, self._looked = placement.nodes, time.monotonic()
@@ -145,9 +161,12 @@ class RayRunner:
         self.weights.publish(self.snapshot)
         works = self._pipeline.take(epoch, epoch)
         sample_seconds, score_seconds = max(0.0, self._sampled_at - start), training_start - start
-        return EpochResult.of(
-            works, trainings[0], set_aside, sample_seconds, score_seconds, time.perf_counter() - training_start
-        )
+        seconds = sample_seconds, score_seconds, time.perf_counter() - training_start
+        result = EpochResult.of(works, trainings[0], set_aside, *seconds)
+        behind = self._pipeline.staleness(epoch)
+        self._staleness = mean(behind), max(behind)
+        self.metrics.trained(result)
+        return result
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
         pipeline = self._pipeline
@@ -165,9 +184,18 @@ class RayRunner:
         files, self._files = self._files, None
         return files
 
+    def vitals(self) -> Vitals:
+        pools = {"sampler": self.samplers, "scorer": self.scorers}
+        actors = {role: len(pool.actors) for role, pool in pools.items()}
+        return Vitals(
+            self.snapshot.version, self._pipeline.in_work, self._staleness, {**actors, "learner": self._group.alive},
+            {role: pool.waiting for role, pool in pools.items()}, {role: pool.running for role, pool in pools.items()},
+        )  # fmt: skip
+
     def closed(self, epoch: int) -> None:
         self._pipeline.close(epoch)
         self._made_again.clear()
+        self.metrics.show(self.vitals())
 
     def close(self) -> None:
         if ray.is_initialized():
@@ -186,9 +214,12 @@ class RayRunner:
     def _say(self, text: str) -> None:
         self.hooks.say(text)
 
-    def _spawn(self, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
-        """Start an actor of a shell class; it lives until `close`."""
-        actor = ray.remote(shell).options(**options).remote(*arguments)
+    def _spawn(self, role: str, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
+        """Start an actor of a shell class; it lives until `close`. In the dashboard it is RUN/ROLE-NUMBER; one that
+        takes another's place has the next number."""
+        self._numbers[role] += 1
+        name = f"{self.name}/{role}-{self._numbers[role]}"
+        actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)
         self._spawned.append(actor)
         return actor
 
@@ -196,7 +227,7 @@ class RayRunner:
         assert self._room is not None
         options = in_group(self._placement, self._room)[rank]
         whole_gpu = options.get("num_gpus") == 1
-        return self._spawn(LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
+        return self._spawn("learner", LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
 
     def _train(self, epoch: int, beta: float, works: list[Work]) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Train until it succeeds: what is lost on the way is made again, by actors or from the last checkpoint."""
@@ -262,7 +293,8 @@ class RayRunner:
         if (pipeline := self.pipeline) is None:  # the group starts before the pools
             return
         for key, (trajectories, clean), receipt in self.samplers.pump():
-            pipeline.sampled(key, receipt, trajectories, clean)
+            with self.metrics.sampled(receipt):
+                pipeline.sampled(key, receipt, trajectories, clean)
             if key[0] == "train":
                 self._sampled_at = time.perf_counter()
             self.scorers.submit(key, "score", partial(self._to_score, clean), first=key[0] == "evaluate")
@@ -271,10 +303,13 @@ class RayRunner:
                 self._apart.answered(key, scores)
             else:
                 pipeline.scored(key, verdict, scores)
+                self.metrics.scored(verdict)
         while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
             key = self.scorers.inputs_lost.pop()
             if len(key) == 3 or self._apart.forget(key):
                 self._make_again(key[:3])
+        self.metrics.turn(self.vitals)
+        self.hooks.turn()
         if time.monotonic() - self._looked > NODES_SECONDS:
             self._follow_nodes()
 
@@ -298,6 +333,7 @@ class RayRunner:
 
     def _make_again(self, key: Key) -> None:
         self._made_again[key] += 1
+        self.metrics.lost("object store")
         if self._made_again[key] >= self.config.run.chunk_attempts:
             raise ObjectLost(
                 f"chunk {key[2]} of epoch {key[1]} was made and lost {self._made_again[key]} times (run.chunk_attempts)"
@@ -317,6 +353,7 @@ class RayRunner:
         return True
 
     def _sampling_lost(self, key: Key) -> None:
+        self.metrics.lost("sampler")
         self._pipeline.lose(key)
 
     def _to_score(self, clean: ray.ObjectRef) -> tuple[ray.ObjectRef, int]:

@@ -18,6 +18,7 @@ import yaml
 from diffusion.trajectory import Scores
 from learner import checkpoint, quarantine, report
 from learner.config import Config
+from learner.heartbeat import Heartbeat
 from learner.ledger import Ledger
 from learner.objectives import OBJECTIVES
 from learner.objectives.base import anneal
@@ -35,26 +36,35 @@ from learner.work import evaluation_chunks, training_chunks
 Say = Callable[[str], None]
 
 
-def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
+def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat, say: Say) -> None:
     """Train up to config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training."""
     config, records, saved = opened.config, opened.records, opened.checkpoint
     prompts = training_prompts(config)
     evaluation = evaluation_chunks(config, evaluation_prompts(config))
     ledger = Ledger(saved.manifest["ledger"] if saved else None)
     with Bar() as bar:
-        runner.hooks.progress, runner.hooks.say = bar.show, lambda text: bar.around(say, text)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.show(what, done, total)
+            heartbeat.progress(what, done, total)
+
+        def event(text: str) -> None:
+            bar.around(say, text)
+            heartbeat.event(text)
+
+        runner.hooks.progress, runner.hooks.say, runner.hooks.turn = progress, event, heartbeat.turn
         runner.hooks.last_checkpoint = lambda: _last_files(records, say)
         runner.begin(
             lambda epoch: training_chunks(config, prompts, epoch),
             range(opened.epochs_done, config.train.epochs),
             ledger,
         )
-        bar_say = runner.hooks.say
+        heartbeat.running(runner.vitals, turns=config.run.runner == "ray")
         say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
         say(describe_objective(config, runner.dimensions))
         if saved is None:
             if evaluation:
-                _save_evaluation(records, BEFORE, runner.evaluate(evaluation), bar_say)
+                _save_evaluation(records, BEFORE, runner.evaluate(evaluation), event)
                 records.append(_line(config, BEFORE, runner, None, None, _mean(records, BEFORE), 0.0, ledger))
                 bar.around(say, f"before training: evaluated reward {_mean(records, BEFORE):.3f} on "
                                 f"{config.evaluation.images} fixed images")  # fmt: skip
@@ -71,13 +81,14 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
             quarantine.check_limit(records.storage, ledger.totals["quarantined"], config.reward.quarantine_limit)
             due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
             if due:
-                _save_evaluation(records, epoch, runner.evaluate(evaluation), bar_say)
+                _save_evaluation(records, epoch, runner.evaluate(evaluation), event)
             evaluated = _mean(records, epoch) if due else None
             seconds = time.perf_counter() - start
             line = _line(config, epoch, runner, beta, result, evaluated, seconds, ledger)
             records.append({**line, "lost_trajectories": lost})
             _save(opened, runner, ledger, epoch + 1, say)
             runner.closed(epoch)
+            heartbeat.closed()
             if due and epoch + 1 < config.train.epochs:
                 _report(records, config, say)
             tracker.notify()

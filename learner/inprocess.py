@@ -14,7 +14,7 @@ from learner.config import Config
 from learner.ledger import Ledger
 from learner.pipeline import Pipeline, key_of
 from learner.prompts import example_prompt
-from learner.runner import EpochResult, Hooks
+from learner.runner import EpochResult, Hooks, Vitals
 from learner.update import Scored
 
 
@@ -49,6 +49,7 @@ class InProcessRunner:
             self.pipeline.sampled(key_of(chunk), receipt, trajectories, None)
             self.pipeline.scored(key_of(chunk), verdict, scores)
             self.hooks.progress("sampling and scoring", self.pipeline.counts("train", epoch)[0], len(chunks))
+        self.hooks.progress("training", 0, 1)
         start = time.perf_counter()
         works = self.pipeline.take(epoch, self.snapshot.version)
         scored = [(work.trajectories, work.scores) for work in works]
@@ -75,6 +76,9 @@ class InProcessRunner:
 
     def checkpoint_files(self) -> dict[str, bytes]:
         return self.learner.state_files()
+
+    def vitals(self) -> Vitals:
+        return Vitals(self.snapshot.version, self.pipeline.in_work, (0.0, 0))
 
     def closed(self, epoch: int) -> None:
         self.pipeline.close(epoch)

@@ -133,6 +133,11 @@ class Pipeline:
             del self._work[key_of(work.chunk)]
         return part
 
+    @property
+    def in_work(self) -> int:
+        """Epochs admitted and not closed yet."""
+        return self._next - self.closed
+
     def staleness(self, epoch: int) -> list[int]:
         """Versions that each chunk of an epoch was behind when it is trained on."""
         return [epoch - work.snapshot.version for work in self._part("train", epoch) if work.snapshot]

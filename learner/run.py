@@ -23,6 +23,7 @@ from learner import controller, environment, resume
 from learner.checkpoint import CheckpointError
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
 from learner.group import GroupBroken
+from learner.heartbeat import Heartbeat
 from learner.ledger import LedgerError
 from learner.objectives import OBJECTIVES
 from learner.pipeline import TooStale
@@ -30,8 +31,8 @@ from learner.quarantine import QuarantineFull
 from learner.receipts import RanksDiverged, StaleWeights
 from learner.resume import OpenRun
 from learner.runner import Runner
-from learner.storage import StorageError
-from learner.tracking import Tracker
+from learner.storage import Storage, StorageError
+from learner.tracking import Tracker, tracking_uri
 from learner.update import NonFiniteGradient
 from rewards import UnknownReward
 from rewards.scorer import BadReward
@@ -43,6 +44,7 @@ FAILURES = (
     NonFiniteGradient, GroupBroken, LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded,
     ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
 )  # fmt: skip
+ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,7 +85,7 @@ def _run(opened: OpenRun) -> int:
         done = opened.epochs_done
         say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
             "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
-    runner, tracker, status = None, None, "FAILED"
+    runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
     try:
         if records.about["finished"] and opened.epochs_done >= config.train.epochs:
             say("nothing is left to do")
@@ -91,17 +93,20 @@ def _run(opened: OpenRun) -> int:
             return 0
         records.note(finished=False, environment=environment.facts())
         tracker = Tracker(records, config, say)
+        heartbeat = _heartbeat(records.storage, config)
         if opened.epochs_done < config.train.epochs:
-            runner = build_runner(opened.as_begun, opened.checkpoint.files if opened.checkpoint else None)
+            files = opened.checkpoint.files if opened.checkpoint else None
+            runner = build_runner(opened.as_begun, files, records.about["name"])
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
-            controller.run(opened, runner, tracker, say)
+            controller.run(opened, runner, tracker, heartbeat, say)
         controller.finish(records, config, say)
         status = "FINISHED"
         return 0
     except FAILURES as error:
         way_on = f"once that is mended, the same command goes on from what is done in {records.storage}"
-        complain(f"{type(error).__name__}: {error} ({way_on})")
+        reason = f"{type(error).__name__}: {error}"
+        complain(f"{reason} ({way_on})")
         return 1
     except KeyboardInterrupt:
         status = "KILLED"
@@ -110,6 +115,8 @@ def _run(opened: OpenRun) -> int:
     finally:
         if runner is not None:
             runner.close()
+        if heartbeat is not None:
+            heartbeat.end(ENDS[status], reason)
         if tracker is not None:
             tracker.finish(status)
 
@@ -122,14 +129,20 @@ def complain(text: str) -> None:
     print(f"learner.run: {text}", file=sys.stderr, flush=True)
 
 
-def build_runner(config: Config, files: dict[str, bytes] | None) -> Runner:
+def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
+    ray = config.run.runner == "ray"
+    uri = tracking_uri(config, storage) if config.mlflow.enabled else None
+    return Heartbeat(storage, config.train.epochs, uri, config.run.ready_seconds if ray else config.run.train_seconds)
+
+
+def build_runner(config: Config, files: dict[str, bytes] | None, name: str) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
         return InProcessRunner(config, files)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config, files)
+    return RayRunner(config, files, name)
 
 
 def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isnan
 from statistics import mean
 from typing import Protocol
@@ -52,12 +52,25 @@ class EpochResult:
         return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
 
 
+@dataclass(frozen=True)
+class Vitals:
+    """A run at a glance, between two turns of its runner. Actors and chunks by role: sampler, scorer, learner."""
+
+    policy_version: int
+    epochs_in_work: int  # begun to be sampled and not closed yet
+    staleness: tuple[float, int]  # mean and maximum over the chunks of the epoch trained last, in policy versions
+    actors: dict[str, int] = field(default_factory=dict)  # alive
+    waiting: dict[str, int] = field(default_factory=dict)  # chunks that no actor has yet
+    running: dict[str, int] = field(default_factory=dict)  # chunks that actors have
+
+
 @dataclass
 class Hooks:
     """What a runner tells the loop while it works, and asks of it."""
 
     say: Callable[[str], None] = print  # faults survived, a line each
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    turn: Callable[[], None] = lambda: None  # again and again, whatever is waited for
     last_checkpoint: Callable[[], dict[str, bytes] | None] = lambda: None  # its files, for learners to start anew
 
 
@@ -90,6 +103,10 @@ class Runner(Protocol):
 
     def checkpoint_files(self) -> dict[str, bytes]:
         """The learner's state (learner/state.py) and, under lora/, the adapter for other programs; once an epoch."""
+        ...
+
+    def vitals(self) -> Vitals:
+        """How it stands just now; from `begin` on."""
         ...
 
     def closed(self, epoch: int) -> None:
