@@ -92,7 +92,8 @@ class Mirror:
     def sync(self) -> None:
         """Send what the server lacks of the closed epochs: metrics, contact sheets, adapters."""
         records = Records.open(self.storage)
-        manifests = [found for step in checkpoint.steps(self.storage) if (found := self._manifest(step))]
+        found = [self._manifest(step, records.run_id) for step in checkpoint.steps(self.storage)]
+        manifests = [manifest for manifest in found if manifest]
         done = manifests[-1]["next_epoch"] if manifests else BEFORE
         for line in records.lines:
             if line["epoch"] < done and line["epoch"] + 1 not in self._logged:
@@ -149,10 +150,10 @@ class Mirror:
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
 
-    def _manifest(self, step: int) -> dict[str, Any] | None:
+    def _manifest(self, step: int, run_id: str) -> dict[str, Any] | None:
         """Of a whole checkpoint; a torn one, or one just being pruned, has none."""
         with contextlib.suppress(CheckpointError):
-            return checkpoint.manifest(self.storage, step)
+            return checkpoint.manifest(self.storage, step, run_id)
         return None
 
     def _send_adapter(self, manifest: dict[str, Any]) -> None:
