@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+
+from learner import ending
+
+if __name__ == "__main__":
+    ending.watch()  # now: what follows takes seconds to import
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,9 +48,11 @@ FAILURES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C."""
+    """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C;
+    143: SIGTERM."""
     args = _parser().parse_intermixed_args(arguments)
     source = args.config or DEFAULT_CONFIG
+    ending.running()
     try:
         config, faults = read_config(source, args.overrides)
         if args.print_config:
@@ -58,14 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(plan.describe(config, placement, resources, resume.whereabouts(config, source, prompts)))
             return 0
-        opened = resume.open_run(config, source, prompts, warn=lambda text: complain(f"warning: {text}"))
+        opened = resume.open_run(config, source, prompts, warn)
     except (ConfigError, CheckpointError, BaseModelError, ConnectionError) as error:
         for line in str(error).splitlines():
             complain(line)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         complain("interrupted before anything was started")
-        return 130
+        return ending.status_of(signal)
     try:
         return _run(opened)
     finally:
@@ -74,13 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(opened: OpenRun) -> int:
     records, config = opened.records, opened.config
-    say(f"run directory: {records.storage}")
-    if opened.checkpoint:
-        done = opened.epochs_done
-        say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
-            "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
     runner, tracker, status = None, None, "FAILED"
     try:
+        say(f"run directory: {records.storage}")
+        if opened.checkpoint:
+            done = opened.epochs_done
+            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
+                "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
         if records.about["finished"] and opened.epochs_done >= config.train.epochs:
             say("nothing is left to do")
             controller.finish(records, config, say)
@@ -99,11 +107,12 @@ def _run(opened: OpenRun) -> int:
         way_on = f"once that is mended, the same command goes on from what is done in {records.storage}"
         complain(f"{type(error).__name__}: {error} ({way_on})")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         status = "KILLED"
         complain(f"interrupted; the same command goes on from what is done in {records.storage}")
-        return 130
+        return ending.status_of(signal)
     finally:
+        ending.closing()
         if runner is not None:
             runner.close()
         if tracker is not None:
@@ -116,6 +125,10 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     print(f"learner.run: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    complain(f"warning: {text}")
 
 
 def build_runner(config: Config, files: dict[str, bytes] | None) -> Runner:
@@ -165,8 +178,8 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")
         _raise(found)
-        return Placement(1, 1, 1, {}, {}, {}), resources_at_hand(config.run.cpu_threads, local=True)
-    resources = resources_at_hand(config.run.cpu_threads)
+        return Placement(1, 1, 1, {}, {}, {}), resources_at_hand(config.run.cpu_threads, warn, local=True)
+    resources = resources_at_hand(config.run.cpu_threads, warn)
     placement = attempt(lambda: place_for(config, resources))
     _raise(found)
     return placement, resources
@@ -227,4 +240,6 @@ def _kind(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    ending.closed()
+    sys.exit(status)

@@ -14,10 +14,12 @@ import io
 import logging
 import os
 import queue
+import signal
 import sys
 import tempfile
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from learner.tracking import tracking_uri
 SENTINEL = "epochs_done"  # the last metric of an epoch's batch: where it is, the others are
 BATCH = 900  # metrics a request; the server takes 1000
 RETRY_SECONDS = 30.0
+GONE_SECONDS = 5.0  # for the last words when the driver was killed
 SHEETS = "samples"
 
 
@@ -174,12 +177,15 @@ class Mirror:
 
 def follow(mirror: Mirror) -> int:
     """Obey the driver's lines until it finishes or is gone. Exit status 0: MLflow has everything."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to all: the driver says when we end
     words: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
             words.put(line.strip())
         words.put("gone")
+        time.sleep(GONE_SECONDS)  # a server that does not answer keeps nobody alive
+        os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
     monitor: SystemMetricsMonitor | None = None
