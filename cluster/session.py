@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from learner import ending
 from learner.temporary import TemporaryFolder
 
 LOCAL = "local"
+CLOSE_SECONDS = 3.0
 
 
 def resources_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = False) -> dict[str, float]:
@@ -82,7 +84,12 @@ class Session:
         """Leave; a local cluster ends with us, and nothing of it is left. Safe to call twice."""
         if self.started:
             self.started = False
-            ray.shutdown()
+            leaving = threading.Thread(target=ray.shutdown, daemon=True)  # it takes no deadline
+            leaving.start()
+            leaving.join(CLOSE_SECONDS)
+            if leaving.is_alive() and self._folder is not None:
+                self._folder.end_processes(grace=0)  # a raylet that drains, its head gone, takes 8 s
+                leaving.join(CLOSE_SECONDS)
         if self._folder is not None:
             self._folder.remove()
 

@@ -9,11 +9,12 @@ import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Literal
+from typing import Literal, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 9.0  # for a clean end; then the process goes all the same
@@ -50,11 +51,17 @@ def closing() -> None:
     _stage = "closing"
 
 
-def closed() -> None:
-    """All is done: signals come too late."""
+def leave(status: int) -> NoReturn:
+    """All is done: signals come too late. After one nobody waits for the interpreter's end either, where Ray's handlers
+    look once more for what is gone."""
     for one in SIGNALS:
         if signal.getsignal(one) is _end:
             signal.signal(one, signal.SIG_IGN)
+    if _status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def hurry() -> bool:

@@ -240,6 +240,4 @@ def _kind(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    status = main()
-    ending.closed()
-    sys.exit(status)
+    ending.leave(main())

@@ -45,8 +45,12 @@ class TemporaryFolder:
         finally:
             os.environ.pop(VARIABLE, None)
 
+    def end_processes(self, grace: float = GRACE_SECONDS) -> None:
+        """Those that work for us, if any is left after `grace` seconds."""
+        _end_processes(self.path, grace)
+
     def remove(self) -> None:
-        """End the processes that work for us, if any is left, and remove the folder. Safe to call twice."""
+        """With the processes that work for us. Safe to call twice."""
         if self._lock is not None:
             _remove(self.path)
             os.close(self._lock)
@@ -67,13 +71,17 @@ def sweep() -> None:
 
 
 def _remove(path: Path) -> None:
+    _end_processes(path, GRACE_SECONDS)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_processes(path: Path, grace: float) -> None:
     working = [process for process in psutil.process_iter() if _works_for(process, path)]
-    _, left = psutil.wait_procs(working, timeout=GRACE_SECONDS)
+    _, left = psutil.wait_procs(working, timeout=grace)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(left, timeout=KILL_SECONDS)
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def _works_for(process: psutil.Process, path: Path) -> bool:
