@@ -90,9 +90,8 @@ def ours(head) -> list[str]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             line = " ".join(process.cmdline())
-            if process.environ().get("HOME") == head.environment["HOME"] and re.search(
-                r"learner\.|ray::\w+Actor", line
-            ):
+            its_own = re.search(r"learner\.|ray::\w+Actor", line)
+            if its_own and process.environ().get("HOME") == head.environment["HOME"]:
                 found.append(line)
     return found
 
