@@ -216,7 +216,12 @@ class RayRunner:
 
     def _spawn(self, role: str, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
         """Start an actor of a shell class; it lives until `close`. In the dashboard it is RUN/ROLE-NUMBER; one that
-        takes another's place has the next number."""
+        takes another's place has the next number.
+
+        Raises:
+            DeadlineExceeded: the cluster's control store is silent, and creating an actor would wait for it.
+        """
+        alive_nodes()
         self._numbers[role] += 1
         name = f"{self.name}/{role}-{self._numbers[role]}"
         actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)

@@ -165,11 +165,11 @@ class Decoder:
         if tiny:
             folder = locate(path, "config.json", "model.tiny_decoder")
             with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"):
-                vae: Any = AutoencoderTiny.from_pretrained(folder, dtype=dtype)
+                vae: Any = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         else:
             folder = locate(path)
             with load_errors(path):
-                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
+                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True)
         self.vae = vae.to(device).requires_grad_(False).eval()
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -183,5 +183,5 @@ def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     with load_errors(path):
         return StableDiffusionPipeline.from_pretrained(
             folder, dtype={"unet": dtype, "default": torch.float32}, vae=None, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False,
+            feature_extractor=None, requires_safety_checker=False, use_safetensors=True,
         )  # fmt: skip

@@ -33,7 +33,8 @@ class UnconditionalModel(BaseModel):
         """
         (folder, unet), (_, scheduler) = part(path, "unet"), part(path, "scheduler")
         with load_errors(path):
-            self.unet = AdaptableUNet2D.from_pretrained(folder, subfolder=unet, dtype=dtype)
+            # Old DDPMs have a .bin alone, which diffusers reads with weights_only.
+            self.unet = AdaptableUNet2D.from_pretrained(folder, subfolder=unet, dtype=dtype, use_safetensors=None)
             self.scheduler = DDIMScheduler.from_pretrained(folder, subfolder=scheduler)
         if not any(name.endswith(lora.TARGETS[0]) for name, _ in self.unet.named_modules()):
             raise BaseModelError(f"model.path: the U-Net of {path} has no attention for a LoRA to adapt")

@@ -173,13 +173,15 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, say: Say
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: settings})
     always = {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
-        checkpoint.prune(records.storage, config.run.keep_checkpoints, always)
+        checkpoint.prune(
+            records.storage, config.run.keep_checkpoints, always, records.run_id, lambda text: say(f"warning: {text}")
+        )
     except StorageError as error:  # the new one is there: that matters
         say(f"warning: an old checkpoint stays: {error}")
 
 
 def _last_files(records: Records, say: Say) -> dict[str, bytes] | None:
-    newest = checkpoint.load_newest(records.storage, lambda text: say(f"warning: {text}"))
+    newest = checkpoint.load_newest(records.storage, records.run_id, lambda text: say(f"warning: {text}"))
     return newest.files if newest else None
 
 

@@ -27,7 +27,7 @@ from learner.pictures import contact_sheet, png
 from learner.runner import EpochResult
 from learner.storage import Storage, StorageError
 
-FORMAT = 3  # of run.json, checkpoints and the trajectories' columns
+FORMAT = 4  # of run.json, checkpoints and the trajectories' columns
 RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
     "run.json",
     "metrics.jsonl",

@@ -185,7 +185,7 @@ def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callab
     try:
         records = Records.open(storage)
         saved = _settings_of(records, config, facts)
-        newest = checkpoint.load_newest(storage, warn)
+        newest = checkpoint.load_newest(storage, records.run_id, warn)
         if newest:
             _warn_of_batches(config, newest, warn)
         done = newest.manifest["next_epoch"] if newest else 0
@@ -261,7 +261,7 @@ def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: 
     short is no run, and is made again."""
     before = Records.open(origin)
     _settings_of(before, config, facts)
-    chosen = checkpoint.load(origin, step)
+    chosen = checkpoint.load(origin, step, before.run_id)
     done = chosen.manifest["next_epoch"]
     _refuse_fewer(config, done, origin)
     lock = _lock(target, make=True)
@@ -276,7 +276,7 @@ def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: 
         checkpoint.save(target, manifest, chosen.files)
         records.keep([line for line in before.lines if line["epoch"] < done])
         records.note()
-        return OpenRun(records, config, checkpoint.load(target, step), lock)
+        return OpenRun(records, config, checkpoint.load(target, step, records.run_id), lock)
     except BaseException:
         _unlock(lock)
         raise

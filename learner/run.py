@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+
+from learner import ending
+
+if __name__ == "__main__":
+    ending.watch()  # now: what follows takes seconds to import
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +54,11 @@ ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as M
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C."""
+    """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C;
+    143: SIGTERM."""
     args = _parser().parse_intermixed_args(arguments)
     source = args.config or DEFAULT_CONFIG
+    ending.running()
     try:
         config, faults = read_config(source, args.overrides)
         if args.print_config:
@@ -64,14 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(plan.describe(config, placement, resources, resume.whereabouts(config, source, prompts)))
             return 0
-        opened = resume.open_run(config, source, prompts, warn=lambda text: complain(f"warning: {text}"))
+        opened = resume.open_run(config, source, prompts, warn)
     except (ConfigError, CheckpointError, BaseModelError, ConnectionError) as error:
         for line in str(error).splitlines():
             complain(line)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         complain("interrupted before anything was started")
-        return 130
+        return ending.status_of(signal)
     try:
         return _run(opened)
     finally:
@@ -80,13 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(opened: OpenRun) -> int:
     records, config = opened.records, opened.config
-    say(f"run directory: {records.storage}")
-    if opened.checkpoint:
-        done = opened.epochs_done
-        say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
-            "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
     runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
     try:
+        say(f"run directory: {records.storage}")
+        if opened.checkpoint:
+            done = opened.epochs_done
+            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
+                "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
         if records.about["finished"] and opened.epochs_done >= config.train.epochs:
             say("nothing is left to do")
             controller.finish(records, config, say)
@@ -108,11 +116,12 @@ def _run(opened: OpenRun) -> int:
         reason = f"{type(error).__name__}: {error}"
         complain(f"{reason} ({way_on})")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         status = "KILLED"
         complain(f"interrupted; the same command goes on from what is done in {records.storage}")
-        return 130
+        return ending.status_of(signal)
     finally:
+        ending.closing()
         if runner is not None:
             runner.close()
         if heartbeat is not None:
@@ -127,6 +136,10 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     print(f"learner.run: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    complain(f"warning: {text}")
 
 
 def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
@@ -182,8 +195,8 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")
         _raise(found)
-        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, local=True))
-    nodes = nodes_at_hand(config.run.cpu_threads)
+        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
+    nodes = nodes_at_hand(config.run.cpu_threads, warn)
     placement = attempt(lambda: place_for(config, nodes))
     _raise(found)
     return placement, totals(nodes)
@@ -244,4 +257,4 @@ def _kind(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

@@ -190,7 +190,6 @@ def test_the_learners_host_is_cut_off(hosts, drive, unbroken):
     assert lora(run.folder) == lora(unbroken)
 
 
-@pytest.mark.skip(reason="the pools do not follow cluster.placement.counts_now yet")
 def test_a_host_that_joins_is_used(hosts, drive, unbroken):
     """Automatic counts: the fourth host's samplers work in the last epoch at the latest."""
     run = drive("sampler.actors=null", "reward.actors=1", "learner.labels={host: h0}", "reward.labels={host: h0}",
