@@ -38,8 +38,8 @@ from rewards.weights import BadWeights, WeightsNotFound
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
 FAILURES = (
     BadReward, QuarantineFull, UnknownReward, BadWeights, WeightsNotFound, StaleWeights, RanksDiverged,
-    NonFiniteGradient, GroupBroken, LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded, ActorDied, ObjectLost, PlacementError,
-    BaseModelError, ConnectionError,
+    NonFiniteGradient, GroupBroken, LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded,
+    ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
 )  # fmt: skip
 
 

@@ -231,7 +231,7 @@ class Scorer:
                 gradient = np.zeros(latents.shape, np.float32) if differentiate else None
                 return _Judged(np.full(1, np.nan, np.float32), gradient, {}, list(shown))
         values = scores.detach().float().cpu().numpy()
-        for i in np.flatnonzero(~np.isfinite(values)):
+        for i in np.flatnonzero(~np.isfinite(values)).tolist():
             faults.add(row[i], step[i], f"reward {self.reward.name} returned {values[i]}")
         for i in _not_finite(gradients) if gradients is not None else ():
             faults.add(row[i], step[i], f"the gradient of reward {self.reward.name} is not finite")
