@@ -208,10 +208,11 @@ def refused(*overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["replay_updates", "max_staleness"])
 @pytest.mark.parametrize("kind", ["dag_kl", "ddpo"])
-def test_replay_is_refused_where_the_ratio_does_not_reach(kind):
-    said = refused(f"objective.kind={kind}", "train.replay_updates=1", "flow.fit_steps=0", "flow.warmup_steps=0")
-    assert "train.replay_updates" in said and kind in said and "ratio" in said and "dag_db" in said
+def test_old_trajectories_are_refused_where_the_ratio_does_not_reach(kind, key):
+    said = refused(f"objective.kind={kind}", f"train.{key}=1", "flow.fit_steps=0", "flow.warmup_steps=0")
+    assert f"train.{key}=0" in said and kind in said and "ratio" in said and "dag_db" in said
 
 
 def test_what_contradicts_an_objective_is_refused():
