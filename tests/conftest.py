@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
     """`make test` runs two tests at a time, a file's together; all of Ray's after each other: a cluster is enough."""
     for item in items:
         part = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("ray" if part in ("actors", "cluster") else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("ray" if part in ("actors", "cluster", "faults") else str(item.path)))
 
 
 @pytest.fixture(scope="session")
