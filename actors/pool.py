@@ -17,6 +17,7 @@ import ray
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get
 
 PING_SECONDS = 1.0  # between two questions to an idle actor
+SWEEP_SECONDS = 0.5  # for the idle to answer when one has died: others may have gone with it
 PATIENCE = 2.0  # an idle actor that has not answered for so long gets no work while others do
 
 
@@ -159,6 +160,8 @@ class Pool:
                     raise type(error)(f"{error} (tried {self._attempts[key]} times, run.chunk_attempts)") from error
                 lost = lost[1:]
         self._queue.extendleft(call.order for call in reversed(lost))
+        if isinstance(error, ActorDied):
+            self._sweep()
 
     def _died(self, call: _Call) -> bool:
         """Whether an answered call says no more than that its actor is gone."""
@@ -177,6 +180,13 @@ class Pool:
         self._asked.pop(id(actor), None)
         ray.kill(actor)
         self._start_another()
+
+    def _sweep(self) -> None:
+        """Find the idle that died at the same time, of a node say, before a chunk is given to one after the other."""
+        self._asked.clear()
+        self._check_idle()
+        done(list(self._pings), SWEEP_SECONDS)
+        self._check_idle()
 
     def _check_idle(self) -> None:
         """Ask idle actors whether they live; replace those that do not, or do not answer, at no chunk's cost."""

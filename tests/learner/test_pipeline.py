@@ -63,6 +63,8 @@ class Run:
         getattr(self, self.rng.choice(possible))()
         in_work = {key[1] for key in self.pipeline._work}
         assert len(in_work) <= self.staleness + 1
+        for epoch in in_work:
+            assert self.pipeline.counts("train", epoch) == (sum(key[1] == epoch for key in self.scored), CHUNKS)
         for key, version in self.made_by.items():
             assert 0 <= key[1] - version <= self.staleness
 
