@@ -14,15 +14,18 @@ from math import prod
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from actors.learner_actor import LearnerActor
 from actors.learner_group import GONE, LearnerGroup
-from actors.pool import Limits, Pool
+from actors.pool import PATIENCE, Limits, Pool
 from actors.reward_actor import RewardActor
 from actors.sampler_actor import SamplerActor
-from cluster.placement import place_for
+from cluster.nodes import alive_nodes
+from cluster.placement import counts_now, place_for
+from cluster.readiness import Asked, in_group, ready, reserve
 from cluster.session import Session
-from cluster.waits import ObjectLost, get, wait_any
+from cluster.waits import DeadlineExceeded, ObjectLost, get, wait_any
 from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
@@ -36,6 +39,7 @@ from learner.runner import EpochResult, Hooks
 from learner.training import Training
 
 POLL_SECONDS = 0.5
+NODES_SECONDS = 5.0  # between two looks at which nodes there are
 
 
 class RayRunner:
@@ -52,6 +56,7 @@ class RayRunner:
         self.hooks = Hooks()
         self.pipeline: Pipeline | None = None
         self._spawned: list[Any] = []
+        self._room: PlacementGroup | None = None  # for the learner ranks
         self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
         self._made_again: Counter[Key] = Counter()
         self._sampled_at = 0.0  # when the last chunk came from a sampler
@@ -64,31 +69,34 @@ class RayRunner:
 
     def _start(self, files: dict[str, bytes] | None) -> None:
         config, limit = self.config, self.config.run.ready_seconds
-        resources = self.session.resources
-        placement = place_for(config, resources)
+        self._placement = placement = place_for(config, alive_nodes())
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
         parts = factory.parts(config)
         share = placement.scorer_options.get("num_gpus", 1.0)
         shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
         new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, parts.sampler, shares_gpu)
         new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
+        deadline = time.monotonic() + limit
+        self._room = reserve(placement, limit)
         samplers = [new_sampler() for _ in range(placement.samplers)]
         scorers = [new_scorer() for _ in range(placement.scorers)]
-        self._rank_options = placement.rank_options
         self._build_learner = parts.learner
         self._group = LearnerGroup(
             self._new_rank, placement.ranks, config.train.updates_per_epoch, config.run.train_seconds,
             config.run.chunk_seconds, self._turn,
         )  # fmt: skip
-        what, deadline = f"starting {placement.describe()} on {resources}", time.monotonic() + limit
-        setting = f"run.ready_seconds={limit:g}"
+        up = [
+            Asked("samplers", placement.sampler_options, [actor.ready.remote() for actor in samplers]),
+            Asked("reward actors", placement.scorer_options, [actor.ready.remote() for actor in scorers]),
+        ]
+        what, setting = f"starting {placement.ranks} learner ranks", f"run.ready_seconds={limit:g}"
 
         def left() -> float:
             return max(0.0, deadline - time.monotonic())
 
         self.snapshot, latent = self._group.start(files, left(), what, setting)
         self.dimensions = prod(latent)
-        get([actor.ready.remote() for actor in samplers + scorers], left(), what, setting)
+        ready(up, deadline, limit)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
         device = factory.device(config) if share else "cpu"
@@ -105,6 +113,7 @@ class RayRunner:
         self.samplers.on_lost = self._sampling_lost
         self.weights = WeightStore()
         self.weights.publish(self.snapshot)
+        self._nodes, self._looked = placement.nodes, time.monotonic()
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
         self.pipeline = Pipeline(chunks_of, epochs, self.config.train.max_staleness, ledger)
@@ -156,7 +165,9 @@ class RayRunner:
         if ray.is_initialized():
             for actor in self._spawned:
                 ray.kill(actor)
-        self._spawned = []
+            if self._room is not None:
+                ray.util.remove_placement_group(self._room)
+        self._spawned, self._room = [], None
         self.session.close()
 
     @property
@@ -174,8 +185,10 @@ class RayRunner:
         return actor
 
     def _new_rank(self, rank: int) -> Any:
-        whole_gpu = self._rank_options.get("num_gpus") == 1
-        return self._spawn(LearnerActor, self._rank_options, self._build_learner, rank, self.ranks, whole_gpu)
+        assert self._room is not None
+        options = in_group(self._placement, self._room)[rank]
+        whole_gpu = options.get("num_gpus") == 1
+        return self._spawn(LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
 
     def _train(self, epoch: int, beta: float, works: list[Work]) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Train until it succeeds: what is lost on the way is made again, by actors or from the last checkpoint."""
@@ -249,6 +262,26 @@ class RayRunner:
             pipeline.scored(key, verdict, scores)
         while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
             self._make_again(self.scorers.inputs_lost.pop())
+        if time.monotonic() - self._looked > NODES_SECONDS:
+            self._follow_nodes()
+
+    def _follow_nodes(self) -> None:
+        """Use nodes that have joined; do without those that have left."""
+        self._looked = time.monotonic()
+        try:
+            nodes = tuple(alive_nodes(PATIENCE))
+        except DeadlineExceeded:
+            return  # the next call to an actor will say more
+        before, now = ({node.id: node for node in found} for found in (self._nodes, nodes))
+        if before.keys() == now.keys():
+            return
+        for verb, one, other in (("joined", now, before), ("left", before, now)):
+            for node in (one[key] for key in one.keys() - other.keys()):
+                self._say(f"node {node.address} has {verb} the cluster")
+        self._nodes = nodes
+        samplers, scorers = counts_now(self.config, self._placement, nodes)
+        self.samplers.resize(samplers)
+        self.scorers.resize(scorers)
 
     def _make_again(self, key: Key) -> None:
         self._made_again[key] += 1

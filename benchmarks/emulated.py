@@ -87,6 +87,7 @@ class EmulatedScorer:
 
     def score(self, clean: CleanPredictions) -> Scores:
         time.sleep(self.emulation.score_seconds)
+        clean.latents.sum()  # all of it is read, as decoding would
         rewards = np.full((len(clean.chunk.prompts), clean.num_steps + 1), np.nan, np.float32)
         rewards[clean.row, clean.step] = clean.latents[:, 0, 0, 0]
         if clean.chunk.purpose == "train":
@@ -145,8 +146,8 @@ class EmulatedLearner:
         self.emulation, self.group = emulation, group
         self.model = SimpleNamespace(latent_shape=emulation.latent)
         self.dimensions = int(np.prod(emulation.latent))
-        self.momentum = np.zeros(emulation.parameters, np.int64)
-        saved = json.loads(files[STATE]) if files else {"version": 0, "momentum": self.momentum, "known": []}
+        blank = {"version": 0, "momentum": [0] * emulation.parameters, "known": []}
+        saved: dict[str, Any] = json.loads(files[STATE]) if files else blank
         self.momentum = np.array(saved["momentum"], np.int64)
         self.published = self._snapshot(saved["version"])
         # The versions whose trajectories may be trained on.
@@ -162,6 +163,7 @@ class EmulatedLearner:
             for made, _ in update:
                 if (made.policy_version, made.adapter_sha256) not in self.known:
                     raise receipts.StaleWeights(f"chunk {made.chunk.index} of epoch {epoch} is of no known version")
+                made.states.sum(), made.model_output.sum()  # all of it is read, as training would
             rewards = sum(int((scores.rewards[:, -1].astype(np.float64) * SCALE).sum()) for _, scores in update)
             total = int(self.group.sum(np.array([rewards], np.int64))[0])
             places = np.arange(len(self.momentum)) + 7 * index + 1
@@ -206,6 +208,6 @@ def parts(emulation: Emulation) -> Any:
     """In the place of learner.factory.parts."""
     from learner.factory import Parts
 
-    return Parts(
-        partial(EmulatedSampler, emulation), partial(EmulatedScorer, emulation), partial(build_learner, emulation)
-    )
+    sampler: Any = partial(EmulatedSampler, emulation)
+    scorer: Any = partial(EmulatedScorer, emulation)
+    return Parts(sampler, scorer, partial(build_learner, emulation))

@@ -13,23 +13,26 @@ from typing import Any
 import ray
 import torch
 
+from cluster.nodes import Node, alive_nodes
+
 # OMP_NUM_THREADS must be set before torch loads in the worker, so it travels in the runtime environment.
 CONNECT_SECONDS = 20.0
 WORKER_ENV = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN")
 
 
-def resources_at_hand(cpu_threads: int, local: bool = False) -> dict[str, float]:
-    """CPUs and GPUs that a run would have: of the cluster named by RAY_ADDRESS, which this asks, else (or with
+def nodes_at_hand(cpu_threads: int, local: bool = False) -> list[Node]:
+    """Nodes that a run would have: of the cluster named by RAY_ADDRESS, which this asks, else (or with
     `local`) of this machine, without starting anything.
 
     Raises:
         ConnectionError: the cluster does not answer, or refuses our token.
     """
     if local or _address() == "local":
-        return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+        cpus, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+        return [Node("this machine", cpus, gpus, free_cpus=cpus, free_gpus=gpus)]
     session = Session(cpu_threads)
     try:
-        return session.resources
+        return alive_nodes()
     finally:
         session.close()
 
@@ -65,11 +68,6 @@ class Session:
                 )
             except (RuntimeError, ray.exceptions.RayError) as error:  # another version of Ray or Python, a port, ...
                 raise ConnectionError(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """CPUs and GPUs of the whole cluster."""
-        return {name: float(amount) for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
 
     def close(self) -> None:
         """Leave; a local cluster ends with us. Safe to call twice."""

@@ -35,9 +35,10 @@ class ConfigError(ValueError):
 # and the batches that must fit into memory, which change last bits (it says so): a small GPU must not strand a run.
 FREE = (
     "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
-    "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "sampler.actors", "sampler.gpus",
-    "reward.actors", "reward.gpus", "learner.gpus", "learner.attempts", "train.epochs", "learner.micro_batch",
-    "reward.batch", "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
+    "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "run.autoscale", "sampler.actors",
+    "sampler.gpus", "sampler.labels", "reward.actors", "reward.gpus", "reward.labels", "learner.gpus", "learner.labels",
+    "learner.attempts", "train.epochs", "learner.micro_batch", "reward.batch",
+    "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.placement import Placement
+from cluster.placement import Placement, asks
 from diffusion import lora, transitions
 from diffusion.pipelines import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
@@ -205,9 +205,9 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         roles = (
             ("samplers", placement.samplers, placement.sampler_options),
             ("reward actors", placement.scorers, placement.scorer_options),
-            ("learner ranks", placement.ranks, placement.rank_options),
+            ("learner ranks", placement.ranks, {**placement.rank_options, "label_selector": placement.rank_labels}),
         )
-        actors = [f"{count} {role}, each {_bundle(options)}" for role, count, options in roles]
+        actors = [f"{count} {role}, each {asks(options)}" for role, count, options in roles]
     lines = [
         ("run directory", [place]),
         ("cluster", [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"]),
@@ -229,7 +229,8 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         ]),
         ("against the published way", _against_published(config, cost, each)),
         ("object store", [
-            f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}",
+            f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
+            f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
         ]),
         ("disk", [
             f"{_bytes(each.checkpoint)} a checkpoint, at most {kept} kept; trajectories up to "
@@ -248,12 +249,6 @@ def _count(forward, backward: bool = False) -> float:
         if backward:
             output.sum().backward()
     return float(counter.get_total_flops())
-
-
-def _bundle(options: dict[str, float]) -> str:
-    return (
-        "{" + ", ".join(f"{key.removeprefix('num_').upper()[:-1]}: {value:g}" for key, value in options.items()) + "}"
-    )
 
 
 def _flops(value: float) -> str:

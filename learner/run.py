@@ -12,8 +12,9 @@ import torch
 import yaml
 
 import rewards
+from cluster.nodes import totals
 from cluster.placement import Placement, PlacementError, place_for
-from cluster.session import resources_at_hand
+from cluster.session import nodes_at_hand
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.locate import BaseModelError, is_unconditional
 from diffusion.memory import OutOfMemory
@@ -165,11 +166,11 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")
         _raise(found)
-        return Placement(1, 1, 1, {}, {}, {}), resources_at_hand(config.run.cpu_threads, local=True)
-    resources = resources_at_hand(config.run.cpu_threads)
-    placement = attempt(lambda: place_for(config, resources))
+        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, local=True))
+    nodes = nodes_at_hand(config.run.cpu_threads)
+    placement = attempt(lambda: place_for(config, nodes))
     _raise(found)
-    return placement, resources
+    return placement, totals(nodes)
 
 
 def _check_prompting(config: Config, path: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from diffusion.kernels import Grid, Reduction
 from diffusion.rollout import CleanPrediction, ForwardLooking, StatePrecision
@@ -15,6 +16,16 @@ from learner.objectives.db import Penalty
 from rewards import Backend
 
 Precision = Literal["float32", "bfloat16"]
+LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+
+
+def _selector(value: str) -> str:
+    if not re.fullmatch(rf"!?({LABEL}|in\({LABEL}(, ?{LABEL})*\))", value):
+        raise ValueError("expected a node label's value as VALUE, !VALUE, in(VALUE, ...) or !in(VALUE, ...)")
+    return value.replace(" ", "")  # Ray takes a blank after the comma, and then finds no node with it
+
+
+Labels = dict[str, Annotated[str, AfterValidator(_selector)]]
 
 
 class Section(BaseModel):
@@ -46,6 +57,9 @@ class Run(Section):
     )
     cpu_threads: int = Field(1, ge=1, description="torch threads of each process (results depend on it)")
     ready_seconds: float = Field(300, gt=0, description="deadline for all actors to be up")
+    autoscale: bool = Field(
+        False, description="nodes that are not there yet will come: wait for them (ready_seconds) instead of refusing"
+    )
     chunk_seconds: float = Field(600, gt=0, description="deadline for sampling or scoring one chunk")
     train_seconds: float = Field(1800, gt=0, description="deadline for the learner's part of an epoch")
 
@@ -79,6 +93,10 @@ class Prompts(Section):
 class SamplerConfig(Section):
     actors: int | None = Field(None, ge=1, description="sampler actors; default from the resources found")
     gpus: float | None = Field(None, ge=0, description="GPUs of a sampler actor; default: what the ranks leave, shared")
+    labels: Labels = Field(
+        default_factory=dict,
+        description="labels of the nodes for sampler actors; values as Ray's: x, !x, in(x, y), !in(x)",
+    )
     chunk_size: int = Field(16, ge=1, description="trajectories rolled out together")
     steps: int = Field(50, ge=2, le=1000, description="DDIM steps N")
     guidance: float = Field(5.0, ge=1, description="classifier-free guidance scale w, in rollout and training; 1: off")
@@ -100,6 +118,10 @@ class SamplerConfig(Section):
 class RewardConfig(Section):
     actors: int | None = Field(None, ge=1, description="reward actors; default from the resources found")
     gpus: float | None = Field(None, ge=0, description="GPUs of a reward actor; default: what the ranks leave, shared")
+    labels: Labels = Field(
+        default_factory=dict,
+        description="labels of the nodes for reward actors; values as Ray's: x, !x, in(x, y), !in(x)",
+    )
     name: str = Field("shapes_alignment", description="reward by name, or your own as module:callable")
     weights: str | None = Field(None, description="weights of the reward model: path or hub id")
     backend: Backend = Field(
@@ -155,6 +177,10 @@ class LearnerConfig(Section):
         ge=1,
         description="times an epoch's training is tried when learner ranks die or hang; each but the first starts "
         "all ranks anew from the last checkpoint",
+    )
+    labels: Labels = Field(
+        default_factory=dict,
+        description="labels of the nodes for learner ranks; values as Ray's: x, !x, in(x, y), !in(x)",
     )
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the LoRA")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of the LoRA")

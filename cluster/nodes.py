@@ -1,0 +1,81 @@
+"""The nodes of the cluster: what they have, what is free, and which of them a label selector means."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
+
+from cluster.waits import DeadlineExceeded
+
+ANSWER_SECONDS = 10.0
+SELECTOR = re.compile(r"(?P<no>!?)(?:in\((?P<several>[^()!]+)\)|(?P<one>[^()!]+))")
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs in all, and those that no actor has; labels as given, and Ray's own (`ray.io/...`)."""
+
+    address: str
+    cpus: float
+    gpus: float = 0.0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
+    free_cpus: float = 0.0
+    free_gpus: float = 0.0
+
+    def matches(self, selector: Mapping[str, str]) -> bool:
+        """Whether Ray would place an actor with this label selector here."""
+        return all(_means(wanted, self.labels.get(label)) for label, wanted in selector.items())
+
+    def __str__(self) -> str:
+        labels = {key: value for key, value in self.labels.items() if key != "ray.io/node-id"}
+        parts = [f"{self.cpus:g} CPU ({self.free_cpus:g} free)", f"{self.gpus:g} GPU ({self.free_gpus:g} free)"]
+        return f"node {self.address}: {', '.join(parts)}, {f'labels {labels}' if labels else 'no labels'}"
+
+
+def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
+    """The nodes that Ray holds to be alive; a few milliseconds. Ray must be initialised.
+
+    Raises:
+        DeadlineExceeded: Ray's control store did not answer within `seconds`.
+    """
+    address, answers = ray.get_runtime_context().gcs_address, []
+
+    def ask() -> None:
+        answers.append(get_cluster_status(address))  # of its deadlines none is kept: 30 s when the store is gone
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise DeadlineExceeded(f"the Ray cluster's control store at {address} did not answer within {seconds:g} s")
+    nodes = []
+    for info in [*answers[0].active_nodes, *answers[0].idle_nodes]:
+        has, free, labels = info.total_resources(), info.available_resources(), info.labels or {}
+        amounts = (has.get("CPU", 0.0), has.get("GPU", 0.0), free.get("CPU", 0.0), free.get("GPU", 0.0))
+        nodes.append(Node(info.ip_address, *amounts[:2], labels, info.node_id, *amounts[2:]))
+    return sorted(nodes, key=lambda node: (node.address, node.id))
+
+
+def listed(nodes: Sequence[Node]) -> str:
+    """For messages."""
+    return "; ".join(map(str, nodes)) or "no nodes"
+
+
+def totals(nodes: Sequence[Node]) -> dict[str, float]:
+    """CPUs and GPUs of all of them."""
+    amounts = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
+    return {name: amount for name, amount in amounts.items() if amount}
+
+
+def _means(wanted: str, value: str | None) -> bool:
+    """Ray's operators: x, !x, in(x,y), !in(x,y); a label that is not there is unlike any value."""
+    parts = SELECTOR.fullmatch(wanted)
+    if parts is None:
+        return False
+    return (value in (parts["several"] or parts["one"]).split(",")) != bool(parts["no"])
