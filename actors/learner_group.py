@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from actors.pool import PING_SECONDS
 from cluster.waits import ActorDied, DeadlineExceeded, done, get
 from diffusion.snapshot import Snapshot
 from learner import receipts
@@ -33,6 +34,8 @@ class LearnerGroup:
         self.train_seconds, self.chunk_seconds = train_seconds, chunk_seconds
         self._spawn, self._meanwhile = spawn, meanwhile
         self._actors: list[Any] = []
+        self._pings: list[ray.ObjectRef] = []
+        self._asked = 0.0  # when the ranks were last asked whether they live
 
     def start(
         self, files: dict[str, bytes] | None, seconds: float, what: str, setting: str
@@ -51,7 +54,8 @@ class LearnerGroup:
 
         self._actors = [self._spawn(rank) for rank in range(self.ranks)]
         state = ray.put(files)
-        address = self._answers([self._actors[0].address.remote()], left(), what, setting)[0]
+        # All are up before any looks for the others: that has the shorter deadline of a collective.
+        address = self._answers([actor.address.remote() for actor in self._actors], left(), what, setting)[0]
         starts = [actor.start.remote(address, self.train_seconds, state) for actor in self._actors]
         return self._answers(starts, left(), what, setting)[0]
 
@@ -70,7 +74,7 @@ class LearnerGroup:
             for actor, share in zip(self._actors, shares, strict=True)
         ]
         # A rank has its own deadline for it, whose words are better.
-        answers = self._answers(calls, self.chunk_seconds + 5, f"fetching epoch {epoch}", "run.chunk_seconds")
+        answers = self._answers(calls, self.chunk_seconds + 0.5, f"fetching epoch {epoch}", "run.chunk_seconds")
         return sorted(share[i][j] for share, lost in zip(shares, answers, strict=True) for i, j in lost)
 
     def train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
@@ -93,10 +97,25 @@ class LearnerGroup:
         parts = self._answers(calls, self.train_seconds, "a checkpoint", "run.train_seconds")
         return {name: content for part in parts for name, content in part.items()}
 
+    def look(self) -> None:
+        """Ask the idle ranks now and then whether they live; takes no time.
+
+        Raises:
+            ActorDied, DeadlineExceeded: one does not, or has not answered for chunk_seconds.
+        """
+        now = time.monotonic()
+        for ref in done(self._pings):
+            self._pings.remove(ref)
+            get(ref, self.chunk_seconds, "an idle learner rank", "run.chunk_seconds")
+        if self._pings and now - self._asked > self.chunk_seconds:
+            raise DeadlineExceeded(f"an idle learner rank did not answer in run.chunk_seconds={self.chunk_seconds:g} s")
+        if not self._pings and now - self._asked > PING_SECONDS:
+            self._asked, self._pings = now, [actor.ready.remote() for actor in self._actors]
+
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._pings = [], []
 
     def _share(self, places: Sequence[int], rank: int) -> list[Sequence[int]]:
         """This rank's chunks of each update: every update is the same set of chunks whatever the ranks."""

@@ -1,7 +1,7 @@
 """Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline, the dead replaced.
 
 A chunk of work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another
-one. Idle actors are asked every second whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
+one. Idle actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ray
 
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get
 
-PING_SECONDS = 1.0  # between two questions to an idle actor
+PING_SECONDS = 0.5  # between two questions to an idle actor
 SWEEP_SECONDS = 0.5  # for the idle to answer when one has died: others may have gone with it
 PATIENCE = 2.0  # an idle actor that has not answered for so long gets no work while others do
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -25,12 +25,13 @@ from cluster.nodes import alive_nodes
 from cluster.placement import counts_now, place_for
 from cluster.readiness import Asked, in_group, ready, reserve
 from cluster.session import Session
-from cluster.waits import DeadlineExceeded, ObjectLost, get, wait_any
+from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, get, wait_any
 from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import factory
 from learner.config import Config
+from learner.group import GroupBroken
 from learner.ledger import Ledger
 from learner.pipeline import Key, Pipeline, Work, key_of
 from learner.prompts import example_prompt
@@ -38,7 +39,8 @@ from learner.receipts import StaleWeights
 from learner.runner import EpochResult, Hooks
 from learner.training import Training
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.25
+T = TypeVar("T")
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
 
 
@@ -130,10 +132,10 @@ class RayRunner:
         start = time.perf_counter()
         for chunk in self._pipeline.admit():
             self.samplers.submit(key_of(chunk), "sample", partial(self._to_sample, key_of(chunk)))
-        works = self._await_epoch(epoch)
+        self._await_epoch(epoch)
         self.hooks.progress("training", 0, 1)
         training_start = time.perf_counter()
-        trainings, self.snapshot, self._files = self._train(epoch, beta, works)
+        trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.weights.publish(self.snapshot)
@@ -153,7 +155,7 @@ class RayRunner:
 
     def checkpoint_files(self) -> dict[str, bytes]:
         if self._files is None:
-            self._files = self._group.state_files()
+            self._files = self._with_ranks(self._group.state_files)
         files, self._files = self._files, None
         return files
 
@@ -190,23 +192,34 @@ class RayRunner:
         whole_gpu = options.get("num_gpus") == 1
         return self._spawn(LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
 
-    def _train(self, epoch: int, beta: float, works: list[Work]) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
-        """Train until it succeeds: what is lost on the way is made again, by actors or from the last checkpoint."""
+    def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
+        """Fetch and train; what is found to be lost is made again first."""
+        works = self._await_epoch(epoch)
+        while lost := self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works]):
+            self._say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
+            for place in lost:
+                self._make_again(key_of(works[place].chunk))
+            works = self._await_epoch(epoch)
+        return self._group.train(epoch, beta)
+
+    def _with_ranks(self, work: Callable[[], T]) -> T:
+        """Have the learner ranks do something; if they are lost on the way, again from the last checkpoint."""
         attempts = 0
         while True:
             try:
-                while lost := self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works]):
-                    self._say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
-                    for place in lost:
-                        self._make_again(key_of(works[place].chunk))
-                    works = self._await_epoch(epoch)
-                return self._group.train(epoch, beta)
-            except GONE as error:
-                attempts += 1
-                if attempts >= self.config.learner.attempts:
-                    raise type(error)(f"{error} (tried {attempts} times, learner.attempts)") from error
-                self._say(f"{error}: starting the learner ranks anew from the last checkpoint")
-                self._restart_group()
+                if attempts:
+                    self._restart_group()
+            except (ActorDied, GroupBroken) as error:
+                failure: Exception = error
+            else:
+                try:
+                    return work()
+                except GONE as error:
+                    failure = error
+            attempts += 1
+            if attempts >= self.config.learner.attempts:
+                raise type(failure)(f"{failure} (tried {attempts} times, learner.attempts)") from failure
+            self._say(f"{failure}: starting the learner ranks anew from the last checkpoint")
 
     def _restart_group(self) -> None:
         limit = self.config.run.ready_seconds
@@ -229,6 +242,7 @@ class RayRunner:
         before = -1
         while True:
             self._pump()
+            self._with_ranks(self._group.look)
             done, total = self._pipeline.counts(purpose, epoch)
             if done != before:
                 self.hooks.progress(doing, done, total)

@@ -1,8 +1,8 @@
 """A run over the emulated parts in a process of its own, which may kill itself (SIGKILL) at a point of its protocol:
 
-    python driver.py [--point NAME] [--fault ROLE STATE KIND] --folder FOLDER [section.key=value ...]
+    python driver.py [--point NAME] [--fault ROLE STATE KIND] [--folder FOLDER] [--seconds S S S] -- [key=value ...]
 
-FOLDER gets the witness. Points are functions of the product, wrapped by name: nothing in it knows of them.
+FOLDER gets the witness; seconds are those of a chunk's sampling and scoring, and of an epoch's training. Points are functions of the product, wrapped by name: nothing in it knows of them.
 """
 
 from __future__ import annotations
@@ -129,19 +129,22 @@ POINTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--point", choices=POINTS)
     parser.add_argument("--fault", nargs=3, metavar=("ROLE", "STATE", "KIND"))
+    parser.add_argument("--seconds", nargs=3, type=float, default=(0.0, 0.0, 0.0))
     parser.add_argument("settings", nargs="*")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
+    sample, score, train = args.seconds
+    emulation = Emulation(sample_seconds=sample, score_seconds=score, train_seconds=train)
 
     def strike() -> None:
         (args.folder / WITNESS).touch(exist_ok=False)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    parts = emulated.parts(Emulation())
+    parts = emulated.parts(emulation)
     if args.fault:
-        parts = emulated_faults.parts(Emulation(), Fault(*args.fault, str(args.folder)))
+        parts = emulated_faults.parts(emulation, Fault(*args.fault, str(args.folder)))
     factory.parts = lambda config: parts
     if args.point:
         POINTS[args.point].arm(strike)

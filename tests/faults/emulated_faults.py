@@ -124,9 +124,9 @@ class FaultyLearner(EmulatedLearner):
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
         self.epoch, self.group.sums = epoch, 0
-        if self.group.rank == 0 and self.fault.role in ("sampler", "scorer"):
-            if self.fault.here(self.fault.role, "idle", epoch):
-                self.fault.strike_the_idle()
+        others = self.fault.role in ("sampler", "scorer")
+        if others and self.group.rank == 0 and self.fault.here(self.fault.role, "idle", epoch):
+            self.fault.strike_the_idle()
         return super().train_epoch(epoch, beta, updates)
 
     def _between_updates(self) -> None:

@@ -27,7 +27,7 @@ def drive(folder, run, *options) -> tuple[subprocess.CompletedProcess, str]:
     temporary = tempfile.mkdtemp(prefix="tr-", dir="/tmp")
     here = Path(__file__).parent
     process = subprocess.run(
-        [sys.executable, here / "driver.py", "--folder", folder, *options, *RUN, f"run.dir={run}"],
+        [sys.executable, here / "driver.py", "--folder", folder, *options, "--", *RUN, f"run.dir={run}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         env={**os.environ, "RAY_TMPDIR": temporary, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here)])},
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The kill matrix: role x state x kind of fault. Each cell ends as if nothing had been, or in a typed error; each has a
 witness that the fault struck, and a deadline for its being noticed."""
 
+import threading
 import time
 from dataclasses import dataclass
 
@@ -11,21 +12,28 @@ from emulated_run import SETTINGS, lost, outcome
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
+from diffusion.memory import OutOfMemory
 from learner import factory, run
 from learner.group import GroupBroken
 from learner.update import NonFiniteGradient
-from diffusion.memory import OutOfMemory
 from rewards.scorer import BadReward
 
 pytestmark = pytest.mark.faults
 
 CHUNK_SECONDS, TRAIN_SECONDS = 2, 3  # deadlines of the cells with a stopped process
-ORDINARY = """
-sampler-idle-kill sampler-idle-stop sampler-serving-kill sampler-serving-stop sampler-serving-OutOfMemory
-sampler-publishing-kill scorer-idle-kill scorer-serving-kill scorer-serving-stop scorer-serving-BadReward
-rank_0-idle-kill rank_0-serving-kill rank_0-serving-NonFiniteGradient rank_0-publishing-kill rank_0-checkpointing-kill
-rank_1-serving-stop rank_1-serving-GroupBroken
-""".split()
+PROCESSES = 4  # that must get their turn before a fault is noticed: raylet, control store, actor, driver
+ORDINARY = (
+    "sampler-idle-kill", "sampler-idle-stop", "sampler-serving-kill", "sampler-serving-stop",
+    "sampler-serving-OutOfMemory", "sampler-publishing-kill", "scorer-idle-kill", "scorer-serving-kill",
+    "scorer-serving-stop", "scorer-serving-BadReward", "rank_0-idle-kill", "rank_0-serving-kill",
+    "rank_0-serving-NonFiniteGradient", "rank_0-publishing-kill", "rank_0-checkpointing-kill", "rank_1-serving-stop",
+    "rank_1-serving-GroupBroken",
+)  # fmt: skip
+STATES = {
+    "sampler": ("idle", "serving", "publishing"), "scorer": ("idle", "serving"),
+    "rank 0": ("idle", "serving", "publishing", "checkpointing"),
+    "rank 1": ("idle", "serving", "publishing", "checkpointing"),
+}  # fmt: skip
 DATA = {
     "sampler": OutOfMemory("injected: no room for a chunk"),
     "scorer": BadReward("injected: nan"),
@@ -68,10 +76,7 @@ class Cell:
 
 
 def cells():
-    places = [(role, state) for role in ("sampler", "scorer", "rank 0", "rank 1")
-              for state in ("idle", "serving", "publishing", "checkpointing")
-              if role.startswith("rank") or state in ("idle", "serving") or (role, state) == ("sampler", "publishing")]  # fmt: skip
-    for role, state in places:
+    for role, state in [(role, state) for role, states in STATES.items() for state in states]:
         kinds = ["kill", "stop"]
         if state != "idle":
             kinds.append(DATA[role])
@@ -92,6 +97,28 @@ def unbroken(tmp_path_factory):
     return outcome(folder)
 
 
+class Lateness:
+    """How late this machine is at most in doing what it is asked to do at a time: others may be at work on it."""
+
+    def __init__(self) -> None:
+        self.most, self._over = 0.0, threading.Event()
+        self._watch = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "Lateness":
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._watch.join(5)
+
+    def _sample(self) -> None:
+        while not self._over.is_set():
+            then = time.monotonic() + 0.05
+            time.sleep(0.05)
+            self.most = max(self.most, time.monotonic() - then)
+
+
 @pytest.fixture
 def break_a_run(cluster, tmp_path, monkeypatch):
     """Run with a fault, on Ray: (exit status, [(time, line)] of what was said)."""
@@ -99,7 +126,8 @@ def break_a_run(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "say", lambda text: said.append((time.time(), text)))
     monkeypatch.setattr(run, "complain", lambda text: said.append((time.time(), f"complaint: {text}")))
 
-    def go(fault: Fault | None, *settings: str, emulation: Emulation = Emulation()):
+    def go(fault: Fault | None, *settings: str, train_seconds: float = 0.0):
+        emulation = Emulation(train_seconds=train_seconds)
         build = emulated.parts(emulation) if fault is None else emulated_faults.parts(emulation, fault)
         monkeypatch.setattr(factory, "parts", lambda config: build)
         status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
@@ -120,13 +148,15 @@ def noticed(said, witness) -> float:
 def test_cell(cell, break_a_run, unbroken, tmp_path):
     fault = Fault(cell.role, cell.state, cell.kind, str(tmp_path))
     slow_training = cell.state == "idle" and not cell.role.startswith("rank")
-    emulation = Emulation(train_seconds=4.0) if slow_training else Emulation()  # long enough to be asked meanwhile
-    settings = [*cell.settings, "run.train_seconds=30"] if slow_training else cell.settings
-    status, said = break_a_run(fault, *settings, emulation=emulation)
+    with Lateness() as lateness:
+        if slow_training:  # so that the idle are asked meanwhile
+            status, said = break_a_run(fault, *cell.settings, "run.train_seconds=30", train_seconds=4.0)
+        else:
+            status, said = break_a_run(fault, *cell.settings)
     assert (tmp_path / WITNESS).exists()
     seconds = noticed(said, tmp_path / WITNESS)
-    print(f"{cell.name}: noticed after {seconds:.2f} s")
-    assert seconds < cell.limit
+    print(f"{cell.name}: noticed after {seconds:.2f} s of {cell.limit:g} s, on a machine {lateness.most:.2f} s late")
+    assert seconds < cell.limit + PROCESSES * lateness.most
     if cell.typed:
         complaints = [text for _, text in said if text.startswith("complaint: ")]
         assert status == 1 and len(complaints) == 1 and "\n" not in complaints[0]
