@@ -25,6 +25,9 @@ class LearnerActor:
         self.learner: Learner | None = None
         self.fetched: list[list[Scored]] = []
 
+    def ready(self) -> bool:
+        return True
+
     def address(self) -> str:
         """A free port on this rank's node, where rank 0 will meet the others."""
         return group.free_address(ray.util.get_node_ip_address())

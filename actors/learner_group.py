@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from actors.pool import PING_SECONDS
 from cluster.waits import ActorDied, DeadlineExceeded, done, get
 from diffusion.snapshot import Snapshot
 from learner import receipts
@@ -17,6 +18,15 @@ from learner.training import Training
 
 GONE = (ActorDied, DeadlineExceeded, GroupBroken)
 Pairs = Sequence[tuple[ray.ObjectRef, ray.ObjectRef]]  # (trajectories, scores) in chunk order
+
+
+class RanksLost(RuntimeError):
+    """The group is of no use any more. Its own type, because while the ranks work the pools do too (`meanwhile`), and
+    fail in the same ways."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class LearnerGroup:
@@ -34,6 +44,8 @@ class LearnerGroup:
         self.on_fault: Callable[[Exception], None] = lambda error: None  # told of every failure of a rank
         self._spawn, self._meanwhile = spawn, meanwhile
         self._actors: list[Any] = []
+        self._pings: list[ray.ObjectRef] = []
+        self._asked = 0.0  # when the ranks were last asked whether they live
 
     def start(
         self, files: dict[str, bytes] | None, seconds: float, what: str, setting: str
@@ -42,8 +54,7 @@ class LearnerGroup:
         that the group holds and the shape of a latent.
 
         Raises:
-            DeadlineExceeded: not all were up in time.
-            ActorDied: one could not start.
+            RanksLost: not all were up in time, or one could not start.
         """
         deadline = time.monotonic() + seconds
 
@@ -52,7 +63,8 @@ class LearnerGroup:
 
         self._actors = [self._spawn(rank) for rank in range(self.ranks)]
         state = ray.put(files)
-        address = self._answers([self._actors[0].address.remote()], left(), what, setting)[0]
+        # All are up before any looks for the others: that has the shorter deadline of a collective.
+        address = self._answers([actor.address.remote() for actor in self._actors], left(), what, setting)[0]
         starts = [actor.start.remote(address, self.train_seconds, state) for actor in self._actors]
         return self._answers(starts, left(), what, setting)[0]
 
@@ -71,14 +83,14 @@ class LearnerGroup:
             for actor, share in zip(self._actors, shares, strict=True)
         ]
         # A rank has its own deadline for it, whose words are better.
-        answers = self._answers(calls, self.chunk_seconds + 5, f"fetching epoch {epoch}", "run.chunk_seconds")
+        answers = self._answers(calls, self.chunk_seconds + 0.5, f"fetching epoch {epoch}", "run.chunk_seconds")
         return sorted(share[i][j] for share, lost in zip(shares, answers, strict=True) for i, j in lost)
 
     def train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Train on what was fetched: each rank's account, the next policy version, and the files of a checkpoint.
 
         Raises:
-            one of GONE: a rank is lost; `restart`, fetch and train again.
+            RanksLost: start, fetch and train again.
             RanksDiverged: the ranks hold different adapters.
         """
         limit, setting = self.train_seconds, "run.train_seconds"
@@ -99,10 +111,25 @@ class LearnerGroup:
         """Ranks that were started and not stopped."""
         return len(self._actors)
 
+    def look(self) -> None:
+        """Ask the idle ranks now and then whether they live; takes no time.
+
+        Raises:
+            RanksLost: one does not, or has not answered for chunk_seconds.
+        """
+        now, limit = time.monotonic(), self.chunk_seconds
+        for ref in done(self._pings):
+            self._pings.remove(ref)
+            self._get(ref, "an idle learner rank", "run.chunk_seconds")
+        if self._pings and now - self._asked > limit:
+            raise self._lost(DeadlineExceeded(f"an idle learner rank did not answer in run.chunk_seconds={limit:g} s"))
+        if not self._pings and now - self._asked > PING_SECONDS:
+            self._asked, self._pings = now, [actor.ready.remote() for actor in self._actors]
+
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._pings = [], []
 
     def _share(self, places: Sequence[int], rank: int) -> list[Sequence[int]]:
         """This rank's chunks of each update: every update is the same set of chunks whatever the ranks."""
@@ -113,16 +140,24 @@ class LearnerGroup:
         deadline, found = time.monotonic() + seconds, {}
         while True:
             for ref in done([ref for ref in calls if ref not in found]):
-                try:
-                    found[ref] = get(ref, self.chunk_seconds, what, setting)
-                except Exception as error:
-                    self.on_fault(error)
-                    raise
+                found[ref] = self._get(ref, what, setting)
             if len(found) == len(calls):
                 return [found[ref] for ref in calls]
             if time.monotonic() > deadline:
                 limit = setting if "=" in setting else f"{setting}={seconds:g}"
-                late = DeadlineExceeded(f"{what} took longer than {limit} s")
-                self.on_fault(late)
-                raise late
+                raise self._lost(DeadlineExceeded(f"{what} took longer than {limit} s"))
             self._meanwhile([ref for ref in calls if ref not in found])
+
+    def _get(self, ref: ray.ObjectRef, what: str, setting: str) -> Any:
+        """What a rank has answered, or the error it raised."""
+        try:
+            return get(ref, self.chunk_seconds, what, setting)
+        except GONE as error:
+            raise self._lost(error) from error
+        except Exception as error:
+            self.on_fault(error)
+            raise
+
+    def _lost(self, cause: Exception) -> RanksLost:
+        self.on_fault(cause)
+        return RanksLost(cause)

@@ -1,7 +1,7 @@
 """Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline, the dead replaced.
 
 A chunk of work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another
-one. Idle actors are asked every second whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
+one. Idle actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import ray
 
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get
 
-PING_SECONDS = 1.0  # between two questions to an idle actor
+PING_SECONDS = 0.5  # between two questions to an idle actor
+SWEEP_SECONDS = 0.5  # for the idle to answer when one has died: others may have gone with it
 PATIENCE = 2.0  # an idle actor that has not answered for so long gets no work while others do
 
 
@@ -165,6 +166,8 @@ class Pool:
                     raise type(error)(f"{error} (tried {self._attempts[key]} times, run.chunk_attempts)") from error
                 lost = lost[1:]
         self._queue.extendleft(call.order for call in reversed(lost))
+        if isinstance(error, ActorDied):
+            self._sweep()
 
     def _died(self, call: _Call) -> bool:
         """Whether an answered call says no more than that its actor is gone."""
@@ -183,6 +186,13 @@ class Pool:
         self._asked.pop(id(actor), None)
         ray.kill(actor)
         self._start_another()
+
+    def _sweep(self) -> None:
+        """Find the idle that died at the same time, of a node say, before a chunk is given to one after the other."""
+        self._asked.clear()
+        self._check_idle()
+        done(list(self._pings), SWEEP_SECONDS)
+        self._check_idle()
 
     def _check_idle(self) -> None:
         """Ask idle actors whether they live; replace those that do not, or do not answer, at no chunk's cost."""

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup
 
 from actors.apart import Apart
 from actors.learner_actor import LearnerActor
-from actors.learner_group import GONE, LearnerGroup
+from actors.learner_group import LearnerGroup, RanksLost
 from actors.metrics import Metrics
 from actors.pool import PATIENCE, Limits, Pool
 from actors.reward_actor import RewardActor
@@ -42,7 +42,8 @@ from learner.receipts import StaleWeights
 from learner.runner import EpochResult, Hooks, Vitals
 from learner.training import Training
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.25
+T = TypeVar("T")
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
 
 
@@ -144,16 +145,15 @@ class RayRunner:
 
         Raises:
             StaleWeights: a sampler, or a learner's trajectories, had another adapter than a published one.
-            ActorDied, DeadlineExceeded, GroupBroken: learner ranks were lost, or work could not be done by any actor,
-                too often.
+            ActorDied, DeadlineExceeded, GroupBroken: learner ranks were lost too often, or no actor could do its work.
         """
         start = time.perf_counter()
         for chunk in self._pipeline.admit():
             self.samplers.submit(key_of(chunk), "sample", partial(self._to_sample, key_of(chunk)))
-        works = self._await_epoch(epoch)
+        self._await_epoch(epoch)
         self.hooks.progress("training", 0, 1)
         training_start = time.perf_counter()
-        trainings, self.snapshot, self._files = self._train(epoch, beta, works)
+        trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         set_aside = [one for training in trainings for one in training.set_aside]
         self.ledger.set_aside(epoch, (one.facts["trajectory_id"] for one in set_aside))
         for training in trainings:
@@ -180,7 +180,7 @@ class RayRunner:
 
     def checkpoint_files(self) -> dict[str, bytes]:
         if self._files is None:
-            self._files = self._group.state_files()
+            self._files = self._with_ranks(self._group.state_files)
         files, self._files = self._files, None
         return files
 
@@ -234,30 +234,37 @@ class RayRunner:
         whole_gpu = options.get("num_gpus") == 1
         return self._spawn("learner", LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
 
-    def _train(self, epoch: int, beta: float, works: list[Work]) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
-        """Train until it succeeds: what is lost on the way is made again, by actors or from the last checkpoint."""
+    def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
+        """Fetch and train; what is found to be lost is made again first."""
+        works = self._await_epoch(epoch)
+        while lost := self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works]):
+            self._say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
+            for place in lost:
+                self._make_again(key_of(works[place].chunk))
+            works = self._await_epoch(epoch)
+        return self._group.train(epoch, beta)
+
+    def _with_ranks(self, work: Callable[[], T]) -> T:
+        """Have the learner ranks do something; if they are lost on the way, again from the last checkpoint."""
         attempts = 0
         while True:
             try:
-                while lost := self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works]):
-                    self._say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
-                    for place in lost:
-                        self._make_again(key_of(works[place].chunk))
-                    works = self._await_epoch(epoch)
-                return self._group.train(epoch, beta)
-            except GONE as error:
+                if attempts:
+                    self._restart_group()
+                return work()
+            except RanksLost as lost:
                 attempts += 1
                 if attempts >= self.config.learner.attempts:
-                    raise type(error)(f"{error} (tried {attempts} times, learner.attempts)") from error
-                self._say(f"{error}: starting the learner ranks anew from the last checkpoint")
-                self._restart_group()
+                    tried = f"(tried {attempts} times, learner.attempts)"
+                    raise type(lost.cause)(f"{lost} {tried}") from lost.cause
+                self._say(f"{lost}: starting the learner ranks anew from the last checkpoint")
 
     def _restart_group(self) -> None:
         limit = self.config.run.ready_seconds
         self._group.stop()
-        held, _ = self._group.start(
-            self.hooks.last_checkpoint(), limit, "starting the learner ranks anew", f"run.ready_seconds={limit:g}"
-        )
+        files = self.hooks.last_checkpoint() if self._files is None else self._files  # those are about to be one
+        what, setting = "starting the learner ranks anew", f"run.ready_seconds={limit:g}"
+        held, _ = self._group.start(files, limit, what, setting)
         if held.sha256 != self.snapshot.sha256:
             raise StaleWeights(
                 f"the restarted learner holds adapter {held.sha256[:12]} (as version {held.version}), but version "
@@ -273,6 +280,7 @@ class RayRunner:
         before = -1
         while True:
             self._pump()
+            self._with_ranks(self._group.look)
             done, total = self._pipeline.counts(purpose, epoch)
             if done != before:
                 self.hooks.progress(doing, done, total)

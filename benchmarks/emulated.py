@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +114,11 @@ class Alone:
 
 
 class Gloo:
-    """torch.distributed's group, which the actor has joined."""
+    """torch.distributed's group, which the actor has joined.
+
+    Raises:
+        GroupBroken: a peer is gone or silent.
+    """
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -124,8 +129,13 @@ class Gloo:
         import torch
         import torch.distributed as dist
 
+        from learner.group import GroupBroken
+
         total = torch.from_numpy(numbers.copy())
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise GroupBroken(f"adding up: {str(error).splitlines()[0]}") from error
         return total.numpy()
 
 
@@ -182,13 +192,16 @@ class EmulatedLearner:
         return {STATE: json.dumps(state).encode(), "lora/flat.bin": self.published.flat.tobytes()}
 
 
-def build_learner(emulation: Emulation, files: dict[str, bytes] | None) -> Any:
-    """A rank, in whatever group its process has joined."""
-    import sys
-
+def learner_group() -> Group:
+    """Whatever group this process has joined."""
     dist = sys.modules.get("torch.distributed")
     joined = dist is not None and dist.is_available() and dist.is_initialized()
-    return EmulatedLearner(emulation, Gloo() if joined else Alone(), files)
+    return Gloo() if joined else Alone()
+
+
+def build_learner(emulation: Emulation, files: dict[str, bytes] | None) -> EmulatedLearner:
+    """A rank."""
+    return EmulatedLearner(emulation, learner_group(), files)
 
 
 def parts(emulation: Emulation) -> Any:

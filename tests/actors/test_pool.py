@@ -8,10 +8,12 @@ from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 
 
 class FakeActor:
-    """Hands out references that are done when the test says so."""
+    """Hands out references that are done when the test says so. Asked whether it is there, it answers once it is up,
+    unless it is silent."""
 
-    def __init__(self, world, name: str) -> None:
-        self.world, self.name, self.calls, self.dead = world, name, [], False
+    def __init__(self, world, name: str, up: bool = True) -> None:
+        self.world, self.name, self.up = world, name, up
+        self.calls, self.asked, self.dead, self.silent = [], 0, False, False
         self.work, self.ready = Method(self._work), Method(self._ready)
 
     def _work(self, *arguments):
@@ -22,12 +24,8 @@ class FakeActor:
         return [("big", ref), ref]
 
     def _ready(self):
-        ref = ("ready", self.name)
-        if self.dead:
-            self.world.failed[ref] = ActorDied(f"{self.name} is gone")
-        elif self not in self.world.spawned:
-            self.world.done.add(ref)  # those of the beginning are up
-        return ref
+        self.asked += 1
+        return ("ready", self, self.asked)
 
 
 class Method:
@@ -46,9 +44,16 @@ class World:
         return [FakeActor(self, name) for name in names]
 
     def done_of(self, refs, seconds=0.0):
-        return [ref for ref in refs if ref in self.done or ref in self.failed]
+        return [ref for ref in refs if self.is_done(ref)]
+
+    def is_done(self, ref) -> bool:
+        if ref[0] == "ready":
+            return ref[1].dead or (ref[1].up and not ref[1].silent)
+        return ref in self.done or ref in self.failed
 
     def get(self, ref, *_):
+        if ref[0] == "ready" and ref[1].dead:
+            raise ActorDied(f"{ref[1].name} is gone")
         if ref in self.failed:
             raise self.failed[ref]
         return f"summary of {ref[1]}"
@@ -57,13 +62,19 @@ class World:
         self.killed.append(actor)
         self.die(actor)
 
-    def die(self, actor):
-        actor.dead = True
-        self.failed |= {ref: ActorDied(f"{actor.name} is gone") for ref in actor.calls if ref not in self.done}
+    def die(self, *actors):
+        for actor in actors:
+            actor.dead = True
+            self.failed |= {ref: ActorDied(f"{actor.name} is gone") for ref in actor.calls if ref not in self.done}
 
     def spawn(self):
-        self.spawned.append(FakeActor(self, f"spare{len(self.spawned)}"))
+        self.spawned.append(FakeActor(self, f"spare{len(self.spawned)}", up=False))
         return self.spawned[-1]
+
+    def start_all(self):
+        """Those that were spawned are up."""
+        for actor in self.spawned:
+            actor.up = True
 
     def pool(self, actors, seconds=10.0, ready=10.0, attempts=3, in_flight=2):
         limits = Limits(seconds, ready, attempts)
@@ -80,6 +91,11 @@ def world(monkeypatch):
     return world
 
 
+def submit(pool, *numbers) -> None:
+    for number in numbers:
+        pool.submit(number, "work", lambda number=number: (number,))
+
+
 def finish(world, pool, rounds=200) -> list:
     """Let everything that was handed out be done until the pool is idle; the keys that came back."""
     seen = []
@@ -87,8 +103,9 @@ def finish(world, pool, rounds=200) -> list:
         if not pool.busy:
             return seen
         for actor in pool.actors:
-            world.done.update(ref for ref in actor.calls if ref not in world.failed)
-        world.done.update(("ready", actor.name) for actor in world.spawned)
+            if not actor.silent:
+                world.done.update(ref for ref in actor.calls if ref not in world.failed)
+        world.start_all()
         seen += [key for key, _, _ in pool.pump()]
     raise AssertionError("the pool never became idle")
 
@@ -96,8 +113,7 @@ def finish(world, pool, rounds=200) -> list:
 def test_work_goes_to_the_least_busy_actor_and_never_more_than_the_limit(world):
     actors = world.actors("a", "b")
     pool = world.pool(actors)
-    for i in range(6):
-        pool.submit(i, "work", i)
+    submit(pool, *range(6))
     assert pool.pump() == []
     assert [len(actor.calls) for actor in actors] == [2, 2] and pool.busy
     world.done.add(actors[1].calls[0])
@@ -108,16 +124,14 @@ def test_work_goes_to_the_least_busy_actor_and_never_more_than_the_limit(world):
 
 def test_everything_submitted_comes_back_once(world):
     pool = world.pool(world.actors("a", "b", "c"))
-    for i in range(10):
-        pool.submit(i, "work", i)
+    submit(pool, *range(10))
     assert sorted(finish(world, pool)) == list(range(10))
 
 
 def test_the_clock_of_a_queued_call_starts_when_its_actor_is_free(world):
     (actor,) = world.actors("a")
     pool = world.pool([actor])
-    for i in range(2):
-        pool.submit(i, "work", i)
+    submit(pool, *range(2))
     pool.pump()
     world.now = 9.0
     world.done.add(actor.calls[0])
@@ -134,8 +148,7 @@ def test_what_a_dead_actor_had_in_hand_goes_to_others_and_nothing_else(world):
     pool = world.pool([dead, alive])
     lost = []
     pool.on_lost = lost.append
-    for i in range(6):
-        pool.submit(i, "work", i)
+    submit(pool, *range(6))
     pool.pump()
     in_hand = [ref[1] for ref in dead.calls]
     world.die(dead)
@@ -150,8 +163,7 @@ def test_what_a_dying_actor_had_finished_is_kept(world):
     pool = world.pool([dead])
     lost = []
     pool.on_lost = lost.append
-    for i in range(2):
-        pool.submit(i, "work", i)
+    submit(pool, *range(2))
     pool.pump()
     world.done.add(dead.calls[0])
     world.die(dead)
@@ -161,8 +173,7 @@ def test_what_a_dying_actor_had_finished_is_kept(world):
 def test_the_last_actor_may_die_too(world):
     (only,) = world.actors("only")
     pool = world.pool([only])
-    for i in range(5):
-        pool.submit(i, "work", i)
+    submit(pool, *range(5))
     pool.pump()
     world.die(only)
     assert sorted(finish(world, pool)) == list(range(5))
@@ -172,7 +183,7 @@ def test_the_last_actor_may_die_too(world):
 def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
     (hung,) = world.actors("hung")
     pool = world.pool([hung], in_flight=1)
-    pool.submit(7, "work", 7)
+    submit(pool, 7)
     pool.pump()
     world.now = 11.0
     pool.pump()
@@ -182,31 +193,30 @@ def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
 
 def test_a_chunk_that_kills_every_actor_ends_the_run_naming_it(world):
     pool = world.pool(world.actors("a"), attempts=3, in_flight=1)
-    pool.submit(7, "work", 7)
+    submit(pool, 7)
     with pytest.raises(ActorDied, match=r"tried 3 times, run\.chunk_attempts"):
         for _ in range(20):
             pool.pump()
             for actor in pool.actors:
                 world.die(actor)
-            world.done.update(("ready", actor.name) for actor in world.spawned)
-    assert len(world.spawned) == 2
+            world.start_all()
+    assert len(world.killed) == 3
 
 
 def test_a_chunk_that_hangs_every_actor_ends_the_run_with_its_deadline(world):
     pool = world.pool(world.actors("a"), attempts=2, in_flight=1)
-    pool.submit(7, "work", 7)
+    submit(pool, 7)
     with pytest.raises(DeadlineExceeded, match=r"sampling 7 .*run\.chunk_seconds"):
         for _ in range(20):
             pool.pump()
             world.now += 11
-            world.done.update(("ready", actor.name) for actor in world.spawned)
+            world.start_all()
 
 
 def test_replacements_that_never_start_end_the_run_only_when_nobody_is_left(world):
     dead, alive = world.actors("dead", "alive")
     pool = world.pool([dead, alive], ready=5, attempts=2, seconds=1000)
-    for i in range(4):
-        pool.submit(i, "work", i)
+    submit(pool, *range(4))
     pool.pump()
     world.die(dead)
     for _ in range(6):
@@ -223,7 +233,7 @@ def test_replacements_that_never_start_end_the_run_only_when_nobody_is_left(worl
 def test_work_whose_input_is_gone_is_handed_back(world):
     (actor,) = world.actors("a")
     pool = world.pool([actor])
-    pool.submit(3, "work", 3)
+    submit(pool, 3)
     pool.pump()
     world.failed[actor.calls[0]] = ObjectLost("the node went")
     assert pool.pump() == [] and pool.inputs_lost == [3] and not pool.busy and pool.actors == [actor]
@@ -232,7 +242,7 @@ def test_work_whose_input_is_gone_is_handed_back(world):
 def test_what_remote_code_raises_is_never_tried_again(world):
     (actor,) = world.actors("a")
     pool = world.pool([actor])
-    pool.submit(3, "work", 3)
+    submit(pool, 3)
     pool.pump()
     world.failed[actor.calls[0]] = ZeroDivisionError("data")
     with pytest.raises(ZeroDivisionError):
@@ -243,30 +253,190 @@ def test_what_remote_code_raises_is_never_tried_again(world):
 def test_actors_that_died_while_idle_cost_no_chunk_an_attempt(world):
     actors = world.actors("a", "b", "c", "d")
     pool = world.pool(actors, attempts=2)
-    for actor in actors[:3]:
-        world.die(actor)
-    pool.begin()
-    assert pool.actors == actors[3:] and len(world.spawned) == 3
-    pool.submit(0, "work", 0)
+    pool.pump()
+    world.die(*actors[:3])
+    for _ in range(2):
+        world.now += 1.5
+        pool.pump()
+    assert pool.actors == actors[3:] and len(world.spawned) == 3 and len(world.said) == 3
+    submit(pool, 0)
     assert finish(world, pool) == [0]
 
 
 def test_the_first_death_uncovers_the_other_idle_dead(world):
     actors = world.actors("a", "b", "c", "d")
     pool = world.pool(actors, attempts=2)
-    pool.begin()
-    for actor in actors[:3]:  # after the round began
-        world.die(actor)
-    pool.submit(0, "work", 0)
+    for _ in range(2):
+        pool.pump()  # all are asked, and answer
+    world.die(*actors[:3])  # and it is too early to ask again
+    submit(pool, 0)
+    assert finish(world, pool) == [0] and len(world.spawned) == 3
+
+
+def test_the_idle_are_asked_now_and_then_and_the_busy_never(world):
+    idle, busy = world.actors("idle", "busy")
+    pool = world.pool([idle, busy])
+    for _ in range(5):
+        pool.pump()
+    assert (idle.asked, busy.asked) == (1, 1)
+    submit(pool, 0, 1, 2)
+    pool.pump()
+    world.done.update(idle.calls)
+    pool.pump()
+    world.now = 9.0  # one of the busy one's calls is done neither
+    for _ in range(3):
+        pool.pump()
+    assert (idle.asked, busy.asked) == (2, 1) and not world.killed
+
+
+def test_a_silent_idle_actor_is_replaced_after_its_deadline(world):
+    silent, other = world.actors("silent", "other")
+    pool = world.pool([silent, other])
+    silent.silent = True
+    pool.pump()
+    world.now = 10.0
+    pool.pump()
+    assert not world.killed
+    world.now = 10.1
+    pool.pump()
+    assert world.killed == [silent] and len(world.spawned) == 1
+    (text,) = world.said
+    assert "an idle actor for sampling did not answer in run.chunk_seconds=10 s" in text
+
+
+def test_a_silent_actor_gets_work_only_when_no_other_is_there(world):
+    silent, other = world.actors("silent", "other")
+    pool = world.pool([silent, other], attempts=1)
+    silent.silent = True
+    pool.pump()
+    world.now = 3.0
+    submit(pool, *range(5))
+    pool.pump()
+    assert silent.calls == [] and len(other.calls) == 2 and pool.waiting == 3  # it waits for one that answers
+    assert sorted(finish(world, pool)) == [0, 1, 2, 3, 4] and silent.calls == []
+
+
+def test_if_all_are_silent_work_is_given_all_the_same_and_lost_at_no_cost(world):
+    (silent,) = world.actors("silent")
+    pool = world.pool([silent], attempts=1)
+    lost = []
+    pool.on_lost = lost.append
+    silent.silent = True
+    pool.pump()
+    world.now = 3.0
+    submit(pool, 0, 1)
+    pool.pump()
+    assert [ref[1] for ref in silent.calls] == [0, 1]
+    world.now = 11.0  # its calls still had time; its answer had not
+    pool.pump()
+    assert world.killed == [silent] and lost == [0, 1]
+    assert finish(world, pool) == [0, 1]
+
+
+def test_an_actor_that_answers_after_all_is_as_good_as_any(world):
+    slow, other = world.actors("slow", "other")
+    pool = world.pool([slow, other])
+    slow.silent = True
+    pool.pump()
+    world.now = 5.0
+    slow.silent = False
+    submit(pool, *range(4))
+    pool.pump()
+    assert len(slow.calls) == 2 and len(other.calls) == 2 and not world.killed
+
+
+def test_a_bigger_pool_is_filled_up_and_a_smaller_one_keeps_who_works(world):
+    a, b = world.actors("a", "b")
+    pool = world.pool([a, b])
+    pool.resize(4)
+    assert len(world.spawned) == 2 and pool.actors == [a, b]
+    pool.resize(4)  # those on their way count
+    assert len(world.spawned) == 2
+    world.start_all()
+    pool.pump()
+    assert pool.actors == [a, b, *world.spawned]
+    pool.resize(1)
+    pool.pump()
+    assert pool.actors == [a, b, *world.spawned] and not world.killed
+
+
+def test_replacements_beyond_a_smaller_pool_are_called_off(world):
+    a, b, c = world.actors("a", "b", "c")
+    pool = world.pool([a, b, c])
+    pool.pump()
+    world.die(b, c)
+    world.now = 1.5
+    for _ in range(2):
+        pool.pump()
+    assert pool.actors == [a] and len(world.spawned) == 2
+    pool.resize(2)
+    assert world.killed[-1] is world.spawned[1]
+    world.start_all()
+    pool.pump()
+    assert pool.actors == [a, world.spawned[0]]
+
+
+def test_starts_that_failed_are_forgiven_when_the_cluster_has_changed(world):
+    (dead,) = world.actors("dead")
+    pool = world.pool([dead], ready=5, attempts=2)
+    submit(pool, 0)
+    pool.pump()
+    world.die(dead)
+    pool.pump()
+    world.now = 6.0
+    pool.pump()  # the first replacement was not up in time
+    assert len(world.spawned) == 2 and "trying another" in world.said[-1]
+    pool.resize(1)
+    world.now = 12.0
+    pool.pump()  # nor was the second, but a node has joined since
+    assert len(world.spawned) == 3
     assert finish(world, pool) == [0]
+
+
+def test_a_hopeless_chunk_that_is_taken_care_of_does_not_end_the_run(world):
+    pool = world.pool(world.actors("a"), attempts=2)
+    hopeless = []
+    pool.on_hopeless = lambda key, error: hopeless.append((key, type(error))) or True
+    submit(pool, 7, 8)
+    for _ in range(10):
+        pool.pump()
+        for actor in pool.actors:
+            if any(ref[1] == 7 and ref not in world.done for ref in actor.calls[:1]):
+                world.die(actor)
+        world.start_all()
+        if hopeless:
+            break
+    assert hopeless == [(7, ActorDied)]
+    assert finish(world, pool) == [8]  # what was queued behind it is not lost with it
+
+
+def test_work_submitted_first_is_given_first(world):
+    (actor,) = world.actors("a")
+    pool = world.pool([actor], in_flight=1)
+    submit(pool, 0, 1)
+    pool.submit(2, "work", lambda: (2,), first=True)
+    assert finish(world, pool) == [2, 0, 1]
+
+
+def test_arguments_are_found_when_an_actor_is_free_also_the_second_time(world):
+    (dead,) = world.actors("dead")
+    pool = world.pool([dead], in_flight=1)
+    weights = ["old"]
+    pool.submit(0, "work", lambda: (weights[0],))
+    pool.submit(1, "work", lambda: (weights[0],))
+    pool.pump()
+    weights[0] = "new"
+    world.die(dead)
+    assert sorted(finish(world, pool)) == [0, 1]
+    assert dead.calls == [("dead", "old")]
+    assert [ref[1] for ref in world.spawned[0].calls] == ["new", "new"]
 
 
 def test_an_actor_that_cannot_be_reached_is_killed_and_all_it_had_goes_elsewhere(world):
     """Ray says it is unavailable, and it lives: it must neither keep its share nor a call without a deadline."""
     lost, other = world.actors("lost", "other")
     pool = world.pool([lost, other])
-    for i in range(4):
-        pool.submit(i, "work", i)
+    submit(pool, *range(4))
     pool.pump()
     world.failed[lost.calls[0]] = ActorDied("unavailable")  # and nothing is ever heard of its second call
     world.kill = world.killed.append
@@ -278,12 +448,14 @@ def test_an_actor_that_cannot_be_reached_is_killed_and_all_it_had_goes_elsewhere
 def test_replacements_that_came_up_during_a_long_silence_are_all_taken(world):
     actors = world.actors("a", "b", "c")
     pool = world.pool(actors, ready=5)
-    for actor in actors[:2]:
-        world.die(actor)
-    pool.begin()
-    world.done.update(("ready", actor.name) for actor in world.spawned)
-    world.now = 1000.0  # the driver was training
-    pool.submit(0, "work", 0)
+    pool.pump()
+    world.die(*actors[:2])
+    world.now = 1.5
+    for _ in range(2):
+        pool.pump()
+    world.start_all()
+    world.now = 1000.0  # the driver was at something else
+    submit(pool, 0)
     pool.pump()
     assert pool.actors == [actors[2], *world.spawned] and len(world.spawned) == 2
 
@@ -291,9 +463,12 @@ def test_replacements_that_came_up_during_a_long_silence_are_all_taken(world):
 def test_a_driver_that_was_stopped_does_not_blame_its_actors(world):
     actors = world.actors("a", "b", "c")
     pool = world.pool(actors, in_flight=1)
-    for i in range(3):
-        pool.submit(i, "work", i)
+    submit(pool, *range(3))
     pool.pump()
     world.done.update(ref for actor in actors for ref in actor.calls)
     world.now = 1000.0
     assert sorted(key for key, _, _ in pool.pump()) == [0, 1, 2] and not world.killed
+    pool.pump()  # the idle are asked, and have answered when it looks again
+    world.now = 2000.0
+    pool.pump()
+    assert not world.killed

@@ -1,0 +1,155 @@
+"""A run over the emulated parts in a process of its own, which may kill itself (SIGKILL) at a point of its protocol:
+
+    python driver.py [--point NAME] [--fault ROLE STATE KIND] [--folder FOLDER] [--seconds S S S] -- [key=value ...]
+
+FOLDER gets the witness; seconds are those of a chunk's sampling and scoring, and of an epoch's training. Points are functions of the product, wrapped by name: nothing in it knows of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import emulated_faults
+from emulated_faults import WITNESS, Fault
+
+from actors.learner_group import LearnerGroup
+from actors.ray_runner import RayRunner
+from benchmarks import emulated
+from benchmarks.emulated import Emulation
+from cluster.weights import WeightStore
+from learner import checkpoint, controller, factory, resume, run, storage
+from learner.ledger import Ledger
+from learner.pipeline import Pipeline
+from learner.records import Records
+from learner.storage import Storage
+
+STEP = "checkpoints/step-000004"  # epochs are 0, 1, 2; epoch 1 ends with this checkpoint
+Which = Callable[[tuple[Any, ...], dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Before or after a call of a function: the `nth` of those that `which` is true of."""
+
+    owner: Any
+    name: str
+    before: bool
+    nth: int = 1
+    which: Which = lambda arguments, named: True
+
+    def arm(self, strike: Callable[[], None]) -> None:
+        real, calls = getattr(self.owner, self.name), []
+
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            chosen = self.which(arguments, named)
+            calls.append(chosen)
+            now = chosen and sum(calls) == self.nth
+            if now and self.before:
+                strike()
+            result = real(*arguments, **named)
+            if now and not self.before:
+                strike()
+            return result
+
+        setattr(self.owner, self.name, wrapped)
+
+
+def _argument(place: int, value: Any) -> Which:
+    """Of calls whose argument at this place (0 is self, of methods) begins with the value, or is it."""
+
+    def which(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+        found = arguments[place] if place < len(arguments) else None
+        return found.startswith(value) if isinstance(value, str) and isinstance(found, str) else found == value
+
+    return which
+
+
+def _of_epoch_1(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    return arguments[1][:2] == ("train", 1)
+
+
+def _finished(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    return bool(named.get("finished"))
+
+
+def _old_folder(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    return str(arguments[0]).endswith(storage.GONE) and Path(arguments[0]).exists()
+
+
+BEFORE, AFTER = True, False
+POINTS = {
+    "before the lock": Point(resume, "_lock", BEFORE),
+    "lock taken": Point(resume, "_lock", AFTER),
+    "before run.json": Point(Records, "note", BEFORE),
+    "run.json written": Point(Records, "note", AFTER),
+    "actors up": Point(RayRunner, "_start", AFTER),
+    "first evaluation": Point(RayRunner, "evaluate", AFTER),
+    "first evaluation written": Point(Records, "save_evaluation", AFTER),
+    "first metrics line": Point(Records, "append", AFTER),
+    "before the first checkpoint": Point(checkpoint, "save", BEFORE),
+    "first checkpoint": Point(checkpoint, "save", AFTER),
+    "ledger opened": Point(Ledger, "open", AFTER, 1, _argument(1, 1)),
+    "chunks admitted": Point(Pipeline, "admit", AFTER, 2),
+    "chunk handed to a sampler": Point(Pipeline, "given", AFTER, 2, _of_epoch_1),
+    "chunk sampled": Point(Pipeline, "sampled", AFTER, 2, _of_epoch_1),
+    "chunk scored": Point(Pipeline, "scored", AFTER, 2, _of_epoch_1),
+    "epoch whole": Point(Pipeline, "take", BEFORE, 1, _argument(1, 1)),
+    "before the fetch": Point(LearnerGroup, "fetch", BEFORE, 1, _argument(1, 1)),
+    "fetched": Point(LearnerGroup, "fetch", AFTER, 1, _argument(1, 1)),
+    "training call sent": Point(LearnerGroup, "_answers", BEFORE, 1, _argument(3, "training of epoch 1")),
+    "training answered": Point(LearnerGroup, "_answers", AFTER, 1, _argument(3, "training of epoch 1")),
+    "state files got": Point(LearnerGroup, "state_files", AFTER, 3),
+    "before the publication": Point(WeightStore, "publish", BEFORE, 3),
+    "published": Point(WeightStore, "publish", AFTER, 3),
+    "ledger closed": Point(Ledger, "close", AFTER, 1, _argument(1, 1)),
+    "before the trajectories": Point(Records, "save_trajectories", BEFORE, 1, _argument(1, 1)),
+    "trajectories written": Point(Records, "save_trajectories", AFTER, 1, _argument(1, 1)),
+    "evaluation written": Point(Records, "save_evaluation", AFTER, 1, _argument(1, 1)),
+    "before the metrics": Point(Records, "append", BEFORE, 3),
+    "metrics appended": Point(Records, "append", AFTER, 3),
+    "checkpoint aside": Point(Storage, "remove", BEFORE, 1, _argument(1, STEP)),
+    "checkpoint renamed": Point(Storage, "write_folder", AFTER, 1, _argument(1, STEP)),
+    "latest linked": Point(checkpoint, "_link", AFTER, 3),
+    "half pruned": Point(storage.shutil, "rmtree", BEFORE, 1, _old_folder),
+    "pruned": Point(checkpoint, "prune", AFTER, 3),
+    "pipeline closed": Point(RayRunner, "closed", AFTER, 2),
+    "before the report": Point(controller, "_report", BEFORE),
+    "before the end": Point(controller, "finish", BEFORE),
+    "noted as finished": Point(Records, "note", AFTER, 1, _finished),
+    "after the end": Point(controller, "finish", AFTER),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--point", choices=POINTS)
+    parser.add_argument("--fault", nargs=3, metavar=("ROLE", "STATE", "KIND"))
+    parser.add_argument("--seconds", nargs=3, type=float, default=(0.0, 0.0, 0.0))
+    parser.add_argument("settings", nargs="*")
+    args = parser.parse_args()
+    sample, score, train = args.seconds
+    emulation = Emulation(sample_seconds=sample, score_seconds=score, train_seconds=train)
+
+    def strike() -> None:
+        (args.folder / WITNESS).touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    parts = emulated.parts(emulation)
+    if args.fault:
+        parts = emulated_faults.parts(emulation, Fault(*args.fault, str(args.folder)))
+    factory.parts = lambda config: parts
+    if args.point:
+        POINTS[args.point].arm(strike)
+    return run.main(args.settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What a run stands on fails: a node, a raylet, the disk, the MLflow server. As if nothing had been, or a typed error."""
+
+import os
+import secrets
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from emulated_faults import WITNESS
+from emulated_run import SETTINGS, outcome
+from ray.cluster_utils import Cluster
+
+from benchmarks import emulated
+from benchmarks.emulated import Emulation
+from learner import factory, run
+from learner.config import ROOT
+
+pytestmark = pytest.mark.faults
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch):
+    build = emulated.parts(Emulation())
+    monkeypatch.setattr(factory, "parts", lambda config: build)
+
+
+@pytest.fixture
+def unbroken(tmp_path, parts):
+    folder = tmp_path / "unbroken"
+    assert run.main([*SETTINGS, "run.runner=inprocess", f"run.dir={folder}"]) == 0
+    return outcome(folder)
+
+
+@pytest.fixture
+def after_the_first_epoch(monkeypatch):
+    """after_the_first_epoch(do): call it when that is closed; returns a list of what the driver says."""
+    said = []
+
+    def set_up(do) -> list[str]:
+        def say(text: str) -> None:
+            said.append(text)
+            print(text)
+            if text.startswith("epoch 1/"):
+                do()
+
+        monkeypatch.setattr(run, "say", say)
+        monkeypatch.setattr(run, "complain", lambda text: said.append(f"complaint: {text}"))
+        return said
+
+    return set_up
+
+
+@pytest.fixture
+def two_nodes(tmp_path, monkeypatch):
+    """A head and another node, each with raylet and workers of its own."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
+    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
+    folder = tempfile.mkdtemp(prefix="tr-", dir="/tmp")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "temp_dir": folder})
+    cluster.add_node(num_cpus=2)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["node", pytest.param("raylet", marks=pytest.mark.slow)])
+def test_a_lost_node_costs_nothing_but_time(kind, two_nodes, unbroken, tmp_path):
+    settings = [*SETTINGS, "learner.ranks=1", "sampler.actors=4", "run.ready_seconds=60", f"run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, HERE / "driver.py", "--folder", tmp_path, "--fault", "sampler", "serving", kind]
+    done = subprocess.run([*command, "--", *settings], capture_output=True, text=True, timeout=300)
+    print(done.stdout, done.stderr)
+    assert (tmp_path / WITNESS).exists()
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert outcome(tmp_path / "run") == unbroken
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB: enough for a run, as long as nobody else fills it."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
+    cluster, small_disk, unbroken, after_the_first_epoch, tmp_path
+):
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    said = after_the_first_epoch(fill)
+    assert run.main([*SETTINGS, f"run.dir={small_disk / 'run'}"]) == 1 and filler.stat().st_size
+    (complaint,) = [text for text in said if text.startswith("complaint: ")]
+    assert "StorageError" in complaint and "no space left" in complaint and "the same command goes on" in complaint
+    assert [path for path in (small_disk / "run").rglob("*.new")] == []
+    after_the_first_epoch(lambda: None)
+    filler.unlink()
+    assert run.main([*SETTINGS, f"run.dir={small_disk / 'run'}"]) == 0
+    assert any("going on from checkpoints/step-000002" in text for text in said)
+    assert outcome(small_disk / "run") == unbroken
+
+
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """(its process, its URL, its database)."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    database, log = tmp_path / "mlflow.db", (tmp_path / "server.log").open("w")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}"]
+    process = subprocess.Popen(
+        [*command, "--artifacts-destination", str(tmp_path / "artifacts"), "--port", str(port), "--workers", "1"],
+        stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    yield process, f"http://127.0.0.1:{port}", database
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+
+
+@pytest.mark.parametrize("kind", ["kill", pytest.param("stop", marks=pytest.mark.slow)])
+def test_a_lost_mlflow_server_costs_a_warning(
+    kind, cluster, mlflow_server, unbroken, after_the_first_epoch, tmp_path, monkeypatch
+):
+    server, url, database = mlflow_server
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+    def strike() -> None:
+        deadline = time.monotonic() + 240
+        while not shown(database):
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.5)
+        (tmp_path / WITNESS).touch(exist_ok=False)
+        for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)):
+            process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+
+    said = after_the_first_epoch(strike)
+    mlflow = ["mlflow.enabled=true", f"mlflow.uri={url}", "mlflow.finish_seconds=5"]
+    status = run.main([*SETTINGS, *mlflow, f"run.dir={tmp_path / 'run'}"])
+    assert (tmp_path / WITNESS).exists() and status == 0
+    assert outcome(tmp_path / "run") == unbroken
+    assert any("MLflow does not have everything" in text and "learner.upload" in text for text in said)
+
+
+def shown(database: Path) -> bool:
+    """Whether the server knows a run."""
+    with suppress(sqlite3.Error), sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        return connection.execute("select count(*) from runs").fetchone()[0] > 0
+    return False
