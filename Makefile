@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 
-.PHONY: setup demo test slow check
+.PHONY: setup demo test slow faults soak check
 
 setup: .venv/.ready
 
@@ -22,6 +22,13 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The whole kill matrix, the driver killed at every point of its protocol, hosts cut off.
+faults: setup
+	$(BIN)/python -m pytest -m faults tests/faults
+
+soak: setup
+	$(BIN)/python tests/faults/soak.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
     python driver.py [--point NAME] [--fault ROLE STATE KIND] [--folder FOLDER] [--seconds S S S] -- [key=value ...]
 
-FOLDER gets the witness; seconds are those of a chunk's sampling and scoring, and of an epoch's training. Points are functions of the product, wrapped by name: nothing in it knows of them.
+FOLDER gets the witness; seconds are those of a chunk's sampling and scoring, and of an epoch's training. Points are
+functions of the product, wrapped by name: nothing in it knows of them.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Fault:
 
 
 def _on_the_drivers_node() -> bool:
-    """The head is where the driver is: its processes know no other address of the control store than their own."""
+    """The driver runs on the head."""
     head = next(node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
     return ray.get_runtime_context().get_node_id() == head
 
@@ -96,7 +96,8 @@ class FaultySampler(EmulatedSampler):
         if chunk.index == fault.chunk and fault.role.startswith("rank") and fault.here(fault.role, "idle", epoch):
             fault.strike_the_idle()
         made = super().sample(chunk, snapshot)
-        if chunk.index == fault.chunk and fault.here("sampler", "serving", epoch):
+        anywhere = fault.kind in ("raylet", "node")
+        if (anywhere or chunk.index == fault.chunk) and fault.here("sampler", "serving", epoch):
             fault.strike()
         return made
 

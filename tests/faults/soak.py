@@ -31,8 +31,8 @@ ROOT = HERE.parent.parent
 TITLES = {"sampler": "ray::SamplerActor", "scorer": "ray::RewardActor", "rank": "ray::LearnerActor"}
 # What may happen, and how often of all.
 WEIGHTS = {
-    ("kill", "sampler"): 40, ("kill", "scorer"): 22, ("kill", "rank"): 16, ("stop", "sampler"): 6, ("stop", "scorer"): 4,
-    ("stop", "rank"): 2, ("kill", "node"): 4, ("kill", "driver"): 6,
+    ("kill", "sampler"): 40, ("kill", "scorer"): 22, ("kill", "rank"): 16, ("kill", "driver"): 6, ("kill", "node"): 4,
+    ("stop", "sampler"): 6, ("stop", "scorer"): 4, ("stop", "rank"): 2,
 }  # fmt: skip
 SECONDS = ("0.2", "0.05", "0.4")  # of a chunk's sampling and scoring, and of an epoch's training
 DEADLINES = ("run.chunk_seconds=4", "run.train_seconds=6", "run.ready_seconds=120")

@@ -1,0 +1,185 @@
+"""The ranks as one, over fake actors: who gets which chunks, whose failure counts, and by when."""
+
+import numpy as np
+import pytest
+
+from actors import learner_group as module
+from actors.learner_group import LearnerGroup
+from cluster.waits import ActorDied, DeadlineExceeded
+from diffusion.snapshot import Snapshot
+from learner.group import GroupBroken
+from learner.receipts import RanksDiverged
+from learner.training import Training
+
+
+class FakeRank:
+    """Answers at once with what it is told to, an exception included; `silent` methods are never answered."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.silent, self.killed, self.calls = rank, set(), False, []
+        self.answers = {
+            "ready": True, "address": f"tcp://{rank}", "start": (Snapshot(0, np.zeros(1), "first"), (1, 2, 2)),
+            "fit_micro_batch": 8 - rank, "fetch": [], "state_files": {f"rank-{rank}": b"state"},
+            "train_epoch": (Training({}, [], (rank,)), "hash", Snapshot(1, np.zeros(1), "hash") if rank == 0 else None),
+        }  # fmt: skip
+
+    def __getattr__(self, name: str):
+        return Method(self, name)
+
+
+class Method:
+    def __init__(self, rank: FakeRank, name: str) -> None:
+        self.rank, self.name = rank, name
+
+    def remote(self, *arguments):
+        self.rank.calls.append((self.name, *arguments))
+        return (self.rank, self.name, len(self.rank.calls))
+
+
+class World:
+    def __init__(self) -> None:
+        self.now, self.spawned, self.meanwhile = 0.0, [], 0
+
+    def spawn(self, rank: int) -> FakeRank:
+        self.spawned.append(FakeRank(rank))
+        return self.spawned[-1]
+
+    def wait(self, refs) -> None:
+        self.meanwhile += 1
+        self.now += 0.5
+
+    def done(self, refs, seconds=0.0):
+        return [ref for ref in refs if ref[1] not in ref[0].silent]
+
+    def get(self, ref, *_):
+        answer = ref[0].answers[ref[1]]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def world(monkeypatch):
+    world = World()
+    monkeypatch.setattr(module, "done", world.done)
+    monkeypatch.setattr(module, "get", world.get)
+    monkeypatch.setattr(module.ray, "put", lambda value: value)
+    monkeypatch.setattr(module.ray, "kill", lambda actor: setattr(actor, "killed", True))
+    monkeypatch.setattr(module.time, "monotonic", lambda: world.now)
+    return world
+
+
+@pytest.fixture
+def group(world):
+    group = LearnerGroup(world.spawn, 2, 2, train_seconds=5.0, chunk_seconds=3.0, meanwhile=world.wait)
+    group.start({"a": b"file"}, 10.0, "starting", "run.ready_seconds")
+    return group
+
+
+def called(rank: FakeRank, name: str) -> tuple:
+    return next(call[1:] for call in rank.calls if call[0] == name)
+
+
+def test_all_are_up_before_any_is_told_to_meet_the_others(world):
+    slow = {}
+    real = world.wait
+
+    def wait(refs):
+        real(refs)
+        slow.setdefault("asked to start meanwhile", any(c[0] == "start" for r in world.spawned for c in r.calls))
+        world.spawned[1].silent.clear()
+
+    def spawn(rank):
+        actor = world.spawn(rank)
+        actor.silent = {"address"} if rank else set()
+        return actor
+
+    group = LearnerGroup(spawn, 2, 1, 5.0, 3.0, wait)
+    held, latent = group.start(None, 10.0, "starting", "run.ready_seconds")
+    assert slow == {"asked to start meanwhile": False} and held.sha256 == "first" and latent == (1, 2, 2)
+    assert [called(rank, "start") for rank in world.spawned] == [("tcp://0", 5.0, None)] * 2
+
+
+def test_every_update_is_the_same_chunks_whatever_the_ranks(group, world):
+    pairs = [(f"t{i}", f"s{i}") for i in range(8)]
+    assert group.fetch(1, pairs) == []
+    first, second = (called(rank, "fetch")[1] for rank in world.spawned)
+    assert first == [[pairs[0], pairs[2]], [pairs[4], pairs[6]]]
+    assert second == [[pairs[1], pairs[3]], [pairs[5], pairs[7]]]
+
+
+def test_what_is_lost_is_named_by_its_place_in_the_epoch(group, world):
+    world.spawned[0].answers["fetch"], world.spawned[1].answers["fetch"] = [(0, 1)], [(1, 0)]
+    assert group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)]) == [2, 5]
+
+
+def test_training_gives_all_accounts_and_all_files(group):
+    trainings, snapshot, files = group.train(1, 0.5)
+    assert [training.trajectory_ids for training in trainings] == [(0,), (1,)] and snapshot.version == 1
+    assert files == {"rank-0": b"state", "rank-1": b"state"}
+
+
+@pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone"), ZeroDivisionError("a defect")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, failure, group, world):
+    world.spawned[rank].answers["train_epoch"] = failure
+    world.spawned[1 - rank].silent = {"train_epoch"}
+    with pytest.raises(type(failure)):
+        group.train(1, 0.5)
+    assert world.now == 0.0
+
+
+def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(group, world):
+    world.spawned[1].silent = {"train_epoch"}
+    with pytest.raises(DeadlineExceeded, match=r"training of epoch 1 took longer than run\.train_seconds=5 s"):
+        group.train(1, 0.5)
+    assert 5.0 < world.now <= 5.5 and world.meanwhile == 11
+
+
+def test_a_rank_that_does_not_answer_a_fetch_is_noticed_within_a_second_of_its_own_deadline(group, world):
+    world.spawned[0].silent = {"fetch"}
+    with pytest.raises(DeadlineExceeded, match=r"run\.chunk_seconds"):
+        group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)])
+    assert 3.0 < world.now <= 4.0
+
+
+def test_ranks_that_hold_different_adapters_end_the_run(group, world):
+    training, _, _ = world.spawned[1].answers["train_epoch"]
+    world.spawned[1].answers["train_epoch"] = (training, "another", None)
+    with pytest.raises(RanksDiverged):
+        group.train(1, 0.5)
+
+
+def look(group, world, seconds: float) -> None:
+    """As the driver does while others work."""
+    until = world.now + seconds
+    while world.now < until:
+        group.look()
+        world.now += 0.25
+
+
+def test_an_idle_rank_that_dies_is_noticed(group, world):
+    look(group, world, 5.0)
+    world.spawned[1].answers["ready"], then = ActorDied("gone"), world.now
+    with pytest.raises(ActorDied):
+        look(group, world, 5.0)
+    assert world.now - then <= 1.0
+
+
+def test_an_idle_rank_that_is_silent_is_noticed_at_its_deadline(group, world):
+    look(group, world, 5.0)
+    world.spawned[0].silent, then = {"ready"}, world.now
+    with pytest.raises(DeadlineExceeded, match=r"an idle learner rank did not answer in run\.chunk_seconds=3 s"):
+        look(group, world, 9.0)
+    assert 3.0 < world.now - then <= 4.0
+
+
+def test_a_group_that_starts_anew_is_of_other_actors_and_asks_those(group, world):
+    look(group, world, 0.5)
+    world.spawned[0].silent = {"ready"}
+    look(group, world, 1.0)
+    old = list(world.spawned)
+    group.stop()
+    group.start(None, 10.0, "starting anew", "run.ready_seconds")
+    look(group, world, 20.0)
+    assert all(rank.killed for rank in old) and not any(rank.killed for rank in world.spawned[2:])
