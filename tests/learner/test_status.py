@@ -228,10 +228,17 @@ def test_a_real_run_is_seen_while_it_trains_and_after(settings, tmp_path, monkey
 
 
 def test_a_run_that_fails_says_why_in_it(settings, tmp_path, monkeypatch):
+    real, seen = InProcessRunner.train_epoch, []
+
     def fails(self, epoch, beta):
+        if epoch == 0:
+            return real(self, epoch, beta)
+        seen.append(look(Storage(str(tmp_path / "mine"))))
         raise StorageError("the storage's own words")
 
+    monkeypatch.setattr(heartbeat, "SECONDS", 1000.0)  # only an epoch's end is written
     monkeypatch.setattr(InProcessRunner, "train_epoch", fails)
     assert main(settings) == 1
+    assert seen[0]["doing"] == {"doing": "training", "done": 0, "total": 1}
     found = look(Storage(str(tmp_path / "mine")))
     assert (found["state"], found["reason"]) == ("failed", "StorageError: the storage's own words")
