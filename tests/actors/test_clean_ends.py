@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import ray_processes
@@ -108,6 +109,10 @@ def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
     wait_for(lambda: "mlflow_run_id" in json.loads((tmp_path / "run/run.json").read_text()), process)
     time.sleep(0.3)  # an epoch takes at least a second
     traces = ray_processes.traces(temporary)
+    assert [mode & 0o077 for mode in (path.stat().st_mode for path in Path(temporary).iterdir())] == [
+        0,
+        0,
+    ]  # Ray, MLflow
     assert any("learner.upload" in line for line in ray_processes.of(temporary))
     for secret in SECRETS.values():
         assert files_with(secret, temporary, tmp_path) == []
