@@ -69,7 +69,8 @@ class Session:
                 doors.ensure_token()
                 self._folder = TemporaryFolder()
                 with self._folder.marking():
-                    _init(address, include_dashboard=False, _temp_dir=str(self._folder.path))
+                    # Ray opens its folder to everybody; ours around it stays closed.
+                    _init(address, include_dashboard=False, _temp_dir=str(self._folder.path / "r"))
             else:
                 doors.require_answer(address)
                 _init(address)

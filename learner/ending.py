@@ -5,7 +5,6 @@ Standard library alone: it is at work before torch is imported, which takes seco
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
@@ -23,17 +22,13 @@ _status = 0  # 128 + signal, once one has come
 _stage: Literal["starting", "running", "closing"] = "starting"
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run is to end now. `status` is the exit status: 130 for Ctrl-C, 143 for SIGTERM."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
 def watch() -> None:
-    """From here on a signal ends this process with one line; after `running`, by raising Interrupted in the main
-    thread. Only the first one counts: an impatient second Ctrl-C does not break off a clean end."""
+    """From here on a signal ends this process with one line; after `running`, by raising KeyboardInterrupt in the
+    main thread. Only the first one counts: an impatient second Ctrl-C does not break off a clean end."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    threading.Thread(target=_end_hard, args=(told,), daemon=True).start()
     for one in SIGNALS:
         if signal.getsignal(one) is not signal.SIG_IGN:  # nohup
             signal.signal(one, _end)
@@ -69,9 +64,10 @@ def hurry() -> bool:
     return _status > 0
 
 
-def status_of(interrupt: KeyboardInterrupt) -> int:
-    """Exit status after an interrupt, whoever raised it."""
-    return interrupt.status if isinstance(interrupt, Interrupted) else 130
+def status() -> int:
+    """Exit status after an interrupt: 130 for Ctrl-C, 143 for SIGTERM. The exception cannot tell: Ray makes a
+    KeyboardInterrupt of its own of what it meets in a call."""
+    return _status or 130
 
 
 @contextlib.contextmanager
@@ -100,13 +96,15 @@ def _end(signum: int, frame: FrameType | None) -> None:
     if _stage == "starting":
         os.write(2, b"learner.run: interrupted before anything was started\n")
         os._exit(_status)
-    _thread.start_new_thread(_end_hard, ())  # not threading: what the signal interrupts may hold a lock of it
     if _stage == "running":
-        raise Interrupted(_status)
+        raise KeyboardInterrupt
 
 
-def _end_hard() -> None:
-    """The exception may be lost (in a destructor), or the end meet something that hangs."""
+def _end_hard(told: int) -> None:
+    """The main thread may be in a call that knows no signals, the exception be lost (in a destructor), or the end meet
+    something that hangs. The interpreter writes the numbers of signals to `told` whatever the main thread is at."""
+    while (number := os.read(told, 1)[0]) not in SIGNALS:
+        continue
     time.sleep(END_SECONDS)
     os.write(2, b"learner.run: no clean end in time; the same command goes on\n")
-    os._exit(_status)
+    os._exit(128 + number)

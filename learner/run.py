@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             complain(line)
         return 2
-    except KeyboardInterrupt as signal:
+    except KeyboardInterrupt:
         complain("interrupted before anything was started")
-        return ending.status_of(signal)
+        return ending.status()
     try:
         return _run(opened)
     finally:
@@ -116,10 +116,10 @@ def _run(opened: OpenRun) -> int:
         reason = f"{type(error).__name__}: {error}"
         complain(f"{reason} ({way_on})")
         return 1
-    except KeyboardInterrupt as signal:
+    except KeyboardInterrupt:
         status = "KILLED"
         complain(f"interrupted; the same command goes on from what is done in {records.storage}")
-        return ending.status_of(signal)
+        return ending.status()
     finally:
         ending.closing()
         if runner is not None:
