@@ -3,6 +3,7 @@ last checkpoint. Training is a function of that checkpoint and the trajectories,
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from learner.group import GroupBroken
 from learner.training import Training
 
 GONE = (ActorDied, DeadlineExceeded, GroupBroken)
+HEAR_SECONDS = 1.0  # between a rank's failure and the others' noticing it
 Pairs = Sequence[tuple[ray.ObjectRef, ray.ObjectRef]]  # (trajectories, scores) in chunk order
 
 
@@ -140,7 +142,12 @@ class LearnerGroup:
         deadline, found = time.monotonic() + seconds, {}
         while True:
             for ref in done([ref for ref in calls if ref not in found]):
-                found[ref] = self._get(ref, what, setting)
+                try:
+                    found[ref] = self._get(ref, what, setting)
+                except RanksLost as lost:
+                    if isinstance(lost.cause, GroupBroken):  # by a rank that failed, or is gone
+                        self._hear_the_others([other for other in calls if other != ref], what, setting)
+                    raise
             if len(found) == len(calls):
                 return [found[ref] for ref in calls]
             if time.monotonic() > deadline:
@@ -157,6 +164,12 @@ class LearnerGroup:
         except Exception as error:
             self.on_fault(error)
             raise
+
+    def _hear_the_others(self, calls: list[ray.ObjectRef], what: str, setting: str) -> None:
+        """Raise what another rank has failed with, if it is the data's or the code's: that would be so again."""
+        for ref in done(calls, HEAR_SECONDS):
+            with contextlib.suppress(*GONE):
+                get(ref, self.chunk_seconds, what, setting)
 
     def _lost(self, cause: Exception) -> RanksLost:
         self.on_fault(cause)

@@ -356,8 +356,8 @@ class RayRunner:
 
     def _score_apart(self, key: Any, error: Exception) -> bool:
         """Of a chunk that costs every reward actor its process, if bad trajectories are set aside."""
-        if self.config.reward.on_bad_reward == "stop":
-            return False
+        if self.config.reward.on_bad_reward == "stop" or self.config.train.shuffle_rewards:
+            return False  # the shuffled rewards of a chunk are its own: it cannot be scored in parts
         if len(key) > 3:
             self._apart.hopeless(key, error)
         else:
