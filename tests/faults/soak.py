@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
@@ -19,15 +18,20 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+os.environ |= {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}  # read when Ray is imported
 
 import psutil
 from emulated_run import SETTINGS, lost, outcome
 from ray.cluster_utils import Cluster
 
+from cluster.session import _ensure_token
+from learner.config import ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 TITLES = {"sampler": "ray::SamplerActor", "scorer": "ray::RewardActor", "rank": "ray::LearnerActor"}
 # What may happen, and how often of all.
 WEIGHTS = {
@@ -43,8 +47,8 @@ FIND_SECONDS = 30.0
 class Driver:
     """The run's command, given again whenever it was killed."""
 
-    def __init__(self, folder: Path, settings: list[str]) -> None:
-        self.command = [sys.executable, str(HERE / "driver.py"), "--seconds", *SECONDS, "--", *settings]
+    def __init__(self, folder: Path, settings: list[str], seconds: Sequence[str] = ("0", "0", "0")) -> None:
+        self.command = [sys.executable, str(HERE / "driver.py"), "--seconds", *seconds, "--", *settings]
         self.command += [f"run.dir={folder}"]
         self.heard: list[tuple[float, str]] = []
         self.start()
@@ -131,10 +135,8 @@ def main() -> int:
     args = parser.parse_args()
     begun, rng = time.monotonic(), random.Random(args.seed)
     place = Path(tempfile.mkdtemp(prefix="tr-", dir="/tmp"))
-    os.environ |= {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
-    }  # fmt: skip
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
+    _ensure_token()
     settings = [*SETTINGS, f"train.epochs={args.epochs}", "evaluation.every=8", "sampler.actors=3", "reward.actors=2"]
     settings += [*DEADLINES, "run.chunk_attempts=1000", "learner.attempts=1000"]
     unbroken = Driver(place / "unbroken", [*settings, "run.runner=inprocess"])
@@ -144,7 +146,7 @@ def main() -> int:
     print(f"unbroken: {time.monotonic() - begun:.0f} s", flush=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "temp_dir": str(place / "ray")})
     os.environ["RAY_ADDRESS"] = cluster.address
-    soak = Soak(rng, cluster, Driver(place / "run", settings))
+    soak = Soak(rng, cluster, Driver(place / "run", settings, SECONDS))
     driver, each = soak.driver, args.faults / args.epochs
     try:
         while driver.process.poll() is None:

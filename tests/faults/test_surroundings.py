@@ -78,13 +78,8 @@ def two_nodes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["node", pytest.param("raylet", marks=pytest.mark.slow)])
 def test_a_lost_node_costs_nothing_but_time(kind, two_nodes, unbroken, tmp_path):
     """Another one comes in its place: the lost one may have had all reward actors, and the head no room for more."""
-    settings = [
-        *SETTINGS,
-        "learner.ranks=1",
-        "sampler.actors=4",
-        "run.ready_seconds=120",
-        f"run.dir={tmp_path / 'run'}",
-    ]
+    folder = tmp_path / "run"
+    settings = [*SETTINGS, "learner.ranks=1", "sampler.actors=4", "run.ready_seconds=120", f"run.dir={folder}"]
     command = [sys.executable, HERE / "driver.py", "--folder", tmp_path, "--fault", "sampler", "serving", kind]
     driver = subprocess.Popen([*command, "--", *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 150
