@@ -51,9 +51,11 @@ class Driver:
         self.command = [sys.executable, str(HERE / "driver.py"), "--seconds", *seconds, "--", *settings]
         self.command += [f"run.dir={folder}"]
         self.heard: list[tuple[float, str]] = []
+        self.typed_ends = 0
         self.start()
 
     def start(self) -> None:
+        self._before = len(self.heard)
         self.process = subprocess.Popen(
             self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
@@ -68,6 +70,18 @@ class Driver:
         """How many are done."""
         done = [text for _, text in self.heard if text.startswith("epoch ")]
         return int(done[-1].split()[1].split("/")[0]) if done else 0
+
+    def at_work(self) -> bool:
+        """Whether all its actors are up."""
+        return any("epochs of" in text for _, text in self.heard[self._before :])
+
+    def over(self) -> bool:
+        """Whether the run is. One that ended in a typed error goes on by the same command."""
+        if self.process.poll() == 1 and any("the same command goes on" in text for _, text in self.heard[-3:]):
+            self.typed_ends += 1
+            print(f"ended: {self.heard[-1][1]}", flush=True)
+            self.start()
+        return self.process.poll() is not None
 
     def kill(self) -> None:
         self.process.kill()
@@ -149,13 +163,13 @@ def main() -> int:
     soak = Soak(rng, cluster, Driver(place / "run", settings, SECONDS))
     driver, each = soak.driver, args.faults / args.epochs
     try:
-        while driver.process.poll() is None:
+        while not driver.over():
             if time.monotonic() - begun > args.minutes * 60:
                 print(f"not done after {args.minutes:g} minutes")
                 driver.process.kill()
                 break
             due = min(args.faults, each * (driver.epochs() + 1))
-            if len(soak.faults) < due and any("epochs of" in text for _, text in driver.heard):
+            if len(soak.faults) < due and driver.at_work():
                 time.sleep(rng.uniform(0.0, 1.5))
                 soak.strike()
             time.sleep(0.05)
@@ -169,6 +183,7 @@ def main() -> int:
     for name, seconds in soak.detection().items():
         middle = sorted(seconds)[len(seconds) // 2]
         print(f"noticed, {name}: median {middle:.2f} s, most {max(seconds):.2f} s, of {len(seconds)}")
+    print(f"ended in a typed error and was started again: {driver.typed_ends} times")
     if status:
         print("\n".join(text for _, text in driver.heard[-20:]))
         print(f"exit status {status}; files in {place}")
