@@ -27,6 +27,10 @@ slow: setup
 faults: setup
 	$(BIN)/python -m pytest -m faults tests/faults
 
+# Its cells once more, around the embedded model instead of emulated compute.
+faults-shapes: setup
+	$(BIN)/python -m pytest -m shapes tests/faults
+
 soak: setup
 	$(BIN)/python tests/faults/soak.py
 

@@ -20,6 +20,15 @@ GONE = (ActorDied, DeadlineExceeded, GroupBroken)
 Pairs = Sequence[tuple[ray.ObjectRef, ray.ObjectRef]]  # (trajectories, scores) in chunk order
 
 
+class RanksLost(RuntimeError):
+    """The group is of no use any more. Its own type, because while the ranks work the pools do too (`meanwhile`), and
+    fail in the same ways."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 class LearnerGroup:
     """Dispatches to the ranks and waits for all of them. The first rank's failure is the group's: others would only
     notice it later, in the collective that they wait in."""
@@ -32,6 +41,7 @@ class LearnerGroup:
         references it gets, for a second at most, and may do other work. An epoch's chunks are `updates` equal parts."""
         self.ranks, self.updates = ranks, updates
         self.train_seconds, self.chunk_seconds = train_seconds, chunk_seconds
+        self.on_fault: Callable[[Exception], None] = lambda error: None  # told of every failure of a rank
         self._spawn, self._meanwhile = spawn, meanwhile
         self._actors: list[Any] = []
         self._pings: list[ray.ObjectRef] = []
@@ -44,8 +54,7 @@ class LearnerGroup:
         that the group holds and the shape of a latent.
 
         Raises:
-            DeadlineExceeded: not all were up in time.
-            ActorDied: one could not start.
+            RanksLost: not all were up in time, or one could not start.
         """
         deadline = time.monotonic() + seconds
 
@@ -81,7 +90,7 @@ class LearnerGroup:
         """Train on what was fetched: each rank's account, the next policy version, and the files of a checkpoint.
 
         Raises:
-            one of GONE: a rank is lost; `restart`, fetch and train again.
+            RanksLost: start, fetch and train again.
             RanksDiverged: the ranks hold different adapters.
         """
         limit, setting = self.train_seconds, "run.train_seconds"
@@ -97,18 +106,23 @@ class LearnerGroup:
         parts = self._answers(calls, self.train_seconds, "a checkpoint", "run.train_seconds")
         return {name: content for part in parts for name, content in part.items()}
 
+    @property
+    def alive(self) -> int:
+        """Ranks that were started and not stopped."""
+        return len(self._actors)
+
     def look(self) -> None:
         """Ask the idle ranks now and then whether they live; takes no time.
 
         Raises:
-            ActorDied, DeadlineExceeded: one does not, or has not answered for chunk_seconds.
+            RanksLost: one does not, or has not answered for chunk_seconds.
         """
-        now = time.monotonic()
+        now, limit = time.monotonic(), self.chunk_seconds
         for ref in done(self._pings):
             self._pings.remove(ref)
-            get(ref, self.chunk_seconds, "an idle learner rank", "run.chunk_seconds")
-        if self._pings and now - self._asked > self.chunk_seconds:
-            raise DeadlineExceeded(f"an idle learner rank did not answer in run.chunk_seconds={self.chunk_seconds:g} s")
+            self._get(ref, "an idle learner rank", "run.chunk_seconds")
+        if self._pings and now - self._asked > limit:
+            raise self._lost(DeadlineExceeded(f"an idle learner rank did not answer in run.chunk_seconds={limit:g} s"))
         if not self._pings and now - self._asked > PING_SECONDS:
             self._asked, self._pings = now, [actor.ready.remote() for actor in self._actors]
 
@@ -126,10 +140,24 @@ class LearnerGroup:
         deadline, found = time.monotonic() + seconds, {}
         while True:
             for ref in done([ref for ref in calls if ref not in found]):
-                found[ref] = get(ref, self.chunk_seconds, what, setting)  # or raises what it failed with
+                found[ref] = self._get(ref, what, setting)
             if len(found) == len(calls):
                 return [found[ref] for ref in calls]
             if time.monotonic() > deadline:
                 limit = setting if "=" in setting else f"{setting}={seconds:g}"
-                raise DeadlineExceeded(f"{what} took longer than {limit} s")
+                raise self._lost(DeadlineExceeded(f"{what} took longer than {limit} s"))
             self._meanwhile([ref for ref in calls if ref not in found])
+
+    def _get(self, ref: ray.ObjectRef, what: str, setting: str) -> Any:
+        """What a rank has answered, or the error it raised."""
+        try:
+            return get(ref, self.chunk_seconds, what, setting)
+        except GONE as error:
+            raise self._lost(error) from error
+        except Exception as error:
+            self.on_fault(error)
+            raise
+
+    def _lost(self, cause: Exception) -> RanksLost:
+        self.on_fault(cause)
+        return RanksLost(cause)

@@ -57,6 +57,7 @@ class Pool:
         """`actors` are up; `spawn` starts another one, which has a `ready` method. `say` hears of each fault."""
         self.role, self.actors, self.limits, self.in_flight = role, actors, limits, in_flight
         self.on_lost: Callable[[Any], None] = lambda key: None  # told of every call that will be made again
+        self.on_fault: Callable[[Exception], None] = lambda error: None  # told of every failure, survived or not
         # Asked when a chunk has cost all its attempts: whether it is taken care of, else the run ends.
         self.on_hopeless: Callable[[Any, Exception], bool] = lambda key, error: False
         self.inputs_lost: list[Any] = []  # keys whose arguments are gone: the owner must make them again
@@ -113,8 +114,12 @@ class Pool:
                 self._discard(call.actor, error)
                 continue
             except ObjectLost as error:
+                self.on_fault(error)
                 self._say(f"{error}: will be made again")
                 self.inputs_lost.append(key)
+            except Exception as error:
+                self.on_fault(error)
+                raise
             else:
                 finished.append((key, call.outputs[:-1], summary))
                 self._attempts.pop(key, None)
@@ -147,6 +152,7 @@ class Pool:
         mine = [call for call in self._calls.values() if call.actor is actor]
         answered = done([call.outputs[-1] for call in mine])
         lost = [call for call in mine if call.outputs[-1] not in answered or self._died(call)]
+        self.on_fault(error)
         self._say(f"{error}: replacing the actor")
         self._replace(actor)
         for call in lost:
@@ -198,14 +204,15 @@ class Pool:
                 get(ref, PATIENCE, f"an idle actor for {self.role}", "run.chunk_seconds")
             except ActorDied as error:
                 if not any(call.actor is actor for call in self._calls.values()):  # else its calls say so too
+                    self.on_fault(error)
                     self._say(f"{error}: replacing the actor")
                     self._replace(actor)
         now, limit = time.monotonic(), self.limits.chunk_seconds
         for actor, since in list(self._pings.values()):
             if now - since > limit and actor in self.actors:
-                self._say(
-                    f"an idle actor for {self.role} did not answer in run.chunk_seconds={limit:g} s: replacing it"
-                )
+                what = f"an idle actor for {self.role} did not answer in run.chunk_seconds={limit:g} s"
+                self.on_fault(DeadlineExceeded(what))
+                self._say(f"{what}: replacing it")
                 mine = [call for call in self._calls.values() if call.actor is actor]
                 for call in mine:
                     del self._calls[call.outputs[-1]]
@@ -247,6 +254,7 @@ class Pool:
                 self._not_started(DeadlineExceeded(f"a replacement for {self.role} was not up in {limit:g} s"))
 
     def _not_started(self, error: Exception) -> None:
+        self.on_fault(error)
         self._failed_starts += 1
         if self._failed_starts < self.limits.attempts:
             self._say(f"{error}: trying another")

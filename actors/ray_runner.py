@@ -7,17 +7,21 @@ the dead. Which chunk may be sampled when, and what it is behind, is learner/pip
 from __future__ import annotations
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
+from statistics import mean
 from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from actors.apart import Apart
 from actors.learner_actor import LearnerActor
-from actors.learner_group import GONE, LearnerGroup
+from actors.learner_group import LearnerGroup, RanksLost
+from actors.metrics import Metrics
 from actors.pool import PATIENCE, Limits, Pool
 from actors.reward_actor import RewardActor
 from actors.sampler_actor import SamplerActor
@@ -25,18 +29,17 @@ from cluster.nodes import alive_nodes
 from cluster.placement import counts_now, place_for
 from cluster.readiness import Asked, in_group, ready, reserve
 from cluster.session import Session
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, get, wait_any
+from cluster.waits import DeadlineExceeded, ObjectLost, get, wait_any
 from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import factory
 from learner.config import Config
-from learner.group import GroupBroken
 from learner.ledger import Ledger
 from learner.pipeline import Key, Pipeline, Work, key_of
 from learner.prompts import example_prompt
 from learner.receipts import StaleWeights
-from learner.runner import EpochResult, Hooks
+from learner.runner import EpochResult, Hooks, Vitals
 from learner.training import Training
 
 POLL_SECONDS = 0.25
@@ -47,8 +50,9 @@ NODES_SECONDS = 5.0  # between two looks at which nodes there are
 class RayRunner:
     """Starts the actors of a run and drives them. See learner/runner.py for the contract."""
 
-    def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
-        """
+    def __init__(self, config: Config, files: dict[str, bytes] | None = None, name: str = "run") -> None:
+        """`name` is the run's, in the Ray dashboard and on its metrics.
+
         Raises:
             DeadlineExceeded: not all actors were up within run.ready_seconds.
             PlacementError: the cluster's resources do not fit the config.
@@ -57,12 +61,18 @@ class RayRunner:
         self.config = config
         self.hooks = Hooks()
         self.pipeline: Pipeline | None = None
+        self.name = name
         self._spawned: list[Any] = []
         self._room: PlacementGroup | None = None  # for the learner ranks
+        self._numbers: Counter[str] = Counter()  # actors of each role so far
+        # Actors' names are looked up by nobody, and must not clash with those of another run of the same name.
+        self._namespace = f"tributary-{uuid.uuid4().hex}"
+        self._staleness = (0.0, 0)
         self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
         self._made_again: Counter[Key] = Counter()
         self._sampled_at = 0.0  # when the last chunk came from a sampler
         self.session = Session(config.run.cpu_threads)
+        self.metrics = Metrics(name)
         try:
             self._start(files)
         except BaseException:
@@ -76,8 +86,10 @@ class RayRunner:
         parts = factory.parts(config)
         share = placement.scorer_options.get("num_gpus", 1.0)
         shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
-        new_sampler = partial(self._spawn, SamplerActor, placement.sampler_options, parts.sampler, shares_gpu)
-        new_scorer = partial(self._spawn, RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
+        new_sampler = partial(
+            self._spawn, "sampler", SamplerActor, placement.sampler_options, parts.sampler, shares_gpu
+        )
+        new_scorer = partial(self._spawn, "scorer", RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
         deadline = time.monotonic() + limit
         self._room = reserve(placement, limit)
         samplers = [new_sampler() for _ in range(placement.samplers)]
@@ -87,6 +99,7 @@ class RayRunner:
             self._new_rank, placement.ranks, config.train.updates_per_epoch, config.run.train_seconds,
             config.run.chunk_seconds, self._turn,
         )  # fmt: skip
+        self._group.on_fault = partial(self.metrics.failed, "learner")
         up = [
             Asked("samplers", placement.sampler_options, [actor.ready.remote() for actor in samplers]),
             Asked("reward actors", placement.scorer_options, [actor.ready.remote() for actor in scorers]),
@@ -103,7 +116,8 @@ class RayRunner:
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
         device = factory.device(config) if share else "cpu"
         fitting = [actor.fitting_batch.remote(latent, prompt, device, min(1.0, share)) for actor in scorers]
-        self.batch_sizes = {"score": min(get(fitting, left(), what, setting))}
+        asked = Asked("reward actors", placement.scorer_options, fitting)
+        self.batch_sizes = {"score": min(ready([asked], deadline, limit)[0])}
         rank_share = 1.0 if rank_share >= 1 else max(rank_share, 1 / placement.ranks)
         self.batch_sizes["micro_batch"] = self._group.fit_micro_batch(rank_share, left(), what, setting)
         # A restarted group keeps the batches that this one found.
@@ -113,6 +127,11 @@ class RayRunner:
         self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
         self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)
         self.samplers.on_lost = self._sampling_lost
+        self.scorers.on_hopeless = self._score_apart
+        self._apart = Apart(self.scorers, self.batch_sizes["score"])
+        self.scorers.on_lost = lambda key: self.metrics.lost("scorer")
+        self.samplers.on_fault = partial(self.metrics.failed, "sampler")
+        self.scorers.on_fault = partial(self.metrics.failed, "scorer")
         self.weights = WeightStore()
         self.weights.publish(self.snapshot)
         self._nodes, self._looked = placement.nodes, time.monotonic()
@@ -126,8 +145,7 @@ class RayRunner:
 
         Raises:
             StaleWeights: a sampler, or a learner's trajectories, had another adapter than a published one.
-            ActorDied, DeadlineExceeded, GroupBroken: learner ranks were lost, or work could not be done by any actor,
-                too often.
+            ActorDied, DeadlineExceeded, GroupBroken: learner ranks were lost too often, or no actor could do its work.
         """
         start = time.perf_counter()
         for chunk in self._pipeline.admit():
@@ -136,12 +154,19 @@ class RayRunner:
         self.hooks.progress("training", 0, 1)
         training_start = time.perf_counter()
         trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
+        set_aside = [one for training in trainings for one in training.set_aside]
+        self.ledger.set_aside(epoch, (one.facts["trajectory_id"] for one in set_aside))
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.weights.publish(self.snapshot)
         works = self._pipeline.take(epoch, epoch)
         sample_seconds, score_seconds = max(0.0, self._sampled_at - start), training_start - start
-        return EpochResult.of(works, trainings[0], sample_seconds, score_seconds, time.perf_counter() - training_start)
+        seconds = sample_seconds, score_seconds, time.perf_counter() - training_start
+        result = EpochResult.of(works, trainings[0], set_aside, *seconds)
+        behind = self._pipeline.staleness(epoch)
+        self._staleness = mean(behind), max(behind)
+        self.metrics.trained(result)
+        return result
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
         pipeline = self._pipeline
@@ -159,9 +184,18 @@ class RayRunner:
         files, self._files = self._files, None
         return files
 
+    def vitals(self) -> Vitals:
+        pools = {"sampler": self.samplers, "scorer": self.scorers}
+        actors = {role: len(pool.actors) for role, pool in pools.items()}
+        return Vitals(
+            self.snapshot.version, self._pipeline.in_work, self._staleness, {**actors, "learner": self._group.alive},
+            {role: pool.waiting for role, pool in pools.items()}, {role: pool.running for role, pool in pools.items()},
+        )  # fmt: skip
+
     def closed(self, epoch: int) -> None:
         self._pipeline.close(epoch)
         self._made_again.clear()
+        self.metrics.show(self.vitals())
 
     def close(self) -> None:
         if ray.is_initialized():
@@ -180,9 +214,17 @@ class RayRunner:
     def _say(self, text: str) -> None:
         self.hooks.say(text)
 
-    def _spawn(self, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
-        """Start an actor of a shell class; it lives until `close`."""
-        actor = ray.remote(shell).options(**options).remote(*arguments)
+    def _spawn(self, role: str, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
+        """Start an actor of a shell class; it lives until `close`. In the dashboard it is RUN/ROLE-NUMBER; one that
+        takes another's place has the next number.
+
+        Raises:
+            DeadlineExceeded: the cluster's control store is silent, and creating an actor would wait for it.
+        """
+        alive_nodes()
+        self._numbers[role] += 1
+        name = f"{self.name}/{role}-{self._numbers[role]}"
+        actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)
         self._spawned.append(actor)
         return actor
 
@@ -190,7 +232,7 @@ class RayRunner:
         assert self._room is not None
         options = in_group(self._placement, self._room)[rank]
         whole_gpu = options.get("num_gpus") == 1
-        return self._spawn(LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
+        return self._spawn("learner", LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
 
     def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Fetch and train; what is found to be lost is made again first."""
@@ -209,24 +251,20 @@ class RayRunner:
             try:
                 if attempts:
                     self._restart_group()
-            except (ActorDied, GroupBroken) as error:
-                failure: Exception = error
-            else:
-                try:
-                    return work()
-                except GONE as error:
-                    failure = error
-            attempts += 1
-            if attempts >= self.config.learner.attempts:
-                raise type(failure)(f"{failure} (tried {attempts} times, learner.attempts)") from failure
-            self._say(f"{failure}: starting the learner ranks anew from the last checkpoint")
+                return work()
+            except RanksLost as lost:
+                attempts += 1
+                if attempts >= self.config.learner.attempts:
+                    tried = f"(tried {attempts} times, learner.attempts)"
+                    raise type(lost.cause)(f"{lost} {tried}") from lost.cause
+                self._say(f"{lost}: starting the learner ranks anew from the last checkpoint")
 
     def _restart_group(self) -> None:
         limit = self.config.run.ready_seconds
         self._group.stop()
-        held, _ = self._group.start(
-            self.hooks.last_checkpoint(), limit, "starting the learner ranks anew", f"run.ready_seconds={limit:g}"
-        )
+        files = self.hooks.last_checkpoint() if self._files is None else self._files  # those are about to be one
+        what, setting = "starting the learner ranks anew", f"run.ready_seconds={limit:g}"
+        held, _ = self._group.start(files, limit, what, setting)
         if held.sha256 != self.snapshot.sha256:
             raise StaleWeights(
                 f"the restarted learner holds adapter {held.sha256[:12]} (as version {held.version}), but version "
@@ -268,14 +306,23 @@ class RayRunner:
         if (pipeline := self.pipeline) is None:  # the group starts before the pools
             return
         for key, (trajectories, clean), receipt in self.samplers.pump():
-            pipeline.sampled(key, receipt, trajectories, clean)
+            with self.metrics.sampled(receipt):
+                pipeline.sampled(key, receipt, trajectories, clean)
             if key[0] == "train":
                 self._sampled_at = time.perf_counter()
             self.scorers.submit(key, "score", partial(self._to_score, clean), first=key[0] == "evaluate")
         for key, (scores,), verdict in self.scorers.pump():
-            pipeline.scored(key, verdict, scores)
+            if len(key) > 3:
+                self._apart.answered(key, scores)
+            else:
+                pipeline.scored(key, verdict, scores)
+                self.metrics.scored(verdict)
         while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
-            self._make_again(self.scorers.inputs_lost.pop())
+            key = self.scorers.inputs_lost.pop()
+            if len(key) == 3 or self._apart.forget(key):
+                self._make_again(key[:3])
+        self.metrics.turn(self.vitals)
+        self.hooks.turn()
         if time.monotonic() - self._looked > NODES_SECONDS:
             self._follow_nodes()
 
@@ -299,6 +346,7 @@ class RayRunner:
 
     def _make_again(self, key: Key) -> None:
         self._made_again[key] += 1
+        self.metrics.lost("object store")
         if self._made_again[key] >= self.config.run.chunk_attempts:
             raise ObjectLost(
                 f"chunk {key[2]} of epoch {key[1]} was made and lost {self._made_again[key]} times (run.chunk_attempts)"
@@ -306,7 +354,19 @@ class RayRunner:
         self._pipeline.lose(key)
         self.samplers.submit(key, "sample", partial(self._to_sample, key), first=True)
 
+    def _score_apart(self, key: Any, error: Exception) -> bool:
+        """Of a chunk that costs every reward actor its process, if bad trajectories are set aside."""
+        if self.config.reward.on_bad_reward == "stop":
+            return False
+        if len(key) > 3:
+            self._apart.hopeless(key, error)
+        else:
+            work = self._pipeline.work(key)
+            self._apart.begin(key, len(work.chunk.prompts), work.clean)
+        return True
+
     def _sampling_lost(self, key: Key) -> None:
+        self.metrics.lost("sampler")
         self._pipeline.lose(key)
 
     def _to_score(self, clean: ray.ObjectRef) -> tuple[ray.ObjectRef, int]:
@@ -315,4 +375,4 @@ class RayRunner:
     def _to_sample(self, key: Key) -> tuple[Chunk, ray.ObjectRef]:
         """A chunk is sampled with the weights that are the newest when a sampler is free for it."""
         self._pipeline.given(key, self.snapshot)
-        return self._pipeline.chunk(key), self.weights.ref
+        return self._pipeline.work(key).chunk, self.weights.ref

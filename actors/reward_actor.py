@@ -31,8 +31,23 @@ class RewardActor:
         """Scores for the learner; terminal rewards and thumbnails for the driver. `batch` images at once, the same in
         every actor."""
         start = time.perf_counter()
+        scores = self._score(clean, batch)
+        return replace(scores, thumbnails=()), scores.verdict(time.perf_counter() - start)
+
+    @ray.method(num_returns=2)
+    def score_row(self, clean: CleanPredictions, row: int, batch: int) -> tuple[Scores, bool]:
+        """One trajectory of a chunk; thumbnails stay, for `join`."""
+        return self._score(clean.only(row), batch), True
+
+    @ray.method(num_returns=2)
+    def join(self, rows: list[int], bad: dict[int, str], *scores: Scores) -> tuple[Scores, Verdict]:
+        """As `score`, of a chunk whose `rows` were scored apart; `bad` has the reasons of those that could not be."""
+        joined = Scores.join(dict(zip(rows, scores, strict=True)), bad)
+        return replace(joined, thumbnails=()), joined.verdict(0.0)
+
+    def _score(self, clean: CleanPredictions, batch: int) -> Scores:
         self.scorer.batch = batch
         scores = self.scorer.score(clean)
         if self.shares_gpu:
             self.scorer.rest()
-        return replace(scores, thumbnails=()), scores.verdict(time.perf_counter() - start)
+        return scores

@@ -17,6 +17,7 @@ import numpy as np
 
 from learner.statistics import paired_interval
 
+RUN_SECONDS = 24 * 3600
 SHORT = "train.epochs=20"
 REPLAY = ("train.replay_updates=2", "train.replay_epochs=3")
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -38,7 +39,7 @@ def run(name: str, seed: int, folder: Path) -> None:
         sys.executable, "-m", "learner.run", "--config", f"configs/{config}.yaml", f"run.dir={folder}",
         f"run.seed={seed}", "evaluation.seed=1", "mlflow.enabled=false", *overrides,
     ]  # fmt: skip
-    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=RUN_SECONDS)
 
 
 def row(name: str, folders: list[Path]) -> str:

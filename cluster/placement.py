@@ -57,8 +57,10 @@ def place_for(config: Config, nodes: Sequence[Node]) -> Placement:
     chunks_per_update = config.train.trajectories // config.sampler.chunk_size // config.train.updates_per_epoch
     if config.model.device == "cuda" and not any(node.gpus for node in nodes) and not config.run.autoscale:
         raise PlacementError("model.device: cuda was asked for, but the cluster has no GPU")
+    if config.model.device == "cpu":
+        nodes = [replace(node, gpus=0.0) for node in nodes]
     return place(
-        config.sampler.actors, config.reward.actors, config.learner.ranks, chunks_per_update, _usable(config, nodes),
+        config.sampler.actors, config.reward.actors, config.learner.ranks, chunks_per_update, nodes,
         (config.sampler.gpus, config.reward.gpus, config.learner.gpus),
         (config.sampler.labels, config.reward.labels, config.learner.labels), config.run.autoscale,
     )  # fmt: skip
@@ -117,7 +119,6 @@ def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> t
     Those that the config counts stay; the others grow and shrink with what the learner ranks leave of the nodes that
     they may use, each with the share that it had at the start. At least one of each.
     """
-    nodes = _usable(config, nodes)
     rank = _need(placement.ranks, placement.rank_options, placement.rank_labels)
     sampler = _need(1, placement.sampler_options, config.sampler.labels)
     scorer = _need(1, placement.scorer_options, config.reward.labels)
@@ -146,10 +147,6 @@ def asks(options: Mapping[str, Any]) -> str:
     parts += [f"{options['num_gpus']:g} GPU"] if options.get("num_gpus") else []
     labels = {key: value for key, value in options.get("label_selector", {}).items() if key != NODE_ID}
     return ", ".join(parts + ([f"labels {labels}"] if labels else []))
-
-
-def _usable(config: Config, nodes: Sequence[Node]) -> list[Node]:
-    return [replace(node, gpus=0.0) for node in nodes] if config.model.device == "cpu" else list(nodes)
 
 
 def _resources(cpus: float, gpus: float) -> dict[str, Any]:

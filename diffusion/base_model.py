@@ -111,21 +111,18 @@ class BaseModel:
                 self._embeddings[prompt] = self.text_encoder(ids.to(self.device))[0][0]
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
-    def predict(
-        self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float, unet: nn.Module | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
         """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32.
 
         guided = out(x, t, "") + guidance * (out(x, t, c) - out(x, t, "")); with guidance 1 both are the
-        conditional output and the unconditional pass is skipped. `unet` stands in for the module (DDP).
+        conditional output and the unconditional pass is skipped.
         """
-        unet = unet or self.unet
         if guidance == 1.0:
             states = embeddings.to(self.dtype)
-            conditional = unet(x.to(self.dtype), t, encoder_hidden_states=states).sample.float()
+            conditional = self.unet(x.to(self.dtype), t, encoder_hidden_states=states).sample.float()
             return conditional, conditional
         empty = self.embed([""]).expand(len(x), -1, -1)
-        both = unet(
+        both = self.unet(
             torch.cat([x, x]).to(self.dtype),
             torch.cat([t, t]),
             encoder_hidden_states=torch.cat([empty, embeddings]).to(self.dtype),
@@ -168,11 +165,11 @@ class Decoder:
         if tiny:
             folder = locate(path, "config.json", "model.tiny_decoder")
             with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"):
-                vae: Any = AutoencoderTiny.from_pretrained(folder, dtype=dtype)
+                vae: Any = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         else:
             folder = locate(path)
             with load_errors(path):
-                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype)
+                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True)
         self.vae = vae.to(device).requires_grad_(False).eval()
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -186,5 +183,5 @@ def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     with load_errors(path):
         return StableDiffusionPipeline.from_pretrained(
             folder, dtype={"unet": dtype, "default": torch.float32}, vae=None, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False,
+            feature_extractor=None, requires_safety_checker=False, use_safetensors=True,
         )  # fmt: skip

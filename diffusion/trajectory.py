@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -91,6 +92,11 @@ class CleanPredictions:
     step: np.ndarray  # [M] int64
     terminal: int  # the state whose reward is the trajectory's in training: N, or N-1
 
+    def only(self, row: int) -> CleanPredictions:
+        """One trajectory's latents, to be scored apart from the chunk's others."""
+        mine = self.row == row
+        return replace(self, latents=self.latents[mine], row=self.row[mine], step=self.step[mine])
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -100,6 +106,8 @@ class Scores:
     from them; `gradient_row` [B, N+1] int64 is the row of each state's, -1 where there is none (then it is 0). `images`
     [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks; `thumbnails` are B PNG files of them, only
     for training chunks. Where the reward is a sum of several, `parts` has each one's raw score of x_0 [B] by its label.
+    `bad` has the reason why a row must not be used: its rewards are NaN; `bad_images` the PNG of its image, if there is
+    one to show.
     """
 
     chunk: Chunk
@@ -109,18 +117,56 @@ class Scores:
     gradients: np.ndarray | None = None
     gradient_row: np.ndarray | None = None
     parts: dict[str, np.ndarray] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    bad_images: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def good_ids(self) -> tuple[int, ...]:
+        """Trajectories that are not bad, in order."""
+        return tuple(number for row, number in enumerate(self.chunk.trajectory_ids) if row not in self.bad)
+
+    @classmethod
+    def join(cls, parts: Mapping[int, Scores], bad: Mapping[int, str]) -> Scores:
+        """Rows scored apart, each from `CleanPredictions.only(row)`, as one chunk's scores; `bad` has the reasons of
+        the rows that could not be. Those have a black image and an empty thumbnail where the others have one."""
+        first = next(iter(parts.values()))
+        size = range(len(first.rewards))
+        rewards = np.full_like(first.rewards, np.nan)
+        labels = {label: np.full_like(values, np.nan) for label, values in first.parts.items()}
+        index = None if first.gradient_row is None else np.full_like(first.gradient_row, -1)
+        gradients: list[np.ndarray] = []
+        for row, part in parts.items():
+            rewards[row] = part.rewards[row]
+            for label, values in part.parts.items():
+                labels[label][row] = values[row]
+            if index is not None and part.gradient_row is not None and part.gradients is not None:
+                mine = part.gradient_row[row]
+                index[row] = np.where(mine < 0, -1, mine + sum(map(len, gradients)))
+                gradients.append(part.gradients)
+        images = None
+        if first.images is not None:
+            blank = np.zeros_like(first.images[0])
+            images = np.stack([parts[row].images[0] if row in parts else blank for row in size])  # type: ignore[index]
+        thumbnails = tuple(parts[row].thumbnails[0] if row in parts else b"" for row in size if first.thumbnails)
+        reasons = {row: reason for part in parts.values() for row, reason in part.bad.items()}
+        pictures = {row: picture for part in parts.values() for row, picture in part.bad_images.items()}
+        return cls(
+            first.chunk, rewards, images, thumbnails, np.concatenate(gradients) if gradients else None, index, labels,
+            {**reasons, **bad}, pictures,
+        )  # fmt: skip
 
     def verdict(self, seconds: float) -> Verdict:
         """What the driver is told of a chunk scored in `seconds`."""
         parts = {label: tuple(values.tolist()) for label, values in self.parts.items()}
-        return Verdict(tuple(self.rewards[:, -1].tolist()), self.thumbnails, seconds, parts)
+        return Verdict(tuple(self.rewards[:, -1].tolist()), self.thumbnails, seconds, parts, dict(self.bad))
 
 
 @dataclass(frozen=True)
 class Verdict:
     """A scorer's account of one chunk of B trajectories: raw terminal rewards, the parts of a sum, small pictures."""
 
-    rewards: tuple[float, ...]  # B
+    rewards: tuple[float, ...]  # B, NaN of bad ones
     thumbnails: tuple[bytes, ...]  # B PNG files, or none
     seconds: float
     parts: dict[str, tuple[float, ...]] = field(default_factory=dict)  # B each
+    bad: dict[int, str] = field(default_factory=dict)  # row -> reason

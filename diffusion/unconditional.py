@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.loaders.peft import PeftAdapterMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion import lora
 from diffusion.base_model import BaseModel
@@ -33,7 +33,8 @@ class UnconditionalModel(BaseModel):
         """
         (folder, unet), (_, scheduler) = part(path, "unet"), part(path, "scheduler")
         with load_errors(path):
-            self.unet = AdaptableUNet2D.from_pretrained(folder, subfolder=unet, dtype=dtype)
+            # Old DDPMs have a .bin alone, which diffusers reads with weights_only.
+            self.unet = AdaptableUNet2D.from_pretrained(folder, subfolder=unet, dtype=dtype, use_safetensors=None)
             self.scheduler = DDIMScheduler.from_pretrained(folder, subfolder=scheduler)
         if not any(name.endswith(lora.TARGETS[0]) for name, _ in self.unet.named_modules()):
             raise BaseModelError(f"model.path: the U-Net of {path} has no attention for a LoRA to adapt")
@@ -45,11 +46,9 @@ class UnconditionalModel(BaseModel):
         """Nothing: [B, 0, 0]."""
         return torch.zeros(len(prompts), 0, 0, device=self.device)
 
-    def predict(
-        self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float, unet: nn.Module | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
         """Model output at images x [B, C, H, W], timesteps t [B], twice: there is nothing to guide."""
-        output = (unet or self.unet)(x.to(self.dtype), t).sample.float()
+        output = self.unet(x.to(self.dtype), t).sample.float()
         return output, output
 
 

@@ -36,8 +36,8 @@ class ConfigError(ValueError):
 FREE = (
     "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
     "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "run.autoscale", "sampler.actors",
-    "sampler.gpus", "sampler.labels", "reward.actors", "reward.gpus", "reward.labels", "learner.gpus", "learner.labels",
-    "learner.attempts", "train.epochs", "learner.micro_batch", "reward.batch",
+    "sampler.gpus", "sampler.labels", "reward.actors", "reward.gpus", "reward.labels", "reward.quarantine_limit",
+    "learner.gpus", "learner.labels", "learner.attempts", "train.epochs", "learner.micro_batch", "reward.batch",
     "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
 )  # fmt: skip
 
@@ -107,14 +107,15 @@ class Config(Section):
 
     def _contradictions_of_objective(self) -> Iterator[str]:
         given, objective = self.objective, OBJECTIVES[self.objective.kind]
-        if self.train.replay_updates and not objective.off_policy:
-            allowed = ", ".join(kind for kind, other in OBJECTIVES.items() if other.off_policy)
-            yield (
-                f"train.replay_updates: {given.kind} learns from the ratio of the current policy to the one that "
-                f"sampled, which gives no gradient outside 1 +- objective.clip_range {given.clip_range:g} and does not "
-                f"weigh the states that were met: trajectories of earlier epochs' policies are out of its reach; use "
-                f"train.replay_updates=0, or one of {allowed}"
-            )
+        for key in ("replay_updates", "max_staleness"):
+            if getattr(self.train, key) and not objective.off_policy:
+                allowed = ", ".join(kind for kind, other in OBJECTIVES.items() if other.off_policy)
+                yield (
+                    f"train.{key}: {given.kind} learns from the ratio of the current policy to the one that "
+                    f"sampled, which gives no gradient outside 1 +- objective.clip_range {given.clip_range:g} and does "
+                    f"not weigh the states that were met: trajectories of earlier policies are out of its reach; use "
+                    f"train.{key}=0, or one of {allowed}"
+                )
         if (self.flow.fit_steps or self.flow.warmup_steps) and not objective.fits_flow:
             allowed = ", ".join(kind for kind, other in OBJECTIVES.items() if other.fits_flow)
             yield (

@@ -9,14 +9,16 @@ killed run wrote after its last one is dropped and made again, bit by bit the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import yaml
 
-from learner import checkpoint, report
+from diffusion.trajectory import Scores
+from learner import checkpoint, quarantine, report
 from learner.config import Config
+from learner.heartbeat import Heartbeat
 from learner.ledger import Ledger
 from learner.objectives import OBJECTIVES
 from learner.objectives.base import anneal
@@ -26,7 +28,7 @@ from learner.records import BEFORE, CONFIG, Records
 from learner.resume import OpenRun
 from learner.runner import EpochResult, Runner
 from learner.sections import Objective
-from learner.statistics import paired_interval
+from learner.statistics import mean_of_good, paired_interval
 from learner.storage import StorageError
 from learner.tracking import Tracker
 from learner.work import evaluation_chunks, training_chunks
@@ -34,25 +36,35 @@ from learner.work import evaluation_chunks, training_chunks
 Say = Callable[[str], None]
 
 
-def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
+def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat, say: Say) -> None:
     """Train up to config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training."""
     config, records, saved = opened.config, opened.records, opened.checkpoint
     prompts = training_prompts(config)
     evaluation = evaluation_chunks(config, evaluation_prompts(config))
     ledger = Ledger(saved.manifest["ledger"] if saved else None)
     with Bar() as bar:
-        runner.hooks.progress, runner.hooks.say = bar.show, lambda text: bar.around(say, text)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.show(what, done, total)
+            heartbeat.progress(what, done, total)
+
+        def event(text: str) -> None:
+            bar.around(say, text)
+            heartbeat.event(text)
+
+        runner.hooks.progress, runner.hooks.say, runner.hooks.turn = progress, event, heartbeat.turn
         runner.hooks.last_checkpoint = lambda: _last_files(records, say)
         runner.begin(
             lambda epoch: training_chunks(config, prompts, epoch),
             range(opened.epochs_done, config.train.epochs),
             ledger,
         )
+        heartbeat.running(runner.vitals, turns=config.run.runner == "ray")
         say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
         say(describe_objective(config, runner.dimensions))
         if saved is None:
             if evaluation:
-                records.save_evaluation(BEFORE, runner.evaluate(evaluation))
+                _save_evaluation(records, BEFORE, runner.evaluate(evaluation), event)
                 records.append(_line(config, BEFORE, runner, None, None, _mean(records, BEFORE), 0.0, ledger))
                 bar.around(say, f"before training: evaluated reward {_mean(records, BEFORE):.3f} on "
                                 f"{config.evaluation.images} fixed images")  # fmt: skip
@@ -65,15 +77,18 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, say: Say) -> None:
             result = runner.train_epoch(epoch, beta)
             lost = ledger.close(epoch)
             records.save_trajectories(epoch, beta, result)
+            quarantine.write(records.storage, result.set_aside)
+            quarantine.check_limit(records.storage, ledger.totals["quarantined"], config.reward.quarantine_limit)
             due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
             if due:
-                records.save_evaluation(epoch, runner.evaluate(evaluation))
+                _save_evaluation(records, epoch, runner.evaluate(evaluation), event)
             evaluated = _mean(records, epoch) if due else None
             seconds = time.perf_counter() - start
             line = _line(config, epoch, runner, beta, result, evaluated, seconds, ledger)
             records.append({**line, "lost_trajectories": lost})
             _save(opened, runner, ledger, epoch + 1, say)
             runner.closed(epoch)
+            heartbeat.closed()
             if due and epoch + 1 < config.train.epochs:
                 _report(records, config, say)
             tracker.notify()
@@ -90,8 +105,8 @@ def finish(records: Records, config: Config, say: Say) -> None:
         before, after = (records.evaluation_rewards(epoch) for epoch in (first, last))
         low, high = paired_interval(before, after)
         say(
-            f"evaluated reward {before.mean():.3f} -> {after.mean():.3f} on {len(after)} fixed images: "
-            f"{after.mean() - before.mean():+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+            f"evaluated reward {mean_of_good(before):.3f} -> {mean_of_good(after):.3f} on {len(after)} fixed images: "
+            f"{mean_of_good(after - before):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
         )
         say(f"pictures: {storage}/before.png, {storage}/after.png")
     records.note(finished=True)
@@ -158,18 +173,28 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, say: Say
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: settings})
     always = {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
-        checkpoint.prune(records.storage, config.run.keep_checkpoints, always)
+        checkpoint.prune(
+            records.storage, config.run.keep_checkpoints, always, records.run_id, lambda text: say(f"warning: {text}")
+        )
     except StorageError as error:  # the new one is there: that matters
         say(f"warning: an old checkpoint stays: {error}")
 
 
 def _last_files(records: Records, say: Say) -> dict[str, bytes] | None:
-    newest = checkpoint.load_newest(records.storage, lambda text: say(f"warning: {text}"))
+    newest = checkpoint.load_newest(records.storage, records.run_id, lambda text: say(f"warning: {text}"))
     return newest.files if newest else None
 
 
 def _mean(records: Records, epoch: int) -> float:
-    return float(records.evaluation_rewards(epoch).mean())
+    """Evaluated reward of the images that are not bad."""
+    return mean_of_good(records.evaluation_rewards(epoch))
+
+
+def _save_evaluation(records: Records, epoch: int, scores: Sequence[Scores], say: Say) -> None:
+    records.save_evaluation(epoch, scores)
+    bad = [reason for part in scores for reason in part.bad.values()]
+    if bad:
+        say(f"warning: {len(bad)} evaluation images are bad and left out of the evaluated reward; the first: {bad[0]}")
 
 
 def _line(
@@ -179,6 +204,7 @@ def _line(
     """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; `step`
     counts policy updates; epoch -1, before training, has neither loss nor training rewards."""
     rewards = np.asarray(result.rewards if result else [])
+    quarantining = config.reward.on_bad_reward == "quarantine"
     return {
         "epoch": epoch,
         "step": (epoch + 1) * config.steps_per_epoch,
@@ -196,7 +222,8 @@ def _line(
         "sample_seconds": result.sample_seconds if result else None,
         "score_seconds": result.score_seconds if result else None,
         "train_seconds": result.train_seconds if result else None,
-        "trajectories": len(rewards),
+        "trajectories": len(rewards) + (len(result.set_aside) if result else 0),
+        **({"quarantined": len(result.set_aside) if result else 0} if quarantining else {}),
         "trajectories_trained": ledger.totals["trained"],
         "updates": result.training.updates if result else [],
     }
@@ -211,4 +238,6 @@ def _summary(
         f"loss {result.training.metrics['loss']:.4g}  beta {beta:.3g}  {seconds:.1f} s "
         f"(sample {result.sample_seconds:.1f}, score {result.score_seconds:.1f}, train {result.train_seconds:.1f})"
     )
+    if result.set_aside:
+        text += f"  {len(result.set_aside)} set aside"
     return text if evaluated is None else f"{text}  evaluated {evaluated:.3f}"

@@ -83,7 +83,7 @@ def build_scorer(config: Config) -> Scorer:
         tiny = load_tiny_decoder(str(resolve(given.tiny_decoder)), where, dtype)
     return Scorer(
         decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels, gradients, tiny,
-        config.reward.batch,
+        config.reward.batch, judge.on_bad_reward == "quarantine", judge.black_images == "allow",
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from learner.config import Config
 from learner.ledger import Ledger
 from learner.pipeline import Pipeline, key_of
 from learner.prompts import example_prompt
-from learner.runner import EpochResult, Hooks
+from learner.runner import EpochResult, Hooks, Vitals
 from learner.update import Scored
 
 
@@ -49,16 +49,18 @@ class InProcessRunner:
             self.pipeline.sampled(key_of(chunk), receipt, trajectories, None)
             self.pipeline.scored(key_of(chunk), verdict, scores)
             self.hooks.progress("sampling and scoring", self.pipeline.counts("train", epoch)[0], len(chunks))
+        self.hooks.progress("training", 0, 1)
         start = time.perf_counter()
         works = self.pipeline.take(epoch, self.snapshot.version)
         scored = [(work.trajectories, work.scores) for work in works]
         updates = self.config.train.updates_per_epoch
         size = len(scored) // updates
         training = self.learner.train_epoch(epoch, beta, [scored[i * size : (i + 1) * size] for i in range(updates)])
+        self.ledger.set_aside(epoch, (one.facts["trajectory_id"] for one in training.set_aside))
         self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)
         seconds = time.perf_counter() - start
-        result = EpochResult.of(works, training, 0.0, 0.0, seconds)
+        result = EpochResult.of(works, training, training.set_aside, 0.0, 0.0, seconds)
         return replace(
             result,
             sample_seconds=sum(receipt.seconds for receipt in result.receipts),
@@ -74,6 +76,9 @@ class InProcessRunner:
 
     def checkpoint_files(self) -> dict[str, bytes]:
         return self.learner.state_files()
+
+    def vitals(self) -> Vitals:
+        return Vitals(self.snapshot.version, self.pipeline.in_work, (0.0, 0))
 
     def closed(self, epoch: int) -> None:
         self.pipeline.close(epoch)

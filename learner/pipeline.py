@@ -71,8 +71,8 @@ class Pipeline:
     def add_evaluation(self, chunks: Sequence[Chunk]) -> None:
         self._work |= {key_of(chunk): Work(chunk) for chunk in chunks}
 
-    def chunk(self, key: Key) -> Chunk:
-        return self._work[key].chunk
+    def work(self, key: Key) -> Work:
+        return self._work[key]
 
     def given(self, key: Key, snapshot: Snapshot) -> None:
         """A sampler gets the chunk, for the first time or again, with these weights.
@@ -132,6 +132,11 @@ class Pipeline:
         for work in part:
             del self._work[key_of(work.chunk)]
         return part
+
+    @property
+    def in_work(self) -> int:
+        """Epochs admitted and not closed yet."""
+        return self._next - self.closed
 
     def staleness(self, epoch: int) -> list[int]:
         """Versions that each chunk of an epoch was behind when it is trained on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Receipt, Trajectories
@@ -22,10 +22,21 @@ def check(receipt: Receipt | Trajectories, published: Snapshot, where: str) -> N
     Raises:
         StaleWeights: they are not; names the chunk (`where`) and both adapters.
     """
-    if (receipt.policy_version, receipt.adapter_sha256) != (published.version, published.sha256):
+    check_recent(receipt, {published.version: published.sha256}, where)
+
+
+def check_recent(receipt: Receipt | Trajectories, recent: Mapping[int, str], where: str) -> None:
+    """Version and sha256 of the adapter that sampled must be those of one of the `recent` published ones, sha256 by
+    version.
+
+    Raises:
+        StaleWeights: they are not; names the chunk (`where`), its adapter and the published ones.
+    """
+    if recent.get(receipt.policy_version) != receipt.adapter_sha256:
+        each = " and ".join(f"version {version} is {sha256[:12]}" for version, sha256 in sorted(recent.items()))
         raise StaleWeights(
             f"{where} was sampled by adapter {receipt.adapter_sha256[:12]} (as version {receipt.policy_version}), "
-            f"but version {published.version} is {published.sha256[:12]}: the new weights did not arrive"
+            f"but {each}: the new weights did not arrive"
         )
 
 

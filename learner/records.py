@@ -21,12 +21,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from diffusion.trajectory import Scores
+from learner import quarantine
 from learner.config import CONFIG_VERSION, Config, ConfigError
 from learner.pictures import contact_sheet, png
 from learner.runner import EpochResult
 from learner.storage import Storage, StorageError
 
-FORMAT = 3  # of run.json, checkpoints and the trajectories' columns
+FORMAT = 4  # of run.json, checkpoints and the trajectories' columns
 RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
     "run.json",
     "metrics.jsonl",
@@ -34,6 +35,7 @@ RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
     "trajectories",
     "evaluation",
 )
+EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, quarantine.FOLDER)  # of files epoch-N...
 BEFORE = -1  # the "epoch" of the evaluation before training
 
 SCHEMA = pa.schema(
@@ -44,7 +46,7 @@ SCHEMA = pa.schema(
         ("policy_version", pa.int32()),  # that sampled it
         ("adapter_sha256", pa.string()),  # as it stood in the sampler's module
         ("prompt", pa.string()),
-        ("reward", pa.float32()),  # raw, of the image
+        ("reward", pa.float32()),  # raw, of the image; null of a bad one
         ("reward_parts", pa.map_(pa.string(), pa.float32())),  # of a weighted_sum, each reward's own by its label
         ("log_pf_sum", pa.float64()),  # nats, over all transitions and dimensions
         ("log_pb_sum", pa.float64()),
@@ -54,6 +56,7 @@ SCHEMA = pa.schema(
         ("chunk", pa.int32()),
         ("sample_seconds", pa.float32()),  # of the whole chunk
         ("score_seconds", pa.float32()),
+        ("bad", pa.string()),  # why it was set aside and not trained on
     ],
     metadata={"tributary_format": str(FORMAT)},
 )
@@ -165,7 +168,7 @@ class Records:
         """Keep what belongs to the first `epochs` epochs and the evaluation before them; -1 keeps nothing."""
         if any(line["epoch"] >= epochs for line in self.lines):
             self.keep([line for line in self.lines if line["epoch"] < epochs])
-        for folder in (TRAJECTORIES, EVALUATION):
+        for folder in EPOCH_FOLDERS:
             for name in self.storage.entries(folder):
                 if _epoch_of(name) >= epochs:
                     self.storage.remove(f"{folder}/{name}")
@@ -182,16 +185,17 @@ class Records:
                     "policy_version": receipt.policy_version,
                     "adapter_sha256": receipt.adapter_sha256,
                     "prompt": chunk.prompts[i],
-                    "reward": verdict.rewards[i],
+                    "reward": None if i in verdict.bad else verdict.rewards[i],
                     "reward_parts": [(label, values[i]) for label, values in verdict.parts.items()],
                     "log_pf_sum": receipt.log_pf_sum[i],
                     "log_pb_sum": receipt.log_pb_sum[i],
                     "beta": beta,
-                    "thumbnail_png": verdict.thumbnails[i] if verdict.thumbnails else None,
+                    "thumbnail_png": (verdict.thumbnails[i] or None) if verdict.thumbnails else None,
                     "sampler_node": receipt.node,
                     "chunk": chunk.index,
                     "sample_seconds": receipt.seconds,
                     "score_seconds": verdict.seconds,
+                    "bad": verdict.bad.get(i),
                 }
                 for name, value in row.items():
                     columns[name].append(value)
@@ -201,14 +205,15 @@ class Records:
 
     def save_evaluation(self, epoch: int, scores: Sequence[Scores]) -> None:
         """evaluation/epoch-N.json, prompt and reward of every fixed image (and of a sum each reward's own), for paired
-        comparisons; and epoch-N.png, a contact sheet of the first of them."""
+        comparisons; and epoch-N.png, a contact sheet of the first of them. A bad image's reward is null."""
         table: dict[str, Any] = {
             "prompt": [prompt for part in scores for prompt in part.chunk.prompts],
-            "reward": [float(value) for part in scores for value in part.rewards[:, -1]],
+            "reward": [_finite(float(value)) for part in scores for value in part.rewards[:, -1]],
         }
         if scores[0].parts:
             table["reward_parts"] = {
-                label: [float(value) for part in scores for value in part.parts[label]] for label in scores[0].parts
+                label: [_finite(float(value)) for part in scores for value in part.parts[label]]
+                for label in scores[0].parts
             }
         self.storage.write(f"{EVALUATION}/{_name(epoch)}.png", png(contact_sheet(scores)))
         self.storage.write(f"{EVALUATION}/{_name(epoch)}.json", (json.dumps(table) + "\n").encode())
@@ -219,8 +224,8 @@ class Records:
         return sorted(_epoch_of(name) for name in names if name.endswith(".json"))
 
     def evaluation_rewards(self, epoch: int) -> np.ndarray:
-        """Rewards of the fixed images after an epoch."""
-        return np.asarray(json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))["reward"])
+        """Rewards of the fixed images after an epoch, NaN of bad ones."""
+        return np.asarray(json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))["reward"], np.float64)
 
     def sheet(self, epoch: int) -> bytes:
         """PNG of the contact sheet after an epoch."""
@@ -236,7 +241,7 @@ def _name(epoch: int) -> str:
 
 
 def _epoch_of(name: str) -> int:
-    number = name.split(".")[0].removeprefix("epoch-")
+    number = name.split(".")[0].removeprefix("epoch-").split("-")[0]
     return int(number) if number.isdigit() else BEFORE
 
 

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 from learner.config import Config
 from learner.records import BEFORE, Records
-from learner.statistics import paired_interval
+from learner.statistics import mean_of_good, paired_interval
 from learner.storage import Storage
 
 FILE = "report.html"
@@ -83,8 +83,8 @@ def _headline(records: Records, evaluated: Sequence[int]) -> dict[str, Any] | No
     before, after = (records.evaluation_rewards(epoch) for epoch in (BEFORE, evaluated[-1]))
     low, high = paired_interval(before, after)
     return {
-        "before": before.mean(), "after": after.mean(), "gain": after.mean() - before.mean(), "low": low, "high": high,
-        "images": len(after), "epoch": evaluated[-1] + 1,
+        "before": mean_of_good(before), "after": mean_of_good(after), "gain": mean_of_good(after - before), "low": low,
+        "high": high, "images": len(after), "epoch": evaluated[-1] + 1,
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from learner import checkpoint, environment
 from learner.checkpoint import Checkpoint
 from learner.config import Config, ConfigError
-from learner.records import BEFORE, EVALUATION, FORMAT, METRICS, RUN, TRAJECTORIES, Records
+from learner.records import BEFORE, EPOCH_FOLDERS, FORMAT, METRICS, RUN, Records
 from learner.storage import Storage, StorageError
 
 LOCK = "run.lock"
@@ -185,7 +185,7 @@ def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callab
     try:
         records = Records.open(storage)
         saved = _settings_of(records, config, facts)
-        newest = checkpoint.load_newest(storage, warn)
+        newest = checkpoint.load_newest(storage, records.run_id, warn)
         if newest:
             _warn_of_batches(config, newest, warn)
         done = newest.manifest["next_epoch"] if newest else 0
@@ -261,14 +261,14 @@ def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: 
     short is no run, and is made again."""
     before = Records.open(origin)
     _settings_of(before, config, facts)
-    chosen = checkpoint.load(origin, step)
+    chosen = checkpoint.load(origin, step, before.run_id)
     done = chosen.manifest["next_epoch"]
     _refuse_fewer(config, done, origin)
     lock = _lock(target, make=True)
     try:
         facts = {**facts, "branched_from": f"{origin}/{chosen.name}"}
         records = Records.prepare(target, _name_of(str(target)), config, facts)
-        for folder in (TRAJECTORIES, EVALUATION):
+        for folder in EPOCH_FOLDERS:
             for name in origin.entries(folder):
                 target.write(f"{folder}/{name}", origin.read(f"{folder}/{name}"))
         records.drop_after(done)
@@ -276,7 +276,7 @@ def _branch(origin: Storage, step: int, target: Storage, config: Config, facts: 
         checkpoint.save(target, manifest, chosen.files)
         records.keep([line for line in before.lines if line["epoch"] < done])
         records.note()
-        return OpenRun(records, config, checkpoint.load(target, step), lock)
+        return OpenRun(records, config, checkpoint.load(target, step, records.run_id), lock)
     except BaseException:
         _unlock(lock)
         raise

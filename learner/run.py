@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+
+from learner import ending
+
+if __name__ == "__main__":
+    ending.watch()  # now: what follows takes seconds to import
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +28,17 @@ from diffusion.pipelines import check_parts, check_tiny_decoder, load_kernel
 from learner import controller, environment, resume
 from learner.checkpoint import CheckpointError
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
+from learner.group import GroupBroken
+from learner.heartbeat import Heartbeat
 from learner.ledger import LedgerError
 from learner.objectives import OBJECTIVES
+from learner.pipeline import TooStale
+from learner.quarantine import QuarantineFull
 from learner.receipts import RanksDiverged, StaleWeights
 from learner.resume import OpenRun
 from learner.runner import Runner
-from learner.storage import StorageError
-from learner.tracking import Tracker
+from learner.storage import Storage, StorageError
+from learner.tracking import Tracker, tracking_uri
 from learner.update import NonFiniteGradient
 from rewards import UnknownReward
 from rewards.scorer import BadReward
@@ -36,16 +46,19 @@ from rewards.weights import BadWeights, WeightsNotFound
 
 # What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
 FAILURES = (
-    BadReward, UnknownReward, BadWeights, WeightsNotFound, StaleWeights, RanksDiverged, NonFiniteGradient,
-    LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded, ActorDied, ObjectLost, PlacementError,
-    BaseModelError, ConnectionError,
+    BadReward, QuarantineFull, UnknownReward, BadWeights, WeightsNotFound, StaleWeights, TooStale, RanksDiverged,
+    NonFiniteGradient, GroupBroken, LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded,
+    ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
 )  # fmt: skip
+ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C."""
+    """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C;
+    143: SIGTERM."""
     args = _parser().parse_intermixed_args(arguments)
     source = args.config or DEFAULT_CONFIG
+    ending.running()
     try:
         config, faults = read_config(source, args.overrides)
         if args.print_config:
@@ -59,14 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(plan.describe(config, placement, resources, resume.whereabouts(config, source, prompts)))
             return 0
-        opened = resume.open_run(config, source, prompts, warn=lambda text: complain(f"warning: {text}"))
+        opened = resume.open_run(config, source, prompts, warn)
     except (ConfigError, CheckpointError, BaseModelError, ConnectionError) as error:
         for line in str(error).splitlines():
             complain(line)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         complain("interrupted before anything was started")
-        return 130
+        return ending.status_of(signal)
     try:
         return _run(opened)
     finally:
@@ -75,38 +88,44 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(opened: OpenRun) -> int:
     records, config = opened.records, opened.config
-    say(f"run directory: {records.storage}")
-    if opened.checkpoint:
-        done = opened.epochs_done
-        say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
-            "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
-    runner, tracker, status = None, None, "FAILED"
+    runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
     try:
+        say(f"run directory: {records.storage}")
+        if opened.checkpoint:
+            done = opened.epochs_done
+            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
+                "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
         if records.about["finished"] and opened.epochs_done >= config.train.epochs:
             say("nothing is left to do")
             controller.finish(records, config, say)
             return 0
         records.note(finished=False, environment=environment.facts())
         tracker = Tracker(records, config, say)
+        heartbeat = _heartbeat(records.storage, config)
         if opened.epochs_done < config.train.epochs:
-            runner = build_runner(opened.as_begun, opened.checkpoint.files if opened.checkpoint else None)
+            files = opened.checkpoint.files if opened.checkpoint else None
+            runner = build_runner(opened.as_begun, files, records.about["name"])
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
-            controller.run(opened, runner, tracker, say)
+            controller.run(opened, runner, tracker, heartbeat, say)
         controller.finish(records, config, say)
         status = "FINISHED"
         return 0
     except FAILURES as error:
         way_on = f"once that is mended, the same command goes on from what is done in {records.storage}"
-        complain(f"{type(error).__name__}: {error} ({way_on})")
+        reason = f"{type(error).__name__}: {error}"
+        complain(f"{reason} ({way_on})")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         status = "KILLED"
         complain(f"interrupted; the same command goes on from what is done in {records.storage}")
-        return 130
+        return ending.status_of(signal)
     finally:
+        ending.closing()
         if runner is not None:
             runner.close()
+        if heartbeat is not None:
+            heartbeat.end(ENDS[status], reason)
         if tracker is not None:
             tracker.finish(status)
 
@@ -119,14 +138,24 @@ def complain(text: str) -> None:
     print(f"learner.run: {text}", file=sys.stderr, flush=True)
 
 
-def build_runner(config: Config, files: dict[str, bytes] | None) -> Runner:
+def warn(text: str) -> None:
+    complain(f"warning: {text}")
+
+
+def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
+    ray = config.run.runner == "ray"
+    uri = tracking_uri(config, storage) if config.mlflow.enabled else None
+    return Heartbeat(storage, config.train.epochs, uri, config.run.ready_seconds if ray else config.run.train_seconds)
+
+
+def build_runner(config: Config, files: dict[str, bytes] | None, name: str) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
         return InProcessRunner(config, files)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config, files)
+    return RayRunner(config, files, name)
 
 
 def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, float]]:
@@ -166,8 +195,8 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")
         _raise(found)
-        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, local=True))
-    nodes = nodes_at_hand(config.run.cpu_threads)
+        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
+    nodes = nodes_at_hand(config.run.cpu_threads, warn)
     placement = attempt(lambda: place_for(config, nodes))
     _raise(found)
     return placement, totals(nodes)
@@ -228,4 +257,4 @@ def _kind(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isnan
 from statistics import mean
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner.ledger import Ledger
 from learner.pipeline import Work
+from learner.quarantine import SetAside
 from learner.training import Training
 
 
@@ -26,24 +28,40 @@ class EpochResult:
     sample_seconds: float
     score_seconds: float
     train_seconds: float
+    set_aside: Sequence[SetAside] = ()  # the bad trajectories, of all ranks
 
     @classmethod
-    def of(cls, works: Sequence[Work], training: Training, *seconds: float) -> EpochResult:
+    def of(
+        cls, works: Sequence[Work], training: Training, set_aside: Sequence[SetAside], *seconds: float
+    ) -> EpochResult:
         """Of an epoch's chunks, all scored; `seconds` of sampling, scoring and training."""
         receipts = [work.receipt for work in works if work.receipt]
         verdicts = [work.verdict for work in works if work.verdict]
-        return cls([work.chunk for work in works], receipts, verdicts, training, *seconds)
+        sample, score, train = seconds
+        return cls([work.chunk for work in works], receipts, verdicts, training, sample, score, train, set_aside)
 
     @property
     def rewards(self) -> list[float]:
-        """Raw terminal reward of each trajectory."""
-        return [reward for verdict in self.verdicts for reward in verdict.rewards]
+        """Raw terminal reward of each trajectory that is not bad."""
+        return [reward for verdict in self.verdicts for reward in verdict.rewards if not isnan(reward)]
 
     @property
     def reward_parts(self) -> dict[str, float]:
         """Of a weighted_sum: mean raw terminal score of each of its rewards."""
         parts = [verdict.parts for verdict in self.verdicts]
-        return {label: mean(value for part in parts for value in part[label]) for label in parts[0]}
+        return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """A run at a glance, between two turns of its runner. Actors and chunks by role: sampler, scorer, learner."""
+
+    policy_version: int
+    epochs_in_work: int  # begun to be sampled and not closed yet
+    staleness: tuple[float, int]  # mean and maximum over the chunks of the epoch trained last, in policy versions
+    actors: dict[str, int] = field(default_factory=dict)  # alive
+    waiting: dict[str, int] = field(default_factory=dict)  # chunks that no actor has yet
+    running: dict[str, int] = field(default_factory=dict)  # chunks that actors have
 
 
 @dataclass
@@ -52,6 +70,7 @@ class Hooks:
 
     say: Callable[[str], None] = print  # faults survived, a line each
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    turn: Callable[[], None] = lambda: None  # again and again, whatever is waited for
     last_checkpoint: Callable[[], dict[str, bytes] | None] = lambda: None  # its files, for learners to start anew
 
 
@@ -84,6 +103,10 @@ class Runner(Protocol):
 
     def checkpoint_files(self) -> dict[str, bytes]:
         """The learner's state (learner/state.py) and, under lora/, the adapter for other programs; once an epoch."""
+        ...
+
+    def vitals(self) -> Vitals:
+        """How it stands just now; from `begin` on."""
         ...
 
     def closed(self, epoch: int) -> None:

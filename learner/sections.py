@@ -140,6 +140,18 @@ class RewardConfig(Section):
         "CPU 32, with gradients 16)",
     )
 
+    on_bad_reward: Literal["stop", "quarantine"] = Field(
+        "stop",
+        description="what a NaN or infinite reward, one that raises, a black image or latents that are not numbers do: "
+        "stop ends the run; quarantine sets the trajectory aside in quarantine/ and trains on another of its chunk",
+    )
+    quarantine_limit: int = Field(16, ge=0, description="trajectories that a run may set aside before it ends")
+    black_images: Literal["bad", "allow"] = Field(
+        "bad",
+        description="an all-black image is the mark of NaN latents or of a safety checker; allow where black may be "
+        "right (jpeg_compressibility)",
+    )
+
 
 class LoraConfig(Section):
     rank: int = Field(4, ge=1, description="LoRA rank")
@@ -289,15 +301,15 @@ class Train(Section):
     epochs: int = Field(100, ge=1, description="epochs")
     trajectories: int = Field(512, ge=1, description="trajectories an epoch")
     updates_per_epoch: int = Field(2, ge=1, description="policy optimizer steps an epoch on its own trajectories")
+    replay_updates: int = Field(
+        0, ge=0, description="more policy steps an epoch, each on an update's trajectories of an earlier epoch"
+    )
+    replay_epochs: int = Field(4, ge=1, description="earlier epochs that replay_updates draw from")
     max_staleness: int = Field(
         0,
         ge=0,
         description="published versions that trajectories may lag behind the learner's; 0: synchronous, as the papers",
     )
-    replay_updates: int = Field(
-        0, ge=0, description="more policy steps an epoch, each on an update's trajectories of an earlier epoch"
-    )
-    replay_epochs: int = Field(4, ge=1, description="earlier epochs that replay_updates draw from")
     shuffle_rewards: bool = Field(
         False, description="control experiment: permute each trajectory's rewards among the trajectories of a chunk"
     )

@@ -3,6 +3,8 @@
 A reader never sees half a file: locally it is written aside, synced and renamed; an object store's put is atomic.
 A folder is written in one piece too: locally aside and renamed; on an object store its last file (the manifest, which
 `learner/checkpoint.py` writes last) says that it is whole.
+
+Names may come from files that someone else wrote (a checkpoint's manifest), so none leads out of the root.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class StorageError(OSError):
 
 
 class Storage:
-    """Files under one root, named by relative paths with forward slashes."""
+    """Files under one root, named by relative paths with forward slashes. Every method refuses, with a StorageError, a
+    name that leads out of the root: absolute, with `..`, or through a link."""
 
     def __init__(self, url: str) -> None:
         """
@@ -51,7 +54,7 @@ class Storage:
             if self.local is None:
                 self._fs.pipe_file(self._at(name), content)
                 return
-            target = self.local / name
+            target = self._place(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             aside = target.with_name(f".{target.name}{ASIDE}")
             try:
@@ -68,12 +71,14 @@ class Storage:
         Raises:
             StorageError: as write.
         """
+        for file in files:
+            _require_within(file)
         if self.local is None:
             self.remove(name)
             for file, content in files.items():
                 self.write(f"{name}/{file}", content)
             return
-        target = self.local / name
+        target = self._place(name)
         aside = target.with_name(f".{target.name}{ASIDE}")
         with self._saying("write", name):
             shutil.rmtree(aside, ignore_errors=True)
@@ -117,7 +122,7 @@ class Storage:
                 if self._fs.exists(self._at(name)):
                     self._fs.rm(self._at(name), recursive=True)
                 return
-            target = self.local / name
+            target = self._place(name)
             if not target.is_dir() or target.is_symlink():
                 target.unlink(missing_ok=True)
                 return
@@ -127,7 +132,23 @@ class Storage:
             shutil.rmtree(gone, ignore_errors=True)
 
     def _at(self, name: str) -> str:
+        """Where to read."""
+        _require_within(name)
+        if self.local:
+            self._require_no_way_out(self.local / name)
         return f"{self._root}/{name}" if name else self._root
+
+    def _place(self, name: str) -> Path:
+        """Where to write or remove in a local folder: a link is replaced, not followed."""
+        assert self.local is not None
+        _require_within(name)
+        self._require_no_way_out((self.local / name).parent)
+        return self.local / name
+
+    def _require_no_way_out(self, path: Path) -> None:
+        assert self.local is not None
+        if not path.resolve().is_relative_to(self.local.resolve()):
+            raise StorageError(f"{path} is a link that leads out of {self}: put the files themselves there")
 
     @contextlib.contextmanager
     def _saying(self, verb: str, name: str) -> Iterator[None]:
@@ -146,6 +167,11 @@ class Storage:
             if self.local is not None:
                 raise
             raise StorageError(f"cannot {verb} {name} in {self}: {type(error).__name__}: {error}") from error
+
+
+def _require_within(name: str) -> None:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise StorageError(f"{name!r} is no name of a file in here: it leads out of the folder")
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -11,14 +11,18 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from learner import ending
 from learner.config import ROOT, Config
 from learner.records import Records
 from learner.storage import Storage, StorageError
+from learner.temporary import TemporaryFolder
 
 GRACE_SECONDS = 1.0  # for the mirror of a server that does not answer
+POLL_SECONDS = 0.05
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
@@ -46,6 +50,7 @@ class Tracker:
             f" (look: mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite:") else ""
         ))  # fmt: skip
         command = [sys.executable, "-m", "learner.upload", str(records.storage), "--follow", "--uri", uri]
+        self._folder = TemporaryFolder()  # MLflow's files on their way, should it be killed
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         try:
             self._mirror = subprocess.Popen(
@@ -54,10 +59,11 @@ class Tracker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._folder.path), **self._folder.mark},
                 start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
             )
         except OSError as error:
+            self._folder.remove()
             say(f"warning: no MLflow, its process cannot be started: {error}")
             return
         self._reader = threading.Thread(target=self._read, name="mlflow-mirror", daemon=True)
@@ -69,19 +75,15 @@ class Tracker:
         self._tell("sync")
 
     def finish(self, status: str) -> None:
-        """Let the mirror send the rest, for at most mlflow.finish_seconds (a moment, if its server does not answer),
-        and stop it. `status` is FINISHED, FAILED or KILLED. Safe to call twice."""
+        """Let the mirror send the rest, for at most mlflow.finish_seconds (a moment, if its server does not answer or a
+        signal ends the run), and stop it. `status` is FINISHED, FAILED or KILLED. Safe to call twice."""
         if self._mirror is None:
             return
         self._tell(f"finish {status}")
-        limit = GRACE_SECONDS if self._state == "failing" else self._config.mlflow.finish_seconds
-        try:
-            complete = self._mirror.wait(limit) == 0
-        except subprocess.TimeoutExpired:
-            complete = False
-            self._mirror.kill()
-            self._mirror.wait()
+        complete = self._wait() == 0
+        self._mirror.kill()
         self._reader.join(GRACE_SECONDS)
+        self._folder.remove()
         self._mirror = None
         with contextlib.suppress(StorageError):  # a full disk has been said already
             self._note()
@@ -90,6 +92,17 @@ class Tracker:
             self._say(
                 f"MLflow does not have everything{words}; send it: python -m learner.upload {self._records.storage}"
             )
+
+    def _wait(self) -> int | None:
+        """The mirror's exit status, or None if it does not end in time."""
+        assert self._mirror is not None
+        start = time.monotonic()
+        limit = GRACE_SECONDS if self._state == "failing" else self._config.mlflow.finish_seconds
+        while (status := self._mirror.poll()) is None:
+            if time.monotonic() - start > (min(limit, GRACE_SECONDS) if ending.hurry() else limit):
+                return None
+            time.sleep(POLL_SECONDS)
+        return status
 
     def _note(self) -> None:
         if self._mlflow_run_id and self._records.about.get("mlflow_run_id") != self._mlflow_run_id:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from learner.quarantine import SetAside
+
 
 @dataclass(frozen=True)
 class Training:
@@ -13,3 +15,4 @@ class Training:
     metrics: dict[str, float]  # means over the epoch's updates
     updates: list[dict[str, float]]  # the same of each update
     trajectory_ids: tuple[int, ...]  # this rank's, in the order trained
+    set_aside: tuple[SetAside, ...] = ()  # this rank's bad ones

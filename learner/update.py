@@ -1,13 +1,12 @@
 """The learner: GFlowNet updates of the LoRA and the flow network from scored trajectories.
 
 Plain Python and torch; one instance a rank. With several ranks each holds an equal share of every update's
-trajectories and DistributedDataParallel averages the gradients, so any number of ranks does the same update. What is
+trajectories and the gradients are averaged (learner/group.py), so any number of ranks does the same update. What is
 minimised is the objective's business (learner/objectives/).
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,13 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from diffusion import lora, memory, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
-from learner import receipts, state
+from learner import group, quarantine, receipts, state
 from learner.config import Config
 from learner.experience import Experience
 from learner.objectives import OBJECTIVES
@@ -43,31 +41,28 @@ class Learner:
     """Holds the policy's adapter, the flow network and their optimizers."""
 
     def __init__(self, model: BaseModel, flow: nn.Module | None, config: Config) -> None:
-        """`model` has its adapter attached; `flow` is the network that the objective asks for, if it does. Wraps both
-        in DDP if a process group is there."""
+        """`model` has its adapter attached; `flow` is the network that the objective asks for, if it does. Equal on
+        all ranks."""
         self.model, self.config = model, config
         self.kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)
         self.objective = OBJECTIVES[config.objective.kind](config.objective, self.kernel)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.unet: nn.Module = self._parallel(model.unet)
-        self.policy = Policy(model, self.kernel, config.sampler.guidance, self.unet)
+        self.policy = Policy(model, self.kernel, config.sampler.guidance)
         self.policy_parameters: list[nn.Parameter] = [p for _, p in lora.named(model.unet)]
         decay = config.learner.weight_decay
         self.policy_optimizer = AdamW(self.policy_parameters, lr=config.learner.learning_rate, weight_decay=decay)
-        self.flow: nn.Module | None = None
+        self.flow = flow
         if flow is not None:
-            self.flow = self._parallel(flow.to(model.device))
+            flow.to(model.device)
             self.flow_parameters: list[nn.Parameter] = list(flow.parameters())
             decay = decay if config.flow.weight_decay is None else config.flow.weight_decay
             self.flow_optimizer = AdamW(self.flow_parameters, lr=config.flow.learning_rate, weight_decay=decay)
         # The last epochs, update by update, for flow-only fits and replayed policy updates.
         self.replay: deque[list[list[Experience]]] = deque(maxlen=config.kept_epochs)
         self.published = lora.snapshot(model.unet, 0)
+        self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
-
-    def _parallel(self, module: nn.Module) -> nn.Module:
-        return DistributedDataParallel(module) if self.world_size > 1 else module
 
     def fit_micro_batch(self, share: float = 1.0) -> int:
         """Unless the config gives one, choose the largest micro-batch that this process's `share` of the free GPU
@@ -76,11 +71,8 @@ class Learner:
         if self.config.learner.micro_batch is None and self.model.device.type == "cuda":
             with memory.smaller("learner.micro_batch", 1):
                 fits = memory.largest_batch(self._try_micro_batch, self.model.device, MOST, share)
-            if self.world_size > 1:
-                least = torch.tensor(fits, device=self.model.device)
-                dist.all_reduce(least, dist.ReduceOp.MIN)
-                fits = int(least.item())
-            self.micro_batch = fits
+            least = group.reduce(torch.tensor(fits, device=self.model.device), dist.ReduceOp.MIN)
+            self.micro_batch = int(least.item())
         return self.micro_batch
 
     def _try_micro_batch(self, size: int) -> None:
@@ -99,9 +91,7 @@ class Learner:
         before = self.objective.state()
         self.objective.begin_epoch(Population((0, 1), ("", ""), (0.0, 1.0)))
         self.prepare(batch)
-        nets = [self.unet] if self.flow is None else [self.unet, self.flow]
-        with self._sync_last(nets, False):
-            self.loss(batch, 1.0)[0].backward()
+        self.loss(batch, 1.0)[0].backward()
         self.objective.restore(before)
         for parameter in [*self.policy_parameters, *(self.flow_parameters if self.flow is not None else [])]:
             parameter.grad = None
@@ -119,6 +109,9 @@ class Learner:
         fresh = lora.snapshot(self.model.unet, version)
         receipts.check_moved(self.published, fresh)
         self.published = fresh
+        self.recent[version] = fresh.sha256
+        for old in [old for old in self.recent if old < version - self.config.train.max_staleness]:
+            del self.recent[old]
         return fresh
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
@@ -126,7 +119,8 @@ class Learner:
         train.replay_updates more, each on an update of an earlier epoch.
 
         Raises:
-            StaleWeights: trajectories of another adapter than the published one.
+            StaleWeights: trajectories of another adapter than the published one and the train.max_staleness before.
+            GroupBroken: another rank is gone or silent.
             OutOfMemory: the micro-batch is too large for the GPU.
         """
         with memory.smaller("learner.micro_batch", self.micro_batch):
@@ -134,8 +128,8 @@ class Learner:
 
     def _train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
         for trajectories, _ in (scored for update in updates for scored in update):
-            receipts.check(trajectories, self.published, f"chunk {trajectories.chunk.index} of epoch {epoch}")
-        fresh = [[Experience(*scored) for scored in update] for update in updates]
+            receipts.check_recent(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")
+        fresh = [[Experience(*quarantine.replaced(*scored)) for scored in update] for update in updates]
         self._prepare([one for update in fresh for one in update])
         train = self.config.train
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
@@ -151,8 +145,19 @@ class Learner:
             past = earlier[pick]
             age = self.published.version - past[0].trajectories.policy_version
             rows.append({**self._train(epoch, index, beta, past), "replay_age": float(age)})
-        trained = (number for update in updates for made, _ in update for number in made.chunk.trajectory_ids)
-        return Training(*self._over_ranks(rows), tuple(trained))
+        means, each = self._over_ranks(rows)
+        scored = [pair for update in updates for pair in update]
+        trained = tuple(number for _, scores in scored for number in scores.good_ids)
+        aside = tuple(found for pair in scored for found in quarantine.set_aside(*pair))
+        return Training(means | self._staleness(scored), each, trained, aside)
+
+    def _staleness(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Published versions that the epoch's trajectories lag behind, on all ranks, where they may."""
+        if not self.config.train.max_staleness:
+            return {}
+        mine = [self.published.version - made.policy_version for made, _ in scored for _ in made.chunk.trajectory_ids]
+        lags = [lag for part in group.gather(mine) for lag in part]
+        return {"staleness_mean": float(np.mean(lags)), "staleness_max": float(max(lags))}
 
     def _train(self, epoch: int, index: int, beta: float, update: Sequence[Experience]) -> dict[str, float]:
         """One update of an epoch, after the flow-only steps that precede it."""
@@ -166,10 +171,7 @@ class Learner:
         """Means over ranks: of all updates, and of each."""
         names = sorted({name for row in rows for name in row})
         table = torch.tensor([[row.get(name, np.nan) for name in names] for row in rows], dtype=torch.float64)
-        table = table.to(self.model.device)
-        if self.world_size > 1:
-            dist.all_reduce(table)
-            table /= self.world_size
+        table = group.reduce(table.to(self.model.device)) / self.world_size
         means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
         each = [
             {name: value for name, value in zip(names, row, strict=True) if not np.isnan(value)}
@@ -185,12 +187,13 @@ class Learner:
             files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
             saved: dict[str, Any] = {
                 "version": self.published.version,
+                "recent": self.recent,
                 "adapter": torch.from_numpy(np.array(self.published.flat)),
                 "policy_optimizer": self.policy_optimizer.state_dict(),
                 "objective": self.objective.state(),
             }
             if self.flow is not None:
-                saved["flow"] = _unwrap(self.flow).state_dict()
+                saved["flow"] = self.flow.state_dict()
                 saved["flow_optimizer"] = self.flow_optimizer.state_dict()
             files[state.LEARNER_FILE] = state.dump(saved)
         return files
@@ -202,11 +205,12 @@ class Learner:
         self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
         self.objective.restore(saved["objective"])
         if self.flow is not None:
-            _unwrap(self.flow).load_state_dict(saved["flow"])
+            self.flow.load_state_dict(saved["flow"])
             self.flow_optimizer.load_state_dict(saved["flow_optimizer"])
         self.replay.clear()
         self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
         self.published = lora.snapshot(self.model.unet, saved["version"])
+        self.recent = dict(saved["recent"])
 
     def update(self, batches: Iterable[Transitions], count: int, beta: float) -> dict[str, float]:
         """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions
@@ -216,17 +220,14 @@ class Learner:
             NonFiniteGradient: the network whose gradient it was is unchanged.
         """
         joint = self.flow is not None and self.config.flow.fit_steps == 0
-        nets = [self.unet, self.flow] if joint and self.flow is not None else [self.unet]
         sums: dict[str, Tensor] = {}  # on the device: reading them out would make the host wait
-        done = 0
         for batch in batches:
-            done += len(batch.t)
-            with self._sync_last(nets, done == count):
-                loss, parts = self.loss(batch, beta, flow_gradient=joint)
-                share = len(batch.t) / count
-                (loss * share).backward()
+            loss, parts = self.loss(batch, beta, flow_gradient=joint)
+            share = len(batch.t) / count
+            (loss * share).backward()
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.double() * share
+        group.average_gradients(self.policy_parameters + (self.flow_parameters if joint else []))
         totals = {name: value.item() for name, value in sums.items()}
         totals["grad_norm"] = self._step(self.policy_optimizer, self.policy_parameters)
         if joint:
@@ -286,11 +287,7 @@ class Learner:
         for one in chunks:
             chunk, rewards = one.trajectories.chunk, one.scores.rewards[:, -1].tolist()
             mine.extend(zip(chunk.trajectory_ids, chunk.prompts, rewards, strict=True))
-        parts = [mine]
-        if self.world_size > 1:
-            parts = [[] for _ in range(self.world_size)]
-            dist.all_gather_object(parts, mine)
-        ids, prompts, values = zip(*sorted(row for part in parts for row in part), strict=True)
+        ids, prompts, values = zip(*sorted(row for part in group.gather(mine) for row in part), strict=True)
         return Population(ids, prompts, values)
 
     def _fit_flow(self, epoch: int, update: int, beta: float, steps: int) -> dict[str, float]:
@@ -306,6 +303,7 @@ class Learner:
             parts = [pool[i].gather(rng.integers(0, len(pool[i]), each), self.model, self.config) for i in pick]
             loss = self.objective.flow_loss(Transitions.concatenate(parts), self.flow, beta)
             loss.backward()
+            group.average_gradients(self.flow_parameters)
             self._step(self.flow_optimizer, self.flow_parameters)
             losses.append(loss.detach())
         return {"flow_loss": torch.stack(losses).double().mean().item()}
@@ -335,14 +333,6 @@ class Learner:
         for batch, part in zip(batches, advantage.split([len(batch.t) for batch in batches]), strict=True):
             batch.prepared["advantage"] = part
 
-    def _sync_last(self, nets: Sequence[nn.Module], last: bool) -> contextlib.ExitStack:
-        """Gradients are exchanged once an update, in its last backward pass."""
-        stack = contextlib.ExitStack()
-        for net in nets:
-            if isinstance(net, DistributedDataParallel) and not last:
-                stack.enter_context(net.no_sync())
-        return stack
-
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learner.max_grad_norm)
         if not torch.isfinite(norm):
@@ -353,7 +343,3 @@ class Learner:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module

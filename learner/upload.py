@@ -14,10 +14,12 @@ import io
 import logging
 import os
 import queue
+import signal
 import sys
 import tempfile
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from learner.tracking import tracking_uri
 SENTINEL = "epochs_done"  # the last metric of an epoch's batch: where it is, the others are
 BATCH = 900  # metrics a request; the server takes 1000
 RETRY_SECONDS = 30.0
+GONE_SECONDS = 5.0  # for the last words when the driver was killed
 SHEETS = "samples"
 
 
@@ -92,7 +95,8 @@ class Mirror:
     def sync(self) -> None:
         """Send what the server lacks of the closed epochs: metrics, contact sheets, adapters."""
         records = Records.open(self.storage)
-        manifests = [found for step in checkpoint.steps(self.storage) if (found := self._manifest(step))]
+        found = [self._manifest(step, records.run_id) for step in checkpoint.steps(self.storage)]
+        manifests = [manifest for manifest in found if manifest]
         done = manifests[-1]["next_epoch"] if manifests else BEFORE
         for line in records.lines:
             if line["epoch"] < done and line["epoch"] + 1 not in self._logged:
@@ -149,10 +153,10 @@ class Mirror:
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
 
-    def _manifest(self, step: int) -> dict[str, Any] | None:
+    def _manifest(self, step: int, run_id: str) -> dict[str, Any] | None:
         """Of a whole checkpoint; a torn one, or one just being pruned, has none."""
         with contextlib.suppress(CheckpointError):
-            return checkpoint.manifest(self.storage, step)
+            return checkpoint.manifest(self.storage, step, run_id)
         return None
 
     def _send_adapter(self, manifest: dict[str, Any]) -> None:
@@ -173,12 +177,15 @@ class Mirror:
 
 def follow(mirror: Mirror) -> int:
     """Obey the driver's lines until it finishes or is gone. Exit status 0: MLflow has everything."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to all: the driver says when we end
     words: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
             words.put(line.strip())
         words.put("gone")
+        time.sleep(GONE_SECONDS)  # a server that does not answer keeps nobody alive
+        os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
     monitor: SystemMetricsMonitor | None = None

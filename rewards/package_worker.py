@@ -95,8 +95,8 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
     from ImageReward.models.BLIP import blip
 
     # It asks for "bert-base-uncased" by that name.
-    kept = blip.BertTokenizer
-    blip.BertTokenizer = types.SimpleNamespace(from_pretrained=lambda _: kept.from_pretrained(files["tokenizer"]))
+    tokenizer = blip.BertTokenizer
+    blip.BertTokenizer = types.SimpleNamespace(from_pretrained=lambda _: tokenizer.from_pretrained(files["tokenizer"]))
     model = ImageReward(device=device, med_config=files["med_config"])
     faults = model.load_state_dict(_load(torch, files["weights"]), strict=False)
     # Not strict, as in the package, but for buffers that torch makes anew alone.

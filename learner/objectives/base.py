@@ -57,22 +57,18 @@ class Policy:
     model: BaseModel
     kernel: DDIMKernel
     guidance: float
-    unet: nn.Module  # the model's U-Net, in DDP if there are several ranks
 
     def output(self, batch: Transitions) -> Tensor:
         """Guided model output [b, C, H, W] at batch.x, with gradient to the adapter."""
-        return self.model.predict(batch.x, batch.t, batch.embeddings, self.guidance, self.unet)[0]
+        return self.model.predict(batch.x, batch.t, batch.embeddings, self.guidance)[0]
 
     def clean(self, x: Tensor, t: Tensor, embeddings: Tensor, reference: bool, guided: bool) -> Tensor:
         """Clean prediction xhat(x_t) [b, C, H, W] of the adapter as it stands, or of the reference; x itself at t=0."""
         guidance = self.guidance if guided else 1.0
-        predict = self.model.predict_reference if reference else self._without_ddp
-        output = predict(x, t.clamp(min=1), embeddings, guidance)
+        given = (x, t.clamp(min=1), embeddings, guidance)
+        output = self.model.predict_reference(*given) if reference else self.model.predict(*given)[0]
         at_end = (t == 0).reshape(-1, *[1] * (x.ndim - 1))
         return torch.where(at_end, x, self.kernel.clean(output, t.clamp(min=1), x))
-
-    def _without_ddp(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> Tensor:
-        return self.model.predict(x, t, embeddings, guidance)[0]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(HERE / "vae", dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(HERE / "vae", dtype=torch.float32, use_safetensors=True).eval()
     images, _ = pictures(args.pictures, np.random.default_rng(0))
     distil(vae, encode(vae, images), args.steps).half().save_pretrained(args.out)
     config = json.loads((args.out / "config.json").read_text())

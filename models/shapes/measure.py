@@ -84,7 +84,7 @@ def main() -> None:
         sets[args.prompts.stem] = [world.parse(lines[i % len(lines)]) for i in range(args.count)]
     true = [(world.draw(scene, rng), scene) for asked in sets.values() for scene in asked]
     print(f"detector on {len(true)} true drawings: {np.mean([correct(*pair) for pair in true]):.3f}")
-    pipeline = StableDiffusionPipeline.from_pretrained(args.model)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     if args.lora:
         pipeline.load_lora_weights(args.lora)

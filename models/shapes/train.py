@@ -254,7 +254,7 @@ def main() -> None:
     images, captions = pictures(args.pictures, np.random.default_rng(args.seed))
     print(f"drew {len(images)} pictures", flush=True)
     if args.vae:
-        vae = AutoencoderKL.from_pretrained(args.vae).eval()
+        vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True).eval()
     else:
         vae = train_vae(images, args.vae_steps)
         vae.save_pretrained(args.out / "vae")

@@ -28,17 +28,17 @@ def first_time(config: Config, name: str) -> bool:
 class SkipsLoad(SamplerActor):
     """New weights come, and are never copied into the module."""
 
-    def __init__(self, config, shares_gpu):
-        super().__init__(config, shares_gpu)
+    def __init__(self, build, shares_gpu):
+        super().__init__(build, shares_gpu)
         rollout.lora.load = lambda unet, flat: None
 
 
 class DiesOnce(SamplerActor):
     """Its process is gone in the middle of epoch 1's chunk 1."""
 
-    def __init__(self, config, shares_gpu):
-        super().__init__(config, shares_gpu)
-        self.config = config
+    def __init__(self, build, shares_gpu):
+        super().__init__(build, shares_gpu)
+        self.config = build.args[0]
 
     @ray.method(num_returns=3)
     def sample(self, chunk, snapshot):
@@ -58,17 +58,17 @@ class HangsOnce(DiesOnce):
 class StaleAfterRestart(DiesOnce):
     """Dies, and the one that takes its place keeps the weights it was built with."""
 
-    def __init__(self, config, shares_gpu):
-        super().__init__(config, shares_gpu)
-        if witness(config, "died").exists():
-            witness(config, "stale").touch()
+    def __init__(self, build, shares_gpu):
+        super().__init__(build, shares_gpu)
+        if witness(self.config, "died").exists():
+            witness(self.config, "stale").touch()
             rollout.lora.load = lambda unet, flat: None
 
 
 class ScorerDiesOnce(RewardActor):
-    def __init__(self, config, shares_gpu):
-        super().__init__(config, shares_gpu)
-        self.config = config
+    def __init__(self, build, shares_gpu):
+        super().__init__(build, shares_gpu)
+        self.config = build.args[0]
 
     @ray.method(num_returns=2)
     def score(self, clean, batch):
@@ -99,3 +99,19 @@ class Unbuildable:
 
     def __init__(self):
         raise OSError("the reward's own words: no /no/weights.bin")
+
+
+class DiesOfRings:
+    """A user's reward that takes its process with it, for one prompt, every time."""
+
+    def __call__(self, images, prompts):
+        if any("ring" in prompt for prompt in prompts):
+            os._exit(1)
+        return images.mean((1, 2, 3))
+
+
+class NanForRings:
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        scores[[i for i, prompt in enumerate(prompts) if "ring" in prompt]] = float("nan")
+        return scores

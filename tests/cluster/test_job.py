@@ -1,17 +1,14 @@
 """`ray job submit --working-dir . -- python -m learner.run` on a head with token authentication, and nothing else."""
 
-import os
+import contextlib
 import re
-import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -27,48 +24,6 @@ SMALLER = {
     "evaluation": {"images": 16},
     "mlflow": {"enabled": False},
 }
-
-
-def free_port() -> int:
-    """Outside the range that Ray gives its workers."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        if not 10002 <= port <= 19999:
-            return port
-
-
-@pytest.fixture
-def head(tmp_path):
-    """A head of our own: (dashboard address, environment that knows the token)."""
-    folder = Path(tempfile.mkdtemp(prefix="tr-", dir="/tmp"))
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "PYTHONPATH"}
-    environment = kept | {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(tmp_path / "home"),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    dashboard = free_port()
-    log = (tmp_path / "head.log").open("w")
-    process = subprocess.Popen(
-        ["ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-         f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}", "--num-cpus=2", "--disable-usage-stats"],
-        env=environment, stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", dashboard), 1).close()
-            break
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()[-2000:]
-            time.sleep(0.3)
-    yield f"http://127.0.0.1:{dashboard}", environment
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -89,10 +44,13 @@ def working_dir(tmp_path) -> Path:
 
 
 def submit(head, working_dir, *command) -> str:
-    address, environment = head
+    return job(head, working_dir, "submit", "--working-dir", ".", "--", *command)
+
+
+def job(head, working_dir, verb, *arguments) -> str:
     done = subprocess.run(
-        ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command],
-        cwd=working_dir, env=environment, capture_output=True, text=True, timeout=300,
+        ["ray", "job", verb, "--address", head.dashboard, *arguments],
+        cwd=working_dir, env=head.environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return done.stdout + done.stderr
 
@@ -113,3 +71,57 @@ def test_a_bare_submission_runs_and_its_results_are_where_the_log_says(head, wor
     said = submit(head, working_dir, "python", "-m", "learner.run", "train.epoch=3", "learner.gpus=1")
     assert "failed" in said and "did you mean train.epochs" in said and "the cluster has 0" in said
     assert "Traceback" not in said
+
+
+LEFT = """
+import ray
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+ray.init(log_to_driver=False)
+actors = [actor.class_name for actor in list_actors(filters=[("state", "!=", "DEAD")], timeout=20)]
+groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+print("LEFT", len(groups), sorted(actors))
+"""
+
+
+def ours(head) -> list[str]:
+    """Command lines of the job's own processes: driver, actors, MLflow's mirror."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            its_own = re.search(r"learner\.|ray::\w+Actor", line)
+            if its_own and process.environ().get("HOME") == head.environment["HOME"]:
+                found.append(line)
+    return found
+
+
+def left(head) -> str:
+    """Placement groups and actors of the cluster."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], env=head.environment | {"RAY_ADDRESS": head.address}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    return next((line for line in done.stdout.splitlines() if line.startswith("LEFT")), done.stderr[-2000:])
+
+
+@pytest.mark.slow
+def test_a_stopped_job_leaves_nothing_on_the_cluster(head, working_dir, tmp_path):
+    """`ray job stop` sends SIGTERM to the driver and all its children, and kills them 3 s later."""
+    run = tmp_path / "run"
+    job(head, working_dir, "submit", "--no-wait", "--submission-id", "ours", "--working-dir", ".", "--",
+        "python", "-m", "learner.run", "train.epochs=50", "mlflow.enabled=true", f"run.dir={run}")  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not (run / "checkpoints/step-000001/state.json").exists():
+        assert time.monotonic() < deadline, job(head, working_dir, "logs", "ours")[-3000:]
+        time.sleep(0.1)
+    assert len(ours(head)) >= 5 and "SamplerActor" in left(head)
+    said = job(head, working_dir, "stop", "ours")
+    gone_by = time.monotonic() + 10
+    assert "stopped" in said.lower(), said
+    while ours(head):
+        assert time.monotonic() < gone_by, ours(head)
+        time.sleep(0.2)
+    assert left(head) == "LEFT 0 []"
+    log = job(head, working_dir, "logs", "ours")
+    assert f"interrupted; the same command goes on from what is done in {run}" in log and "Traceback" not in log

@@ -169,6 +169,14 @@ def test_samplers_on_nodes_without_gpus_get_none():
     assert placement.rank_options["num_gpus"] == 1 and placement.rank_labels == {"kind": "gpu"}
 
 
+def test_automatic_counts_are_those_of_the_nodes_that_a_role_may_use():
+    nodes = several(*[(8.0, 1.0, {"kind": "a"})] * 3, (8.0, 1.0, {"kind": "b"}))
+    placement = place(None, None, None, 4, nodes, labels=({"kind": "b"}, {}, {}))
+    assert (placement.samplers, placement.ranks) == (1, 2)
+    placement = place(None, None, None, 4, nodes, labels=({}, {}, {"kind": "b"}))
+    assert (placement.samplers, placement.ranks) == (3, 1)
+
+
 AUTOMATIC = ("learner.ranks=1", "sampler.actors=null", "reward.actors=null")
 CPU_NODES = several((2.0, 0.0, {}), (2.0, 0.0, {}), (2.0, 0.0, {}))
 

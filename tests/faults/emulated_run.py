@@ -26,8 +26,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = pq.read_table(folder / "trajectories", columns=COLUMNS).to_pylist()
     return {
-        "LoRA": (newest / "lora/flat.bin").read_bytes(),
-        "learner": (newest / "learner.json").read_bytes(),
+        "LoRA": {file.name: file.read_bytes() for file in (newest / "lora").iterdir()},
+        "learner": [file.read_bytes() for file in sorted(newest.glob("learner.*"))],
         "cursor": [state[key] for key in ("step", "next_epoch", "prompts_drawn", "policy_version", "adapter_sha256")],
         "ledger": {stage: count for stage, count in state["ledger"]["totals"].items() if stage != "lost"},
         "metrics": [{k: v for k, v in line.items() if k not in (*TIMES, "lost_trajectories")} for line in lines],

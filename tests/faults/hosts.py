@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 # Read by the head alone: nodes that are cut off are declared dead after 3 to 5 s instead of a minute.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "0",

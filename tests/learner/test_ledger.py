@@ -15,7 +15,7 @@ def test_every_trajectory_is_counted_once_at_every_stage():
     through(ledger, 0, [0, 1, 2])
     through(ledger, 1, [0, 1, 2])
     assert ledger.epochs == 2
-    assert ledger.totals == {"issued": 6, "sampled": 6, "scored": 6, "trained": 6, "lost": 0}
+    assert ledger.totals == {"issued": 6, "sampled": 6, "scored": 6, "trained": 6, "quarantined": 0, "lost": 0}
 
 
 def test_a_lost_chunk_is_made_again_and_counted():

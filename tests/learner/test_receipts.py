@@ -32,3 +32,12 @@ def test_ranks_must_agree():
     receipts.check_ranks(["aaa", "aaa"])
     with pytest.raises(RanksDiverged, match="rank 0 aaa, rank 1 bbb"):
         receipts.check_ranks(["aaa", "bbb"])
+
+
+def test_one_of_several_recent_versions_will_do_with_its_own_hash():
+    recent = {2: "aaa", 3: "bbb"}
+    for version, sha256 in recent.items():
+        receipts.check_recent(receipt(version, sha256), recent, "chunk 1")
+    for version, sha256 in [(1, "aaa"), (3, "aaa"), (2, "bbb"), (4, "bbb")]:
+        with pytest.raises(StaleWeights, match="version 2 is aaa and version 3 is bbb"):
+            receipts.check_recent(receipt(version, sha256), recent, "chunk 1")

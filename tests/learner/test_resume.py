@@ -54,7 +54,7 @@ def assert_same(one, other) -> None:
     for name in ("before.png", "after.png", "evaluation/epoch-000002.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     totals = json.loads((other / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
-    assert totals == {"issued": 24, "sampled": 24, "scored": 24, "trained": 24, "lost": 0}
+    assert totals == {"issued": 24, "sampled": 24, "scored": 24, "trained": 24, "quarantined": 0, "lost": 0}
 
 
 # (where the blow falls, at which call)
@@ -207,7 +207,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(settings, unbr
 @pytest.mark.parametrize(
     ("file", "before", "after", "said"),
     [
-        ("run.json", '"format": 3', '"format": 99', "format 99"),
+        ("run.json", '"format": 4', '"format": 99', "format 99"),
         ("config.yaml", "config_version: 1", "config_version: 99", "version 99"),
         ("run.json", '"run_id"', "", "run.json in"),
         ("metrics.jsonl", '{"epoch": 1', '{"epo', "metrics.jsonl in"),
@@ -263,9 +263,9 @@ def test_checkpoints_passed_over_do_not_crowd_out_the_new_ones(settings, unbroke
     arguments = [*settings, "run.keep_checkpoints=1", "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]
     assert main([*arguments, "train.epochs=2"]) == 0
     folder = tmp_path / "run/checkpoints"
-    shutil.copytree(folder / "step-000002", folder / "step-000001")
-    about = json.loads((folder / "step-000001/state.json").read_text())
-    (folder / "step-000001/state.json").write_text(json.dumps(about | {"step": 1}))  # whole, and older
+    storage = Storage(str(tmp_path / "run"))
+    held = checkpoint.load(storage, 2, Records.open(storage).run_id)
+    checkpoint.save(storage, {**held.manifest, "step": 1}, held.files)  # whole, and older
     shutil.copytree(folder / "step-000002", folder / "step-000009")
     (folder / "step-000009/learner.pt").write_bytes(b"torn")
     assert main(arguments) == 0
@@ -354,7 +354,7 @@ def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken, monkeypatch):
             main([*settings, f"run.dir={url}"])
     assert main([*settings, f"run.dir={url}"]) == 0
     storage = Storage(url)
-    newest = checkpoint.load(storage, 3)
+    newest = checkpoint.load(storage, 3, Records.open(storage).run_id)
     assert [
         newest.files[f"lora/{file.name}"] for file in sorted((unbroken / "checkpoints/latest/lora").iterdir())
     ] == lora(unbroken)
@@ -372,10 +372,10 @@ def test_a_resumed_run_keeps_the_batches_that_memory_once_had(small_settings, tm
 
     assert main([*open_ended, "train.epochs=1"]) == 0
     assert (sizes()["micro_batch"], sizes()["score"]) == (8, 32)
-    file = run / "checkpoints/latest/state.json"
-    held = json.loads(file.read_text())
-    held["batch_sizes"] |= {"micro_batch": 2, "score": 3}  # as if a small GPU had begun the run
-    file.write_text(json.dumps(held))
+    storage = Storage(str(run))
+    held = checkpoint.load(storage, 1, Records.open(storage).run_id)
+    small = {**held.manifest["batch_sizes"], "micro_batch": 2, "score": 3}  # as if a small GPU had begun the run
+    checkpoint.save(storage, {**held.manifest, "batch_sizes": small}, held.files)
     assert main([*open_ended, "train.epochs=2"]) == 0
     assert (sizes()["micro_batch"], sizes()["score"]) == (2, 3)
     assert "last bits" not in capsys.readouterr().err

@@ -85,3 +85,54 @@ def test_whatever_an_object_store_raises_is_a_storage_error(tmp_path, monkeypatc
     ):
         with pytest.raises(StorageError, match="NoCredentials: unable to locate"):
             call()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", "a\0b"])
+def test_no_name_leads_out(storage, name):
+    outside = Storage(str(storage).removesuffix("/run"))
+    outside.write("secret", b"secret")
+    storage.write("a/file", b"")
+    for call in (
+        lambda: storage.read(name),
+        lambda: storage.exists(name),
+        lambda: storage.entries(name),
+        lambda: storage.write(name, b"changed"),
+        lambda: storage.write_folder(name, {}),
+        lambda: storage.write_folder("folder", {name: b"changed"}),
+        lambda: storage.remove(name),
+    ):
+        with pytest.raises(StorageError, match="leads out of the folder"):
+            call()
+    assert outside.read("secret") == b"secret" and storage.exists("a/file") and not storage.exists("folder")
+
+
+def test_no_link_leads_out(tmp_path):
+    storage = Storage(str(tmp_path / "run"))
+    storage.write("file", b"")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/one").write_bytes(b"secret")
+    (tmp_path / "run/folder").symlink_to(tmp_path / "secrets")
+    (tmp_path / "run/one").symlink_to(tmp_path / "secrets/one")
+    for call in (
+        lambda: storage.read("one"),
+        lambda: storage.read("folder/one"),
+        lambda: storage.entries("folder"),
+        lambda: storage.write("folder/two", b""),
+        lambda: storage.write_folder("folder/two", {"x": b""}),
+        lambda: storage.remove("folder/one"),
+    ):
+        with pytest.raises(StorageError, match=r"a link that leads out of .*run: put the files themselves there"):
+            call()
+    storage.write("one", b"own")  # a link is replaced
+    storage.remove("folder")
+    assert storage.read("one") == b"own" and storage.entries() == ["file", "one"]
+    assert (tmp_path / "secrets/one").read_bytes() == b"secret" and len(list((tmp_path / "secrets").iterdir())) == 1
+
+
+def test_links_within_and_to_the_folder_itself_are_fine(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    storage = Storage(str(tmp_path / "run"))
+    storage.write_folder("step-1", {"file": b"held"})
+    (tmp_path / "disk/latest").symlink_to("step-1")
+    assert storage.read("latest/file") == b"held" and storage.entries("latest") == ["file"]

@@ -1,5 +1,7 @@
 """The learner: what each setting does to gradients, stale weights, and one rank against two."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,34 @@ def test_trajectories_of_another_adapter_are_refused(prepared):
     learner.publish(2)
     with pytest.raises(StaleWeights, match="did not arrive"):
         learner.train_epoch(1, 1.0, [epoch])
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2])
+def test_trajectories_may_lag_as_far_as_the_bound_also_after_a_resume(bound, small_config):
+    config = small_config(f"train.max_staleness={bound}")
+    learner = factory.build_learner(config)
+    made = []  # an epoch of every version
+    for version in range(4):
+        made.append(scored_epoch(config, learner.published))
+        if version < 3:
+            metrics = learner.train_epoch(version, 1.0, [made[version]]).metrics
+            assert metrics.get("staleness_max") == (0 if bound else None)
+            learner.publish(version + 1)
+    resumed = factory.build_learner(config, learner.state_files())
+    for either in (learner, resumed):
+        assert sorted(either.recent) == list(range(3 - bound, 4))
+        for lag in range(4):
+            if lag > bound:
+                with pytest.raises(StaleWeights, match=f"as version {3 - lag}.*version 3 is"):
+                    either.train_epoch(3, 1.0, [made[3 - lag]])
+            else:
+                mixed = [made[3 - lag][0], made[3][1]]
+                metrics = either.train_epoch(3, 1.0, [mixed]).metrics
+                if bound:
+                    assert metrics["staleness_max"] == lag and metrics["staleness_mean"] == lag / 2
+        forged = [(replace(one, adapter_sha256=made[0][0][0].adapter_sha256), scores) for one, scores in made[3]]
+        with pytest.raises(StaleWeights):
+            either.train_epoch(3, 1.0, [forged])
 
 
 def test_an_adapter_that_training_did_not_change_is_not_published(prepared):

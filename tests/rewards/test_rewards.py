@@ -10,7 +10,7 @@ from PIL import Image
 
 import rewards
 from diffusion.memory import OutOfMemory
-from diffusion.trajectory import Chunk, CleanPredictions
+from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from models.shapes.world import Scene, Thing, draw
 from rewards.scorer import BadReward, Scorer
 
@@ -209,3 +209,139 @@ def test_scoring_in_any_batch_gives_every_state_its_own_reward():
         np.testing.assert_array_equal(
             Scorer(lambda latents: latents, Brightness(), batch=batch).score(made).rewards, whole
         )
+
+
+def quarantining(**more) -> Scorer:
+    return Scorer(lambda latents: latents, more.pop("reward", Brightness()), quarantine=True, **more)
+
+
+BAD_VALUES = [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+class RaisesOn(Brightness):
+    """On pictures brighter than `above`."""
+
+    def __init__(self, above):
+        self.above = above
+
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        if (scores > self.above).any():
+            raise KeyError("too bright")
+        return scores
+
+
+class NotANumber(Brightness):
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        return torch.where(scores > 0.45, torch.inf, scores)
+
+
+class BadGradient(Brightness):
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        return scores + 0 * (0.5 - scores).sqrt()  # at 0.5 the slope is 0 x infinity
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "reason"),
+    [
+        ([0.1, 0.2, 0.3, 0.4, float("nan")], {}, "latents that are not finite, state 2"),
+        ([0.1, 0.2, 0.3, float("inf"), 0.5], {}, "latents that are not finite, state 0"),
+        ([0.1, 0.2, 0.3, 0.4, 0.001], {}, "an all-black image"),
+        (BAD_VALUES, {"reward": NotANumber()}, "reward brightness returned inf, state 2"),
+        (BAD_VALUES, {"reward": RaisesOn(0.45)}, "failed on 1 images with prompts from 'second'"),
+        (BAD_VALUES, {"reward": BadGradient(), "gradients": True}, "the gradient of reward brightness is not finite"),
+    ],
+)
+def test_every_kind_of_bad_trajectory_is_set_aside_or_stops(values, more, reason):
+    scores = quarantining(thumbnail_pixels=4, **more).score(clean(values))
+    assert list(scores.bad) == [1] and reason in scores.bad[1]
+    assert np.isnan(scores.rewards[1]).all()
+    np.testing.assert_allclose(scores.rewards[0], [0.1, 0.2, 0.3], rtol=1e-6)
+    assert scores.good_ids == (10,) and len(scores.thumbnails) == 2
+    assert (1 in scores.bad_images) == ("latents" not in reason)
+    assert scores.verdict(1.0).bad == scores.bad
+    if more.get("gradients"):
+        assert (scores.gradient_row[1] == -1).all() and np.isfinite(scores.gradients[scores.gradient_row[0]]).all()
+    with pytest.raises(BadReward, match=r"reward\.on_bad_reward=quarantine"):
+        Scorer(lambda latents: latents, more.get("reward", Brightness()), gradients="gradients" in more).score(
+            clean(values)
+        )
+
+
+def test_a_decoder_that_makes_no_numbers_is_found():
+    def decoder(latents):
+        return torch.where(latents > 0.45, torch.nan, latents)
+
+    scores = Scorer(decoder, Brightness(), quarantine=True).score(clean(BAD_VALUES))
+    assert scores.bad == {1: "an image that is not finite, state 2"} and not scores.bad_images
+
+
+def test_a_black_image_counts_only_at_the_end_and_may_be_allowed():
+    assert quarantining().score(clean([0.0, 0.0, 0.3, 0.0, 0.5])).bad == {}
+    black = clean([0.1, 0.2, 0.3, 0.4, 0.0])
+    assert quarantining(allow_black=True).score(black).bad == {}
+    with pytest.raises(BadReward, match=r"reward\.black_images=allow where black may be right"):
+        Scorer(lambda latents: latents, Brightness()).score(black)
+
+
+def test_a_reward_that_raises_on_everything_is_broken():
+    with pytest.raises(
+        BadReward, match="all 2 trajectories of chunk 0 of epoch 4 are bad: reward brightness is broken"
+    ):
+        quarantining(reward=RaisesOn(0.0)).score(clean(BAD_VALUES))
+
+
+def test_a_reward_that_raises_on_some_leaves_the_others_scores():
+    """Scored alone they are what they are in a batch; the batches before and after go on."""
+    for batch in (1, 2, 5):
+        scores = quarantining(reward=RaisesOn(0.25), batch=batch).score(
+            clean([0.1, 0.2, 0.3, 0.15, 0.05]),
+        )
+        assert list(scores.bad) == [0]
+        np.testing.assert_allclose(scores.rewards[1], [0.15, np.nan, 0.05], rtol=1e-6)
+
+
+def test_bad_rows_are_no_part_of_the_shuffle():
+    values = np.linspace(0.1, 0.9, 12).astype(np.float32)
+    latents = np.stack([np.full((3, 2, 2), value, np.float32) for value in values])
+    latents[4] = np.nan
+    chunk = Chunk(0, "train", 4, 0, ("p",) * 4, (0, 1, 2, 3))
+    made = CleanPredictions(chunk, 2, latents, np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4), 2)
+    plain, mixed = (quarantining(shuffle=shuffle).score(made).rewards for shuffle in (False, True))
+    assert np.isnan(mixed[1]).all()
+    good = [0, 2, 3]
+    assert (mixed[good] != plain[good]).all()
+    np.testing.assert_array_equal(np.sort(mixed[good], 0), np.sort(plain[good], 0))
+
+
+class Soft(Brightness):
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        return images.square().mean((1, 2, 3))  # a slope of its own for each
+
+
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_rows_scored_apart_join_to_the_whole_chunks_scores(purpose):
+    scorer = Scorer(lambda latents: latents, Soft(), gradients=True, quarantine=True, thumbnail_pixels=4)
+    made = clean(BAD_VALUES, purpose)
+    whole = scorer.score(made)
+    joined = Scores.join({row: scorer.score(made.only(row)) for row in (0, 1)}, {})
+    np.testing.assert_array_equal(joined.rewards, whole.rewards)
+    assert joined.thumbnails == whole.thumbnails and joined.bad == {}
+    if purpose == "train":
+        for row, step in ((0, 0), (0, 2), (1, 2)):
+            np.testing.assert_array_equal(
+                joined.gradients[joined.gradient_row[row, step]], whole.gradients[whole.gradient_row[row, step]]
+            )
+        assert joined.gradient_row[1, 1] == -1
+    else:
+        np.testing.assert_array_equal(joined.images, whole.images)
+    lost = Scores.join({1: scorer.score(made.only(1))}, {0: "ends the scorer's process"})
+    assert lost.bad == {0: "ends the scorer's process"} and np.isnan(lost.rewards[0]).all()
+    np.testing.assert_array_equal(lost.rewards[1], whole.rewards[1])
+    assert len(lost.thumbnails) == len(whole.thumbnails)

@@ -156,7 +156,7 @@ class ToyModel:
     def kernel(self, num_steps: int, eta: float, grid: str) -> DDIMKernel:
         return DDIMKernel(self.problem.abar, torch.arange(self.problem.steps, 0, -1), "epsilon", eta)
 
-    def predict(self, x, t, embeddings, guidance, unet=None):
+    def predict(self, x, t, embeddings, guidance):
         output = self.problem.base_epsilon(x, t) + self.unet(x, t)
         return output, output
 

@@ -91,7 +91,7 @@ def setup(kind: str, **settings) -> Setup:
     close = kernel.log_pf(output.detach(), batch.t, x.detach(), batch.x_next, "sum")
     batch.log_pf_old = close + batch.log_pf_old
     objective.begin_epoch(Population(tuple(range(COUNT)), ("a",) * COUNT, tuple(rewards[:, -1].tolist())))
-    policy = Policy(Model(), kernel, 1.0, nn.Identity())
+    policy = Policy(Model(), kernel, 1.0)
     batch.prepared.update(objective.prepare(policy, batch))
     flow = {"log_flow": ScalarFlow(), "gradient": FieldFlow(), None: None}[objective.flow]
     return Setup(objective, batch, output, flow, own.alphas_cumprod.double().tolist())

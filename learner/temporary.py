@@ -1,0 +1,94 @@
+"""Temporary folders that go with their process: at its end, or, where it was killed, when the next one starts.
+
+A folder's owner holds a lock on it, which the kernel drops with the process. Processes that work for the owner carry
+the folder's name in their environment, so that nobody's but its own are ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+PREFIX, MARKER = "tributary-", "owner.pid"
+VARIABLE = "TRIBUTARY_FOLDER"  # in the environment of those who work for the owner
+GRACE_SECONDS, KILL_SECONDS = 2.0, 5.0  # to end by themselves; to be gone
+
+
+class TemporaryFolder:
+    """A folder of our own in RAY_TMPDIR, or /tmp: short, since it holds sockets, whose paths are limited."""
+
+    def __init__(self) -> None:
+        sweep()
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base()))
+        self._lock: int | None = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        (self.path / MARKER).write_text(f"{os.getpid()}\n")  # there is nothing to sweep before it is there
+
+    @property
+    def mark(self) -> dict[str, str]:
+        """In the environment of a process, says that it works for this folder's owner."""
+        return {VARIABLE: str(self.path)}
+
+    @contextlib.contextmanager
+    def marking(self) -> Iterator[None]:
+        """Processes started meanwhile, and theirs, work for this folder's owner."""
+        os.environ.update(self.mark)
+        try:
+            yield
+        finally:
+            os.environ.pop(VARIABLE, None)
+
+    def end_processes(self, grace: float = GRACE_SECONDS) -> None:
+        """Those that work for us, if any is left after `grace` seconds."""
+        _end_processes(self.path, grace)
+
+    def remove(self) -> None:
+        """With the processes that work for us. Safe to call twice."""
+        if self._lock is not None:
+            _remove(self.path)
+            os.close(self._lock)
+            self._lock = None
+
+
+def sweep() -> None:
+    """Remove the folders of owners that are gone."""
+    for path in _base().glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use, another user's, or gone a moment ago
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock).st_uid == os.getuid() and (path / MARKER).is_file():
+                    _remove(path)
+            finally:
+                os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    _end_processes(path, GRACE_SECONDS)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_processes(path: Path, grace: float) -> None:
+    working = [process for process in psutil.process_iter() if _works_for(process, path)]
+    _, left = psutil.wait_procs(working, timeout=grace)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=KILL_SECONDS)
+
+
+def _works_for(process: psutil.Process, path: Path) -> bool:
+    with contextlib.suppress(psutil.Error):  # another user's, or gone a moment ago
+        return process.pid != os.getpid() and process.environ().get(VARIABLE) == str(path)
+    return False
+
+
+def _base() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")

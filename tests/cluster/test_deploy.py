@@ -1,0 +1,289 @@
+"""The files of cluster/deploy/ and the commands in the docs, without starting anything."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from kuberay_fields import MANIFESTS
+from ray.scripts.scripts import start as ray_start
+
+from learner.config import ROOT, known_keys, load_config
+
+DEPLOY = ROOT / "cluster" / "deploy"
+WAYS = ("slurm.sh", "ray_up.yaml", "kuberay_cluster.yaml", "kuberay_job.yaml", "skypilot.yaml")
+PAGES = ("README.md", "docs/operations.md", "docs/deploy.md")
+FAST_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+def text(name: str) -> str:
+    """Of a file, its continued lines joined."""
+    path = DEPLOY / name
+    return (path if path.exists() else ROOT / name).read_text().replace("\\\n", " ")
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```\w*\n(.*?)```", text(page), re.S)
+
+
+def uncommented(name: str) -> str:
+    return "\n".join(line for line in text(name).splitlines() if not line.lstrip().startswith("#"))
+
+
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+@pytest.fixture(scope="module")
+def ray_up() -> dict:
+    return documents("ray_up.yaml")[0]
+
+
+def started(way: str) -> dict[str, str]:
+    """Of a way to start: the commands or containers that start Ray, with what precedes them in their shell."""
+    if way == "ray_up.yaml":
+        tree = documents(way)[0]
+        return {kind: tree[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")}
+    return {"all": yaml.safe_load(text(way))["run"] if way == "skypilot.yaml" else uncommented(way)}
+
+
+# Locked doors
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_has_token_authentication_on(way):
+    if way.startswith("kuberay"):
+        spec = documents(way)[1]["spec"]
+        assert spec.get("rayClusterSpec", spec)["authOptions"] == {"mode": "token"}
+        return
+    for commands in started(way).values():
+        assert commands.index("RAY_AUTH_MODE=token") < commands.index("ray start")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_documented_command_that_starts_a_cluster_has_token_authentication_on(page):
+    for block in blocks(page):
+        if re.search(r"\bray start\b", block):
+            assert "export RAY_AUTH_MODE=token" in block[: block.index("ray start")], block
+    assert not re.search(r"RAY_AUTH_MODE=(?!token)", text(page))
+
+
+def test_the_pages_do_start_clusters():
+    assert any("ray start" in block for page in PAGES for block in blocks(page))
+    assert all(way in text("docs/deploy.md") for way in (*WAYS, "Dockerfile"))
+
+
+@pytest.mark.parametrize("name", [*WAYS, *PAGES])
+def test_a_token_is_made_where_only_its_owner_reads_it(name):
+    for line in text(name).splitlines():
+        if "get-auth-token" in line or "auth_token}'" in line:
+            assert line.lstrip().startswith("(umask 077;"), line
+
+
+@pytest.mark.parametrize("name", [*WAYS, "Dockerfile", *PAGES])
+def test_no_secret_is_in_a_file(name):
+    looks = (
+        r"[0-9a-f]{32,}|AKIA[0-9A-Z]{16}|hf_\w{20,}|PRIVATE KEY|(?i:token|secret|password)\w*[=:]\s*[\"']?[\w-]{16,}"
+    )
+    assert not re.search(looks, text(name))
+    for value in re.findall(r"RAY_AUTH_TOKEN\b\s*[=:]\s*(\S+)", text(name)):
+        assert value in ("$(cat", "null"), value
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dashboard_open_to_the_network_is_behind_a_service_that_asks_for_the_token(way):
+    found = re.findall(r"dashboard-host[=:] ?(\S+)", uncommented(way))
+    assert set(found) == ({"0.0.0.0"} if way.startswith("kuberay") else {"127.0.0.1"})
+    if way.startswith("kuberay"):
+        spec = documents(way)[1]["spec"]
+        assert spec.get("rayClusterSpec", spec)["headGroupSpec"].get("serviceType", "ClusterIP") == "ClusterIP"
+    for page in PAGES:
+        for block in blocks(page):
+            assert len(re.findall("ray start --head", block)) == len(re.findall("--dashboard-host=127", block))
+
+
+# What the commands say
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_head_notices_a_cut_node_in_seconds(way):
+    if way.startswith("kuberay"):
+        spec = documents(way)[1]["spec"]
+        head = spec.get("rayClusterSpec", spec)["headGroupSpec"]["template"]["spec"]["containers"][0]
+        assert {item["name"]: item["value"] for item in head["env"]} == FAST_HEALTH
+        return
+    commands = started(way).get("head") or started(way)["all"]
+    before = commands[: commands.index("ray start --head")]
+    assert dict(re.findall(r"(RAY_health\w+)=(\d+)", before)) == FAST_HEALTH
+
+
+@pytest.mark.parametrize("name", [*WAYS, *PAGES])
+def test_options_of_ray_start_exist(name):
+    known = {option for parameter in ray_start.params for option in parameter.opts}
+    used = {f"--{key}" for params in re.findall(r"rayStartParams:((?:\n {6,}[\w-]+: .*)+)", text(name))
+            for key in re.findall(r"\n +([\w-]+):", params)}  # fmt: skip
+    for command in re.findall(r"ray start\b(?:\s+-[^|&;\n]*)+", text(name)):
+        used |= set(re.findall(r"\s(--[a-z][\w-]*)", command))
+    assert used <= known
+    assert used or name in PAGES
+
+
+@pytest.mark.parametrize("name", [*WAYS, *PAGES])
+def test_runs_are_started_with_settings_that_exist(name):
+    lines = "\n".join(blocks(name)) if name in PAGES else text(name)
+    found = re.findall(r"(?:python -m learner\.run|sbatch.*/slurm\.sh)\b([^;\n]*)", lines)
+    commands = [shlex.split(words, comments=True) for words in found if "$@" not in words and " -- " not in words]
+    for command in commands:
+        words = [word for word in command if word not in ("--plan", "--help")]
+        path = None
+        if "--config" in words:
+            at = words.index("--config")
+            path = ROOT / words[at + 1].removeprefix("/app/")
+            del words[at : at + 2]
+        load_config(path, words)
+    assert commands or name == "kuberay_cluster.yaml"
+
+
+@pytest.mark.skipif("learner.labels" not in known_keys(), reason="roles have no labels yet")
+def test_the_documented_labels_are_settings_and_on_nodes(tmp_path):
+    fragment = next(block for block in blocks("docs/deploy.md") if "tributary.role" in block)
+    (tmp_path / "labels.yaml").write_text(fragment)
+    config = load_config(tmp_path / "labels.yaml")
+    asked = " ".join(getattr(config, role).labels["tributary.role"] for role in ("learner", "sampler", "reward"))
+    for way in WAYS:
+        given = set(re.findall(r"tributary\.role[:=] ?(\w+)", uncommented(way)))
+        assert set(re.findall(r"learner|sampler", asked)) <= given
+
+
+# Each file against its schema
+
+
+def test_ray_up_keeps_to_rays_schema(ray_up):
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.Draft7Validator(schema).validate(ray_up)
+    kinds = ray_up["available_node_types"]
+    assert ray_up["head_node_type"] in kinds
+    assert sum(kind.get("max_workers", 0) for kind in kinds.values()) == ray_up["max_workers"]
+    options = {name: kind["node_config"].get("InstanceMarketOptions", {}) for name, kind in kinds.items()}
+    markets = {name: option.get("MarketType") for name, option in options.items()}
+    assert markets == {"head": None, "a100": None, "a100_spot": "spot"}
+    assert {kinds[name]["node_config"]["InstanceType"] for name in ("a100", "a100_spot")} == {"p4d.24xlarge"}
+    assert ray_up["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "chmod 600 ~/.ray/auth_token" in ray_up["setup_commands"]
+
+
+@pytest.mark.parametrize("name", ["kuberay_cluster.yaml", "kuberay_job.yaml"])
+def test_kubernetes_manifests_have_only_fields_that_exist(name):
+    for manifest in documents(name):
+        jsonschema.Draft7Validator(MANIFESTS[manifest["kind"]]).validate(manifest)
+
+
+def test_the_job_has_the_cluster_that_jobs_are_submitted_to():
+    claim, cluster = documents("kuberay_cluster.yaml")
+    other_claim, job = documents("kuberay_job.yaml")
+    assert claim == other_claim and cluster["spec"] == job["spec"]["rayClusterSpec"]
+    spec = job["spec"]
+    assert spec["submissionMode"] == "K8sJobMode" and spec["shutdownAfterJobFinishes"]
+    assert spec["backoffLimit"] > 0 and spec["ttlSecondsAfterFinished"] > 0
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in head["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in head["volumes"]}
+    assert volumes == {"runs": claim["metadata"]["name"]}
+    # A retry has another head: the run must be on the volume for it to go on.
+    assert f"run.dir={mounts['runs']}/" in spec["entrypoint"]
+
+
+def test_the_operators_rules_hold():
+    spec = documents("kuberay_cluster.yaml")[1]["spec"]
+    pinned = re.search(r"^ray==(\S+)", text("constraints.txt"), re.M)[1]
+    assert spec["rayVersion"] == pinned
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    for group in groups:
+        assert "labels" not in group["rayStartParams"]  # refused since KubeRay 1.6: `labels` of the group has them
+        pod = group["template"]["spec"]
+        assert "restartPolicy" not in pod  # the autoscaler's
+        container = pod["containers"][0]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    for group in spec["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
+    elastic = [group for group in spec["workerGroupSpecs"] if group["minReplicas"] < group["maxReplicas"]]
+    assert elastic and spec["enableInTreeAutoscaling"]
+
+
+SKYPILOT_KEYS = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "setup", "run"}
+SKYPILOT_RESOURCES = {"accelerators", "use_spot", "disk_size", "job_recovery"}
+
+
+def test_skypilot_reads_its_file(monkeypatch, tmp_path):
+    """By SkyPilot where it is installed (it is no dependency), else the keys that it was seen to know."""
+    [tree] = documents("skypilot.yaml")
+    assert tree["envs"] == {"BUCKET": None} and tree["secrets"] == {"RAY_AUTH_TOKEN": None}
+    assert set(tree) == SKYPILOT_KEYS and set(tree["resources"]) == SKYPILOT_RESOURCES
+    assert set(tree["resources"]["job_recovery"]) == {"strategy", "max_restarts_on_errors"}
+    for script in ("setup", "run"):
+        subprocess.run(["bash", "-n"], input=tree[script], text=True, check=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sky = pytest.importorskip("sky")
+    task = sky.Task.from_yaml_config(tree, [("BUCKET", "b")], [("RAY_AUTH_TOKEN", "t")])
+    assert task.num_nodes == 2 and [resources.use_spot for resources in task.resources] == [True]
+
+
+# The image
+
+
+def instructions() -> list[tuple[str, str]]:
+    lines = [line for line in text("Dockerfile").splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def copied() -> list[str]:
+    return [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
+
+
+def test_the_image_is_of_the_right_python_and_runs_as_a_user_without_rights():
+    found = instructions()
+    project = tomllib.loads(text("pyproject.toml"))["project"]
+    assert {word for word, _ in found} <= {"FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER"}
+    assert found[0] == ("FROM", "python:3.11-slim") and project["requires-python"] == ">=3.11,<3.12"
+    assert found[-1] == ("USER", "1000")
+    assert "torchvision" not in text("Dockerfile") + text("constraints.txt")
+
+
+def test_the_image_installs_what_is_depended_on_in_pinned_versions():
+    [line] = [rest for word, rest in instructions() if word == "RUN" and "tomllib" in rest]
+    script = shlex.split(line)[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    needed = done.stdout.split()
+    assert needed == tomllib.loads(text("pyproject.toml"))["project"]["dependencies"]
+    pinned = {name.lower() for name in re.findall(r"^([\w.-]+)==", text("constraints.txt"), re.M)}
+    assert {re.match(r"[\w.-]+", name)[0].lower() for name in needed} <= pinned
+    assert all("-c constraints.txt" in rest for word, rest in instructions() if word == "RUN" and "pip install" in rest)
+
+
+def test_the_image_has_all_that_a_run_needs(tmp_path):
+    allowed = {line[1:] for line in text(".dockerignore").splitlines() if line.startswith("!")}
+    assert "*" in text(".dockerignore").splitlines() and set(copied()) == allowed
+    for source in copied():
+        tree = (ROOT / source).is_dir()
+        (shutil.copytree if tree else shutil.copy)(ROOT / source, tmp_path / source)
+    done = subprocess.run(
+        [sys.executable, "-m", "learner.run", "--plan"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and str(ROOT) not in done.stdout, done.stderr[-2000:]

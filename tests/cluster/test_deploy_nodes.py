@@ -1,0 +1,232 @@
+"""slurm.sh and the commands of skypilot.yaml for real: two raylets on this machine, fakes of srun and scontrol."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from learner.config import ROOT
+
+DEPLOY = ROOT / "cluster" / "deploy"
+
+SRUN = """#!/usr/bin/env bash
+# The command once a task, on this machine; a signal goes on to all of them.
+echo "$*" >> "$FAKES/srun.log"
+tasks=1
+while [[ $1 == --* ]]; do
+  case $1 in --ntasks=*) tasks=${1#*=} ;; esac
+  shift
+done
+export SLURM_CPUS_ON_NODE=1
+pids=()
+for ((i = 0; i < tasks; i++)); do "$@" & pids+=($!); done
+trap 'kill -TERM "${pids[@]}"' TERM
+wait "${pids[@]}"; status=$?
+while kill -0 "${pids[@]}" 2> /dev/null; do wait "${pids[@]}"; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >> "$FAKES/scontrol.log"
+[[ $1 != show ]] || printf 'alpha\\nbeta\\n'
+"""
+# What the job sees; then a raylet that stops answering, as one that is cut off.
+JOB = """
+import json, os, subprocess, sys, time
+import psutil, ray
+
+ray.init(log_to_driver=False)
+seen = {"roles": sorted(node["Labels"]["tributary.role"] for node in ray.nodes() if node["Alive"])}
+probe = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", os.environ["RAY_ADDRESS"]]
+stranger = os.environ | {"RAY_AUTH_TOKEN_PATH": os.environ["STRANGER"]}
+stranger.pop("RAY_AUTH_TOKEN", None)
+seen["ours"] = subprocess.run(probe, capture_output=True).returncode
+seen["strangers"] = subprocess.run(probe, capture_output=True, env=stranger).returncode
+[raylet] = [p for p in psutil.process_iter() if p.name() == "raylet" and os.environ["FOLDER"] in str(p.cmdline())
+            and '"sampler"' in str(p.cmdline())]
+raylet.suspend()
+start = time.monotonic()
+while sum(node["Alive"] for node in ray.nodes()) > 1 and time.monotonic() < start + 60:
+    time.sleep(0.1)
+seen["noticed"] = time.monotonic() - start
+raylet.kill()
+json.dump(seen, open(os.environ["SEEN"], "w"))
+sys.exit(7)
+"""
+
+
+def processes(folder: str) -> list[str]:
+    """Command lines that name `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if folder in line and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(line)
+    return found
+
+
+def gone(folder: str, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while processes(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not processes(folder)
+
+
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    """Fakes on PATH, and a home."""
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.py").write_text(JOB)
+    (tmp_path / "stranger").write_text("0" * 64)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "venv").symlink_to(sys.prefix)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
+    return kept | {
+        "HOME": str(home), "FAKES": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "STRANGER": str(tmp_path / "stranger"), "SEEN": str(tmp_path / "seen.json"), "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def slurm(environment, tmp_path):
+    """The batch script as SLURM runs it: begin(nodes, *arguments) -> (process, Ray's folder)."""
+    begun = []
+
+    def begin(nodes: int, *arguments: str, **changed: str):
+        job = str(random.randrange(100, 1000) + os.getpid() * 1000)
+        slurm = {
+            "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_SUBMIT_DIR": str(ROOT), "TRIBUTARY_VENV": sys.prefix, "TRIBUTARY_HEAD_IP": "127.0.0.1",
+            "TRIBUTARY_READY_SECONDS": "90", "FOLDER": f"/tmp/ray-{job}",
+        }  # fmt: skip
+        log = (tmp_path / "job.log").open("a")
+        process = subprocess.Popen(
+            [DEPLOY / "slurm.sh", *arguments], env=environment | slurm | changed, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        begun.append((process, slurm["FOLDER"]))
+        return process, slurm["FOLDER"]
+
+    yield begin
+    for process, rays in begun:  # what a script that failed its test has left
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        for left in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if rays in " ".join(left.cmdline()):
+                    left.kill()
+        shutil.rmtree(rays, ignore_errors=True)
+
+
+def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
+    process, rays = slurm(2, "--", sys.executable, str(tmp_path / "job.py"))
+    status, said = process.wait(200), (tmp_path / "job.log").read_text()
+    assert status == 7, said[-3000:]  # the command's own
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["roles"] == ["learner", "sampler"]
+    assert seen["ours"] == 0 and seen["strangers"] != 0
+    assert seen["noticed"] < 15  # 5.4 s when idle; without the health-check settings over 60
+    token = tmp_path / "home/.ray/auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
+    assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
+    assert token.read_text() not in said
+    steps = (tmp_path / "srun.log").read_text()
+    assert "--nodelist=alpha" in steps and "--exclude=alpha" in steps and token.read_text() not in steps
+    assert gone(rays) and not Path(rays).exists()
+
+
+def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path):
+    token = tmp_path / "home/.ray/auth_token"
+    token.parent.mkdir()
+    token.touch(0o600)
+    token.write_text("1" * 64)
+    process, rays = slurm(1, "--", "bash", "-c", "touch $FAKES/running; exec sleep 300")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "running").exists():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "job.log").read_text()[-3000:]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    process.wait(60)
+    asked = (tmp_path / "scontrol.log").read_text().splitlines()
+    assert asked[-1] == f"requeue {rays.removeprefix('/tmp/ray-')}"
+    assert token.read_text() == "1" * 64
+    assert gone(rays) and not Path(rays).exists()
+
+
+def test_a_slurm_job_refuses_a_token_that_others_can_read(slurm, tmp_path):
+    token = tmp_path / "home/.ray/auth_token"
+    token.parent.mkdir()
+    token.write_text("1" * 64)
+    token.chmod(0o640)
+    process, _ = slurm(1, "--", "true")
+    assert process.wait(30) == 1
+    said = (tmp_path / "job.log").read_text()
+    assert f"others can read the token: chmod 600 {token}" in said and "1" * 64 not in said
+    assert not (tmp_path / "srun.log").exists()
+
+
+def test_a_slurm_head_that_others_cannot_reach_is_refused(slurm, tmp_path):
+    (tmp_path / "hostname").write_text("#!/bin/sh\necho 127.0.1.1 ::1\n")
+    (tmp_path / "hostname").chmod(0o755)
+    process, _ = slurm(2, "--", "true", TRIBUTARY_HEAD_IP="")
+    assert process.wait(30) == 1
+    assert (
+        "the name alpha is no address that other nodes reach: set TRIBUTARY_HEAD_IP"
+        in (tmp_path / "job.log").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_come_end_the_job_within_the_deadline(slurm, tmp_path):
+    (tmp_path / "srun").write_text(
+        SRUN.replace("export SLURM", "[[ $* != *sampler* ]] || exec sleep 300\nexport SLURM")
+    )
+    process, rays = slurm(2, "--", "true", TRIBUTARY_READY_SECONDS="25")
+    assert process.wait(120) == 1
+    assert "1 of 2 nodes joined" in (tmp_path / "job.log").read_text()
+    assert gone(rays) and not Path(rays).exists()
+
+
+@pytest.mark.slow
+def test_skypilots_nodes_find_each_other_and_end_with_the_head(environment, tmp_path):
+    script = yaml.safe_load((DEPLOY / "skypilot.yaml").read_text())["run"]
+    rays, port = tempfile.mkdtemp(prefix="tr-", dir="/tmp"), str(random.randrange(20000, 30000))
+    command = next(line for line in script.splitlines() if line.startswith("python -m learner.run"))
+    script = script.replace("6379", port).replace("/tmp/tributary", rays).replace("python -m learner.run", "true")
+    script = script.replace(command.replace("python -m learner.run", "true"), f"python {tmp_path}/job.py")
+    sky = {"SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1", "SKYPILOT_NUM_NODES": "2", "RAY_AUTH_TOKEN": "2" * 64}
+    sky |= {"FOLDER": rays}
+    with (tmp_path / "job.log").open("w") as log:
+        head, other = (
+            subprocess.Popen(
+                ["bash", "-c", script], cwd=ROOT, env=environment | sky | {"SKYPILOT_NODE_RANK": rank},
+                stdout=log, stderr=log, start_new_session=True,
+            )
+            for rank in "01"
+        )  # fmt: skip
+        try:
+            assert head.wait(200) == 7, (tmp_path / "job.log").read_text()[-3000:]
+            assert other.wait(120) == 0
+        finally:
+            for process in (head, other):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["roles"] == ["learner", "sampler"] and seen["ours"] == 0 and seen["strangers"] != 0
+    assert "2" * 64 not in (tmp_path / "job.log").read_text()
+    assert gone(rays)
+    shutil.rmtree(rays, ignore_errors=True)

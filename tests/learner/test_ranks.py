@@ -1,0 +1,53 @@
+"""Ranks stopped after an update and restored in new processes end bitwise as ranks unbroken."""
+
+import pytest
+import torch
+from test_group import Ranks
+
+from learner import factory, group, state
+from learner.config import Config
+from learner.prompts import read_prompts
+from learner.work import training_chunks
+
+BETA = 5.0
+
+
+def _train(rank, count, address, config: Config, epochs, files, queue) -> None:
+    """This rank's share of each epoch, sampled and scored by itself."""
+    torch.set_num_threads(1)
+    group.join(address, rank, count, 60, whole_gpu=False)
+    learner = factory.build_learner(config, files)
+    sampler, scorer = factory.build_sampler(config), factory.build_scorer(config)
+    for epoch in epochs:
+        made = []
+        for chunk in training_chunks(config, read_prompts(config.prompts.path), epoch)[rank::count]:
+            trajectories, clean = sampler.sample(chunk, learner.published)
+            made.append((trajectories, scorer.score(clean)))
+        learner.train_epoch(epoch, BETA, [made])
+        learner.publish(epoch + 1)
+    queue.put((rank, learner.state_files()))
+    group.leave()
+
+
+def trained(count: int, config: Config, epochs, files=None) -> dict[str, bytes]:
+    with Ranks(_train, count, config, list(epochs), files) as ranks:
+        answers = dict(ranks.answers(count, seconds=240))
+    return {name: content for files in answers.values() for name, content in files.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_ranks_that_were_stopped_go_on_bitwise(count, small_config):
+    config = small_config(
+        "sampler.chunk_size=2", f"train.trajectories={4 * count}", "train.epochs=3", "flow.fit_steps=1"
+    )
+    unbroken = trained(count, config, range(3))
+    resumed = trained(count, config, range(1, 3), trained(count, config, range(1)))
+    assert sorted(unbroken) == sorted(resumed) and len(unbroken) > count
+    for name in unbroken:
+        if name.startswith("lora/"):
+            assert unbroken[name] == resumed[name], name
+    one, other = (state.parse(files[state.LEARNER_FILE]) for files in (unbroken, resumed))
+    torch.testing.assert_close(one["flow"], other["flow"], rtol=0, atol=0)
+    for optimizer in ("policy_optimizer", "flow_optimizer"):
+        torch.testing.assert_close(one[optimizer]["state"], other[optimizer]["state"], rtol=0, atol=0)

@@ -1,0 +1,261 @@
+"""What no run would show: a wait without a deadline, a load that could run code, Ray's private parts. Ruff has no rules
+for these. Each rule is tried on snippets, then on all of the project's code.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from learner.config import ROOT
+
+PACKAGES = ("actors", "benchmarks", "cluster", "diffusion", "learner", "models", "rewards")
+KEYWORD = 99  # it has none: by keyword alone
+
+# Where the deadline stands among the positional arguments of a function, and of a method, by its name.
+FUNCTIONS = {
+    **dict.fromkeys(("ray.get", "ray.wait", "torch.distributed.init_process_group"), KEYWORD),
+    **{f"subprocess.{name}": KEYWORD for name in ("run", "call", "check_call", "check_output")},
+    **{f"requests.{name}": KEYWORD for name in ("get", "post", "put", "patch", "delete", "head", "request")},
+    **{f"httpx.{name}": KEYWORD for name in ("get", "post", "put", "patch", "delete", "head", "request", "Client")},
+    "urllib.request.urlopen": 2, "socket.create_connection": 1, "select.select": 3, "http.client.HTTPConnection": 2,
+    "http.client.HTTPSConnection": 2, "concurrent.futures.wait": 1, "concurrent.futures.as_completed": 1,
+}  # fmt: skip
+# A method is meant only with few enough arguments: str.join and dict.get have more.
+METHODS = {"result": 0, "join": 0, "wait": 0, "get": 0, "communicate": 1, "acquire": 1}
+PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
+SAFE = ("tokenizer", "scheduler", "config", "processor")  # no weights in them
+
+
+def faults(source: str, tests: bool = False) -> list[tuple[int, str]]:
+    """(line, what) of everything in `source` that must not be there. Tests have a deadline each, and load the models
+    that they have made."""
+    tree = ast.parse(source)
+    names, polls = _imported(tree), _polls(tree)
+    found = set()
+    for node in ast.walk(tree):
+        said = list(_of_import(node))
+        if isinstance(node, ast.Attribute) and _name(node, names) == "ray._private":
+            said.append("ray._private")
+        if isinstance(node, ast.Call):
+            name = _name(node.func, names)
+            said += [what for what in _of_load(node, name) if not (tests and "use_safetensors" in what)]
+            said += [] if tests else _of_wait(node, name, polls)
+        found |= {(getattr(node, "lineno", 0), what) for what in said}
+    return sorted(found)
+
+
+def _of_import(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        module = getattr(node, "module", None)
+        names = [f"{module}.{alias.name}" if module else alias.name for alias in node.names]
+        if any(f"{name}.".startswith("ray._private.") for name in names):
+            yield "ray._private"
+
+
+def _of_load(call: ast.Call, name: str) -> Iterator[str]:
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    if name == "torch.load" and given.get("weights_only") != "True":
+        yield "torch.load without weights_only=True"
+    if name == "numpy.load" and given.get("allow_pickle", "False") != "False":
+        yield "numpy.load with allow_pickle"
+    loader = given.get("Loader") or (ast.unparse(call.args[1]) if len(call.args) > 1 else "")
+    if name.startswith("yaml.") and (
+        name in ("yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all")
+        or (name in ("yaml.load", "yaml.load_all") and not loader.endswith("SafeLoader"))
+    ):
+        yield f"{name} without SafeLoader"
+    owner, _, method = name.rpartition(".")
+    if owner in PICKLES and method in ("load", "loads", "open", "Unpickler"):
+        yield f"{name} can run code"
+    weights = method == "from_pretrained" and not any(word in owner.lower() for word in SAFE)
+    if weights and given.get("use_safetensors") not in ("True", "None"):  # None has to be said, and why
+        yield f"{name} without use_safetensors=True"
+
+
+def _of_wait(call: ast.Call, name: str, polls: set[str]) -> Iterator[str]:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if None in given or any(isinstance(argument, ast.Starred) for argument in call.args):
+        return  # **options: not to be seen from here
+    positional = call.args
+    method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    if name in FUNCTIONS:
+        place = FUNCTIONS[name]
+    elif method == "poll" and name.removesuffix(".poll") in polls:  # a process's does not wait
+        place = 0
+    elif method in METHODS:
+        place = METHODS[method]
+        first = ast.unparse((positional or [given.get("blocking") or given.get("block") or ast.Constant(None)])[0])
+        if method in ("get", "acquire") and first == "False":
+            return
+        if method == "get":
+            place = 1 if first == "True" else 0
+    else:
+        return
+    deadline = given.get("timeout") or (positional[place] if len(positional) > place else None)
+    if deadline is None or ast.unparse(deadline) == "None":
+        yield f"{name or '.' + method} without a timeout"
+
+
+def _name(node: ast.AST, imported: dict[str, str]) -> str:
+    """Dotted name of what is called, an alias resolved; of `f().x` it is `.x`."""
+    if isinstance(node, ast.Attribute):
+        return f"{_name(node.value, imported)}.{node.attr}"
+    return imported.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
+def _imported(tree: ast.AST) -> dict[str, str]:
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _polls(tree: ast.AST) -> set[str]:
+    """Names that hold a poll object."""
+    made = (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call))
+    return {
+        ast.unparse(target)
+        for node in made
+        for target in node.targets
+        if ast.unparse(node.value.func) in ("select.poll", "select.epoll", "poll", "epoll")
+    }
+
+
+def test_all_of_the_project():
+    found = []
+    for folder in (*PACKAGES, "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path == Path(__file__):
+                continue
+            said = faults(path.read_text(encoding="utf-8"), tests=folder == "tests")
+            found += [f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in said]
+    assert not found, "\n" + "\n".join(found)
+
+
+TRIPS = [
+    "import ray; ray.get(x)",
+    "import ray as r; r.get(x)",
+    "from ray import get; get(x)",
+    "import ray; ray.get(x, timeout=None)",
+    "import ray; ray.wait(x)",
+    "import ray; ray.wait(x, num_returns=1)",
+    "future.result()",
+    "thread.join()",
+    "thread.join(timeout=None)",
+    "self.a.b().join()",
+    "process.wait()",
+    "event.wait(None)",
+    "process.communicate()",
+    "process.communicate(text)",
+    "q.get()",
+    "q.get(True)",
+    "q.get(block=True)",
+    "q.get(True, None)",
+    "lock.acquire()",
+    "lock.acquire(True)",
+    "lock.acquire(blocking=True)",
+    "import select; select.select(r, [], [])",
+    "import select\np = select.poll()\np.poll()",
+    "import subprocess; subprocess.run(['ls'])",
+    "import subprocess as s; s.check_output('ls')",
+    "from subprocess import check_call; check_call('ls')",
+    "import torch.distributed as dist; dist.init_process_group('gloo')",
+    "import urllib.request; urllib.request.urlopen(u)",
+    "from urllib.request import urlopen; urlopen(u)",
+    "import requests; requests.get(u)",
+    "import httpx; httpx.Client()",
+    "import socket; socket.create_connection(a)",
+    "from http.client import HTTPConnection; HTTPConnection('h', 80)",
+    "from concurrent.futures import wait; wait(fs)",
+]
+LOADS = [
+    "import ray._private.services",
+    "from ray import _private",
+    "from ray._private import worker",
+    "import ray; ray._private.x()",
+    "import torch; torch.load(f)",
+    "import torch; torch.load(f, weights_only=False)",
+    "from torch import load; load(f)",
+    "import pickle; pickle.load(f)",
+    "from pickle import loads; loads(b)",
+    "import cloudpickle as c; c.loads(b)",
+    "import pickle; pickle.Unpickler(f)",
+    "import joblib; joblib.load(f)",
+    "import shelve; shelve.open(f)",
+    "import yaml; yaml.load(t)",
+    "import yaml; yaml.load(t, yaml.Loader)",
+    "import yaml; yaml.unsafe_load(t)",
+    "import yaml; yaml.load(t, Loader=yaml.FullLoader)",
+    "import numpy as np; np.load(f, allow_pickle=True)",
+    "UNet2DConditionModel.from_pretrained(p)",
+    "StableDiffusionPipeline.from_pretrained(p, use_safetensors=False)",
+]
+FINE = [
+    "', '.join(x)",
+    "sep.join(x)",
+    "import os; os.path.join(a, b)",
+    "thread.join(5)",
+    "thread.join(timeout=x)",
+    "d.get('a')",
+    "d.get('a', None)",
+    "q.get(timeout=1)",
+    "q.get(True, 1)",
+    "q.get(False)",
+    "q.get(block=False)",
+    "q.get_nowait()",
+    "import ray; ray.get(x, timeout=1)",
+    "import ray; ray.wait(x, timeout=0)",
+    "from cluster.waits import get; get(x, 1, 'a', 'b')",
+    "process.wait(5)",
+    "process.poll()",
+    "process.communicate(timeout=5)",
+    "process.communicate(None, 5)",
+    "lock.acquire(False)",
+    "lock.acquire(blocking=False)",
+    "lock.acquire(timeout=3)",
+    "lock.acquire(True, 3)",
+    "f.result(2)",
+    "import select; select.select(r, [], [], 1)",
+    "import select\np = select.poll()\np.poll(100)",
+    "import subprocess; subprocess.run(c, timeout=5)",
+    "import subprocess; subprocess.run(c, **options)",
+    "subprocess.Popen(c)",
+    "import socket; socket.create_connection(a, 5)",
+    "import urllib.request; urllib.request.urlopen(u, None, 5)",
+    "import torch; torch.load(f, weights_only=True)",
+    "import yaml; yaml.safe_load(t)",
+    "import numpy as np; np.load(f)",
+    "import yaml; yaml.load(t, Loader=yaml.CSafeLoader)",
+    "import json; json.load(f)",
+    "CLIPTokenizer.from_pretrained(p)",
+    "DDIMScheduler.from_pretrained(p)",
+    "AutoConfig.from_pretrained(p)",
+    "AutoencoderKL.from_pretrained(p, use_safetensors=True)",
+    "import pickle; pickle.dumps(x)",
+]
+
+
+@pytest.mark.parametrize("snippet", [*TRIPS, *LOADS])
+def test_trips(snippet):
+    assert len(faults(f"x = 1\n{snippet}")) == 1
+
+
+@pytest.mark.parametrize("snippet", TRIPS)
+def test_tests_may_wait(snippet):
+    assert not faults(snippet, tests=True)
+
+
+@pytest.mark.parametrize("snippet", FINE)
+def test_lets_pass(snippet):
+    assert not faults(snippet)
+
+
+def test_says_the_line():
+    assert faults("import torch\n\n\ntorch.load(f)") == [(4, "torch.load without weights_only=True")]
