@@ -28,7 +28,7 @@ import psutil
 from emulated_run import SETTINGS, lost, outcome
 from ray.cluster_utils import Cluster
 
-from cluster.session import _ensure_token
+from cluster.doors import ensure_token
 from learner.config import ROOT
 
 HERE = Path(__file__).parent
@@ -150,7 +150,7 @@ def main() -> int:
     begun, rng = time.monotonic(), random.Random(args.seed)
     place = Path(tempfile.mkdtemp(prefix="tr-", dir="/tmp"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
-    _ensure_token()
+    ensure_token()
     settings = [*SETTINGS, f"train.epochs={args.epochs}", "evaluation.every=8", "sampler.actors=3", "reward.actors=2"]
     settings += [*DEADLINES, "run.chunk_attempts=1000", "learner.attempts=1000"]
     unbroken = Driver(place / "unbroken", [*settings, "run.runner=inprocess"])

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
-from cluster.session import _ensure_token
+from cluster.doors import ensure_token
 from learner import factory, run
 from learner.config import ROOT
 
@@ -61,7 +61,7 @@ def after_the_first_epoch(monkeypatch):
 @pytest.fixture
 def two_nodes(tmp_path, monkeypatch):
     """A head and another node, each with raylet and workers of its own."""
-    _ensure_token()
+    ensure_token()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
