@@ -183,6 +183,7 @@ def _go_on(storage: Storage, config: Config, facts: dict[str, Any], warn: Callab
         )
     lock = _lock(storage)
     try:
+        storage.tidy()
         records = Records.open(storage)
         saved = _settings_of(records, config, facts)
         newest = checkpoint.load_newest(storage, records.run_id, warn)

@@ -131,6 +131,21 @@ class Storage:
             target.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
 
+    def tidy(self) -> None:
+        """Remove what a killed writer left half written or half removed. For the one process that may write here.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        if self.local is None:
+            return
+        with self._saying("tidy", "what was left"):
+            for path in [path for path in self.local.rglob(".*") if path.name.endswith((ASIDE, GONE))]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
     def _at(self, name: str) -> str:
         """Where to read."""
         _require_within(name)

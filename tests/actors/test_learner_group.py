@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from actors import learner_group as module
-from actors.learner_group import LearnerGroup
-from cluster.waits import ActorDied, DeadlineExceeded
+from actors.learner_group import LearnerGroup, RanksLost
+from cluster.waits import ActorDied
 from diffusion.snapshot import Snapshot
 from learner.group import GroupBroken
 from learner.receipts import RanksDiverged
@@ -119,26 +119,43 @@ def test_training_gives_all_accounts_and_all_files(group):
     assert files == {"rank-0": b"state", "rank-1": b"state"}
 
 
-@pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone"), ZeroDivisionError("a defect")])
+@pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone")])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, failure, group, world):
     world.spawned[rank].answers["train_epoch"] = failure
     world.spawned[1 - rank].silent = {"train_epoch"}
-    with pytest.raises(type(failure)):
+    with pytest.raises(RanksLost) as lost:
         group.train(1, 0.5)
-    assert world.now == 0.0
+    assert lost.value.cause is failure and world.now == 0.0
+
+
+def test_a_defect_is_no_loss(group, world):
+    world.spawned[1].answers["train_epoch"] = ZeroDivisionError("a defect")
+    with pytest.raises(ZeroDivisionError):
+        group.train(1, 0.5)
+
+
+def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
+    def wait(refs):
+        raise ActorDied("no sampler is left")
+
+    group = LearnerGroup(world.spawn, 1, 1, 5.0, 3.0, wait)
+    group.start(None, 10.0, "starting", "run.ready_seconds")
+    world.spawned[0].silent = {"train_epoch"}
+    with pytest.raises(ActorDied, match="no sampler"):
+        group.train(1, 0.5)
 
 
 def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(group, world):
     world.spawned[1].silent = {"train_epoch"}
-    with pytest.raises(DeadlineExceeded, match=r"training of epoch 1 took longer than run\.train_seconds=5 s"):
+    with pytest.raises(RanksLost, match=r"training of epoch 1 took longer than run\.train_seconds=5 s"):
         group.train(1, 0.5)
     assert 5.0 < world.now <= 5.5 and world.meanwhile == 11
 
 
 def test_a_rank_that_does_not_answer_a_fetch_is_noticed_within_a_second_of_its_own_deadline(group, world):
     world.spawned[0].silent = {"fetch"}
-    with pytest.raises(DeadlineExceeded, match=r"run\.chunk_seconds"):
+    with pytest.raises(RanksLost, match=r"run\.chunk_seconds"):
         group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)])
     assert 3.0 < world.now <= 4.0
 
@@ -161,7 +178,7 @@ def look(group, world, seconds: float) -> None:
 def test_an_idle_rank_that_dies_is_noticed(group, world):
     look(group, world, 5.0)
     world.spawned[1].answers["ready"], then = ActorDied("gone"), world.now
-    with pytest.raises(ActorDied):
+    with pytest.raises(RanksLost, match="gone"):
         look(group, world, 5.0)
     assert world.now - then <= 1.0
 
@@ -169,7 +186,7 @@ def test_an_idle_rank_that_dies_is_noticed(group, world):
 def test_an_idle_rank_that_is_silent_is_noticed_at_its_deadline(group, world):
     look(group, world, 5.0)
     world.spawned[0].silent, then = {"ready"}, world.now
-    with pytest.raises(DeadlineExceeded, match=r"an idle learner rank did not answer in run\.chunk_seconds=3 s"):
+    with pytest.raises(RanksLost, match=r"an idle learner rank did not answer in run\.chunk_seconds=3 s"):
         look(group, world, 9.0)
     assert 3.0 < world.now - then <= 4.0
 

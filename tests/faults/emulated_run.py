@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 SETTINGS = (
     "sampler.chunk_size=4", "prompts.per_prompt=2", "train.trajectories=16", "train.epochs=3",
     "train.updates_per_epoch=2", "evaluation.images=4", "evaluation.every=2", "sampler.actors=2", "reward.actors=1",
-    "flow.batch=8", "learner.ranks=2", "mlflow.enabled=false", "run.thumbnail_pixels=0",
+    "flow.batch=8", "learner.ranks=2", "learner.micro_batch=1", "mlflow.enabled=false", "run.thumbnail_pixels=0",
 )  # fmt: skip
 TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds")
 COLUMNS = ["epoch", "trajectory_id", "policy_version", "adapter_sha256", "prompt", "reward", "log_pf_sum", "beta"]

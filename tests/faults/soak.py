@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
@@ -19,15 +18,20 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+os.environ |= {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}  # read when Ray is imported
 
 import psutil
 from emulated_run import SETTINGS, lost, outcome
 from ray.cluster_utils import Cluster
 
+from cluster.doors import ensure_token
+from learner.config import ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 TITLES = {"sampler": "ray::SamplerActor", "scorer": "ray::RewardActor", "rank": "ray::LearnerActor"}
 # What may happen, and how often of all.
 WEIGHTS = {
@@ -43,13 +47,15 @@ FIND_SECONDS = 30.0
 class Driver:
     """The run's command, given again whenever it was killed."""
 
-    def __init__(self, folder: Path, settings: list[str]) -> None:
-        self.command = [sys.executable, str(HERE / "driver.py"), "--seconds", *SECONDS, "--", *settings]
+    def __init__(self, folder: Path, settings: list[str], seconds: Sequence[str] = ("0", "0", "0")) -> None:
+        self.command = [sys.executable, str(HERE / "driver.py"), "--seconds", *seconds, "--", *settings]
         self.command += [f"run.dir={folder}"]
         self.heard: list[tuple[float, str]] = []
+        self.typed_ends = 0
         self.start()
 
     def start(self) -> None:
+        self._before = len(self.heard)
         self.process = subprocess.Popen(
             self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
@@ -64,6 +70,18 @@ class Driver:
         """How many are done."""
         done = [text for _, text in self.heard if text.startswith("epoch ")]
         return int(done[-1].split()[1].split("/")[0]) if done else 0
+
+    def at_work(self) -> bool:
+        """Whether all its actors are up."""
+        return any("epochs of" in text for _, text in self.heard[self._before :])
+
+    def over(self) -> bool:
+        """Whether the run is. One that ended in a typed error goes on by the same command."""
+        if self.process.poll() == 1 and any("the same command goes on" in text for _, text in self.heard[-3:]):
+            self.typed_ends += 1
+            print(f"ended: {self.heard[-1][1]}", flush=True)
+            self.start()
+        return self.process.poll() is not None
 
     def kill(self) -> None:
         self.process.kill()
@@ -131,10 +149,8 @@ def main() -> int:
     args = parser.parse_args()
     begun, rng = time.monotonic(), random.Random(args.seed)
     place = Path(tempfile.mkdtemp(prefix="tr-", dir="/tmp"))
-    os.environ |= {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
-    }  # fmt: skip
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
+    ensure_token()
     settings = [*SETTINGS, f"train.epochs={args.epochs}", "evaluation.every=8", "sampler.actors=3", "reward.actors=2"]
     settings += [*DEADLINES, "run.chunk_attempts=1000", "learner.attempts=1000"]
     unbroken = Driver(place / "unbroken", [*settings, "run.runner=inprocess"])
@@ -144,16 +160,16 @@ def main() -> int:
     print(f"unbroken: {time.monotonic() - begun:.0f} s", flush=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "temp_dir": str(place / "ray")})
     os.environ["RAY_ADDRESS"] = cluster.address
-    soak = Soak(rng, cluster, Driver(place / "run", settings))
+    soak = Soak(rng, cluster, Driver(place / "run", settings, SECONDS))
     driver, each = soak.driver, args.faults / args.epochs
     try:
-        while driver.process.poll() is None:
+        while not driver.over():
             if time.monotonic() - begun > args.minutes * 60:
                 print(f"not done after {args.minutes:g} minutes")
                 driver.process.kill()
                 break
             due = min(args.faults, each * (driver.epochs() + 1))
-            if len(soak.faults) < due and any("epochs of" in text for _, text in driver.heard):
+            if len(soak.faults) < due and driver.at_work():
                 time.sleep(rng.uniform(0.0, 1.5))
                 soak.strike()
             time.sleep(0.05)
@@ -167,6 +183,7 @@ def main() -> int:
     for name, seconds in soak.detection().items():
         middle = sorted(seconds)[len(seconds) // 2]
         print(f"noticed, {name}: median {middle:.2f} s, most {max(seconds):.2f} s, of {len(seconds)}")
+    print(f"ended in a typed error and was started again: {driver.typed_ends} times")
     if status:
         print("\n".join(text for _, text in driver.heard[-20:]))
         print(f"exit status {status}; files in {place}")

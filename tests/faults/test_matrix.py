@@ -170,3 +170,9 @@ def test_cell(cell, break_a_run, unbroken, tmp_path):
         assert lost(tmp_path / "run") in (4, 8)
     elif cell.kind == "kill":
         assert lost(tmp_path / "run") == 0
+
+
+def test_a_rank_lost_before_there_is_a_checkpoint(break_a_run, unbroken, tmp_path):
+    status, _ = break_a_run(Fault("rank 1", "checkpointing", "kill", str(tmp_path), epoch=-1))
+    assert (tmp_path / WITNESS).exists() and status == 0
+    assert outcome(tmp_path / "run") == unbroken

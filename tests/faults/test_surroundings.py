@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
-from cluster.session import _ensure_token
+from cluster.doors import ensure_token
 from learner import factory, run
 from learner.config import ROOT
 
@@ -61,7 +61,7 @@ def after_the_first_epoch(monkeypatch):
 @pytest.fixture
 def two_nodes(tmp_path, monkeypatch):
     """A head and another node, each with raylet and workers of its own."""
-    _ensure_token()
+    ensure_token()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
@@ -78,13 +78,8 @@ def two_nodes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["node", pytest.param("raylet", marks=pytest.mark.slow)])
 def test_a_lost_node_costs_nothing_but_time(kind, two_nodes, unbroken, tmp_path):
     """Another one comes in its place: the lost one may have had all reward actors, and the head no room for more."""
-    settings = [
-        *SETTINGS,
-        "learner.ranks=1",
-        "sampler.actors=4",
-        "run.ready_seconds=120",
-        f"run.dir={tmp_path / 'run'}",
-    ]
+    folder = tmp_path / "run"
+    settings = [*SETTINGS, "learner.ranks=1", "sampler.actors=4", "run.ready_seconds=120", f"run.dir={folder}"]
     command = [sys.executable, HERE / "driver.py", "--folder", tmp_path, "--fault", "sampler", "serving", kind]
     driver = subprocess.Popen([*command, "--", *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 150

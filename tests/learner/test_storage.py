@@ -136,3 +136,18 @@ def test_links_within_and_to_the_folder_itself_are_fine(tmp_path):
     storage.write_folder("step-1", {"file": b"held"})
     (tmp_path / "disk/latest").symlink_to("step-1")
     assert storage.read("latest/file") == b"held" and storage.entries("latest") == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.write_folder("checkpoints/step-000002", {"state.json": b"{}"})
+    storage.write("metrics.jsonl", b"one\n")
+    (tmp_path / "checkpoints/.step-000000.old/lora").mkdir(parents=True)
+    (tmp_path / "checkpoints/.step-000004.new").mkdir()
+    (tmp_path / "checkpoints/.latest.new").symlink_to("step-000002")
+    (tmp_path / ".metrics.jsonl.new").write_bytes(b"half a li")
+    (tmp_path / ".mine").write_bytes(b"")
+    storage.tidy()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    kept = ["checkpoints", "checkpoints/step-000002", "checkpoints/step-000002/state.json"]
+    assert left == [".mine", *kept, "metrics.jsonl"]
