@@ -146,6 +146,13 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
         group.train(1, 0.5)
 
 
+def test_a_ranks_own_failure_comes_before_the_group_that_it_broke(group, world):
+    world.spawned[0].answers["train_epoch"] = GroupBroken("closed by peer")
+    world.spawned[1].answers["train_epoch"] = ZeroDivisionError("why")
+    with pytest.raises(ZeroDivisionError, match="why"):
+        group.train(1, 0.5)
+
+
 def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(group, world):
     world.spawned[1].silent = {"train_epoch"}
     with pytest.raises(RanksLost, match=r"training of epoch 1 took longer than run\.train_seconds=5 s"):
