@@ -137,14 +137,19 @@ class Pool:
         return finished
 
     def resize(self, wanted: int) -> None:
-        """More actors if there are fewer, and no more replacements on their way than are wanted: the cluster has
-        changed. Actors that work are left alone."""
+        """As many actors as the cluster has room for now: more, or fewer, the idle going first. A chunk that one of
+        those has in hand goes to another."""
         self._failed_starts = 0
+        self._sweep()
         for _ in range(wanted - len(self.actors) - len(self._joining)):
             self._start_another()
         for ref in list(self._joining)[max(0, wanted - len(self.actors)) :]:
             actor, _ = self._joining.pop(ref)
             ray.kill(actor)
+        at_work = {id(call.actor) for call in self._calls.values()}
+        for actor in sorted(self.actors, key=lambda actor: id(actor) in at_work)[: max(0, len(self.actors) - wanted)]:
+            self._take_back(actor)
+            self._remove(actor)
 
     def _discard(self, actor: Any, error: Exception) -> None:
         """Drop an actor that failed at its work, queue what it had in hand anew, and start another. What it had
@@ -179,13 +184,24 @@ class Pool:
             return False
         return False
 
+    def _take_back(self, actor: Any) -> None:
+        """What an actor has in hand, at no attempt's cost."""
+        mine = [call for call in self._calls.values() if call.actor is actor]
+        for call in mine:
+            del self._calls[call.outputs[-1]]
+            self.on_lost(call.order.key)
+        self._queue.extendleft(call.order for call in reversed(mine))
+
     def _replace(self, actor: Any) -> None:
+        self._remove(actor)
+        self._start_another()
+
+    def _remove(self, actor: Any) -> None:
         """For good: killed even if it only cannot be reached, lest it keep its share of the machine."""
         self.actors.remove(actor)
         self._pings = {ref: ping for ref, ping in self._pings.items() if ping[0] is not actor}
         self._asked.pop(id(actor), None)
         ray.kill(actor)
-        self._start_another()
 
     def _sweep(self) -> None:
         """Find the idle that died at the same time, of a node say, before a chunk is given to one after the other."""
@@ -213,11 +229,7 @@ class Pool:
                 what = f"an idle actor for {self.role} did not answer in run.chunk_seconds={limit:g} s"
                 self.on_fault(DeadlineExceeded(what))
                 self._say(f"{what}: replacing it")
-                mine = [call for call in self._calls.values() if call.actor is actor]
-                for call in mine:
-                    del self._calls[call.outputs[-1]]
-                    self.on_lost(call.order.key)
-                self._queue.extendleft(call.order for call in reversed(mine))
+                self._take_back(actor)
                 self._replace(actor)
         busy = {id(call.actor) for call in self._calls.values()} | {id(actor) for actor, _ in self._pings.values()}
         for actor in self.actors:

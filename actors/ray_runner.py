@@ -341,8 +341,10 @@ class RayRunner:
                 self._say(f"node {node.address} has {verb} the cluster")
         self._nodes = nodes
         samplers, scorers = counts_now(self.config, self._placement, nodes)
-        self.samplers.resize(samplers)
-        self.scorers.resize(scorers)
+        for pool, wanted in sorted(
+            ((self.samplers, samplers), (self.scorers, scorers)), key=lambda pair: pair[1] - len(pair[0].actors)
+        ):  # the one that gives room first
+            pool.resize(wanted)
 
     def _make_again(self, key: Key) -> None:
         self._made_again[key] += 1

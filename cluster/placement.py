@@ -116,8 +116,9 @@ def place(
 def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> tuple[int, int]:
     """Samplers and reward actors that a run placed by `placement` should have on the nodes that are alive now.
 
-    Those that the config counts stay; the others grow and shrink with what the learner ranks leave of the nodes that
-    they may use, each with the share that it had at the start. At least one of each.
+    Those that the config counts stay if they fit; the others grow and shrink with what the learner ranks leave of the
+    nodes that they may use, each with the share that it had at the start. What does not fit is left out, lest one role
+    take the other's room: at least one of each.
     """
     rank = _need(placement.ranks, placement.rank_options, placement.rank_labels)
     sampler = _need(1, placement.sampler_options, config.sampler.labels)
@@ -132,9 +133,9 @@ def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> t
     samplers = config.sampler.actors or max(1, math.ceil(grown(placement.samplers, sampler) - 1e-6))
     scorers = config.reward.actors or max(1, math.floor(grown(placement.scorers, scorer) + 1e-6))
     while _left([rank, replace(sampler, count=samplers), replace(scorer, count=scorers)], nodes) is None:
-        if samplers > 1 and not config.sampler.actors:
+        if samplers > 1 and samplers >= scorers:
             samplers -= 1
-        elif scorers > 1 and not config.reward.actors:
+        elif scorers > 1:
             scorers -= 1
         else:
             break

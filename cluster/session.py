@@ -59,6 +59,8 @@ class Session:
         # Actors without a share of a GPU must not see any.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))
+        # Failures that were survived are said by the run, in a line; Ray would print their tracebacks.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         self.started = not ray.is_initialized()
         self._folder: TemporaryFolder | None = None
         if not self.started:

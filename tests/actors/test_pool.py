@@ -355,9 +355,15 @@ def test_a_bigger_pool_is_filled_up_and_a_smaller_one_keeps_who_works(world):
     world.start_all()
     pool.pump()
     assert pool.actors == [a, b, *world.spawned]
-    pool.resize(1)
+    submit(pool, 0, 1)
     pool.pump()
-    assert pool.actors == [a, b, *world.spawned] and not world.killed
+    busy = [actor for actor in pool.actors if any("ready" not in ref for ref in actor.calls)]
+    pool.resize(2)  # no room for all: the idle go
+    assert sorted(actor.name for actor in pool.actors) == sorted(actor.name for actor in busy)
+    assert len(world.killed) == 2
+    pool.resize(1)  # and then one of the others, whose chunk goes to the last
+    assert len(pool.actors) == 1 and len(world.killed) == 3
+    assert sorted(finish(world, pool)) == [0, 1]
 
 
 def test_replacements_beyond_a_smaller_pool_are_called_off(world):
