@@ -124,4 +124,4 @@ def test_a_reward_that_fails_is_named_with_its_own_words(name, said, run):
 def test_a_chunk_that_no_sampler_survives_ends_the_run_naming_it(run, monkeypatch):
     monkeypatch.setattr(ray_runner, "SamplerActor", ChunkKills)
     status, said = run("run.chunk_attempts=2")
-    assert status == 1 and "ActorDied: sampling 1" in said and "run.chunk_attempts" in said
+    assert status == 1 and "ActorDied: sampling chunk 1" in said and "run.chunk_attempts" in said

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cluster import doors
-from cluster.session import resources_at_hand
+from cluster.session import nodes_at_hand
 from learner.run import main
 
 
@@ -99,8 +99,8 @@ def test_a_token_file_that_others_can_read_is_said_at_start(home, given, small_s
 def test_authentication_switched_off_is_said_and_no_token_made(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     said = []
-    resources_at_hand(1, said.append)
+    nodes_at_hand(1, said.append)
     assert len(said) == 1 and "RAY_AUTH_MODE=disabled" in said[0] and "unset it" in said[0]
-    resources_at_hand(1, said.append, local=True)  # without Ray there is no door
+    nodes_at_hand(1, said.append, local=True)  # without Ray there is no door
     doors.ensure_token()
     assert len(said) == 1 and not (home / ".ray").exists()
