@@ -126,7 +126,7 @@ class Reader:
 
     def product(self, snapshot: Snapshot) -> str:
         lora.load(self.layers, snapshot.flat)
-        return lora.snapshot(self.layers, snapshot.version).sha256
+        return lora.fingerprint(self.layers)
 
     def flat_buffer(self, flat: np.ndarray) -> str:
         self.flat[:] = flat
@@ -134,7 +134,7 @@ class Reader:
 
     def tensors(self, state: dict[str, torch.Tensor]) -> str:
         self.layers.load_state_dict(state)
-        return lora.snapshot(self.layers, 0).sha256
+        return lora.fingerprint(self.layers)
 
 
 def broadcast(rounds: int = 15, readers: int = 4) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def memory(count: int = 50, bound: int = 1) -> dict[str, Any]:
     with running(RayRunner, config, work) as runner:
         process = psutil.Process()
         for i, _ in enumerate(epochs(runner, config, count)):
-            resident.append(process.memory_info().rss)
+            resident.append(process.memory_full_info().uss)  # its own: not the object store that it maps
             assert isinstance(runner, RayRunner) and runner.pipeline is not None
             ahead.append(len(runner.pipeline.staleness(i + 1)))
             if i % 10 == 9:
@@ -204,7 +204,7 @@ def memory(count: int = 50, bound: int = 1) -> dict[str, Any]:
     per_chunk = sum(array.nbytes for array in _chunk_arrays(work, config))
     tenth = count // 10
     return {
-        "epochs": count, "epoch_bytes": chunks * per_chunk, "resident_bytes": resident,
+        "epochs": count, "epoch_bytes": chunks * per_chunk, "private_bytes": resident,
         "growth": median(resident[-tenth:]) / median(resident[tenth : 2 * tenth]) - 1,
         "object_store": pinned, "most_object_store_bytes": max(one["used_bytes"] for one in pinned),
         "bound_bytes": (bound + 1) * chunks * per_chunk, "spilled_bytes": max(one["spilled_bytes"] for one in pinned),
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in args.parts:
         print(f"{name} ...", file=sys.stderr, flush=True)
         report[name] = PARTS[name]()
-        shown = {key: value for key, value in report[name].items() if not isinstance(value, list)}
+        shown = {key: value for key, value in report[name].items() if isinstance(value, int | float | str)}
         print(f"{name}: {json.dumps(shown)}", flush=True)
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

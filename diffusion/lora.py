@@ -6,6 +6,7 @@ sorted, so the layout depends on the module alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -57,6 +58,17 @@ def snapshot(unet: nn.Module, version: int) -> Snapshot:
     return Snapshot(version, flat, digest(flat))
 
 
+def fingerprint(unet: nn.Module) -> str:
+    """`snapshot(...).sha256`, without the copy where the adapter is in the host's memory."""
+    parameters = [p for _, p in named(unet)]
+    if parameters[0].device.type != "cpu":
+        return snapshot(unet, 0).sha256
+    found = hashlib.sha256()
+    for parameter in parameters:
+        found.update(np.ascontiguousarray(parameter.numpy(force=True), np.float32).data)
+    return found.hexdigest()
+
+
 def load(unet: nn.Module, flat: np.ndarray) -> None:
     """Copy a buffer into the module's adapter.
 
@@ -71,7 +83,10 @@ def load(unet: nn.Module, flat: np.ndarray) -> None:
     with torch.no_grad():
         for _, parameter in parameters:
             part = flat[offset : offset + parameter.numel()].reshape(parameter.shape)
-            parameter.copy_(torch.from_numpy(np.array(part)))
+            if parameter.device.type == "cpu":
+                np.copyto(parameter.numpy(force=True), part)  # in place: it shares the parameter's memory
+            else:
+                parameter.copy_(torch.from_numpy(np.array(part)))
             offset += parameter.numel()
 
 

@@ -68,7 +68,7 @@ class Sampler:
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
             self._loaded = (snapshot.version, snapshot.sha256)
-        receipt = lora.snapshot(self.model.unet, snapshot.version).sha256
+        receipt = lora.fingerprint(self.model.unet)
         with memory.smaller("sampler.chunk_size", len(chunk.prompts)):
             return rollout(self.model, self.kernel, self.settings, chunk, snapshot.version, receipt)
 

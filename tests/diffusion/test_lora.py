@@ -126,3 +126,14 @@ def test_initial_adapter_is_the_seeds_and_changes_nothing(tiny_pipeline):
     with torch.no_grad():
         adapted = models[0].predict(x, t, embeddings, 1.0)[0]
     assert torch.equal(adapted, models[0].predict_reference(x, t, embeddings))
+
+
+def test_the_fingerprint_is_that_of_a_snapshot(tiny_pipeline):
+    model = BaseModel(tiny_pipeline)
+    model.attach_lora(2, 4.0, seed=0)
+    before = lora.fingerprint(model.unet)
+    assert before == lora.snapshot(model.unet, 1).sha256
+    _, last = lora.named(model.unet)[-1]
+    with torch.no_grad():
+        last.view(-1)[-1] += 1e-6
+    assert lora.fingerprint(model.unet) == lora.snapshot(model.unet, 1).sha256 != before
