@@ -6,6 +6,7 @@ the dead. Which chunk may be sampled when, and what it is behind, is learner/pip
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections import Counter
@@ -28,7 +29,7 @@ from actors.sampler_actor import SamplerActor
 from cluster.nodes import alive_nodes
 from cluster.placement import counts_now, place_for
 from cluster.readiness import Asked, in_group, ready, reserve
-from cluster.session import Session
+from cluster.session import CLOSE_SECONDS, Session
 from cluster.waits import DeadlineExceeded, ObjectLost, get, wait_any
 from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot
@@ -198,13 +199,19 @@ class RayRunner:
         self.metrics.show(self.vitals())
 
     def close(self) -> None:
-        if ray.is_initialized():
-            for actor in self._spawned:
-                ray.kill(actor)
-            if self._room is not None:
-                ray.util.remove_placement_group(self._room)
+        """A Ray of our own ends with us, actors and all; of another's, what is ours is taken away."""
+        if ray.is_initialized() and not self.session.own:
+            leaving = threading.Thread(target=self._take_away, daemon=True)  # Ray's calls take no deadline
+            leaving.start()
+            leaving.join(CLOSE_SECONDS)
         self._spawned, self._room = [], None
         self.session.close()
+
+    def _take_away(self) -> None:
+        for actor in self._spawned:
+            ray.kill(actor)
+        if self._room is not None:
+            ray.util.remove_placement_group(self._room)
 
     @property
     def _pipeline(self) -> Pipeline:

@@ -80,6 +80,11 @@ class Session:
             self.close()
             raise
 
+    @property
+    def own(self) -> bool:
+        """Whether this Ray was started here, and ends with us."""
+        return self._folder is not None
+
     def close(self) -> None:
         """Leave; a local cluster ends with us, and nothing of it is left. Safe to call twice."""
         if self.started:

@@ -181,7 +181,7 @@ AUTOMATIC = ("learner.ranks=1", "sampler.actors=null", "reward.actors=null")
 CPU_NODES = several((2.0, 0.0, {}), (2.0, 0.0, {}), (2.0, 0.0, {}))
 
 
-def test_automatic_counts_follow_the_nodes_and_given_ones_stay(small_config):
+def test_automatic_counts_follow_the_nodes_and_given_ones_stay_while_they_fit(small_config):
     config = small_config(*AUTOMATIC)
     start = place_for(config, CPU_NODES)
     assert (start.samplers, start.scorers) == counts_now(config, start, CPU_NODES) == (3, 1)
@@ -192,8 +192,8 @@ def test_automatic_counts_follow_the_nodes_and_given_ones_stay(small_config):
     fixed = small_config(*AUTOMATIC, "sampler.actors=3")
     start = place_for(fixed, CPU_NODES)
     assert counts_now(fixed, start, [*CPU_NODES, *CPU_NODES]) == (3, 2)
-    assert counts_now(fixed, start, CPU_NODES[:1])[0] == 3
-    assert counts_now(fixed, start, []) == (3, 1)
+    assert counts_now(fixed, start, CPU_NODES[:1]) == (1, 1)  # or one role would starve the other
+    assert counts_now(fixed, start, []) == (1, 1)
 
 
 def test_a_node_that_the_samplers_may_not_use_changes_nothing(small_config):
