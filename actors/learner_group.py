@@ -11,13 +11,13 @@ from typing import Any
 import ray
 
 from actors.pool import PING_SECONDS
-from cluster.waits import ActorDied, DeadlineExceeded, done, get
+from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get, put
 from diffusion.snapshot import Snapshot
 from learner import receipts
 from learner.group import GroupBroken
 from learner.training import Training
 
-GONE = (ActorDied, DeadlineExceeded, GroupBroken)
+GONE = (ActorDied, DeadlineExceeded, GroupBroken, ObjectLost)  # an answer may be lost with its node too
 HEAR_SECONDS = 1.0  # between a rank's failure and the others' noticing it
 Pairs = Sequence[tuple[ray.ObjectRef, ray.ObjectRef]]  # (trajectories, scores) in chunk order
 
@@ -64,7 +64,7 @@ class LearnerGroup:
             return max(0.0, deadline - time.monotonic())
 
         self._actors = [self._spawn(rank) for rank in range(self.ranks)]
-        state = ray.put(files)
+        state = put(files, "sharing the checkpoint")
         # All are up before any looks for the others: that has the shorter deadline of a collective.
         address = self._answers([actor.address.remote() for actor in self._actors], left(), what, setting)[0]
         starts = [actor.start.remote(address, self.train_seconds, state) for actor in self._actors]

@@ -169,6 +169,7 @@ class Pool:
             if self._attempts[key] >= self.limits.attempts:
                 if not self.on_hopeless(key, error):
                     raise type(error)(f"{error} (tried {self._attempts[key]} times, run.chunk_attempts)") from error
+                del self._attempts[key]  # what is done about it begins anew
                 lost = lost[1:]
         self._queue.extendleft(call.order for call in reversed(lost))
         if isinstance(error, ActorDied):

@@ -76,6 +76,9 @@ class RayRunner:
         self.metrics = Metrics(name)
         try:
             self._start(files)
+        except RanksLost as lost:
+            self.close()
+            raise lost.cause from lost
         except BaseException:
             self.close()
             raise
@@ -115,7 +118,7 @@ class RayRunner:
         ready(up, deadline, limit)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
-        device = factory.device(config) if share else "cpu"
+        device = config.model.device  # auto is the actor's own: the driver's node may have none
         fitting = [actor.fitting_batch.remote(latent, prompt, device, min(1.0, share)) for actor in scorers]
         asked = Asked("reward actors", placement.scorer_options, fitting)
         self.batch_sizes = {"score": min(ready([asked], deadline, limit)[0])}
@@ -175,9 +178,27 @@ class RayRunner:
         for chunk in reversed(chunks):
             self.samplers.submit(key_of(chunk), "sample", partial(self._to_sample, key_of(chunk)), first=True)
         self._until_whole("evaluate", 0, "evaluating")
-        limit = self.config.run.chunk_seconds
-        refs = [work.scores for work in pipeline.take_evaluation()]
-        return get(refs, limit, "fetching evaluation images", "run.chunk_seconds")
+        while True:
+            try:
+                found = [self._fetch_scores(work) for work in pipeline.evaluation()]
+            except ObjectLost as error:  # with the node of the reward actor that made them
+                self._say(f"{error}: will be made again")
+                self._until_whole("evaluate", 0, "evaluating")
+            else:
+                pipeline.take_evaluation()
+                return found
+
+    def _fetch_scores(self, work: Work) -> Scores:
+        """
+        Raises:
+            ObjectLost: they are gone, and will be made again.
+        """
+        what = f"evaluation images of chunk {work.chunk.index}"
+        try:
+            return get(work.scores, self.config.run.chunk_seconds, what, "run.chunk_seconds")
+        except ObjectLost:
+            self._make_again(key_of(work.chunk))
+            raise
 
     def checkpoint_files(self) -> dict[str, bytes]:
         if self._files is None:
@@ -324,6 +345,8 @@ class RayRunner:
             else:
                 pipeline.scored(key, verdict, scores)
                 self.metrics.scored(verdict)
+        while self.samplers.inputs_lost:  # the weights could not be fetched
+            self._make_again(self.samplers.inputs_lost.pop())
         while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
             key = self.scorers.inputs_lost.pop()
             if len(key) == 3 or self._apart.forget(key):
@@ -365,7 +388,8 @@ class RayRunner:
 
     def _score_apart(self, key: Any, error: Exception) -> bool:
         """Of a chunk that costs every reward actor its process, if bad trajectories are set aside."""
-        if self.config.reward.on_bad_reward == "stop" or self.config.train.shuffle_rewards:
+        shuffled = self.config.train.shuffle_rewards and key[0] == "train"
+        if self.config.reward.on_bad_reward == "stop" or shuffled:
             return False  # the shuffled rewards of a chunk are its own: it cannot be scored in parts
         if len(key) > 3:
             self._apart.hopeless(key, error)

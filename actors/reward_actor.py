@@ -41,8 +41,17 @@ class RewardActor:
 
     @ray.method(num_returns=2)
     def join(self, rows: list[int], bad: dict[int, str], *scores: Scores) -> tuple[Scores, Verdict]:
-        """As `score`, of a chunk whose `rows` were scored apart; `bad` has the reasons of those that could not be."""
+        """As `score`, of a chunk whose `rows` were scored apart; `bad` has the reasons of those that could not be.
+
+        Raises:
+            BadReward: nothing of the chunk can be used.
+        """
+        from rewards.scorer import BadReward  # here: emulated actors need no torch
+
         joined = Scores.join(dict(zip(rows, scores, strict=True)), bad)
+        if len(joined.bad) == len(joined.rewards):
+            first = joined.bad[min(joined.bad)]
+            raise BadReward(f"no trajectory of chunk {joined.chunk.index} of {joined.chunk.where} is good; {first}")
         return replace(joined, thumbnails=()), joined.verdict(0.0)
 
     def _score(self, clean: CleanPredictions, batch: int) -> Scores:

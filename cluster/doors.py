@@ -8,6 +8,7 @@ import secrets
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,13 +86,15 @@ def ensure_token() -> None:
     default = Path.home() / ".ray" / "auth_token"
     if os.environ["RAY_AUTH_MODE"].lower() != "token" or _token_file() != default:
         return
-    default.parent.mkdir(mode=0o700, exist_ok=True)
-    try:
-        handle = os.open(default, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    if default.exists():
         return
+    default.parent.mkdir(mode=0o700, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=default.parent)  # 0600
     with os.fdopen(handle, "w") as stream:
         stream.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):  # another run was first: its token is the one
+        os.link(aside, default)  # whole, or not at all
+    os.unlink(aside)
 
 
 def _token_file() -> Path | None:

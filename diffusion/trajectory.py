@@ -132,7 +132,8 @@ class Scores:
         first = next(iter(parts.values()))
         size = range(len(first.rewards))
         rewards = np.full_like(first.rewards, np.nan)
-        labels = {label: np.full_like(values, np.nan) for label, values in first.parts.items()}
+        named = {label for part in parts.values() for label in part.parts}  # none where the reward raised
+        labels = {label: np.full(len(first.rewards), np.nan, np.float32) for label in sorted(named)}
         index = None if first.gradient_row is None else np.full_like(first.gradient_row, -1)
         gradients: list[np.ndarray] = []
         for row, part in parts.items():

@@ -126,6 +126,10 @@ class Pipeline:
             self._check_age(work.chunk, work.receipt.policy_version)
         return part
 
+    def evaluation(self) -> list[Work]:
+        """The evaluation's chunks, in order."""
+        return self._part("evaluate", 0)
+
     def take_evaluation(self) -> list[Work]:
         """The evaluation's chunks, in order, which leave."""
         part = self._part("evaluate", 0)

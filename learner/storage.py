@@ -86,6 +86,8 @@ class Storage:
                 for file, content in files.items():
                     (aside / file).parent.mkdir(parents=True, exist_ok=True)
                     _write_synced(aside / file, content)
+                for folder in {(aside / file).parent for file in files} | {aside}:
+                    _sync_folder(folder)
                 self.remove(name)
                 aside.rename(target)
             except BaseException:

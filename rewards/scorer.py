@@ -129,6 +129,8 @@ class Scorer:
     ) -> int:  # fmt: skip
         """Images that decoder and reward hold at once in this process's `share` of the free GPU memory: the largest
         power of two. Rewards depend on it in their last bits, so it is found once a run. Elsewhere a constant."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         if device != "cuda":
             return GRADIENT_BATCH if self.gradients else SCORE_BATCH
 

@@ -5,7 +5,7 @@ import pytest
 
 from actors import learner_group as module
 from actors.learner_group import LearnerGroup, RanksLost
-from cluster.waits import ActorDied
+from cluster.waits import ActorDied, ObjectLost
 from diffusion.snapshot import Snapshot
 from learner.group import GroupBroken
 from learner.receipts import RanksDiverged
@@ -143,6 +143,13 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
     group.start(None, 10.0, "starting", "run.ready_seconds")
     world.spawned[0].silent = {"train_epoch"}
     with pytest.raises(ActorDied, match="no sampler"):
+        group.train(1, 0.5)
+
+
+@pytest.mark.parametrize("method", ["train_epoch", "state_files"])
+def test_an_answer_that_went_with_its_node_is_a_lost_rank(method, group, world):
+    world.spawned[1].answers[method] = ObjectLost("with its node")
+    with pytest.raises(RanksLost):
         group.train(1, 0.5)
 
 

@@ -414,6 +414,11 @@ def test_a_hopeless_chunk_that_is_taken_care_of_does_not_end_the_run(world):
             break
     assert hopeless == [(7, ActorDied)]
     assert finish(world, pool) == [8]  # what was queued behind it is not lost with it
+    submit(pool, 7)  # again, in another way: as if it had never been tried
+    pool.pump()
+    world.die(next(actor for actor in pool.actors if any(ref[1] == 7 for ref in actor.calls)))
+    pool.pump()
+    assert len(hopeless) == 1
 
 
 def test_work_submitted_first_is_given_first(world):

@@ -345,3 +345,14 @@ def test_rows_scored_apart_join_to_the_whole_chunks_scores(purpose):
     assert lost.bad == {0: "ends the scorer's process"} and np.isnan(lost.rewards[0]).all()
     np.testing.assert_array_equal(lost.rewards[1], whole.rewards[1])
     assert len(lost.thumbnails) == len(whole.thumbnails)
+
+
+def test_rows_joined_have_the_labels_of_those_that_have_any():
+    """The reward raised on the first row, which has no parts."""
+    chunk = Chunk(0, "train", 0, 0, ("a", "b"), (0, 1))
+    first = np.full((2, 2), np.nan, np.float32)
+    second = first.copy()
+    second[1] = 0.5
+    parts = {0: Scores(chunk, first, bad={0: "raised"}), 1: Scores(chunk, second, parts={"sharp": second[:, 1]})}
+    joined = Scores.join(parts, {})
+    assert joined.bad == {0: "raised"} and np.isnan(joined.parts["sharp"][0]) and joined.parts["sharp"][1] == 0.5
