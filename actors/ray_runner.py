@@ -6,9 +6,7 @@ the dead. Which chunk may be sampled when, and what it is behind, is learner/pip
 
 from __future__ import annotations
 
-import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,9 +15,9 @@ from statistics import mean
 from typing import Any, TypeVar
 
 import ray
-from ray.util.placement_group import PlacementGroup
 
 from actors.apart import Apart
+from actors.crew import Crew
 from actors.learner_actor import LearnerActor
 from actors.learner_group import LearnerGroup, RanksLost
 from actors.metrics import Metrics
@@ -29,7 +27,7 @@ from actors.sampler_actor import SamplerActor
 from cluster.nodes import alive_nodes
 from cluster.placement import counts_now, place_for
 from cluster.readiness import Asked, in_group, ready, reserve
-from cluster.session import CLOSE_SECONDS, Session
+from cluster.session import Session
 from cluster.waits import DeadlineExceeded, ObjectLost, get, wait_any
 from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot
@@ -62,12 +60,7 @@ class RayRunner:
         self.config = config
         self.hooks = Hooks()
         self.pipeline: Pipeline | None = None
-        self.name = name
-        self._spawned: list[Any] = []
-        self._room: PlacementGroup | None = None  # for the learner ranks
-        self._numbers: Counter[str] = Counter()  # actors of each role so far
-        # Actors' names are looked up by nobody, and must not clash with those of another run of the same name.
-        self._namespace = f"tributary-{uuid.uuid4().hex}"
+        self.crew = Crew(name)
         self._staleness = (0.0, 0)
         self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
         self._made_again: Counter[Key] = Counter()
@@ -91,11 +84,11 @@ class RayRunner:
         share = placement.scorer_options.get("num_gpus", 1.0)
         shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
         new_sampler = partial(
-            self._spawn, "sampler", SamplerActor, placement.sampler_options, parts.sampler, shares_gpu
+            self.crew.spawn, "sampler", SamplerActor, placement.sampler_options, parts.sampler, shares_gpu
         )
-        new_scorer = partial(self._spawn, "scorer", RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
+        new_scorer = partial(self.crew.spawn, "scorer", RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
         deadline = time.monotonic() + limit
-        self._room = reserve(placement, limit)
+        self.crew.room = reserve(placement, limit)
         samplers = [new_sampler() for _ in range(placement.samplers)]
         scorers = [new_scorer() for _ in range(placement.scorers)]
         self._build_learner = parts.learner
@@ -222,17 +215,8 @@ class RayRunner:
     def close(self) -> None:
         """A Ray of our own ends with us, actors and all; of another's, what is ours is taken away."""
         if ray.is_initialized() and not self.session.own:
-            leaving = threading.Thread(target=self._take_away, daemon=True)  # Ray's calls take no deadline
-            leaving.start()
-            leaving.join(CLOSE_SECONDS)
-        self._spawned, self._room = [], None
+            self.crew.dismiss()
         self.session.close()
-
-    def _take_away(self) -> None:
-        for actor in self._spawned:
-            ray.kill(actor)
-        if self._room is not None:
-            ray.util.remove_placement_group(self._room)
 
     @property
     def _pipeline(self) -> Pipeline:
@@ -242,25 +226,11 @@ class RayRunner:
     def _say(self, text: str) -> None:
         self.hooks.say(text)
 
-    def _spawn(self, role: str, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
-        """Start an actor of a shell class; it lives until `close`. In the dashboard it is RUN/ROLE-NUMBER; one that
-        takes another's place has the next number.
-
-        Raises:
-            DeadlineExceeded: the cluster's control store is silent, and creating an actor would wait for it.
-        """
-        alive_nodes()
-        self._numbers[role] += 1
-        name = f"{self.name}/{role}-{self._numbers[role]}"
-        actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)
-        self._spawned.append(actor)
-        return actor
-
     def _new_rank(self, rank: int) -> Any:
-        assert self._room is not None
-        options = in_group(self._placement, self._room)[rank]
+        assert self.crew.room is not None
+        options = in_group(self._placement, self.crew.room)[rank]
         whole_gpu = options.get("num_gpus") == 1
-        return self._spawn("learner", LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
+        return self.crew.spawn("learner", LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
 
     def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Fetch and train; what is found to be lost is made again first."""

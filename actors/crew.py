@@ -1,0 +1,53 @@
+"""What a run has on the cluster, its actors and the room for its learner ranks: all of it goes when the run does."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import Counter
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from cluster.nodes import alive_nodes
+from cluster.session import CLOSE_SECONDS
+
+
+class Crew:
+    """Starts actors and keeps count of them."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the run's: in the dashboard an actor is NAME/ROLE-NUMBER."""
+        self.name = name
+        self.room: PlacementGroup | None = None  # for the learner ranks
+        self._actors: list[Any] = []
+        self._numbers: Counter[str] = Counter()  # actors of each role so far
+        # Actors' names are looked up by nobody, and must not clash with those of another run of the same name.
+        self._namespace = f"tributary-{uuid.uuid4().hex}"
+
+    def spawn(self, role: str, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
+        """Start an actor of a shell class; one that takes another's place has the next number.
+
+        Raises:
+            DeadlineExceeded: the cluster's control store is silent, and creating an actor would wait for it.
+        """
+        alive_nodes()
+        self._numbers[role] += 1
+        name = f"{self.name}/{role}-{self._numbers[role]}"
+        actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)
+        self._actors.append(actor)
+        return actor
+
+    def dismiss(self) -> None:
+        """Take away all that was started, in CLOSE_SECONDS at most."""
+        leaving = threading.Thread(target=self._dismiss, daemon=True)  # Ray's calls take no deadline
+        leaving.start()
+        leaving.join(CLOSE_SECONDS)
+
+    def _dismiss(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        if self.room is not None:
+            ray.util.remove_placement_group(self.room)
+        self._actors, self.room = [], None
