@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from fake_pool import World
 
+from actors import pool as pool_module
 from cluster.session import Session
 
 
@@ -16,3 +18,13 @@ def cluster():
         session = Session(1)
         yield session
         session.close()
+
+
+@pytest.fixture
+def world(monkeypatch):
+    world = World()
+    monkeypatch.setattr(pool_module, "done", world.done_of)
+    monkeypatch.setattr(pool_module, "get", world.get)
+    monkeypatch.setattr(pool_module.ray, "kill", world.kill)
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: world.now)
+    return world
