@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import ray
 
-from cluster.waits import ObjectLost, get
+from cluster.waits import DeadlineExceeded, ObjectLost, get
 from diffusion.snapshot import Snapshot
 from learner import group
 from learner.training import Training
@@ -47,7 +48,9 @@ class LearnerActor:
         return self.learner.fit_micro_batch(share)
 
     def fetch(self, epoch: int, updates: Sequence[Sequence[ScoredRefs]], seconds: float) -> list[tuple[int, int]]:
-        """Get this rank's share of each update before any rank trains. Returns (update, place) of what is lost."""
+        """Get this rank's share of each update before any rank trains. Returns (update, place) of what is lost, and,
+        once something is, of what is not here within `seconds` of the call."""
+        deadline = time.monotonic() + seconds
         refs = [ref for update in updates for pair in update for ref in pair]
         what, setting = f"fetching trajectories of epoch {epoch}", "run.chunk_seconds"
         try:
@@ -57,8 +60,8 @@ class LearnerActor:
             for i, update in enumerate(updates):
                 for j, pair in enumerate(update):
                     try:
-                        get(list(pair), seconds, what, setting)
-                    except ObjectLost:
+                        get(list(pair), max(0.0, deadline - time.monotonic()), what, setting)
+                    except (ObjectLost, DeadlineExceeded):
                         lost.append((i, j))
             return lost
         self.fetched = [[(next(values), next(values)) for _ in update] for update in updates]

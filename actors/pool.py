@@ -302,4 +302,4 @@ def _name(key: Any) -> str:
         return str(key)
     purpose, epoch, index = key[:3]
     where = f"epoch {epoch}" if purpose == "train" else "the evaluation set"
-    return f"chunk {index} of {where}" + "".join(f", row {row}" for row in key[3:])
+    return f"chunk {index} of {where}" + "".join(f", row {row}" for row in key[3:4])

@@ -319,7 +319,7 @@ class RayRunner:
             self._make_again(self.samplers.inputs_lost.pop())
         while self.scorers.inputs_lost:  # a node went, and with it what its samplers had made
             key = self.scorers.inputs_lost.pop()
-            if len(key) == 3 or self._apart.forget(key):
+            if len(key) == 3 or self._apart.lost(key):
                 self._make_again(key[:3])
         self.metrics.turn(self.vitals)
         self.hooks.turn()
@@ -353,6 +353,7 @@ class RayRunner:
             raise ObjectLost(
                 f"chunk {key[2]} of epoch {key[1]} was made and lost {self._made_again[key]} times (run.chunk_attempts)"
             )
+        self._apart.forget(key)
         self._pipeline.lose(key)
         self.samplers.submit(key, "sample", partial(self._to_sample, key), first=True)
 
@@ -363,10 +364,9 @@ class RayRunner:
             return False  # the shuffled rewards of a chunk are its own: it cannot be scored in parts
         if len(key) > 3:
             self._apart.hopeless(key, error)
-        else:
-            work = self._pipeline.work(key)
-            self._apart.begin(key, len(work.chunk.prompts), work.clean)
-        return True
+            return True
+        work = self._pipeline.work(key)
+        return self._apart.begin(key, len(work.chunk.prompts), work.clean)
 
     def _sampling_lost(self, key: Key) -> None:
         self.metrics.lost("sampler")

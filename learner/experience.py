@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -30,10 +30,14 @@ class Experience:
         """Transitions to train on."""
         return self.trajectories.selected.size
 
-    def without_output(self) -> Experience:
-        """For flow-only fits, which do not use the rollout's model output, a third of a trajectory's bytes."""
+    def kept(self, output: bool) -> Experience:
+        """To be trained on in later epochs: a copy of what is only read from the object store, which would keep all of
+        it there. Without `output`, a third of a trajectory's bytes, the rollout's model output goes: flow-only fits
+        do not use it."""
         made = self.trajectories
-        return Experience(replace(made, model_output=made.model_output[:, :, :0].copy()), self.scores, self.prepared)
+        if not output:
+            made = replace(made, model_output=made.model_output[:, :, :0])
+        return Experience(_own(made), _own(self.scores), self.prepared)
 
     def selected_log_pf(self) -> np.ndarray:
         """The sampler's log p_F [B, K] of the transitions to train on, nats, summed over dimensions."""
@@ -100,3 +104,13 @@ class Experience:
         width = max(size // group * group, group)
         windows = [order[start : start + width] for start in range(0, len(order), width)]
         return [[window[start : start + size] for start in range(0, len(window), size)] for window in windows]
+
+
+Arrays = TypeVar("Arrays", Trajectories, Scores)
+
+
+def _own(made: Arrays) -> Arrays:
+    """With arrays of its own memory."""
+    held = {one.name: getattr(made, one.name) for one in fields(made)}
+    copied = {name: v.copy() for name, v in held.items() if isinstance(v, np.ndarray) and not v.flags.owndata}
+    return replace(made, **copied)

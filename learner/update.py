@@ -134,8 +134,7 @@ class Learner:
         train = self.config.train
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
         if self.replay.maxlen:
-            keep = (lambda one: one) if train.replay_updates else Experience.without_output
-            self.replay.append([[keep(one) for one in update] for update in fresh])
+            self.replay.append([[one.kept(train.replay_updates > 0) for one in update] for update in fresh])
         rows = [self._train(epoch, index, beta, update) for index, update in enumerate(fresh)]
         if self.objective.uses_ratio:
             rows[0]["clipped_before"] = self._clipped_before([one for update in fresh for one in update], rows[0])

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from actors import learner_actor
 from actors import learner_group as module
 from actors.learner_group import LearnerGroup, RanksLost
-from cluster.waits import ActorDied, ObjectLost
+from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.snapshot import Snapshot
 from learner.group import GroupBroken
 from learner.receipts import RanksDiverged
@@ -214,3 +215,39 @@ def test_a_group_that_starts_anew_is_of_other_actors_and_asks_those(group, world
     group.start(None, 10.0, "starting anew", "run.ready_seconds")
     look(group, world, 20.0)
     assert all(rank.killed for rank in old) and not any(rank.killed for rank in world.spawned[2:])
+
+
+def fetching(monkeypatch, answers: dict, now: list[float]):
+    """A rank whose objects are found, lost or late: seconds that each takes, or an error."""
+
+    def get(refs, seconds, *_):
+        for ref in refs:
+            if isinstance(answers[ref], Exception):
+                raise answers[ref]
+            if answers[ref] > seconds:
+                now[0] += seconds
+                raise DeadlineExceeded("late")
+            now[0] += answers[ref]
+        return [f"the {ref}" for ref in refs]
+
+    monkeypatch.setattr(learner_actor, "get", get)
+    monkeypatch.setattr(learner_actor.time, "monotonic", lambda: now[0])
+    return learner_actor.LearnerActor(lambda files: None, 0, 1, whole_gpu=True)
+
+
+def test_a_rank_says_which_of_its_objects_are_lost(monkeypatch):
+    answers = {"t0": 0.0, "s0": 0.0, "t1": ObjectLost("gone"), "s1": 0.0, "t2": 0.0, "s2": ObjectLost("gone")}
+    actor = fetching(monkeypatch, answers, [0.0])
+    assert actor.fetch(1, [[("t0", "s0")], [("t1", "s1"), ("t2", "s2")]], 3.0) == [(1, 0), (1, 1)]
+    answers.update(t1=0.0, s2=0.0)
+    assert actor.fetch(1, [[("t0", "s0")], [("t1", "s1"), ("t2", "s2")]], 3.0) == []
+    assert actor.fetched[1][1] == ("the t2", "the s2")
+
+
+def test_what_is_slow_beside_what_is_lost_costs_one_deadline_not_one_each(monkeypatch):
+    """The driver waits for this answer half a second longer than the deadline, then gives the group up."""
+    now = [0.0]
+    answers = {f"{kind}{i}": 9.0 for kind in "ts" for i in range(4)} | {"t0": ObjectLost("gone"), "t3": 0.0, "s3": 0.0}
+    actor = fetching(monkeypatch, answers, now)
+    assert actor.fetch(1, [[(f"t{i}", f"s{i}") for i in range(4)]], 3.0) == [(0, 0), (0, 1), (0, 2)]
+    assert now[0] == 3.0

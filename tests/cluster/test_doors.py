@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +105,28 @@ def test_authentication_switched_off_is_said_and_no_token_made(home, monkeypatch
     nodes_at_hand(1, said.append, local=True)  # without Ray there is no door
     doors.ensure_token()
     assert len(said) == 1 and not (home / ".ray").exists()
+
+
+def test_a_token_is_never_seen_half_written(home, monkeypatch):
+    """By another run that starts at the same time: it is there whole, or not at all."""
+    file, seen, real = home / ".ray/auth_token", [], os.link
+
+    def link(aside, target):
+        seen.append((file.exists(), len(Path(aside).read_text()), mode(Path(aside))))
+        real(aside, target)
+
+    monkeypatch.setattr(doors.os, "link", link)
+    doors.ensure_token()
+    assert seen == [(False, 64, 0o600)] and [path.name for path in file.parent.iterdir()] == ["auth_token"]
+
+
+def test_of_two_tokens_made_at_once_the_first_is_kept(home, monkeypatch):
+    file, real = home / ".ray/auth_token", os.link
+
+    def link(aside, target):
+        file.write_text("of another run")
+        real(aside, target)
+
+    monkeypatch.setattr(doors.os, "link", link)
+    doors.ensure_token()
+    assert file.read_text() == "of another run" and [path.name for path in file.parent.iterdir()] == ["auth_token"]

@@ -1,6 +1,8 @@
 """Local folders and fsspec URLs alike; nothing half-written."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 
@@ -151,3 +153,27 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     kept = ["checkpoints", "checkpoints/step-000002", "checkpoints/step-000002/state.json"]
     assert left == [".mine", *kept, "metrics.jsonl"]
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """A machine that loses power must not find a checkpoint's name over files that were never written."""
+    storage, events = Storage(str(tmp_path)), []
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def sync(handle):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        real_sync(handle)
+
+    def rename(path, target):
+        events.append(("rename", str(path)))
+        return real_rename(path, target)
+
+    monkeypatch.setattr(storage_module.os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    storage.write_folder("step-1", {"lora/weights": b"1", "manifest.json": b"2"})
+    aside = tmp_path / ".step-1.new"
+    named = events.index(("rename", str(aside)))
+    before = [path for kind, path in events[:named] if kind == "sync"]
+    assert sorted(before[:2]) == [str(aside / "lora/weights"), str(aside / "manifest.json")]
+    assert sorted(before[2:]) == [str(aside), str(aside / "lora")]
+    assert events[named + 1 :] == [("sync", str(tmp_path))]
