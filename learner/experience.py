@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -112,5 +112,5 @@ Arrays = TypeVar("Arrays", Trajectories, Scores)
 def _own(made: Arrays) -> Arrays:
     """With arrays of its own memory."""
     held = {one.name: getattr(made, one.name) for one in fields(made)}
-    copied = {name: v.copy() for name, v in held.items() if isinstance(v, np.ndarray) and not v.flags.owndata}
+    copied: dict[str, Any] = {name: v.copy() for name, v in held.items() if isinstance(v, np.ndarray) and not v.flags.owndata}
     return replace(made, **copied)
