@@ -112,5 +112,7 @@ Arrays = TypeVar("Arrays", Trajectories, Scores)
 def _own(made: Arrays) -> Arrays:
     """With arrays of its own memory."""
     held = {one.name: getattr(made, one.name) for one in fields(made)}
-    copied: dict[str, Any] = {name: v.copy() for name, v in held.items() if isinstance(v, np.ndarray) and not v.flags.owndata}
+    copied: dict[str, Any] = {
+        name: v.copy() for name, v in held.items() if isinstance(v, np.ndarray) and not v.flags.owndata
+    }
     return replace(made, **copied)
