@@ -74,8 +74,9 @@ def place(
     """Counts as given, else from the nodes; CPUs are shared out evenly, in fractions if need be.
 
     `gpus_each` are the GPUs of a sampler, a scorer and a rank where the config says so, `labels` the nodes that each
-    may use. Otherwise each learner rank takes a whole GPU and samplers and scorers share the rest; if too few are left
-    for that, all roles share all GPUs. With `autoscale` nodes may be missing: what is asked for is asked of Ray.
+    may use. `ranks` 0: no learner. Otherwise each learner rank takes a whole GPU and samplers and scorers share the
+    rest; if too few are left for that, all roles share all GPUs. With `autoscale` nodes may be missing: what is asked
+    for is asked of Ray.
 
     Raises:
         PlacementError: no CPU at all, a role without a node, more GPUs asked for than there are or one and a part,
@@ -93,10 +94,11 @@ def place(
     units = gpus or int(cpus)
     room = [sum(int(node.gpus) for node in found) or int(sum(node.cpus for node in found)) for found in places]
     most = max(1, min(units // 2, room[2]))
-    ranks = ranks or max(r for r in range(1, most + 1) if chunks_per_update % r == 0)
+    if ranks is None:
+        ranks = max(r for r in range(1, most + 1) if chunks_per_update % r == 0)
     samplers = samplers or max(1, min(units - ranks if gpus else units // 2, room[0]))
     scorers = scorers or max(1, samplers // 2)
-    if chunks_per_update % ranks:
+    if ranks and chunks_per_update % ranks:
         raise PlacementError(f"learner.ranks: {ranks} ranks cannot share {chunks_per_update} chunks an update evenly")
     counts = (samplers, scorers, ranks)
     asked = [

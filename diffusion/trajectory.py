@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -107,7 +107,8 @@ class Scores:
     [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks; `thumbnails` are B PNG files of them, only
     for training chunks. Where the reward is a sum of several, `parts` has each one's raw score of x_0 [B] by its label.
     `bad` has the reason why a row must not be used: its rewards are NaN; `bad_images` the PNG of its image, if there is
-    one to show.
+    one to show. Of evaluation chunks `held_out` has the raw scores of the images [B] by each reward that is not trained
+    on, by label, and `features` [B, F] float32 (rewards/judges.py); NaN of bad rows.
     """
 
     chunk: Chunk
@@ -119,6 +120,8 @@ class Scores:
     parts: dict[str, np.ndarray] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     bad_images: dict[int, bytes] = field(default_factory=dict)
+    held_out: dict[str, np.ndarray] = field(default_factory=dict)
+    features: np.ndarray | None = None
 
     @property
     def good_ids(self) -> tuple[int, ...]:
@@ -132,14 +135,23 @@ class Scores:
         first = next(iter(parts.values()))
         size = range(len(first.rewards))
         rewards = np.full_like(first.rewards, np.nan)
-        named = {label for part in parts.values() for label in part.parts}  # none where the reward raised
-        labels = {label: np.full(len(first.rewards), np.nan, np.float32) for label in sorted(named)}
+
+        def columns(of: Callable[[Scores], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+            """[B] by label, of the rows that have it: none where the reward raised."""
+            named = {label for part in parts.values() for label in of(part)}
+            found = {label: np.full(len(size), np.nan, np.float32) for label in sorted(named)}
+            for row, part in parts.items():
+                for label, values in of(part).items():
+                    found[label][row] = values[row]
+            return found
+
+        features = None if first.features is None else np.full_like(first.features, np.nan)
         index = None if first.gradient_row is None else np.full_like(first.gradient_row, -1)
         gradients: list[np.ndarray] = []
         for row, part in parts.items():
             rewards[row] = part.rewards[row]
-            for label, values in part.parts.items():
-                labels[label][row] = values[row]
+            if features is not None and part.features is not None:
+                features[row] = part.features[row]
             if index is not None and part.gradient_row is not None and part.gradients is not None:
                 mine = part.gradient_row[row]
                 index[row] = np.where(mine < 0, -1, mine + sum(map(len, gradients)))
@@ -152,8 +164,8 @@ class Scores:
         reasons = {row: reason for part in parts.values() for row, reason in part.bad.items()}
         pictures = {row: picture for part in parts.values() for row, picture in part.bad_images.items()}
         return cls(
-            first.chunk, rewards, images, thumbnails, np.concatenate(gradients) if gradients else None, index, labels,
-            {**reasons, **bad}, pictures,
+            first.chunk, rewards, images, thumbnails, np.concatenate(gradients) if gradients else None, index,
+            columns(lambda one: one.parts), {**reasons, **bad}, pictures, columns(lambda one: one.held_out), features,
         )  # fmt: skip
 
     def verdict(self, seconds: float) -> Verdict:

@@ -37,8 +37,8 @@ FREE = (
     "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
     "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "run.autoscale", "sampler.actors",
     "sampler.gpus", "sampler.labels", "reward.actors", "reward.gpus", "reward.labels", "reward.quarantine_limit",
-    "learner.gpus", "learner.labels", "learner.attempts", "train.epochs", "learner.micro_batch", "reward.batch",
-    "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
+    "learner.gpus", "learner.labels", "learner.attempts", "train.epochs", "train.stop_on_collapse",
+    "learner.micro_batch", "reward.batch", "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
 )  # fmt: skip
 
 
@@ -198,11 +198,20 @@ def read_config(path: Path | None = None, overrides: Sequence[str] = ()) -> tupl
         raise ConfigError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} holds {type(tree).__name__}, expected sections of keys")
+    return build_config(tree, overrides, str(path))
+
+
+def build_config(tree: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[Config, list[str]]:
+    """The config that sections of keys and overrides make, with the faults; `tree`, read from `source`, is changed.
+
+    Raises:
+        ConfigError: it is of another version.
+    """
     faults = [fault for override in overrides if (fault := _apply(tree, override))]
     if tree.get("config_version", CONFIG_VERSION) != CONFIG_VERSION:
         raise ConfigError(
-            f"config_version: {path} is of version {tree['config_version']!r}, this Tributary reads {CONFIG_VERSION}: "
-            "use the version that wrote it, or start from a preset in configs/"
+            f"config_version: {source} is of version {tree['config_version']!r}, this Tributary reads "
+            f"{CONFIG_VERSION}: use the version that wrote it, or start from a preset in configs/"
         )
     try:
         config = Config.model_validate(tree)

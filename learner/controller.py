@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from diffusion.trajectory import Scores
-from learner import checkpoint, quarantine, report
+from learner import checkpoint, collapse, figures, quarantine, report
 from learner.config import Config
 from learner.heartbeat import Heartbeat
 from learner.ledger import Ledger
@@ -64,9 +64,9 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat,
         say(describe_objective(config, runner.dimensions))
         if saved is None:
             if evaluation:
-                _save_evaluation(records, BEFORE, runner.evaluate(evaluation), event)
-                records.append(_line(config, BEFORE, runner, None, None, _mean(records, BEFORE), 0.0, ledger))
-                bar.around(say, f"before training: evaluated reward {_mean(records, BEFORE):.3f} on "
+                _save_evaluation(opened, BEFORE, runner.evaluate(evaluation), event)
+                records.append(_line(config, BEFORE, runner, None, None, _judged(records, BEFORE), 0.0, ledger))
+                bar.around(say, f"before training: evaluated reward {records.lines[-1]['eval_reward_mean']:.3f} on "
                                 f"{config.evaluation.images} fixed images")  # fmt: skip
             _save(opened, runner, ledger, 0, say)
             tracker.notify()
@@ -81,8 +81,8 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat,
             quarantine.check_limit(records.storage, ledger.totals["quarantined"], config.reward.quarantine_limit)
             due = evaluation and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
             if due:
-                _save_evaluation(records, epoch, runner.evaluate(evaluation), event)
-            evaluated = _mean(records, epoch) if due else None
+                _save_evaluation(opened, epoch, runner.evaluate(evaluation), event)
+            evaluated = _judged(records, epoch) if due else {}
             seconds = time.perf_counter() - start
             line = _line(config, epoch, runner, beta, result, evaluated, seconds, ledger)
             records.append({**line, "lost_trajectories": lost})
@@ -93,6 +93,15 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat,
                 _report(records, config, say)
             tracker.notify()
             bar.around(say, _summary(config, epoch, beta, result, evaluated, time.perf_counter() - start))
+            if config.train.stop_on_collapse and collapsed(records):
+                bar.around(say, f"stopped after epoch {epoch + 1}: {collapsed(records)} (train.stop_on_collapse)")
+                return
+
+
+def collapsed(records: Records) -> str | None:
+    """Signs of collapse at the last evaluation."""
+    found = [line.get("collapse") for line in records.lines if line["eval_reward_mean"] is not None]
+    return found[-1] if found else None
 
 
 def finish(records: Records, config: Config, say: Say) -> None:
@@ -185,13 +194,21 @@ def _last_files(records: Records, say: Say) -> dict[str, bytes] | None:
     return newest.files if newest else None
 
 
-def _mean(records: Records, epoch: int) -> float:
-    """Evaluated reward of the images that are not bad."""
-    return mean_of_good(records.evaluation_rewards(epoch))
+def _judged(records: Records, epoch: int) -> dict[str, Any]:
+    """An evaluation as a line of metrics.jsonl has it."""
+    now = records.evaluation(epoch)
+    found: dict[str, Any] = {"eval_reward_mean": mean_of_good(now.rewards)}
+    found |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
+    if now.features is not None:
+        found["eval_vendi"] = figures.vendi(now.features)
+        found["eval_distance"] = mean_of_good(collapse.apartness(now.features, now.prompts))
+    if BEFORE in records.evaluated() and epoch != BEFORE:
+        found["collapse"] = "; ".join(collapse.signs(records.evaluation(BEFORE), now)) or None
+    return found
 
 
-def _save_evaluation(records: Records, epoch: int, scores: Sequence[Scores], say: Say) -> None:
-    records.save_evaluation(epoch, scores)
+def _save_evaluation(opened: OpenRun, epoch: int, scores: Sequence[Scores], say: Say) -> None:
+    opened.records.save_evaluation(epoch, scores, opened.config.run.thumbnail_pixels)
     bad = [reason for part in scores for reason in part.bad.values()]
     if bad:
         say(f"warning: {len(bad)} evaluation images are bad and left out of the evaluated reward; the first: {bad[0]}")
@@ -199,7 +216,7 @@ def _save_evaluation(records: Records, epoch: int, scores: Sequence[Scores], say
 
 def _line(
     config: Config, epoch: int, runner: Runner, beta: float | None, result: EpochResult | None,
-    evaluated: float | None, seconds: float, ledger: Ledger,
+    evaluated: dict[str, Any], seconds: float, ledger: Ledger,
 ) -> dict[str, Any]:  # fmt: skip
     """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; `step`
     counts policy updates; epoch -1, before training, has neither loss nor training rewards."""
@@ -217,7 +234,8 @@ def _line(
         "reward_mean": float(rewards.mean()) if result else None,
         "reward_std": float(rewards.std()) if result else None,
         **{f"reward_mean/{label}": value for label, value in (result.reward_parts if result else {}).items()},
-        "eval_reward_mean": evaluated,
+        "eval_reward_mean": None,
+        **evaluated,
         "seconds": seconds,
         "sample_seconds": result.sample_seconds if result else None,
         "score_seconds": result.score_seconds if result else None,
@@ -230,7 +248,7 @@ def _line(
 
 
 def _summary(
-    config: Config, epoch: int, beta: float, result: EpochResult, evaluated: float | None, seconds: float
+    config: Config, epoch: int, beta: float, result: EpochResult, evaluated: dict[str, Any], seconds: float
 ) -> str:
     text = (
         f"epoch {epoch + 1}/{config.train.epochs}  "
@@ -240,4 +258,6 @@ def _summary(
     )
     if result.set_aside:
         text += f"  {len(result.set_aside)} set aside"
-    return text if evaluated is None else f"{text}  evaluated {evaluated:.3f}"
+    if evaluated:
+        text += f"  evaluated {evaluated['eval_reward_mean']:.3f}"
+    return f"{text}  COLLAPSE? {evaluated['collapse']}" if evaluated.get("collapse") else text

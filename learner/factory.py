@@ -19,6 +19,7 @@ from learner.config import Config, resolve
 from learner.flow import FlowNetwork, GradientNetwork
 from learner.objectives import OBJECTIVES
 from learner.update import Learner
+from rewards import judges
 from rewards.scorer import Scorer
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
@@ -81,9 +82,11 @@ def build_scorer(config: Config) -> Scorer:
     tiny = None
     if config.objective.forward_looking_decoder == "tiny":
         tiny = load_tiny_decoder(str(resolve(given.tiny_decoder)), where, dtype)
+    evaluation = config.evaluation
     return Scorer(
         decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels, gradients, tiny,
         config.reward.batch, judge.on_bad_reward == "quarantine", judge.black_images == "allow",
+        judges.build(evaluation.held_out, evaluation.features, evaluation.clip, where) if evaluation.images else None,
     )  # fmt: skip
 
 

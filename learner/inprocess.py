@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner import factory, receipts
 from learner.config import Config
@@ -94,3 +95,21 @@ class InProcessRunner:
         receipts.check(receipt, self.snapshot, f"chunk {chunk.index} of {chunk.where}")
         scores = self.scorer.score(clean)
         return (trajectories, scores), receipt, scores.verdict(time.perf_counter() - middle)
+
+
+class InProcessPools:
+    """See learner/judging.py's Pools."""
+
+    description = "in process: 1 sampler, 1 scorer"
+
+    def __init__(self, config: Config) -> None:
+        self.sampler, self.scorer = factory.build_sampler(config), factory.build_scorer(config)
+
+    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
+        for chunk in chunks:
+            trajectories, clean = self.sampler.sample(chunk, snapshot)
+            receipts.check(trajectories, snapshot, f"chunk {chunk.index} of {chunk.where}")
+            done(chunk, self.scorer.score(clean))
+
+    def close(self) -> None:
+        """Nothing to stop."""

@@ -22,12 +22,13 @@ import yaml
 
 from diffusion.trajectory import Scores
 from learner import quarantine
+from learner.collapse import Evaluated
 from learner.config import CONFIG_VERSION, Config, ConfigError
-from learner.pictures import contact_sheet, png
+from learner.pictures import contact_sheet, png, thumbnail
 from learner.runner import EpochResult
 from learner.storage import Storage, StorageError
 
-FORMAT = 4  # of run.json, checkpoints and the trajectories' columns
+FORMAT = 5  # of run.json, checkpoints and the trajectories' columns
 RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
     "run.json",
     "metrics.jsonl",
@@ -57,6 +58,22 @@ SCHEMA = pa.schema(
         ("sample_seconds", pa.float32()),  # of the whole chunk
         ("score_seconds", pa.float32()),
         ("bad", pa.string()),  # why it was set aside and not trained on
+    ],
+    metadata={"tributary_format": str(FORMAT)},
+)
+
+
+# Of evaluation/*.parquet: the fixed images, a row each.
+IMAGES = pa.schema(
+    [
+        ("number", pa.int64()),  # names the noise
+        ("prompt", pa.string()),
+        ("reward", pa.float32()),  # raw, of the reward trained on; null of a bad image
+        ("reward_parts", pa.map_(pa.string(), pa.float32())),
+        ("held_out", pa.map_(pa.string(), pa.float32())),  # raw, of rewards not trained on, by label
+        ("features", pa.list_(pa.float32())),  # rewards/features.py
+        ("thumbnail_png", pa.binary()),
+        ("bad", pa.string()),
     ],
     metadata={"tributary_format": str(FORMAT)},
 )
@@ -203,29 +220,36 @@ class Records:
         pq.write_table(pa.table(columns, schema=SCHEMA), file)
         self.storage.write(f"{TRAJECTORIES}/{_name(epoch)}.parquet", file.getvalue())
 
-    def save_evaluation(self, epoch: int, scores: Sequence[Scores]) -> None:
+    def save_evaluation(self, epoch: int, scores: Sequence[Scores], thumbnail_pixels: int) -> None:
         """evaluation/epoch-N.json, prompt and reward of every fixed image (and of a sum each reward's own), for paired
-        comparisons; and epoch-N.png, a contact sheet of the first of them. A bad image's reward is null."""
+        comparisons; epoch-N.parquet, columns of IMAGES; and epoch-N.png, a contact sheet of the first of them. A bad
+        image's reward is null."""
         table: dict[str, Any] = {
             "prompt": [prompt for part in scores for prompt in part.chunk.prompts],
             "reward": [_finite(float(value)) for part in scores for value in part.rewards[:, -1]],
         }
-        if scores[0].parts:
-            table["reward_parts"] = {
-                label: [_finite(float(value)) for part in scores for value in part.parts[label]]
-                for label in scores[0].parts
-            }
+        for name, field in (("reward_parts", "parts"), ("held_out", "held_out")):
+            if labels := getattr(scores[0], field):
+                table[name] = {
+                    label: [_finite(float(value)) for part in scores for value in getattr(part, field)[label]]
+                    for label in labels
+                }
         self.storage.write(f"{EVALUATION}/{_name(epoch)}.png", png(contact_sheet(scores)))
+        self.storage.write(f"{EVALUATION}/{_name(epoch)}.parquet", images_table(scores, thumbnail_pixels))
         self.storage.write(f"{EVALUATION}/{_name(epoch)}.json", (json.dumps(table) + "\n").encode())
 
     def evaluated(self) -> list[int]:
         """Epochs whose evaluation is here, in order; BEFORE is the one before training."""
         names = self.storage.entries(EVALUATION)
-        return sorted(_epoch_of(name) for name in names if name.endswith(".json"))
+        return sorted(_epoch_of(name) for name in names if name.startswith("epoch-") and name.endswith(".json"))
 
     def evaluation_rewards(self, epoch: int) -> np.ndarray:
         """Rewards of the fixed images after an epoch, NaN of bad ones."""
         return np.asarray(json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))["reward"], np.float64)
+
+    def evaluation(self, epoch: int) -> Evaluated:
+        """All that was found on the fixed images after an epoch."""
+        return read_images(self.storage.read(f"{EVALUATION}/{_name(epoch)}.parquet"))
 
     def sheet(self, epoch: int) -> bytes:
         """PNG of the contact sheet after an epoch."""
@@ -234,6 +258,42 @@ class Records:
     def _write_lines(self) -> None:
         # Rewritten whole: object stores cannot append, and a line is never half there.
         self.storage.write(METRICS, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+
+
+def images_table(scores: Sequence[Scores], thumbnail_pixels: int) -> bytes:
+    """A Parquet file of evaluation images, columns of IMAGES; no thumbnails at 0 pixels."""
+    columns: dict[str, list[Any]] = {name: [] for name in IMAGES.names}
+    for part in scores:
+        for i, number in enumerate(part.chunk.trajectory_ids):
+            reward, picture = float(part.rewards[i, -1]), None if part.images is None else part.images[i]
+            row = {
+                "number": number,
+                "prompt": part.chunk.prompts[i],
+                "reward": _finite(reward),
+                "reward_parts": [(label, float(values[i])) for label, values in part.parts.items()],
+                "held_out": [(label, float(values[i])) for label, values in part.held_out.items()],
+                "features": None if part.features is None else part.features[i],
+                "thumbnail_png": thumbnail(picture, thumbnail_pixels) if picture is not None else None,
+                "bad": part.bad.get(i),
+            }
+            for name, value in row.items():
+                columns[name].append(value)
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=IMAGES), file)
+    return file.getvalue()
+
+
+def read_images(content: bytes) -> Evaluated:
+    """What `images_table` wrote, as far as figures need it."""
+    table = pq.read_table(io.BytesIO(content))
+    held_out = [dict(row) for row in table["held_out"].to_pylist()]
+    features = table["features"].to_pylist()
+    return Evaluated(
+        table["prompt"].to_pylist(),
+        np.array([np.nan if value is None else value for value in table["reward"].to_pylist()], np.float64),
+        {label: np.array([row[label] for row in held_out], np.float64) for label in held_out[0]},
+        None if features[0] is None else np.array(features, np.float32),
+    )
 
 
 def _name(epoch: int) -> str:

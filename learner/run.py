@@ -40,7 +40,7 @@ from learner.runner import Runner
 from learner.storage import Storage, StorageError
 from learner.tracking import Tracker, tracking_uri
 from learner.update import NonFiniteGradient
-from rewards import UnknownReward
+from rewards import UnknownReward, judges
 from rewards.scorer import BadReward
 from rewards.weights import BadWeights, WeightsNotFound
 
@@ -81,12 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
         complain("interrupted before anything was started")
         return ending.status()
     try:
-        return _run(opened)
+        return _run(opened, resources)
     finally:
         opened.close()
 
 
-def _run(opened: OpenRun) -> int:
+def _run(opened: OpenRun, resources: dict[str, float]) -> int:
     records, config = opened.records, opened.config
     runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
     try:
@@ -99,7 +99,11 @@ def _run(opened: OpenRun) -> int:
             say("nothing is left to do")
             controller.finish(records, config, say)
             return 0
-        records.note(finished=False, environment=environment.facts())
+        if config.train.stop_on_collapse and (signs := controller.collapsed(records)):
+            say(f"stopped before: {signs} (train.stop_on_collapse=false goes on)")
+            controller.finish(records, config, say)
+            return 0
+        records.note(finished=False, environment=environment.facts(), cluster=resources)
         tracker = Tracker(records, config, say)
         heartbeat = _heartbeat(records.storage, config)
         if opened.epochs_done < config.train.epochs:
@@ -191,6 +195,8 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
     attempt(
         lambda: rewards.check(reward.name, reward.weights, reward.options, prompts, objective, reward.backend)
     )  # fmt: skip
+    evaluation = config.evaluation
+    attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
     if config.run.runner == "inprocess":
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")

@@ -13,7 +13,7 @@ from diffusion.transitions import Selection
 from learner.objectives import OBJECTIVES, Kind
 from learner.objectives.base import Decay, Weighting
 from learner.objectives.db import Penalty
-from rewards import Backend
+from rewards import Backend, FeatureKind
 
 Precision = Literal["float32", "bfloat16"]
 LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
@@ -310,6 +310,9 @@ class Train(Section):
         ge=0,
         description="published versions that trajectories may lag behind the learner's; 0: synchronous, as the papers",
     )
+    stop_on_collapse: bool = Field(
+        False, description="end the run, in good order, where an evaluation shows collapse (learner/collapse.py)"
+    )
     shuffle_rewards: bool = Field(
         False, description="control experiment: permute each trajectory's rewards among the trajectories of a chunk"
     )
@@ -320,6 +323,18 @@ class Evaluation(Section):
     images: int = Field(128, ge=0, description="images of the fixed evaluation set")
     every: int = Field(10, ge=1, description="epochs between evaluations (before the first and after the last always)")
     seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same for every run.seed")
+    held_out: tuple[str | dict[str, Any], ...] = Field(
+        (),
+        description="rewards that judge evaluation images and are never trained on: names, or {name, weights, options}",
+    )
+    features: FeatureKind = Field(
+        "pixels",
+        description="what diversity and drift are measured by: pixels (mean colours of an 8 x 8 grid, for plain "
+        "pictures), clip (evaluation.clip), or dreamsim (the package of that name)",
+    )
+    clip: str | None = Field(
+        None, description="CLIP for evaluation.features=clip: folder or hub id; default: openai/clip-vit-large-patch14"
+    )
 
 
 class Mlflow(Section):
@@ -329,6 +344,16 @@ class Mlflow(Section):
         description="tracking server; default MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the run directory",
     )
     experiment: str = Field("tributary", description="MLflow experiment")
+    group: str | None = Field(
+        None,
+        pattern=r"^[\w .:/=+-]{1,200}$",
+        description="name of a group, such as a sweep: MLflow nests its runs under a parent run of that name",
+    )
+    registered_model: str | None = Field(
+        None,
+        pattern=r"^[\w .=+-]{0,199}[\w=+-]$",
+        description="name in MLflow's model registry for the finished run's LoRA; default: not registered",
+    )
     finish_seconds: float = Field(
         30, ge=0, description="longest wait for a last upload; `python -m learner.upload RUN` does the rest"
     )

@@ -22,6 +22,7 @@ class Reward(Protocol):
 
 
 Backend = Literal["native", "package"]
+FeatureKind = Literal["pixels", "clip", "dreamsim"]  # rewards/features.py
 
 
 class UnknownReward(ValueError):
@@ -32,6 +33,7 @@ SIZES = {"jpeg_compressibility": -1, "jpeg_incompressibility": 1}
 # Those with neither weights nor a device.
 PLAIN = {
     **dict.fromkeys(SIZES, "jpeg:JpegSize"),
+    "shapes_accuracy": "shapes_accuracy:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment_soft:ShapesAlignmentSoft",
 }

@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion import memory, noise
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards import Reward
+from rewards.judges import HeldOutRaised, Judges
 from rewards.package import PackageReward
 from rewards.weighted_sum import WeightedSum
 
@@ -105,7 +106,7 @@ class Scorer:
     def __init__(
         self, decoder: Decode, reward: Reward, shuffle: bool = False, thumbnail_pixels: int = 0,
         gradients: bool = False, tiny: Decode | None = None, batch: int | None = None, quarantine: bool = False,
-        allow_black: bool = False,
+        allow_black: bool = False, judges: Judges | None = None,
     ) -> None:  # fmt: skip
         """`shuffle` hands every training trajectory the rewards of
         another of its chunk: a control without signal. `thumbnail_pixels` is the side of the small pictures kept of
@@ -113,7 +114,7 @@ class Scorer:
         trajectories. `tiny` decodes the clean predictions of inner states in the decoder's place: psi may be any
         function of the state, the image's own reward may not. `batch` images go through decoder and reward at once;
         None: as `fitting_batch` finds. `quarantine`: bad trajectories are reported in `Scores.bad` and not raised.
-        `allow_black`: an all-black image is not bad.
+        `allow_black`: an all-black image is not bad. `judges` see evaluation images, besides the reward.
 
         Raises:
             BadReward: `gradients` of a reward that is not differentiable.
@@ -122,7 +123,7 @@ class Scorer:
             raise BadReward(f"reward {reward.name} is not differentiable: the objective cannot learn from its gradient")
         self.decoder, self.reward, self.shuffle, self.tiny = decoder, reward, shuffle, tiny
         self.thumbnail_pixels, self.gradients, self.batch = thumbnail_pixels, gradients, batch
-        self.quarantine, self.allow_black = quarantine, allow_black
+        self.quarantine, self.allow_black, self.judges = quarantine, allow_black, judges
 
     def fitting_batch(
         self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0
@@ -187,7 +188,7 @@ class Scorer:
             bad_images={row: _png(shown[row]) for row in bad if row not in faults.undecodable},
         )  # fmt: skip
         if chunk.purpose == "evaluate":
-            return replace(scores, images=np.stack(judged.pictures))
+            return self._judged_further(scores, np.stack(judged.pictures), row[at_end])
         if self.thumbnail_pixels:
             scores = replace(
                 scores, thumbnails=tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures)
@@ -198,6 +199,28 @@ class Scorer:
         index[row, step] = np.arange(len(order))
         index[list(bad)] = -1
         return replace(scores, gradients=judged.gradients, gradient_row=index)
+
+    def _judged_further(self, scores: Scores, pictures: np.ndarray, rows: np.ndarray) -> Scores:
+        """An evaluation chunk's `pictures` [b, H, W, 3], of trajectories `rows` [b], before the other judges."""
+        scores = replace(scores, images=pictures)
+        if self.judges is None:
+            return scores
+        try:
+            by_label, features = self.judges(
+                pictures, [scores.chunk.prompts[r] for r in rows], self.batch or SCORE_BATCH
+            )  # fmt: skip
+        except HeldOutRaised as error:
+            raise BadReward(str(error)) from error
+
+        def by_row(values: np.ndarray) -> np.ndarray:
+            found = np.full((len(scores.rewards), *values.shape[1:]), np.nan, np.float32)
+            found[rows] = values
+            found[list(scores.bad)] = np.nan
+            return found
+
+        return replace(
+            scores, held_out={label: by_row(values) for label, values in by_label.items()}, features=by_row(features)
+        )
 
     def _judge_batch(
         self, clean: CleanPredictions, part: np.ndarray, decoder: Decode, differentiate: bool, faults: _Faults

@@ -44,7 +44,7 @@ class WeightedSum:
         self.terms = read_terms(terms)
         self.rewards = []
         for index, term in enumerate(self.terms):
-            with _naming(index, term):
+            with naming(index, term):
                 self.rewards.append(rewards.load(term.name, term.weights, device, **term.options))
         self.differentiable = all(reward.differentiable for reward in self.rewards)
 
@@ -70,13 +70,13 @@ class WeightedSum:
 
 
 @contextlib.contextmanager
-def _naming(index: int, term: Term) -> Iterator[None]:
+def naming(index: int, term: Term, where: str = WHERE) -> Iterator[None]:
     """Says in a ValueError from which term it came."""
     try:
         yield
     except ValueError as error:
         kind = type(error) if isinstance(error, rewards.UnknownReward | WeightsNotFound | BadWeights) else ValueError
-        raise kind(f"{WHERE}[{index}] ({term.name}): {error}") from error
+        raise kind(f"{where}[{index}] ({term.name}): {error}") from error
 
 
 def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
@@ -88,20 +88,20 @@ def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str 
     if extra := set(options) - {"terms"}:
         raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
     for index, term in enumerate(read_terms(options.get("terms"))):
-        with _naming(index, term):
+        with naming(index, term):
             rewards.check(term.name, term.weights, term.options, prompts, objective)
 
 
-def read_terms(terms: Any) -> list[Term]:
+def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
     """
     Raises:
         ValueError: no list of terms, or one without name, with a weight that is not a number, or with other keys.
     """
     if not isinstance(terms, Sequence) or isinstance(terms, str) or not terms:
-        raise ValueError(f"{WHERE}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
+        raise ValueError(f"{key}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
     found: list[Term] = []
     for index, term in enumerate(terms):
-        where = f"{WHERE}[{index}]"
+        where = f"{key}[{index}]"
         if not isinstance(term, dict) or not isinstance(term.get("name"), str):
             raise ValueError(f"{where}: expected {{name, weight, weights?, options?}}, got {term!r}")
         if extra := [str(key) for key in term if key not in KEYS]:

@@ -29,6 +29,7 @@ def totals(folder) -> dict:
     return json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
 
 
+@pytest.mark.slow
 def test_a_prompt_that_kills_every_reward_actor_is_found_and_set_aside(run, tmp_path):
     status, said = run("reward.name=faulty:DiesOfRings", "reward.on_bad_reward=quarantine", "run.chunk_attempts=2")
     assert status == 0, said

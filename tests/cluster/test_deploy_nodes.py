@@ -149,6 +149,7 @@ def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     assert gone(rays) and not Path(rays).exists()
 
 
+@pytest.mark.slow
 def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path):
     token = tmp_path / "home/.ray/auth_token"
     token.parent.mkdir()

@@ -1,12 +1,15 @@
+import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from learner.pictures import contact_sheet
-from learner.records import BEFORE, Records
+from learner.records import BEFORE, FORMAT, IMAGES, Records
 from learner.run import main
 from learner.runner import EpochResult
 from learner.storage import Storage, StorageError
@@ -68,7 +71,7 @@ def test_trajectories_are_rows_of_a_parquet_dataset(records, tmp_path):
 def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
     for epoch in (BEFORE, 0, 1, 2):
         records.append({"epoch": epoch})
-        records.save_evaluation(epoch, scores())
+        records.save_evaluation(epoch, scores(), 64)
         if epoch >= 0:
             records.save_trajectories(epoch, 1.0, result(epoch))
     records.drop_after(1)
@@ -80,7 +83,7 @@ def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
 
 
 def test_evaluations_and_their_sheets(records):
-    records.save_evaluation(BEFORE, scores())
+    records.save_evaluation(BEFORE, scores(), 64)
     assert records.evaluation_rewards(BEFORE).tolist() == [0, 1, 2, 3]
     assert records.sheet(BEFORE).startswith(b"\x89PNG")
 
@@ -113,3 +116,30 @@ def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
         assert line[f"reward_mean/{name}"] == pytest.approx(sum(part[name] for part in parts) / len(parts), rel=1e-5)
     evaluated = json.loads((tmp_path / "run/evaluation/epoch-000000.json").read_text())
     assert set(evaluated["reward_parts"]) == set(parts[0]) and len(evaluated["reward_parts"]["shapes_alignment"]) == 4
+
+
+def test_all_that_was_found_on_the_fixed_images_comes_back(records):
+    features = np.arange(8, dtype=np.float32).reshape(4, 2)
+    given = [
+        replace(one, held_out={"other": np.array([1.0, np.nan, 3.0, 4.0], np.float32)}, features=features)
+        for one in scores()
+    ]
+    records.save_evaluation(0, given, 16)
+    found = records.evaluation(0)
+    assert found.rewards.tolist() == [0, 1, 2, 3] and list(found.prompts) == list(given[0].chunk.prompts)
+    np.testing.assert_array_equal(found.held_out["other"], [1, np.nan, 3, 4])
+    np.testing.assert_array_equal(found.features, features)
+    table = json.loads(records.storage.read("evaluation/epoch-000000.json"))
+    assert table["held_out"] == {"other": [1, None, 3, 4]}
+    rows = pq.read_table(io.BytesIO(records.storage.read("evaluation/epoch-000000.parquet")))
+    assert rows.schema.names == IMAGES.names and rows.schema.metadata[b"tributary_format"] == str(FORMAT).encode()
+    with Image.open(io.BytesIO(rows["thumbnail_png"][0].as_py())) as picture:
+        assert max(picture.size) <= 16
+
+
+def test_figures_of_a_finished_adapter_are_no_evaluation_of_an_epoch(records):
+    records.save_evaluation(0, scores(), 0)
+    records.storage.write("evaluation/step-000002.json", b"{}")
+    assert records.evaluated() == [0]
+    rows = pq.read_table(io.BytesIO(records.storage.read("evaluation/epoch-000000.parquet")))
+    assert rows["thumbnail_png"].null_count == 4  # none were asked for

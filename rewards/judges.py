@@ -1,0 +1,95 @@
+"""What evaluation images are judged by beside the reward that is trained on: held-out rewards, and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import rewards
+from rewards import features
+from rewards.features import Features
+from rewards.weighted_sum import Term, naming, read_terms
+
+WHERE = "evaluation.held_out"
+HeldOut = Sequence[str | dict[str, Any]]
+
+
+class HeldOutRaised(ValueError):
+    """A held-out reward's own code raised, or returned nothing usable."""
+
+
+@dataclass
+class Judges:
+    """Rewards [by label] and a feature extractor for finished pictures."""
+
+    held_out: dict[str, rewards.Reward]
+    features: Features
+
+    def __call__(
+        self, pictures: np.ndarray, prompts: Sequence[str], batch: int
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """pictures [B, H, W, 3] uint8, as they would be saved -> each held-out reward's scores [B] by label, and
+        features [B, F], float32. `batch` pictures at once.
+
+        Raises:
+            HeldOutRaised: a reward raised.
+        """
+        scores: dict[str, list[np.ndarray]] = {label: [] for label in self.held_out}
+        found: list[np.ndarray] = []
+        for start in range(0, len(pictures), batch):
+            part = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
+            with torch.no_grad():
+                for label, reward in self.held_out.items():
+                    try:
+                        values = reward(part, list(prompts[start : start + batch]))
+                    except torch.OutOfMemoryError:
+                        raise
+                    except Exception as error:  # a user's code may raise anything
+                        raise HeldOutRaised(f"{WHERE}: {label}: {type(error).__name__}: {error}") from error
+                    scores[label].append(values.detach().float().cpu().numpy())
+                found.append(self.features(part).float().cpu().numpy())
+        return {label: np.concatenate(parts) for label, parts in scores.items()}, np.concatenate(found)
+
+
+def build(held_out: HeldOut, kind: rewards.FeatureKind, clip: str | None, device: str) -> Judges:
+    """
+    Raises:
+        ValueError: as `check`, and what a reward that cannot be made says.
+    """
+    made = {}
+    for index, term in enumerate(_terms(held_out)):
+        with naming(index, term, WHERE):
+            made[term.label] = rewards.load(term.name, term.weights, device, **term.options)
+    return Judges(made, features.load(kind, clip, device))
+
+
+def check(held_out: HeldOut, kind: rewards.FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
+    """Would `build` fail, or a reward refuse a prompt?
+
+    Raises:
+        ValueError: names the entry of evaluation.held_out, or evaluation.features.
+    """
+    for index, term in enumerate(_terms(held_out)):
+        with naming(index, term, WHERE):
+            rewards.check(term.name, term.weights, term.options, prompts)
+    features.require(kind, clip)
+
+
+def labels(held_out: HeldOut) -> list[str]:
+    """What the scores will be called."""
+    return [term.label for term in _terms(held_out)]
+
+
+def _terms(held_out: HeldOut) -> list[Term]:
+    """Each a name, or {name, weights?, options?}."""
+    if not held_out:
+        return []
+    spelt = [{"name": one} if isinstance(one, str) else one for one in held_out]
+    for index, one in enumerate(spelt):
+        if isinstance(one, dict) and "weight" in one:
+            raise ValueError(f"{WHERE}[{index}]: a held-out reward has no weight")
+    return read_terms([{**one, "weight": 1.0} if isinstance(one, dict) else one for one in spelt], WHERE)

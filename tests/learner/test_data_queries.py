@@ -1,0 +1,133 @@
+"""docs/data.md: its columns are the dataset's, and its queries give what a plain loop over the rows gives."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from test_quarantine import poison
+
+from learner.config import ROOT
+from learner.records import FORMAT, SCHEMA
+from learner.run import main
+
+PAGE = (ROOT / "docs/data.md").read_text()
+BAD, BAD_EPOCH = 5, 1
+
+
+@pytest.fixture(scope="module")
+def run(small_settings, tmp_path_factory) -> Path:
+    """Three epochs of eight trajectories, one of them bad."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    settings = ["run.runner=inprocess", "train.epochs=3", "reward.on_bad_reward=quarantine", "evaluation.images=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, (BAD,), BAD_EPOCH)
+        assert main([*small_settings, *settings, f"run.dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(run) -> list[dict]:
+    """Of all files, read one by one."""
+    files = sorted(run.glob("trajectories/epoch-*.parquet"))
+    assert len(files) == 3
+    return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def found(run) -> dict:
+    """What the page's Python leaves behind, run from top to bottom."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block.replace("runs/NAME", str(run)), "docs/data.md", "exec"), names)
+    return names
+
+
+def good(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["bad"] is None]
+
+
+def test_the_page_has_the_columns_that_the_files_have(rows):
+    listed = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \|$", PAGE, re.M)
+    assert listed == [(field.name, str(field.type)) for field in SCHEMA]
+    assert list(rows[0]) == SCHEMA.names
+
+
+def test_the_page_is_of_the_format_that_is_written(found):
+    assert found["version"] == FORMAT
+    assert f"this page is of {FORMAT}." in PAGE
+
+
+def test_what_it_says_of_columns_is_so(run, rows):
+    assert [(row["epoch"], row["trajectory_id"]) for row in rows] == [(e, i) for e in range(3) for i in range(8)]
+    assert {row["policy_version"] - row["epoch"] for row in rows} == {0}
+    assert {row["run_id"] for row in rows} == {json.loads((run / "run.json").read_text())["run_id"]}
+    assert [(row["epoch"], row["trajectory_id"]) for row in rows if row["bad"]] == [(BAD_EPOCH, BAD)]
+    assert all((row["reward"] is None) == (row["bad"] is not None) for row in rows)
+    assert all(row["reward_parts"] == [] for row in rows)
+    for epoch in range(3):
+        for chunk in range(2):
+            mine = [row for row in rows if (row["epoch"], row["chunk"]) == (epoch, chunk)]
+            assert len(mine) == 4 and len({(row["sample_seconds"], row["score_seconds"]) for row in mine}) == 1
+
+
+def test_the_best_images_of_each_prompt(run, rows, found):
+    by_prompt: dict[str, list[dict]] = {}
+    for row in good(rows):
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    best = found["best"].to_dict("records")
+    for prompt, some in by_prompt.items():
+        some.sort(key=lambda row: (-row["reward"], row["epoch"], row["trajectory_id"]))
+        mine = [row for row in best if row["prompt"] == prompt]
+        assert mine == [{key: row[key] for key in mine[0]} for row in some[:3]]
+    assert {row["prompt"] for row in best} == set(by_prompt)
+    written = {path.name: path.read_bytes() for path in (run / "best").iterdir()}
+    assert written == {
+        f"epoch-{row['epoch']:06d}-trajectory-{row['trajectory_id']}.png": row["thumbnail_png"] for row in best
+    }
+    assert written and all(content.startswith(b"\x89PNG") for content in written.values())
+
+
+def test_reward_against_epoch(run, rows, found):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    table = found["by_epoch"]
+    assert table.index.tolist() == [0, 1, 2]
+    for line in lines:
+        mine = table.loc[line["epoch"]]
+        assert mine["mean"] == pytest.approx(line["reward_mean"], rel=1e-6)
+        assert mine["deviation"] == pytest.approx(line["reward_std"], rel=1e-5, abs=1e-9)
+        rewards = [row["reward"] for row in good(rows) if row["epoch"] == line["epoch"]]
+        assert (mine["least"], mine["most"], mine["good"]) == (min(rewards), max(rewards), len(rewards))
+        assert mine["bad"] == line["quarantined"] == (line["epoch"] == BAD_EPOCH)
+
+
+def test_samples_by_policy_version(rows, found):
+    table = found["by_version"]
+    assert table.index.tolist() == [0, 1, 2]
+    for version, mine in table.iterrows():
+        made = [row for row in rows if row["policy_version"] == version]
+        assert mine["trajectories"] == len(made) == 8 and mine["adapters"] == 1 and mine["most_behind"] == 0
+        assert mine["mean_reward"] == pytest.approx(np.mean([row["reward"] for row in good(made)]), rel=1e-6)
+        assert mine["mean_log_pf"] == pytest.approx(np.nanmean([row["log_pf_sum"] for row in made]), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["best", "by_epoch", "by_version"])
+def test_the_sql_says_the_same(run, found, name):
+    duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed: its queries are not tried")
+    blocks = re.findall(r"```sql\n(.*?)```", PAGE, re.S)
+    assert len(blocks) == 3
+    block = dict(zip(("best", "by_epoch", "by_version"), blocks, strict=True))[name]
+    theirs = duckdb.sql(block.replace("runs/NAME", os.fspath(run))).df().to_dict("records")
+    ours = found[name] if name == "best" else found[name].reset_index()
+    assert [sorted(row) for row in theirs] == [sorted(row) for row in ours.to_dict("records")]
+    for mine, other in zip(ours.to_dict("records"), theirs, strict=True):
+        for key, value in mine.items():
+            same = isinstance(value, str | bytes)
+            assert (bytes(other[key]) if isinstance(value, bytes) else other[key]) == (
+                value if same else pytest.approx(value, rel=1e-6)
+            )

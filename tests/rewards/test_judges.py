@@ -1,0 +1,166 @@
+"""Held-out rewards and features of evaluation images."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+import rewards
+from diffusion.trajectory import Chunk, CleanPredictions, Scores
+from rewards import features, judges
+from rewards.judges import Judges
+from rewards.scorer import BadReward, Scorer
+from rewards.weights import BadWeights, WeightsNotFound
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+
+
+class Brightness:
+    name, differentiable = "brightness", False
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def broken(images, prompts):
+    raise RuntimeError("no such luck")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vision = {**small, "image_size": 32, "patch_size": 8, "projection_dim": 8, "hidden_act": "quick_gelu"}
+    config = CLIPConfig(text_config={**small, "projection_dim": 8}, vision_config=vision, projection_dim=8)
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_pixels_tell_place_and_colour_apart():
+    scenes = torch.ones(4, 3, 64, 64)
+    scenes[0, 1:, 8:24, 8:24] = 0  # a red square at the left
+    scenes[1, 1:, 8:24, 8:24] = 0
+    scenes[2, 1:, 8:24, 40:56] = 0  # at the right
+    scenes[3, :2, 8:24, 8:24] = 0  # blue
+    found = torch.nn.functional.normalize(features.Pixels()(scenes), dim=1)
+    cosines = found @ found.T
+    assert found.shape == (4, 195) and found.dtype == torch.float32
+    assert cosines[0, 1] == pytest.approx(1) and cosines[0, 2] < 0.8 and cosines[0, 3] < 0.8
+
+
+def test_clip_features_are_the_models_own_embedding(clip):
+    images = torch.from_numpy(PICTURES).permute(0, 3, 1, 2).float() / 255
+    found = features.load("clip", str(clip))(images)
+    model = CLIPModel.from_pretrained(clip).eval()
+    from rewards import preprocess
+
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values=preprocess.short_side(images, 32))
+    expected = getattr(expected, "pooler_output", expected)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-5)
+
+
+def test_features_that_cannot_be_had_are_named_before_anything_starts(tmp_path):
+    with pytest.raises(WeightsNotFound, match="dreamsim: no such package"):
+        features.require("dreamsim")
+    with pytest.raises(WeightsNotFound, match=r"evaluation\.clip"):
+        features.require("clip", str(tmp_path / "nowhere"))
+    features.require("pixels")
+
+
+def test_a_folder_that_is_no_clip_is_refused(clip, tmp_path):
+    (tmp_path / "config.json").write_text((clip / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(BadWeights):
+        features.load("clip", str(tmp_path))
+
+
+def test_every_judge_sees_every_picture_in_batches():
+    judge = Judges({"bright": Brightness()}, features.Pixels())
+    whole = judge(PICTURES, ["a"] * 5, 5)
+    parts = judge(PICTURES, ["a"] * 5, 2)
+    np.testing.assert_allclose(whole[0]["bright"], PICTURES.mean((1, 2, 3)) / 255, rtol=1e-5)
+    np.testing.assert_array_equal(whole[0]["bright"], parts[0]["bright"])
+    np.testing.assert_array_equal(whole[1], parts[1])
+
+
+def test_held_out_rewards_are_named_or_spelt_out():
+    given = ["jpeg_compressibility", {"name": "jpeg_compressibility"}, {"name": "shapes_alignment", "options": {}}]
+    assert judges.labels(given) == ["jpeg_compressibility", "jpeg_compressibility_2", "shapes_alignment"]
+    assert list(judges.build(given, "pixels", None, "cpu").held_out) == judges.labels(given)
+    assert judges.labels([]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["beauty"], r"evaluation\.held_out\[0\] \(beauty\): .*unknown reward 'beauty'"),
+        (
+            [{"name": "jpeg_compressibility", "weight": 2}],
+            r"evaluation\.held_out\[0\]: a held-out reward has no weight",
+        ),
+        ([{"reward": "jpeg_compressibility"}], r"evaluation\.held_out\[0\]: expected"),
+        (["shapes_alignment"], r"evaluation\.held_out\[0\] \(shapes_alignment\)"),
+    ],
+)
+def test_what_cannot_judge_is_said_with_its_place(given, said):
+    with pytest.raises(ValueError, match=said):
+        judges.check(given, "pixels", None, ["a photo of a dog"])
+
+
+def clean(purpose: str, rows=(0, 1, 2)) -> CleanPredictions:
+    latents = np.random.default_rng(1).random((3, 3, 8, 8), dtype=np.float32)
+    chunk = Chunk(0, purpose, 0, 0, ("a", "b", "c"), (0, 1, 2))
+    keep = list(rows)
+    return CleanPredictions(chunk, 4, latents[keep], np.array(keep), np.full(len(keep), 4), 4)
+
+
+def scorer(held_out=None, **options) -> Scorer:
+    judge = Judges({"bright": Brightness()} if held_out is None else held_out, features.Pixels())
+    return Scorer(lambda latents: latents, Brightness(), judges=judge, **options)
+
+
+def test_evaluation_images_alone_are_judged_further():
+    evaluated = scorer().score(clean("evaluate"))
+    np.testing.assert_allclose(evaluated.held_out["bright"], evaluated.rewards[:, -1], atol=2e-3)
+    assert evaluated.features.shape == (3, 195)
+    trained = scorer().score(clean("train"))
+    assert trained.held_out == {} and trained.features is None
+
+
+def test_rows_scored_apart_join_to_the_same_judgement():
+    one = scorer()
+    whole, parts = one.score(clean("evaluate")), {row: one.score(clean("evaluate", [row])) for row in range(3)}
+    joined = Scores.join(parts, {})
+    np.testing.assert_array_equal(joined.features, whole.features)
+    np.testing.assert_array_equal(joined.held_out["bright"], whole.held_out["bright"])
+    torn = Scores.join({row: parts[row] for row in (0, 2)}, {1: "it dies"})
+    assert np.isnan(torn.features[1]).all() and np.isnan(torn.held_out["bright"][1])
+    np.testing.assert_array_equal(torn.features[2], whole.features[2])
+
+
+def test_bad_rows_have_no_judgement():
+    given = clean("evaluate")
+    given.latents[1] = np.nan
+    found = scorer(quarantine=True).score(given)
+    assert list(found.bad) == [1] and np.isnan(found.features[1]).all() and np.isnan(found.held_out["bright"][1])
+    assert np.isfinite(found.features[[0, 2]]).all()
+
+
+def test_a_held_out_reward_that_raises_is_named():
+    with pytest.raises(BadReward, match=r"evaluation\.held_out: mine: RuntimeError: no such luck"):
+        scorer({"mine": broken}).score(clean("evaluate"))
+
+
+def test_shapes_accuracy_is_strict():
+    from models.shapes.world import draw, parse
+
+    prompts = ["a red circle on a white background", "a blue square on a black background"]
+    drawn = np.stack([draw(parse(prompt), np.random.default_rng(0)) for prompt in prompts])
+    images = torch.from_numpy(np.asarray(drawn)).permute(0, 3, 1, 2).float() / 255
+    reward = rewards.load("shapes_accuracy")
+    assert reward(images, prompts).tolist() == [1.0, 1.0]
+    assert reward(images, prompts[::-1]).tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError):
+        reward.check_prompts(["a dog"])
