@@ -207,7 +207,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(settings, unbr
 @pytest.mark.parametrize(
     ("file", "before", "after", "said"),
     [
-        ("run.json", '"format": 4', '"format": 99', "format 99"),
+        ("run.json", '"format": 5', '"format": 99', "format 99"),
         ("config.yaml", "config_version: 1", "config_version: 99", "version 99"),
         ("run.json", '"run_id"', "", "run.json in"),
         ("metrics.jsonl", '{"epoch": 1', '{"epo', "metrics.jsonl in"),
