@@ -1,11 +1,16 @@
 """Shared fixtures: one thread, a tiny Stable-Diffusion-shaped pipeline made on the spot, small configs."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+# Tests of Ctrl-C need it, and a shell's background job, as which this may run, ignores it and so would all runs in it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
