@@ -170,28 +170,21 @@ class RayRunner:
         pipeline.add_evaluation(chunks)
         for chunk in reversed(chunks):
             self.samplers.submit(key_of(chunk), "sample", partial(self._to_sample, key_of(chunk)), first=True)
-        self._until_whole("evaluate", 0, "evaluating")
         while True:
-            try:
-                found = [self._fetch_scores(work) for work in pipeline.evaluation()]
-            except ObjectLost as error:  # with the node of the reward actor that made them
-                self._say(f"{error}: will be made again")
-                self._until_whole("evaluate", 0, "evaluating")
-            else:
+            self._until_whole("evaluate", 0, "evaluating")
+            found, lost = [], []
+            for work in pipeline.evaluation():
+                what = f"evaluation images of chunk {work.chunk.index}"
+                try:
+                    found.append(get(work.scores, self.config.run.chunk_seconds, what, "run.chunk_seconds"))
+                except ObjectLost as error:  # with the node of the reward actor that made them
+                    self._say(f"{error}: will be made again")
+                    lost.append(key_of(work.chunk))
+            if not lost:
                 pipeline.take_evaluation()
                 return found
-
-    def _fetch_scores(self, work: Work) -> Scores:
-        """
-        Raises:
-            ObjectLost: they are gone, and will be made again.
-        """
-        what = f"evaluation images of chunk {work.chunk.index}"
-        try:
-            return get(work.scores, self.config.run.chunk_seconds, what, "run.chunk_seconds")
-        except ObjectLost:
-            self._make_again(key_of(work.chunk))
-            raise
+            for key in lost:
+                self._make_again(key)
 
     def checkpoint_files(self) -> dict[str, bytes]:
         if self._files is None:
