@@ -39,6 +39,7 @@ FREE = (
     "sampler.gpus", "sampler.labels", "reward.actors", "reward.gpus", "reward.labels", "reward.quarantine_limit",
     "learner.gpus", "learner.labels", "learner.attempts", "train.epochs", "train.stop_on_collapse",
     "learner.micro_batch", "reward.batch", "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
+    "mlflow.group", "mlflow.registered_model",
 )  # fmt: skip
 
 
