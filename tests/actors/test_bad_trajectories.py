@@ -43,11 +43,13 @@ def test_a_prompt_that_kills_every_reward_actor_is_found_and_set_aside(run, tmp_
     assert sum(row["reward"] is None or row["reward"] != row["reward"] for row in rows) == 2
 
 
+@pytest.mark.slow
 def test_by_default_it_ends_the_run_naming_the_chunk(run, tmp_path):
     status, said = run("reward.name=faulty:DiesOfRings", "run.chunk_attempts=2")
     assert status == 1 and "ActorDied: scoring chunk" in said and "tried 2 times, run.chunk_attempts" in said
 
 
+@pytest.mark.slow
 def test_nan_is_set_aside_by_the_rank_that_would_have_trained_on_it(run, tmp_path):
     status, said = run("reward.name=faulty:NanForRings", "reward.on_bad_reward=quarantine", "learner.ranks=2")
     assert status == 0, said

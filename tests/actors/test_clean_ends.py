@@ -152,6 +152,7 @@ def half_written(folder) -> list:
     return [path for path in folder.rglob("*.new")]
 
 
+@pytest.mark.slow
 def test_a_nan_reward_names_prompt_and_trajectory(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red ring\n")
     (said,) = run(tmp_path / "run", "reward.name=mine:nan_for_rings", "prompts.path=prompts.txt", expect=1)

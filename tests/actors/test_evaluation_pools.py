@@ -62,6 +62,7 @@ def test_any_number_of_samplers_gives_the_figures_of_the_inprocess_judgement(jud
         assert judge(f"{samplers}-samplers", *settings) == (0, expected)
 
 
+@pytest.mark.slow
 def test_a_sampler_that_dies_changes_no_figure(judge, tmp_path, monkeypatch, capfd):
     mark = tmp_path / "died"
     _, expected = judge("unbroken", "run.runner=inprocess", f"evaluation.clip={mark}")

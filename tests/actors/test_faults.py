@@ -73,6 +73,7 @@ def test_a_skipped_load_ends_the_run(run, monkeypatch):
     assert status == 1 and "StaleWeights: chunk" in said and "epoch 1 was sampled by adapter" in said
 
 
+@pytest.mark.slow
 def test_the_learner_refuses_even_if_the_driver_does_not_look(run, monkeypatch):
     monkeypatch.setattr(ray_runner, "SamplerActor", SkipsLoad)
     monkeypatch.setattr("learner.pipeline.receipts.check", lambda *_: None)  # in the driver alone
@@ -90,6 +91,7 @@ def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, monkeypatch, t
 @pytest.mark.parametrize(
     ("faulty", "mark"), [(DiesOnce, "died"), pytest.param(HangsOnce, "hung", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbroken, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_runner, "SamplerActor", faulty)
     status, said = run("run.chunk_seconds=8" if mark == "hung" else "run.chunk_seconds=600")
@@ -100,6 +102,7 @@ def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbro
     assert totals["trained"] == 16 and totals["lost"] in (4, 8) and totals["sampled"] == 16
 
 
+@pytest.mark.slow
 def test_a_lost_reward_actor_is_replaced_and_nothing_changes(run, unbroken, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_runner, "RewardActor", ScorerDiesOnce)
     status, said = run()
@@ -121,6 +124,7 @@ def test_a_reward_that_fails_is_named_with_its_own_words(name, said, run):
     assert status == 1 and said in text and "the reward's own words" in text
 
 
+@pytest.mark.slow
 def test_a_chunk_that_no_sampler_survives_ends_the_run_naming_it(run, monkeypatch):
     monkeypatch.setattr(ray_runner, "SamplerActor", ChunkKills)
     status, said = run("run.chunk_attempts=2")

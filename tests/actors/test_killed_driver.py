@@ -61,6 +61,7 @@ def lora(folder) -> list[bytes]:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_same_command_goes_on_bitwise(ranks, start, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     # With one rank the in-process run is the same, bit by bit, and starts faster.

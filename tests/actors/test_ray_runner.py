@@ -43,6 +43,7 @@ def assert_same_bits(settings: list[str], folder, ways: dict[str, str]) -> None:
     assert all(other == first for other in others)
 
 
+@pytest.mark.slow
 def test_reward_gradients_give_the_same_bits_on_ray(cluster, small_settings, settings_of, tmp_path):
     ways = {"inprocess": "run.runner=inprocess", "three": "sampler.actors=3"}
     assert_same_bits([*small_settings, *settings_of("residual_nabla_db")], tmp_path, ways)

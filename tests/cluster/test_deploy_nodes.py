@@ -132,6 +132,7 @@ def slurm(environment, tmp_path):
         shutil.rmtree(rays, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     process, rays = slurm(2, "--", sys.executable, str(tmp_path / "job.py"))
     status, said = process.wait(200), (tmp_path / "job.log").read_text()

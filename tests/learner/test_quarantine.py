@@ -175,6 +175,7 @@ def _rank(rank, count, address, config, epoch, queue) -> None:
     group.leave()
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_one_has_a_bad_trajectory(small_config):
     config = small_config()
     learner = factory.build_learner(config)

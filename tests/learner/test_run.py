@@ -94,6 +94,7 @@ def test_a_submitted_job_keeps_its_run_out_of_the_working_directory(tmp_path, mo
         assert place in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_log_has_one_plain_line_an_epoch_and_a_terminal_a_bar(small_settings, tmp_path):
     command = [sys.executable, "-m", "learner.run", *small_settings, "run.runner=inprocess"]
     plain = subprocess.run([*command, f"run.dir={tmp_path / 'a'}"], capture_output=True, text=True, timeout=120)

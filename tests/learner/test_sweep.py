@@ -77,6 +77,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIBUTARY_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_runs_are_made_once_and_compared(file, settings, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     assert main([str(file), "--out", str(out), *settings]) == 0

@@ -204,6 +204,7 @@ def black_hole():
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_costs_a_warning(settings, tmp_path, black_hole, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", black_hole)
     real = InProcessRunner.train_epoch

@@ -125,6 +125,7 @@ def test_t6_bimodal_dag_db():
     assert after < 0.2
 
 
+@pytest.mark.slow
 def test_t6_bimodal_dag_db_with_detached_next_flow():
     _, after, _, _ = learned("T6 detached", bimodal(), "dag_db", 2e-3, 2000, fresh(128), forward_looking="none")
     assert after < 0.1
