@@ -192,16 +192,12 @@ def test_the_learners_host_is_cut_off(hosts, drive, unbroken):
 
 
 def test_a_host_that_joins_is_used(hosts, drive):
-    """Automatic counts: the fourth host's samplers work, in a run that is long enough for them to start."""
+    """Automatic counts: the fourth host's samplers work in the last epoch at the latest, and the run ends as it should.
+    Twelve epochs: on a busy machine an actor takes as long to start as several of them."""
     run = drive("sampler.actors=null", "reward.actors=1", "learner.labels={host: h0}", "reward.labels={host: h0}",
-                "sampler.labels={host: \"!h0\"}", "train.epochs=200")  # fmt: skip
+                "sampler.labels={host: \"!h0\"}", "train.epochs=12")  # fmt: skip
     run.epoch_closed(0)
     joined = hosts.join(2)
-    assert hosts[3] is joined
-    run.until(sampling(hosts, 3), "sampling on the host that joined", 120)
-    begun = len(metrics(run.folder))
-    run.epoch_closed(begun + 1)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end(30) == 143, run.said[-5000:]
-    assert joined.address not in sampled_on(run.folder, 0)
-    assert joined.address in sampled_on(run.folder, begun - 1) | sampled_on(run.folder, begun)
+    assert run.end() == 0, run.said[-5000:]
+    assert hosts[3] is joined and joined.address not in sampled_on(run.folder, 0)
+    assert joined.address in sampled_on(run.folder, 11)
