@@ -5,13 +5,19 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from actors.reward_actor import RewardActor
+from actors.sampler_actor import SamplerActor
 from cluster.nodes import alive_nodes
+from cluster.placement import Placement
 from cluster.session import CLOSE_SECONDS
+from learner.factory import Parts
 
 
 class Crew:
@@ -38,6 +44,15 @@ class Crew:
         actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)
         self._actors.append(actor)
         return actor
+
+    def makers(self, placement: Placement, parts: Parts) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """What starts a sampler, and what starts a reward actor; a replacement comes from the same."""
+        gives = [options.get("num_gpus", 1.0) for options in (placement.sampler_options, placement.scorer_options)]
+        shares_gpu = any(share % 1 > 0 for share in gives)
+        return (
+            partial(self.spawn, "sampler", SamplerActor, placement.sampler_options, parts.sampler, shares_gpu),
+            partial(self.spawn, "scorer", RewardActor, placement.scorer_options, parts.scorer, shares_gpu),
+        )
 
     def dismiss(self) -> None:
         """Take away all that was started, in CLOSE_SECONDS at most."""

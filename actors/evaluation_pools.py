@@ -10,8 +10,6 @@ from typing import Any
 
 from actors.crew import Crew
 from actors.pool import Limits, Pool
-from actors.reward_actor import RewardActor
-from actors.sampler_actor import SamplerActor
 from cluster.nodes import alive_nodes
 from cluster.placement import place
 from cluster.readiness import Asked, ready
@@ -53,13 +51,7 @@ class EvaluationPools:
             (config.sampler.labels, config.reward.labels, {}), config.run.autoscale,
         )  # fmt: skip
         self.description = f"on Ray: {placement.samplers} samplers, {placement.scorers} scorers"
-        parts = factory.parts(config)
-        share = placement.scorer_options.get("num_gpus", 1.0)
-        shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
-        new_sampler = partial(
-            self.crew.spawn, "sampler", SamplerActor, placement.sampler_options, parts.sampler, shares_gpu
-        )
-        new_scorer = partial(self.crew.spawn, "scorer", RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
+        new_sampler, new_scorer = self.crew.makers(placement, factory.parts(config))
         deadline = time.monotonic() + limit
         samplers = [new_sampler() for _ in range(placement.samplers)]
         scorers = [new_scorer() for _ in range(placement.scorers)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.pool import PING_SECONDS
+from actors.pool import PING_SECONDS, silence
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get, put
 from diffusion.snapshot import Snapshot
 from learner import receipts
@@ -123,7 +123,7 @@ class LearnerGroup:
         for ref in done(self._pings):
             self._pings.remove(ref)
             self._get(ref, "an idle learner rank", "run.chunk_seconds")
-        if self._pings and now - self._asked > limit:
+        if self._pings and now - self._asked > silence(limit):
             raise self._lost(DeadlineExceeded(f"an idle learner rank did not answer in run.chunk_seconds={limit:g} s"))
         if not self._pings and now - self._asked > PING_SECONDS:
             self._asked, self._pings = now, [actor.ready.remote() for actor in self._actors]

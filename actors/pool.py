@@ -226,7 +226,7 @@ class Pool:
                     self._replace(actor)
         now, limit = time.monotonic(), self.limits.chunk_seconds
         for actor, since in list(self._pings.values()):
-            if now - since > limit and actor in self.actors:
+            if now - since > silence(limit) and actor in self.actors:
                 what = f"an idle actor for {self.role} did not answer in run.chunk_seconds={limit:g} s"
                 self.on_fault(DeadlineExceeded(what))
                 self._say(f"{what}: replacing it")
@@ -294,6 +294,12 @@ class Pool:
         if not answering and len(silent) < len(self.actors):
             return None  # those that answer have their hands full, but will be free
         return min(answering or free, key=lambda actor: loads[id(actor)], default=None)
+
+
+def silence(limit: float) -> float:
+    """How long a question to an idle actor may stay open under a deadline of `limit` seconds: it was asked up to
+    PING_SECONDS after the actor fell silent, and the deadline is for that."""
+    return limit - min(PING_SECONDS, limit / 2)
 
 
 def _name(key: Any) -> str:

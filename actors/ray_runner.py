@@ -22,8 +22,6 @@ from actors.learner_actor import LearnerActor
 from actors.learner_group import LearnerGroup, RanksLost
 from actors.metrics import Metrics
 from actors.pool import PATIENCE, Limits, Pool
-from actors.reward_actor import RewardActor
-from actors.sampler_actor import SamplerActor
 from cluster.nodes import alive_nodes
 from cluster.placement import counts_now, place_for
 from cluster.readiness import Asked, in_group, ready, reserve
@@ -81,12 +79,7 @@ class RayRunner:
         self._placement = placement = place_for(config, alive_nodes())
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
         parts = factory.parts(config)
-        share = placement.scorer_options.get("num_gpus", 1.0)
-        shares_gpu = share % 1 > 0 or placement.sampler_options.get("num_gpus", 1.0) % 1 > 0
-        new_sampler = partial(
-            self.crew.spawn, "sampler", SamplerActor, placement.sampler_options, parts.sampler, shares_gpu
-        )
-        new_scorer = partial(self.crew.spawn, "scorer", RewardActor, placement.scorer_options, parts.scorer, shares_gpu)
+        new_sampler, new_scorer = self.crew.makers(placement, parts)
         deadline = time.monotonic() + limit
         self.crew.room = reserve(placement, limit)
         samplers = [new_sampler() for _ in range(placement.samplers)]
@@ -112,7 +105,8 @@ class RayRunner:
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
         prompt, rank_share = example_prompt(config), placement.rank_options.get("num_gpus", 1.0)
         device = config.model.device  # auto is the actor's own: the driver's node may have none
-        fitting = [actor.fitting_batch.remote(latent, prompt, device, min(1.0, share)) for actor in scorers]
+        scorer_share = placement.scorer_options.get("num_gpus", 1.0)
+        fitting = [actor.fitting_batch.remote(latent, prompt, device, min(1.0, scorer_share)) for actor in scorers]
         asked = Asked("reward actors", placement.scorer_options, fitting)
         self.batch_sizes = {"score": min(ready([asked], deadline, limit)[0])}
         rank_share = 1.0 if rank_share >= 1 else max(rank_share, 1 / placement.ranks)
