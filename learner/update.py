@@ -8,7 +8,7 @@ minimised is the objective's business (learner/objectives/).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from learner.objectives.base import Policy, Population, Transitions
 from learner.training import Training
 
 Scored = tuple[Trajectories, Scores]
+ANCHOR = "anchor"  # in Transitions.prepared: outputs that the regulariser holds the policy to
 MICRO_BATCH = 8  # where no GPU's memory says
 MOST = 64  # a larger one gains nothing, and must fit into a chunk's transitions
 
@@ -133,17 +134,21 @@ class Learner:
         self._prepare([one for update in fresh for one in update])
         train = self.config.train
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
+        # The same draws on every rank: each holds its share of the same past update.
+        draws = [
+            noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, len(fresh) + i).integers(len(earlier))
+            for i in range(train.replay_updates if earlier else 0)
+        ]
+        past = [self._anchored(earlier[draw]) for draw in draws]
         if self.replay.maxlen:
             self.replay.append([[one.kept(train.replay_updates > 0) for one in update] for update in fresh])
+        fresh[1:] = map(self._anchored, fresh[1:])
         rows = [self._train(epoch, index, beta, update) for index, update in enumerate(fresh)]
         if self.objective.uses_ratio:
             rows[0]["clipped_before"] = self._clipped_before([one for update in fresh for one in update], rows[0])
-        for index in range(len(fresh), len(fresh) + train.replay_updates) if earlier else ():
-            # The same draw on every rank: each holds its share of the same past update.
-            pick = noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, index).integers(len(earlier))
-            past = earlier[pick]
-            age = self.published.version - past[0].trajectories.policy_version
-            rows.append({**self._train(epoch, index, beta, past), "replay_age": float(age)})
+        for index, update in enumerate(past, len(fresh)):
+            age = self.published.version - update[0].trajectories.policy_version
+            rows.append({**self._train(epoch, index, beta, update), "replay_age": float(age)})
         means, each = self._over_ranks(rows)
         scored = [pair for update in updates for pair in update]
         trained = tuple(number for _, scores in scored for number in scores.good_ids)
@@ -164,7 +169,22 @@ class Learner:
         steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
         metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
         batches = (batch for one in update for batch in self._micro_batches(one, beta))
-        return metrics | self.update(batches, sum(map(len, update)), beta)
+        # The first update starts where the regulariser holds the policy: nothing to hold yet (see _anchored).
+        held = index > 0 or not any(map(self._lags, update))
+        return metrics | self.update(batches, sum(map(len, update)), beta, held)
+
+    def _lags(self, one: Experience) -> bool:
+        """An earlier policy's trajectories."""
+        return one.trajectories.policy_version != self.published.version
+
+    def _anchored(self, update: Sequence[Experience]) -> list[Experience]:
+        """Where an earlier policy sampled, let the regulariser hold the policy to what it is now, before the epoch's
+        updates, instead of what it was then: that would take back what it has learned since (ADR 22)."""
+        if not self.config.objective.regulariser or not any(map(self._lags, update)):
+            return list(update)
+        with torch.no_grad():
+            now = [self._by_transition(one, lambda batch: {ANCHOR: self.policy.output(batch)}) for one in update]
+        return [replace(one, prepared=one.prepared | found) for one, found in zip(update, now, strict=True)]
 
     def _over_ranks(self, rows: list[dict[str, float]]) -> tuple[dict[str, float], list[dict[str, float]]]:
         """Means over ranks: of all updates, and of each."""
@@ -211,9 +231,10 @@ class Learner:
         self.published = lora.snapshot(self.model.unet, saved["version"])
         self.recent = dict(saved["recent"])
 
-    def update(self, batches: Iterable[Transitions], count: int, beta: float) -> dict[str, float]:
+    def update(self, batches: Iterable[Transitions], count: int, beta: float, held: bool = True) -> dict[str, float]:
         """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions
-        of the micro-batches; returns the loss's parts and the gradient norms before clipping.
+        of the micro-batches, with the regulariser if `held`; returns the loss's parts and the gradient norms before
+        clipping.
 
         Raises:
             NonFiniteGradient: the network whose gradient it was is unchanged.
@@ -221,7 +242,7 @@ class Learner:
         joint = self.flow is not None and self.config.flow.fit_steps == 0
         sums: dict[str, Tensor] = {}  # on the device: reading them out would make the host wait
         for batch in batches:
-            loss, parts = self.loss(batch, beta, flow_gradient=joint)
+            loss, parts = self.loss(batch, beta, joint, held)
             share = len(batch.t) / count
             (loss * share).backward()
             for name, value in parts.items():
@@ -233,14 +254,19 @@ class Learner:
             totals["flow_grad_norm"] = self._step(self.flow_optimizer, self.flow_parameters)
         return totals
 
-    def loss(self, batch: Transitions, beta: float, flow_gradient: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, batch: Transitions, beta: float, flow_gradient: bool = True, held: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss of a batch and the regulariser, means over its transitions, with its parts detached."""
         if self.objective.reward_gradients and self.flow is not None:  # the reverse loss differentiates by x
             batch.x.requires_grad_()
         output = self.policy.output(batch)
         loss, parts = self.objective.loss(batch, output, self.flow, beta, flow_gradient)
         drift = (output - batch.output_old).square().mean()
-        loss = loss + self.config.objective.regulariser * drift
+        if held:
+            anchor = batch.prepared.get(ANCHOR)
+            moved_by = drift if anchor is None else (output - anchor).square().mean()
+            loss = loss + self.config.objective.regulariser * moved_by
         with torch.no_grad():
             moved = self.kernel.mean(output, batch.t, batch.x) - self.kernel.mean(batch.output_old, batch.t, batch.x)
             kl = (moved.square().flatten(1).sum(1) / (2 * self.kernel.variance(batch.t))).mean()
@@ -254,18 +280,26 @@ class Learner:
     def _prepare(self, chunks: Sequence[Experience]) -> None:
         self.objective.begin_epoch(self._population(chunks))
         for one in chunks:
-            flats = [flat for window in self._windows(one) for flat in window]
-            found: list[dict[str, Tensor]] = []
-            for flat in flats:
-                found.append(self.objective.prepare(self.policy, one.gather(flat, self.model, self.config)))
-                if not found[0]:  # nothing to prepare
-                    break
-            for name in found[0]:
-                values = torch.cat([part[name] for part in found]).cpu().numpy()
-                in_place = np.empty_like(values)
-                in_place[np.concatenate(flats)] = values
-                one.prepared[name] = in_place.reshape(*one.trajectories.selected.shape, *values.shape[1:])
+            one.prepared |= self._by_transition(one, lambda batch: self.objective.prepare(self.policy, batch))
             one.scores = replace(one.scores, gradients=None, gradient_row=None)
+
+    def _by_transition(
+        self, one: Experience, compute: Callable[[Transitions], dict[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        """What `compute` finds of each micro-batch, as arrays [B, K, ...] by selected transition."""
+        flats = [flat for window in self._windows(one) for flat in window]
+        found: list[dict[str, Tensor]] = []
+        for flat in flats:
+            found.append(compute(one.gather(flat, self.model, self.config)))
+            if not found[0]:  # nothing to compute
+                break
+        arrays = {}
+        for name in found[0]:
+            values = torch.cat([part[name] for part in found]).cpu().numpy()
+            in_place = np.empty_like(values)
+            in_place[np.concatenate(flats)] = values
+            arrays[name] = in_place.reshape(*one.trajectories.selected.shape, *values.shape[1:])
+        return arrays
 
     def _clipped_before(self, chunks: Sequence[Experience], first: dict[str, float]) -> float:
         """Share of transitions whose ratio to the sampler's log p_F is outside the clip before any update, by
