@@ -128,6 +128,9 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     extra = objective.extra_passes(config.objective)
     again = config.train.replay_updates / config.train.updates_per_epoch  # trained on once more
     step = passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow)
+    # Of an earlier policy's transitions, but those of the epoch's first update: what the regulariser holds them to.
+    lagging = again + (1 - 1 / config.train.updates_per_epoch if config.train.max_staleness else 0)
+    extra += lagging if config.objective.regulariser else 0
     outputs = trained * cost.latent * (1 + objective.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if objective.reward_gradients else 1
     ends = count * (1 + (settings.skip_last and not settings.image_only))

@@ -251,7 +251,9 @@ class Objective(Section):
         "train",
         description="skip: not trained on, the state before it counts as terminal (its 1/sigma^2 drowns the rest)",
     )
-    regulariser: float = Field(1.0, ge=0, description="weight of the squared change of the model output since rollout")
+    regulariser: float = Field(
+        1.0, ge=0, description="weight of the squared change of the model output since before the epoch's updates"
+    )
     clip_range: float = Field(
         1e-4,
         gt=0,

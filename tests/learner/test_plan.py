@@ -143,3 +143,14 @@ def test_the_published_way_of_reward_gradients(small_config, settings_of):
         assert transition == own + passes * 2 * cost.unet + looks * (cost.decode + 7)
     config = small_config(*settings_of("nabla_db"), "train.replay_updates=0")
     assert plan.published(config, plan.costs(config)) is None
+
+
+def test_trajectories_of_an_earlier_policy_cost_the_pass_that_the_regulariser_needs(small_config):
+    base = ("sampler.guidance=3", "train.updates_per_epoch=2")
+    cost = plan.costs(small_config(*base))
+    plain, lagging, free = (
+        plan.work(small_config(*base, *more), cost, 1)
+        for more in ((), ("train.max_staleness=1",), ("train.max_staleness=1", "objective.regulariser=0"))
+    )
+    # two passes under guidance, for the second of the two updates
+    assert lagging.training - plain.training == plain.transitions / 2 * 2 * cost.unet and free == plain

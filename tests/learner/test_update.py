@@ -6,25 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from scored_epochs import micro_batches, scored_epoch, stir
 
 from diffusion import lora
 from learner import factory, group, state
 from learner.config import Config
-from learner.experience import Experience
 from learner.objectives.base import Transitions
-from learner.prompts import read_prompts
 from learner.receipts import StaleWeights
 from learner.update import Learner, NonFiniteGradient
-from learner.work import training_chunks
-
-
-def scored_epoch(config: Config, snapshot: lora.Snapshot):
-    sampler, scorer = factory.build_sampler(config), factory.build_scorer(config)
-    pairs = []
-    for chunk in training_chunks(config, read_prompts(config.prompts.path), 0):
-        trajectories, clean = sampler.sample(chunk, snapshot)
-        pairs.append((trajectories, scorer.score(clean)))
-    return pairs
 
 
 @pytest.fixture
@@ -36,19 +25,8 @@ def prepared(small_config):
     return learner, scored_epoch(config, learner.publish(1))
 
 
-def stir(learner: Learner) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in [*learner.policy_parameters, *learner.flow_parameters]:
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-
-
 def batch_of(learner: Learner, epoch) -> Transitions:
     return Transitions.concatenate(micro_batches(learner, epoch))
-
-
-def micro_batches(learner: Learner, epoch) -> list[Transitions]:
-    return [batch for scored in epoch for batch in learner._micro_batches(Experience(*scored), 5.0)]
 
 
 def test_just_sampled_trajectories_have_their_stored_log_pf(prepared):
