@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
 from typing import Any
 
 import griffe
@@ -11,9 +13,12 @@ COMMENT = re.compile(r"\s#\s+(?!type:|noqa|fmt:)(.+)$")
 
 
 class Docstrings(griffe.Extension):
-    """A field is described by the comment behind it (`x: Tensor  # [b, C, H, W]`), a method by the one it overrides."""
+    """A field is described by the comment behind it (`x: Tensor  # [b, C, H, W]`), a setting by its description, a
+    method by the one it overrides."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        if str(attr.value).startswith("Field("):
+            _describe(attr)
         if attr.docstring is None and (lines := attr.source.splitlines()) and (found := COMMENT.search(lines[0])):
             attr.docstring = griffe.Docstring(found[1], parent=attr)
 
@@ -34,3 +39,13 @@ def _inherit(kind: griffe.Class) -> None:
         above = (base.members.get(name) for base in kind.mro())
         if method.docstring is None and (said := next((one.docstring for one in above if one and one.docstring), None)):
             method.docstring = griffe.Docstring(said.value, parent=method)
+
+
+def _describe(attr: griffe.Attribute) -> None:
+    """`key: int = Field(3, ge=0, description="...")` as `key: int = 3` with a docstring."""
+    line = ast.parse(textwrap.dedent(attr.source)).body[0]
+    assert isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call)
+    for word in line.value.keywords:
+        if word.arg == "description" and isinstance(word.value, ast.Constant):
+            attr.docstring = griffe.Docstring(str(word.value.value), parent=attr)
+            attr.value = ast.unparse(line.value.args[0]) if line.value.args else None
