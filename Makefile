@@ -41,10 +41,10 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# The site of docs/ into build/site; a broken link fails. Open build/site/index.html.
+# The site of docs/ into build/site; a broken link fails (with --quiet mkdocs would count none). Open build/site/index.html.
 docs: .venv/.docs
 	$(BIN)/python docs/site/settings.py
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 .venv/.docs: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
