@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 
-.PHONY: setup demo test slow faults soak check
+.PHONY: setup demo test slow faults faults-shapes soak check docs
 
 setup: .venv/.ready
 
@@ -40,3 +40,12 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The site of docs/ into build/site; a broken link fails (with --quiet mkdocs would count none). Open build/site/index.html.
+docs: .venv/.docs
+	$(BIN)/python docs/site/settings.py
+	$(BIN)/python -m mkdocs build --strict
+
+.venv/.docs: .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@

@@ -117,6 +117,7 @@ class DDIMKernel:
 
     @property
     def num_steps(self) -> int:
+        """N, the transitions of a trajectory."""
         return len(self.timesteps)
 
     def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class Transitions:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Transitions]) -> Transitions:
+        """The transitions of all parts, in order; all of them have the same fields."""
+
         def join(values: list[Any]) -> Any:
             if isinstance(values[0], dict):
                 return {name: torch.cat([value[name] for value in values]) for name in values[0]}
@@ -108,7 +110,8 @@ class Objective:
         """What a checkpoint must keep of it: numbers, strings, lists and dicts."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` once returned."""
 
     @staticmethod
     def target(given: Settings, dimensions: int) -> str:

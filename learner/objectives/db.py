@@ -43,7 +43,7 @@ def next_log_flow(f_next: Tensor, psi_next: Tensor, log_reward: Tensor, terminal
 
 
 def residual(log_flow: Tensor, log_pf: Tensor, log_pb: Tensor, log_flow_next: Tensor) -> Tensor:
-    """Detailed-balance residual delta [B]."""
+    """Detailed-balance residual delta [B], in nats (per dimension if the log-probabilities are means)."""
     return log_flow + log_pf - log_pb - log_flow_next
 
 
@@ -55,7 +55,8 @@ def penalty(delta: Tensor, kind: Penalty, huber_width: float = 1.0) -> Tensor:
 
 
 class DagDB(Objective):
-    """Squared (or Huber) residual; one loss trains policy and flow."""
+    """DAG-DB (arXiv 2406.00633, Eq. 8): the mean over transitions of the squared (or Huber) residual trains policy and
+    flow. Log-probabilities are sums or means over dimensions, as objective.log_prob_reduction says."""
 
     off_policy = True  # delta = 0 does not depend on who chose the transition
     fits_flow = True

@@ -25,7 +25,8 @@ HISTORY = 16  # rewards remembered of a prompt, and needed before its own statis
 
 
 class DDPO(Objective):
-    """Advantage = (R - mean) / std over the epoch's trajectories on all ranks, or over the prompt's last 16."""
+    """DDPO (arXiv 2305.13301). Advantage = (R - mean) / std over the epoch's trajectories on all ranks, or over the
+    prompt's last 16."""
 
     flow = None
     uses_ratio = True

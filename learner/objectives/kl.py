@@ -54,7 +54,8 @@ def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Te
 
 
 class DagKL(DagDB):
-    """L = kl_weight x mean clipped policy loss + mean delta^2 with log p_F detached."""
+    """DAG-KL (arXiv 2406.00633, Eq. 14): L = kl_weight x mean clipped policy loss + mean delta^2 with log p_F detached.
+    Log-probabilities, and so the ratio, are sums or means over dimensions, as objective.log_prob_reduction says."""
 
     uses_ratio = True
     off_policy = False  # the score-function gradient is only right for the policy's own samples, within the clip

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 
 def forward_residual(score_pf: Tensor, score_pb: Tensor, g_next: Tensor) -> Tensor:
-    """[B, C, H, W] of scores with respect to x_t'."""
+    """score_pf - score_pb - g_next [B, C, H, W], all with respect to x_t'; 0 where the forward condition holds."""
     return score_pf - score_pb - g_next
 
 
 def reverse_residual(score_pf: Tensor, score_pb: Tensor, g: Tensor) -> Tensor:
-    """[B, C, H, W] of scores with respect to x_t."""
+    """score_pf - score_pb + g [B, C, H, W], all with respect to x_t; 0 where the reverse condition holds."""
     return score_pf - score_pb + g
 
 
 def mean_square(residual: Tensor) -> Tensor:
-    """[B]: mean over dimensions."""
+    """[B]: mean of the squared residual [B, C, H, W] over dimensions (not a sum)."""
     return residual.square().flatten(1).mean(1)
 
 
@@ -59,8 +59,9 @@ FAITHFUL = {
 
 
 class NablaDB(Objective):
-    """Forward and reverse loss. The forward loss trains the policy (and, as published, the flow), the reverse loss the
-    flow alone: as in the published code no gradient goes through the policy's score with respect to x_t."""
+    """nabla-DB (arXiv 2412.07775): forward and reverse loss, of log-probabilities summed over dimensions. The forward
+    loss trains the policy (and, as published, the flow), the reverse loss the flow alone: as in the published code no
+    gradient goes through the policy's score with respect to x_t."""
 
     flow: ClassVar[FlowKind | None] = "gradient"
     reward_gradients = True

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ResidualNablaDB(NablaDB):
-    """Forward, reverse and terminal loss."""
+    """Residual nabla-DB (arXiv 2412.07775): forward, reverse and terminal loss; log-probabilities are sums."""
 
     settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": CORRECTED, "faithful": FAITHFUL}
     prepared_fields = 4

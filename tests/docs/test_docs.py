@@ -1,0 +1,234 @@
+"""What the documents say is there: links, anchors, keys, commands with their flags, presets, files and tests."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from learner.config import known_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+PACKAGES = ("actors", "benchmarks", "cluster", "diffusion", "learner", "models", "rewards")
+SECTIONS = {key.split(".")[0] for key in known_keys()}
+FILES = ("json", "jsonl", "yaml", "txt", "py", "md", "lock", "db", "csv", "parquet", "png", "html", "sh", "pt")
+FENCE = re.compile(r"^(```+|~~~+)(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
+LINK = re.compile(
+    r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|^\[[^\]]+\]:\s+(\S+)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\"", re.M
+)
+KEY = re.compile(rf"(?<![\w./-])({'|'.join(sorted(SECTIONS))})\.([a-z_]\w*)(?![\w/(-])(\s*=)?")
+FILE = re.compile(rf"(?<![\w./{{}}-])((?:{'|'.join((*PACKAGES, 'tests', 'configs'))})/[\w./*{{}},-]*[\w*}}/])")
+COMMAND = re.compile(r"python3? -m ([\w.]+)([^\n`]*)")
+TEST = re.compile(r"(?<![\w/.])(test_\w+)(\.py)?(?![\w/*.-])")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def code_of(text: str) -> list[str]:
+    """Blocks, and spans in backticks, of a document."""
+    blocks = [match[3].replace("\\\n", " ") for match in FENCE.finditer(text)]
+    return blocks + [match[2].replace("\n", " ") for match in SPAN.finditer(FENCE.sub("", text))]
+
+
+@functools.cache
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them: lower case, only letters, digits, _ and -, a number for repeats."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*$", FENCE.sub("", text_of(path)), re.MULTILINE):
+        plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
+        slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        repeats = sum(slug == each or re.fullmatch(rf"{re.escape(slug)}-\d+", each) is not None for each in found)
+        found.add(f"{slug}-{repeats}" if repeats else slug)
+    return found
+
+
+def broken_links(path: Path) -> Iterator[str]:
+    prose = SPAN.sub("", FENCE.sub("", text_of(path)))
+    for match in LINK.finditer(prose):
+        target = match[1] or match[2] or match[3]
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        if not there.exists():
+            yield f"{target}: no such file"
+        elif anchor and (there.suffix != ".md" or anchor not in anchors(there)):
+            yield f"{target}: no such heading"
+
+
+def is_module(dotted: str) -> bool:
+    """Of the project or of MLflow: `learner.run` and `mlflow.pyfunc` look like keys."""
+    package = dotted.split(".")[0]
+    if package in PACKAGES:
+        return module_file(dotted) is not None
+    package_of = importlib.util.find_spec(package)
+    own = Path(package_of.origin).read_text(encoding="utf-8") if package_of and package_of.origin else ""
+    return re.search(rf"\b{dotted.split('.')[1]}\b", own) is not None
+
+
+def module_file(dotted: str) -> Path | None:
+    place = ROOT.joinpath(*dotted.split("."))
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+def unknown_keys(path: Path) -> Iterator[str]:
+    for code in code_of(text_of(path)):
+        for match in KEY.finditer(code):
+            key = f"{match[1]}.{match[2]}"
+            if key in known_keys() or (not match[3] and (match[2] in FILES or is_module(key))):
+                continue
+            yield key
+    for match in FENCE.finditer(text_of(path)):
+        tree = yaml.safe_load(match[3]) if match[2] == "yaml" else None
+        if isinstance(tree, dict) and set(tree) <= SECTIONS:
+            named = (f"{section}.{key}" for section, keys in tree.items() for key in keys)
+            yield from (key for key in named if key not in known_keys())
+
+
+def wrong_commands(path: Path) -> Iterator[str]:
+    for code in code_of(text_of(path)):
+        for match in COMMAND.finditer(code):
+            module, rest = match[1], re.split(r"\s#\s|\||;|&&", match[2])[0]
+            if module.split(".")[0] not in PACKAGES:
+                if importlib.util.find_spec(module.split(".")[0]) is None:
+                    yield f"python -m {module}: no such module"
+                continue
+            if module.endswith("X"):  # any of them
+                continue
+            file = module_file(module)
+            if file is None or "main" not in functions(file):
+                yield f"python -m {module}: no such module with a main()"
+                continue
+            known = flags(file)
+            yield from (
+                f"python -m {module} {flag}"
+                for flag in re.findall(r"(?<!\S)\[?(--[a-z][\w-]*)", rest)
+                if flag not in known
+            )
+
+
+@functools.cache
+def functions(file: Path) -> set[str]:
+    tree = ast.parse(text_of(file))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@functools.cache
+def flags(file: Path) -> set[str]:
+    """That the module, or one of the project's that it imports, gives to a parser."""
+    tree = ast.parse(text_of(file))
+    found = {
+        word.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+        for word in node.args
+        if isinstance(word, ast.Constant) and str(word.value).startswith("--")
+    }
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                inner = module_file(module) if module.split(".")[0] == "learner" else None
+                if inner and inner != file and "parser" in functions(inner):
+                    found |= flags(inner)
+    return found | {"--help"}
+
+
+def braces(pattern: str) -> list[str]:
+    """`a_{b,c}.yaml` as a_b.yaml and a_c.yaml."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    return [each for word in found[1].split(",") for each in braces(pattern.replace(found[0], word, 1))]
+
+
+def missing_files(path: Path) -> Iterator[str]:
+    """Files and folders of the repository, also as `a/*.py`, `a_{b,c}.py` and `a_KIND.yaml`."""
+    for code in code_of(text_of(path)):
+        for match in FILE.finditer(code):
+            for pattern in braces(match[1]):
+                wild = re.sub(r"(?<![A-Za-z])[A-Z]{2,}(?![A-Za-z])", "*", pattern)
+                if not (ROOT / pattern).exists() and not any(ROOT.glob(wild.rstrip("/"))):
+                    yield pattern
+
+
+@functools.cache
+def known_tests() -> tuple[set[str], set[str]]:
+    """Names of test files and of test functions."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    return {file.name for file in files}, {each for file in files for each in functions(file)}
+
+
+def missing_tests(path: Path) -> Iterator[str]:
+    files, names = known_tests()
+    for code in code_of(text_of(path)):
+        for match in TEST.finditer(code):
+            if match[0] not in (files if match[2] else names):
+                yield match[0]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@pytest.mark.parametrize(
+    "faults",
+    [broken_links, unknown_keys, wrong_commands, missing_files, missing_tests],
+    ids=lambda each: each.__name__,
+)
+def test_what_is_named_is_there(path, faults):
+    assert list(faults(path)) == []
+
+
+def test_documents_stay_short():
+    assert {name(path): len(text_of(path).splitlines()) for path in DOCUMENTS if text_of(path).count("\n") > 400} == {}
+
+
+def test_the_page_of_settings_is_the_schemas():
+    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs" / "site" / "settings.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "write it anew: python docs/site/settings.py"
+
+
+def test_the_reference_has_the_modules_that_matter():
+    """Whoever adds an objective or a reward adds its line."""
+    listed = set(re.findall(r"\]\(\.\./([\w/]+\.py)\)", text_of(ROOT / "docs" / "api.md")))
+    objectives = {name(file) for file in (ROOT / "learner" / "objectives").glob("*.py")}
+    from rewards import MODELS, PLAIN
+
+    rewards = {f"rewards/{place.split(':')[0]}.py" for place in (MODELS | PLAIN).values()}
+    assert objectives | rewards <= listed
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    for module in ("mkdocs", "mkdocstrings", "mkdocstrings_handlers"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: `make docs` installs it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        assert (tmp_path / "site" / "pictures" / picture.name).read_bytes() == picture.read_bytes()
+    page = (tmp_path / "site" / "reference" / "learner.objectives.db.html").read_text(encoding="utf-8")
+    assert "next_log_flow" in page and "arXiv 2406.00633" in page
