@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_update import scored_epoch, stir
+from scored_epochs import scored_epoch, stir
 
 import rewards
 from diffusion.pipelines import load_decoder

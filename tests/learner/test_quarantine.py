@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import load_file
+from scored_epochs import scored_epoch
 from test_group import Ranks
-from test_update import scored_epoch
 
 from learner import factory, group, quarantine
 from learner.inprocess import InProcessRunner
