@@ -131,6 +131,15 @@ def test_the_end_has_the_report_and_commands_that_a_shell_takes(folder, monkeypa
     assert where.stdout.strip() == sys.prefix  # this very environment
 
 
+def test_without_an_activated_environment_the_commands_name_its_python(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert summary.interpreter() == shlex.quote(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.chdir(tmp_path)
+    assert summary.interpreter() == ".venv/bin/python"  # after `make demo`
+    assert any(line.startswith("  .venv/bin/python -m learner.evaluate ") for line in said(folder))
+
+
 def test_words_that_cannot_be_found_do_not_fail_a_run(folder, monkeypatch):
     def broken(*arguments):
         raise LookupError("no such figure")
