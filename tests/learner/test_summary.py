@@ -132,7 +132,10 @@ def test_the_end_has_the_report_and_commands_that_a_shell_takes(folder, monkeypa
 
 
 def test_without_an_activated_environment_the_commands_name_its_python(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", "/nowhere")
+    other = tmp_path / "elsewhere/python"
+    other.parent.mkdir()
+    other.symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(other.parent))
     assert summary.interpreter() == shlex.quote(sys.executable)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
     monkeypatch.chdir(tmp_path)
