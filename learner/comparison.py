@@ -1,5 +1,5 @@
-"""A sheet that shows pictures by two models beside each other: for every prompt a row of each, the same noise in a
-column."""
+"""A sheet that shows pictures by one model, or by two beside each other: for every prompt a row of each, the same noise
+in a column."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ LEADING = 1.35  # line height over font size
 INK, FAINT = "#1c1e21", "#6b7078"
 
 
-def comparison(
-    prompts: Sequence[str], pictures: Sequence[tuple[np.ndarray, np.ndarray]], legend: str = ""
-) -> Image.Image:
-    """`pictures` has for each prompt those of both models, [n, H, W, 3] uint8 each. `legend` goes beneath, in small."""
+def comparison(prompts: Sequence[str], pictures: Sequence[tuple[np.ndarray, ...]], legend: str = "") -> Image.Image:
+    """`pictures` has for each prompt those of each model, [n, H, W, 3] uint8, the base model's first. `legend` goes
+    beneath, in small."""
     count, height = pictures[0][0].shape[:2]
+    rows = len(pictures[0])
     side = max(SMALLEST, min(LARGEST, height))
     wide = LABEL + count * (side + GAP) - GAP
     heads = [_wrapped(prompt, wide, PROMPT_SIZE, 3) for prompt in prompts]
     foot = _wrapped(legend, wide, LEGEND_SIZE, 4)
     line, small = round(PROMPT_SIZE * LEADING), round(LEGEND_SIZE * LEADING)
-    blocks = [len(head) * line + GAP + 2 * (side + GAP) + MARGIN for head in heads]
+    blocks = [len(head) * line + GAP + rows * (side + GAP) + MARGIN for head in heads]
     sheet = Image.new("RGB", (wide + 2 * MARGIN, sum(blocks) + len(foot) * small + 2 * MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
     y = MARGIN
@@ -40,7 +40,7 @@ def comparison(
             pen.text((MARGIN, y), text, fill=INK, font=_font(PROMPT_SIZE))
             y += line
         y += GAP if head else 0
-        for label, row in zip(LABELS, both, strict=True):
+        for label, row in zip(LABELS, both, strict=False):
             pen.text((MARGIN, y + side // 2), label, fill=FAINT, font=_font(LABEL_SIZE), anchor="lm")
             for i, pixels in enumerate(row):
                 picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)

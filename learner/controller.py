@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from diffusion.trajectory import Scores
-from learner import checkpoint, collapse, figures, quarantine, report
+from learner import checkpoint, collapse, figures, quarantine, report, summary
 from learner.config import Config
 from learner.heartbeat import Heartbeat
 from learner.ledger import Ledger
@@ -28,7 +28,7 @@ from learner.records import BEFORE, CONFIG, Records
 from learner.resume import OpenRun
 from learner.runner import EpochResult, Runner
 from learner.sections import Objective
-from learner.statistics import mean_of_good, paired_interval
+from learner.statistics import mean_of_good
 from learner.storage import StorageError
 from learner.tracking import Tracker
 from learner.work import evaluation_chunks, training_chunks
@@ -105,24 +105,32 @@ def collapsed(records: Records) -> str | None:
 
 
 def finish(records: Records, config: Config, say: Say) -> None:
-    """The end of a run, from its records alone: pictures, report, and where everything is."""
+    """The end of a run, from its records alone: pictures, report, what changed in plain words, what to type next."""
     storage, evaluated = records.storage, records.evaluated()
     if len(evaluated) > 1:
-        first, last = BEFORE, evaluated[-1]
-        for name, epoch in (("before", first), ("after", last)):
+        for name, epoch in (("before", BEFORE), ("after", evaluated[-1])):
             storage.write(f"{name}.png", records.sheet(epoch))
-        before, after = (records.evaluation_rewards(epoch) for epoch in (first, last))
-        low, high = paired_interval(before, after)
-        say(
-            f"evaluated reward {mean_of_good(before):.3f} -> {mean_of_good(after):.3f} on {len(after)} fixed images: "
-            f"{mean_of_good(after - before):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-        )
-        say(f"pictures: {storage}/before.png, {storage}/after.png")
     records.note(finished=True)
-    if _report(records, config, say):
-        say(f"report: {storage}/{report.FILE}")
+    reported = _report(records, config, say)
+    for line in _described(lambda: summary.describe(records, config), say):
+        say(line)
+    if len(evaluated) > 1:
+        say(f"pictures: {storage}/before.png, {storage}/after.png")
     newest = checkpoint.LATEST if storage.local else f"step-{checkpoint.steps(storage)[-1]:06d}"
     say(f"LoRA: {storage}/{checkpoint.FOLDER}/{newest}/lora")
+    if reported:
+        say(f"report: {storage}/{report.FILE}")
+    for line in _described(lambda: summary.next_commands(records, config, evaluation_prompts(config)), say):
+        say(line)
+
+
+def _described(lines: Callable[[], list[str]], say: Say) -> list[str]:
+    """Words about a run are a view of it: where they cannot be found, the run has ended well all the same."""
+    try:
+        return lines()
+    except Exception as error:
+        say(f"warning: no summary: {type(error).__name__}: {error}")
+        return []
 
 
 def training_prompts(config: Config) -> list[str]:

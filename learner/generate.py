@@ -1,5 +1,5 @@
 """Pictures of a prompt by the base model and by a LoRA, side by side at the same noise:
-`python -m learner.generate --prompt "..." --lora RUN`.
+`python -m learner.generate --prompt "..." --lora RUN`. Without --lora: by the base model alone.
 
 They are the project's own sampler's: picture j is what an evaluation with this seed draws of the prompt as its image j.
 """
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from diffusion import adapter_files
+from diffusion import adapter_files, lora
 from diffusion.adapter_files import AdapterFile
 from diffusion.locate import is_unconditional
 from diffusion.memory import OutOfMemory
@@ -39,9 +39,10 @@ SAMPLING = ("steps", "guidance", "eta")
 
 
 def draw(
-    config: Config, adapter: AdapterFile, prompts: Sequence[str], images: int, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each prompt `images` pictures [n, H, W, 3] uint8 by the base model of `config`, and by it with the adapter.
+    config: Config, adapter: AdapterFile | None, prompts: Sequence[str], images: int, seed: int
+) -> list[tuple[np.ndarray, ...]]:
+    """For each prompt `images` pictures [n, H, W, 3] uint8 by the base model of `config` and, with an adapter, by it
+    with that.
 
     Raises:
         BadAdapter: the adapter was made for another base model.
@@ -53,16 +54,21 @@ def draw(
     given, device = config.model, factory.device(config)
     path, dtype = str(resolve(given.path)), getattr(torch, given.dtype)
     model = load_model(path, device, dtype)
-    tuned = adapter_files.attach(model, adapter)
+    if adapter is None:
+        model.attach_lora(1, 1, seed=0)  # samplers have one; it stays off
+        tuned = lora.snapshot(model.unet, 0)
+    else:
+        tuned = adapter_files.attach(model, adapter)
     model.speed_up(given.channels_last)
     sampler, decoder = Sampler(model, config.rollout_settings()), load_decoder(path, device, dtype)
-    drawn = []
+    drawn: list[tuple[np.ndarray, ...]] = []
     for prompt in prompts:
         chunks = list(_chunks(prompt, images, seed, config.sampler.chunk_size))
         with model.without_lora():
-            before = [_pictures(sampler, decoder, chunk, tuned) for chunk in chunks]
-        after = [_pictures(sampler, decoder, chunk, tuned) for chunk in chunks]
-        drawn.append((np.concatenate(before), np.concatenate(after)))
+            rows = [[_pictures(sampler, decoder, chunk, tuned) for chunk in chunks]]
+        if adapter is not None:
+            rows.append([_pictures(sampler, decoder, chunk, tuned) for chunk in chunks])
+        drawn.append(tuple(np.concatenate(row) for row in rows))
     return drawn
 
 
@@ -154,10 +160,10 @@ def _write(file: Path, picture: Image.Image) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _write_separate(folder: Path, drawn: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+def _write_separate(folder: Path, drawn: Sequence[tuple[np.ndarray, ...]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for p, both in enumerate(drawn, 1):
-        for label, row in zip(LABELS, both, strict=True):
+        for label, row in zip(LABELS, both, strict=False):
             for i, pixels in enumerate(row):
                 _write(folder / f"prompt-{p:02d}-image-{i:02d}-{label}.png", Image.fromarray(pixels))
 
@@ -166,8 +172,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the file; exit status 0, 2 after one line on stderr: bad input, 1: the GPU is too small."""
     args = _parser().parse_args(arguments)
     try:
-        adapter, of_run = find(args.lora, args.step, lambda text: _complain(f"warning: {text}"))
-        if adapter.note:
+        adapter, of_run = None, None
+        if args.lora is not None:
+            adapter, of_run = find(args.lora, args.step, lambda text: _complain(f"warning: {text}"))
+        elif args.step is not None:
+            raise ValueError("--step: of which run? give --lora RUN")
+        if adapter is not None and adapter.note:
             _complain(f"warning: {adapter.note}")
         given = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
         config = settings(of_run, args.base, given)
@@ -175,10 +185,10 @@ def main(arguments: list[str] | None = None) -> int:
         seed = config.evaluation.seed if args.seed is None else args.seed
         drawn = draw(config, adapter, prompts, args.images, seed)
         sampler = config.sampler
+        with_lora = f" tuned: with {args.lora} (rank {adapter.rank}, alpha {adapter.alpha:g})." if adapter else ""
         legend = (
-            f"base: {Path(config.model.path).name}. tuned: with {args.lora} (rank {adapter.rank}, alpha "
-            f"{adapter.alpha:g}). Same noise in a column: seed {seed}, {sampler.steps} steps, guidance "
-            f"{sampler.guidance:g}, eta {sampler.eta:g}"
+            f"base: {Path(config.model.path).name}.{with_lora} Same noise in a column: seed {seed}, {sampler.steps} "
+            f"steps, guidance {sampler.guidance:g}, eta {sampler.eta:g}"
         )
         if args.separate:
             _write_separate(args.separate, drawn)
@@ -196,14 +206,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m learner.generate",
-        description="Draw prompts with the base model and with a LoRA, at the same noise, side by side.",
+        description="Draw prompts with the base model and (if given) with a LoRA, at the same noise, side by side.",
         epilog="Base model, steps, guidance, eta and seed are the run's, where the LoRA is a run's or lies in one; "
         "else the demo's, or with --base the defaults of learner.run.",
     )
     parser.add_argument(
         "--prompt", action="append", help="what to draw; may be given again. Not for models without text"
     )
-    parser.add_argument("--lora", required=True, help="run directory or URL, a LoRA's folder, or its .safetensors file")
+    parser.add_argument(
+        "--lora", help="run directory or URL, a LoRA's folder, or its .safetensors file; without: the base model alone"
+    )
     parser.add_argument("--step", type=int, help="of a run: its checkpoint of this step; default: the newest whole one")
     parser.add_argument("--base", metavar="MODEL", help="diffusers pipeline folder, or hub id")
     parser.add_argument("--images", type=int, default=4, help="pictures of each prompt and model (default: 4)")

@@ -249,7 +249,11 @@ class Records:
 
     def evaluation(self, epoch: int) -> Evaluated:
         """All that was found on the fixed images after an epoch."""
-        return read_images(self.storage.read(f"{EVALUATION}/{_name(epoch)}.parquet"))
+        return read_images(self.images(epoch))
+
+    def images(self, epoch: int) -> bytes:
+        """Parquet of the fixed images after an epoch, columns of IMAGES."""
+        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.parquet")
 
     def sheet(self, epoch: int) -> bytes:
         """PNG of the contact sheet after an epoch."""

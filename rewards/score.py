@@ -22,7 +22,8 @@ BATCH = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints path, tab, score; returns 0, or 2 after one line on stderr."""
+    """Prints path, tab, score, and on stderr their mean and spread, which objective.reward_offset and beta are chosen
+    by. Returns 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m rewards.score", description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of them: PNG, JPEG, WebP")
     parser.add_argument("--reward", required=True, help=f"{', '.join(rewards.NAMES)}, or your own as module:callable")
@@ -57,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for (file, _), score in zip(part, found.tolist(), strict=True):
                 scores.append(score)
                 print(f"{file}\t{score:.6g}", flush=True)
+        print(
+            f"{len(scores)} pictures: mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}, "
+            f"from {np.min(scores):.4g} to {np.max(scores):.4g}",
+            file=sys.stderr,
+        )
         if given.output:
             write(given.output, [str(file) for file in files], prompts, scores)
     except (ValueError, OSError, RuntimeError) as error:
@@ -85,14 +91,15 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 
 def read_prompts(name: str | None, count: int) -> list[str]:
-    """One for each image; all empty when there is no file.
+    """One for each image; all empty when there is no file. Lines that start with # are skipped, as learner.run does.
 
     Raises:
         ValueError: neither one line nor `count`.
     """
     if name is None:
         return [""] * count
-    lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
     if len(lines) not in (1, count):
         raise ValueError(f"--prompts: {name} has {len(lines)} prompts for {count} images, expected {count} or 1")
     return lines if len(lines) == count else lines * count

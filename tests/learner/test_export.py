@@ -1,6 +1,7 @@
 """Exports: other programs draw the sampler's own pixels from them, and their cards tell what the records do."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -294,3 +295,11 @@ def test_folders_are_written_whole_and_never_over_anothers(run, exports, tmp_pat
     assert files_of(exports["kohya"]) == first
     assert "no space left" in refused(capsys, run, "--format", "fused", "--out", tmp_path / "other")
     assert not list(tmp_path.iterdir())
+
+
+def test_its_first_words_are_its_own(tmp_path):
+    """Not transformers' of torchvision, which it does without on purpose."""
+    quiet = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-m", "learner.export", str(tmp_path), "--format", "fused"]
+    done = subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("learner.export: ") and done.stderr.count("\n") == 1

@@ -139,6 +139,18 @@ def test_wherever_the_lora_lies_it_is_the_same(run, tmp_path, small_settings, ca
     assert len(set(drawn[:5])) == 1 and len(set(drawn)) == 6
 
 
+def test_without_a_lora_the_base_model_draws_alone(run, tmp_path, small_settings, capsys):
+    base = next(one for one in small_settings if one.startswith("model.path=")).removeprefix("model.path=")
+    ask = ["--prompt", "a red ring", "--images", "2", "--out", tmp_path / "grid.png", "--separate"]
+    given = ["--base", base, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5"]
+    assert generate.main([str(word) for word in [*ask, tmp_path / "alone", *given]]) == 0
+    alone = Image.open(tmp_path / "grid.png").height
+    assert generate.main([str(word) for word in ["--lora", run, *ask, tmp_path / "both"]]) == 0
+    assert np.array_equal(pictures(tmp_path / "alone", "base"), pictures(tmp_path / "both", "base"))
+    assert not list((tmp_path / "alone").glob("*tuned*")) and alone < Image.open(tmp_path / "grid.png").height
+    assert "--step: of which run?" in refused(capsys, "--prompt", "a ring", "--step", "1", "--out", tmp_path / "g.png")
+
+
 def test_more_images_than_a_chunk_and_other_prompts_change_nothing(run, tmp_path):
     for name, words in (("many", ("--prompt", "a pink cross", "--images", "6")), ("few", ("--images", "4"))):
         command = ["--lora", run, *words, "--prompt", "a red ring", "--out", tmp_path / "g.png"]

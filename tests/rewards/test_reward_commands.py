@@ -55,6 +55,16 @@ def test_a_folder_is_scored_in_sorted_order_with_a_prompt_each(folder, tmp_path,
         assert value == pytest.approx(reward(image, [prompt]).item(), abs=1e-5)
 
 
+def test_mean_and_spread_are_said_beside_the_scores(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("# as a run's own file begins\nthe cat\n")
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
+    assert score.main(["--reward", "jpeg_incompressibility", *prompts, str(folder)]) == 0
+    captured = capsys.readouterr()
+    values = [value for _, value in table(captured.out)]
+    assert captured.err.startswith(f"5 pictures: mean {np.mean(values):.4g}, standard deviation {np.std(values):.4g}, ")
+    assert captured.err.endswith(f"from {min(values):.4g} to {max(values):.4g}\n")
+
+
 def test_one_prompt_for_all_files_by_name(folder, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("the cat\n")
     files = [str(folder / "e.png"), str(folder / "a.png"), str(folder / "a.png")]

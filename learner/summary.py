@@ -1,0 +1,141 @@
+"""The last lines of a run, for somebody who sees one for the first time: what it was trained towards, what changed and
+whether that is more than chance, where everything is, and what to type next. From the run's records alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from learner import report_facts
+from learner.config import Config
+from learner.records import BEFORE, Records
+from learner.report_facts import Headline
+from learner.statistics import mean_of_good
+from models.shapes.measure import correct
+from models.shapes.world import IMAGE_SIZE, parse
+from rewards.shapes_accuracy import ShapesAccuracy
+
+VERDICTS = {
+    "rose": "it rose by more than chance",
+    "fell": "it FELL by more than chance",
+    "unclear": "this may be chance, the interval holds 0",
+}
+IMAGES = 128  # that learner.evaluate is to draw where the run itself drew none
+
+
+def describe(records: Records, config: Config) -> list[str]:
+    """What was trained and what came of it, a line each."""
+    there = records.evaluated()
+    lines = [f"trained: {trained(records, config)}"]
+    found = report_facts.headline(records, there)
+    if found is None:
+        why = "evaluation.images=0" if not there else "too few evaluations, or only bad images"
+        return [*lines, f"not judged ({why}): whether the reward rose is not known; learner.evaluate, below, finds out"]
+    lines.append(_reward(found))
+    share = None
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # pictures missing or damaged
+        share = accuracy(records, config, there)
+    if share is not None:
+        lines.append(f"pictures that show exactly what their prompt says: {share[0]:.0%} -> {share[1]:.0%}")
+    lines += _diversity(records)
+    return [*lines, *_collapse(records)]
+
+
+def trained(records: Records, config: Config) -> str:
+    done = sum(line["epoch"] != BEFORE for line in records.lines)
+    count = f"{done} epoch{'' if done == 1 else 's'} of {config.train.trajectories} pictures"
+    if config.train.shuffle_rewards:
+        return f"nothing to learn from, as rewards were shuffled (train.shuffle_rewards: a control); {count}"
+    goal = f"towards pictures that {config.reward.name} scores higher"
+    return f"{goal}; {count}; {config.objective.kind}: {report_facts.towards(config)}"
+
+
+def _reward(found: Headline) -> str:
+    bad = f" ({found.bad} bad ones left out)" if found.bad else ""
+    return (
+        f"evaluated reward {found.before:.3f} -> {found.after:.3f} on {found.images} fixed images{bad}: "
+        f"{found.gain:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f}: {VERDICTS[found.verdict]}"
+    )
+
+
+def _diversity(records: Records) -> list[str]:
+    values = [line["eval_distance"] for line in records.lines if line.get("eval_distance") is not None]
+    if len(values) < 2 or not values[0] > 0 or not np.isfinite(values[-1]):
+        return []
+    kept = values[-1] / values[0]
+    return [f"diversity among a prompt's pictures: {values[0]:.3g} -> {values[-1]:.3g}, {kept:.0%} of what it was"]
+
+
+def _collapse(records: Records) -> list[str]:
+    """Of all evaluations, not of the last alone: a run that got over it is worth a look too."""
+    warnings, none = report_facts.collapse(records.lines)
+    if warnings:
+        epoch, text = warnings[-1]
+        return [f"SIGNS OF COLLAPSE after epoch {epoch}: {text}. Look at the pictures before you use this LoRA"]
+    return [f"{none[0].lower()}{none[1:].removesuffix('.')}"] if none else []
+
+
+def accuracy(records: Records, config: Config, there: Sequence[int]) -> tuple[float, float] | None:
+    """Share of the fixed images before and after training that show exactly what their prompt says: as a held-out
+    reward found it, else read off the pictures recorded. None unless all prompts are of the shapes world and the
+    pictures are there as they were drawn."""
+    sides = []
+    for epoch in (there[0], there[-1]):
+        seen = records.evaluation(epoch).held_out.get(ShapesAccuracy.name)
+        share = mean_of_good(seen) if seen is not None else _read_off(records, config, epoch)
+        if share is None or not np.isfinite(share):
+            return None
+        sides.append(share)
+    return sides[0], sides[1]
+
+
+def _read_off(records: Records, config: Config, epoch: int) -> float | None:
+    if config.run.thumbnail_pixels < IMAGE_SIZE:
+        return None
+    table = pq.read_table(io.BytesIO(records.images(epoch)), columns=["prompt", "thumbnail_png"]).to_pylist()
+    right = []
+    for row in table:
+        if row["thumbnail_png"] is None:
+            continue  # a bad image
+        try:
+            scene = parse(row["prompt"])
+        except ValueError:
+            return None  # prompts of another world
+        picture = np.asarray(Image.open(io.BytesIO(row["thumbnail_png"])).convert("RGB"))
+        if picture.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+            return None  # another model's, or made smaller
+        right.append(correct(picture, scene))
+    return float(np.mean(right)) if right else None
+
+
+def next_commands(records: Records, config: Config, prompts: Sequence[str]) -> list[str]:
+    """What to type now, with this run's path."""
+    run, python = shlex.quote(str(records.storage)), interpreter()
+    images = "" if config.evaluation.images else f" --images {IMAGES}"
+    prompt = f" --prompt {shlex.quote(prompts[0])}" if prompts and prompts[0] else ""
+    return [
+        "next:",
+        f"  {python} -m learner.evaluate {run}{images}   # beside what noise alone would do",
+        f"  {python} -m learner.generate --lora {run}{prompt}   # base and tuned, the same noise: grid.png",
+        f"  {python} -m learner.compare {run} OTHER_RUN   # once there is another run",
+    ]
+
+
+def interpreter() -> str:
+    """This Python, as briefly as a shell here would find it: `make` calls it without an activated environment."""
+    found = shutil.which("python")
+    if found and os.path.abspath(found) == os.path.abspath(sys.executable):
+        return "python"
+    path = Path(sys.executable)
+    inside = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
