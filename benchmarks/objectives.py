@@ -90,7 +90,7 @@ def row(name: str, found: Sequence[dict[str, Any]]) -> str:
     rate = np.mean([gain / one["trajectories_trained"] * 1000 for gain, one in zip(gains, found, strict=True)])
     seconds = np.mean([one["seconds"] for one in found])
     return (
-        f"| {name} | {np.mean(gains):+.3f} | {each} | {rate:+.4f} | {soft:+.3f} | {mean('accuracy')} | {mean('vendi')} "
+        f"| {name} | {np.mean(gains):+.3f} | {each} | {rate:+.4f} | {soft:+.3f} | {mean('accuracy')} | {mean('distance')} "
         f"| {mean('fid')} | {seconds:.0f} |"
     )
 
@@ -103,12 +103,12 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
     base = next(iter(results.values()))[0]
     head = ["objective", f"{REWARD}: mean gain", "each seed [95 %]", "per 1000 trajectories",
-            f"{OTHER_REWARD}: mean gain", "accuracy", "Vendi", "drift (fid)", "seconds"]  # fmt: skip
+            f"{OTHER_REWARD}: mean gain", "accuracy", "distance", "drift (fid)", "seconds"]  # fmt: skip
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     rows += [row(name, results[name]) for name in sorted(results, key=gain)]
     rows.append(
         f"| base model: {base['reward']['base']:.3f} | | | | {base['held_out'][OTHER_REWARD]['base']:.3f} | "
-        f"{base['accuracy']['base']:.3g} | {base['vendi']['base']:.3g} | {base['fid']['floor']:.3g} (noise alone) | |"
+        f"{base['accuracy']['base']:.3g} | {base['distance']['base']:.3g} | {base['fid']['floor']:.3g} (noise alone) | |"
     )
     return "\n".join(rows) + "\n"
 
@@ -119,7 +119,7 @@ def pareto(results: dict[str, list[dict[str, Any]]]) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     base = next(iter(results.values()))[0]
     for ax, name, title in (
-        (panels[0], "vendi", "diversity (Vendi score; right is better)"),
+        (panels[0], "distance", "diversity within a prompt (mean distance; right is better)"),
         (panels[1], "fid", "drift from the base model (Frechet distance; left is better)"),
     ):
         for (kind, found), colour in zip(results.items(), COLOURS, strict=False):

@@ -79,7 +79,8 @@ def pareto(judged: Sequence[Judged]) -> bytes:
     of drift and cost top left."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
-    _scatter(axes[0][0], judged, "vendi", "diversity (Vendi score; right is better)")
+    # Not the Vendi score of all pictures: prompts stay apart where each has collapsed.
+    _scatter(axes[0][0], judged, "distance", "diversity within a prompt (mean distance; right is better)")
     _scatter(axes[0][1], judged, "fid", "drift from the base model (Frechet distance; left is better)")
     costs = (
         (axes[1][0], "trajectories sampled", lambda f: f.get("trajectories_trained")),
@@ -128,10 +129,6 @@ def _point(ax: Axes, index: int, one: Judged, x: float, figure: dict[str, float]
 
 def _unit(judged: Sequence[Judged]) -> str:
     return "GPU seconds" if any(one.figures.get("gpus") for one in judged) else "CPU seconds"
-
-
-def _trajectories(figures: dict[str, Any]) -> float | None:
-    return figures.get("trajectories_trained")
 
 
 def _cost(figures: dict[str, Any]) -> float | None:

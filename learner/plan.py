@@ -125,7 +125,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     joint = config.flow.fit_steps == 0
     fits = config.flow.fit_steps * config.flow.batch * ranks * config.steps_per_epoch
     stored = count * (n + 1) * cost.latent
-    extra = objective.extra_passes(config.objective)
+    extra: float = objective.extra_passes(config.objective)
     again = config.train.replay_updates / config.train.updates_per_epoch  # trained on once more
     step = passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow)
     # Of an earlier policy's transitions, but those of the epoch's first update: what the regulariser holds them to.

@@ -9,14 +9,14 @@ from benchmarks.objectives import PRESETS, main, pareto, table
 from learner.objectives import OBJECTIVES
 
 
-def figures(gain: float, vendi: float, fid: float) -> dict:
+def figures(gain: float, distance: float, fid: float) -> dict:
     def figure(value: float, base: float) -> dict:
         return {"value": value, "low": value - 0.01, "high": value + 0.01, "base": base, "floor": 0.002}
 
     reward = {"gain": gain, "gain_low": gain - 0.01, "gain_high": gain + 0.01}
     return {
         "reward": figure(0.8 + gain, 0.8) | reward, "held_out": {"shapes_alignment_soft": figure(0.9, 0.85) | reward},
-        "accuracy": figure(0.5, 0.4), "vendi": figure(vendi, 6.0), "fid": figure(fid, 0.01),
+        "accuracy": figure(0.5, 0.4), "distance": figure(distance, 6.0), "fid": figure(fid, 0.01),
         "trajectories_trained": 1280, "seconds": 100.0,
     }  # fmt: skip
 
@@ -43,7 +43,7 @@ def test_the_best_mean_gain_comes_first_and_the_base_model_last():
 
 def test_the_picture_has_a_point_a_seed_their_mean_and_the_base_model():
     for ax, name, means, base in zip(
-        pareto(RESULTS).axes, ("vendi", "fid"), ([5.8, 4.1], [0.03, 0.4]), (6.0, 0.01), strict=True
+        pareto(RESULTS).axes, ("distance", "fid"), ([5.8, 4.1], [0.03, 0.4]), (6.0, 0.01), strict=True
     ):
         lines = {line.get_label(): line for line in ax.get_lines()}
         for kind, mean in zip(RESULTS, means, strict=True):

@@ -87,6 +87,16 @@ def test_cost_is_counted_in_the_dearest_devices():
     assert table([judged("a", 0.6, cost=False)]).splitlines()[2].endswith("| 100 | - |")
 
 
+def test_diversity_in_the_picture_is_that_within_a_prompt():
+    """All pictures' Vendi score may rise while each prompt's come together: a collapsed run would win."""
+    one, other = judged("a", 0.6), judged("b", 0.7)
+    drawn = pareto([one, other])
+    one.figures["vendi"] = {**one.figures["vendi"], "value": 99.0}
+    assert pareto([one, other]) == drawn
+    one.figures["distance"] = {**one.figures["distance"], "value": 99.0}
+    assert pareto([one, other]) != drawn
+
+
 def test_a_picture_is_drawn_of_whatever_is_known():
     for given in ([judged("a", 0.6)], [judged("a", 0.6, cost=False), judged("b", 0.7)]):
         assert Image.open(io.BytesIO(pareto(given))).format == "PNG"
