@@ -90,8 +90,8 @@ def row(name: str, found: Sequence[dict[str, Any]]) -> str:
     rate = np.mean([gain / one["trajectories_trained"] * 1000 for gain, one in zip(gains, found, strict=True)])
     seconds = np.mean([one["seconds"] for one in found])
     return (
-        f"| {name} | {np.mean(gains):+.3f} | {each} | {rate:+.4f} | {soft:+.3f} | {mean('accuracy')} | {mean('distance')} "
-        f"| {mean('fid')} | {seconds:.0f} |"
+        f"| {name} | {np.mean(gains):+.3f} | {each} | {rate:+.4f} | {soft:+.3f} | {mean('accuracy')} "
+        f"| {mean('distance')} | {mean('fid')} | {seconds:.0f} |"
     )
 
 
@@ -108,7 +108,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     rows += [row(name, results[name]) for name in sorted(results, key=gain)]
     rows.append(
         f"| base model: {base['reward']['base']:.3f} | | | | {base['held_out'][OTHER_REWARD]['base']:.3f} | "
-        f"{base['accuracy']['base']:.3g} | {base['distance']['base']:.3g} | {base['fid']['floor']:.3g} (noise alone) | |"
+        f"{base['accuracy']['base']:.3g} | {base['distance']['base']:.3g} | "
+        f"{base['fid']['floor']:.3g} (noise alone) | |"
     )
     return "\n".join(rows) + "\n"
 

@@ -91,9 +91,10 @@ def test_diversity_in_the_picture_is_that_within_a_prompt():
     """All pictures' Vendi score may rise while each prompt's come together: a collapsed run would win."""
     one, other = judged("a", 0.6), judged("b", 0.7)
     drawn = pareto([one, other])
-    one.figures["vendi"] = {**one.figures["vendi"], "value": 99.0}
+    other_figure = {**one.figures["vendi"], "value": 9.0, "low": 8.0, "high": 10.0}
+    one.figures["vendi"] = other_figure
     assert pareto([one, other]) == drawn
-    one.figures["distance"] = {**one.figures["distance"], "value": 99.0}
+    one.figures["distance"] = other_figure
     assert pareto([one, other]) != drawn
 
 
