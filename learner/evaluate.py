@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learner import ending, judging, pictures
+from learner import ending, judging, pictures, report
 from learner.config import DEFAULT_CONFIG, Config, ConfigError
 from learner.judging import Cache, Pools
 from learner.progress import Bar
@@ -136,6 +136,17 @@ def _write(target: Target, figures: dict[str, Any], sets: dict[str, bytes]) -> N
     target.out.write(f"{target.file}.json", (json.dumps(figures, indent=1) + "\n").encode())
 
 
+def redraw(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
+    """Make the reports of judged runs anew, with these figures; one that cannot be drawn is no reason to fail."""
+    for one in judged:
+        records = one.target.records
+        if records is not None and records.storage.exists(report.FILE):
+            try:
+                records.storage.write(report.FILE, report.render(records, records.config()))
+            except Exception as error:
+                warn(f"{records.storage}/{report.FILE} is without these figures: {type(error).__name__}: {error}")
+
+
 def upload(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
     """Show them in MLflow, where their runs are: in a process of its own, with a deadline."""
     for one in judged:
@@ -174,7 +185,15 @@ def parser(
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser("evaluate", __doc__.splitlines()[0]).parse_intermixed_args(arguments)
-    return run("learner.evaluate", args, lambda judged: upload(judged, lambda text: complain("learner.evaluate", text)))
+
+    def warn(text: str) -> None:
+        complain("learner.evaluate", f"warning: {text}")
+
+    def show(judged: list[Judged]) -> None:
+        redraw(judged, warn)
+        upload(judged, warn)
+
+    return run("learner.evaluate", args, show)
 
 
 def run(

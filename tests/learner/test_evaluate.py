@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion import adapter_files
-from learner import evaluate, judging
+from learner import evaluate, judging, report
 from learner.evaluate import main
 from learner.inprocess import InProcessPools
 from learner.run import main as train
@@ -66,6 +66,22 @@ def test_a_run_is_judged(run, tmp_path, capsys):
     assert [row["number"] for row in rows] == list(range(24))
     assert figures["reward"]["value"] == pytest.approx(np.mean([row["reward"] for row in rows]), rel=1e-6)
     assert (run / "evaluation/step-000002.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_runs_report_has_the_figures(run, tmp_path, capsys, monkeypatch):
+    before = (run / "report.html").read_text()
+    assert judge(run, tmp_path) == 0 and capsys.readouterr().err == ""
+    after = (run / "report.html").read_text()
+    assert "against itself, drawn with other seeds" in after and "against itself, drawn with other seeds" not in before
+
+    def broken(*_):
+        raise ZeroDivisionError("no page")
+
+    monkeypatch.setattr(report, "render", broken)
+    assert judge(run, tmp_path) == 0
+    assert "report.html is without these figures: ZeroDivisionError: no page" in capsys.readouterr().err
+    (run / "report.html").unlink()  # a run that drew none keeps none
+    assert judge(run, tmp_path) == 0 and not (run / "report.html").exists()
 
 
 def test_the_same_figures_every_time_and_from_the_cache_at_once(run, tmp_path, monkeypatch):
