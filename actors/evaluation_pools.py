@@ -50,7 +50,7 @@ class EvaluationPools:
             (config.sampler.gpus, config.reward.gpus, None),
             (config.sampler.labels, config.reward.labels, {}), config.run.autoscale,
         )  # fmt: skip
-        self.description = f"on Ray: {placement.samplers} samplers, {placement.scorers} scorers"
+        self.description = f"on Ray: {placement.describe()}"
         new_sampler, new_scorer = self.crew.makers(placement, factory.parts(config))
         deadline = time.monotonic() + limit
         samplers = [new_sampler() for _ in range(placement.samplers)]

@@ -35,7 +35,13 @@ class Placement:
     nodes: tuple[Node, ...] = ()  # that it was made for
 
     def describe(self) -> str:
-        return f"{self.samplers} samplers, {self.scorers} scorers, {self.ranks} learner ranks"
+        """In words; without learner ranks where there are none."""
+        roles = ((self.samplers, "sampler"), (self.scorers, "scorer"), (self.ranks, "learner rank"))
+        return ", ".join(counted(number, role) for number, role in roles if number or role == "sampler")
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.placement import Placement, asks
+from cluster.placement import Placement, asks, counted
 from diffusion import lora, transitions
 from diffusion.pipelines import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
@@ -206,11 +206,11 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
     else:
         roles = (
-            ("samplers", placement.samplers, placement.sampler_options),
-            ("reward actors", placement.scorers, placement.scorer_options),
-            ("learner ranks", placement.ranks, {**placement.rank_options, "label_selector": placement.rank_labels}),
+            ("sampler", placement.samplers, placement.sampler_options),
+            ("reward actor", placement.scorers, placement.scorer_options),
+            ("learner rank", placement.ranks, {**placement.rank_options, "label_selector": placement.rank_labels}),
         )
-        actors = [f"{count} {role}, each {asks(options)}" for role, count, options in roles]
+        actors = [f"{counted(count, role)}, each {asks(options)}" for role, count, options in roles]
     lines = [
         ("run directory", [place]),
         ("cluster", [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"]),

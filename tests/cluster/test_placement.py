@@ -39,6 +39,8 @@ def test_explicit_counts_fit_on_two_cores():
     placement = place(3, 1, 2, 4, machine(2.0))
     assert (placement.samplers, placement.scorers, placement.ranks) == (3, 1, 2)
     assert 1.5 < total(placement, "num_cpus") <= 2
+    assert placement.describe() == "3 samplers, 1 scorer, 2 learner ranks"
+    assert place(1, 2, 0, 4, machine(2.0)).describe() == "1 sampler, 2 scorers"
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 8, 64])

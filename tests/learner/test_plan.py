@@ -69,7 +69,7 @@ def test_the_plan_is_text_and_nothing_starts(small_settings, tmp_path, capsys):
     for word in (
         str(tmp_path / "run"),
         "samplers",
-        "learner ranks",
+        "learner rank",
         "trajectories",
         "updates",
         "FLOP",
