@@ -1,6 +1,6 @@
 """Every objective on the embedded model from the same number of sampled trajectories: docs/results.md has the outcome.
 
-    python -m benchmarks.objectives --out runs/objectives [--seeds 1 2 3] [--only ddpo dag_kl] [key=value ...]
+    python -m benchmarks.objectives [key=value ...] --out runs/objectives [--seeds 1 2 3] [--only ddpo dag_kl]
 
 Each trains with its preset's settings, in process and on one core, as many at a time as --workers says; then
 learner.evaluate judges all of them by the same two rewards, on prompts' noise that no setting was chosen on. Writes

@@ -22,7 +22,7 @@ from learner import sections
 from learner.objectives import OBJECTIVES
 from learner.sections import Section
 
-CONFIG_VERSION = 1  # of the keys and their meaning
+CONFIG_VERSION = 2  # of the keys and their meaning
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
 

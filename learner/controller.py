@@ -120,7 +120,7 @@ def finish(records: Records, config: Config, say: Say) -> None:
     say(f"LoRA: {storage}/{checkpoint.FOLDER}/{newest}/lora")
     if reported:
         say(f"report: {storage}/{report.FILE}")
-    for line in _described(lambda: summary.next_commands(records, config, evaluation_prompts(config)), say):
+    for line in _described(lambda: summary.next_commands(records, config), say):
         say(line)
 
 

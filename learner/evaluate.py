@@ -21,6 +21,7 @@ from learner import ending, judging, pictures, report
 from learner.config import DEFAULT_CONFIG, Config, ConfigError
 from learner.judging import Cache, Pools
 from learner.progress import Bar
+from learner.records import Records
 from learner.targets import BAD_INPUT, OTHER_SEED, Target, find, split
 
 UPLOAD_SECONDS = 120
@@ -137,14 +138,18 @@ def _write(target: Target, figures: dict[str, Any], sets: dict[str, bytes]) -> N
 
 
 def redraw(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
-    """Make the reports of judged runs anew, with these figures; one that cannot be drawn is no reason to fail."""
+    """Make the reports of finished runs that were judged anew, with these figures (one that is not finished draws its
+    own); one that cannot be drawn is no reason to fail."""
     for one in judged:
-        records = one.target.records
-        if records is not None and records.storage.exists(report.FILE):
-            try:
-                records.storage.write(report.FILE, report.render(records, records.config()))
-            except Exception as error:
-                warn(f"{records.storage}/{report.FILE} is without these figures: {type(error).__name__}: {error}")
+        if one.target.records is None:
+            continue
+        storage = one.target.records.storage
+        try:
+            records = Records.open(storage)  # not as it was before the judging
+            if records.about.get("finished") and storage.exists(report.FILE):
+                storage.write(report.FILE, report.render(records, records.config()))
+        except Exception as error:
+            warn(f"{storage}/{report.FILE} is without these figures: {type(error).__name__}: {error}")
 
 
 def upload(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:

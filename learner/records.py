@@ -245,7 +245,15 @@ class Records:
 
     def evaluation_rewards(self, epoch: int) -> np.ndarray:
         """Rewards of the fixed images after an epoch, NaN of bad ones."""
-        return np.asarray(json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))["reward"], np.float64)
+        return np.asarray(self._evaluation(epoch)["reward"], np.float64)
+
+    def evaluation_prompt(self, epoch: int) -> str:
+        """The first of the fixed images' prompts."""
+        return str(self._evaluation(epoch)["prompt"][0])
+
+    def _evaluation(self, epoch: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))
+        return found
 
     def evaluation(self, epoch: int) -> Evaluated:
         """All that was found on the fixed images after an epoch."""

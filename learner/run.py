@@ -135,7 +135,9 @@ def _run(opened: OpenRun, resources: dict[str, float]) -> int:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """Print; what the terminal's encoding lacks, a prompt's characters say, is escaped, not a reason to fail."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def complain(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from learner import report_facts
-from learner.config import Config
+from learner.config import Config, resolve
 from learner.records import BEFORE, Records
 from learner.report_facts import Headline
 from learner.statistics import mean_of_good
@@ -43,7 +44,7 @@ def describe(records: Records, config: Config) -> list[str]:
         return [*lines, f"not judged ({why}): whether the reward rose is not known; learner.evaluate, below, finds out"]
     lines.append(_reward(found))
     share = None
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # pictures missing or damaged
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SyntaxError):  # pictures missing or damaged
         share = accuracy(records, config, there)
     if share is not None:
         lines.append(f"pictures that show exactly what their prompt says: {share[0]:.0%} -> {share[1]:.0%}")
@@ -100,34 +101,50 @@ def accuracy(records: Records, config: Config, there: Sequence[int]) -> tuple[fl
 
 
 def _read_off(records: Records, config: Config, epoch: int) -> float | None:
-    if config.run.thumbnail_pixels < IMAGE_SIZE:
-        return None
-    table = pq.read_table(io.BytesIO(records.images(epoch)), columns=["prompt", "thumbnail_png"]).to_pylist()
+    if config.run.thumbnail_pixels < IMAGE_SIZE or _side(config) != IMAGE_SIZE:
+        return None  # recorded smaller than they were drawn
+    table = pq.read_table(io.BytesIO(records.images(epoch)), columns=["prompt", "thumbnail_png", "bad"]).to_pylist()
     right = []
     for row in table:
-        if row["thumbnail_png"] is None:
-            continue  # a bad image
+        if row["bad"] is not None or row["thumbnail_png"] is None:
+            continue  # it is left out of the reward, too
         try:
             scene = parse(row["prompt"])
         except ValueError:
             return None  # prompts of another world
         picture = np.asarray(Image.open(io.BytesIO(row["thumbnail_png"])).convert("RGB"))
         if picture.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            return None  # another model's, or made smaller
+            return None
         right.append(correct(picture, scene))
     return float(np.mean(right)) if right else None
 
 
-def next_commands(records: Records, config: Config, prompts: Sequence[str]) -> list[str]:
+def _side(config: Config) -> int:
+    """Of the pictures that the base model draws, in pixels.
+
+    Raises:
+        OSError: the model is not in a local folder.
+    """
+    folder = resolve(str(config.model.path))
+    unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def next_commands(records: Records, config: Config) -> list[str]:
     """What to type now, with this run's path."""
-    run, python = shlex.quote(str(records.storage)), interpreter()
-    images = "" if config.evaluation.images else f" --images {IMAGES}"
-    prompt = f" --prompt {shlex.quote(prompts[0])}" if prompts and prompts[0] else ""
+    run, python, images, prompt = shlex.quote(str(records.storage)), interpreter(), "", ""
+    if not config.evaluation.images:
+        chunk = config.sampler.chunk_size
+        images = f" --images {-(-IMAGES // chunk) * chunk}"  # whole chunks
+    if config.prompts.path is not None:
+        there = records.evaluated()
+        first = records.evaluation_prompt(there[-1]) if there else "what to draw"
+        prompt = f" --prompt {shlex.quote(first)}"
     return [
         "next:",
         f"  {python} -m learner.evaluate {run}{images}   # beside what noise alone would do",
         f"  {python} -m learner.generate --lora {run}{prompt}   # base and tuned, the same noise: grid.png",
-        f"  {python} -m learner.compare {run} OTHER_RUN   # once there is another run",
+        f"  {python} -m learner.compare {run} OTHER_RUN{images}   # once there is another run",
     ]
 
 

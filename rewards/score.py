@@ -98,7 +98,7 @@ def read_prompts(name: str | None, count: int) -> list[str]:
     """
     if name is None:
         return [""] * count
-    lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").split("\n")]
     lines = [line for line in lines if line and not line.startswith("#")]
     if len(lines) not in (1, count):
         raise ValueError(f"--prompts: {name} has {len(lines)} prompts for {count} images, expected {count} or 1")

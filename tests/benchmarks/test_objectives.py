@@ -56,8 +56,8 @@ def test_the_picture_has_a_point_a_seed_their_mean_and_the_base_model():
 @pytest.mark.slow
 def test_two_objectives_for_real_and_a_second_time_for_nothing(tmp_path, capsys):
     arguments = [
-        "--out", str(tmp_path), "--seeds", "1", "--only", "ddpo", "residual_nabla_db", "--images", "16",
-        "train.epochs=1", "train.trajectories=32", "evaluation.images=16", "run.cpu_threads=1",
+        "train.epochs=1", "train.trajectories=32", "evaluation.images=16", "--out", str(tmp_path), "--seeds", "1",
+        "--images", "16", "--only", "ddpo", "residual_nabla_db",
     ]  # fmt: skip
     main(arguments)
     text = (tmp_path / "results.md").read_text()
@@ -76,5 +76,5 @@ def test_two_objectives_for_real_and_a_second_time_for_nothing(tmp_path, capsys)
 @pytest.mark.slow
 def test_a_run_that_fails_says_where_its_words_are(tmp_path):
     with pytest.raises(RuntimeError, match=r"ddpo, seed 1, ended with status 2: see .*ddpo-1\.log"):
-        main(["--out", str(tmp_path), "--seeds", "1", "--only", "ddpo", "--workers", "1", "train.epochs=none"])
+        main(["train.epochs=none", "--out", str(tmp_path), "--seeds", "1", "--only", "ddpo"])
     assert "train.epochs" in (tmp_path / "ddpo-1.log").read_text()

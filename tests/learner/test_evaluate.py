@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,8 +15,10 @@ from diffusion import adapter_files
 from learner import evaluate, judging, report
 from learner.evaluate import main
 from learner.inprocess import InProcessPools
+from learner.records import Records
 from learner.run import main as train
 from learner.statistics import paired_interval
+from learner.storage import Storage
 
 KEYS = {"reward", "vendi", "vendi_per_prompt", "distance", "fid", "kid", "fid_per_prompt", "accuracy", "held_out"}
 SMALL = ("run.runner=inprocess", "sampler.chunk_size=4")
@@ -82,6 +85,24 @@ def test_the_runs_report_has_the_figures(run, tmp_path, capsys, monkeypatch):
     assert "report.html is without these figures: ZeroDivisionError: no page" in capsys.readouterr().err
     (run / "report.html").unlink()  # a run that drew none keeps none
     assert judge(run, tmp_path) == 0 and not (run / "report.html").exists()
+
+
+def test_the_report_is_of_the_run_as_it_is_when_the_judging_is_done(run):
+    storage = Storage(str(run))
+    before_the_judging = Records.open(storage)
+    before_the_judging.lines[:] = before_the_judging.lines[:1]
+    one = evaluate.Judged(SimpleNamespace(records=before_the_judging), {}, {})
+    said = []
+    evaluate.redraw([one], said.append)
+    assert "<b>2 of 2</b>" in (run / "report.html").read_text() and not said
+
+    Records.open(storage).note(finished=False)  # it draws its own, perhaps at this moment
+    (run / "report.html").write_text("the run's own")
+    evaluate.redraw([one], said.append)
+    assert (run / "report.html").read_text() == "the run's own" and not said
+    shutil.rmtree(run)
+    evaluate.redraw([one], said.append)
+    assert "is without these figures" in said[0]
 
 
 def test_the_same_figures_every_time_and_from_the_cache_at_once(run, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from learner import checkpoint, controller, report
-from learner.config import ConfigError
+from learner.config import CONFIG_VERSION, ConfigError
 from learner.inprocess import InProcessRunner
 from learner.records import Records
 from learner.run import main
@@ -208,7 +208,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(settings, unbr
     ("file", "before", "after", "said"),
     [
         ("run.json", '"format": 5', '"format": 99', "format 99"),
-        ("config.yaml", "config_version: 1", "config_version: 99", "version 99"),
+        ("config.yaml", f"config_version: {CONFIG_VERSION}", "config_version: 99", "version 99"),
         ("run.json", '"run_id"', "", "run.json in"),
         ("metrics.jsonl", '{"epoch": 1', '{"epo', "metrics.jsonl in"),
         ("config.yaml", "steps: 4", "steps: four", "config.yaml is damaged"),

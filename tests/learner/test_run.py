@@ -59,10 +59,10 @@ def test_all_faults_of_all_kinds_are_said_at_once(tmp_path, capsys, monkeypatch)
 
 
 def test_a_config_of_another_version_is_refused_at_once(tmp_path, capsys):
-    (tmp_path / "old.yaml").write_text(DEFAULT_CONFIG.read_text() + "config_version: 2\n")
+    (tmp_path / "old.yaml").write_text(DEFAULT_CONFIG.read_text() + "config_version: 99\n")
     assert main(["--config", str(tmp_path / "old.yaml")]) == 2
     said = capsys.readouterr().err
-    assert "config_version" in said and "version 2" in said and "old.yaml" in said
+    assert "config_version" in said and "version 99" in said and "old.yaml" in said
 
 
 def test_a_cluster_that_does_not_answer_is_said_before_anything_starts(small_settings, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """The last lines of a run: true to its records, in words that need no other page."""
 
+import io
+import json
 import shlex
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from diffusion.trajectory import Chunk, Scores
 from learner import controller, summary
 from learner.config import load_config
 from learner.records import BEFORE, Records, images_table
-from learner.run import main
+from learner.run import main, say
 from learner.storage import Storage
 from models.shapes import world
 
@@ -36,14 +38,14 @@ def forget_collapse(folder) -> None:
     records.keep([{**line, "collapse": None} for line in records.lines])
 
 
-def save_pictures(folder, epoch, prompts, held_out=None, side=64) -> None:
+def save_pictures(folder, epoch, prompts, held_out=None, side=64, bad=None) -> None:
     """Fixed images as a run records them: true drawings of `prompts`."""
     rng, asked = np.random.default_rng(0), (RED, BLUE)
     images = np.stack([world.draw(world.parse(prompt), rng) for prompt in prompts])
     count = len(prompts)
     kept = {} if held_out is None else {"shapes_accuracy": np.array(held_out, np.float32)}
     chunk = Chunk(0, "evaluate", 0, 0, asked[:count], tuple(range(count)))
-    scores = Scores(chunk, np.ones((count, 1), np.float32), images, held_out=kept)
+    scores = Scores(chunk, np.ones((count, 1), np.float32), images, held_out=kept, bad=bad or {})
     name = "epoch-before" if epoch == BEFORE else f"epoch-{epoch:06d}"
     (folder / f"evaluation/{name}.parquet").write_bytes(images_table([scores], side))
 
@@ -87,6 +89,10 @@ def test_without_an_evaluation_nothing_is_claimed_and_the_way_to_one_is_told(fol
     assert not any("chance" in line or "pictures: " in line for line in lines)
     (evaluate,) = [line for line in lines if "learner.evaluate" in line and line.startswith("  ")]
     assert "--images 128" in evaluate  # it refuses 0
+    lines = said(folder, "evaluation.images=0", "sampler.chunk_size=24", "train.trajectories=96")
+    for command in ("evaluate", "compare"):
+        (line,) = [line for line in lines if f"learner.{command}" in line and line.startswith("  ")]
+        assert "--images 144" in line  # whole chunks
 
 
 def test_all_bad_images_are_no_judgement(folder):
@@ -107,6 +113,17 @@ def test_prompt_accuracy_is_read_off_the_pictures_or_taken_from_the_held_out_rew
     assert f"pictures that show exactly what their prompt says: {expected}" in said(folder)
 
 
+def test_bad_pictures_and_those_of_a_larger_model_are_not_read(folder, tmp_path):
+    for epoch in (BEFORE, 11):
+        save_pictures(folder, epoch, (RED, RED), bad={1: "a black image"})
+    assert "pictures that show exactly what their prompt says: 100% -> 100%" in said(folder)
+    model = tmp_path / "model"
+    for part, content in (("unet", {"sample_size": 64}), ("vae", {"block_out_channels": [1, 2, 3, 4]})):
+        (model / part).mkdir(parents=True)
+        (model / part / "config.json").write_text(json.dumps(content))
+    assert not any("exactly" in line for line in said(folder, f"model.path={model}"))
+
+
 def test_prompts_of_another_world_and_small_pictures_have_no_accuracy(folder, monkeypatch):
     for epoch in (BEFORE, 11):
         save_pictures(folder, epoch, (RED, BLUE), side=32)
@@ -120,12 +137,12 @@ def test_prompts_of_another_world_and_small_pictures_have_no_accuracy(folder, mo
 
 
 def test_the_end_has_the_report_and_commands_that_a_shell_takes(folder, monkeypatch, tmp_path):
-    lines = said(folder, "prompts.path=configs/prompts/shapes_common.txt")
+    lines, records = said(folder), Records.open(Storage(str(folder)))
     assert f"report: {folder}/report.html" in lines and (folder / "report.html").is_file()
     commands = [shlex.split(line, comments=True) for line in lines[lines.index("next:") + 1 :]]
     assert [command[2] for command in commands] == ["learner.evaluate", "learner.generate", "learner.compare"]
     assert all(command[1] == "-m" and str(folder) in command for command in commands)  # with a blank in its name
-    assert commands[1][-2:] == ["--prompt", "a red circle on a white background"]
+    assert commands[1][-2:] == ["--prompt", records.evaluation_prompt(11)]
     monkeypatch.chdir(tmp_path)
     where = subprocess.run([commands[0][0], "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
     assert where.stdout.strip() == sys.prefix  # this very environment
@@ -136,11 +153,18 @@ def test_without_an_activated_environment_the_commands_name_its_python(folder, m
     other.parent.mkdir()
     other.symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(other.parent))
+    monkeypatch.chdir(tmp_path)
     assert summary.interpreter() == shlex.quote(sys.executable)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
-    monkeypatch.chdir(tmp_path)
     assert summary.interpreter() == ".venv/bin/python"  # after `make demo`
     assert any(line.startswith("  .venv/bin/python -m learner.evaluate ") for line in said(folder))
+
+
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    say("draw \u8d64 caf\u00e9")
+    assert out.buffer.getvalue() == b"draw \\u8d64 caf\xe9\n"
 
 
 def test_words_that_cannot_be_found_do_not_fail_a_run(folder, monkeypatch):

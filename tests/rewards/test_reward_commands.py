@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import WRITE, write_hpsv2
 
 import rewards
+from learner.prompts import read_prompts
 from rewards import score, verify
 from rewards.weights import BadWeights
 
@@ -63,6 +64,12 @@ def test_mean_and_spread_are_said_beside_the_scores(folder, tmp_path, capsys):
     values = [value for _, value in table(captured.out)]
     assert captured.err.startswith(f"5 pictures: mean {np.mean(values):.4g}, standard deviation {np.std(values):.4g}, ")
     assert captured.err.endswith(f"from {min(values):.4g} to {max(values):.4g}\n")
+
+
+def test_a_prompt_file_is_read_as_a_run_reads_it(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("# what for\na cat\u2028or two\n\na dog\r\n".encode("utf-8-sig"))
+    found = score.read_prompts(str(tmp_path / "prompts.txt"), 2)
+    assert found == read_prompts(str(tmp_path / "prompts.txt")) == ["a cat\u2028or two", "a dog"]
 
 
 def test_one_prompt_for_all_files_by_name(folder, tmp_path, capsys):
