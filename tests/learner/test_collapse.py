@@ -85,3 +85,13 @@ def test_the_share_that_may_be_lost_is_that_of_the_distance():
         kept = apartness(now.features, PROMPTS).mean() / was
         if abs(kept - KEPT) > 0.03:
             assert bool(signs(BEFORE, now)) == (kept < KEPT)
+
+
+@pytest.mark.parametrize(("kept", "flagged"), [(0.65, True), (0.75, False)])
+def test_seven_tenths_of_the_diversity_must_be_left(kept, flagged):
+    angle = np.arccos(1 - kept)
+    pairs = [f"prompt {i // 2}" for i in range(N)]
+    apart = np.tile([[1.0, 0.0], [0.0, 1.0]], (N // 2, 1))
+    nearer = np.tile([[1.0, 0.0], [np.cos(angle), np.sin(angle)]], (N // 2, 1))
+    before, now = Evaluated(pairs, REWARD, {}, apart), Evaluated(pairs, REWARD + 1, {}, nearer)
+    assert bool(signs(before, now)) == flagged

@@ -40,6 +40,9 @@ def test_a_table_and_two_pictures(runs, tmp_path, capsys):
     best = max(figures.values(), key=lambda one: one["reward"]["value"])
     assert rows[0][0] == best["name"] and rows[0][1] == f"{best['reward']['value']:.4g}"
     assert all(float(row[-1]) > 0 and row[-2] == "8" for row in rows[:2])
+    for column, name in (("accuracy", "accuracy"), ("Vendi", "vendi"), ("drift (fid)", "fid")):
+        assert rows[-1][head.index(column)] == f"{best[name]['base']:.4g}"
+    assert best["vendi"]["base"] != best["vendi"]["value"]
     for name in ("pareto.png", "sheet.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
@@ -63,6 +66,17 @@ def test_what_was_not_judged_alike_is_refused(key, runs, tmp_path, small_setting
     assert f"{key}: " in said and f"give {key}=... for all" in said and not (tmp_path / "out").exists()
     assert main([str(runs / "gentle"), str(other), *SMALL, f"{key}={value}", "--out", str(tmp_path / "out"),
                  "--cache", str(runs / "cache")]) == 0  # fmt: skip
+
+
+def test_other_prompts_are_refused(runs, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "rough", other)
+    text = (other / "config.yaml").read_text().replace("shapes_common.txt", "shapes_placed.txt")
+    (other / "config.yaml").write_text(text)
+    out = ("--out", str(tmp_path / "out"))
+    assert main([str(runs / "gentle"), str(other), *SMALL, *out]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "give --prompts FILE for all" in said and not (tmp_path / "out").exists()
 
 
 def judged(name, reward, cost=True) -> Judged:

@@ -77,6 +77,39 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIBUTARY_CACHE", str(tmp_path / "cache"))
 
 
+def test_each_run_is_asked_for_in_its_folder_and_group_and_those_that_finished_are_compared(
+    file, tmp_path, monkeypatch, capsys
+):
+    asked, compared = [], []
+    monkeypatch.setattr(sweep, "_follow", lambda command: asked.append(command) or len(asked) % 2)  # the first fails
+    monkeypatch.setattr(sweep, "_is_finished", lambda storage: "01-" in str(storage))
+    monkeypatch.setattr(sweep.compare, "main", lambda arguments: compared.append(arguments) or 0)
+    assert main([str(file), "--out", str(tmp_path / "out"), "run.seed=7"]) == 1
+    for command, name, rate in zip(
+        asked, ("00-learning_rate_0.001", "01-learning_rate_0.1"), ("0.001", "0.1"), strict=True
+    ):
+        settings = {f"learner.learning_rate={rate}", f"run.dir={tmp_path}/out/{name}", "run.resume=auto", "run.seed=7"}
+        assert settings | {"mlflow.group=rates"} <= set(command)
+    assert compared == [[f"{tmp_path}/out/01-learning_rate_0.1", "--out", f"{tmp_path}/out/comparison", "run.seed=7"]]
+    assert "failed: 00-learning_rate_0.001; the same command tries them again" in capsys.readouterr().err
+
+
+def test_told_to_end_while_a_run_goes_it_tells_the_run(tmp_path, monkeypatch):
+    said = tmp_path / "said"
+    wait = f"import signal, sys, time; signal.signal(15, lambda *_: (open({str(said)!r}, 'w').close(), sys.exit(0)))\n"
+    wait += f"open({str(tmp_path / 'up')!r}, 'w').close(); time.sleep(60)"
+
+    def interrupted(process, seconds, real=subprocess.Popen.wait):
+        if seconds == sweep.POLL_SECONDS and (tmp_path / "up").exists():
+            raise KeyboardInterrupt
+        return real(process, seconds)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep._follow([sys.executable, "-c", wait])
+    assert said.exists()
+
+
 @pytest.mark.slow
 def test_runs_are_made_once_and_compared(file, settings, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
