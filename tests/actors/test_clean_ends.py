@@ -181,6 +181,7 @@ def assert_whole(folder) -> None:
     assert sorted(whole) == sorted(folder.glob("checkpoints/step-*")) and whole
 
 
+@pytest.mark.slow  # tests/faults/test_surroundings.py has one in the ordinary tests
 def test_a_full_disk_is_said(run, small_disk):
     (said,) = run(small_disk / "run", expect=1)
     assert "StorageError" in said and "no space left" in said and str(small_disk / "run") in said

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors import evaluation_pools
+from actors import crew, evaluation_pools
 from actors.sampler_actor import SamplerActor
 from diffusion.snapshot import Snapshot, digest
 from learner.evaluate import main
@@ -66,7 +66,7 @@ def test_any_number_of_samplers_gives_the_figures_of_the_inprocess_judgement(jud
 def test_a_sampler_that_dies_changes_no_figure(judge, tmp_path, monkeypatch, capfd):
     mark = tmp_path / "died"
     _, expected = judge("unbroken", "run.runner=inprocess", f"evaluation.clip={mark}")
-    monkeypatch.setattr(evaluation_pools, "SamplerActor", DiesOnce)
+    monkeypatch.setattr(crew, "SamplerActor", DiesOnce)
     settings = ("run.runner=ray", "sampler.actors=2", "reward.actors=1", f"evaluation.clip={mark}")
     assert judge("broken", *settings) == (0, expected)
     assert mark.exists() and "replacing the actor" in capfd.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from faulty import ChunkKills, DiesOnce, HangsOnce, ScorerDiesOnce, SkipsLoad, StaleAfterRestart
 
-from actors import ray_runner
+from actors import crew
 from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot, digest
 from learner.run import main
@@ -68,21 +68,21 @@ def test_base_only_weights_under_the_right_name_end_the_run(run, monkeypatch):
 
 
 def test_a_skipped_load_ends_the_run(run, monkeypatch):
-    monkeypatch.setattr(ray_runner, "SamplerActor", SkipsLoad)
+    monkeypatch.setattr(crew, "SamplerActor", SkipsLoad)
     status, said = run()
     assert status == 1 and "StaleWeights: chunk" in said and "epoch 1 was sampled by adapter" in said
 
 
 @pytest.mark.slow
 def test_the_learner_refuses_even_if_the_driver_does_not_look(run, monkeypatch):
-    monkeypatch.setattr(ray_runner, "SamplerActor", SkipsLoad)
+    monkeypatch.setattr(crew, "SamplerActor", SkipsLoad)
     monkeypatch.setattr("learner.pipeline.receipts.check", lambda *_: None)  # in the driver alone
     status, said = run()
     assert status == 1 and "StaleWeights: chunk" in said
 
 
 def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_runner, "SamplerActor", StaleAfterRestart)
+    monkeypatch.setattr(crew, "SamplerActor", StaleAfterRestart)
     status, said = run("sampler.actors=1")
     assert (tmp_path / "died").exists() and (tmp_path / "stale").exists()
     assert status == 1 and "StaleWeights" in said and "replacing the actor" in said
@@ -93,7 +93,7 @@ def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, monkeypatch, t
 )
 @pytest.mark.slow
 def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbroken, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_runner, "SamplerActor", faulty)
+    monkeypatch.setattr(crew, "SamplerActor", faulty)
     status, said = run("run.chunk_seconds=8" if mark == "hung" else "run.chunk_seconds=600")
     assert status == 0 and (tmp_path / mark).exists() and "replacing the actor" in said
     assert lora(tmp_path / "run") == lora(unbroken)
@@ -104,7 +104,7 @@ def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbro
 
 @pytest.mark.slow
 def test_a_lost_reward_actor_is_replaced_and_nothing_changes(run, unbroken, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_runner, "RewardActor", ScorerDiesOnce)
+    monkeypatch.setattr(crew, "RewardActor", ScorerDiesOnce)
     status, said = run()
     assert status == 0 and (tmp_path / "scorer-died").exists() and "replacing the actor" in said
     assert lora(tmp_path / "run") == lora(unbroken)
@@ -126,6 +126,6 @@ def test_a_reward_that_fails_is_named_with_its_own_words(name, said, run):
 
 @pytest.mark.slow
 def test_a_chunk_that_no_sampler_survives_ends_the_run_naming_it(run, monkeypatch):
-    monkeypatch.setattr(ray_runner, "SamplerActor", ChunkKills)
+    monkeypatch.setattr(crew, "SamplerActor", ChunkKills)
     status, said = run("run.chunk_attempts=2")
     assert status == 1 and "ActorDied: sampling chunk 1" in said and "run.chunk_attempts" in said

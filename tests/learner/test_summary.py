@@ -136,14 +136,13 @@ def test_prompts_of_another_world_and_small_pictures_have_no_accuracy(folder, mo
     assert not any("exactly" in line for line in said(folder))
 
 
-def test_the_end_has_the_report_and_commands_that_a_shell_takes(folder, monkeypatch, tmp_path):
+def test_the_end_has_the_report_and_commands_that_a_shell_takes(folder):
     lines, records = said(folder), Records.open(Storage(str(folder)))
     assert f"report: {folder}/report.html" in lines and (folder / "report.html").is_file()
     commands = [shlex.split(line, comments=True) for line in lines[lines.index("next:") + 1 :]]
     assert [command[2] for command in commands] == ["learner.evaluate", "learner.generate", "learner.compare"]
     assert all(command[1] == "-m" and str(folder) in command for command in commands)  # with a blank in its name
     assert commands[1][-2:] == ["--prompt", records.evaluation_prompt(11)]
-    monkeypatch.chdir(tmp_path)
     where = subprocess.run([commands[0][0], "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
     assert where.stdout.strip() == sys.prefix  # this very environment
 
