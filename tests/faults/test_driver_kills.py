@@ -17,7 +17,7 @@ from learner.config import ROOT
 
 pytestmark = pytest.mark.faults
 
-ORDINARY = ("chunk scored", "checkpoint aside")
+ORDINARY = ("checkpoint aside",)
 # One rank, and old checkpoints pruned: the protocol is the same.
 RUN = [*SETTINGS, "learner.ranks=1", "run.keep_checkpoints=1"]
 

@@ -146,7 +146,8 @@ def mlflow_server(tmp_path):
     process.wait(10)
 
 
-@pytest.mark.parametrize("kind", ["kill", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.slow  # of servers that are gone or silent tests/learner/test_upload.py has ordinary ones
+@pytest.mark.parametrize("kind", ["kill", "stop"])
 def test_a_lost_mlflow_server_costs_a_warning(
     kind, cluster, mlflow_server, unbroken, after_the_first_epoch, tmp_path, monkeypatch
 ):
