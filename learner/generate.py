@@ -186,9 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
         drawn = draw(config, adapter, prompts, args.images, seed)
         sampler = config.sampler
         with_lora = f" tuned: with {args.lora} (rank {adapter.rank}, alpha {adapter.alpha:g})." if adapter else ""
+        noise = f"{'Same noise in a column: s' if adapter else 'S'}eed {seed}"
         legend = (
-            f"base: {Path(config.model.path).name}.{with_lora} Same noise in a column: seed {seed}, {sampler.steps} "
-            f"steps, guidance {sampler.guidance:g}, eta {sampler.eta:g}"
+            f"base: {Path(config.model.path).name}.{with_lora} {noise}, {sampler.steps} steps, "
+            f"guidance {sampler.guidance:g}, eta {sampler.eta:g}"
         )
         if args.separate:
             _write_separate(args.separate, drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from learner.trained import open_trained
 from rewards import judges
 
 OTHER_SEED = 1_000_003  # added to evaluation.seed: noise that no training run evaluates on
+SETTING = re.compile(r"[^/:]+=")
 BAD_INPUT = (BadAdapter, BaseModelError, CheckpointError, ConfigError, StorageError)
 
 
@@ -59,8 +61,8 @@ class Target:
 
 
 def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Targets and settings: those have a = that no path here has."""
-    settings = [one for one in given if "=" in one and not Path(one).exists()]
+    """Targets and settings: those have a = after a key, which a path that is here or a URL has not."""
+    settings = [one for one in given if SETTING.match(one) and not Path(one).exists()]
     return [one for one in given if one not in settings], settings
 
 

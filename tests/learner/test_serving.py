@@ -156,8 +156,8 @@ def test_the_base_model_may_be_elsewhere(adapter, tmp_path, monkeypatch):
 
 
 def test_there_is_no_pickle_and_no_code_but_ours(folder):
-    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert files == {
+    files = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+    assert {str(file) for file in files if "__pycache__" not in file.parts} == {  # loading it has made that one
         "MLmodel", "artifacts/adapter_weights/pytorch_lora_weights.safetensors", "conda.yaml", "python_env.yaml",
         "requirements.txt", "serving.py",
     }  # fmt: skip
