@@ -1,6 +1,7 @@
 """The model that MLflow serves draws plain diffusers' pixels, from safetensors and code of ours alone."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -173,12 +174,13 @@ def test_there_is_no_pickle_and_no_code_but_ours(folder):
 def test_a_real_request(folder, served, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an active environment: MLflow calls uvicorn
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m", str(folder)]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
             stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+            env={**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PATH": path},
         )  # fmt: skip
     try:
         wait_for(port, server, tmp_path / "server.log")
@@ -190,7 +192,8 @@ def test_a_real_request(folder, served, tmp_path):
         status, answer = post(port, {"dataframe_records": rows, "params": {"steps": 0}})
         assert status == 400 and "steps must be in 1..1000" in answer["message"]
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, which the test has said
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait(30)
 
 
