@@ -47,12 +47,13 @@ class LearnerActor:
         assert self.learner is not None
         return self.learner.fit_micro_batch(share)
 
-    def fetch(self, epoch: int, updates: Sequence[Sequence[ScoredRefs]], seconds: float) -> list[tuple[int, int]]:
-        """Get this rank's share of each update before any rank trains. Returns (update, place) of what is lost, and,
-        once something is, of what is not here within `seconds` of the call."""
+    def fetch(self, epoch: int, updates: Sequence[Sequence[ScoredRefs]], limit: float) -> list[tuple[int, int]]:
+        """Get this rank's share of each update before any rank trains, within `limit` seconds. Returns (update, place)
+        of what is lost, and, once something is, of what is not here by then."""
+        seconds = limit - min(0.5, limit / 10)  # the group waits for `limit`, and this rank's words are better
         deadline = time.monotonic() + seconds
         refs = [ref for update in updates for pair in update for ref in pair]
-        what, setting = f"fetching trajectories of epoch {epoch}", "run.chunk_seconds"
+        what, setting = f"fetching trajectories of epoch {epoch}", f"run.chunk_seconds={limit:g}"
         try:
             values = iter(get(refs, seconds, what, setting))
         except ObjectLost:

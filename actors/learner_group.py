@@ -80,12 +80,12 @@ class LearnerGroup:
         """Have every rank get its share of the epoch. Returns places in `pairs` whose objects are lost: nothing is
         trained then."""
         shares = [self._share(range(len(pairs)), rank) for rank in range(self.ranks)]
+        limit = self.chunk_seconds
         calls = [
-            actor.fetch.remote(epoch, [[pairs[i] for i in update] for update in share], self.chunk_seconds)
+            actor.fetch.remote(epoch, [[pairs[i] for i in update] for update in share], limit)
             for actor, share in zip(self._actors, shares, strict=True)
         ]
-        # A rank has its own deadline for it, whose words are better.
-        answers = self._answers(calls, self.chunk_seconds + 0.5, f"fetching epoch {epoch}", "run.chunk_seconds")
+        answers = self._answers(calls, limit, f"fetching epoch {epoch}", "run.chunk_seconds")
         return sorted(share[i][j] for share, lost in zip(shares, answers, strict=True) for i, j in lost)
 
     def train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
@@ -119,14 +119,19 @@ class LearnerGroup:
         Raises:
             RanksLost: one does not, or has not answered for chunk_seconds.
         """
-        now, limit = time.monotonic(), self.chunk_seconds
+        self._listen()
+        now = time.monotonic()
+        if not self._pings and now - self._asked > PING_SECONDS:
+            self._asked, self._pings = now, [actor.ready.remote() for actor in self._actors]
+
+    def _listen(self) -> None:
+        """To those that were asked while idle: what they are told to do since then comes after their answer."""
+        limit = self.chunk_seconds
         for ref in done(self._pings):
             self._pings.remove(ref)
             self._get(ref, "an idle learner rank", "run.chunk_seconds")
-        if self._pings and now - self._asked > silence(limit):
+        if self._pings and time.monotonic() - self._asked > silence(limit):
             raise self._lost(DeadlineExceeded(f"an idle learner rank did not answer in run.chunk_seconds={limit:g} s"))
-        if not self._pings and now - self._asked > PING_SECONDS:
-            self._asked, self._pings = now, [actor.ready.remote() for actor in self._actors]
 
     def stop(self) -> None:
         for actor in self._actors:
@@ -153,6 +158,7 @@ class LearnerGroup:
             if time.monotonic() > deadline:
                 limit = setting if "=" in setting else f"{setting}={seconds:g}"
                 raise self._lost(DeadlineExceeded(f"{what} took longer than {limit} s"))
+            self._listen()
             self._meanwhile([ref for ref in calls if ref not in found])
 
     def _get(self, ref: ray.ObjectRef, what: str, setting: str) -> Any:

@@ -168,11 +168,11 @@ def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(group, wo
     assert 5.0 < world.now <= 5.5 and world.meanwhile == 11
 
 
-def test_a_rank_that_does_not_answer_a_fetch_is_noticed_within_a_second_of_its_own_deadline(group, world):
+def test_a_rank_that_does_not_answer_a_fetch_is_noticed_at_the_deadline(group, world):
     world.spawned[0].silent = {"fetch"}
-    with pytest.raises(RanksLost, match=r"run\.chunk_seconds"):
+    with pytest.raises(RanksLost, match=r"fetching epoch 1 took longer than run\.chunk_seconds=3 s"):
         group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)])
-    assert 3.0 < world.now <= 4.0
+    assert 3.0 < world.now <= 3.5
 
 
 def test_ranks_that_hold_different_adapters_end_the_run(group, world):
@@ -204,6 +204,15 @@ def test_an_idle_rank_that_is_silent_is_noticed_at_its_deadline(group, world):
     with pytest.raises(RanksLost, match=r"an idle learner rank did not answer in run\.chunk_seconds=3 s"):
         look(group, world, 9.0)
     assert 2.5 < world.now - then <= 3.5  # PING_SECONDS after the last answer it is asked, 2.5 s later it is lost
+
+
+def test_what_it_is_told_to_do_meanwhile_gives_a_silent_rank_no_more_time(group, world):
+    look(group, world, 5.0)
+    world.spawned[0].silent, then = {"ready", "fetch"}, world.now
+    look(group, world, 2.0)
+    with pytest.raises(RanksLost, match=r"an idle learner rank did not answer in run\.chunk_seconds=3 s"):
+        group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)])
+    assert 2.5 < world.now - then <= 4.0
 
 
 def test_a_group_that_starts_anew_is_of_other_actors_and_asks_those(group, world):
@@ -245,9 +254,9 @@ def test_a_rank_says_which_of_its_objects_are_lost(monkeypatch):
 
 
 def test_what_is_slow_beside_what_is_lost_costs_one_deadline_not_one_each(monkeypatch):
-    """The driver waits for this answer half a second longer than the deadline, then gives the group up."""
+    """The driver gives the group up at the deadline: the answer comes a little before."""
     now = [0.0]
     answers = {f"{kind}{i}": 9.0 for kind in "ts" for i in range(4)} | {"t0": ObjectLost("gone"), "t3": 0.0, "s3": 0.0}
     actor = fetching(monkeypatch, answers, now)
     assert actor.fetch(1, [[(f"t{i}", f"s{i}") for i in range(4)]], 3.0) == [(0, 0), (0, 1), (0, 2)]
-    assert now[0] == 3.0
+    assert now[0] == pytest.approx(2.7)
