@@ -99,7 +99,10 @@ def _rank(rank: int, count: int, configs: list[Config], address: str, epochs, qu
     group.leave()
 
 
-@pytest.mark.parametrize(("count", "kinds"), [(2, tuple(OBJECTIVES)), (4, ("dag_db", "dag_kl", "nabla_db"))])
+@pytest.mark.parametrize(
+    ("count", "kinds"),
+    [(2, tuple(OBJECTIVES)), pytest.param(4, ("dag_db", "dag_kl", "nabla_db"), marks=pytest.mark.slow)],
+)
 def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configured):
     configs = [configured(kind, "sampler.chunk_size=2") for kind in kinds]
     ones, epochs = [], []
