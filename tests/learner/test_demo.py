@@ -1,4 +1,4 @@
-"""The demo's own settings raise the evaluated reward; shuffled among trajectories rewards do not. Six minutes."""
+"""The demo's own settings raise the evaluated reward; shuffled among trajectories rewards do not."""
 
 import json
 
