@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from actors.pool import Pool
-from learner.pipeline import Key
+from learner.protocol.buffer import Key
 from rewards.scorer import BadReward
 
 Row = tuple[str, int, int, int, int]  # of a chunk: its key, the row, and which making of the chunk it is of

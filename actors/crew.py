@@ -17,7 +17,7 @@ from actors.sampler_actor import SamplerActor
 from cluster.nodes import alive_nodes
 from cluster.placement import Placement
 from cluster.session import CLOSE_SECONDS
-from learner.factory import Parts
+from learner.build import Parts
 
 
 class Crew:

@@ -17,15 +17,16 @@ from cluster.session import Session
 from cluster.waits import ObjectLost, get, put, wait_any
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
-from learner import factory, receipts
+from learner import build
 from learner.config import Config
+from learner.protocol import receipts
 from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25
 
 
 class EvaluationPools:
-    """See learner/judging.py's Pools."""
+    """See evaluation/image_sets.py's Pools."""
 
     def __init__(self, config: Config, say: Callable[[str], None], name: str = "evaluation") -> None:
         """
@@ -51,7 +52,7 @@ class EvaluationPools:
             (config.sampler.labels, config.reward.labels, {}), config.run.autoscale,
         )  # fmt: skip
         self.description = f"on Ray: {placement.describe()}"
-        new_sampler, new_scorer = self.crew.makers(placement, factory.parts(config))
+        new_sampler, new_scorer = self.crew.makers(placement, build.parts(config))
         deadline = time.monotonic() + limit
         samplers = [new_sampler() for _ in range(placement.samplers)]
         scorers = [new_scorer() for _ in range(placement.scorers)]

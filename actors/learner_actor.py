@@ -10,8 +10,8 @@ import ray
 
 from cluster.waits import DeadlineExceeded, ObjectLost, get
 from diffusion.snapshot import Snapshot
-from learner import group
-from learner.training import Training
+from learner import process_group
+from learner.protocol.training import Training
 
 if TYPE_CHECKING:
     from learner.update import Learner, Scored
@@ -31,14 +31,14 @@ class LearnerActor:
 
     def address(self) -> str:
         """A free port on this rank's node, where rank 0 will meet the others."""
-        return group.free_address(ray.util.get_node_ip_address())
+        return process_group.free_address(ray.util.get_node_ip_address())
 
     def start(
         self, address: str, seconds: float, files: dict[str, bytes] | None
     ) -> tuple[Snapshot, tuple[int, int, int]]:
         """Join the group and build the networks, from a checkpoint's `files` if there are any. Returns the policy
         version to sample with and the shape of a latent."""
-        group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
+        process_group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
         self.learner = self.build(files)
         return self.learner.published, self.learner.model.latent_shape
 

@@ -13,9 +13,9 @@ import ray
 from actors.pool import PING_SECONDS, silence
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get, put
 from diffusion.snapshot import Snapshot
-from learner import receipts
-from learner.group import GroupBroken
-from learner.training import Training
+from learner.process_group import GroupBroken
+from learner.protocol import receipts
+from learner.protocol.training import Training
 
 GONE = (ActorDied, DeadlineExceeded, GroupBroken, ObjectLost)  # an answer may be lost with its node too
 HEAR_SECONDS = 1.0  # between a rank's failure and the others' noticing it

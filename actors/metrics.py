@@ -15,8 +15,8 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from diffusion.trajectory import Receipt, Verdict
-from learner.receipts import StaleWeights
-from learner.runner import EpochResult, Vitals
+from learner.protocol.receipts import StaleWeights
+from learner.protocol.runner import EpochResult, Vitals
 
 SECONDS = 1.0  # between two settings of the gauges
 CHUNK_SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]

@@ -1,7 +1,7 @@
 """The Ray runner: sampler actors -> reward actors -> learner ranks; only references cross the driver.
 
 One thread drives it all: whatever is waited for, `_turn` meanwhile hands out work, takes in what is done and replaces
-the dead. Which chunk may be sampled when, and what it is behind, is learner/pipeline.py's business.
+the dead. Which chunk may be sampled when, and what it is behind, is learner/protocol/buffer.py's business.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from cluster.waits import DeadlineExceeded, ObjectLost, get, wait_any
 from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
-from learner import factory
+from learner import build
 from learner.config import Config
-from learner.ledger import Ledger
-from learner.pipeline import Key, Pipeline, Work, key_of
 from learner.prompts import example_prompt
-from learner.receipts import StaleWeights
-from learner.runner import EpochResult, Hooks, Vitals
-from learner.training import Training
+from learner.protocol.buffer import Key, Pipeline, Work, key_of
+from learner.protocol.ledger import Ledger
+from learner.protocol.receipts import StaleWeights
+from learner.protocol.runner import EpochResult, Hooks, Vitals
+from learner.protocol.training import Training
 
 POLL_SECONDS = 0.25
 T = TypeVar("T")
@@ -45,7 +45,7 @@ NODES_SECONDS = 5.0  # between two looks at which nodes there are
 
 
 class RayRunner:
-    """Starts the actors of a run and drives them. See learner/runner.py for the contract."""
+    """Starts the actors of a run and drives them. See learner/protocol/runner.py for the contract."""
 
     def __init__(self, config: Config, files: dict[str, bytes] | None = None, name: str = "run") -> None:
         """`name` is the run's, in the Ray dashboard and on its metrics.
@@ -78,7 +78,7 @@ class RayRunner:
         config, limit = self.config, self.config.run.ready_seconds
         self._placement = placement = place_for(config, alive_nodes())
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
-        parts = factory.parts(config)
+        parts = build.parts(config)
         new_sampler, new_scorer = self.crew.makers(placement, parts)
         deadline = time.monotonic() + limit
         self.crew.room = reserve(placement, limit)
@@ -113,7 +113,7 @@ class RayRunner:
         self.batch_sizes["micro_batch"] = self._group.fit_micro_batch(rank_share, left(), what, setting)
         # A restarted group keeps the batches that this one found.
         learner = config.learner.model_copy(update={"micro_batch": self.batch_sizes["micro_batch"]})
-        self._build_learner = factory.parts(config.model_copy(update={"learner": learner})).learner
+        self._build_learner = build.parts(config.model_copy(update={"learner": learner})).learner
         limits = Limits(config.run.chunk_seconds, limit, config.run.chunk_attempts)
         self.samplers = Pool("sampling", samplers, new_sampler, limits, self._say)
         self.scorers = Pool("scoring", scorers, new_scorer, limits, self._say)

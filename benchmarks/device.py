@@ -29,10 +29,11 @@ from benchmarks import pipelines
 from benchmarks.measure import CEILING, Measured, measure, process_peak_bytes, ratio
 from benchmarks.parts import COMPARISON, Bench, objective_configs, with_settings
 from diffusion.locate import BaseModelError
-from learner import environment, factory
+from learner import build
 from learner.config import DEFAULT_CONFIG, ConfigError, resolve
-from learner.objectives import OBJECTIVES
-from rewards import UnknownReward
+from learner.objectives.by_name import OBJECTIVES
+from records import environment
+from rewards.registry import UnknownReward
 
 SD15 = Path(__file__).parent / "sd15.yaml"
 LATE = 0.8  # cheap forward-looking values begin after this share of the steps, where the config has no say
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = with_settings(path, overrides, *COMPARISON)
     if args.sd15:
         _say("making a pipeline with random weights")
-        pipelines.build(folder, args.sd15 == "tiny", factory.device(config))
+        pipelines.build(folder, args.sd15 == "tiny", build.device(config))
         pipelines.build_tiny_decoder(folder / "taesd", args.sd15 == "tiny")
     try:
         bench = Bench(config, cheap, tiny)

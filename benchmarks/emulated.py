@@ -22,8 +22,8 @@ import numpy as np
 
 from diffusion.snapshot import Snapshot, digest
 from diffusion.trajectory import Chunk, CleanPredictions, Scores, Trajectories
-from learner import receipts
-from learner.training import Training
+from learner.protocol import receipts
+from learner.protocol.training import Training
 
 Scored = tuple[Trajectories, Scores]
 STATE = "learner.json"
@@ -128,9 +128,9 @@ class Gloo:
     def sum(self, numbers: np.ndarray) -> np.ndarray:
         import torch
 
-        from learner import group
+        from learner import process_group
 
-        return group.reduce(torch.from_numpy(numbers.copy())).numpy()
+        return process_group.reduce(torch.from_numpy(numbers.copy())).numpy()
 
 
 class EmulatedLearner:
@@ -199,8 +199,8 @@ def build_learner(emulation: Emulation, files: dict[str, bytes] | None) -> Emula
 
 
 def parts(emulation: Emulation) -> Any:
-    """In the place of learner.factory.parts."""
-    from learner.factory import Parts
+    """In the place of learner.build.parts."""
+    from learner.build import Parts
 
     sampler: Any = partial(EmulatedSampler, emulation)
     scorer: Any = partial(EmulatedScorer, emulation)

@@ -26,7 +26,7 @@ matplotlib.use("Agg")  # no display on a server
 import numpy as np
 from matplotlib.figure import Figure
 
-from learner.compare import COLOURS
+from commands.compare import COLOURS
 
 ROOT = Path(__file__).parent.parent
 PRESETS = {

@@ -19,17 +19,18 @@ from torch import nn
 from benchmarks.measure import Part, ceiling
 from benchmarks.published import Published, Rollouts
 from diffusion import lora
-from diffusion.pipelines import load_tiny_decoder
-from diffusion.rollout import RolloutSettings, Sampler
+from diffusion.loading import load_tiny_decoder
+from diffusion.rollout import Sampler
+from diffusion.settings import RolloutSettings
 from diffusion.trajectory import CleanPredictions, Trajectories
 from diffusion.unconditional import UnconditionalModel
-from learner import factory
+from learner import build
 from learner.config import Config, ConfigError, load_config
 from learner.controller import training_prompts
-from learner.objectives import OBJECTIVES
+from learner.objectives.needs import NEEDS
 from learner.prompts import example_prompt
+from learner.protocol.chunks import training_chunks
 from learner.update import Learner, Scored
-from learner.work import training_chunks
 from rewards.scorer import Scorer
 
 EPOCH = 1  # epoch 0 may warm the flow network up, once in a run
@@ -68,9 +69,9 @@ def for_objective(path: Path | None, overrides: Sequence[str], kind: str) -> Con
         ConfigError: the config's other settings do not go with it.
     """
     needed = [f"objective.kind={kind}", "train.replay_updates=0"]  # which an epoch without past does not do
-    if not OBJECTIVES[kind].fits_flow:
+    if not NEEDS[kind].fits_flow:
         needed += ["flow.fit_steps=0", "flow.warmup_steps=0"]
-    if OBJECTIVES[kind].flow == "gradient":
+    if NEEDS[kind].flow == "gradient":
         needed.append("flow.stem_stride=1")
     return with_settings(path, overrides, *needed)
 
@@ -85,14 +86,14 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.changes: dict[str, dict[str, Any]] = {}  # of each objective's part: what its config has otherwise
-        factory.prepare_process(self.config)
-        self.model = factory.build_model(self.config)
+        build.prepare_process(self.config)
+        self.model = build.build_model(self.config)
         self.model.unet.eval()
-        self.scorer = factory.build_scorer(self.config)
+        self.scorer = build.build_scorer(self.config)
         self.start = lora.snapshot(self.model.unet, 0)
         self.prompt = example_prompt(self.config)
         # As a run would choose them.
-        device, latent = factory.device(self.config), self.model.latent_shape
+        device, latent = build.device(self.config), self.model.latent_shape
         self.batch = self.scorer.batch or self.scorer.fitting_batch(latent, self.prompt, device)
         self.scorer.batch = self.batch
         self.chunks = training_chunks(self.config, training_prompts(self.config), EPOCH)
@@ -133,7 +134,7 @@ class Bench:
     def _flow(self, config: Config) -> nn.Module | None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed + 1)
-            return factory.flow_network(config, self.model.latent_shape, self.model.embedding_width)
+            return build.flow_network(config, self.model.latent_shape, self.model.embedding_width)
 
     def _rollout(self, name: str, settings: RolloutSettings) -> Part:
         sampler = Sampler(self.model, settings)
@@ -176,7 +177,7 @@ class Bench:
         """Inner states by the tiny decoder, the images by the whole one."""
         if self.tiny is None:
             return []
-        tiny = load_tiny_decoder(self.tiny, factory.device(self.config), self.decode_dtype)
+        tiny = load_tiny_decoder(self.tiny, build.device(self.config), self.decode_dtype)
         scorer = Scorer(self.scorer.decoder, self.scorer.reward, tiny=tiny, batch=self.scorer.batch)
         return [self._score(SCORE_TINY, settings, 0, scorer)]
 
@@ -244,7 +245,7 @@ class Bench:
 
     def _score_for(self, config: Config) -> list[Scored]:
         """Trajectories as the config's objective wants them, and their scores."""
-        settings, gradients = config.rollout_settings(), OBJECTIVES[config.objective.kind].reward_gradients
+        settings, gradients = config.rollout_settings(), config.needs.reward_gradients
         if (settings, gradients) not in self._scored:
             scorer = Scorer(
                 self.scorer.decoder, self.scorer.reward, gradients=gradients, batch=None if gradients else self.batch
@@ -274,7 +275,7 @@ def objective_configs(
         except ConfigError as error:
             missing[learning(kind)] = " ".join(str(error).splitlines())
             continue
-        if OBJECTIVES[kind].reward_gradients and not differentiable:
+        if NEEDS[kind].reward_gradients and not differentiable:
             missing[learning(kind)] = f"reward {config.reward.name} is not differentiable"
         else:
             configs[kind] = config

@@ -43,12 +43,13 @@ from cluster.waits import get
 from cluster.weights import WeightStore
 from diffusion import lora
 from diffusion.snapshot import Snapshot, digest
-from learner import environment, factory
+from learner import build
 from learner.config import Config, load_config
 from learner.inprocess import InProcessRunner
-from learner.ledger import Ledger
-from learner.runner import Runner
-from learner.work import training_chunks
+from learner.protocol.chunks import training_chunks
+from learner.protocol.ledger import Ledger
+from learner.protocol.runner import Runner
+from records import environment
 
 SECONDS = 120  # deadline of anything here
 CHUNK = 8
@@ -71,7 +72,7 @@ def settings(trajectories: int, *overrides: str) -> Config:
 
 @contextmanager
 def running(kind: Callable[[Config], Runner], config: Config, emulation: Emulation) -> Iterator[Runner]:
-    with patch.object(factory, "parts", lambda _: emulated.parts(emulation)):
+    with patch.object(build, "parts", lambda _: emulated.parts(emulation)):
         runner = kind(config)
         try:
             yield runner

@@ -11,10 +11,9 @@ from typing import Any
 import ray
 import torch
 
-from cluster import doors
+from cluster import auth, signals
 from cluster.nodes import Node, alive_nodes
-from learner import ending
-from learner.temporary import TemporaryFolder
+from cluster.temp_folders import TemporaryFolder
 
 LOCAL = "local"
 CLOSE_SECONDS = 3.0
@@ -29,12 +28,12 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
     """
     address = _address()
     if not local:
-        for fault in doors.faults_here():
+        for fault in auth.faults_here():
             warn(fault)
     if local or address == LOCAL:
         cpus, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
         return [Node("this machine", cpus, gpus, free_cpus=cpus, free_gpus=gpus)]
-    with doors.stranger(address) as let_in:
+    with auth.stranger(address) as let_in:
         session = Session(cpu_threads)
         try:
             if (open_to_all := let_in()) is not None:
@@ -68,13 +67,13 @@ class Session:
         address = _address()
         try:
             if address == LOCAL:
-                doors.ensure_token()
+                auth.ensure_token()
                 self._folder = TemporaryFolder()
                 with self._folder.marking():
                     # Ray opens its folder to everybody; ours around it stays closed.
                     _init(address, include_dashboard=False, _temp_dir=str(self._folder.path / "r"))
             else:
-                doors.require_answer(address)
+                auth.require_answer(address)
                 _init(address)
         except BaseException:
             self.close()
@@ -108,7 +107,7 @@ def _init(address: str, **options: Any) -> None:
     # have it too, HF_TOKEN included.
     common = {"namespace": "tributary", "log_to_driver": False, "logging_level": logging.WARNING}
     try:
-        with ending.handlers_kept():
+        with signals.handlers_kept():
             ray.init(address=address, **common, **options)
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ConnectionError(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error

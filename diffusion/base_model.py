@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
 
 from diffusion import lora
-from diffusion.kernels import DDIMKernel, Grid
+from diffusion.kernels import DDIMKernel
 from diffusion.locate import load_errors, locate
+from diffusion.settings import Grid
 
 COMPILED_GRAPHS = 64
 

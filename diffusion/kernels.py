@@ -18,8 +18,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-Reduction = Literal["sum", "mean"]
-Grid = Literal["ddim", "dpm_solver"]
+from diffusion.settings import Grid, Reduction
+
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 

@@ -7,9 +7,12 @@ whichever actor makes it and whenever, and a lost chunk is made again exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # What a draw is for: the second key word, so that no two uses share a stream.
 ROLLOUT, EVALUATION, SELECTION, PROMPTS, REPLAY, SHUFFLE, GROUPS, PAST_UPDATES = range(8)
@@ -24,4 +27,6 @@ def generator(seed: int, use: int, epoch: int = 0, item: int = 0, step: int = 0)
 def normal(seed: int, use: int, epoch: int, items: Sequence[int], step: int, shape: Sequence[int]) -> torch.Tensor:
     """Standard normal float32 [len(items), *shape]; row i depends only on items[i] and the other arguments."""
     rows = [generator(seed, use, epoch, int(item), step).standard_normal(tuple(shape), np.float32) for item in items]
+    import torch  # here: the configuration's checks use `generator` and must start fast
+
     return torch.from_numpy(np.stack(rows))

@@ -4,48 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import lora, memory, noise, transitions
+from diffusion import gpu_memory, lora, noise, transitions
 from diffusion.base_model import BaseModel
-from diffusion.kernels import DDIMKernel, Grid
+from diffusion.kernels import DDIMKernel
+from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
-
-ForwardLooking = Literal["base", "snapshot", "none"]
-CleanPrediction = Literal["conditional", "guided"]
-StatePrecision = Literal["float32", "float16"]
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How trajectories are made; the same for rollout, training and evaluation.
-
-    `forward_looking` says which weights give the clean predictions of inner states: the frozen reference
-    (adapter off, one more pass a state), the rollout's own, or none (psi = 0); `clean_prediction` whether from the
-    conditional output (the published code) or the guided one, which foretells the image better. `skip_last` leaves
-    the last transition out of training; the state before it then counts as terminal, with the reward of its clean
-    prediction. With `image_only` nothing but x_0 is scored. psi is 0 at steps before `from_step`, and nothing is
-    decoded there. States are rounded to `state_precision` as they are made, so that what is stored is what log p_F is
-    of; model outputs and clean predictions are stored in it too.
-    """
-
-    num_steps: int = 50
-    guidance: float = 5.0
-    eta: float = 1.0
-    grid: Grid = "ddim"
-    forward_looking: ForwardLooking = "base"
-    clean_prediction: CleanPrediction = "conditional"
-    selection: transitions.Selection = "all"
-    fraction: float = 1.0
-    skip_last: bool = False
-    from_step: int = 0
-    image_only: bool = False
-    state_precision: StatePrecision = "float32"
 
 
 class Sampler:
@@ -69,12 +37,12 @@ class Sampler:
             lora.load(self.model.unet, snapshot.flat)
             self._loaded = (snapshot.version, snapshot.sha256)
         receipt = lora.fingerprint(self.model.unet)
-        with memory.smaller("sampler.chunk_size", len(chunk.prompts)):
+        with gpu_memory.smaller("sampler.chunk_size", len(chunk.prompts)):
             return rollout(self.model, self.kernel, self.settings, chunk, snapshot.version, receipt)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
-        memory.release(self.model.device)
+        gpu_memory.release(self.model.device)
 
 
 @torch.no_grad()
@@ -104,11 +72,11 @@ def rollout(
 
     def draw(step: int) -> Tensor:
         drawn = noise.normal(chunk.seed, use, chunk.epoch, chunk.trajectory_ids, step, model.latent_shape)
-        return memory.to_device(drawn.numpy(), model.device)
+        return gpu_memory.to_device(drawn.numpy(), model.device)
 
     embeddings = model.embed(chunk.prompts)
     x = draw(noise.INITIAL_STATE).to(store).float()
-    grid = memory.to_device(kernel.timesteps.numpy(), model.device)
+    grid = gpu_memory.to_device(kernel.timesteps.numpy(), model.device)
     states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
     with _no_dropout(model):
         for i in range(n):
@@ -118,7 +86,7 @@ def rollout(
                 output = guided if settings.clean_prediction == "guided" else conditional
                 if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
                     scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
-                    at = memory.to_device(rows, model.device)
+                    at = gpu_memory.to_device(rows, model.device)
                     output = output.index_copy(0, at, model.predict_reference(x[at], t[at], embeddings[at], scale))
                 cleans.append(kernel.clean(output, t, x).to(store))
             x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 from diffusion import noise
-
-Selection = Literal["all", "random", "low_variance"]
+from diffusion.settings import Selection
 
 
 def select(

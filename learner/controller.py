@@ -16,22 +16,25 @@ import numpy as np
 import yaml
 
 from diffusion.trajectory import Scores
-from learner import checkpoint, collapse, figures, quarantine, report, summary
+from evaluation import collapse, metrics
+from evaluation.intervals import mean_of_good
 from learner.config import Config
-from learner.heartbeat import Heartbeat
-from learner.ledger import Ledger
-from learner.objectives import OBJECTIVES
+from learner.config.sections import Objective
 from learner.objectives.base import anneal
-from learner.progress import Bar
+from learner.objectives.by_name import OBJECTIVES
+from learner.open_run import OpenRun
 from learner.prompts import read_prompts
-from learner.records import BEFORE, CONFIG, Records
-from learner.resume import OpenRun
-from learner.runner import EpochResult, Runner
-from learner.sections import Objective
-from learner.statistics import mean_of_good
-from learner.storage import StorageError
-from learner.tracking import Tracker
-from learner.work import evaluation_chunks, training_chunks
+from learner.protocol import quarantine
+from learner.protocol.chunks import evaluation_chunks, training_chunks
+from learner.protocol.ledger import Ledger
+from learner.protocol.runner import EpochResult, Runner
+from records import checkpoint
+from records.heartbeat import Heartbeat
+from records.run_folder import BEFORE, CONFIG, Records
+from records.storage import StorageError
+from reports import html, summary
+from reports.progress import Bar
+from reports.tracking import Tracker
 
 Say = Callable[[str], None]
 
@@ -119,7 +122,7 @@ def finish(records: Records, config: Config, say: Say) -> None:
     newest = checkpoint.LATEST if storage.local else f"step-{checkpoint.steps(storage)[-1]:06d}"
     say(f"LoRA: {storage}/{checkpoint.FOLDER}/{newest}/lora")
     if reported:
-        say(f"report: {storage}/{report.FILE}")
+        say(f"report: {storage}/{html.FILE}")
     for line in _described(lambda: summary.next_commands(records, config), say):
         say(line)
 
@@ -150,7 +153,7 @@ def describe_objective(config: Config, dimensions: int) -> str:
     other = [key for key, value in given.model_dump().items() if key != "reward_offset" and value != published[key]]
     but = f", but {', '.join(other)}" if other and given.setting == "faithful" else ""
     text = f"{given.kind} ({given.setting}{but}): {kind.target(given, dimensions)}"
-    if kind.uses_ratio:
+    if kind.needs.uses_ratio:
         nats = given.clip_range * (dimensions if given.log_prob_reduction == "mean" else 1)
         text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"
     return text
@@ -159,9 +162,9 @@ def describe_objective(config: Config, dimensions: int) -> str:
 def _report(records: Records, config: Config, say: Say) -> bool:
     """Write the report; a page that cannot be drawn is no reason to lose a run."""
     try:
-        records.storage.write(report.FILE, report.render(records, config))
+        records.storage.write(html.FILE, html.render(records, config))
     except Exception as error:
-        say(f"warning: no {report.FILE}: {type(error).__name__}: {error} (later: python -m learner.report RUN)")
+        say(f"warning: no {html.FILE}: {type(error).__name__}: {error} (later: python -m learner.report RUN)")
         return False
     return True
 
@@ -208,7 +211,7 @@ def _judged(records: Records, epoch: int) -> dict[str, Any]:
     found: dict[str, Any] = {"eval_reward_mean": mean_of_good(now.rewards)}
     found |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
     if now.features is not None:
-        found["eval_vendi"] = figures.vendi(now.features)
+        found["eval_vendi"] = metrics.vendi(now.features)
         found["eval_distance"] = mean_of_good(collapse.apartness(now.features, now.prompts))
     if BEFORE in records.evaluated() and epoch != BEFORE:
         found["collapse"] = "; ".join(collapse.signs(records.evaluation(BEFORE), now)) or None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import memory, noise
+from diffusion import gpu_memory, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
 from learner.objectives.base import Transitions
@@ -63,7 +63,7 @@ class Experience:
         end = n - 1 if objective.last_transition == "skip" else n
 
         def tensor(array: np.ndarray) -> Tensor:
-            moved = memory.to_device(array, model.device)
+            moved = gpu_memory.to_device(array, model.device)
             return moved.float() if moved.dtype == torch.float16 else moved
 
         times = np.append(trajectories.timesteps, 0)

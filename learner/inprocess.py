@@ -10,29 +10,30 @@ from dataclasses import replace
 
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
-from learner import factory, receipts
+from learner import build
 from learner.config import Config
-from learner.ledger import Ledger
-from learner.pipeline import Pipeline, key_of
 from learner.prompts import example_prompt
-from learner.runner import EpochResult, Hooks, Vitals
+from learner.protocol import receipts
+from learner.protocol.buffer import Pipeline, key_of
+from learner.protocol.ledger import Ledger
+from learner.protocol.runner import EpochResult, Hooks, Vitals
 from learner.update import Scored
 
 
 class InProcessRunner:
-    """Runs every part in turn in this process. See learner/runner.py for the contract."""
+    """Runs every part in turn in this process. See learner/protocol/runner.py for the contract."""
 
     ranks = 1
 
     def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
-        parts = factory.parts(config)
+        parts = build.parts(config)
         self.config = config
         self.hooks = Hooks()
         self.sampler, self.scorer, self.learner = parts.sampler(), parts.scorer(), parts.learner(files)
         self.snapshot = self.learner.published
         self.dimensions = self.learner.dimensions
         self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(
-            self.learner.model.latent_shape, example_prompt(config), factory.device(config)
+            self.learner.model.latent_shape, example_prompt(config), build.device(config)
         )
         self.batch_sizes = {"micro_batch": self.learner.fit_micro_batch(), "score": self.scorer.batch}
         self.description = "in process: 1 sampler, 1 scorer, 1 learner"
@@ -98,12 +99,12 @@ class InProcessRunner:
 
 
 class InProcessPools:
-    """See learner/judging.py's Pools."""
+    """See evaluation/image_sets.py's Pools."""
 
     description = "in process: 1 sampler, 1 scorer"
 
     def __init__(self, config: Config) -> None:
-        self.sampler, self.scorer = factory.build_sampler(config), factory.build_scorer(config)
+        self.sampler, self.scorer = build.build_sampler(config), build.build_scorer(config)
 
     def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
         for chunk in chunks:

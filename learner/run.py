@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from learner import ending
+from cluster import signals
 
 if __name__ == "__main__":
-    ending.watch()  # now: what follows takes seconds to import
+    signals.watch()  # now: what follows takes seconds to import
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,30 +17,30 @@ from typing import Any
 import torch
 import yaml
 
-import rewards
 from cluster.nodes import totals
 from cluster.placement import Placement, PlacementError, place_for
 from cluster.session import nodes_at_hand
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
+from diffusion.gpu_memory import OutOfMemory
+from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
 from diffusion.locate import BaseModelError, is_unconditional
-from diffusion.memory import OutOfMemory
-from diffusion.pipelines import check_parts, check_tiny_decoder, load_kernel
-from learner import controller, environment, resume
-from learner.checkpoint import CheckpointError
+from learner import controller, open_run
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
-from learner.group import GroupBroken
-from learner.heartbeat import Heartbeat
-from learner.ledger import LedgerError
-from learner.objectives import OBJECTIVES
-from learner.pipeline import TooStale
-from learner.quarantine import QuarantineFull
-from learner.receipts import RanksDiverged, StaleWeights
-from learner.resume import OpenRun
-from learner.runner import Runner
-from learner.storage import Storage, StorageError
-from learner.tracking import Tracker, tracking_uri
+from learner.open_run import OpenRun
+from learner.process_group import GroupBroken
+from learner.protocol.buffer import TooStale
+from learner.protocol.ledger import LedgerError
+from learner.protocol.quarantine import QuarantineFull
+from learner.protocol.receipts import RanksDiverged, StaleWeights
+from learner.protocol.runner import Runner
 from learner.update import NonFiniteGradient
-from rewards import UnknownReward, judges
+from records import environment
+from records.checkpoint import CheckpointError
+from records.heartbeat import Heartbeat
+from records.storage import Storage, StorageError
+from reports.tracking import Tracker, tracking_uri
+from rewards import judges, registry
+from rewards.registry import UnknownReward
 from rewards.scorer import BadReward
 from rewards.weights import BadWeights, WeightsNotFound
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     143: SIGTERM."""
     args = _parser().parse_intermixed_args(arguments)
     source = args.config or DEFAULT_CONFIG
-    ending.running()
+    signals.running()
     try:
         config, faults = read_config(source, args.overrides)
         if args.print_config:
@@ -68,18 +68,18 @@ def main(arguments: list[str] | None = None) -> int:
         placement, resources = _check(config, faults)
         prompts = [*controller.training_prompts(config), *controller.evaluation_prompts(config)]
         if args.plan:
-            from learner import plan
+            from commands import plan
 
-            print(plan.describe(config, placement, resources, resume.whereabouts(config, source, prompts)))
+            print(plan.describe(config, placement, resources, open_run.whereabouts(config, source, prompts)))
             return 0
-        opened = resume.open_run(config, source, prompts, warn)
+        opened = open_run.open_run(config, source, prompts, warn)
     except (ConfigError, CheckpointError, BaseModelError, ConnectionError) as error:
         for line in str(error).splitlines():
             complain(line)
         return 2
     except KeyboardInterrupt:
         complain("interrupted before anything was started")
-        return ending.status()
+        return signals.status()
     try:
         return _run(opened, resources)
     finally:
@@ -123,9 +123,9 @@ def _run(opened: OpenRun, resources: dict[str, float]) -> int:
     except KeyboardInterrupt:
         status = "KILLED"
         complain(f"interrupted; the same command goes on from what is done in {records.storage}")
-        return ending.status()
+        return signals.status()
     finally:
-        ending.closing()
+        signals.closing()
         if runner is not None:
             runner.close()
         if heartbeat is not None:
@@ -195,7 +195,7 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
     reward = config.reward
     objective = _needing_gradients(config)
     attempt(
-        lambda: rewards.check(reward.name, reward.weights, reward.options, prompts, objective, reward.backend)
+        lambda: registry.check(reward.name, reward.weights, reward.options, prompts, objective, reward.backend)
     )  # fmt: skip
     evaluation = config.evaluation
     attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
@@ -228,7 +228,7 @@ def _check_prompting(config: Config, path: str) -> None:
 
 def _needing_gradients(config: Config) -> str | None:
     """The objective, if it learns from reward gradients."""
-    return config.objective.kind if OBJECTIVES[config.objective.kind].reward_gradients else None
+    return config.objective.kind if config.needs.reward_gradients else None
 
 
 def _raise(faults: Sequence[str]) -> None:
@@ -265,4 +265,4 @@ def _kind(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    ending.leave(main())
+    signals.leave(main())

@@ -1,8 +1,8 @@
 """The learner: GFlowNet updates of the LoRA and the flow network from scored trajectories.
 
 Plain Python and torch; one instance a rank. With several ranks each holds an equal share of every update's
-trajectories and the gradients are averaged (learner/group.py), so any number of ranks does the same update. What is
-minimised is the objective's business (learner/objectives/).
+trajectories and the gradients are averaged (learner/process_group.py), so any number of ranks does the same update.
+What is minimised is the objective's business (learner/objectives/).
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from diffusion import lora, memory, noise
+from diffusion import gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
-from learner import group, quarantine, receipts, state
+from learner import process_group, state
 from learner.config import Config
 from learner.experience import Experience
-from learner.objectives import OBJECTIVES
 from learner.objectives.base import Policy, Population, Transitions
-from learner.training import Training
+from learner.objectives.by_name import OBJECTIVES
+from learner.protocol import quarantine, receipts
+from learner.protocol.training import Training
 
 Scored = tuple[Trajectories, Scores]
 ANCHOR = "anchor"  # in Transitions.prepared: outputs that the regulariser holds the policy to
@@ -70,9 +71,9 @@ class Learner:
         memory holds, on several ranks the smallest of theirs. Gradients depend on it in their last bits, so it is
         found once a run and kept in its checkpoints."""
         if self.config.learner.micro_batch is None and self.model.device.type == "cuda":
-            with memory.smaller("learner.micro_batch", 1):
-                fits = memory.largest_batch(self._try_micro_batch, self.model.device, MOST, share)
-            least = group.reduce(torch.tensor(fits, device=self.model.device), dist.ReduceOp.MIN)
+            with gpu_memory.smaller("learner.micro_batch", 1):
+                fits = gpu_memory.largest_batch(self._try_micro_batch, self.model.device, MOST, share)
+            least = process_group.reduce(torch.tensor(fits, device=self.model.device), dist.ReduceOp.MIN)
             self.micro_batch = int(least.item())
         return self.micro_batch
 
@@ -85,8 +86,8 @@ class Learner:
             x=x, x_next=x.clone(), t=one * int(self.kernel.timesteps[0]), t_next=one * int(self.kernel.timesteps[1]),
             trajectory_id=one * 0, embeddings=self.model.embed([""] * size), reward=number, reward_next=number,
             reward_terminal=number, terminal=one == 0, log_pf_old=number, output_old=x.clone(),
-            clean_gradient=torch.ones_like(x) if self.objective.reward_gradients else None,
-            clean_gradient_next=torch.ones_like(x) if self.objective.reward_gradients else None,
+            clean_gradient=torch.ones_like(x) if self.objective.needs.reward_gradients else None,
+            clean_gradient_next=torch.ones_like(x) if self.objective.needs.reward_gradients else None,
             prepared={"advantage": number},
         )  # fmt: skip
         before = self.objective.state()
@@ -99,7 +100,7 @@ class Learner:
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
-        memory.release(self.model.device)
+        gpu_memory.release(self.model.device)
 
     def publish(self, version: int) -> lora.Snapshot:
         """The adapter as it stands, as this version; later trajectories must carry its hash.
@@ -124,7 +125,7 @@ class Learner:
             GroupBroken: another rank is gone or silent.
             OutOfMemory: the micro-batch is too large for the GPU.
         """
-        with memory.smaller("learner.micro_batch", self.micro_batch):
+        with gpu_memory.smaller("learner.micro_batch", self.micro_batch):
             return self._train_epoch(epoch, beta, updates)
 
     def _train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
@@ -144,7 +145,7 @@ class Learner:
             self.replay.append([[one.kept(train.replay_updates > 0) for one in update] for update in fresh])
         fresh[1:] = map(self._anchored, fresh[1:])
         rows = [self._train(epoch, index, beta, update) for index, update in enumerate(fresh)]
-        if self.objective.uses_ratio:
+        if self.objective.needs.uses_ratio:
             rows[0]["clipped_before"] = self._clipped_before([one for update in fresh for one in update], rows[0])
         for index, update in enumerate(past, len(fresh)):
             age = self.published.version - update[0].trajectories.policy_version
@@ -160,7 +161,7 @@ class Learner:
         if not self.config.train.max_staleness:
             return {}
         mine = [self.published.version - made.policy_version for made, _ in scored for _ in made.chunk.trajectory_ids]
-        lags = [lag for part in group.gather(mine) for lag in part]
+        lags = [lag for part in process_group.gather(mine) for lag in part]
         return {"staleness_mean": float(np.mean(lags)), "staleness_max": float(max(lags))}
 
     def _train(self, epoch: int, index: int, beta: float, update: Sequence[Experience]) -> dict[str, float]:
@@ -190,7 +191,7 @@ class Learner:
         """Means over ranks: of all updates, and of each."""
         names = sorted({name for row in rows for name in row})
         table = torch.tensor([[row.get(name, np.nan) for name in names] for row in rows], dtype=torch.float64)
-        table = group.reduce(table.to(self.model.device)) / self.world_size
+        table = process_group.reduce(table.to(self.model.device)) / self.world_size
         means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
         each = [
             {name: value for name, value in zip(names, row, strict=True) if not np.isnan(value)}
@@ -247,7 +248,7 @@ class Learner:
             (loss * share).backward()
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.double() * share
-        group.average_gradients(self.policy_parameters + (self.flow_parameters if joint else []))
+        process_group.average_gradients(self.policy_parameters + (self.flow_parameters if joint else []))
         totals = {name: value.item() for name, value in sums.items()}
         totals["grad_norm"] = self._step(self.policy_optimizer, self.policy_parameters)
         if joint:
@@ -258,7 +259,7 @@ class Learner:
         self, batch: Transitions, beta: float, flow_gradient: bool = True, held: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss of a batch and the regulariser, means over its transitions, with its parts detached."""
-        if self.objective.reward_gradients and self.flow is not None:  # the reverse loss differentiates by x
+        if self.objective.needs.reward_gradients and self.flow is not None:  # the reverse loss differentiates by x
             batch.x.requires_grad_()
         output = self.policy.output(batch)
         loss, parts = self.objective.loss(batch, output, self.flow, beta, flow_gradient)
@@ -320,7 +321,7 @@ class Learner:
         for one in chunks:
             chunk, rewards = one.trajectories.chunk, one.scores.rewards[:, -1].tolist()
             mine.extend(zip(chunk.trajectory_ids, chunk.prompts, rewards, strict=True))
-        ids, prompts, values = zip(*sorted(row for part in group.gather(mine) for row in part), strict=True)
+        ids, prompts, values = zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True)
         return Population(ids, prompts, values)
 
     def _fit_flow(self, epoch: int, update: int, beta: float, steps: int) -> dict[str, float]:
@@ -336,7 +337,7 @@ class Learner:
             parts = [pool[i].gather(rng.integers(0, len(pool[i]), each), self.model, self.config) for i in pick]
             loss = self.objective.flow_loss(Transitions.concatenate(parts), self.flow, beta)
             loss.backward()
-            group.average_gradients(self.flow_parameters)
+            process_group.average_gradients(self.flow_parameters)
             self._step(self.flow_optimizer, self.flow_parameters)
             losses.append(loss.detach())
         return {"flow_loss": torch.stack(losses).double().mean().item()}

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-from rewards import FeatureKind, preprocess
+from rewards import preprocess
 from rewards.aesthetic import CLIP, OTHERS, vision_config
+from rewards.names import FeatureKind
 from rewards.network import check_keys, fill, full_precision, on_meta, shapes_of
 from rewards.weights import Asset, WeightsNotFound, check, find, read
 

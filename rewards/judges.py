@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import rewards
-from rewards import features
+from rewards import features, registry
 from rewards.features import Features
+from rewards.names import FeatureKind
 from rewards.weighted_sum import Term, naming, read_terms
 
 WHERE = "evaluation.held_out"
@@ -26,7 +26,7 @@ class HeldOutRaised(ValueError):
 class Judges:
     """Rewards [by label] and a feature extractor for finished pictures."""
 
-    held_out: dict[str, rewards.Reward]
+    held_out: dict[str, registry.Reward]
     features: Features
 
     def __call__(
@@ -55,7 +55,7 @@ class Judges:
         return {label: np.concatenate(parts) for label, parts in scores.items()}, np.concatenate(found)
 
 
-def build(held_out: HeldOut, kind: rewards.FeatureKind, clip: str | None, device: str) -> Judges:
+def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -> Judges:
     """
     Raises:
         ValueError: as `check`, and what a reward that cannot be made says.
@@ -63,11 +63,11 @@ def build(held_out: HeldOut, kind: rewards.FeatureKind, clip: str | None, device
     made = {}
     for index, term in enumerate(_terms(held_out)):
         with naming(index, term, WHERE):
-            made[term.label] = rewards.load(term.name, term.weights, device, **term.options)
+            made[term.label] = registry.load(term.name, term.weights, device, **term.options)
     return Judges(made, features.load(kind, clip, device))
 
 
-def check(held_out: HeldOut, kind: rewards.FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
+def check(held_out: HeldOut, kind: FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
     """Would `build` fail, or a reward refuse a prompt?
 
     Raises:
@@ -75,7 +75,7 @@ def check(held_out: HeldOut, kind: rewards.FeatureKind, clip: str | None, prompt
     """
     for index, term in enumerate(_terms(held_out)):
         with naming(index, term, WHERE):
-            rewards.check(term.name, term.weights, term.options, prompts)
+            registry.check(term.name, term.weights, term.options, prompts)
     features.require(kind, clip)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import rewards
+from rewards import registry
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OUTPUTS = (".csv", ".jsonl", ".parquet")
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     by. Returns 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m rewards.score", description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of them: PNG, JPEG, WebP")
-    parser.add_argument("--reward", required=True, help=f"{', '.join(rewards.NAMES)}, or your own as module:callable")
+    parser.add_argument("--reward", required=True, help=f"{', '.join(registry.NAMES)}, or your own as module:callable")
     parser.add_argument("--weights", help="path or hub id")
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the reward; JSON or text"
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = find_images(given.images)
         prompts = read_prompts(given.prompts, len(files))
         options = dict(_option(text) for text in given.option)
-        rewards.check_options(options)
-        rewards.check_device(given.device)
-        reward = rewards.load(given.reward, given.weights, given.device, **options)
+        registry.check_options(options)
+        registry.check_device(given.device)
+        reward = registry.load(given.reward, given.weights, given.device, **options)
         scores: list[float] = []
         for part in batches(files):
             images = torch.from_numpy(np.stack([picture for _, picture in part])).permute(0, 3, 1, 2).float() / 255

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion import memory, noise
+from diffusion import gpu_memory, noise
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
-from rewards import Reward
 from rewards.judges import HeldOutRaised, Judges
 from rewards.package import PackageReward
+from rewards.registry import Reward
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
@@ -144,12 +144,12 @@ class Scorer:
 
         # A package has its memory in a process of its own, where it is not seen from here.
         most = PACKAGE_MOST if isinstance(self.reward, PackageReward) else MOST
-        with memory.smaller("reward.batch", 1):
-            return memory.largest_batch(trial, torch.device(device), most, share)
+        with gpu_memory.smaller("reward.batch", 1):
+            return gpu_memory.largest_batch(trial, torch.device(device), most, share)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
-        memory.release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        gpu_memory.release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def score(self, clean: CleanPredictions) -> Scores:
         """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient.
@@ -159,7 +159,7 @@ class Scorer:
                 are not numbers; where bad trajectories are set aside, only if none of the chunk is good.
             OutOfMemory: the batch is too large for the GPU.
         """
-        with memory.smaller("reward.batch", self.batch):
+        with gpu_memory.smaller("reward.batch", self.batch):
             return self._score(clean)
 
     def _score(self, clean: CleanPredictions) -> Scores:

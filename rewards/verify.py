@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import rewards
+from rewards import registry
 from rewards.weights import BadWeights, WeightsNotFound
 
 PARAMETERS = {"aesthetic": 304_894_177, "hpsv2": 986_109_441, "imagereward": 446_206_689}  # at the published sizes
@@ -29,20 +29,20 @@ TOLERANCE = 2e-4  # float32, another batch size
 def main(arguments: Sequence[str] | None = None) -> int:
     """A line for each reward; returns 0, 1 when one does not hold, 2 when weights are not to be had."""
     parser = argparse.ArgumentParser(prog="python -m rewards.verify", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(rewards.MODELS)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(registry.MODELS)}; default: all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     given = parser.parse_args(arguments)
-    if unknown := [name for name in given.names if name not in rewards.MODELS]:
-        print(f"rewards.verify: {', '.join(unknown)}, expected {', '.join(rewards.MODELS)}", file=sys.stderr)
+    if unknown := [name for name in given.names if name not in registry.MODELS]:
+        print(f"rewards.verify: {', '.join(unknown)}, expected {', '.join(registry.MODELS)}", file=sys.stderr)
         return 2
     try:
-        rewards.check_device(given.device)
+        registry.check_device(given.device)
     except ValueError as error:
         print(f"rewards.verify: {error}", file=sys.stderr)
         return 2
     worst = 0
-    for name in given.names or rewards.MODELS:
-        worst = max(worst, report(name, functools.partial(rewards.load, name, device=given.device)))
+    for name in given.names or registry.MODELS:
+        worst = max(worst, report(name, functools.partial(registry.load, name, device=given.device)))
     return worst
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rewards
+from rewards import registry
 from rewards.weights import BadWeights, WeightsNotFound
 
 KEYS = ("name", "weight", "weights", "options")
@@ -45,7 +45,7 @@ class WeightedSum:
         self.rewards = []
         for index, term in enumerate(self.terms):
             with naming(index, term):
-                self.rewards.append(rewards.load(term.name, term.weights, device, **term.options))
+                self.rewards.append(registry.load(term.name, term.weights, device, **term.options))
         self.differentiable = all(reward.differentiable for reward in self.rewards)
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -75,12 +75,12 @@ def naming(index: int, term: Term, where: str = WHERE) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        kind = type(error) if isinstance(error, rewards.UnknownReward | WeightsNotFound | BadWeights) else ValueError
+        kind = type(error) if isinstance(error, registry.UnknownReward | WeightsNotFound | BadWeights) else ValueError
         raise kind(f"{where}[{index}] ({term.name}): {error}") from error
 
 
 def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
-    """As `rewards.check`, of every term.
+    """As `registry.check`, of every term.
 
     Raises:
         ValueError: names the term.
@@ -89,7 +89,7 @@ def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str 
         raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
     for index, term in enumerate(read_terms(options.get("terms"))):
         with naming(index, term):
-            rewards.check(term.name, term.weights, term.options, prompts, objective)
+            registry.check(term.name, term.weights, term.options, prompts, objective)
 
 
 def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
@@ -112,7 +112,7 @@ def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
         if not isinstance(options, dict):
             raise ValueError(f"{where}.options: expected keyword arguments, got {options!r}")
         try:
-            rewards.check_options(options)
+            registry.check_options(options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if term["name"] == WeightedSum.name:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from learner.config import Config, load_config
-from learner.objectives import OBJECTIVES
+from learner.objectives.needs import NEEDS
 from models.shapes import train
 
 torch.set_num_threads(1)
@@ -68,9 +68,9 @@ def settings_of():
             f"objective.kind={kind}", "reward.name=shapes_alignment_soft", "objective.group_size=6",
             "flow.widths=[8,16]", "flow.stem_stride=1",
         ]  # fmt: skip
-        if not OBJECTIVES[kind].fits_flow:
+        if not NEEDS[kind].fits_flow:
             settings += ["flow.warmup_steps=0", "flow.fit_steps=0"]
-        if OBJECTIVES[kind].off_policy:
+        if NEEDS[kind].off_policy:
             settings += ["train.replay_updates=1", "train.replay_epochs=2"]
         return settings + (["objective.advantage=prompt"] if kind == "ddpo" else [])
 

@@ -29,7 +29,7 @@ Where a key is not given, `objective.kind` and `objective.setting` change these 
 def page() -> str:
     """docs/settings.md as it should be."""
     from learner.config import known_keys
-    from learner.objectives import OBJECTIVES
+    from learner.objectives.needs import NEEDS
 
     parts, section = [HEAD], ""
     for key, field in known_keys().items():
@@ -39,8 +39,8 @@ def page() -> str:
         default = _value(field.get_default(call_default_factory=True))
         parts.append(f"| `{key}` | {_kind(field.annotation)} | {default} | {_cell(field.description or '')} |\n")
     parts.append(KINDS)
-    for kind, objective in OBJECTIVES.items():
-        for setting, changes in objective.settings.items():
+    for kind, objective in NEEDS.items():
+        for setting, changes in objective.defaults.items():
             said = ", ".join(f"`{key}: {_plain(value)}`" for key, value in changes.items()) or "as above"
             parts.append(f"| `{kind}` | `{setting}` | {said} |\n")
     return "".join(parts)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel
+from learner.objectives.needs import Decay, Needs, Weighting
 
 if TYPE_CHECKING:
-    from learner.sections import Objective as Settings
-
-Weighting = Literal["uniform", "variance"]
-Decay = Literal["none", "sqrt_abar", "abar"]
-FlowKind = Literal["log_flow", "gradient"]
+    from learner.config.sections import Objective as Settings
 
 
 @dataclass
@@ -83,20 +80,9 @@ class Population:
 
 
 class Objective:
-    """A loss over transitions. A new one is a subclass in a file here and an entry in objectives/__init__.py.
+    """A loss over transitions. A new one is a subclass in a file here, an entry in needs.py and one in by_name.py."""
 
-    The class attributes say what it needs; config.py refuses what contradicts them before anything starts.
-    """
-
-    flow: ClassVar[FlowKind | None] = "log_flow"  # the network it trains beside the policy: scalar, vector or none
-    reward_gradients: ClassVar[bool] = False  # learns from the gradient of the reward
-    inner_rewards: ClassVar[bool] = True  # uses the rewards of states before the image
-    prepared_fields: ClassVar[int] = 0  # latents a transition that `prepare` returns
-    off_policy: ClassVar[bool] = False  # older policies' trajectories are valid training data
-    uses_ratio: ClassVar[bool] = False  # clips the ratio of the current to the rollout policy
-    fits_flow: ClassVar[bool] = False  # the flow can be fitted alone, on the log p_F that the sampler stored
-    # What `objective.setting` changes, key by key, for keys that are not given.
-    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}, "faithful": {}}
+    needs: ClassVar[Needs]
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
         self.given, self.kernel = settings, kernel

@@ -13,18 +13,16 @@ is exp(D beta r).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from learner.objectives.base import Objective, Transitions, both_ends, gamma
+from learner.objectives.needs import NEEDS, Penalty
 
 if TYPE_CHECKING:
-    from learner.sections import Objective as Settings
-
-Penalty = Literal["squared", "huber"]
+    from learner.config.sections import Objective as Settings
 
 
 def log_flow(f: Tensor, psi: Tensor) -> Tensor:
@@ -58,13 +56,7 @@ class DagDB(Objective):
     """DAG-DB (arXiv 2406.00633, Eq. 8): the mean over transitions of the squared (or Huber) residual trains policy and
     flow. Log-probabilities are sums or means over dimensions, as objective.log_prob_reduction says."""
 
-    off_policy = True  # delta = 0 does not depend on who chose the transition
-    fits_flow = True
-    # The published code: gradient through both flows, psi of the rollout's own weights.
-    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "corrected": {},
-        "faithful": {"detach_next_flow": False, "forward_looking": "snapshot"},
-    }
+    needs = NEEDS["dag_db"]
 
     @staticmethod
     def target(given: Settings, dimensions: int) -> str:

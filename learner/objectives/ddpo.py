@@ -7,8 +7,7 @@ standardised reward; there is no flow network.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 
 from diffusion.kernels import DDIMKernel
 from learner.objectives.base import Objective, Policy, Population, Transitions
-from learner.objectives.kl import ADVANTAGE_LIMIT, clipped
+from learner.objectives.needs import NEEDS
+from learner.objectives.policy_gradient import ADVANTAGE_LIMIT, clipped
 
 if TYPE_CHECKING:
-    from learner.sections import Objective as Settings
+    from learner.config.sections import Objective as Settings
 
 HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
 
@@ -28,12 +28,7 @@ class DDPO(Objective):
     """DDPO (arXiv 2305.13301). Advantage = (R - mean) / std over the epoch's trajectories on all ranks, or over the
     prompt's last 16."""
 
-    flow = None
-    uses_ratio = True
-    inner_rewards = False
-    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        setting: {"regulariser": 0.0, "anneal_fraction": 0.0} for setting in ("corrected", "faithful")
-    }
+    needs = NEEDS["ddpo"]
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
         super().__init__(settings, kernel)

@@ -7,59 +7,24 @@ minimises delta^2 with log p_F held fixed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from learner.objectives.base import Policy, Transitions
 from learner.objectives.db import DagDB, penalty
+from learner.objectives.needs import NEEDS
+from learner.objectives.policy_gradient import clipped, leave_one_out
 
 if TYPE_CHECKING:
-    from learner.sections import Objective as Settings
-
-ADVANTAGE_LIMIT = 5.0
-TINY = 1e-8
-FAR = 20.0  # nats
-
-
-def leave_one_out(raw: Tensor, group_size: int) -> Tensor:
-    """Advantages [b]: raw [b] standardised within each run of `group_size`, an entry against the others.
-
-    b_i = mean of the others; d_i = A_i - b_i; v_i = mean of the others' d_j^2; d_i / (sqrt(v_i) + 1e-8), clipped to
-    +-5. The published code does this over its micro-batch of 8, different prompts and timesteps mixed.
-
-    Raises:
-        ValueError: b is no multiple of group_size, or group_size < 2.
-    """
-    if group_size < 2 or len(raw) % group_size:
-        raise ValueError(f"{len(raw)} transitions do not make leave-one-out groups of {group_size}")
-    grouped = raw.reshape(-1, group_size)
-    others = group_size - 1
-    deviation = grouped - (grouped.sum(1, keepdim=True) - grouped) / others
-    squared = deviation.square()
-    variance = (squared.sum(1, keepdim=True) - squared) / others
-    # A sum minus one of its terms can come out below zero by rounding.
-    advantage = deviation / (variance.clamp(min=0).sqrt() + TINY)
-    return advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT).reshape(-1)
-
-
-def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Clipped policy-gradient loss [b] (its gradient is zero where the clip binds), and whether the ratio
-    exp(log_ratio) is outside of 1 +- clip_range [b] bool. `advantage` must carry no gradient."""
-    ratio = log_ratio.clamp(max=FAR).exp()  # beyond any clip; exp would overflow to a gradient of 0 x inf
-    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * bounded), (ratio.detach() - 1).abs() > clip_range
+    from learner.config.sections import Objective as Settings
 
 
 class DagKL(DagDB):
     """DAG-KL (arXiv 2406.00633, Eq. 14): L = kl_weight x mean clipped policy loss + mean delta^2 with log p_F detached.
     Log-probabilities, and so the ratio, are sums or means over dimensions, as objective.log_prob_reduction says."""
 
-    uses_ratio = True
-    off_policy = False  # the score-function gradient is only right for the policy's own samples, within the clip
-    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = DagDB.settings
+    needs = NEEDS["dag_kl"]
 
     @property
     def group(self) -> int:

@@ -14,16 +14,16 @@ over dimensions, so beta is the true exponent: the target is exp(beta r). Losses
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from learner.objectives.base import FlowKind, Objective, Policy, Transitions, both_ends, gamma
+from learner.objectives.base import Objective, Policy, Transitions, both_ends, gamma
+from learner.objectives.needs import NEEDS
 
 if TYPE_CHECKING:
-    from learner.sections import Objective as Settings
+    from learner.config.sections import Objective as Settings
 
 
 def forward_residual(score_pf: Tensor, score_pb: Tensor, g_next: Tensor) -> Tensor:
@@ -45,32 +45,12 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-CORRECTED = {
-    "clean_prediction": "guided", "forward_looking_decay": "abar", "transition_weight": "variance",
-    "anneal_fraction": 0.0,
-}  # fmt: skip
-# The published code (of the residual form: it has no other): the reward's gradient under the rollout's weights,
-# gradient through both flows, no reverse loss at the last transition, gamma_0 = abar_0, no annealing.
-FAITHFUL = {
-    "clean_prediction": "guided", "forward_looking_decay": "abar", "forward_looking": "snapshot",
-    "detach_next_flow": False, "reverse_transitions": "inner", "decay_terminal": True, "regulariser": 1000.0,
-    "anneal_fraction": 0.0,
-}  # fmt: skip
-
-
 class NablaDB(Objective):
     """nabla-DB (arXiv 2412.07775): forward and reverse loss, of log-probabilities summed over dimensions. The forward
     loss trains the policy (and, as published, the flow), the reverse loss the flow alone: as in the published code no
     gradient goes through the policy's score with respect to x_t."""
 
-    flow: ClassVar[FlowKind | None] = "gradient"
-    reward_gradients = True
-    prepared_fields = 4
-    off_policy = True  # both conditions hold at every transition, whoever chose it
-    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "corrected": {**CORRECTED, "flow_start": "reference"},
-        "faithful": FAITHFUL,
-    }
+    needs = NEEDS["nabla_db"]
 
     @staticmethod
     def target(given: Settings, dimensions: int) -> str:

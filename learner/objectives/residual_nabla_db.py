@@ -12,24 +12,23 @@ p_ref(x_0)^eta_p exp(beta r(x_0)); eta_p is objective.pretrained_strength.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from learner.objectives.base import Policy, Transitions
-from learner.objectives.nabla_db import CORRECTED, FAITHFUL, NablaDB
+from learner.objectives.nabla_db import NablaDB
+from learner.objectives.needs import NEEDS
 
 if TYPE_CHECKING:
-    from learner.sections import Objective as Settings
+    from learner.config.sections import Objective as Settings
 
 
 class ResidualNablaDB(NablaDB):
     """Residual nabla-DB (arXiv 2412.07775): forward, reverse and terminal loss; log-probabilities are sums."""
 
-    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": CORRECTED, "faithful": FAITHFUL}
-    prepared_fields = 4
+    needs = NEEDS["residual_nabla_db"]
 
     @staticmethod
     def target(given: Settings, dimensions: int) -> str:
@@ -84,8 +83,7 @@ class ResidualNablaDBNoFlow(ResidualNablaDB):
     """h_phi = 0: the forward loss alone. It does NOT sample p_ref exp(beta r): a cheap reward-seeking mode, measured at
     total variation 0.2 with zero loss on the exact problem."""
 
-    flow = None
-    prepared_fields = 3
+    needs = NEEDS["residual_nabla_db_no_flow"]
 
     @staticmethod
     def target(given: Settings, dimensions: int) -> str:

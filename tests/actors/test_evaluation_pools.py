@@ -11,8 +11,8 @@ import ray
 
 from actors import crew, evaluation_pools
 from actors.sampler_actor import SamplerActor
+from commands.evaluate import main
 from diffusion.snapshot import Snapshot, digest
-from learner.evaluate import main
 from learner.run import main as train
 
 

@@ -76,7 +76,7 @@ def test_a_skipped_load_ends_the_run(run, monkeypatch):
 @pytest.mark.slow
 def test_the_learner_refuses_even_if_the_driver_does_not_look(run, monkeypatch):
     monkeypatch.setattr(crew, "SamplerActor", SkipsLoad)
-    monkeypatch.setattr("learner.pipeline.receipts.check", lambda *_: None)  # in the driver alone
+    monkeypatch.setattr("learner.protocol.buffer.receipts.check", lambda *_: None)  # in the driver alone
     status, said = run()
     assert status == 1 and "StaleWeights: chunk" in said
 

@@ -8,9 +8,9 @@ from actors import learner_group as module
 from actors.learner_group import LearnerGroup, RanksLost
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.snapshot import Snapshot
-from learner.group import GroupBroken
-from learner.receipts import RanksDiverged
-from learner.training import Training
+from learner.process_group import GroupBroken
+from learner.protocol.receipts import RanksDiverged
+from learner.protocol.training import Training
 
 
 class FakeRank:

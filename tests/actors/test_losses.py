@@ -10,7 +10,7 @@ from actors.ray_runner import RayRunner
 from cluster.waits import ObjectLost
 from diffusion.trajectory import Verdict
 from learner.config import Config
-from learner.pipeline import Work
+from learner.protocol.buffer import Work
 
 
 class FakePool:

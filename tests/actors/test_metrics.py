@@ -17,10 +17,10 @@ from actors.ray_runner import RayRunner
 from benchmarks import emulated
 from cluster.session import Session
 from diffusion.trajectory import Receipt
-from learner import factory
-from learner.receipts import StaleWeights
+from learner import build
+from learner.protocol.receipts import StaleWeights
+from learner.protocol.runner import Vitals
 from learner.run import main
-from learner.runner import Vitals
 
 DASHBOARD = Path(__file__).parents[2] / "cluster/deploy/grafana.json"
 TAGS = ("run", "role", "state", "stage", "outcome", "where", "error", "le")  # the others are the agent's
@@ -115,7 +115,7 @@ def run(cluster, tmp_path, monkeypatch):
     """Three epochs of 16 emulated trajectories in chunks of 4; the second one costs a sampler with work in hand.
     Returns the
     names of the actors alive before that, at the end, and after the run."""
-    monkeypatch.setattr(factory, "parts", lambda config: emulated.parts(emulated.Emulation(sample_seconds=0.1)))
+    monkeypatch.setattr(build, "parts", lambda config: emulated.parts(emulated.Emulation(sample_seconds=0.1)))
     real, names = RayRunner._wait, {}
 
     def named() -> set[str]:

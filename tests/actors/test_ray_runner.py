@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 
 from benchmarks import pipelines
-from learner.objectives import OBJECTIVES
+from learner.objectives.by_name import OBJECTIVES
 from learner.run import main
 
 

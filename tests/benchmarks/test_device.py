@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import device, parts
 from benchmarks.measure import CEILING, Part, measure, ratio
-from learner.objectives import OBJECTIVES
+from learner.objectives.by_name import OBJECTIVES
 
 TINY = (
     "--sd15", "tiny", "--device", "cpu", "--repeats", "2", "--cheap-from", "2", "sampler.steps=3",

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.objectives import PRESETS, main, pareto, table
-from learner.objectives import OBJECTIVES
+from learner.objectives.by_name import OBJECTIVES
 
 
 def figures(gain: float, distance: float, fid: float) -> dict:

@@ -8,9 +8,9 @@ import torch
 from benchmarks import pipelines
 from benchmarks.parts import COMPARISON
 from benchmarks.published import Published, Rollouts
-from learner import factory
+from learner import build
 from learner.config import load_config
-from learner.work import training_chunks
+from learner.protocol.chunks import training_chunks
 
 BETA = 20.0
 
@@ -36,9 +36,9 @@ def config(request, small_settings, tiny_sd15):
 def sides(config):
     """The project's learner on a scored epoch, and the baseline with a copy of its flow network, both stirred."""
     learner, sampler, scorer = (
-        factory.build_learner(config),
-        factory.build_sampler(config),
-        factory.build_scorer(config),
+        build.build_learner(config),
+        build.build_sampler(config),
+        build.build_scorer(config),
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

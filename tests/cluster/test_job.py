@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from learner.config import DEFAULT_CONFIG, ROOT
-from learner.records import Records
-from learner.storage import Storage
+from records.run_folder import Records
+from records.storage import Storage
 
 # The demo, small enough for a test. The job runs it without arguments.
 SMALLER = {

@@ -11,12 +11,12 @@ from diffusers import StableDiffusionPipeline
 
 from benchmarks import pipelines
 from diffusion import lora
-from learner import factory
-from learner.checkpoint import MANIFEST
+from learner import build
 from learner.config import load_config
 from learner.experience import Experience
+from learner.protocol.chunks import training_chunks
 from learner.run import main
-from learner.work import training_chunks
+from records.checkpoint import MANIFEST
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (
@@ -101,7 +101,7 @@ def test_a_just_sampled_trajectorys_ratio_is_one_in_bfloat16(settings_of_preset)
         CONFIGS / "sd15_compressibility.yaml",
         [*settings_of_preset("sd15_compressibility"), "objective.kind=dag_kl", "learner.micro_batch=3"],
     )
-    sampler, learner = factory.build_sampler(config), factory.build_learner(config)
+    sampler, learner = build.build_sampler(config), build.build_learner(config)
     flat = learner.published.flat + 0.05 * np.random.default_rng(0).standard_normal(learner.published.flat.shape)
     snapshot = lora.Snapshot(1, flat.astype(np.float32), lora.digest(flat.astype(np.float32)))
     lora.load(learner.model.unet, snapshot.flat)
@@ -109,7 +109,7 @@ def test_a_just_sampled_trajectorys_ratio_is_one_in_bfloat16(settings_of_preset)
     assert all(parameter.dtype == torch.float32 for parameter in learner.policy_parameters)
     chunk = training_chunks(config, ["a fox", "a green chair"], 0)[0]
     trajectories, _ = sampler.sample(chunk, snapshot)
-    one = Experience(trajectories, factory.build_scorer(config).score(sampler.sample(chunk, snapshot)[1]))
+    one = Experience(trajectories, build.build_scorer(config).score(sampler.sample(chunk, snapshot)[1]))
     learner._prepare([one])
     for batch in learner._micro_batches(one, 1.0):
         per_dimension = (batch.prepared["log_pf_old"] - batch.log_pf_old) / learner.dimensions

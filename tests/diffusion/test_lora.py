@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from diffusion import lora, noise
 from diffusion.base_model import BaseModel, Decoder
-from diffusion.rollout import RolloutSettings, Sampler
+from diffusion.rollout import Sampler
+from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk
 
 # Runs in a fresh process, with nothing of ours imported: plain diffusers, a scheduler fed the recorded noise.

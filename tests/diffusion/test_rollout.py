@@ -7,7 +7,8 @@ import torch
 from diffusion import lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.locate import BaseModelError
-from diffusion.rollout import RolloutSettings, Sampler
+from diffusion.rollout import Sampler
+from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk
 
 

@@ -9,12 +9,12 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from peft import PeftModel
 
-import rewards
 from diffusion import lora, noise
+from diffusion.loading import load_decoder, load_kernel, load_model, without_weights
 from diffusion.locate import BaseModelError
-from diffusion.pipelines import load_decoder, load_kernel, load_model, without_weights
 from learner.run import main
-from learner.storage import Storage
+from records.storage import Storage
+from rewards import registry
 
 SETTINGS = (
     "prompts.path=null", "sampler.guidance=1", "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=4",
@@ -103,7 +103,7 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
         for i, t in enumerate(scheduler.timesteps):
             x = scheduler.step(unet(x, t).sample, t, x, eta=1.0, variance_noise=draws[i + 1]).prev_sample
     name = "bright:reward" if overrides else "jpeg_incompressibility"
-    drawn, close = rewards.load(name)(load_decoder(ddpm)(x), [""] * 4), 1e-5 if overrides else 2e-3
+    drawn, close = registry.load(name)(load_decoder(ddpm)(x), [""] * 4), 1e-5 if overrides else 2e-3
     recorded = json.loads((run / "evaluation/epoch-000001.json").read_text())["reward"]
     untrained = json.loads((run / "evaluation/epoch-before.json").read_text())["reward"]
     assert drawn.tolist() == pytest.approx(recorded, abs=close)

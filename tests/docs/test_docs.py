@@ -214,7 +214,7 @@ def test_the_reference_has_the_modules_that_matter():
     """Whoever adds an objective or a reward adds its line."""
     listed = set(re.findall(r"\]\(\.\./([\w/]+\.py)\)", text_of(ROOT / "docs" / "api.md")))
     objectives = {name(file) for file in (ROOT / "learner" / "objectives").glob("*.py")}
-    from rewards import MODELS, PLAIN
+    from rewards.registry import MODELS, PLAIN
 
     rewards = {f"rewards/{place.split(':')[0]}.py" for place in (MODELS | PLAIN).values()}
     assert objectives | rewards <= listed

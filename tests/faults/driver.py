@@ -25,11 +25,12 @@ from actors.ray_runner import RayRunner
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
 from cluster.weights import WeightStore
-from learner import checkpoint, controller, factory, resume, run, storage
-from learner.ledger import Ledger
-from learner.pipeline import Pipeline
-from learner.records import Records
-from learner.storage import Storage
+from learner import build, controller, open_run, run
+from learner.protocol.buffer import Pipeline
+from learner.protocol.ledger import Ledger
+from records import checkpoint, storage
+from records.run_folder import Records
+from records.storage import Storage
 
 STEP = "checkpoints/step-000004"  # epochs are 0, 1, 2; epoch 1 ends with this checkpoint
 Which = Callable[[tuple[Any, ...], dict[str, Any]], bool]
@@ -86,8 +87,8 @@ def _old_folder(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
 
 BEFORE, AFTER = True, False
 POINTS = {
-    "before the lock": Point(resume, "_lock", BEFORE),
-    "lock taken": Point(resume, "_lock", AFTER),
+    "before the lock": Point(open_run, "_lock", BEFORE),
+    "lock taken": Point(open_run, "_lock", AFTER),
     "before run.json": Point(Records, "note", BEFORE),
     "run.json written": Point(Records, "note", AFTER),
     "actors up": Point(RayRunner, "_start", AFTER),
@@ -146,7 +147,7 @@ def main() -> int:
     parts = emulated.parts(emulation)
     if args.fault:
         parts = emulated_faults.parts(emulation, Fault(*args.fault, str(args.folder)))
-    factory.parts = lambda config: parts
+    build.parts = lambda config: parts
     if args.point:
         POINTS[args.point].arm(strike)
     return run.main(args.settings)

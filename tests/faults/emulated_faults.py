@@ -27,7 +27,7 @@ from benchmarks.emulated import (
 )
 from diffusion.snapshot import Snapshot, digest
 from diffusion.trajectory import Chunk, CleanPredictions, Scores, Trajectories
-from learner.training import Training
+from learner.protocol.training import Training
 
 WITNESS = "witness"
 
@@ -162,8 +162,8 @@ class Interrupted:
 
 
 def parts(emulation: Emulation, fault: Fault) -> Any:
-    """In the place of learner.factory.parts."""
-    from learner.factory import Parts
+    """In the place of learner.build.parts."""
+    from learner.build import Parts
 
     return Parts(
         partial(FaultySampler, emulation, fault), partial(FaultyScorer, emulation, fault),

@@ -8,7 +8,7 @@ from typing import Any
 from emulated_faults import Fault
 
 from diffusion import lora
-from learner import factory
+from learner import build
 from learner.config import Config
 
 
@@ -90,19 +90,19 @@ class LearnerAround(Around):
 
 
 def _sampler(config: Config, fault: Fault) -> Any:
-    return SamplerAround(factory.build_sampler(config), fault, "sampler")
+    return SamplerAround(build.build_sampler(config), fault, "sampler")
 
 
 def _scorer(config: Config, fault: Fault) -> Any:
-    return ScorerAround(factory.build_scorer(config), fault, "scorer")
+    return ScorerAround(build.build_scorer(config), fault, "scorer")
 
 
 def _learner(config: Config, fault: Fault, files: dict[str, bytes] | None) -> Any:
-    return LearnerAround(factory.build_learner(config, files), fault)
+    return LearnerAround(build.build_learner(config, files), fault)
 
 
-def parts(config: Config, fault: Fault) -> factory.Parts:
-    """In the place of learner.factory.parts."""
-    return factory.Parts(
+def parts(config: Config, fault: Fault) -> build.Parts:
+    """In the place of learner.build.parts."""
+    return build.Parts(
         partial(_sampler, config, fault), partial(_scorer, config, fault), partial(_learner, config, fault)
     )

@@ -28,7 +28,7 @@ import psutil
 from emulated_run import SETTINGS, lost, outcome
 from ray.cluster_utils import Cluster
 
-from cluster.doors import ensure_token
+from cluster.auth import ensure_token
 from learner.config import ROOT
 
 HERE = Path(__file__).parent

@@ -12,9 +12,9 @@ from emulated_run import SETTINGS, lost, outcome
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
-from diffusion.memory import OutOfMemory
-from learner import factory, run
-from learner.group import GroupBroken
+from diffusion.gpu_memory import OutOfMemory
+from learner import build, run
+from learner.process_group import GroupBroken
 from learner.update import NonFiniteGradient
 from rewards.scorer import BadReward
 
@@ -91,7 +91,7 @@ def cells():
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(factory, "parts", lambda config: emulated.parts(Emulation()))
+        patched.setattr(build, "parts", lambda config: emulated.parts(Emulation()))
         folder = tmp_path_factory.mktemp("runs") / "unbroken"
         assert run.main([*SETTINGS, "run.runner=inprocess", f"run.dir={folder}"]) == 0
     return outcome(folder)
@@ -129,7 +129,7 @@ def break_a_run(cluster, tmp_path, monkeypatch):
     def go(fault: Fault | None, *settings: str, train_seconds: float = 0.0):
         emulation = Emulation(train_seconds=train_seconds)
         build = emulated.parts(emulation) if fault is None else emulated_faults.parts(emulation, fault)
-        monkeypatch.setattr(factory, "parts", lambda config: build)
+        monkeypatch.setattr(build, "parts", lambda config: build)
         status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
         print("\n".join(f"{when:.2f} {text}" for when, text in said))
         return status, said

@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
-from cluster.doors import ensure_token
-from learner import factory, run
+from cluster.auth import ensure_token
+from learner import build, run
 from learner.config import ROOT
 
 pytestmark = pytest.mark.faults
@@ -28,8 +28,8 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
-    build = emulated.parts(Emulation())
-    monkeypatch.setattr(factory, "parts", lambda config: build)
+    emulated_parts = emulated.parts(Emulation())
+    monkeypatch.setattr(build, "parts", lambda config: emulated_parts)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def mlflow_server(tmp_path):
     process.wait(10)
 
 
-@pytest.mark.slow  # of servers that are gone or silent tests/learner/test_upload.py has ordinary ones
+@pytest.mark.slow  # of servers that are gone or silent tests/commands/test_upload.py has ordinary ones
 @pytest.mark.parametrize("kind", ["kill", "stop"])
 def test_a_lost_mlflow_server_costs_a_warning(
     kind, cluster, mlflow_server, unbroken, after_the_first_epoch, tmp_path, monkeypatch

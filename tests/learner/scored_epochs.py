@@ -3,17 +3,17 @@
 import torch
 
 from diffusion.snapshot import Snapshot
-from learner import factory
+from learner import build
 from learner.config import Config
 from learner.experience import Experience
 from learner.objectives.base import Transitions
 from learner.prompts import read_prompts
+from learner.protocol.chunks import training_chunks
 from learner.update import Learner
-from learner.work import training_chunks
 
 
 def scored_epoch(config: Config, snapshot: Snapshot):
-    sampler, scorer = factory.build_sampler(config), factory.build_scorer(config)
+    sampler, scorer = build.build_sampler(config), build.build_scorer(config)
     pairs = []
     for chunk in training_chunks(config, read_prompts(config.prompts.path), 0):
         trajectories, clean = sampler.sample(chunk, snapshot)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from learner import collapse
+from evaluation import collapse
 from learner.run import main
 
 

@@ -11,8 +11,8 @@ import pytest
 from test_quarantine import poison
 
 from learner.config import ROOT
-from learner.records import FORMAT, SCHEMA
 from learner.run import main
+from records.run_folder import FORMAT, SCHEMA
 
 PAGE = (ROOT / "docs/data.md").read_text()
 BAD, BAD_EPOCH = 5, 1

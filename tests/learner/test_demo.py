@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from evaluation.intervals import paired_interval
 from learner.run import main
-from learner.statistics import paired_interval
 
 EPOCHS = 20
 

@@ -8,15 +8,15 @@ import torch
 import torch.multiprocessing as mp
 from scored_epochs import scored_epoch, stir
 
-import rewards
-from diffusion.pipelines import load_decoder
-from learner import factory, group
+from diffusion.loading import load_decoder
+from learner import build, process_group
 from learner.config import Config, ConfigError, load_config
 from learner.experience import Experience
-from learner.objectives import OBJECTIVES
 from learner.objectives.base import Population
+from learner.objectives.by_name import OBJECTIVES
 from learner.run import main
 from learner.update import Learner
+from rewards import registry
 
 BETA = 5.0
 
@@ -38,8 +38,8 @@ def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_o
         assert one == other
 
 
-def build(config: Config) -> Learner:
-    learner = factory.build_learner(config)
+def new_learner(config: Config) -> Learner:
+    learner = build.build_learner(config)
     stir_all(learner)
     return learner
 
@@ -93,10 +93,10 @@ def test_micro_batches_do_not_change_the_gradient(kind, configured):
 
 def _rank(rank: int, count: int, configs: list[Config], address: str, epochs, queue) -> None:
     torch.set_num_threads(1)
-    group.join(address, rank, count, 60, whole_gpu=False)
+    process_group.join(address, rank, count, 60, whole_gpu=False)
     for config, epoch in zip(configs, epochs, strict=True):
         queue.put((config.objective.kind, rank, gradients(build(config), epoch[rank::count]).numpy()))
-    group.leave()
+    process_group.leave()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configu
         ones.append(gradients(learner, epochs[-1]).numpy())
     context = mp.get_context("spawn")
     queue = context.Queue()
-    address = group.free_address("127.0.0.1")
+    address = process_group.free_address("127.0.0.1")
     ranks = [context.Process(target=_rank, args=(r, count, configs, address, epochs, queue)) for r in range(count)]
     for process in ranks:
         process.start()
@@ -138,7 +138,7 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
     one = Experience(*scored[0])
     batch = one.gather(np.arange(len(one)), learner.model, learner.config)
     learner.prepare(batch)
-    decoder, reward = load_decoder(learner.config.model.path), rewards.load("shapes_alignment_soft")
+    decoder, reward = load_decoder(learner.config.model.path), registry.load("shapes_alignment_soft")
     prompts = [one.trajectories.chunk.prompts[i % 4] for i in batch.trajectory_id.tolist()]
     for x, t, name in ((batch.x, batch.t, "gradient"), (batch.x_next, batch.t_next, "gradient_next")):
         x = x.detach().requires_grad_()
@@ -169,7 +169,7 @@ def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(config
 
 def test_replayed_updates_are_past_ones_and_counted(small_config):
     config = small_config("train.replay_updates=2", "train.replay_epochs=1", "flow.replay_epochs=1")
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     for epoch in range(3):
         training = learner.train_epoch(epoch, BETA, [scored_epoch(config, learner.published)])
         learner.publish(epoch + 1)
@@ -245,13 +245,13 @@ def test_widths_that_no_network_takes_are_refused(widths):
 def test_widths_that_are_not_refused_make_a_network(kind, widths, configured):
     config = configured(kind, f"flow.widths={widths}", "flow.stem_stride=1")
     for width in (64, None):
-        flow = factory.flow_network(config, (4, 16, 16), width)
+        flow = build.flow_network(config, (4, 16, 16), width)
         assert flow(torch.zeros(1, 4, 16, 16), torch.ones(1), torch.zeros(1, 3, width or 0)).abs().sum() == 0
 
 
 def test_ddpo_scores_the_images_alone(configured):
     config = configured("ddpo", "objective.last_transition=skip")
-    for _, scores in scored_epoch(config, factory.build_learner(config).published):
+    for _, scores in scored_epoch(config, build.build_learner(config).published):
         assert np.isfinite(scores.rewards[:, -1]).all() and np.isnan(scores.rewards[:, :-1]).all()
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from learner import report, upload
+from commands import report, upload
 from learner.run import main
 
 WITNESS = """

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_group import Ranks
+from test_process_group import Ranks
 
-from learner import factory, group, state
+from learner import build, process_group, state
 from learner.config import Config
 from learner.prompts import read_prompts
-from learner.work import training_chunks
+from learner.protocol.chunks import training_chunks
 
 BETA = 5.0
 
@@ -15,9 +15,9 @@ BETA = 5.0
 def _train(rank, count, address, config: Config, epochs, files, queue) -> None:
     """This rank's share of each epoch, sampled and scored by itself."""
     torch.set_num_threads(1)
-    group.join(address, rank, count, 60, whole_gpu=False)
-    learner = factory.build_learner(config, files)
-    sampler, scorer = factory.build_sampler(config), factory.build_scorer(config)
+    process_group.join(address, rank, count, 60, whole_gpu=False)
+    learner = build.build_learner(config, files)
+    sampler, scorer = build.build_sampler(config), build.build_scorer(config)
     for epoch in epochs:
         made = []
         for chunk in training_chunks(config, read_prompts(config.prompts.path), epoch)[rank::count]:
@@ -26,7 +26,7 @@ def _train(rank, count, address, config: Config, epochs, files, queue) -> None:
         learner.train_epoch(epoch, BETA, [made])
         learner.publish(epoch + 1)
     queue.put((rank, learner.state_files()))
-    group.leave()
+    process_group.leave()
 
 
 def trained(count: int, config: Config, epochs, files=None) -> dict[str, bytes]:

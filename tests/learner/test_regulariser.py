@@ -7,7 +7,7 @@ import pytest
 import torch
 from scored_epochs import micro_batches, scored_epoch, stir
 
-from learner import factory, state
+from learner import build, state
 from learner.experience import Experience
 from learner.update import ANCHOR
 
@@ -20,7 +20,7 @@ def lagging(small_config):
 
     def make(*settings: str, lag: int = 1):
         config = small_config("train.max_staleness=1", f"objective.regulariser={HELD}", *settings)
-        learner = factory.build_learner(config)
+        learner = build.build_learner(config)
         epoch = scored_epoch(config, learner.published) if lag else None
         stir(learner)
         now = learner.publish(1)
@@ -106,7 +106,7 @@ def test_the_first_update_of_a_lagging_epoch_costs_no_pass_more(lagging, monkeyp
 
 def test_replayed_updates_are_held_so_too_and_nothing_of_it_is_kept(small_config):
     config = small_config("train.replay_updates=1", f"objective.regulariser={HELD}")
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     learner.train_epoch(0, 5.0, [scored_epoch(config, learner.published)])
     stir(learner)
     fresh = scored_epoch(config, learner.publish(1))

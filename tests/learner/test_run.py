@@ -12,7 +12,7 @@ import termios
 import pytest
 import yaml
 
-from cluster import doors
+from cluster import auth
 from learner.config import DEFAULT_CONFIG, Config, known_keys, load_config
 from learner.run import main
 
@@ -66,7 +66,7 @@ def test_a_config_of_another_version_is_refused_at_once(tmp_path, capsys):
 
 
 def test_a_cluster_that_does_not_answer_is_said_before_anything_starts(small_settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(doors, "CONNECT_SECONDS", 4.0)
+    monkeypatch.setattr(auth, "CONNECT_SECONDS", 4.0)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert main([*small_settings, f"run.dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err

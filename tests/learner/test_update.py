@@ -9,10 +9,10 @@ import torch.multiprocessing as mp
 from scored_epochs import micro_batches, scored_epoch, stir
 
 from diffusion import lora
-from learner import factory, group, state
+from learner import build, process_group, state
 from learner.config import Config
 from learner.objectives.base import Transitions
-from learner.receipts import StaleWeights
+from learner.protocol.receipts import StaleWeights
 from learner.update import Learner, NonFiniteGradient
 
 
@@ -20,7 +20,7 @@ from learner.update import Learner, NonFiniteGradient
 def prepared(small_config):
     """A learner on joint loss with an adapter and a flow network that do something, and an epoch for it."""
     config = small_config("flow.fit_steps=0", "objective.penalty=squared", "objective.last_transition=train")
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     stir(learner)
     return learner, scored_epoch(config, learner.publish(1))
 
@@ -64,7 +64,7 @@ def test_both_ends_of_consecutive_transitions_use_one_stored_value(prepared):
 
 def test_skipping_the_last_transition_makes_the_state_before_it_terminal(small_config):
     config = small_config("flow.fit_steps=0", "objective.last_transition=skip")
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     batch = batch_of(learner, scored_epoch(config, learner.published))
     last_trained = int(learner.kernel.timesteps[-2])
     assert batch.t.min() == last_trained
@@ -115,7 +115,7 @@ def test_trajectories_of_another_adapter_are_refused(prepared):
 @pytest.mark.parametrize("bound", [0, 1, 2])
 def test_trajectories_may_lag_as_far_as_the_bound_also_after_a_resume(bound, small_config):
     config = small_config(f"train.max_staleness={bound}")
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     made = []  # an epoch of every version
     for version in range(4):
         made.append(scored_epoch(config, learner.published))
@@ -123,7 +123,7 @@ def test_trajectories_may_lag_as_far_as_the_bound_also_after_a_resume(bound, sma
             metrics = learner.train_epoch(version, 1.0, [made[version]]).metrics
             assert metrics.get("staleness_max") == (0 if bound else None)
             learner.publish(version + 1)
-    resumed = factory.build_learner(config, learner.state_files())
+    resumed = build.build_learner(config, learner.state_files())
     for either in (learner, resumed):
         assert sorted(either.recent) == list(range(3 - bound, 4))
         for lag in range(4):
@@ -149,7 +149,7 @@ def test_an_adapter_that_training_did_not_change_is_not_published(prepared):
 def test_a_sampler_that_skips_the_load_is_found_out(small_config, monkeypatch):
     """The receipt is of the adapter as it stands in the module, not of what was sent."""
     config = small_config()
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     stir(learner)
     monkeypatch.setattr(lora, "load", lambda unet, flat: None)
     epoch = scored_epoch(config, learner.publish(1))
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(prepared):
 @pytest.mark.parametrize("fit_steps", [0, 3])
 def test_an_epoch_moves_policy_and_flow(small_config, fit_steps):
     config = small_config(f"flow.fit_steps={fit_steps}")
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     before = learner.published.sha256, [p.detach().clone() for p in learner.flow_parameters]
     epoch = scored_epoch(config, learner.published)
     training = learner.train_epoch(0, 5.0, [epoch[:1], epoch[1:]])
@@ -184,13 +184,13 @@ def test_an_epoch_moves_policy_and_flow(small_config, fit_steps):
 
 def test_a_restored_learner_goes_on_bitwise(small_config):
     config = small_config("flow.replay_epochs=2", "flow.warmup_steps=3")
-    learner = factory.build_learner(config)
+    learner = build.build_learner(config)
     epoch = scored_epoch(config, learner.published)
     learner.train_epoch(0, 5.0, [epoch])
     learner.publish(1)
     files = learner.state_files()
     second = scored_epoch(config, learner.published)
-    restored = factory.build_learner(config, files)
+    restored = build.build_learner(config, files)
     assert restored.published.sha256 == learner.published.sha256 and restored.published.version == 1
     for either in (learner, restored):
         either.train_epoch(1, 5.0, [second])
@@ -213,11 +213,11 @@ def test_a_restored_learner_goes_on_bitwise(small_config):
 
 def _rank(rank: int, config: Config, address: str, epoch, queue) -> None:
     torch.set_num_threads(1)
-    group.join(address, rank, 2, 60, whole_gpu=False)
-    learner = factory.build_learner(config)
+    process_group.join(address, rank, 2, 60, whole_gpu=False)
+    learner = build.build_learner(config)
     stir(learner)
     queue.put((rank, gradient_of(learner, micro_batches(learner, epoch[rank::2])).numpy()))
-    group.leave()
+    process_group.leave()
 
 
 def test_two_ranks_agree_with_one_on_the_gradient(prepared):
@@ -225,7 +225,7 @@ def test_two_ranks_agree_with_one_on_the_gradient(prepared):
     one = gradient_of(learner, micro_batches(learner, epoch))
     context = mp.get_context("spawn")
     queue = context.Queue()
-    address = group.free_address("127.0.0.1")
+    address = process_group.free_address("127.0.0.1")
     ranks = [context.Process(target=_rank, args=(r, learner.config, address, epoch, queue)) for r in range(2)]
     for process in ranks:
         process.start()

@@ -5,9 +5,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-import rewards
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
-from rewards import features, judges
+from rewards import features, judges, registry
 from rewards.judges import Judges
 from rewards.scorer import BadReward, Scorer
 from rewards.weights import BadWeights, WeightsNotFound
@@ -159,7 +158,7 @@ def test_shapes_accuracy_is_strict():
     prompts = ["a red circle on a white background", "a blue square on a black background"]
     drawn = np.stack([draw(parse(prompt), np.random.default_rng(0)) for prompt in prompts])
     images = torch.from_numpy(np.asarray(drawn)).permute(0, 3, 1, 2).float() / 255
-    reward = rewards.load("shapes_accuracy")
+    reward = registry.load("shapes_accuracy")
     assert reward(images, prompts).tolist() == [1.0, 1.0]
     assert reward(images, prompts[::-1]).tolist() == [0.0, 0.0]
     with pytest.raises(ValueError):

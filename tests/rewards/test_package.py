@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import rewards
 from diffusion.trajectory import Chunk, CleanPredictions
-from rewards import package_process, package_worker
+from rewards import package_process, package_worker, registry
 from rewards.package import PackageReward
 from rewards.package_environment import EnvironmentMissing
 from rewards.package_process import PackageFailed
@@ -252,17 +251,17 @@ def test_the_backend_is_a_setting_of_the_reward(backend, make):
     options = {"python": str(made._python)} if backend == "package" else {}
     weights = made.assets["weights"].source
     if backend == "package":
-        rewards.check("hpsv2", weights, options, PROMPTS, backend=backend)
-        reward = rewards.load("hpsv2", weights, backend=backend, **options)
+        registry.check("hpsv2", weights, options, PROMPTS, backend=backend)
+        reward = registry.load("hpsv2", weights, backend=backend, **options)
         assert isinstance(reward, PackageReward) and reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
         reward.close()
         with pytest.raises(ValueError, match=r"residual_nabla_db learns from the gradient .* not differentiable"):
-            rewards.check("hpsv2", weights, options, PROMPTS, "residual_nabla_db", backend)
+            registry.check("hpsv2", weights, options, PROMPTS, "residual_nabla_db", backend)
         with pytest.raises(ValueError, match=r"reward\.backend: aesthetic has no package"):
-            rewards.check("aesthetic", None, {}, PROMPTS, backend=backend)
+            registry.check("aesthetic", None, {}, PROMPTS, backend=backend)
     else:
         with pytest.raises(ValueError, match="python"):
-            rewards.check("hpsv2", weights, {"python": "x"}, PROMPTS)
+            registry.check("hpsv2", weights, {"python": "x"}, PROMPTS)
 
 
 def test_the_worker_imports_nothing_of_ours_and_no_package_by_itself():

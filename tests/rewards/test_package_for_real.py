@@ -15,8 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-import rewards
-from rewards import package_environment, package_worker
+from rewards import package_environment, package_worker, registry
 from rewards.package import PackageReward
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -124,7 +123,7 @@ def pictures() -> torch.Tensor:
     return torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2).float() / 255
 
 
-def native(name: str, weights: Path, options: dict[str, str]) -> rewards.Reward:
+def native(name: str, weights: Path, options: dict[str, str]) -> registry.Reward:
     """COMPARISON WITH THE NATIVE MODELS: the reward of the same name that needs no package, on the same checkpoint."""
     if name == "hpsv2":
         tokenizer = clip_tokenizer(Path(options["python"]).parents[1], weights.parent / "tokenizer")
@@ -132,9 +131,9 @@ def native(name: str, weights: Path, options: dict[str, str]) -> rewards.Reward:
     else:
         own = {key: options[key] for key in ("tokenizer", "med_config")}
     try:
-        return rewards.load(name, weights=str(weights), **own)
-    except (rewards.UnknownReward, ValueError) as error:
-        if name in rewards.NAMES:
+        return registry.load(name, weights=str(weights), **own)
+    except (registry.UnknownReward, ValueError) as error:
+        if name in registry.NAMES:
             raise
         pytest.skip(f"the package scores; no native {name} to compare with yet: {error}")
 

@@ -14,24 +14,24 @@ from golden import inputs
 from tiny_models import HPS_SIZE, WRITE
 from transformers import BlipTextConfig, BlipVisionConfig, CLIPTokenizer
 
-import rewards
-from diffusion.pipelines import load_decoder
+from diffusion.loading import load_decoder
 from diffusion.trajectory import Chunk, CleanPredictions
-from rewards import aesthetic, hpsv2, imagereward, preprocess
+from rewards import aesthetic, hpsv2, imagereward, preprocess, registry
 from rewards.network import fill, head_layout, on_meta
 from rewards.scorer import Scorer
+from rewards.weights import BadWeights
 
 MODELS = sorted(WRITE)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Loaded by path through `rewards.load`, each once."""
+    """Loaded by path through `registry.load`, each once."""
     held = {}
 
     def load(name: str):
         if name not in held:
-            held[name] = rewards.load(**WRITE[name](tmp_path_factory.mktemp(name)))
+            held[name] = registry.load(**WRITE[name](tmp_path_factory.mktemp(name)))
         held[name].network.float()
         return held[name]
 
@@ -266,7 +266,7 @@ def test_buffers_that_no_checkpoint_holds_are_made_anew(made):
 
 def test_a_network_is_filled_whole_or_not_at_all():
     network = on_meta(lambda: hpsv2.Network(HPS_SIZE.config()))
-    with pytest.raises(rewards.weights.BadWeights, match="logit_scale"):
+    with pytest.raises(BadWeights, match="logit_scale"):
         fill(network, {}, "nothing")
 
 

@@ -11,9 +11,8 @@ from golden import inputs
 from PIL import Image
 from tiny_models import WRITE, write_hpsv2
 
-import rewards
 from learner.prompts import read_prompts
-from rewards import score, verify
+from rewards import registry, score, verify
 from rewards.weights import BadWeights
 
 
@@ -50,7 +49,7 @@ def test_a_folder_is_scored_in_sorted_order_with_a_prompt_each(folder, tmp_path,
     assert [path for path, _ in found] == [
         str(folder / name) for name in ("a.png", "b.jpeg", "c.PNG", "d.webp", "e.png")
     ]
-    reward = rewards.load(**write_hpsv2(tmp_path))
+    reward = registry.load(**write_hpsv2(tmp_path))
     for (path, value), prompt in zip(found, prompts, strict=True):
         image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
         assert value == pytest.approx(reward(image, [prompt]).item(), abs=1e-5)
@@ -124,7 +123,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, folder, tmp_path,
 
 @pytest.fixture(params=sorted(WRITE))
 def reward(request, tmp_path):
-    return rewards.load(**WRITE[request.param](tmp_path))
+    return registry.load(**WRITE[request.param](tmp_path))
 
 
 def sizes(reward) -> dict[str, int]:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import rewards
-from diffusion.pipelines import load_decoder, load_tiny_decoder
+from diffusion.loading import load_decoder, load_tiny_decoder
 from diffusion.trajectory import Chunk, CleanPredictions
 from models.shapes.measure import scenes
 from models.shapes.world import draw
+from rewards import registry
 from rewards.scorer import BadReward, Scorer
 
 
@@ -25,7 +25,7 @@ def pictures(kind: str, count: int = 24) -> tuple[torch.Tensor, list[str]]:
 def test_soft_alignment_agrees_with_the_graded_one(kind):
     images, prompts = pictures(kind)
     mixed = torch.cat([images, images.roll(1, 0), images.roll(5, 3)])
-    hard, soft = (rewards.load(name)(mixed, prompts * 3) for name in ("shapes_alignment", "shapes_alignment_soft"))
+    hard, soft = (registry.load(name)(mixed, prompts * 3) for name in ("shapes_alignment", "shapes_alignment_soft"))
     correlation = np.corrcoef(hard, soft.detach())[0, 1]
     print(f"{kind}: correlation {correlation:.3f}, mean difference {(soft - hard).mean():+.3f}")
     assert correlation > 0.9
@@ -36,7 +36,7 @@ def test_soft_alignment_agrees_with_the_graded_one(kind):
 def test_soft_alignment_gradient_is_that_of_finite_differences(kind):
     images, prompts = pictures(kind, 6)
     images = images.double().requires_grad_()
-    reward = rewards.load("shapes_alignment_soft")
+    reward = registry.load("shapes_alignment_soft")
     assert reward.differentiable
     gradient = torch.autograd.grad(reward(images, prompts).sum(), images)[0]
     generator = torch.Generator().manual_seed(1)
@@ -48,9 +48,9 @@ def test_soft_alignment_gradient_is_that_of_finite_differences(kind):
 
 def test_soft_alignment_names_a_foreign_prompt():
     with pytest.raises(ValueError, match="a cat"):
-        rewards.load("shapes_alignment_soft")(torch.zeros(1, 3, 64, 64), ["a cat"])
+        registry.load("shapes_alignment_soft")(torch.zeros(1, 3, 64, 64), ["a cat"])
     with pytest.raises(ValueError, match="a cat"):
-        rewards.check("shapes_alignment_soft", None, {}, ["a red circle", "a cat"])
+        registry.check("shapes_alignment_soft", None, {}, ["a red circle", "a cat"])
 
 
 def predictions(rows=(0, 0, 1, 1), steps=(1, 2, 0, 2), purpose="train") -> CleanPredictions:
@@ -62,7 +62,7 @@ def predictions(rows=(0, 0, 1, 1), steps=(1, 2, 0, 2), purpose="train") -> Clean
 
 def test_with_a_tiny_decoder_each_state_keeps_its_own_gradient():
     """Inner states are decoded together, before the images: the rows come back in another order than they went."""
-    decoder, reward = load_decoder("models/shapes"), rewards.load("shapes_alignment_soft")
+    decoder, reward = load_decoder("models/shapes"), registry.load("shapes_alignment_soft")
     tiny = load_tiny_decoder("models/shapes/tiny_decoder")
     clean = predictions()
     scores = Scorer(decoder, reward, gradients=True, tiny=tiny).score(clean)
@@ -77,7 +77,7 @@ def test_with_a_tiny_decoder_each_state_keeps_its_own_gradient():
 
 
 def test_scorer_returns_the_gradient_to_the_clean_latents():
-    decoder, reward = load_decoder("models/shapes"), rewards.load("shapes_alignment_soft")
+    decoder, reward = load_decoder("models/shapes"), registry.load("shapes_alignment_soft")
     clean = predictions()
     scores = Scorer(decoder, reward, gradients=True).score(clean)
     plain = Scorer(decoder, reward).score(clean)
@@ -94,7 +94,7 @@ def test_scorer_returns_the_gradient_to_the_clean_latents():
 
 
 def test_evaluation_needs_no_gradients():
-    scorer = Scorer(load_decoder("models/shapes"), rewards.load("shapes_alignment_soft"), gradients=True)
+    scorer = Scorer(load_decoder("models/shapes"), registry.load("shapes_alignment_soft"), gradients=True)
     assert scorer.score(predictions((0, 1), (2, 2), "evaluate")).gradients is None
 
 
@@ -128,13 +128,13 @@ def test_a_class_may_say_so_when_it_is_made(tmp_path, monkeypatch):
         "    def __call__(self, images, prompts): return images.mean((1, 2, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    rewards.check("late:Late", None, {}, [""], "nabla_db")
-    assert Scorer(load_decoder("models/shapes"), rewards.load("late:Late"), gradients=True).score(predictions())
+    registry.check("late:Late", None, {}, [""], "nabla_db")
+    assert Scorer(load_decoder("models/shapes"), registry.load("late:Late"), gradients=True).score(predictions())
 
 
 def test_a_reward_without_gradient_is_refused_by_the_scorer():
     with pytest.raises(BadReward, match="jpeg_incompressibility is not differentiable"):
-        Scorer(load_decoder("models/shapes"), rewards.load("jpeg_incompressibility"), gradients=True)
+        Scorer(load_decoder("models/shapes"), registry.load("jpeg_incompressibility"), gradients=True)
 
 
 @pytest.mark.parametrize("kind", ["nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow"])

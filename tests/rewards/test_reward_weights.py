@@ -8,8 +8,7 @@ import torch
 from golden import inputs
 from tiny_models import WRITE, aesthetic_state, hpsv2_state, imagereward_state, write_aesthetic, write_hpsv2
 
-import rewards
-from rewards import weights
+from rewards import registry, weights
 from rewards.weights import Asset, BadWeights, WeightsNotFound
 
 ONE_KEY = {
@@ -52,12 +51,12 @@ def ask_anew():
 
 
 def loaded(settings: dict):
-    return rewards.load(**settings)
+    return registry.load(**settings)
 
 
 def checked(settings: dict, objective=None):
     options = {key: value for key, value in settings.items() if key not in ("name", "weights")}
-    rewards.check(settings["name"], settings.get("weights"), options, ["a prompt"], objective)
+    registry.check(settings["name"], settings.get("weights"), options, ["a prompt"], objective)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -164,7 +163,7 @@ def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_pat
 
 def test_a_wrong_path_is_said_before_another_asset_is_sought_at_the_hub(no_hub):
     with pytest.raises(WeightsNotFound, match=r"^reward\.weights: no such file or folder: gone\.pt$"):
-        rewards.load("hpsv2", "gone.pt")
+        registry.load("hpsv2", "gone.pt")
 
 
 @pytest.mark.parametrize("act", [loaded, checked])

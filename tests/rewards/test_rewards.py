@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-import rewards
-from diffusion.memory import OutOfMemory
+from diffusion.gpu_memory import OutOfMemory
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from models.shapes.world import Scene, Thing, draw
+from rewards import registry
 from rewards.scorer import BadReward, Scorer
 
 
@@ -23,7 +23,7 @@ def as_images(*pictures: np.ndarray) -> torch.Tensor:
 def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (64, 48, 3)).astype(np.uint8), np.zeros((64, 48, 3), np.uint8)]
-    reward = rewards.load(name)
+    reward = registry.load(name)
     scores = reward(as_images(*pictures), ["", ""])
     for picture, score in zip(pictures, scores, strict=True):
         buffer = io.BytesIO()
@@ -34,7 +34,7 @@ def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
 
 def test_alignment_prefers_what_the_prompt_says():
     rng = np.random.default_rng(0)
-    reward = rewards.load("shapes_alignment")
+    reward = registry.load("shapes_alignment")
     picture = draw(Scene((Thing("red", "circle", "small"),), "white"), rng)
     prompts = [
         "a small red circle on a white background",
@@ -50,7 +50,7 @@ def test_alignment_prefers_what_the_prompt_says():
 
 def test_alignment_is_graded_near_the_top_and_reads_two_objects():
     rng = np.random.default_rng(0)
-    reward = rewards.load("shapes_alignment")
+    reward = registry.load("shapes_alignment")
     scene = Scene((Thing("red", "circle"), Thing("blue", "square")), "sand")
     picture = draw(scene, rng)
     blurred = np.asarray(Image.fromarray(picture).resize((12, 12)).resize((64, 64)))
@@ -61,18 +61,18 @@ def test_alignment_is_graded_near_the_top_and_reads_two_objects():
 
 def test_a_foreign_prompt_is_named():
     with pytest.raises(ValueError, match="a dog"):
-        rewards.load("shapes_alignment")(torch.zeros(1, 3, 64, 64), ["a dog"])
+        registry.load("shapes_alignment")(torch.zeros(1, 3, 64, 64), ["a dog"])
 
 
 def test_unknown_names_options_and_weights_are_refused():
-    with pytest.raises(rewards.UnknownReward, match="jpeg_compressibility"):
-        rewards.load("beauty")
-    with pytest.raises(rewards.UnknownReward, match="no_such_module"):
-        rewards.load("no_such_module:f")
+    with pytest.raises(registry.UnknownReward, match="jpeg_compressibility"):
+        registry.load("beauty")
+    with pytest.raises(registry.UnknownReward, match="no_such_module"):
+        registry.load("no_such_module:f")
     with pytest.raises(ValueError, match="weights"):
-        rewards.load("jpeg_compressibility", weights="x")
+        registry.load("jpeg_compressibility", weights="x")
     with pytest.raises(ValueError, match="jpeg"):
-        rewards.load("jpeg_compressibility", colour=3)
+        registry.load("jpeg_compressibility", colour=3)
 
 
 def test_a_users_own_reward(tmp_path, monkeypatch):
@@ -86,13 +86,13 @@ def test_a_users_own_reward(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     images = torch.full((2, 3, 4, 4), 0.5)
-    assert rewards.load("my_reward:brightness")(images, ["", ""]).tolist() == [0.5, 0.5]
-    scaled = rewards.load("my_reward:Scaled", by=4)
+    assert registry.load("my_reward:brightness")(images, ["", ""]).tolist() == [0.5, 0.5]
+    scaled = registry.load("my_reward:Scaled", by=4)
     assert scaled.differentiable and scaled(images, ["", ""]).tolist() == [2, 2]
     with pytest.raises(ValueError, match="shape"):
-        rewards.load("my_reward:wrong")(images, ["", ""])
-    with pytest.raises(rewards.UnknownReward, match="expected a function"):
-        rewards.check("my_reward:number", None, {}, [])
+        registry.load("my_reward:wrong")(images, ["", ""])
+    with pytest.raises(registry.UnknownReward, match="expected a function"):
+        registry.check("my_reward:number", None, {}, [])
 
 
 class Brightness:
@@ -196,10 +196,10 @@ def test_a_gpu_that_is_too_small_is_no_bad_reward(where):
 @pytest.mark.parametrize("options", [{"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}])
 def test_options_that_no_reward_can_have_are_named(options):
     with pytest.raises(ValueError, match=r"reward\.options: .* cannot be an option"):
-        rewards.check("jpeg_compressibility", None, options, [])
+        registry.check("jpeg_compressibility", None, options, [])
     with pytest.raises(ValueError, match=r"terms\[0\]: reward\.options: .* cannot be an option"):
         terms = [{"name": "jpeg_compressibility", "weight": 1, "options": options}]
-        rewards.check("weighted_sum", None, {"terms": terms}, [])
+        registry.check("weighted_sum", None, {"terms": terms}, [])
 
 
 def test_scoring_in_any_batch_gives_every_state_its_own_reward():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import write_aesthetic, write_hpsv2
 
-import rewards
+from rewards import registry
 from rewards.weights import WeightsNotFound
 
 IMAGES = torch.rand(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
@@ -25,14 +25,14 @@ def tiny_terms(tmp_path) -> list[dict]:
 
 
 def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tiny_terms):
-    reward = rewards.load("weighted_sum", terms=tiny_terms)
+    reward = registry.load("weighted_sum", terms=tiny_terms)
     assert reward.name == "weighted_sum" and reward.differentiable
     images = IMAGES.clone().requires_grad_()
     parts, total = reward.parts(images, PROMPTS), reward(images, PROMPTS)
     assert list(parts) == ["aesthetic", "hpsv2"] and all(part.shape == (2,) for part in parts.values())
     torch.testing.assert_close(total, 0.25 * parts["aesthetic"] - 3 * parts["hpsv2"])
     for term in tiny_terms:
-        alone = rewards.load(term["name"], term["weights"], **term["options"])
+        alone = registry.load(term["name"], term["weights"], **term["options"])
         assert torch.equal(parts[term["name"]], alone(images, PROMPTS))
     gradient = torch.autograd.grad(total.sum(), images, retain_graph=True)[0]
     pieces = [torch.autograd.grad(parts[name].sum(), images)[0] for name in parts]
@@ -40,27 +40,27 @@ def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tiny_terms):
 
 
 def test_equal_names_are_told_apart():
-    reward = rewards.load("weighted_sum", terms=[JPEG, {**JPEG, "weight": 1}, JPEG])
+    reward = registry.load("weighted_sum", terms=[JPEG, {**JPEG, "weight": 1}, JPEG])
     parts = reward.parts(IMAGES, PROMPTS)
     assert list(parts) == ["jpeg_incompressibility", "jpeg_incompressibility_2", "jpeg_incompressibility_3"]
     torch.testing.assert_close(reward(IMAGES, PROMPTS), 0 * parts["jpeg_incompressibility"])
 
 
 def test_it_is_differentiable_when_every_term_is():
-    assert rewards.load("weighted_sum", terms=[SHAPES]).differentiable
-    assert not rewards.load("weighted_sum", terms=[SHAPES, JPEG]).differentiable
-    rewards.check("weighted_sum", None, {"terms": [SHAPES]}, ["a red circle"], "nabla_db")
-    rewards.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"])
+    assert registry.load("weighted_sum", terms=[SHAPES]).differentiable
+    assert not registry.load("weighted_sum", terms=[SHAPES, JPEG]).differentiable
+    registry.check("weighted_sum", None, {"terms": [SHAPES]}, ["a red circle"], "nabla_db")
+    registry.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"])
     with pytest.raises(
         ValueError, match=r"terms\[1\] \(jpeg_incompressibility\): objective.kind: .* not differentiable"
     ):
-        rewards.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"], "nabla_db")
+        registry.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"], "nabla_db")
 
 
 def test_a_prompt_that_a_term_refuses_is_named():
     for refuse in (
-        lambda: rewards.check("weighted_sum", None, {"terms": [JPEG, SHAPES]}, ["a cat"]),
-        lambda: rewards.load("weighted_sum", terms=[JPEG, SHAPES]).check_prompts(["a cat"]),
+        lambda: registry.check("weighted_sum", None, {"terms": [JPEG, SHAPES]}, ["a cat"]),
+        lambda: registry.load("weighted_sum", terms=[JPEG, SHAPES]).check_prompts(["a cat"]),
     ):
         with pytest.raises(ValueError, match="a cat"):
             refuse()
@@ -69,13 +69,13 @@ def test_a_prompt_that_a_term_refuses_is_named():
 def test_a_users_own_reward_is_a_term_too(tmp_path, monkeypatch):
     (tmp_path / "term_of_mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
     monkeypatch.syspath_prepend(tmp_path)
-    reward = rewards.load("weighted_sum", terms=[{"name": "term_of_mine:red", "weight": 10}])
+    reward = registry.load("weighted_sum", terms=[{"name": "term_of_mine:red", "weight": 10}])
     torch.testing.assert_close(reward(IMAGES, PROMPTS), 10 * IMAGES[:, 0].mean((1, 2)))
 
 
 @pytest.mark.parametrize("act", [
-    lambda terms: rewards.load("weighted_sum", terms=terms),
-    lambda terms: rewards.check("weighted_sum", None, {"terms": terms}, []),
+    lambda terms: registry.load("weighted_sum", terms=terms),
+    lambda terms: registry.check("weighted_sum", None, {"terms": terms}, []),
 ])  # fmt: skip
 @pytest.mark.parametrize(
     ("terms", "message"),
@@ -100,14 +100,14 @@ def test_bad_terms_are_refused(terms, message, act):
 
 def test_failures_of_a_term_keep_their_kind():
     for act in (
-        lambda term: rewards.load("weighted_sum", terms=[term]),
-        lambda term: rewards.check("weighted_sum", None, {"terms": [term]}, []),
+        lambda term: registry.load("weighted_sum", terms=[term]),
+        lambda term: registry.check("weighted_sum", None, {"terms": [term]}, []),
     ):
-        with pytest.raises(rewards.UnknownReward, match=r"terms\[0\] \(beauty\): .*unknown reward 'beauty'"):
+        with pytest.raises(registry.UnknownReward, match=r"terms\[0\] \(beauty\): .*unknown reward 'beauty'"):
             act({"name": "beauty", "weight": 1})
         with pytest.raises(WeightsNotFound, match=r"terms\[0\] \(hpsv2\): reward\.weights: .* gone\.pt"):
             act({"name": "hpsv2", "weight": 1, "weights": "gone.pt"})
     with pytest.raises(ValueError, match="takes terms alone, got colour"):
-        rewards.check("weighted_sum", None, {"terms": [JPEG], "colour": 1}, [])
+        registry.check("weighted_sum", None, {"terms": [JPEG], "colour": 1}, [])
     with pytest.raises(ValueError, match="weights"):
-        rewards.check("weighted_sum", "x", {"terms": [JPEG]}, [])
+        registry.check("weighted_sum", "x", {"terms": [JPEG]}, [])

@@ -9,11 +9,11 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from diffusion.kernels import DDIMKernel
-from learner.objectives import OBJECTIVES
+from learner.config.sections import Objective as Settings
 from learner.objectives.base import Policy, Population, Transitions
+from learner.objectives.by_name import OBJECTIVES
 from learner.objectives.ddpo import advantages
 from learner.objectives.kl import leave_one_out
-from learner.sections import Objective as Settings
 
 STEPS, COUNT, BETA = 5, 4, 7.0
 close = {"rel": 1e-10, "abs": 1e-12}

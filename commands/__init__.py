@@ -1,0 +1,1 @@
+"""Commands: one small file a verb; `python -m learner` lists them."""

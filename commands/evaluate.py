@@ -1,0 +1,236 @@
+"""Judges finished adapters beside their base model: `python -m learner.evaluate RUN_OR_LORA... [key=value ...]`.
+
+A RUN is a run's folder or URL (its newest checkpoint, or --step); a LORA a .safetensors file or the folder it is in.
+What is written, RUN/evaluation/step-NNNNNN.json, .parquet and .png (of a LoRA: into --out), is in docs/evaluation.md.
+Stopped? The same command goes on: finished chunks are kept (evaluation/image_sets.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import signals
+from evaluation import image_sets
+from evaluation.adapters import BAD_INPUT, OTHER_SEED, Target, find, split
+from evaluation.image_sets import Cache, Pools
+from learner.config import DEFAULT_CONFIG, Config, ConfigError
+from records.run_folder import Records
+from reports import html, pictures
+from reports.progress import Bar
+
+UPLOAD_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of it: the figures (judging.compare, with what they are of), and the sets' Parquet files."""
+
+    target: Target
+    figures: dict[str, Any]
+    sets: dict[str, bytes]
+
+
+def judge(targets: Sequence[Target], cache: Cache, say: Callable[[str], None]) -> list[Judged]:
+    """Judge each, write its files, and say its table.
+
+    Raises:
+        Exception: what sampling, scoring or writing raises; what is finished stays.
+    """
+    judged = []
+    with contextlib.ExitStack() as stack, Bar() as bar:
+        pools = _Pools(lambda text: bar.around(say, text), stack)
+        for target in targets:
+            sets = {}
+            for kind, wanted in target.sets().items():
+
+                def progress(done: int, total: int, what: str = f"{target.name}, {kind}") -> None:
+                    bar.show(what, done, total)
+
+                sets[kind] = cache.make(wanted, lambda config=target.config: pools.of(config), progress)  # type: ignore[misc]
+            figures = {**_facts(target), **image_sets.compare(sets["tuned"], sets["base"], sets["other"])}
+            _write(target, figures, sets)
+            bar.around(say, table(target, figures))
+            judged.append(Judged(target, figures, sets))
+    return judged
+
+
+class _Pools:
+    """Actors for one config at a time, started when a picture is missing."""
+
+    def __init__(self, say: Callable[[str], None], stack: contextlib.ExitStack) -> None:
+        self._say = say
+        self._config: Config | None = None
+        self._now: Pools | None = None
+        stack.callback(self.close)
+
+    def of(self, config: Config) -> Pools:
+        if self._now is None or config != self._config:
+            self.close()
+            self._now, self._config = _start(config, self._say), config
+            self._say(self._now.description)
+        return self._now
+
+    def close(self) -> None:
+        if self._now is not None:
+            self._now.close()
+            self._now = None
+
+
+def _start(config: Config, say: Callable[[str], None]) -> Pools:
+    if config.run.runner == "inprocess":
+        from learner.inprocess import InProcessPools
+
+        return InProcessPools(config)
+    from actors.evaluation_pools import EvaluationPools
+
+    return EvaluationPools(config, say)
+
+
+def table(target: Target, figures: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    rows = [(f"reward, {target.config.reward.name}", figures["reward"])]
+    rows += [(f"held out: {label}", figure) for label, figure in figures["held_out"].items()]
+    names = {
+        "accuracy": "prompt accuracy", "vendi": "diversity (Vendi)", "vendi_per_prompt": "diversity within a prompt",
+        "distance": "distance within a prompt", "fid": "drift from the base (Frechet)", "kid": "drift (kernel)",
+        "fid_per_prompt": "drift within a prompt",
+    }  # fmt: skip
+    rows += [(title, figures[name]) for name, title in names.items()]
+    lines = [f"{target.name}: {target.config.evaluation.images} images, features: {target.config.evaluation.features}",
+             f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}{'noise alone':>13}"]  # fmt: skip
+    for title, figure in rows:
+        if figure is not None:
+            interval = f"[{_number(figure['low'])}, {_number(figure['high'])}]"
+            lines.append(f"{title:32}{_number(figure['value']):>9}  {interval:<20}"
+                         f"{_number(figure['base']):>9}{_number(figure['floor']):>13}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _facts(target: Target) -> dict[str, Any]:
+    evaluation, sampler = target.config.evaluation, target.config.sampler
+    return {
+        "format": image_sets.FORMAT, "name": target.name, "adapter_sha256": target.adapter.sha256, **target.facts,
+        "base_model": target.config.model.path, "reward_name": target.config.reward.name,
+        "settings": {
+            "images": evaluation.images, "prompts": len(set(target.prompts)), "seed": evaluation.seed,
+            "other_seed": evaluation.seed + OTHER_SEED, "features": evaluation.features, "steps": sampler.steps,
+            "guidance": sampler.guidance, "eta": sampler.eta, "grid": sampler.grid,
+        },
+    }  # fmt: skip
+
+
+def _write(target: Target, figures: dict[str, Any], sets: dict[str, bytes]) -> None:
+    """The figures last: where they are, the rest is."""
+    target.out.write(f"{target.file}.parquet", sets["tuned"])
+    both = pictures.side_by_side([sets["base"], sets["tuned"]], ["base", "tuned"], pictures.SHEET_IMAGES // 2)
+    target.out.write(f"{target.file}.png", pictures.png(both))
+    target.out.write(f"{target.file}.json", (json.dumps(figures, indent=1) + "\n").encode())
+
+
+def redraw(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
+    """Make the reports of finished runs that were judged anew, with these figures (one that is not finished draws its
+    own); one that cannot be drawn is no reason to fail."""
+    for one in judged:
+        if one.target.records is None:
+            continue
+        storage = one.target.records.storage
+        try:
+            records = Records.open(storage)  # not as it was before the judging
+            if records.about.get("finished") and storage.exists(html.FILE):
+                storage.write(html.FILE, html.render(records, records.config()))
+        except Exception as error:
+            warn(f"{storage}/{html.FILE} is without these figures: {type(error).__name__}: {error}")
+
+
+def upload(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
+    """Show them in MLflow, where their runs are: in a process of its own, with a deadline."""
+    for one in judged:
+        records = one.target.records
+        if records is None or not records.config().mlflow.enabled:
+            continue
+        command = [sys.executable, "-m", "learner.upload", str(one.target.out)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=UPLOAD_SECONDS)
+            fault = (done.stderr.strip().splitlines() or ["it failed"])[-1] if done.returncode else None
+        except subprocess.TimeoutExpired:
+            fault = f"no answer in {UPLOAD_SECONDS} s"
+        if fault:
+            warn(f"not in MLflow yet: {fault} (later: python -m learner.upload {one.target.out})")
+
+
+def parser(
+    name: str, description: str, out: str = "of a LoRA: where to write (default: evaluation/ beside it)"
+) -> argparse.ArgumentParser:  # fmt: skip
+    """What `learner.evaluate` and `learner.compare` both take."""
+    made = argparse.ArgumentParser(prog=f"python -m learner.{name}", description=description)
+    made.add_argument(
+        "given", nargs="+", metavar="RUN_OR_LORA", help="and key=value settings, as learner.run takes them"
+    )
+    made.add_argument("--base", help="base model, instead of the run's (model.path)")
+    made.add_argument(
+        "--config", type=Path, help=f"settings for a LoRA that is from no run (default: {DEFAULT_CONFIG.name})"
+    )
+    made.add_argument("--images", type=int, help="how many (evaluation.images)")
+    made.add_argument("--prompts", help="file or set of prompts (evaluation.prompts)")
+    made.add_argument("--step", type=int, help="of a run: which checkpoint (default: the newest)")
+    made.add_argument("--out", type=Path, help=out)
+    made.add_argument("--cache", type=Path, help="where finished pictures are kept (default: ~/.cache/tributary)")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser("evaluate", __doc__.splitlines()[0]).parse_intermixed_args(arguments)
+
+    def warn(text: str) -> None:
+        complain("learner.evaluate", f"warning: {text}")
+
+    def show(judged: list[Judged]) -> None:
+        redraw(judged, warn)
+        upload(judged, warn)
+
+    return run("learner.evaluate", args, show)
+
+
+def run(
+    program: str, args: argparse.Namespace, then: Callable[[list[Judged]], None],
+    require: Callable[[list[Target]], None] = lambda targets: None,
+) -> int:  # fmt: skip
+    """Find, judge, and do what is done with it. `require` may refuse what was found with a ConfigError. Exit status as
+    learner.run's."""
+    from learner.run import FAILURES
+
+    signals.running()
+    try:
+        targets = find(*split(args.given), args)
+        if not targets:
+            raise ConfigError("name a run or a LoRA")
+        require(targets)
+    except BAD_INPUT as error:
+        for line in str(error).splitlines():
+            complain(program, line)
+        return 2
+    try:
+        then(judge(targets, Cache(args.cache), lambda text: print(text, flush=True)))
+    except FAILURES as error:
+        complain(program, f"{type(error).__name__}: {error} (once that is mended, the same command goes on)")
+        return 1
+    except KeyboardInterrupt:
+        complain(program, "interrupted; the same command goes on")
+        return signals.status()
+    return 0
+
+
+def complain(program: str, text: str) -> None:
+    print(f"{program}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,270 @@
+"""`--plan`: what a run would do and cost, without running it: actors, work, FLOPs, bytes.
+
+FLOPs are counted by torch on networks without weights (a multiplication and an addition are two). Rewards are counted
+where Tributary knows their networks (commands/reward_cost.py), and said not to be where it does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from cluster.placement import Placement, asks, counted
+from commands.reward_cost import reward_cost
+from diffusion import lora, transitions
+from diffusion.loading import tiny_without_weights, without_weights
+from diffusion.rollout import states_with_reward
+from learner.build import flow_network
+from learner.config import Config, resolve
+from learner.objectives.by_name import OBJECTIVES
+
+TOKENS = 77  # of a prompt's embedding: CLIP's
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One sample through each network, in FLOPs, and sizes."""
+
+    unet: float  # forward
+    unet_train: float  # forward and backward into the LoRA
+    decode: float
+    tiny: float | None  # decoding by the tiny decoder; None: unknown
+    reward: float | None  # of one image; None: unknown
+    flow: float  # forward
+    flow_train: float  # forward and backward
+    latent: int  # D, numbers
+    lora: int  # parameters
+    flow_parameters: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an epoch holds."""
+
+    rollout: float  # FLOPs
+    decoding: float
+    scoring: float
+    training: float  # with what the objective prepares
+    evaluation: float  # FLOPs of one evaluation
+    transitions: int  # trained on
+    states_scored: int
+    object_store: int  # bytes put in an epoch
+    checkpoint: int  # bytes
+    thumbnails: int  # bytes, at most
+
+    @property
+    def flops(self) -> float:
+        return self.rollout + self.decoding + self.scoring + self.training
+
+
+def costs(config: Config) -> Costs:
+    """Count on the meta device.
+
+    Raises:
+        BaseModelError: the model's configuration cannot be read.
+    """
+    unet, vae = without_weights(str(resolve(config.model.path)))
+    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    width = getattr(unet.config, "cross_attention_dim", None)  # none without prompts
+    with torch.device("meta"):
+        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank)
+        flow = flow_network(config, shape[1:], width)
+        x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
+
+    tiny = None
+    if config.objective.forward_looking_decoder == "tiny":
+        tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
+    elif vae is not None and len(vae.config.block_out_channels) == 4:  # what TAESD is to Stable Diffusion
+        with torch.device("meta"):
+            tiny = AutoencoderTiny()
+
+    def predict() -> torch.Tensor:
+        return unet(x, t).sample if width is None else unet(x, t, encoder_hidden_states=embedding).sample
+
+    def flows() -> torch.Tensor:
+        assert flow is not None
+        return flow(x, t, embedding)
+
+    return Costs(
+        unet=_count(predict),
+        unet_train=_count(predict, backward=True),
+        decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
+        tiny=_count(lambda: tiny.decode(x).sample) if tiny is not None else None,
+        reward=reward_cost(config.reward),
+        flow=_count(flows) if flow else 0.0,
+        flow_train=_count(flows, backward=True) if flow else 0.0,
+        latent=prod(shape),
+        lora=sum(p.numel() for _, p in lora.named(unet)),
+        flow_parameters=sum(p.numel() for p in flow.parameters()) if flow else 0,
+    )
+
+
+def work(config: Config, cost: Costs, ranks: int) -> Work:
+    """An epoch of this config, exact but for thumbnails and rewards."""
+    settings, n, count = config.rollout_settings(), config.sampler.steps, config.train.trajectories
+    ids = list(range(config.sampler.chunk_size))
+    end = n - settings.skip_last
+    selected = transitions.select(settings.selection, settings.fraction, end, config.run.seed, 0, ids)
+    chosen = np.zeros((len(ids), n + 1), bool)
+    np.put_along_axis(chosen, selected, True, axis=1)
+    needed = states_with_reward(settings, chosen)
+    scored = int(needed.sum()) * count // len(ids)
+    trained = selected.shape[1] * count
+    passes = 1 if config.sampler.guidance == 1 else 2  # classifier-free guidance
+    reference = 0
+    if settings.forward_looking == "base":
+        states = int(needed[:, :n].sum()) * count // len(ids)
+        reference = states * (passes if settings.clean_prediction == "guided" else 1)
+    objective = OBJECTIVES[config.objective.kind]
+    joint = config.flow.fit_steps == 0
+    fits = config.flow.fit_steps * config.flow.batch * ranks * config.steps_per_epoch
+    stored = count * (n + 1) * cost.latent
+    extra: float = objective.extra_passes(config.objective)
+    again = config.train.replay_updates / config.train.updates_per_epoch  # trained on once more
+    step = passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow)
+    # Of an earlier policy's transitions, but those of the epoch's first update: what the regulariser holds them to.
+    lagging = again + (1 - 1 / config.train.updates_per_epoch if config.train.max_staleness else 0)
+    extra += lagging if config.objective.regulariser else 0
+    outputs = trained * cost.latent * (1 + config.needs.prepared_fields) if config.train.replay_updates else 0
+    there_and_back = 2 if config.needs.reward_gradients else 1
+    ends = count * (1 + (settings.skip_last and not settings.image_only))
+    inner = cost.decode if config.objective.forward_looking_decoder == "full" else (cost.tiny or 0.0)
+    number = 2 if config.sampler.state_precision == "float16" else FLOAT
+    clean = scored * cost.latent * (number + FLOAT * (there_and_back - 1))
+    return Work(
+        rollout=(count * n * passes + reference) * cost.unet,
+        decoding=((scored - ends) * inner + ends * cost.decode) * there_and_back,
+        scoring=scored * (cost.reward or 0.0) * there_and_back,
+        training=trained * ((1 + again) * step + extra * passes * cost.unet) + fits * 2 * cost.flow_train,
+        evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode + (cost.reward or 0.0)),
+        transitions=trained,
+        states_scored=scored,
+        object_store=number * (stored + trained * cost.latent) + clean + FLOAT * (2 * count * n + cost.lora),
+        checkpoint=FLOAT * (5 * cost.lora + 3 * cost.flow_parameters + config.kept_epochs * 2 * count * n)
+        + number * config.kept_epochs * (stored + outputs),
+        thumbnails=count * 3 * config.run.thumbnail_pixels**2,
+    )
+
+
+def published(config: Config, cost: Costs) -> tuple[float, float] | None:
+    """FLOPs of a transition in the learner, and of an epoch, in the way that the objectives' published algorithms are
+    usually coded (objectives without psi: None): the learner makes clean predictions, decodes and scores both ends of
+    each transition of each update anew, and the sampler's images are scored besides. One update sees every selected
+    transition, as here."""
+    n, count = config.sampler.steps, config.train.trajectories
+    if not config.needs.inner_rewards or not config.needs.published:
+        return None
+    passes = 1 if config.sampler.guidance == 1 else 2
+    look = cost.decode + (cost.reward or 0.0)
+    # Clean predictions at both ends; or reference and x_t' forward, and four times back to a state (for both reverse
+    # scores and the value at both ends; without flow for the value at x_t' alone).
+    again = 2 * cost.unet + 2 * look
+    if config.needs.reward_gradients:
+        again = 3 * passes * cost.unet + 2 * look if config.needs.flow is None else 6 * passes * cost.unet + 4 * look
+    transition = passes * cost.unet_train + 2 * cost.flow_train + again
+    transitions = work(config, cost, 1).transitions
+    return transition, count * (n * passes * cost.unet + look) + transitions * transition
+
+
+def _against_published(config: Config, cost: Costs, each: Work) -> list[str]:
+    """Lines that compare, with this config and with cheap values of inner states."""
+    there = published(config, cost)
+    if there is None:
+        return []
+    here = each.training / each.transitions
+    lines = [
+        f"a transition in the learner: {_flops(there[0])} there, {_flops(here)} here; ratio {there[0] / here:.2f}",
+        f"an epoch: {_flops(there[1])} there, {_flops(each.flops)} here; ratio {there[1] / each.flops:.2f}",
+    ]
+    given = config.objective
+    if cost.tiny is not None and given.forward_looking != "none" and given.forward_looking_decoder == "full":
+        cheap = given.model_copy(update={"forward_looking_decoder": "tiny"})
+        flops = work(config.model_copy(update={"objective": cheap}), cost, 1).flops
+        lines.append(
+            f"an epoch with objective.forward_looking_decoder=tiny: {_flops(flops)}; ratio {there[1] / flops:.2f}"
+        )
+    return lines
+
+
+def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
+    """The plan as text, one fact a line."""
+    cost = costs(config)
+    each = work(config, cost, placement.ranks)
+    train, n = config.train, config.sampler.steps
+    evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
+    evaluations *= config.evaluation.images > 0
+    total = train.epochs * each.flops + evaluations * each.evaluation
+    scoring = "rewards not counted" if cost.reward is None else f"scoring {_flops(each.scoring)}"
+    kept = min((config.run.keep_checkpoints or train.epochs) + evaluations, train.epochs + 1)
+    if config.run.runner == "inprocess":
+        actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
+    else:
+        roles = (
+            ("sampler", placement.samplers, placement.sampler_options),
+            ("reward actor", placement.scorers, placement.scorer_options),
+            ("learner rank", placement.ranks, {**placement.rank_options, "label_selector": placement.rank_labels}),
+        )
+        actors = [f"{counted(count, role)}, each {asks(options)}" for role, count, options in roles]
+    lines = [
+        ("run directory", [place]),
+        ("cluster", [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"]),
+        ("actors", actors),
+        ("an epoch", [
+            f"{train.trajectories} trajectories of {n} steps in chunks of {config.sampler.chunk_size}",
+            f"{each.states_scored} states scored, {each.transitions} transitions trained on in "
+            f"{config.steps_per_epoch} updates",
+        ]),
+        ("the run", [
+            f"{train.epochs} epochs, {train.epochs * train.trajectories} trajectories, "
+            f"{train.epochs * config.steps_per_epoch} updates",
+            f"{evaluations} evaluations of {config.evaluation.images} images",
+        ]),
+        ("FLOPs", [
+            f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
+            f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
+            f"the run: {_flops(total)}",
+        ]),
+        ("against the published way", _against_published(config, cost, each)),
+        ("object store", [
+            f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
+            f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
+        ]),
+        ("disk", [
+            f"{_bytes(each.checkpoint)} a checkpoint, at most {kept} kept; trajectories up to "
+            f"{_bytes(each.thumbnails)} an epoch; at most "
+            f"{_bytes(kept * each.checkpoint + train.epochs * each.thumbnails)} in all",
+        ]),
+    ]  # fmt: skip
+    if config.run.runner == "inprocess":
+        lines = [line for line in lines if line[0] != "object store"]
+    return "\n".join(f"{title if i == 0 else '':<26} {text}" for title, texts in lines for i, text in enumerate(texts))
+
+
+def _count(forward, backward: bool = False) -> float:
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        output = forward()
+        if backward:
+            output.sum().backward()
+    return float(counter.get_total_flops())
+
+
+def _flops(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {unit}FLOP"
+        value /= 1000
+    return f"{value:.3g} EFLOP"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -1,0 +1,68 @@
+"""`python -m learner` lists all commands; `python -m learner VERB ...`, and `tributary VERB ...`, run one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+# Verb: module with `main(arguments) -> exit status`, and what it does.
+VERBS = {
+    "run": ("learner.run", "train a model (--help lists every setting; --plan says what would run where)"),
+    "status": ("commands.status", "how a run is doing, from its files alone"),
+    "evaluate": ("commands.evaluate", "reward, held-out rewards, diversity and drift of runs and LoRAs"),
+    "compare": ("commands.compare", "several runs or LoRAs beside each other: tables, Pareto pictures"),
+    "generate": ("commands.generate", "pictures by the base model and a LoRA, at the same noise"),
+    "export": ("commands.export", "a run's LoRA for diffusers, ComfyUI, A1111, or fused into the model"),
+    "report": ("commands.report", "draw a run's report.html anew"),
+    "upload": ("commands.upload", "send to MLflow what a run's records have and the server lacks"),
+    "score": ("commands.score", "score pictures that you have with any reward"),
+    "verify": ("commands.verify", "check the real weights of a reward model"),
+}
+PACKAGES = (
+    "actors", "cluster", "commands", "diffusion", "evaluation", "models", "records", "reports", "rewards",
+)  # fmt: skip
+
+
+def hidden_packages() -> list[str]:
+    """A line for each file or folder on sys.path, such as a user's own rewards.py, that hides a package of ours."""
+    faults = []
+    for name in PACKAGES:
+        spec = importlib.machinery.PathFinder.find_spec(name)
+        places = [] if spec is None else list(spec.submodule_search_locations or [spec.origin or ""])
+        if places and all(Path(place).resolve() != ROOT / name for place in places):
+            faults.append(
+                f"{places[0]} hides Tributary's own package {name!r}: rename it, or start from another directory"
+            )
+    return faults
+
+
+def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and leave the process with its exit status."""
+    if faults := hidden_packages():
+        for line in faults:
+            print(f"learner.{verb}: {line}", file=sys.stderr)
+        sys.exit(2)
+    from cluster import signals
+
+    signals.watch()  # now: what follows may take seconds to import
+    signals.leave(importlib.import_module(VERBS[verb][0]).main(arguments))
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in VERBS:
+        enter(arguments[0], arguments[1:])
+    lines = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    text = f"usage: python -m learner VERB ...   (or: tributary VERB ...; VERB --help says more)\n\n{lines}"
+    if arguments and arguments[0] not in ("-h", "--help"):
+        print(f"learner: there is no command {arguments[0]!r}\n{text}", file=sys.stderr)
+        sys.exit(2)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

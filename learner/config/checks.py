@@ -1,0 +1,84 @@
+"""Contradictions: what no single key of a configuration can show to be wrong. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from diffusion.transitions import select
+from learner.config.schema import Config
+from learner.objectives.needs import NEEDS
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """What no single key can show to be wrong."""
+    ranks = (config.learner.ranks or 1) if config.run.runner == "ray" else 1
+    chunk, epoch, updates = config.sampler.chunk_size, config.train.trajectories, config.train.updates_per_epoch
+    if epoch % chunk:
+        yield f"sampler.chunk_size: {chunk} does not divide train.trajectories {epoch}"
+    elif (epoch // chunk) % (updates * ranks):
+        yield (
+            f"train.updates_per_epoch: the epoch's {epoch // chunk} chunks (of sampler.chunk_size {chunk}) "
+            f"do not divide evenly among {updates} updates of {ranks} learner ranks; "
+            f"make train.trajectories a multiple of {chunk * updates * ranks}"
+        )
+    if chunk % config.prompts.per_prompt:
+        yield f"prompts.per_prompt: {config.prompts.per_prompt} does not divide sampler.chunk_size {chunk}"
+    if config.objective.forward_looking_from >= config.sampler.steps:
+        yield f"objective.forward_looking_from: must be below sampler.steps {config.sampler.steps}"
+    if config.train.shuffle_rewards and config.sampler.transitions != "all":
+        yield "train.shuffle_rewards: only with sampler.transitions=all (other states have no reward to swap)"
+    if config.train.shuffle_rewards and chunk == 1:
+        yield "train.shuffle_rewards: needs a sampler.chunk_size above 1"
+    yield from _of_objective(config)
+    if config.evaluation.images % chunk:
+        yield f"evaluation.images: {config.evaluation.images} is not a multiple of sampler.chunk_size {chunk}"
+
+
+def _of_objective(config: Config) -> Iterator[str]:
+    given, needs = config.objective, config.needs
+    for key in ("replay_updates", "max_staleness"):
+        if getattr(config.train, key) and not needs.off_policy:
+            allowed = ", ".join(kind for kind, other in NEEDS.items() if other.off_policy)
+            yield (
+                f"train.{key}: {given.kind} learns from the ratio of the current policy to the one that "
+                f"sampled, which gives no gradient outside 1 +- objective.clip_range {given.clip_range:g} and does "
+                f"not weigh the states that were met: trajectories of earlier policies are out of its reach; use "
+                f"train.{key}=0, or one of {allowed}"
+            )
+    if (config.flow.fit_steps or config.flow.warmup_steps) and not needs.fits_flow:
+        allowed = ", ".join(kind for kind, other in NEEDS.items() if other.fits_flow)
+        yield (
+            f"flow.fit_steps, flow.warmup_steps: {given.kind} has no flow network that could be fitted alone; "
+            f"set both to 0, or use one of {allowed}"
+        )
+    widths = config.flow.widths
+    if needs.flow and not _groups_fit(widths):
+        yield f"flow.widths: {list(widths)} cannot be normalised in groups; use widths such as [32, 64]"
+    if needs.flow == "gradient" and config.flow.stem_stride != 1:
+        yield f"flow.stem_stride: {given.kind} has a flow network of full size; set it to 1"
+    if needs.only_inner_rewards and given.forward_looking == "none":
+        yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
+    if needs.reward_gradients and config.train.shuffle_rewards:
+        yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
+    if needs.compares_groups:
+        first = select(
+            config.sampler.transitions, config.sampler.transition_fraction,
+            config.sampler.steps - (given.last_transition == "skip"), 0, 0, [0],
+        )  # fmt: skip
+        each = config.sampler.chunk_size * first.shape[1]
+        if each % given.group_size:
+            yield (
+                f"objective.group_size: {given.group_size} does not divide the {each} transitions of a chunk "
+                f"(sampler.chunk_size {config.sampler.chunk_size} times {first.shape[1]})"
+            )
+
+
+def _groups_fit(widths: Sequence[int]) -> bool:
+    """Whether both flow networks can be built with these channels (learner/flow.py)."""
+    if not widths or min(widths) < 8:
+        return False
+    groups = [min(32, low // 4, high // 4) for low, high in pairwise([widths[0], *widths])]
+    sides = [low % g == high % g == 0 for g, (low, high) in zip(groups, pairwise([widths[0], *widths]), strict=True)]
+    first = min(32, widths[0] // 4)
+    return all(sides) and all(width % first == 0 and width % (widths[0] // 8) == 0 for width in widths)

@@ -1,0 +1,103 @@
+"""The configuration as a whole: its sections, what a resumed run may change, and what follows from it. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field
+
+from diffusion.settings import RolloutSettings
+from learner.config import sections
+from learner.config.sections import Section
+from learner.objectives.needs import NEEDS, Needs
+
+CONFIG_VERSION = 2  # of the keys and their meaning
+
+# What a resumed run may set anew: on CPU none of it changes a bit of the result, but train.epochs, which prolongs it,
+# and the batches that must fit into memory, which change last bits (it says so): a small GPU must not strand a run.
+FREE = (
+    "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
+    "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "run.autoscale", "sampler.actors",
+    "sampler.gpus", "sampler.labels", "reward.actors", "reward.gpus", "reward.labels", "reward.quarantine_limit",
+    "learner.gpus", "learner.labels", "learner.attempts", "train.epochs", "train.stop_on_collapse",
+    "learner.micro_batch", "reward.batch", "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
+    "mlflow.group", "mlflow.registered_model",
+)  # fmt: skip
+
+
+class Config(Section):
+    config_version: int = Field(CONFIG_VERSION, description="version of these keys; set only by the program")
+    run: sections.Run = sections.Run()
+    model: sections.Model = sections.Model()
+    prompts: sections.Prompts = sections.Prompts()
+    sampler: sections.SamplerConfig = sections.SamplerConfig()
+    reward: sections.RewardConfig = sections.RewardConfig()
+    lora: sections.LoraConfig = sections.LoraConfig()
+    flow: sections.FlowConfig = sections.FlowConfig()
+    learner: sections.LearnerConfig = sections.LearnerConfig()
+    objective: sections.Objective = sections.Objective()
+    train: sections.Train = sections.Train()
+    evaluation: sections.Evaluation = sections.Evaluation()
+    mlflow: sections.Mlflow = sections.Mlflow()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting as `section.key`, JSON types."""
+        tree = self.model_dump(mode="json")
+        return {f"{section}.{key}": value for section in section_types() for key, value in tree[section].items()}
+
+    def binding(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with its beginning: all but FREE."""
+        return {key: value for key, value in self.flat().items() if key not in FREE}
+
+    def digest(self) -> str:
+        """sha256 of the binding settings: equal runs have equal ones."""
+        return hashlib.sha256(json.dumps(self.binding(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Policy optimizer steps."""
+        return self.train.updates_per_epoch + self.train.replay_updates
+
+    @property
+    def kept_epochs(self) -> int:
+        """Epochs of rollouts that a learner keeps to train on again."""
+        fits = self.flow.fit_steps or self.flow.warmup_steps
+        return max(self.flow.replay_epochs if fits else 0, self.train.replay_epochs if self.train.replay_updates else 0)
+
+    @property
+    def needs(self) -> Needs:
+        """What the objective requires."""
+        return NEEDS[self.objective.kind]
+
+    def rollout_settings(self) -> RolloutSettings:
+        return RolloutSettings(
+            num_steps=self.sampler.steps,
+            guidance=self.sampler.guidance,
+            eta=self.sampler.eta,
+            grid=self.sampler.grid,
+            forward_looking=self.objective.forward_looking if self.needs.inner_rewards else "none",
+            clean_prediction=self.objective.clean_prediction,
+            from_step=self.objective.forward_looking_from,
+            selection=self.sampler.transitions,
+            fraction=self.sampler.transition_fraction,
+            skip_last=self.objective.last_transition == "skip",
+            image_only=not self.needs.inner_rewards,
+            state_precision=self.sampler.state_precision,
+        )
+
+
+def known_keys() -> dict[str, Any]:
+    """Every `section.key` with its field."""
+    return {
+        f"{section}.{key}": field
+        for section, outer in section_types().items()
+        for key, field in outer.model_fields.items()
+    }
+
+
+def section_types() -> dict[str, type[Section]]:
+    """Every section by name."""
+    found = ((name, field.annotation) for name, field in Config.model_fields.items())
+    return {name: kind for name, kind in found if isinstance(kind, type) and issubclass(kind, Section)}

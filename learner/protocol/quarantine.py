@@ -1,0 +1,103 @@
+"""Bad trajectories, set aside: a reward that is no number or raises, a black image, latents that are no numbers.
+
+`quarantine/epoch-NNNNNN-trajectory-N.json` says all that is needed to make the trajectory again, `.safetensors` has it,
+`.png` its image if there is one. In its update the next good trajectory of its chunk takes its place, so that batches,
+groups and ranks stay even: the mean is then over the good ones, some of them counted twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from diffusion.trajectory import Scores, Trajectories
+from records.storage import Storage
+
+FOLDER = "quarantine"
+ARRAYS = ("timesteps", "states", "log_pf", "log_pb")
+
+
+class QuarantineFull(RuntimeError):
+    """More bad trajectories than reward.quarantine_limit allows."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """One bad trajectory: `facts` for people and to make it again, its arrays, and the PNG of its image, if any."""
+
+    facts: dict[str, Any]
+    arrays: dict[str, np.ndarray]  # timesteps [N], states [N+1, C, H, W], log_pf [N], log_pb [N]
+    image: bytes | None
+
+
+def set_aside(trajectories: Trajectories, scores: Scores) -> list[SetAside]:
+    """The chunk's bad trajectories."""
+    chunk, found = trajectories.chunk, []
+    for row, reason in sorted(scores.bad.items()):
+        facts = {
+            "reason": reason,
+            "prompt": chunk.prompts[row],
+            "epoch": chunk.epoch,
+            "trajectory_id": chunk.trajectory_ids[row],
+            "row": row,
+            "policy_version": trajectories.policy_version,
+            "adapter_sha256": trajectories.adapter_sha256,
+            "chunk": asdict(chunk),  # the whole batch: a rollout's last bits depend on it
+        }
+        rows = {name: getattr(trajectories, name)[row] for name in ARRAYS if name != "timesteps"}
+        arrays = {name: np.ascontiguousarray(values) for name, values in rows.items()}
+        found.append(SetAside(facts, {"timesteps": trajectories.timesteps, **arrays}, scores.bad_images.get(row)))
+    return found
+
+
+def replaced(trajectories: Trajectories, scores: Scores) -> tuple[Trajectories, Scores]:
+    """The chunk with the next good trajectory (after the last comes the first) in the place of each bad one."""
+    if not scores.bad:
+        return trajectories, scores
+    count = len(scores.rewards)
+    good = [row for row in range(count) if row not in scores.bad]
+    rows = np.array([row if row in good else next((g for g in good if g > row), good[0]) for row in range(count)])
+    chunk = trajectories.chunk
+    chunk = replace(
+        chunk,
+        prompts=tuple(chunk.prompts[row] for row in rows),
+        trajectory_ids=tuple(chunk.trajectory_ids[row] for row in rows),
+    )
+    arrays = {
+        name: getattr(trajectories, name)[rows] for name in ("states", "log_pf", "log_pb", "selected", "model_output")
+    }
+    index = scores.gradient_row
+    return replace(trajectories, chunk=chunk, **arrays), Scores(
+        chunk, scores.rewards[rows], gradients=scores.gradients, gradient_row=None if index is None else index[rows]
+    )
+
+
+def write(storage: Storage, found: Sequence[SetAside]) -> None:
+    """
+    Raises:
+        StorageError: the disk is full, read-only, gone ...
+    """
+    for one in found:
+        name = f"{FOLDER}/epoch-{one.facts['epoch']:06d}-trajectory-{one.facts['trajectory_id']}"
+        storage.write(f"{name}.safetensors", save(one.arrays))
+        if one.image:
+            storage.write(f"{name}.png", one.image)
+        storage.write(f"{name}.json", (json.dumps(one.facts, indent=1) + "\n").encode())
+
+
+def check_limit(storage: Storage, count: int, limit: int) -> None:
+    """`count` trajectories were set aside so far.
+
+    Raises:
+        QuarantineFull: these are more than `limit`.
+    """
+    if count > limit:
+        raise QuarantineFull(
+            f"{count} trajectories are set aside in {storage}/{FOLDER}, more than reward.quarantine_limit={limit}: "
+            "look at the reasons there, and mend the reward or raise the limit"
+        )

@@ -1,0 +1,118 @@
+"""The contract between the epoch loop and whoever does the work, in process or on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from statistics import mean
+from typing import Protocol
+
+from diffusion.snapshot import Snapshot
+from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
+from learner.protocol.buffer import Work
+from learner.protocol.ledger import Ledger
+from learner.protocol.quarantine import SetAside
+from learner.protocol.training import Training
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What comes back of an epoch, in chunk order. Seconds: sampling and scoring overlap on Ray, where each is what the
+    learner waited for its last chunk, little or nothing if train.max_staleness lets them run ahead."""
+
+    chunks: Sequence[Chunk]
+    receipts: list[Receipt]
+    verdicts: list[Verdict]
+    training: Training  # of rank 0: metrics are means over ranks
+    sample_seconds: float
+    score_seconds: float
+    train_seconds: float
+    set_aside: Sequence[SetAside] = ()  # the bad trajectories, of all ranks
+
+    @classmethod
+    def of(
+        cls, works: Sequence[Work], training: Training, set_aside: Sequence[SetAside], *seconds: float
+    ) -> EpochResult:
+        """Of an epoch's chunks, all scored; `seconds` of sampling, scoring and training."""
+        receipts = [work.receipt for work in works if work.receipt]
+        verdicts = [work.verdict for work in works if work.verdict]
+        sample, score, train = seconds
+        return cls([work.chunk for work in works], receipts, verdicts, training, sample, score, train, set_aside)
+
+    @property
+    def rewards(self) -> list[float]:
+        """Raw terminal reward of each trajectory that is not bad."""
+        return [reward for verdict in self.verdicts for reward in verdict.rewards if not isnan(reward)]
+
+    @property
+    def reward_parts(self) -> dict[str, float]:
+        """Of a weighted_sum: mean raw terminal score of each of its rewards."""
+        parts = [verdict.parts for verdict in self.verdicts]
+        return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """A run at a glance, between two turns of its runner. Actors and chunks by role: sampler, scorer, learner."""
+
+    policy_version: int
+    epochs_in_work: int  # begun to be sampled and not closed yet
+    staleness: tuple[float, int]  # mean and maximum over the chunks of the epoch trained last, in policy versions
+    actors: dict[str, int] = field(default_factory=dict)  # alive
+    waiting: dict[str, int] = field(default_factory=dict)  # chunks that no actor has yet
+    running: dict[str, int] = field(default_factory=dict)  # chunks that actors have
+
+
+@dataclass
+class Hooks:
+    """What a runner tells the loop while it works, and asks of it."""
+
+    say: Callable[[str], None] = print  # faults survived, a line each
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    turn: Callable[[], None] = lambda: None  # again and again, whatever is waited for
+    last_checkpoint: Callable[[], dict[str, bytes] | None] = lambda: None  # its files, for learners to start anew
+
+
+class Runner(Protocol):
+    """Does epochs with one current policy version; `snapshot` is the newest, which the next chunks are sampled with.
+
+    A runner is made from a config and, to go on from a checkpoint, that checkpoint's files. Then `begin`, and for each
+    epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`.
+    """
+
+    snapshot: Snapshot
+    description: str
+    dimensions: int  # D, numbers in one latent
+    ranks: int
+    batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
+    hooks: Hooks
+
+    def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
+        """What there is to do: `epochs` are those left, `chunks_of` gives the chunks of one. The runner opens an epoch
+        in the ledger when it begins to sample it, up to train.max_staleness epochs before its turn."""
+        ...
+
+    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
+        """Sample, score and train on an epoch's chunks, then publish the next policy version."""
+        ...
+
+    def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
+        """Scores and images of the evaluation chunks under the current version, in their order."""
+        ...
+
+    def checkpoint_files(self) -> dict[str, bytes]:
+        """The learner's state (learner/state.py) and, under lora/, the adapter for other programs; once an epoch."""
+        ...
+
+    def vitals(self) -> Vitals:
+        """How it stands just now; from `begin` on."""
+        ...
+
+    def closed(self, epoch: int) -> None:
+        """The epoch is in a checkpoint: nothing of it is needed any more."""
+        ...
+
+    def close(self) -> None:
+        """Stop everything that was started; safe to call twice."""
+        ...

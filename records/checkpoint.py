@@ -1,0 +1,180 @@
+"""Checkpoints: `checkpoints/step-NNNNNN/`, all that a run needs to go on bitwise; step counts policy updates.
+
+    lora/                adapter for diffusers and, as kohya.safetensors, for ComfyUI and A1111
+    learner.pt           adapter, flow network, both optimizers         (learner/state.py)
+    replay-RANK.pt       rollouts that the flow fits draw from
+    config.yaml          every setting
+    state.json           the manifest, written last: cursor, ledger, versions, batch sizes, sha256 of every file
+                         and of itself
+
+Only what the manifest lists is read, and nothing outside of the run's folder. There is no random state to keep: every
+draw is keyed by what it is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from records.run_folder import FORMAT
+from records.storage import Storage, StorageError
+
+FOLDER, MANIFEST, LATEST = "checkpoints", "state.json", "latest"
+SEAL = "sha256"  # of the rest of the manifest
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is torn, was changed, or is of another version; the message names it and the remedy."""
+
+
+class OtherVersion(CheckpointError):
+    """A checkpoint of another format: those before it will be too."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its place, its manifest, and the learner's files by name."""
+
+    name: str  # checkpoints/step-NNNNNN
+    manifest: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> str:
+    """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links.
+
+    Raises:
+        StorageError: it could not be written; those before it are untouched.
+    """
+    name = f"step-{about['step']:06d}"
+    sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    storage.write_folder(f"{FOLDER}/{name}", {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
+    if storage.local:
+        _link(storage.local / FOLDER / LATEST, name)
+    return f"{FOLDER}/{name}"
+
+
+def steps(storage: Storage) -> list[int]:
+    """Steps of the checkpoints here, oldest first; whole or not."""
+    names = (name.removeprefix("step-") for name in storage.entries(FOLDER) if name.startswith("step-"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
+    """Of one checkpoint, without reading its files.
+
+    Raises:
+        CheckpointError: it has none, a damaged or changed one, or that of another run or step.
+        OtherVersion: its format is not this program's.
+    """
+    name = f"{FOLDER}/step-{step:06d}"
+    try:
+        content = storage.read(f"{name}/{MANIFEST}")
+        found = json.loads(content)
+        written_as = found["format"]
+    except (StorageError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{storage}/{name} is not whole: {error}") from error
+    seal = found.pop(SEAL, None)  # older formats have none
+    if (seal or written_as == FORMAT) and _sealed(found) != content:
+        raise CheckpointError(f"{storage}/{name}/{MANIFEST} is not what was written: its sha256 differs")
+    if written_as != FORMAT:
+        raise OtherVersion(
+            f"{storage}/{name} is of format {written_as}, this Tributary reads {FORMAT}: use the version that "
+            "wrote it, or start afresh with run.resume=never and another run.dir"
+        )
+    origin = found.get("run_id"), found.get("step")
+    if origin != (run_id, step):
+        raise CheckpointError(f"{storage}/{name} is not its own: it was written as step {origin[1]} of run {origin[0]}")
+    return found
+
+
+def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
+    """
+    Raises:
+        CheckpointError: it is torn, was changed, or is another run's.
+        OtherVersion: its format is not this program's.
+    """
+    name, about = f"{FOLDER}/step-{step:06d}", manifest(storage, step, run_id)
+    try:
+        files = {file: storage.read(f"{name}/{file}") for file in about["files"]}
+    except (StorageError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{storage}/{name} is not whole: {error}") from error
+    for file, content in files.items():
+        if hashlib.sha256(content).hexdigest() != about["files"][file]:
+            raise CheckpointError(f"{storage}/{name}/{file} is not what was written: its sha256 differs")
+    return Checkpoint(name, about, files)
+
+
+def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint; `warn` hears of each that is passed over.
+
+    Raises:
+        CheckpointError: there are some, but none is whole, or the newest whole one is of another version.
+    """
+    found = steps(storage)
+    fault: CheckpointError | None = None
+    for step in reversed(found):
+        try:
+            return load(storage, step, run_id)
+        except OtherVersion:
+            raise
+        except CheckpointError as error:
+            fault = error
+            warn(f"{error}; trying the one before it")
+    if fault:
+        raise fault
+    return None
+
+
+def drop_after(storage: Storage, step: int) -> None:
+    """Remove the checkpoints of later steps: they were passed over."""
+    for later in steps(storage):
+        if later > step:
+            storage.remove(f"{FOLDER}/step-{later:06d}")
+
+
+def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
+    """Remove all but the newest `keep` checkpoints and the steps in `always`; keep 0 keeps all. The newest whole one
+    stays in any case: it is read back before anything goes, and `warn` hears of newer ones that are not as written.
+
+    Raises:
+        StorageError: one could not be removed.
+    """
+    found = steps(storage)
+    doomed = [step for step in found[:-keep] if step not in always] if keep else []
+    if not doomed:
+        return
+    for step in reversed(found):
+        try:
+            load(storage, step, run_id)
+        except CheckpointError as error:
+            warn(f"{error}; keeping one before it")
+            continue
+        for old in doomed:
+            if old < step:
+                storage.remove(f"{FOLDER}/step-{old:06d}")
+        return
+
+
+def _sealed(about: dict[str, Any]) -> bytes:
+    """A manifest as it is written: with its own sha256, so that a changed one is known like any other file."""
+    seal = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**about, SEAL: seal}, indent=1) + "\n").encode()
+
+
+def _link(link: Path, name: str) -> None:
+    """A convenience for people; some file systems have no links, and a copied run has a folder there."""
+    aside = link.with_name(f".{LATEST}.new")
+    with contextlib.suppress(OSError):
+        aside.unlink(missing_ok=True)
+        os.symlink(name, aside)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        aside.replace(link)

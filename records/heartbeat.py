@@ -1,0 +1,101 @@
+"""The driver's sign of life: `status.json` in the run directory, what the records do not say of a run that is going on.
+
+A view for whoever looks from outside (commands/status.py), who may have no way to the driver but the files. It is never
+read by a run, and where it cannot be written the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+from urllib.parse import urlsplit
+
+from learner.protocol.runner import Vitals
+from records.storage import Storage, StorageError
+
+FILE = "status.json"
+SECONDS, OBJECT_STORE_SECONDS = 5.0, 30.0  # between two writes at least
+QUIET = 6  # so many times that without a sign is cause for worry
+EVENTS = 10  # the last ones are kept
+
+
+class Heartbeat:
+    """Writes it every few seconds, when it is given the occasion."""
+
+    def __init__(self, storage: Storage, epochs: int, mlflow_uri: str | None, quiet_seconds: float) -> None:
+        """`epochs` the run is to have. While it starts, or where turns come only between pieces of work,
+        `quiet_seconds` may pass without a sign."""
+        self.vitals: Callable[[], Vitals] | None = None  # once it runs
+        self._storage = storage
+        self._seconds = SECONDS if storage.local else OBJECT_STORE_SECONDS
+        self._quiet = max(quiet_seconds, QUIET * self._seconds)
+        self._due = 0.0
+        self._events: list[dict[str, Any]] = []
+        self._facts: dict[str, Any] = {
+            "state": "starting",
+            "reason": None,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.time(),
+            "epochs": epochs,
+            "mlflow": without_password(mlflow_uri) if mlflow_uri else None,
+            "doing": "starting",
+            "done": 0,
+            "total": 0,
+            "events": 0,
+        }
+        self._write()
+
+    def running(self, vitals: Callable[[], Vitals], turns: bool) -> None:
+        """It has started. With `turns`, `turn` is called all the time."""
+        self.vitals = vitals
+        self._facts["state"] = "running"
+        if turns:
+            self._quiet = QUIET * self._seconds
+        self._write()
+
+    def progress(self, doing: str, done: int, total: int) -> None:
+        """`done` of `total` chunks of what is being done."""
+        self._facts |= {"doing": doing, "done": done, "total": total}
+        self.turn()
+
+    def event(self, text: str) -> None:
+        """A fault that was survived, a node that came or went: a line of the run's output."""
+        self._facts["events"] += 1
+        self._events = [*self._events, {"time": time.time(), "text": text}][-EVENTS:]
+
+    def turn(self) -> None:
+        """Write if it is time to."""
+        if time.monotonic() >= self._due:
+            self._write()
+
+    def closed(self) -> None:
+        """An epoch is: written now, where a write costs little."""
+        if self._storage.local:
+            self._write()
+
+    def end(self, state: str, reason: str | None = None) -> None:
+        """The last one: finished, failed or stopped, and why."""
+        self._facts |= {"state": state, "reason": reason}
+        self.vitals = None  # nothing of it is left
+        self._write()
+
+    def _write(self) -> None:
+        facts = self._facts | {"time": time.time(), "quiet_seconds": self._quiet, "last_events": self._events}
+        if self.vitals:
+            facts |= asdict(self.vitals())
+        with contextlib.suppress(StorageError):  # the records' own failure to write will be said, and ends the run
+            self._storage.write(FILE, (json.dumps(facts, indent=1) + "\n").encode())
+        self._due = time.monotonic() + self._seconds
+
+
+def without_password(uri: str) -> str:
+    """For people's eyes."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri

@@ -1,0 +1,167 @@
+"""report.html of a run: one file with everything in it, made from the durable records alone.
+
+`python -m learner.report RUN` makes it anew; a run does so at every evaluation and at its end. The page asks for
+nothing from elsewhere and has no script. Words and figures are facts.py's, curves diagrams.py's, pictures
+html_pictures.py's; report.html.j2 puts them together and escapes every text.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import yaml
+
+from learner.config import Config
+from records.run_folder import BEFORE, Records
+from reports import facts
+from reports import html_pictures as pictures
+from reports.diagrams import Diagram, Point, Series, curves, data_url, heat_map
+from reports.facts import Line
+
+FILE = "report.html"
+TEMPLATE = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")  # now: files may change under a run
+EVALUATIONS = 12  # whose intervals are drawn, evenly chosen
+
+# Title, unit, and the metrics of metrics.jsonl with their labels.
+Curves = tuple[tuple[str, str, dict[str, str]], ...]
+REWARD: Curves = (
+    ("Reward", "raw reward", {"reward_mean": "training rollouts, mean", "eval_reward_mean": "fixed images"}),
+)
+DIVERSITY: Curves = (
+    ("Different pictures (Vendi score)", "effective number among the fixed images", {"eval_vendi": "fixed images"}),
+    ("Vendi score of a prompt", "effective number, mean over prompts", {"eval_vendi_per_prompt": "fixed images"}),
+    ("Distance within a prompt", "mean cosine distance of two pictures", {"eval_distance": "fixed images"}),
+)
+LEARNING: Curves = (
+    ("Loss", "", {"loss": "the objective's", "flow_loss": "flow-only fits"}),
+    ("Parts of the loss", "", {"forward_loss": "forward", "reverse_loss": "reverse", "terminal_loss": "terminal"}),
+    ("Clipped", "share of transitions", {"clipped": "ratio outside of the clip"}),
+    ("Step size", "nats a transition", {"kl": "KL, rollout policy to the one being updated"}),
+    ("Gradient norm before clipping", "", {"grad_norm": "LoRA", "flow_grad_norm": "flow network"}),
+    ("Staleness", "policy versions behind", {"staleness_mean": "mean", "staleness_max": "most"}),
+)
+TIMES: Curves = (
+    (
+        "Seconds an epoch",
+        "seconds",
+        {"seconds": "all", "sample_seconds": "sampling", "score_seconds": "scoring", "train_seconds": "training"},
+    ),
+)
+
+
+def render(records: Records, config: Config) -> bytes:
+    """The page. Works at any time of a run, with whatever is there.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: metrics or evaluations hold what they never should.
+        StorageError: a file that must be there cannot be read.
+    """
+    lines, evaluated = records.lines, records.evaluated()
+    trained = [line for line in lines if line["epoch"] != BEFORE]
+    state, in_words, reason, known = facts.state(records.storage)
+    warnings, no_warning = facts.collapse(lines)
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    rate, seconds = facts.throughput(trained)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": facts.number, "duration": facts.duration}
+    return (
+        environment.from_string(TEMPLATE)
+        .render(
+            about=records.about,
+            environment=records.about.get("environment") or {},
+            place=str(records.storage),
+            config=config,
+            made=facts.clock(time.time()),
+            begun=facts.clock(records.about["created"]),
+            state=state,
+            state_in_words=in_words,
+            reason=reason,
+            towards=facts.towards(config),
+            headline=facts.headline(records, evaluated),
+            warnings=warnings,
+            no_warning=no_warning,
+            epochs=len(trained),
+            trajectories=sum(line.get("trajectories") or 0 for line in trained),
+            seconds=seconds,
+            rate=rate,
+            curves=_sections(records, evaluated),
+            epochs_read=pictures.EPOCHS_READ,
+            before_after=pictures.pairs(records, evaluated),
+            extremes=pictures.extremes(records.storage),
+            figures=facts.figures(records.storage),
+            timings=facts.timings(trained, config.run.runner == "ray"),
+            time_curves=_diagrams(TIMES, trained),
+            faults=facts.faults(records, trained, known),
+            lora=known.get("lora"),
+            unconditional=config.prompts.path is None,
+            quote=shlex.quote,
+            settings=settings,
+            settings_file=data_url("text/yaml", settings.encode()),
+        )
+        .encode()
+    )
+
+
+def _sections(records: Records, evaluated: Sequence[int]) -> list[tuple[str, list[Diagram]]]:
+    """Diagrams by what they are about; without those that have no data."""
+    lines = records.lines
+    keys = dict.fromkeys(key for line in lines for key in line)
+    trained_on, judged = (
+        [key.removeprefix(start) for key in keys if key.startswith(start)]
+        for start in ("reward_mean/", "eval_reward_mean/")
+    )
+    of_labels: Curves = tuple(
+        (
+            f"{'Part of the reward' if label in trained_on else 'Held-out reward'}: {label}",
+            "raw reward",
+            {f"reward_mean/{label}": "training rollouts, mean", f"eval_reward_mean/{label}": "fixed images"},
+        )
+        for label in dict.fromkeys(trained_on + judged)
+    )
+    betas = {line.get("beta") for line in lines} - {None}
+    beta: Curves = (("Reward exponent", "beta", {"beta": "beta"}),) if len(betas) > 1 else ()
+    intervals = {"eval_reward_mean": _intervals(records, evaluated)}
+    distribution = heat_map("Rewards of the training rollouts", "raw reward", pictures.rewards(records.storage))
+    rewards = _diagrams(REWARD, lines, intervals) + _diagrams(of_labels, lines)
+    found = [
+        ("Reward", rewards + ([distribution] if distribution else [])),
+        ("Diversity", _diagrams(DIVERSITY, lines)),
+        ("Learning", _diagrams((*LEARNING, *beta), lines)),
+    ]
+    return [(name, diagrams) for name, diagrams in found if diagrams]
+
+
+def _diagrams(
+    wanted: Curves, lines: Sequence[Line], intervals: dict[str, list[tuple[float, float, float]]] | None = None
+) -> list[Diagram]:
+    """Those that have data. Evaluations are few, and of the same images: they are not smoothed."""
+    found = [
+        curves(
+            title,
+            unit,
+            [
+                Series(label, _points(lines, name), not name.startswith("eval_"), (intervals or {}).get(name, ()))
+                for name, label in names.items()
+            ],
+        )
+        for title, unit, names in wanted
+    ]
+    return [diagram for diagram in found if diagram]
+
+
+def _points(lines: Sequence[Line], name: str) -> list[Point]:
+    """(epochs done, value) where there is one."""
+    return [(line["epoch"] + 1, line[name]) for line in lines if line.get(name) is not None]
+
+
+def _intervals(records: Records, evaluated: Sequence[int]) -> list[tuple[float, float, float]]:
+    """(epochs done, low, high) of the evaluated reward: the paired interval of its change, on what it was before."""
+    after = [epoch for epoch in evaluated if epoch != BEFORE]
+    places = np.linspace(0, len(after) - 1, min(len(after), EVALUATIONS)).round().astype(int)
+    found = [facts.headline(records, [BEFORE, after[i]]) for i in places] if BEFORE in evaluated else []
+    return [(one.epoch, one.before + one.low, one.before + one.high) for one in found if one]

@@ -1,0 +1,6 @@
+"""The words of reward settings. Imports no torch: the configuration is checked without it."""
+
+from typing import Literal
+
+Backend = Literal["native", "package"]
+FeatureKind = Literal["pixels", "clip", "dreamsim"]  # rewards/features.py

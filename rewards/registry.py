@@ -1,0 +1,198 @@
+"""Rewards by name, or a user's own as module:callable: `load` makes one, `check` finds its faults before."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rewards.names import Backend
+
+
+class Reward(Protocol):
+    """A reward model. `differentiable` says whether autograd reaches the images."""
+
+    name: str
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] float in [0, 1], B prompts -> raw scores [B] float32."""
+        ...
+
+
+class UnknownReward(ValueError):
+    """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
+
+
+SIZES = {"jpeg_compressibility": -1, "jpeg_incompressibility": 1}
+# Those with neither weights nor a device.
+PLAIN = {
+    **dict.fromkeys(SIZES, "jpeg:JpegSize"),
+    "shapes_accuracy": "shapes_accuracy:ShapesAccuracy",
+    "shapes_alignment": "shapes_alignment:ShapesAlignment",
+    "shapes_alignment_soft": "shapes_alignment_soft:ShapesAlignmentSoft",
+}
+MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
+SUM = "weighted_sum"
+OWN_SETTINGS = ("name", "weights", "device", "backend")
+NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
+
+
+def load(
+    name: str, weights: str | None = None, device: str = "cpu", backend: Backend = "native", **options: Any
+) -> Reward:
+    """The reward called `name`, or a user's own as `module:callable`.
+
+    `weights` is a path or hub id for rewards that have weights; `options` go to the reward's constructor. `backend`
+    package: imagereward and hpsv2 as their authors' packages compute them (rewards/package.py), without gradients.
+    A user's callable takes (images, prompts) and returns [B]; with options it is first called with them.
+
+    Raises:
+        UnknownReward: see there.
+        ValueError: weights or options that this reward does not take; for a reward model also `WeightsNotFound` and
+            `BadWeights` of rewards/weights.py.
+    """
+    if weights is not None and name not in MODELS and backend == "native":
+        raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
+    if ":" in name and backend == "native":
+        return UserReward(name, **options)
+    made = _package() if backend == "package" else _class(name)
+    if backend == "package":
+        options = {"name": name, "weights": weights, "device": device, **options}
+    elif name in SIZES:
+        options = {"sign": SIZES[name], **options}
+    elif name in MODELS:
+        options = {"weights": weights, "device": device, **options}
+    elif name == SUM:
+        options = {"device": device, **options}
+    try:
+        return made(**options)
+    except TypeError as error:
+        raise ValueError(f"reward.options: {name}: {error}") from error
+
+
+def check(
+    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None,
+    backend: Backend = "native",
+) -> None:  # fmt: skip
+    """Find out before anything starts whether `load` would fail, the reward refuse a prompt, or an `objective` that
+    learns from its gradient find none. A user's own reward is only imported, not made: it may need the actor's device.
+    Of a reward model nothing is read or downloaded: its files are looked for here, in the hub's cache and at the hub.
+
+    Raises:
+        ValueError: as `load`, or naming the prompt, or reward and objective.
+    """
+    check_options(options)
+    own = ":" in name and weights is None and backend == "native"
+    reward: Any
+    if backend == "package":
+        from rewards.weights import check as look_for
+
+        reward = load(name, weights, backend=backend, **options)
+        look_for(list(reward.assets.values()))
+    elif own:
+        reward = _import(name)
+    elif name in MODELS:
+        from rewards.weights import check as look_for
+
+        reward = _class(name)
+        try:
+            look_for(reward.assets(weights, **options))
+        except TypeError as error:
+            raise ValueError(f"reward.options: {name}: {error}") from error
+    elif name == SUM and weights is None:
+        from rewards.weighted_sum import check_terms
+
+        check_terms(options, prompts, objective)
+        return
+    else:
+        reward = load(name, weights, **options)
+    # What a class or a factory makes may say so itself: the scorer asks again.
+    unsaid = own and (isinstance(reward, type) or bool(options))
+    if objective and not getattr(reward, "differentiable", unsaid):
+        raise ValueError(
+            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
+            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
+            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
+        )
+    check_prompts = getattr(reward, "check_prompts", None)
+    if check_prompts is not None:
+        check_prompts(prompts)
+
+
+def check_options(options: dict[Any, Any]) -> None:
+    """
+    Raises:
+        ValueError: a key that cannot be a reward's own.
+    """
+    for key in options:
+        if not isinstance(key, str) or not key.isidentifier() or key in OWN_SETTINGS:
+            raise ValueError(
+                f"reward.options: {key!r} cannot be an option of a reward; those of every reward, "
+                f"{', '.join(OWN_SETTINGS)}, are settings beside reward.options"
+            )
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: torch does not know it, or has none here.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device}: {str(error).splitlines()[0]}") from error
+
+
+def _package() -> Any:
+    from rewards.package import PackageReward
+
+    return PackageReward
+
+
+def _class(name: str) -> Any:
+    """Imported only when asked for: the reward models need transformers."""
+    if name == SUM:
+        place = "weighted_sum:WeightedSum"
+    elif (place := (PLAIN | MODELS).get(name, "")) == "":
+        known = ", ".join(NAMES)
+        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(f"rewards.{module}"), attribute)
+
+
+def _import(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownReward(
+            f"reward.name: cannot import {name!r}: {error} (looked in the current directory and PYTHONPATH)"
+        ) from error
+    if not callable(found):
+        raise UnknownReward(f"reward.name: {name} is {type(found).__name__}, expected a function or a class")
+    return found
+
+
+class UserReward:
+    """A user's own function, named explicitly in the config as `module:callable`."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        function = _import(name)
+        self.name = name
+        try:
+            self._function = function(**options) if options or isinstance(function, type) else function
+        except Exception as error:  # a user's code may raise anything
+            raise UnknownReward(f"reward.name: {name} cannot be made: {type(error).__name__}: {error}") from error
+        self.differentiable = bool(
+            getattr(self._function, "differentiable", getattr(function, "differentiable", False))
+        )
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        scores = torch.as_tensor(self._function(images, prompts)).float()
+        if scores.shape != (len(images),):
+            raise ValueError(f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images")
+        return scores

@@ -1,0 +1,88 @@
+"""Folders that go with their owner, and never anybody else's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster.temp_folders import MARKER, VARIABLE, TemporaryFolder, sweep
+
+OWNER = """
+import os, subprocess, sys, time
+from learner.temporary import TemporaryFolder
+folder = TemporaryFolder()
+with folder.marking():
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(folder.path, worker.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def owner():
+    """Another process with a folder and a worker: (process, the folder's path, the worker's pid)."""
+    process = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    path, worker = process.stdout.readline().split()
+    yield process, path, int(worker)
+    process.kill()
+    process.wait(10)
+    if alive(int(worker)):
+        os.kill(int(worker), signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_it_goes_with_all_in_it_and_those_who_work_for_it(base):
+    folder = TemporaryFolder()
+    (folder.path / "socket").write_text("")
+    with folder.marking():
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    folder.remove()
+    folder.remove()
+    assert not alive(worker.pid) and bystander.poll() is None
+    assert not os.listdir(base) and VARIABLE not in os.environ
+    bystander.kill()
+    bystander.wait(10)
+
+
+def test_one_in_use_is_left_alone_and_that_of_a_killed_owner_swept(base, owner):
+    process, path, worker = owner
+    sweep()
+    assert os.path.isdir(path) and alive(worker)
+    process.kill()
+    process.wait(10)
+    mine = TemporaryFolder()
+    deadline = time.monotonic() + 10
+    while alive(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert os.listdir(base) == [mine.path.name]
+    mine.remove()
+
+
+def test_what_only_has_our_name_stays(base):
+    (base / "tributary-checkout").mkdir()
+    (base / "tributary-notes.txt").write_text("mine")
+    elsewhere = base / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / MARKER).write_text("1")
+    (base / "tributary-link").symlink_to(elsewhere)
+    sweep()
+    assert sorted(os.listdir(base)) == ["elsewhere", "tributary-checkout", "tributary-link", "tributary-notes.txt"]
+    assert (elsewhere / MARKER).exists()

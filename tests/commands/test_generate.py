@@ -1,0 +1,213 @@
+"""Pictures beside each other: those that the run's own evaluation drew, and refusals in one line."""
+
+import io
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from commands import generate
+from diffusion import lora
+from diffusion.loading import load_model
+from learner.config import Config, load_config
+from learner.run import main as run_main
+from reports import comparison_sheet
+
+
+@pytest.fixture(scope="module")
+def run(small_settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    learning = ("lora.alpha=3", "learner.learning_rate=0.05", "run.runner=inprocess", "evaluation.seed=5")
+    assert run_main([*small_settings, *learning, f"run.dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_text(tmp_path_factory):
+    """A DDPM, and a LoRA for it that changes what it draws."""
+    base, folder = tmp_path_factory.mktemp("ddpm"), tmp_path_factory.mktemp("lora")
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(base)
+    model = load_model(str(base))
+    model.attach_lora(2, 2, seed=0)
+    lora.load(model.unet, lora.snapshot(model.unet, 0).flat + np.float32(0.1))
+    lora.save_files(model.unet, folder)
+    return base, folder
+
+
+def pictures(folder, label, prompt=1) -> np.ndarray:
+    files = sorted(folder.glob(f"prompt-{prompt:02d}-image-*-{label}.png"))
+    return np.stack([np.asarray(Image.open(file)) for file in files])
+
+
+def evaluated(run, epoch) -> tuple[list[str], np.ndarray]:
+    """Prompts and pictures of the run's fixed images."""
+    table = pq.read_table(run / f"evaluation/epoch-{epoch}.parquet", columns=["prompt", "thumbnail_png"])
+    shown = [np.asarray(Image.open(io.BytesIO(one))) for one in table["thumbnail_png"].to_pylist()]
+    return table["prompt"].to_pylist(), np.stack(shown)
+
+
+def differ(one, other) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def refused(capsys, *arguments) -> str:
+    capsys.readouterr()
+    assert generate.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("learner.generate: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_the_pictures_are_those_of_the_runs_evaluation(run, tmp_path, capsys):
+    prompts, after = evaluated(run, "000001")
+    _, before = evaluated(run, "before")
+    assert after.shape[1:] == (64, 64, 3) and len(set(prompts)) > 1
+    out = tmp_path / "grid.png"
+    asked = [word for prompt in dict.fromkeys(prompts) for word in ("--prompt", prompt)]
+    command = ["--lora", str(run), *asked, "--out", str(out), "--separate", str(tmp_path / "each")]
+    assert generate.main(command) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    for row, prompt in enumerate(prompts):
+        number = list(dict.fromkeys(prompts)).index(prompt) + 1
+        base, tuned = (pictures(tmp_path / "each", label, number) for label in comparison_sheet.LABELS)
+        assert len(base) == len(tuned) == 4
+        # The image of that number has its noise; batches of other prompts may round the other way.
+        assert differ(base[row], before[row]) <= 1 and differ(tuned[row], after[row]) <= 1
+        assert differ(tuned[row], before[row]) > 5
+    sheet = Image.open(out)
+    assert sheet.getpixel((0, 0)) == sheet.getpixel((sheet.width - 1, sheet.height - 1)) == (255, 255, 255)
+    again = (tmp_path / "grid.png").read_bytes()
+    assert generate.main(command) == 0 and out.read_bytes() == again
+
+
+def test_the_sheet_shows_both_rows_where_they_belong():
+    rng = np.random.default_rng(0)
+    base, tuned = rng.integers(0, 255, (2, 3, 200, 200, 3), np.uint8)
+    prompt = "a prompt that is much too long for one line of a sheet of three pictures " * 2
+    sheet = np.asarray(comparison_sheet.comparison([prompt], [(base, tuned)], "seed 1"))
+
+    def find(picture) -> tuple[int, int]:
+        places = np.argwhere((sheet[:-199, :-199] == picture[0, 0]).all(-1))
+        return next((y, x) for y, x in places if np.array_equal(sheet[y : y + 200, x : x + 200], picture))
+
+    corners = [[find(picture) for picture in row] for row in (base, tuned)]
+    for row in corners:
+        assert len({y for y, _ in row}) == 1 and [x for _, x in row] == sorted({x for _, x in row})
+    assert [x for _, x in corners[0]] == [x for _, x in corners[1]] and corners[0][0][0] + 200 < corners[1][0][0]
+    margin = sheet[:, : corners[0][0][1]]
+    for y, _ in (corners[0][0], corners[1][0]):
+        assert (margin[y + 80 : y + 120] < 128).any()  # its label
+    assert (sheet[:, -comparison_sheet.MARGIN :] == 255).all()  # nothing runs over
+    assert (sheet[: corners[0][0][0]] < 128).any() and (sheet[corners[1][0][0] + 206 :] < 160).any()
+    lines = comparison_sheet._wrapped(prompt, 600, 17, 3)
+    assert len(lines) == 3 and all(comparison_sheet._font(17).getlength(line) <= 600 for line in lines)
+    assert min(comparison_sheet._font(17).getlength(line) for line in lines[:-1]) > 500
+    assert comparison_sheet._wrapped("x" * 500, 300, 17, 3)[0].startswith("xxx")
+
+
+def test_wherever_the_lora_lies_it_is_the_same(run, tmp_path, small_settings, capsys):
+    base = next(one for one in small_settings if one.startswith("model.path=")).removeprefix("model.path=")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run / "checkpoints/step-000002/lora", elsewhere)
+    given = ("--base", base, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5")
+    sheets = {}
+    for place, more in (
+        (run, ()),
+        (run / "checkpoints/latest", ()),
+        (run / "checkpoints/step-000002/lora", ()),
+        (run / "checkpoints/step-000002/lora" / lora.KOHYA_FILE, ()),
+        (elsewhere, given),
+        (run, ("--step", "1")),
+        (run, ("--seed", "6")),
+        (run, ("--eta", "0.5")),
+        (run, ("--guidance", "1")),
+        (run, ("--steps", "5")),
+    ):
+        folder = tmp_path / f"each-{len(sheets)}"
+        command = ["--lora", place, "--prompt", "a red ring", "--images", "1", "--separate", folder, *more]
+        assert generate.main([str(word) for word in [*command, "--out", tmp_path / "grid.png"]]) == 0
+        sheets[place, more] = pictures(folder, "tuned").tobytes()
+    drawn = list(sheets.values())
+    assert len(set(drawn[:5])) == 1 and len(set(drawn)) == 6
+
+
+def test_without_a_lora_the_base_model_draws_alone(run, tmp_path, small_settings, capsys):
+    base = next(one for one in small_settings if one.startswith("model.path=")).removeprefix("model.path=")
+    ask = ["--prompt", "a red ring", "--images", "2", "--out", tmp_path / "grid.png", "--separate"]
+    given = ["--base", base, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5"]
+    assert generate.main([str(word) for word in [*ask, tmp_path / "alone", *given]]) == 0
+    alone = Image.open(tmp_path / "grid.png").height
+    assert generate.main([str(word) for word in ["--lora", run, *ask, tmp_path / "both"]]) == 0
+    assert np.array_equal(pictures(tmp_path / "alone", "base"), pictures(tmp_path / "both", "base"))
+    assert not list((tmp_path / "alone").glob("*tuned*")) and alone < Image.open(tmp_path / "grid.png").height
+    assert "--step: of which run?" in refused(capsys, "--prompt", "a ring", "--step", "1", "--out", tmp_path / "g.png")
+
+
+def test_more_images_than_a_chunk_and_other_prompts_change_nothing(run, tmp_path):
+    for name, words in (("many", ("--prompt", "a pink cross", "--images", "6")), ("few", ("--images", "4"))):
+        command = ["--lora", run, *words, "--prompt", "a red ring", "--out", tmp_path / "g.png"]
+        assert generate.main([str(word) for word in [*command, "--separate", tmp_path / name]]) == 0
+    assert len({picture.tobytes() for picture in pictures(tmp_path / "many", "base", 2)}) == 6
+    for label in comparison_sheet.LABELS:
+        assert np.array_equal(pictures(tmp_path / "many", label, 2)[:4], pictures(tmp_path / "few", label))
+
+
+def test_a_model_without_text(without_text, tmp_path, capsys):
+    base, folder = without_text
+    command = ["--lora", folder, "--base", base, "--images", "2", "--steps", "4", "--separate", tmp_path / "each"]
+    assert generate.main([str(word) for word in [*command, "--out", tmp_path / "grid.png"]]) == 0
+    assert differ(pictures(tmp_path / "each", "base"), pictures(tmp_path / "each", "tuned")) > 5
+    assert "takes no text" in refused(capsys, *command, "--out", tmp_path / "g.png", "--prompt", "a ring")
+
+
+def test_settings_of_a_run_of_the_demo_and_of_another_model():
+    assert generate.settings(None, None, {}) == load_config()
+    other = generate.settings(None, "someone/model", {"steps": 20})
+    assert other.model.path == "someone/model" and other.sampler == Config().sampler.model_copy(update={"steps": 20})
+    config = load_config(overrides=["sampler.guidance=2", "lora.rank=8"])
+    given = generate.settings(config, "someone/model", {"eta": 0.5})
+    assert (given.sampler.guidance, given.sampler.eta, given.lora.rank) == (2, 0.5, 8)
+
+
+def test_what_cannot_be_drawn_is_refused(run, without_text, tmp_path, capsys):
+    grid, prompt = ("--out", tmp_path / "grid.png"), ("--prompt", "a ring")
+    damaged = tmp_path / "cut.safetensors"
+    damaged.write_bytes((run / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE).read_bytes()[:-100])
+    for arguments, message in (
+        (("--lora", tmp_path / "nothing", *prompt, *grid), "no such file or folder"),
+        (("--lora", f"memory://{tmp_path.name}/nothing", *prompt, *grid), "there is no run.json"),
+        (("--lora", damaged, *prompt, *grid), "no whole safetensors file"),
+        (("--lora", without_text[1], "--base", run, *grid), "no model_index.json"),
+        (("--lora", without_text[1], *prompt, *grid), "LoRA of another base model"),
+        (("--lora", run, "--base", without_text[0], *grid), "LoRA of another base model"),
+        (("--lora", run, "--base", "/gone/model", *prompt, *grid), "no such folder: /gone/model"),
+        (("--lora", run, "--step", "7", *prompt, *grid), "there are 0, 1, 2"),
+        (("--lora", damaged, "--step", "7", *prompt, *grid), "--step"),
+        (("--lora", run, *prompt, "--out", tmp_path / "grid.jpg"), "is no .png file"),
+        (("--lora", run, *prompt, "--out", tmp_path / "none" / "grid.png"), "there is no folder"),
+        (("--lora", run, *grid), "--prompt: what shall be drawn"),
+        (("--lora", run, *prompt, *grid, "--images", "0"), "--images"),
+        (("--lora", run, *prompt, *grid, "--seed", "-1"), "--seed"),
+        (("--lora", run, *prompt, *grid, "--steps", "1"), "--steps"),
+        (("--lora", run, *prompt, *grid, "--eta", "0"), "--eta"),
+        (("--lora", run, *prompt, *grid, "--guidance", "0.5"), "--guidance"),
+    ):
+        assert message in refused(capsys, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors"]
+
+
+def test_a_lora_without_alpha_is_drawn_with_a_warning(without_text, tmp_path, capsys):
+    base, folder = without_text
+    shutil.copy(folder / lora.PEFT_FILES[1], tmp_path)
+    command = ["--lora", tmp_path, "--base", base, "--images", "1", "--steps", "4", "--out", tmp_path / "grid.png"]
+    assert generate.main([str(word) for word in command]) == 0
+    assert "warning" in (said := capsys.readouterr().err) and "does not say its alpha" in said

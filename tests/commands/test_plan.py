@@ -1,0 +1,157 @@
+"""The plan's numbers against what a run really does, and against published counts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from cluster.nodes import Node
+from cluster.placement import place
+from commands import plan
+from commands.reward_cost import reward_cost
+from learner import build
+from learner.config import load_config
+from learner.config.sections import RewardConfig
+from learner.protocol.chunks import training_chunks
+from learner.run import main
+from learner.state import LEARNER_FILE, replay_file
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["objective.last_transition=train", "objective.forward_looking=none"],
+        ["sampler.transitions=random", "sampler.transition_fraction=0.5", "objective.forward_looking_from=2"],
+    ],
+)
+def test_counts_and_bytes_are_those_of_a_real_epoch(small_config, overrides):
+    config = small_config("run.runner=inprocess", "flow.replay_epochs=1", *overrides)
+    sampler, scorer, learner = (
+        build.build_sampler(config),
+        build.build_scorer(config),
+        build.build_learner(config),
+    )
+    made = []
+    for chunk in training_chunks(config, ["a red circle", "a blue ring"], 0):
+        trajectories, clean = sampler.sample(chunk, learner.published)
+        made.append((trajectories, clean, scorer.score(clean)))
+    learner.train_epoch(0, 1.0, [[(trajectories, scores) for trajectories, _, scores in made]])
+    learner.publish(1)
+    each = plan.work(config, plan.costs(config), ranks=1)
+    assert each.transitions == sum(trajectories.selected.size for trajectories, _, _ in made)
+    assert each.states_scored == sum(len(clean.latents) for _, clean, _ in made)
+    arrays = [getattr(t, name) for t, _, _ in made for name in ("states", "log_pf", "log_pb", "model_output")]
+    stored = sum(array.nbytes for array in [*arrays, *(clean.latents for _, clean, _ in made), learner.published.flat])
+    assert each.object_store == pytest.approx(stored, rel=0.02)
+    files = learner.state_files()
+    assert LEARNER_FILE in files and replay_file(0) in files
+    assert each.checkpoint == pytest.approx(sum(map(len, files.values())), rel=0.2)
+
+
+def test_flops_of_a_known_network_are_the_published_ones():
+    """Stable Diffusion 1.5's U-Net: 0.80 TFLOP a sample; its decoder: 2.51 (counted independently)."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        x, t, embedding = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 77, 768)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        )  # fmt: skip
+    assert plan._count(lambda: unet(x, t, encoder_hidden_states=embedding).sample) == pytest.approx(0.80e12, rel=0.02)
+    assert plan._count(lambda: vae.decode(x).sample) == pytest.approx(2.51e12, rel=0.02)
+
+
+def test_the_plan_is_text_and_nothing_starts(small_settings, tmp_path, capsys):
+    assert main([*small_settings, f"run.dir={tmp_path / 'run'}", "--plan"]) == 0
+    said = capsys.readouterr().out
+    for word in (
+        str(tmp_path / "run"),
+        "samplers",
+        "learner rank",
+        "trajectories",
+        "updates",
+        "FLOP",
+        "object store",
+        "disk",
+    ):
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_resources_of_actors_are_shown():
+    config = load_config()
+    placement = place(2, 1, 2, 2, [Node("here", 16.0, 8.0)])
+    said = plan.describe(config, placement, {"CPU": 16.0, "GPU": 8.0}, "here")
+    assert "2 learner ranks, each 1 CPU, 1 GPU" in said
+    assert np.isfinite(plan.work(config, plan.costs(config), 2).training)
+
+
+def test_flops_count_every_pass_of_a_network(small_config):
+    """An independent count on paper: 8 trajectories of 4 steps, the last of them not trained on."""
+    for guidance, passes in ((1, 1), (3, 2)):
+        for looking, extra in (("none", 0), ("base", 4 * passes)):
+            config = small_config(
+                f"sampler.guidance={guidance}", f"objective.forward_looking={looking}", "flow.fit_steps=0"
+            )
+            cost = plan.costs(config)
+            each = plan.work(config, cost, ranks=1)
+            assert each.rollout == 8 * (4 * passes + extra) * cost.unet
+            assert each.training == 8 * 3 * (passes * cost.unet_train + 2 * cost.flow_train)
+            assert each.evaluation == 4 * (4 * passes * cost.unet + cost.decode)
+
+
+def test_reward_models_cost_what_their_sizes_say():
+    """ViT-H/14 is 0.33 TFLOP an image, HPSv2's text tower 0.05 more; ViT-L/14 0.16, ViT-L/16 0.12 and a BERT."""
+    cost = {name: reward_cost(RewardConfig(name=name)) for name in ("hpsv2", "aesthetic", "imagereward")}
+    assert cost["hpsv2"] == pytest.approx(0.38e12, rel=0.03)
+    assert cost["aesthetic"] == pytest.approx(0.16e12, rel=0.05)
+    assert cost["imagereward"] == pytest.approx(0.135e12, rel=0.05)
+    assert reward_cost(RewardConfig(name="jpeg_compressibility")) == 0
+    assert reward_cost(RewardConfig(name="mine:own")) is None
+
+
+def test_the_published_way_costs_what_its_passes_do(small_config):
+    """On paper: two clean predictions, two decodings and scorings for each transition, and the images besides."""
+    config = small_config("flow.fit_steps=0", "sampler.guidance=3", "objective.last_transition=train")
+    cost = replace(plan.costs(config), reward=7.0)
+    step = 2 * cost.unet_train + 2 * cost.flow_train + 2 * cost.unet + 2 * (cost.decode + 7)
+    transition, epoch = plan.published(config, cost)
+    assert transition == step
+    assert epoch == 8 * (4 * 2 * cost.unet + cost.decode + 7) + 8 * 4 * step
+    assert plan.published(small_config("objective.kind=ddpo", "flow.fit_steps=0", "flow.warmup_steps=0"), cost) is None
+
+
+def test_cheap_values_cost_what_they_decode(small_config):
+    config = small_config("objective.forward_looking_decoder=tiny", "model.tiny_decoder=models/shapes/tiny_decoder")
+    cost = plan.costs(config)
+    each = plan.work(config, cost, 1)  # 8 trajectories: the image and the state before it whole, three before those
+    assert 0 < cost.tiny < 0.4 * cost.decode
+    assert each.decoding == 8 * (2 * cost.decode + 3 * cost.tiny)
+    late = plan.work(small_config("objective.forward_looking_from=2"), cost, 1)
+    assert late.decoding == 8 * 3 * cost.decode
+
+
+def test_the_published_way_of_reward_gradients(small_config, settings_of):
+    """Beside the policy's own passes: the table of objectives' costs, in U-Net passes under guidance and in looks."""
+    for kind, passes, looks in (("residual_nabla_db", 6, 4), ("residual_nabla_db_no_flow", 3, 2)):
+        config = small_config(*settings_of(kind), "sampler.guidance=3", "train.replay_updates=0")
+        cost = replace(plan.costs(config), reward=7.0)
+        own = 2 * cost.unet_train + 2 * cost.flow_train
+        transition, _ = plan.published(config, cost)
+        assert transition == own + passes * 2 * cost.unet + looks * (cost.decode + 7)
+    config = small_config(*settings_of("nabla_db"), "train.replay_updates=0")
+    assert plan.published(config, plan.costs(config)) is None
+
+
+def test_trajectories_of_an_earlier_policy_cost_the_pass_that_the_regulariser_needs(small_config):
+    base = ("sampler.guidance=3", "train.updates_per_epoch=2")
+    cost = plan.costs(small_config(*base))
+    plain, lagging, free = (
+        plan.work(small_config(*base, *more), cost, 1)
+        for more in ((), ("train.max_staleness=1",), ("train.max_staleness=1", "objective.regulariser=0"))
+    )
+    # two passes under guidance, for the second of the two updates
+    assert lagging.training - plain.training == plain.transitions / 2 * 2 * cost.unet and free == plain

@@ -1,0 +1,245 @@
+"""The look at a run from outside: what it says in each state, and the sign of life that it rests on."""
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from commands import status
+from learner.inprocess import InProcessRunner
+from learner.protocol.runner import Vitals
+from learner.run import main
+from records import heartbeat
+from records.heartbeat import Heartbeat
+from records.storage import Storage, StorageError
+
+VITALS = Vitals(
+    3, 2, (0.5, 1), {"sampler": 2, "scorer": 1, "learner": 1}, {"sampler": 5, "scorer": 0}, {"sampler": 2, "scorer": 1}
+)
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request, tmp_path):
+    """Of a run that has done 3 of 10 epochs, 8 s each."""
+    storage = Storage(str(tmp_path / "mine") if request.param == "local" else f"memory://{tmp_path}/mine")
+    about = {"run_id": "abc", "name": "mine", "finished": False, "mlflow_run_id": "f00"}
+    storage.write("run.json", json.dumps(about).encode())
+    lines = [line_of(epoch) for epoch in range(-1, 3)]
+    storage.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    storage.write_folder("checkpoints/step-000006", {"state.json": b"{}"})
+    return storage
+
+
+def line_of(epoch: int) -> dict:
+    line = {"epoch": epoch, "step": 2 * (epoch + 1), "policy_version": epoch + 1, "seconds": 8.0}
+    if epoch < 0:
+        return {**line, "loss": None, "reward_mean": None, "eval_reward_mean": 0.25, "seconds": 0.0}
+    return {**line, "loss": 0.5, "reward_mean": 0.1 * epoch + 0.5, "lost_trajectories": 4 * epoch, "updates": [{}]}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every occasion is taken to write."""
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.0)
+    monkeypatch.setattr(heartbeat, "OBJECT_STORE_SECONDS", 0.0)
+
+
+def beating(storage, uri: str | None = None, quiet_seconds: float = 30.0) -> Heartbeat:
+    """Of a run that is going on."""
+    beat = Heartbeat(storage, 10, uri, quiet_seconds)
+    beat.running(lambda: VITALS, turns=False)
+    return beat
+
+
+def look(storage, later: float = 0.0) -> dict:
+    return status.look(storage, time.time() + later)
+
+
+def edit(storage, **facts) -> None:
+    storage.write(heartbeat.FILE, json.dumps(json.loads(storage.read(heartbeat.FILE)) | facts).encode())
+
+
+def test_a_run_that_goes_on(storage, at_once):
+    beat = beating(storage, "http://me:secret@mlflow:5000")
+    for number in range(12):
+        beat.event(f"sampler {number}\x1b[2J died")
+    beat.progress("sampling and scoring", 3, 8)
+    found = look(storage)
+    assert (found["state"], found["process"], found["host"]) == ("running", os.getpid(), socket.gethostname())
+    assert (found["epochs_done"], found["epochs"], found["step"], found["policy_version"]) == (3, 10, 6, 3)
+    assert (found["epoch_seconds"], found["seconds_left"]) == (8.0, 56.0)
+    assert (found["lost_trajectories"], found["events"], len(found["last_events"])) == (12, 12, heartbeat.EVENTS)
+    assert found["staleness"] == [0.5, 1] and found["waiting"] == {"sampler": 5, "scorer": 0}
+    text = status.render(found)
+    for words in (
+        f"running by process {os.getpid()} on {socket.gethostname()} since 20",
+        "3 of 10 epochs done, sampling and scoring 3/8; step 6, policy version 3; 8 s an epoch, about 56 s left",
+        "0.500 ▁▄█ 0.700", "2 sampler, 1 scorer, 1 learner", "sampler 5 waiting, 2 running", "epochs in work: 2",
+        "0.5 versions on average, 1 at most", "12 trajectories", "12 since this start", "sampler 11 [2J died",
+        "http://mlflow:5000/#/runs/f00", f"{storage}/checkpoints/{'latest' if storage.local else 'step-000006'}/lora",
+    ):  # fmt: skip
+        assert words in text
+    assert "sampler 6" not in text and "secret" not in text + storage.read(heartbeat.FILE).decode()
+    assert [row.split() for row in text.splitlines()[-5:]] == [
+        ["epoch", "step", "reward", "evaluated", "loss", "seconds"], ["0", "0", "0.25", "0"],
+        ["1", "2", "0.5", "0.5", "8"], ["2", "4", "0.6", "0.5", "8"], ["3", "6", "0.7", "0.5", "8"],
+    ]  # fmt: skip
+
+
+def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
+    beating(storage)
+    least = heartbeat.QUIET * (heartbeat.SECONDS if storage.local else heartbeat.OBJECT_STORE_SECONDS)
+    assert look(storage, least - 2)["state"] == "running"
+    found = look(storage, least + 100)
+    assert found["state"] == "silent" and found["seconds_left"] is None
+    assert f"no sign of life for {round((least + 100) / 60)} min from process {os.getpid()}" in status.render(found)
+
+
+def test_turns_shorten_the_silence_that_is_allowed_and_starting_prolongs_it(storage):
+    beat = Heartbeat(storage, 10, None, 1000.0)
+    assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
+    beat.running(lambda: VITALS, turns=True)
+    assert look(storage, 900)["state"] == "silent"
+
+
+def test_a_process_of_this_machine_that_is_gone_is_known_at_once(storage):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    beating(storage)
+    edit(storage, process=process.pid)
+    found = look(storage)
+    assert found["state"] == "gone" and "the same command goes on" in status.render(found)
+    edit(storage, host="another")
+    assert look(storage)["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "words"),
+    [
+        ("failed", "BadReward: nan for a fox", "failed 2 h 47 min ago: BadReward: nan for a fox; the same command"),
+        ("stopped", None, "stopped 2 h 47 min ago"),
+    ],
+)
+def test_how_it_ended(storage, state, reason, words):
+    beating(storage).end(state, reason)
+    found = look(storage, 10_000)
+    assert found["state"] == state and found["actors"] is None
+    assert words in status.render(found)
+
+
+def test_a_finished_run_whose_driver_had_no_time_to_say_so_is_finished(storage):
+    beating(storage)
+    storage.write("run.json", json.dumps({"name": "mine", "finished": True}).encode())
+    assert look(storage, 10_000)["state"] == "finished"
+
+
+def test_a_run_without_a_sign_of_life(storage):
+    found = look(storage)
+    assert found["state"] == "unknown" and found["epochs"] is None and "3 epochs done" in status.render(found)
+
+
+def test_writes_are_rare_but_for_an_epochs_end(storage, monkeypatch):
+    beat, written = beating(storage), []
+    monkeypatch.setattr(Storage, "write", lambda self, name, content: written.append(json.loads(content)))
+    clock = time.monotonic()
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock)
+    for _ in range(100):
+        beat.turn()
+        beat.progress("training", 0, 1)
+    assert written == []
+    beat.closed()
+    assert len(written) == (1 if storage.local else 0)  # an object store takes its time
+    clock += heartbeat.SECONDS if storage.local else heartbeat.OBJECT_STORE_SECONDS
+    beat.turn()
+    beat.turn()
+    assert len(written) == (2 if storage.local else 1)
+
+
+def test_a_full_disk_is_no_reason_to_stop(storage, monkeypatch, at_once):
+    def full(*_):
+        raise StorageError("no space left") from OSError(errno.ENOSPC, "full")
+
+    beat = beating(storage)
+    monkeypatch.setattr(Storage, "write", full)
+    beat.progress("training", 0, 1)
+    beat.closed()
+    beat.end("failed")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", b"{"), ("run.json", b"[]"), ("metrics.jsonl", b"{}\n{"), ("metrics.jsonl", b"{}\n"),
+        ("status.json", b'{"state'), ("status.json", b'{"state": "running"}'), ("status.json", b"3"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_is_named(tmp_path, capsys, name, content):
+    (tmp_path / "run.json").write_text('{"name": "mine", "finished": false}')
+    (tmp_path / name).write_bytes(content)
+    assert status.main([str(tmp_path)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("learner.status: ") and str(tmp_path) in said and name in said
+
+
+@pytest.mark.parametrize("place", ["{}/nothing", "{}", "{}/file", "nosuch://bucket/run", "memory://{}/nothing"])
+def test_what_is_no_run_is_said_in_one_line(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert status.main([place.format(tmp_path)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("learner.status: ") and ("give a run's directory" in said or "nosuch" in place)
+
+
+def test_it_needs_neither_ray_nor_torch():
+    """Else a look takes seconds."""
+    code = "import sys, commands.status; print([name for name in ('ray', 'torch', 'mlflow') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.fixture
+def settings(small_settings, tmp_path):
+    return [*small_settings, "run.runner=inprocess", f"run.dir={tmp_path / 'mine'}"]
+
+
+def test_a_real_run_is_seen_while_it_trains_and_after(settings, tmp_path, monkeypatch, capsys):
+    real, seen = InProcessRunner.checkpoint_files, []
+
+    def spying(self):
+        seen.append(look(Storage(str(tmp_path / "mine"))))
+        return real(self)
+
+    monkeypatch.setattr(InProcessRunner, "checkpoint_files", spying)
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.0)
+    assert main(settings) == 0
+    assert [one["state"] for one in seen] == ["running"] * 3
+    assert [one["doing"]["doing"] for one in seen] == ["evaluating", "training", "evaluating"]
+    assert [one["epochs_in_work"] for one in seen] == [0, 1, 1]
+    capsys.readouterr()
+    assert status.main([str(tmp_path / "mine"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["epochs_done"], found["epochs"]) == ("finished", 2, 2)
+    assert os.path.exists(found["lora"]) and os.path.exists(found["report"])
+    assert status.main([str(tmp_path / "mine")]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_says_why_in_it(settings, tmp_path, monkeypatch):
+    real, seen = InProcessRunner.train_epoch, []
+
+    def fails(self, epoch, beta):
+        if epoch == 0:
+            return real(self, epoch, beta)
+        seen.append(look(Storage(str(tmp_path / "mine"))))
+        raise StorageError("the storage's own words")
+
+    monkeypatch.setattr(heartbeat, "SECONDS", 1000.0)  # only an epoch's end is written
+    monkeypatch.setattr(InProcessRunner, "train_epoch", fails)
+    assert main(settings) == 1
+    assert seen[0]["doing"] == {"doing": "training", "done": 0, "total": 1}
+    found = look(Storage(str(tmp_path / "mine")))
+    assert (found["state"], found["reason"]) == ("failed", "StorageError: the storage's own words")

@@ -1,0 +1,257 @@
+"""LoRA files of every form come back bit by bit; what does not is refused in one line."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from diffusion import lora, lora_files
+from diffusion.base_model import BaseModel
+from diffusion.loading import load_model
+from diffusion.lora_files import BadAdapter
+
+RANK, ALPHA = 2, 0.3  # a float32 that prints as 0.30000001192092896
+
+
+def disturb(unet) -> np.ndarray:
+    flat = lora.snapshot(unet, 0).flat
+    flat = (flat + 0.05 * np.random.default_rng(0).standard_normal(flat.shape)).astype(np.float32)
+    lora.load(unet, flat)
+    return flat
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_pipeline, tmp_path_factory):
+    """Folder of a LoRA with alpha != rank, and its buffer."""
+    folder = tmp_path_factory.mktemp("lora")
+    model = BaseModel(tiny_pipeline)
+    model.attach_lora(RANK, ALPHA, seed=0)
+    flat = disturb(model.unet)
+    lora.save_files(model.unet, folder)
+    return folder, flat
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("ddpm")
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def changed(saved, tmp_path):
+    """Writes the diffusers file anew with other tensors or metadata."""
+
+    def write(change=lambda tensors: tensors, metadata="same", name=lora.DIFFUSERS_FILE, **settings):
+        source = saved[0] / name
+        if metadata == "same":
+            metadata = lora_files.read(source).metadata
+            if settings:
+                said = json.loads(metadata[lora.METADATA_KEY]) | {f"unet.{k}": v for k, v in settings.items()}
+                metadata = {lora.METADATA_KEY: json.dumps(said)}
+        file = tmp_path / name
+        save_file(change(load_file(source)), file, metadata)
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["", lora.DIFFUSERS_FILE, lora.KOHYA_FILE])
+def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, tmp_path, name):
+    folder, flat = saved
+    adapter = lora_files.read(folder / name)
+    assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
+    assert adapter.targets == sorted(lora.TARGETS)
+    assert adapter.source == str(folder / (name or lora.DIFFUSERS_FILE))
+    model = BaseModel(tiny_pipeline)
+    snapshot = lora_files.attach(model, adapter)
+    assert np.array_equal(snapshot.flat.view(np.uint32), flat.view(np.uint32))
+    assert snapshot.sha256 == adapter.sha256 == lora.digest(flat)
+    lora.save_files(model.unet, tmp_path)
+    for file in (lora.DIFFUSERS_FILE, lora.KOHYA_FILE):
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_what_a_unet_saves_of_itself(saved, tiny_pipeline, tmp_path):
+    """unet.save_lora_adapter: names without a prefix."""
+    model = BaseModel(tiny_pipeline)
+    lora_files.attach(model, lora_files.read(saved[0]))
+    model.unet.save_lora_adapter(tmp_path, adapter_name=lora.ADAPTER)
+    adapter = lora_files.read(tmp_path)
+    assert (adapter.alpha, adapter.sha256, adapter.note) == (ALPHA, lora.digest(saved[1]), None)
+
+
+def test_pefts_form_of_a_model_without_text(ddpm, tmp_path):
+    model = load_model(ddpm)
+    model.attach_lora(RANK, ALPHA, seed=0)
+    flat = disturb(model.unet)
+    lora.save_files(model.unet, tmp_path)
+    for path in (tmp_path, tmp_path / lora.PEFT_FILES[1]):
+        adapter = lora_files.read(path)
+        assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
+        again = load_model(ddpm)
+        assert np.array_equal(lora_files.attach(again, adapter).flat, flat)
+    (tmp_path / lora.PEFT_FILES[0]).unlink()
+    assert lora_files.read(tmp_path).alpha == RANK and "alpha" in lora_files.read(tmp_path).note
+
+
+def test_an_adapter_of_the_same_kind_is_loaded_into_and_another_refused(saved, tiny_pipeline):
+    adapter = lora_files.read(saved[0])
+    model = BaseModel(tiny_pipeline)
+    parameters = model.attach_lora(RANK, ALPHA, seed=3)
+    assert lora_files.attach(model, adapter).sha256 == adapter.sha256
+    assert all(now is then for (_, now), then in zip(lora.named(model.unet), parameters, strict=True))
+    other = BaseModel(tiny_pipeline)
+    other.attach_lora(RANK, 2, seed=0)
+    with pytest.raises(BadAdapter, match=re.escape("has rank 2, alpha 2, not rank 2, alpha 0.3; make them the same")):
+        lora_files.attach(other, adapter)
+
+
+def test_a_lora_on_other_modules_keeps_them(tiny_pipeline, tmp_path):
+    """Half precision, two targets, a convolution: as others train them."""
+    model = BaseModel(tiny_pipeline)
+    model.unet.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "proj_in", "conv_out"]))
+    flat = disturb(model.unet).astype(np.float16)
+    lora.load(model.unet, flat.astype(np.float32))
+    lora.save_files(model.unet, tmp_path)
+    tensors = {name: tensor.half() for name, tensor in load_file(tmp_path / lora.KOHYA_FILE).items()}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    for file in (lora.DIFFUSERS_FILE, "theirs.safetensors"):
+        adapter = lora_files.read(tmp_path / file)
+        assert adapter.targets == ["conv_out", "proj_in", "to_q"] and (adapter.rank, adapter.alpha) == (3, 5)
+        half = BaseModel(tiny_pipeline, dtype=torch.bfloat16)
+        assert np.array_equal(lora_files.attach(half, adapter).flat, flat.astype(np.float32))
+        again = BaseModel(tiny_pipeline)
+        assert np.array_equal(lora_files.attach(again, adapter).flat, flat.astype(np.float32))
+        x, t, embeddings = torch.randn(1, 4, 16, 16), torch.tensor([99]), model.embed(["a red ring"])
+        with torch.no_grad():
+            expected = model.predict(x, t, embeddings, 1.0)[0]
+            assert torch.equal(again.predict(x, t, embeddings, 1.0)[0], expected)
+            plain = BaseModel(tiny_pipeline)
+            assert not torch.allclose(plain.predict(x, t, embeddings, 1.0)[0], expected, atol=1e-3)
+            lora_files.merge(plain.unet, adapter)
+            assert torch.allclose(plain.predict(x, t, embeddings, 1.0)[0], expected, atol=1e-5)
+
+
+def test_without_metadata_alpha_is_the_rank_as_in_diffusers(changed, tiny_pipeline):
+    file = changed(metadata=None)
+    adapter = lora_files.read(file)
+    assert adapter.alpha == RANK and "does not say its alpha: taken to be its rank 2" in adapter.note
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, use_safetensors=True)
+    pipe.load_lora_weights(str(file.parent))
+    model = BaseModel(tiny_pipeline)
+    lora_files.attach(model, adapter)
+    x, t, embeddings = torch.randn(1, 4, 16, 16), torch.tensor([99]), model.embed(["a red ring"])
+    with torch.no_grad():
+        theirs = pipe.unet(x, t, encoder_hidden_states=embeddings).sample
+    assert torch.equal(model.predict(x, t, embeddings, 1.0)[0], theirs)
+
+
+def test_the_names_of_stable_diffusions_modules_survive_kohyas_underscores():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    names = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    assert len(names) > 250
+    assert [lora_files._module("lora_unet_" + name.replace(".", "_")) for name in names] == names
+
+
+def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
+    content = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
+    made = {lora_files.with_metadata(content, {"b": "ü", "a": str(1), **more}) for more in ({}, {}, {})}
+    assert len(made) == 1
+    file = saved[0].parent / "more.safetensors"
+    file.write_bytes(made.pop())
+    adapter = lora_files.read(file)
+    assert list(adapter.metadata) and adapter.metadata["b"] == "ü" and adapter.metadata["format"] == "pt"
+    assert (adapter.sha256, adapter.alpha) == (lora.digest(saved[1]), ALPHA)
+    header = file.read_bytes()[8:]
+    assert header.index(b'"a"') < header.index(b'"b"') < header.index(b'"lora_adapter_metadata"')
+    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
+
+
+def refused(path) -> str:
+    with pytest.raises(BadAdapter) as caught:
+        lora_files.read(path)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text
+    return text
+
+
+def test_files_that_are_none(saved, tmp_path):
+    assert "no such file or folder" in refused(tmp_path / "nothing")
+    assert "holds no LoRA" in refused(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x02}q\x00.")
+    assert "only safetensors files are read" in refused(tmp_path / "weights.bin")
+    whole = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
+    for size in (0, 7, 100, len(whole) - 1):
+        file = tmp_path / f"cut-{size}.safetensors"
+        file.write_bytes(whole[:size])
+        assert "no whole safetensors file" in refused(file) and "copy or download it again" in refused(file)
+    assert "holds 4 safetensors files" in refused(tmp_path)
+    save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "unet.safetensors")
+    assert "is no LoRA: it holds conv_in.weight" in refused(tmp_path / "unet.safetensors")
+    save_file({"lora_unet_x.alpha": torch.tensor(1.0)}, tmp_path / "alpha.safetensors")
+    assert "is no LoRA" in refused(tmp_path / "alpha.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    assert "is no LoRA: it holds nothing" in refused(tmp_path / "empty.safetensors")
+
+
+def without(tensors, part):
+    doomed = next(name for name in tensors if part in name)
+    return {name: tensor for name, tensor in tensors.items() if name != doomed}
+
+
+def with_first(tensors, change):
+    first = next(name for name in tensors if "down" in name)
+    return tensors | {first: change(tensors[first]).contiguous()}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda t: without(t, "lora.up"), {}, "has no lora_B"),
+        (lambda t: without(t, "lora.down"), {}, "has no lora_A"),
+        (lambda t: with_first(t, lambda x: x * float("nan")), {}, "not finite"),
+        (lambda t: with_first(t, lambda x: x[0]), {}, "no LoRA; copy or download it again"),
+        (lambda t: with_first(t, lambda x: x[:1]), {}, "ranks [1, 2]"),
+        (lambda t: t | {"unet.x.lora_magnitude_vector": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
+        (lambda t: t | {"text_encoder.x.lora.down.weight": torch.ones(2, 3)}, {}, "adapts the text encoder too"),
+        (lambda t: t, {"use_rslora": True}, "uses use_rslora"),
+        (lambda t: t, {"alpha_pattern": {"to_q": 3}}, "uses alpha_pattern"),
+        (lambda t: t, {"r": 7}, "its settings say rank 7, its tensors have 2"),
+        (lambda t: t, {"lora_alpha": None}, "settings are damaged"),
+    ],
+)
+def test_loras_that_would_draw_something_else(changed, change, settings, message):
+    assert message in refused(changed(change, **settings))
+
+
+def test_alphas_that_differ_and_settings_that_are_no_json(changed):
+    def other(tensors):
+        first = next(name for name in tensors if name.endswith(".alpha"))
+        return tensors | {first: torch.tensor(9.0)}
+
+    assert "alphas [0.3, 9.0]" in refused(changed(other, name=lora.KOHYA_FILE))
+    assert "settings are damaged" in refused(changed(metadata={lora.METADATA_KEY: "{"}))
+
+
+def test_a_lora_of_another_base_model_says_where_they_differ(saved, changed, ddpm, tiny_pipeline):
+    with pytest.raises(BadAdapter) as caught:
+        lora_files.attach(load_model(ddpm), lora_files.read(saved[0]))
+    first = lora_files.read(saved[0]).modules[0]
+    assert f"another base model: its {first} is [48, 48], in this U-Net there is none" in str(caught.value)
+    wider = changed(lambda tensors: with_first(tensors, lambda x: torch.cat([x, x], 1)))
+    with pytest.raises(BadAdapter, match=r"is \[48, 96\], in this U-Net \[48, 48\]; name the base model"):
+        lora_files.attach(BaseModel(tiny_pipeline), lora_files.read(wider))
+    with pytest.raises(BadAdapter, match="another base model"):
+        lora_files.merge(load_model(ddpm).unet, lora_files.read(saved[0]))

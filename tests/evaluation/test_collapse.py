@@ -1,0 +1,97 @@
+"""Signs of collapse: what rises, what falls, and what is only noise."""
+
+import numpy as np
+import pytest
+
+from evaluation.collapse import FALL, KEPT, Evaluated, apartness, signs
+
+N = 64
+RNG = np.random.default_rng(0)
+PROMPTS = [f"prompt {i % 8}" for i in range(N)]
+BASE = RNG.normal(size=(N, 16))
+REWARD = RNG.normal(size=N)
+OTHER = RNG.normal(size=N)
+
+
+def evaluated(rise=0.5, held_out_fall=0.0, spread=1.0, features=True):
+    """After training: rewards and held-out moved, each prompt's pictures drawn together by `spread`."""
+    centre = RNG.normal(size=(8, 16))[[i % 8 for i in range(N)]]
+    moved = spread * BASE + (1 - spread) * 3 * centre
+    rewards, held_out = REWARD + rise + 0.1 * RNG.normal(size=N), OTHER - held_out_fall + 0.1 * RNG.normal(size=N)
+    return Evaluated(PROMPTS, rewards, {"other": held_out}, moved if features else None)
+
+
+BEFORE = Evaluated(PROMPTS, REWARD, {"other": OTHER}, BASE)
+
+
+def test_a_rising_reward_alone_is_no_sign():
+    assert signs(BEFORE, evaluated()) == []
+
+
+def test_pictures_that_become_alike_are():
+    (said,) = signs(BEFORE, evaluated(spread=0.2))
+    assert said.startswith("diversity fell to ") and said.endswith("% of the base model's")
+
+
+def test_a_held_out_reward_that_falls_far_is():
+    (said,) = signs(BEFORE, evaluated(held_out_fall=1.0))
+    assert said.startswith("held-out other fell by 1")
+    assert signs(BEFORE, evaluated(held_out_fall=0.8 * FALL * OTHER.std())) == []  # surely, but not far
+
+
+def test_both_are_said():
+    assert len(signs(BEFORE, evaluated(spread=0.2, held_out_fall=1.0))) == 2
+
+
+@pytest.mark.parametrize("rise", [0.0, -0.5])
+def test_without_a_rising_reward_it_is_not_collapse(rise):
+    assert signs(BEFORE, evaluated(rise=rise, spread=0.2, held_out_fall=1.0)) == []
+
+
+def test_a_fall_that_noise_explains_is_none():
+    """Large on average, of one picture in many."""
+    other = OTHER.copy()
+    other[0] -= 200.0
+    now = Evaluated(PROMPTS, REWARD + 1, {"other": other}, BASE)
+    assert signs(BEFORE, now) == []
+
+
+def test_without_features_and_held_out_rewards_nothing_is_said():
+    bare = Evaluated(PROMPTS, REWARD, {}, None)
+    assert signs(bare, evaluated(features=False)) == []
+
+
+def test_bad_images_are_left_out():
+    now = evaluated(spread=0.2)
+    now.rewards[:4] = np.nan
+    now.features[:4] = np.nan
+    assert len(signs(BEFORE, now)) == 1
+
+
+def test_apartness_is_the_distance_to_the_others_of_the_prompt():
+    features, prompts = np.array([[1.0, 0], [0, 2.0], [1.0, 0], [3.0, 0], [1.0, 0]]), ["a", "a", "b", "b", "c"]
+    found = apartness(features, prompts)
+    np.testing.assert_allclose(found[:4], [1, 1, 0, 0], atol=1e-12)
+    assert np.isnan(found[4])
+    alone = apartness(features[:3], ["a", "b", "c"])  # no prompt has two: all others
+    np.testing.assert_allclose(alone, [0.5, 1, 0.5], atol=1e-12)
+
+
+def test_the_share_that_may_be_lost_is_that_of_the_distance():
+    """Halfway between the thresholds, from both sides."""
+    was = apartness(BASE, PROMPTS).mean()
+    for spread in np.linspace(0.05, 1, 20):
+        now = evaluated(spread=spread)
+        kept = apartness(now.features, PROMPTS).mean() / was
+        if abs(kept - KEPT) > 0.03:
+            assert bool(signs(BEFORE, now)) == (kept < KEPT)
+
+
+@pytest.mark.parametrize(("kept", "flagged"), [(0.65, True), (0.75, False)])
+def test_seven_tenths_of_the_diversity_must_be_left(kept, flagged):
+    angle = np.arccos(1 - kept)
+    pairs = [f"prompt {i // 2}" for i in range(N)]
+    apart = np.tile([[1.0, 0.0], [0.0, 1.0]], (N // 2, 1))
+    nearer = np.tile([[1.0, 0.0], [np.cos(angle), np.sin(angle)]], (N // 2, 1))
+    before, now = Evaluated(pairs, REWARD, {}, apart), Evaluated(pairs, REWARD + 1, {}, nearer)
+    assert bool(signs(before, now)) == flagged

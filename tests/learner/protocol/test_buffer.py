@@ -1,0 +1,213 @@
+"""Chunks on their way, in 10,000 random orders of everything that may happen to them, crashes and resumes included."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from diffusion.snapshot import Snapshot
+from diffusion.trajectory import Chunk, Receipt, Verdict
+from learner.protocol.buffer import Pipeline, TooStale, key_of
+from learner.protocol.ledger import Ledger, LedgerError
+from learner.protocol.receipts import StaleWeights
+
+EPOCHS, CHUNKS, SIZE = 4, 2, 2
+
+
+def chunks_of(epoch: int) -> list[Chunk]:
+    ids = [tuple(range(i * SIZE, (i + 1) * SIZE)) for i in range(CHUNKS)]
+    return [Chunk(i, "train", epoch, 0, ("a prompt",) * SIZE, ids[i]) for i in range(CHUNKS)]
+
+
+def snapshot(version: int) -> Snapshot:
+    return Snapshot(version, np.zeros(1, np.float32), f"adapter {version}")
+
+
+def receipt(held: Snapshot) -> Receipt:
+    return Receipt(held.version, held.sha256, (0.0,) * SIZE, (0.0,) * SIZE, "here", 0.0)
+
+
+class Run:
+    """A driver that does whatever comes next in no particular order, and keeps its own account of what must be true."""
+
+    def __init__(self, staleness: int, rng: random.Random) -> None:
+        self.staleness, self.rng = staleness, rng
+        self.saved = Ledger().to_json()  # the last checkpoint
+        self.trained: Counter[tuple[int, int]] = Counter()
+        self.begin()
+
+    def begin(self) -> None:
+        """From the last checkpoint: of what came after it, nothing is known any more."""
+        self.ledger = Ledger(self.saved)
+        done = self.ledger.epochs
+        self.pipeline = Pipeline(chunks_of, range(done, EPOCHS), self.staleness, self.ledger)
+        self.version, self.epoch = done, done
+        self.waiting, self.sampling, self.scoring, self.scored = [], {}, [], []
+        self.made_by = {}  # version that sampled each key, by our own account
+        self.is_trained = False
+        self.trained = Counter({place: n for place, n in self.trained.items() if place[0] < done})
+
+    def steps(self) -> dict[str, bool]:
+        """What can happen now, of itself."""
+        whole = sum(key[1] == self.epoch for key in self.scored) == CHUNKS
+        return {
+            "give": bool(self.waiting), "sample": bool(self.sampling), "score": bool(self.scoring),
+            "admit": self.pipeline._next < min(EPOCHS, self.epoch + self.staleness + 1) and not self.is_trained,
+            "train": whole and not self.is_trained and self.epoch < EPOCHS, "close": self.is_trained,
+        }  # fmt: skip
+
+    def step(self) -> None:
+        possible = [name for name, can in self.steps().items() if can]
+        assert possible, f"nothing can happen in epoch {self.epoch}: a deadlock"
+        getattr(self, self.rng.choice(possible))()
+        in_work = {key[1] for key in self.pipeline._work}
+        assert len(in_work) <= self.staleness + 1
+        for epoch in in_work:
+            assert self.pipeline.counts("train", epoch) == (sum(key[1] == epoch for key in self.scored), CHUNKS)
+        for key, version in self.made_by.items():
+            assert 0 <= key[1] - version <= self.staleness
+
+    def admit(self) -> None:
+        self.waiting += [key_of(chunk) for chunk in self.pipeline.admit()]
+
+    def give(self) -> None:
+        key = self.waiting[self.rng.randrange(len(self.waiting))]
+        too_old = key[1] - self.staleness - 1
+        if too_old >= 0:
+            with pytest.raises(TooStale, match=f"policy version {too_old}: train.max_staleness is {self.staleness}"):
+                self.pipeline.given(key, snapshot(too_old))
+        self.pipeline.given(key, snapshot(self.version))
+        self.waiting.remove(key)
+        self.sampling[key] = self.made_by[key] = self.version
+
+    def sample(self) -> None:
+        key = self.rng.choice(list(self.sampling))
+        held = snapshot(self.sampling.pop(key))
+        with pytest.raises(StaleWeights):
+            self.pipeline.sampled(key, receipt(snapshot(held.version + 1)), "trajectories", "clean")
+        self.pipeline.sampled(key, receipt(held), "trajectories", "clean")
+        self.scoring.append(key)
+
+    def score(self) -> None:
+        key = self.scoring.pop(self.rng.randrange(len(self.scoring)))
+        self.pipeline.scored(key, Verdict((0.0,) * SIZE, (), 0.0), "scores")
+        self.scored.append(key)
+
+    def lose(self) -> None:
+        """An actor or a node takes with it what was made of a chunk, or what it was at."""
+        at_risk = [*self.sampling, *self.scoring, *([] if self.is_trained else self.scored)]
+        if not at_risk:
+            return
+        key = self.rng.choice(at_risk)
+        self.sampling.pop(key, None)
+        for place in (self.scoring, self.scored):
+            if key in place:
+                place.remove(key)
+        del self.made_by[key]
+        self.pipeline.lose(key)
+        self.waiting.append(key)
+
+    def train(self) -> None:
+        works = self.pipeline.take(self.epoch, self.version)
+        assert [work.chunk.index for work in works] == list(range(CHUNKS))
+        for work in works:
+            assert work.receipt.policy_version == self.made_by[key_of(work.chunk)]
+            assert work.trajectories == "trajectories" and work.scores == "scores"
+            self.ledger.advance(self.epoch, work.chunk.trajectory_ids, "trained")
+            self.trained.update((self.epoch, number) for number in work.chunk.trajectory_ids)
+        self.version += 1
+        self.is_trained = True
+
+    def close(self) -> None:
+        self.ledger.close(self.epoch)
+        self.saved = self.ledger.to_json()
+        self.pipeline.close(self.epoch)
+        self.scored = [key for key in self.scored if key[1] != self.epoch]
+        self.epoch += 1
+        self.is_trained = False
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 3])
+def test_the_bound_holds_and_everything_is_trained_once_in_any_order(staleness):
+    seen = Counter()
+    for seed in range(2500):
+        run = Run(staleness, random.Random(f"{staleness} {seed}"))
+        trouble = run.rng.choice([0.0, 0.02, 0.2])
+        for _ in range(2000):
+            if run.ledger.epochs == EPOCHS:
+                break
+            seen["most at once"] = max(seen["most at once"], len({key[1] for key in run.pipeline._work}))
+            if run.rng.random() < trouble:
+                event = run.rng.choices(["lose", "begin"], [4, 1])[0]
+                seen[event] += 1
+                getattr(run, event)()
+            else:
+                run.step()
+        else:
+            raise AssertionError(f"seed {seed} did not come to an end")
+        assert run.trained == Counter((e, i) for e in range(EPOCHS) for i in range(CHUNKS * SIZE)), f"seed {seed}"
+        total = EPOCHS * CHUNKS * SIZE
+        counted = dict(run.ledger.totals)
+        assert counted.pop("lost") >= 0 and counted.pop("quarantined") == 0 and set(counted.values()) == {total}, (
+            f"seed {seed}"
+        )
+        behind = max(key[1] - version for key, version in run.made_by.items() if key[1] == EPOCHS - 1)
+        seen["most behind"] = max(seen["most behind"], behind)
+    # The orders that matter were among them.
+    assert seen["most at once"] == staleness + 1 and seen["most behind"] == staleness
+    assert seen["lose"] > 1000 and seen["begin"] > 300
+
+
+@pytest.fixture
+def sampled():
+    """With staleness 1, epoch 1 sampled and scored by version 0."""
+    ledger = Ledger({"epochs": 0})
+    pipeline = Pipeline(chunks_of, range(2), 1, ledger)
+    for chunk in pipeline.admit():
+        pipeline.given(key_of(chunk), snapshot(0))
+        pipeline.sampled(key_of(chunk), receipt(snapshot(0)), "trajectories", "clean")
+        pipeline.scored(key_of(chunk), Verdict((0.0,) * SIZE, (), 0.0), "scores")
+    return pipeline
+
+
+def test_the_bound_holds_when_trajectories_are_taken_too(sampled):
+    assert [work.snapshot.version for work in sampled.take(1, 1)] == [0, 0] and sampled.staleness(1) == [1, 1]
+    sampled.max_staleness = 0
+    with pytest.raises(TooStale, match="chunk 0 of epoch 1 was sampled by policy version 0"):
+        sampled.take(1, 1)
+
+
+def test_an_epoch_is_trained_by_the_version_of_its_number_alone(sampled):
+    for version in (0, 2):
+        with pytest.raises(TooStale, match=f"epoch 1 was to be trained by policy version {version}"):
+            sampled.take(1, version)
+
+
+def test_nothing_is_sampled_by_weights_of_its_future():
+    pipeline = Pipeline(chunks_of, range(2), 1, Ledger())
+    key = key_of(pipeline.admit()[0])
+    with pytest.raises(TooStale):
+        pipeline.given(key, snapshot(1))
+
+
+def test_what_is_trained_on_cannot_be_made_again(sampled):
+    sampled.ledger.advance(0, range(CHUNKS * SIZE), "trained")
+    with pytest.raises(LedgerError, match="cannot be made again"):
+        sampled.lose(("train", 0, 1))
+
+
+def test_an_evaluation_goes_through_without_the_ledger_and_leaves():
+    ledger = Ledger()
+    pipeline = Pipeline(chunks_of, range(0), 0, ledger)
+    chunk = Chunk(0, "evaluate", 0, 0, ("a prompt",) * SIZE, (0, 1))
+    pipeline.add_evaluation([chunk])
+    pipeline.given(key_of(chunk), snapshot(3))
+    pipeline.lose(key_of(chunk))
+    pipeline.given(key_of(chunk), snapshot(3))
+    pipeline.sampled(key_of(chunk), receipt(snapshot(3)), "trajectories", "clean")
+    assert pipeline.counts("evaluate", 0) == (0, 1)
+    pipeline.scored(key_of(chunk), Verdict((0.0,) * SIZE, (), 0.0), "scores")
+    assert pipeline.counts("evaluate", 0) == (1, 1)
+    assert [work.scores for work in pipeline.take_evaluation()] == ["scores"]
+    assert pipeline.counts("evaluate", 0) == (0, 0) and not any(ledger.totals.values())

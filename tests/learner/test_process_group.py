@@ -1,0 +1,134 @@
+"""The process group of the ranks, with real processes: the same sum everywhere, and a peer that is gone or silent."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from learner import process_group
+from learner.process_group import GroupBroken
+
+LIMIT = 3.0  # seconds, of every collective
+MARGIN = 1.0
+
+
+class Ranks:
+    """`count` processes running target(rank, count, address, *arguments, queue); none outlives the test."""
+
+    def __init__(self, target, count: int, *arguments, absent: tuple[int, ...] = ()) -> None:
+        context = mp.get_context("spawn")
+        self.queue, address = context.Queue(), process_group.free_address("127.0.0.1")
+        self.processes = {
+            rank: context.Process(target=target, args=(rank, count, address, *arguments, self.queue), daemon=True)
+            for rank in range(count)
+            if rank not in absent
+        }
+
+    def __enter__(self) -> "Ranks":
+        for process in self.processes.values():
+            process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.join(10)
+
+    def answers(self, count: int, seconds: float = 60) -> list:
+        return [self.queue.get(timeout=seconds) for _ in range(count)]
+
+
+def _broken(rank, count, address, operation, victim, blow, queue):
+    """All meet once; then `victim` is struck, and the others say what they get, and after how long."""
+    torch.set_num_threads(1)
+    process_group.join(address, rank, count, LIMIT, whole_gpu=False)
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    operations = {
+        "gradients": lambda: process_group.average_gradients([weight]),
+        "sum": lambda: process_group.reduce(torch.ones(3)),
+        "gather": lambda: process_group.gather([rank] * 100),
+    }
+    weight.grad = torch.full((1000,), float(rank))
+    operations[operation]()
+    if rank == victim:
+        queue.put((rank, "struck", 0.0))
+        queue.close()
+        queue.join_thread()
+        os.kill(os.getpid(), blow)
+    start = time.monotonic()
+    try:
+        operations[operation]()
+    except GroupBroken as error:
+        queue.put((rank, str(error), time.monotonic() - start))
+    process_group.leave()
+
+
+@pytest.mark.parametrize("operation", ["gradients", "sum", "gather"])
+@pytest.mark.parametrize(("blow", "least", "most"), [(signal.SIGKILL, 0.0, 1.0), (signal.SIGSTOP, LIMIT, LIMIT + 1)])
+def test_a_rank_that_is_gone_or_silent_breaks_the_group_in_time(operation, blow, least, most):
+    with Ranks(_broken, 2, operation, 1, blow) as ranks:
+        found = {rank: (said, seconds) for rank, said, seconds in ranks.answers(2)}
+    assert found[1][0] == "struck"
+    said, seconds = found[0]
+    print(f"{blow.name} in {operation}: {seconds:.2f} s: {said}")
+    assert said.startswith({"gradients": "averaging", "sum": "adding", "gather": "gathering"}[operation])
+    assert least - 0.05 <= seconds < most
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_all_of_four_ranks_hear_of_it(blow):
+    with Ranks(_broken, 4, "gradients", 2, blow) as ranks:
+        found = {rank: seconds for rank, _, seconds in ranks.answers(4)}
+    print(blow.name, {rank: round(seconds, 2) for rank, seconds in found.items()})
+    assert sorted(found) == [0, 1, 2, 3]
+    assert max(found.values()) < LIMIT + MARGIN
+
+
+def _joins(rank, count, address, queue):
+    start = time.monotonic()
+    try:
+        process_group.join(address, rank, count, LIMIT, whole_gpu=False)
+    except GroupBroken as error:
+        queue.put((rank, str(error), time.monotonic() - start))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_joining_ends_in_time_when_a_rank_never_comes(absent):
+    with Ranks(_joins, 3, absent=(absent,)) as ranks:
+        for rank, said, seconds in ranks.answers(2):
+            print(f"rank {rank} without rank {absent}: {seconds:.2f} s: {said}")
+            assert said.startswith("joining the 3 learner ranks at tcp://127.0.0.1:")
+            assert seconds < LIMIT + 0.5
+
+
+def test_a_defect_of_the_learners_own_is_no_broken_group():
+    with pytest.raises(ValueError, match="mine"), process_group.errors("adding up"):
+        raise ValueError("mine")
+    with pytest.raises(GroupBroken, match="adding up: Connection closed"), process_group.errors("adding up"):
+        raise RuntimeError("Connection closed\nby peer")
+
+
+def _averages(rank, count, address, queue):
+    process_group.join(address, rank, count, 60, whole_gpu=False)
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.nn.Parameter(torch.zeros(4)),
+        torch.nn.Parameter(torch.zeros(1)),
+    ]
+    parameters[0].grad = torch.full((2, 3), float(rank))
+    parameters[1].grad = torch.arange(4.0) * rank
+    process_group.average_gradients(parameters)
+    queue.put((parameters[0].grad.tolist(), parameters[1].grad.tolist(), parameters[2].grad))
+    process_group.leave()
+
+
+def test_gradients_become_their_mean_in_their_own_shapes():
+    with Ranks(_averages, 3) as ranks:
+        for found in ranks.answers(3):
+            assert found == ([[1.0] * 3] * 2, [0.0, 1.0, 2.0, 3.0], None)

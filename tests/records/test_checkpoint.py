@@ -1,0 +1,190 @@
+import hashlib
+import json
+
+import pytest
+
+from records import checkpoint
+from records.checkpoint import CheckpointError, OtherVersion
+from records.storage import Storage
+
+FILES = {"learner.pt": b"weights", "lora/kohya.safetensors": b"adapter"}
+RUN = "this run"
+NEWEST = "checkpoints/step-000004"
+
+
+def save(storage, step, files=FILES, run_id=RUN):
+    checkpoint.save(storage, {"run_id": run_id, "step": step, "next_epoch": step // 2}, files)
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request, tmp_path):
+    storage = Storage(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run")
+    for step in (0, 2, 4):
+        save(storage, step)
+    return storage
+
+
+def newest(storage):
+    warnings = []
+    found = checkpoint.load_newest(storage, RUN, warnings.append)
+    return found, warnings
+
+
+def assert_passed_over(storage):
+    found, warnings = newest(storage)
+    assert found.manifest["step"] == 2 and found.files == FILES
+    assert len(warnings) == 1 and "step-000004" in warnings[0]
+
+
+def edit(storage, **changes):
+    """Change the newest manifest as an editor would."""
+    about = json.loads(storage.read(f"{NEWEST}/state.json")) | changes
+    storage.write(f"{NEWEST}/state.json", (json.dumps(about, indent=1) + "\n").encode())
+
+
+def test_the_newest_comes_back(storage):
+    found, warnings = newest(storage)
+    assert found.name == NEWEST and found.files == FILES and found.manifest["next_epoch"] == 2
+    assert warnings == []
+    assert newest(Storage(f"{storage}/empty")) == (None, [])
+
+
+@pytest.mark.parametrize("file", [*FILES, "state.json"])
+def test_a_truncated_file_is_passed_over_with_a_warning(storage, file):
+    storage.write(f"{NEWEST}/{file}", storage.read(f"{NEWEST}/{file}")[:-3])
+    assert_passed_over(storage)
+
+
+@pytest.mark.parametrize("file", [*FILES, "state.json"])
+def test_a_missing_file_is_passed_over(storage, file):
+    storage.remove(f"{NEWEST}/{file}")
+    assert_passed_over(storage)
+
+
+@pytest.mark.parametrize("file", [*FILES, "state.json"])
+def test_a_flipped_bit_anywhere_is_passed_over(storage, file):
+    whole = storage.read(f"{NEWEST}/{file}")
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        storage.write(f"{NEWEST}/{file}", bytes(flipped))
+        assert_passed_over(storage)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"next_epoch": 1},
+        {"files": {}},
+        {"files": {"learner.pt": hashlib.sha256(b"weights").hexdigest()}},  # one entry less
+        {"files": {**{file: hashlib.sha256(held).hexdigest() for file, held in FILES.items()}, "more": ""}},
+        {"files": ["learner.pt"]},
+        {"sha256": ""},
+        {"format": 1},
+    ],
+)
+def test_an_edited_manifest_is_passed_over(storage, changes):
+    edit(storage, **changes)
+    assert_passed_over(storage)
+
+
+def test_a_file_that_the_manifest_does_not_name_is_never_read(storage):
+    storage.write(f"{NEWEST}/replay-7.pt", b"slipped in")
+    found, warnings = newest(storage)
+    assert found.name == NEWEST and found.files == FILES and not warnings
+
+
+def test_the_manifest_of_another_run_or_step_is_passed_over(storage):
+    other = Storage(f"{storage}/other")
+    save(other, 4, run_id="another run")
+    storage.write(f"{NEWEST}/state.json", other.read(f"{NEWEST}/state.json"))
+    assert_passed_over(storage)
+    storage.write(f"{NEWEST}/state.json", storage.read("checkpoints/step-000002/state.json"))
+    assert_passed_over(storage)
+
+
+def test_an_empty_folder_is_passed_over(tmp_path):
+    storage = Storage(str(tmp_path))
+    save(storage, 2)
+    (tmp_path / NEWEST).mkdir()
+    assert_passed_over(storage)
+
+
+@pytest.mark.parametrize("name", ["../../../secret", "../../step-000002/learner.pt", "{root}/secret", "a/../../x"])
+def test_a_manifest_that_names_files_elsewhere_is_passed_over(storage, tmp_path, name):
+    """As someone would write it who knows how manifests are sealed."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    name = name.format(root=tmp_path)
+    about = {"run_id": RUN, "step": 4, "next_epoch": 2}
+    sums = {file: hashlib.sha256(held).hexdigest() for file, held in {**FILES, name: b"secret"}.items()}
+    sealed = checkpoint._sealed({"format": checkpoint.FORMAT, **about, "files": sums})
+    storage.write(f"{NEWEST}/state.json", sealed)
+    assert_passed_over(storage)
+
+
+@pytest.mark.parametrize("linked", ["learner.pt", "lora", ""])
+def test_a_checkpoint_with_a_link_to_elsewhere_is_passed_over(tmp_path, linked):
+    storage = Storage(str(tmp_path / "run"))
+    for step in (2, 4):
+        save(storage, step)
+    moved = tmp_path / "moved"
+    place = tmp_path / "run" / NEWEST / linked
+    place.rename(moved)
+    place.symlink_to(moved)
+    assert_passed_over(storage)
+    checkpoint.drop_after(storage, 2)
+    assert moved.exists() and checkpoint.steps(storage) == [2]
+
+
+def test_none_whole_is_an_error_not_a_fresh_start(storage):
+    for step in (0, 2, 4):
+        storage.remove(f"checkpoints/step-{step:06d}/state.json")
+    with pytest.raises(CheckpointError, match="not whole"):
+        newest(storage)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_another_version_is_said_not_passed_over(storage, sealed):
+    about = {**json.loads(storage.read(f"{NEWEST}/state.json")), "format": 99}
+    del about["sha256"]
+    storage.write(f"{NEWEST}/state.json", checkpoint._sealed(about) if sealed else json.dumps(about).encode())
+    with pytest.raises(OtherVersion, match="format 99"):
+        newest(storage)
+
+
+def prune(storage, keep, always=()):
+    warnings = []
+    checkpoint.prune(storage, keep, set(always), RUN, warnings.append)
+    return warnings
+
+
+def test_pruning_keeps_the_newest_and_the_evaluated(storage):
+    for step in (6, 8):
+        save(storage, step)
+    assert prune(storage, 2, {0}) == []
+    assert checkpoint.steps(storage) == [0, 6, 8]
+    prune(storage, 0)
+    assert checkpoint.steps(storage) == [0, 6, 8]
+
+
+def test_pruning_never_takes_the_last_whole_one(storage):
+    """The newest two, all that would be kept, are torn on the disk."""
+    for step in (6, 8):
+        save(storage, step)
+        storage.write(f"checkpoints/step-{step:06d}/learner.pt", b"torn")
+    warnings = prune(storage, 2)
+    assert checkpoint.steps(storage) == [4, 6, 8]
+    assert [("step-000008" in warnings[0]), ("step-000006" in warnings[1])] == [True, True] and len(warnings) == 2
+    assert newest(storage)[0].name == NEWEST
+    for step in (0, 2, 4):
+        storage.remove(f"checkpoints/step-{step:06d}/learner.pt")
+    prune(storage, 1)
+    assert checkpoint.steps(storage) == [4, 6, 8]  # none is whole: none goes
+
+
+def test_latest_points_at_the_newest(tmp_path):
+    storage = Storage(str(tmp_path))
+    for step in (2, 4):
+        save(storage, step)
+        assert (tmp_path / "checkpoints/latest/learner.pt").read_bytes() == b"weights"
+        assert (tmp_path / "checkpoints/latest").resolve().name == f"step-{step:06d}"

@@ -1,0 +1,179 @@
+"""Local folders and fsspec URLs alike; nothing half-written."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from records import storage as storage_module
+from records.storage import Storage, StorageError
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request, tmp_path):
+    return Storage(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run")
+
+
+def test_files_and_folders_come_back(storage):
+    storage.write("a.txt", b"one")
+    storage.write("deep/b.txt", b"two")
+    storage.write_folder("folder", {"x": b"1", "sub/y": b"2"})
+    assert storage.read("a.txt") == b"one" and storage.read("folder/sub/y") == b"2"
+    assert storage.entries() == ["a.txt", "deep", "folder"] and storage.entries("nowhere") == []
+    storage.write_folder("folder", {"z": b"3"})
+    assert storage.entries("folder") == ["z"]
+    storage.remove("folder")
+    storage.remove("folder")
+    assert not storage.exists("folder") and storage.exists("deep/b.txt")
+
+
+def test_what_is_not_there_is_named(storage):
+    with pytest.raises(StorageError, match=r"cannot read missing\.txt in .*run"):
+        storage.read("missing.txt")
+
+
+def test_the_name_for_a_log_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(Storage("run")) == str(tmp_path / "run")
+    assert str(Storage(f"file://{tmp_path}/run")) == str(tmp_path / "run")
+    assert str(Storage("memory://x/run")).startswith("memory://")
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(StorageError, match="nosuch"):
+        Storage("nosuch://bucket/run")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, folder):
+    storage = Storage(str(tmp_path / "run"))
+    storage.write("file", b"old")
+    storage.write_folder("folder", {"x": b"old"})
+    real = storage_module._write_synced
+
+    def fails(path, content):
+        real(path, content[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage_module, "_write_synced", fails)
+    with pytest.raises(StorageError, match="no space left"):
+        storage.write_folder("folder", {"x": b"new"}) if folder else storage.write("file", b"new")
+    assert storage.read("file") == b"old" and storage.read("folder/x") == b"old"
+    assert not [path for path in (tmp_path / "run").rglob(".*")]
+
+
+def test_listings_are_never_cached(storage):
+    """The MLflow mirror reads, in its own process, what the driver has just written."""
+    assert storage.local or storage._fs.dircache.use_listings_cache is False
+
+
+def test_whatever_an_object_store_raises_is_a_storage_error(tmp_path, monkeypatch):
+    storage = Storage(f"memory://{tmp_path}/run")
+
+    class NoCredentials(Exception):
+        pass
+
+    def fails(*_, **__):
+        raise NoCredentials("unable to locate credentials")
+
+    for name in ("pipe_file", "cat_file", "exists", "ls"):
+        monkeypatch.setattr(storage._fs, name, fails)
+    for call in (
+        lambda: storage.write("a", b""),
+        lambda: storage.read("a"),
+        lambda: storage.exists("a"),
+        storage.entries,
+    ):
+        with pytest.raises(StorageError, match="NoCredentials: unable to locate"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", "a\0b"])
+def test_no_name_leads_out(storage, name):
+    outside = Storage(str(storage).removesuffix("/run"))
+    outside.write("secret", b"secret")
+    storage.write("a/file", b"")
+    for call in (
+        lambda: storage.read(name),
+        lambda: storage.exists(name),
+        lambda: storage.entries(name),
+        lambda: storage.write(name, b"changed"),
+        lambda: storage.write_folder(name, {}),
+        lambda: storage.write_folder("folder", {name: b"changed"}),
+        lambda: storage.remove(name),
+    ):
+        with pytest.raises(StorageError, match="leads out of the folder"):
+            call()
+    assert outside.read("secret") == b"secret" and storage.exists("a/file") and not storage.exists("folder")
+
+
+def test_no_link_leads_out(tmp_path):
+    storage = Storage(str(tmp_path / "run"))
+    storage.write("file", b"")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/one").write_bytes(b"secret")
+    (tmp_path / "run/folder").symlink_to(tmp_path / "secrets")
+    (tmp_path / "run/one").symlink_to(tmp_path / "secrets/one")
+    for call in (
+        lambda: storage.read("one"),
+        lambda: storage.read("folder/one"),
+        lambda: storage.entries("folder"),
+        lambda: storage.write("folder/two", b""),
+        lambda: storage.write_folder("folder/two", {"x": b""}),
+        lambda: storage.remove("folder/one"),
+    ):
+        with pytest.raises(StorageError, match=r"a link that leads out of .*run: put the files themselves there"):
+            call()
+    storage.write("one", b"own")  # a link is replaced
+    storage.remove("folder")
+    assert storage.read("one") == b"own" and storage.entries() == ["file", "one"]
+    assert (tmp_path / "secrets/one").read_bytes() == b"secret" and len(list((tmp_path / "secrets").iterdir())) == 1
+
+
+def test_links_within_and_to_the_folder_itself_are_fine(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    storage = Storage(str(tmp_path / "run"))
+    storage.write_folder("step-1", {"file": b"held"})
+    (tmp_path / "disk/latest").symlink_to("step-1")
+    assert storage.read("latest/file") == b"held" and storage.entries("latest") == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.write_folder("checkpoints/step-000002", {"state.json": b"{}"})
+    storage.write("metrics.jsonl", b"one\n")
+    (tmp_path / "checkpoints/.step-000000.old/lora").mkdir(parents=True)
+    (tmp_path / "checkpoints/.step-000004.new").mkdir()
+    (tmp_path / "checkpoints/.latest.new").symlink_to("step-000002")
+    (tmp_path / ".metrics.jsonl.new").write_bytes(b"half a li")
+    (tmp_path / ".mine").write_bytes(b"")
+    storage.tidy()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    kept = ["checkpoints", "checkpoints/step-000002", "checkpoints/step-000002/state.json"]
+    assert left == [".mine", *kept, "metrics.jsonl"]
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """A machine that loses power must not find a checkpoint's name over files that were never written."""
+    storage, events = Storage(str(tmp_path)), []
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def sync(handle):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        real_sync(handle)
+
+    def rename(path, target):
+        events.append(("rename", str(path)))
+        return real_rename(path, target)
+
+    monkeypatch.setattr(storage_module.os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    storage.write_folder("step-1", {"lora/weights": b"1", "manifest.json": b"2"})
+    aside = tmp_path / ".step-1.new"
+    named = events.index(("rename", str(aside)))
+    before = [path for kind, path in events[:named] if kind == "sync"]
+    assert sorted(before[:2]) == [str(aside / "lora/weights"), str(aside / "manifest.json")]
+    assert sorted(before[2:]) == [str(aside), str(aside / "lora")]
+    assert events[named + 1 :] == [("sync", str(tmp_path))]

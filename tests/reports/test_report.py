@@ -1,0 +1,310 @@
+"""The report: one file, nothing from elsewhere, and what it shows is in the records."""
+
+import base64
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_run import COLLAPSE, LABEL, NASTY, made_up_run, save_evaluation, save_trajectories
+
+from commands import report
+from learner.config import load_config
+from learner.run import main
+from records.run_folder import BEFORE, Records
+from records.storage import Storage
+from reports import diagrams, facts, html
+
+
+def page_of(folder: Path) -> str:
+    assert report.main([str(folder)]) == 0
+    return (folder / html.FILE).read_text()
+
+
+def words(page: str) -> str:
+    """What is read on the page: no tags, no styles, one blank between words."""
+    without = re.sub(r"<(style|title)>.*?</\1>|<[^>]*>", " ", page, flags=re.S)
+    return " ".join(unescape(without).split())
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory) -> Path:
+    return made_up_run(tmp_path_factory.mktemp("runs") / "made-up")
+
+
+@pytest.fixture(scope="module")
+def page(made_up) -> str:
+    return page_of(made_up)
+
+
+@pytest.fixture(scope="module")
+def run(small_settings, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*small_settings, "run.runner=inprocess", f"run.dir={folder}"]) == 0
+    return folder
+
+
+def test_a_real_run_has_its_report_and_it_can_be_made_anew(run):
+    before = (run / "report.html").read_text()
+    text = words(before)
+    for what in ("2 of 2", "finished", "95 % interval", "Where the time goes", "lora:", "run.resume=never"):
+        assert what in text
+    assert before.count("<img ") == 2 * 4 + before.count("best: ") + before.count("median: ") + before.count("worst: ")
+    assert before.count("best: ") > 1
+    made = re.compile(r"Page made [^;]+;")
+    assert made.sub("", page_of(run)) == made.sub("", before)
+
+
+def test_it_needs_nothing_from_elsewhere(page):
+    loaded = re.findall(r"""(?:src|href|xlink:href|action|poster|data)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert loaded and all(source.startswith(("data:", "#")) for source in loaded)
+    assert not re.search(r"<script|<iframe|<object|@import|url\(|http-equiv=.refresh", page)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page  # the browser holds it to that
+    assert not re.findall(r"https?://", page)
+
+
+def test_what_others_wrote_is_text(page):
+    assert "<script" not in page and "<b>the base" not in page and "<i>reward" not in page and "<space>" not in page
+    text = words(page)
+    for what in (NASTY, COLLAPSE, "NaN <i>reward</i> 0", "sampler <2> is gone", "no <space> left", LABEL):
+        assert what in text
+    assert f'alt="before: {NASTY}"' in unescape(page.replace("&#34;", "&quot;"))
+
+
+def test_a_name_with_html_is_text(made_up, tmp_path):
+    folder = tmp_path / "<b>run"
+    shutil.copytree(made_up, folder)
+    about = json.loads((folder / "run.json").read_text()) | {"name": "<script>x"}
+    (folder / "run.json").write_text(json.dumps(about))
+    page = page_of(folder)
+    assert "<script" not in page and "<b>run" not in page and "&lt;script&gt;x" in page
+
+
+def test_the_headline_is_the_paired_change(page, made_up):
+    before, after = (
+        json.loads((made_up / f"evaluation/{name}.json").read_text())["reward"][:-1]
+        for name in ("epoch-before", "epoch-000011")
+    )
+    text = words(page)
+    assert f"{np.mean(before):.3f} → {np.mean(after):.3f}" in text
+    assert f"+{np.mean(after) - np.mean(before):.3f}" in text
+    assert "19 fixed pictures (1 bad ones left out)" in text
+    assert "the reward rose, and by more than the choice of pictures explains" in text
+    assert "failed: StorageError" in text and "12 of 12" in text
+
+
+@pytest.mark.parametrize(("change", "verdict"), [(-0.1, "the reward fell"), (0.0, "no change that can be told")])
+def test_the_headline_claims_no_more_than_the_interval(made_up, tmp_path, change, verdict):
+    folder = tmp_path / "run"
+    shutil.copytree(made_up, folder)
+    rng = np.random.default_rng(1)
+    save_evaluation(folder, BEFORE, [0.5] * 20)
+    noise = rng.normal(0, 0.01, 20)
+    save_evaluation(folder, 11, list(0.5 + change + noise - noise.mean()))
+    text = words(page_of(folder))
+    assert verdict in text and "the reward rose" not in text
+
+
+def test_collapse_is_said_loudly_or_its_absence(page, made_up, tmp_path):
+    assert 'class="warning" role="alert"' in page
+    assert f"Signs of collapse: look at the pictures. epoch 12: {COLLAPSE}" in words(page)
+    lines = [json.loads(line) | {"collapse": None} for line in (made_up / "metrics.jsonl").read_text().splitlines()]
+    folder = tmp_path / "sound"
+    shutil.copytree(made_up, folder)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    sound = page_of(folder)
+    assert 'class="warning"' not in sound and "No sign of collapse in 3 evaluations." in words(sound)
+    assert facts.collapse(lines[:4]) == ([], None)  # nothing was evaluated since training began
+    bare = [{key: value for key, value in line.items() if key != "eval_vendi"} for line in lines]
+    assert "diversity was not measured" in facts.collapse(bare)[1]
+
+
+def test_there_is_a_curve_for_whatever_was_measured(page):
+    titles = re.findall(r'aria-label="([^"]+) over the epochs"', page)
+    assert [unescape(title) for title in titles] == [
+        "Reward", "Part of the reward: sharp & bright", f"Part of the reward: {LABEL}", "Held-out reward: held out",
+        "Rewards of the training rollouts",
+        "Different pictures (Vendi score)", "Vendi score of a prompt", "Distance within a prompt",
+        "Loss", "Clipped", "Step size", "Gradient norm before clipping", "Staleness", "Seconds an epoch",
+    ]  # fmt: skip
+    assert words(page).count("bold: mean of 3 epochs") == 9  # the training figures; evaluations are not smoothed
+    assert page.count('class="bar"') == 3  # intervals of the three evaluations
+    assert "flow-only fits" not in page  # it was never anything but null
+
+
+def test_every_pair_is_shown_and_none_is_chosen(page):
+    assert page.count('alt="before: ') == 20 and page.count('alt="after epoch 12: ') == 20
+    assert "not chosen by how they came out" in words(page)
+
+
+def test_the_evaluation_table_says_what_the_floor_is(page):
+    text = words(page)
+    assert "Evaluation after 24 policy updates" in text and "0.612 0.580 to 0.640 0.500 0.010" in text
+    assert "0.111" not in text  # the older evaluation
+    assert "over the base, same noise: +0.110 (+0.090 to +0.130)" in text
+    assert "the same figure of the base model against itself, drawn with other seeds" in text
+    assert f"Held out: {LABEL} a reward not trained on 7.250" in text
+    assert "−0.002 – 1.00e−04" in text  # no interval, no base
+    assert "effective number of different pictures" not in text  # null
+
+
+def test_faults_are_told(page):
+    text = words(page)
+    assert "2 trajectories went with an actor or a node and were made again; 12 were bad and set aside" in text
+    assert "and 2 more in quarantine/" in text and "Last events (3 since the last start)" in text
+
+
+def test_how_to_make_it_again_and_how_to_load_the_lora(page, made_up):
+    text = words(page)
+    assert "git checkout a1b2c3 (files were changed since that commit)" in text
+    assert ".venv/bin/python -m learner.run --config config.yaml run.dir=runs/again run.resume=never" in text
+    source = re.search(r'download="config.yaml" href="data:text/yaml;base64,([^"]+)"', page)[1]
+    saved = made_up.parent / "saved.yaml"
+    saved.write_bytes(base64.b64decode(source))
+    assert load_config(saved) == Records.open(Storage(str(made_up))).config()
+    lora = f"{made_up}/checkpoints/latest/lora"
+    assert f'pipe.load_lora_weights("{lora}")' in text and "num_inference_steps=10, eta=1.0, guidance_scale=3.0" in text
+
+
+def test_a_model_without_prompts_has_its_own_way_to_load(tmp_path):
+    folder = made_up_run(tmp_path / "run", 4, ("prompts.path=null", "model.path=somewhere/ddpm"))
+    text = words(page_of(folder))
+    assert "PeftModel.from_pretrained" in text and "StableDiffusionPipeline" not in text
+
+
+def begun(folder, made_up):
+    for name in ("metrics.jsonl", "status.json"):
+        (folder / name).unlink()
+    for name in ("trajectories", "evaluation", "quarantine", "checkpoints"):
+        shutil.rmtree(folder / name)
+
+
+def only_before(folder, made_up):
+    for path in (folder / "evaluation").iterdir():
+        if "before" not in path.name:
+            path.unlink()
+
+
+def no_before(folder, made_up):
+    for path in (folder / "evaluation").glob("*before*"):
+        path.unlink()
+
+
+def no_evaluation(folder, made_up):
+    shutil.rmtree(folder / "evaluation")
+
+
+def no_thumbnails(folder, made_up):
+    for epoch in range(12):
+        save_trajectories(folder, epoch, [0.25, 0.75], thumbnails=False)
+
+
+def all_bad(folder, made_up):
+    for epoch in range(12):
+        save_trajectories(folder, epoch, [None, None])
+    for epoch in (BEFORE, 3, 7, 11):
+        save_evaluation(folder, epoch, [None] * 20)
+
+
+def one_epoch(folder, made_up):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    for path in (folder / "trajectories").iterdir():
+        if "000000" not in path.name:
+            path.unlink()
+
+
+def torn_views(folder, made_up):
+    for path in (*folder.glob("trajectories/*"), *folder.glob("evaluation/*.png"), *folder.glob("evaluation/step-*")):
+        path.write_bytes(path.read_bytes()[:50])
+    (folder / "status.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("change", "there", "not_there"),
+    [
+        (begun, ("0 of 12", "none is closed yet", "No checkpoint is written yet", "not finished"), ("Curves",)),
+        (only_before, ("How far it has come shows once", "The first 20 pictures"), ("95 % interval", "after epoch")),
+        (no_before, ("after epoch 12", "The first 20 pictures"), ("95 % interval", "before 0")),
+        (no_evaluation, ("How far it has come shows once", "Curves", "Best, median"), ("The same prompts and noise",)),
+        (no_thumbnails, ("Rewards of the training rollouts",), ("Best, median",)),
+        (all_bad, ("How far it has come shows once", "before –"), ("Best, median", "Rewards of the", "nan")),
+        (one_epoch, ("1 of 12", "Trajectories of epoch 1 by reward"), ("Seconds an epoch", "bold: mean")),
+        (torn_views, ("95 % interval", "not finished", "12 of 12"), ("Best, median", "The same prompts", "Floor")),
+    ],
+)  # fmt: skip
+def test_it_works_with_whatever_is_there(made_up, tmp_path, change, there, not_there):
+    folder = tmp_path / "run"
+    shutil.copytree(made_up, folder)
+    change(folder, made_up)
+    text = words(page_of(folder))
+    assert [what for what in there if what not in text] == []
+    assert [what for what in not_there if what in text] == []
+
+
+def test_no_evaluations_are_asked_for(tmp_path):
+    folder = made_up_run(tmp_path / "run", 4, ("evaluation.images=0",))
+    shutil.rmtree(folder / "evaluation")
+    assert "evaluation.images is 0" in words(page_of(folder))
+
+
+@pytest.mark.parametrize("damage", ["none", "run.json", "config.yaml", "metrics.jsonl", "kind"])
+def test_what_is_no_run_is_said_in_one_line(made_up, tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    if damage != "none":
+        shutil.copytree(made_up, folder)
+    if damage == "kind":
+        line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1]) | {"reward_mean": "high"}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    elif damage != "none":
+        (folder / damage).write_text("{]")
+    assert report.main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("learner.report: ") and said.count("\n") == 1 and str(folder) in said
+
+
+def test_a_link_out_of_the_run_is_not_followed(made_up, tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside.parquet"
+    shutil.copytree(made_up, folder)
+    for path in (folder / "trajectories").iterdir():
+        shutil.copy(path, outside)
+        path.unlink()
+        path.symlink_to(outside)
+    assert "Best, median" not in words(page_of(folder))
+
+
+def test_it_stays_small(tmp_path):
+    """As the demo: 40 epochs, 32 pairs on the sheets; and a run of ten thousand epochs."""
+    assert len(page_of(made_up_run(tmp_path / "demo", 40))) < 3e6
+    points = [(float(i), float(np.sin(i))) for i in range(10_000)]
+    (line,) = diagrams.curves("t", "u", [diagrams.Series("s", points)]).lines
+    assert len(line.path) + len(line.raw) < 12_000 and not line.dots
+
+
+@pytest.mark.parametrize(
+    ("value", "sign", "text"),
+    [(0.78866, False, "0.789"), (0.1, True, "+0.100"), (-0.1, True, "−0.100"), (0.0, True, "0.000"),
+     (-0.0, True, "0.000"), (12.345, False, "12.35"), (-30.25, False, "−30.25"), (12345.6, False, "12,346"),
+     (4.44e-4, False, "4.44e−04"), (float("nan"), True, "–"), (None, False, "–")],
+)  # fmt: skip
+def test_numbers_for_people(value, sign, text):
+    assert facts.number(value, sign) == text
+
+
+def test_a_change_has_the_places_of_what_changed():
+    assert facts.number(0.00004, True, like=0.7) == "0.000" and facts.number(0.0123, True, 25.0) == "+0.01"
+
+
+def test_the_parts_of_an_epoch_follow_each_other():
+    line = {"sample_seconds": 2.0, "score_seconds": 3.0, "train_seconds": 4.0, "seconds": 10.0, "trajectories": 20}
+    seconds = [part.seconds for part in facts.timings([line], overlap=True)]
+    assert seconds == [2.0, 1.0, 4.0, 3.0]
+    seconds = [part.seconds for part in facts.timings([line], overlap=False)]
+    assert seconds == [2.0, 3.0, 4.0, 1.0]
+    evaluated = line | {"seconds": 30.0}
+    parts = facts.timings([line, line, evaluated], overlap=False)
+    assert [part.share for part in parts] == [0.12, 0.18, 0.24, 0.46] and parts[-1].seconds == 1.0
+    assert facts.throughput([line, line]) == (2.0, 20.0)
