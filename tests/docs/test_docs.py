@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from learner.__main__ import VERBS
 from learner.config import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,10 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-PACKAGES = ("actors", "benchmarks", "cluster", "diffusion", "learner", "models", "rewards")
+PACKAGES = (
+    "actors", "benchmarks", "cluster", "commands", "diffusion", "evaluation", "examples", "learner", "models",
+    "records", "reports", "rewards",
+)  # fmt: skip
 SECTIONS = {key.split(".")[0] for key in known_keys()}
 FILES = ("json", "jsonl", "yaml", "txt", "py", "md", "lock", "db", "csv", "parquet", "png", "html", "sh", "pt")
 FENCE = re.compile(r"^(```+|~~~+)(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
@@ -33,7 +37,7 @@ LINK = re.compile(
 )
 KEY = re.compile(rf"(?<![\w./-])({'|'.join(sorted(SECTIONS))})\.([a-z_]\w*)(?![\w/(-])(\s*=)?")
 FILE = re.compile(rf"(?<![\w./{{}}-])((?:{'|'.join((*PACKAGES, 'tests', 'configs'))})/[\w./*{{}},-]*[\w*}}/])")
-COMMAND = re.compile(r"python3? -m ([\w.]+)([^\n`]*)")
+COMMAND = re.compile(r"(?:python3? -m ([\w.]+)|(?<![\w./-])(?:\S*/)?tributary(?= [a-zA-Z-]))([^\n`]*)")
 TEST = re.compile(r"(?<![\w/.])(test_\w+)(\.py)?(?![\w/*.-])")
 
 
@@ -110,23 +114,33 @@ def unknown_keys(path: Path) -> Iterator[str]:
 def wrong_commands(path: Path) -> Iterator[str]:
     for code in code_of(text_of(path)):
         for match in COMMAND.finditer(code):
-            module, rest = match[1], re.split(r"\s#\s|\||;|&&", match[2])[0]
+            module, words = match[1] or "learner", re.split(r"\s#\s|\||;|&&", match[2])[0].split()
             if module.split(".")[0] not in PACKAGES:
                 if importlib.util.find_spec(module.split(".")[0]) is None:
                     yield f"python -m {module}: no such module"
                 continue
-            if module.endswith("X"):  # any of them
+            verb = words[0] if module == "learner" and words and words[0][0] not in "-(" else ""
+            if verb == "VERB" or module == "learner.VERB":  # any of them
                 continue
-            file = module_file(module)
+            file = command_file(module, verb)
             if file is None or "main" not in functions(file):
-                yield f"python -m {module}: no such module with a main()"
+                yield f"python -m {module} {verb}".rstrip() + ": no such command"
                 continue
             known = flags(file)
-            yield from (
-                f"python -m {module} {flag}"
-                for flag in re.findall(r"(?<!\S)\[?(--[a-z][\w-]*)", rest)
-                if flag not in known
-            )
+            named = [found[1] for word in words if (found := re.match(r"\[?(--[a-z][\w-]*)", word))]
+            yield from (f"python -m {module} {verb} {flag}" for flag in named if flag not in known)
+
+
+def command_file(module: str, verb: str = "") -> Path | None:
+    """The file with the main() of `python -m MODULE [VERB]`: learner/VERB.py only starts what learner/__main__.py lists."""
+    if verb:
+        return module_file(VERBS[verb][0]) if verb in VERBS else None
+    if module == "learner":
+        return ROOT / "learner" / "__main__.py"
+    file = module_file(module)
+    package, _, name = module.partition(".")
+    entry = package == "learner" and name in VERBS and file is not None
+    return module_file(VERBS[name][0]) if entry else file
 
 
 @functools.cache
@@ -149,7 +163,7 @@ def flags(file: Path) -> set[str]:
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
             for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                inner = module_file(module) if module.split(".")[0] == "learner" else None
+                inner = module_file(module) if module.split(".")[0] in PACKAGES else None
                 if inner and inner != file and "parser" in functions(inner):
                     found |= flags(inner)
     return found | {"--help"}
