@@ -1,4 +1,4 @@
-"""What the documents say is there: links, anchors, keys, commands with their flags, presets, files and tests."""
+"""What the documents say is there: links, anchors, keys, commands with flags, make targets, presets, files, tests."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ LINK = re.compile(
 KEY = re.compile(rf"(?<![\w./-])({'|'.join(sorted(SECTIONS))})\.([a-z_]\w*)(?![\w/(-])(\s*=)?")
 FILE = re.compile(rf"(?<![\w./{{}}-])((?:{'|'.join((*PACKAGES, 'tests', 'configs'))})/[\w./*{{}},-]*[\w*}}/])")
 COMMAND = re.compile(r"(?:python3? -m ([\w.]+)|(?<![\w./-])(?:\S*/)?tributary(?= [a-zA-Z-]))([^\n`]*)")
+TARGET = re.compile(r"(?<![\w-])make ([a-z][\w-]*)")
 TEST = re.compile(r"(?<![\w/.])(test_\w+)(\.py)?(?![\w/*.-])")
 
 
@@ -169,6 +170,12 @@ def flags(file: Path) -> set[str]:
     return found | {"--help"}
 
 
+def missing_targets(path: Path) -> Iterator[str]:
+    there = set(re.findall(r"^([a-z][\w-]*):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    for code in code_of(text_of(path)):
+        yield from (f"make {target}" for target in TARGET.findall(code) if target not in there)
+
+
 def braces(pattern: str) -> list[str]:
     """`a_{b,c}.yaml` as a_b.yaml and a_c.yaml."""
     found = re.search(r"\{([^{}]*)\}", pattern)
@@ -205,7 +212,7 @@ def missing_tests(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 @pytest.mark.parametrize(
     "faults",
-    [broken_links, unknown_keys, wrong_commands, missing_files, missing_tests],
+    [broken_links, unknown_keys, wrong_commands, missing_targets, missing_files, missing_tests],
     ids=lambda each: each.__name__,
 )
 def test_what_is_named_is_there(path, faults):
