@@ -36,7 +36,11 @@ LINK = re.compile(
     r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|^\[[^\]]+\]:\s+(\S+)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\"", re.M
 )
 KEY = re.compile(rf"(?<![\w./-])({'|'.join(sorted(SECTIONS))})\.([a-z_]\w*)(?![\w/(-])(\s*=)?")
-FILE = re.compile(rf"(?<![\w./{{}}-])((?:{'|'.join((*PACKAGES, 'tests', 'configs'))})/[\w./*{{}},-]*[\w*}}/])")
+# evaluation/ is also a folder of every run: only its .py files are the repository's.
+FOLDERS = "|".join(
+    (*(each for each in PACKAGES if each != "evaluation"), r"evaluation(?=/[\w./*{},-]*\.py\b)", "tests", "configs")
+)
+FILE = re.compile(rf"(?<![\w./{{}}-])((?:{FOLDERS})/[\w./*{{}},-]*[\w*}}/])")
 COMMAND = re.compile(r"(?:python3? -m ([\w.]+)|(?<![\w./-])(?:\S*/)?tributary(?= [a-zA-Z-]))([^\n`]*)")
 TARGET = re.compile(r"(?<![\w-])make ([a-z][\w-]*)")
 TEST = re.compile(r"(?<![\w/.])(test_\w+)(\.py)?(?![\w/*.-])")
@@ -133,7 +137,7 @@ def wrong_commands(path: Path) -> Iterator[str]:
 
 
 def command_file(module: str, verb: str = "") -> Path | None:
-    """The file with the main() of `python -m MODULE [VERB]`: learner/VERB.py only starts what learner/__main__.py lists."""
+    """The file with the main() of `python -m MODULE [VERB]`; learner/VERB.py is only an entry to it."""
     if verb:
         return module_file(VERBS[verb][0]) if verb in VERBS else None
     if module == "learner":
@@ -239,6 +243,18 @@ def test_the_reference_has_the_modules_that_matter():
 
     rewards = {f"rewards/{place.split(':')[0]}.py" for place in (MODELS | PLAIN).values()}
     assert objectives | rewards <= listed
+
+
+def test_the_tables_name_every_objective_and_reward():
+    """Of the readme, and of the pages that explain them."""
+    from learner.objectives.by_name import OBJECTIVES
+    from learner.objectives.needs import NEEDS
+    from rewards.registry import NAMES
+
+    assert set(OBJECTIVES) == set(NEEDS)
+    for page, names in (("README.md", {*NEEDS, *NAMES}), ("docs/algorithms.md", NEEDS), ("docs/rewards.md", NAMES)):
+        first_cells = " ".join(re.findall(r"^\|([^|]+)\|", text_of(ROOT / page), re.MULTILINE))
+        assert set(names) - set(re.findall(r"`(\w+)`", first_cells)) == set(), page
 
 
 @pytest.mark.slow
