@@ -137,15 +137,20 @@ def wrong_commands(path: Path) -> Iterator[str]:
 
 
 def command_file(module: str, verb: str = "") -> Path | None:
-    """The file with the main() of `python -m MODULE [VERB]`; learner/VERB.py is only an entry to it."""
+    """The file with the main() of `python -m MODULE [VERB]`; what MODULE is may only be an entry to it."""
     if verb:
         return module_file(VERBS[verb][0]) if verb in VERBS else None
-    if module == "learner":
-        return ROOT / "learner" / "__main__.py"
-    file = module_file(module)
-    package, _, name = module.partition(".")
-    entry = package == "learner" and name in VERBS and file is not None
-    return module_file(VERBS[name][0]) if entry else file
+    file = ROOT / "learner" / "__main__.py" if module == "learner" else module_file(module)
+    for node in ast.walk(ast.parse(text_of(file))) if file else ():
+        if isinstance(node, ast.ImportFrom) and "main" in {alias.name for alias in node.names}:
+            return module_file(node.module or "")
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", "") == "enter"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            return module_file(VERBS[node.args[0].value][0])
+    return file
 
 
 @functools.cache
