@@ -33,10 +33,12 @@ SMALL = (
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """`make test` runs two tests at a time, a file's together; all of Ray's after each other: a cluster is enough."""
+    """`make test` runs two tests at a time, a file's together; all that start Ray after each other, since a cluster
+    fills the machine, and first, since they take longest."""
     for item in items:
-        part = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("ray" if part in ("actors", "cluster", "faults") else str(item.path)))
+        ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # keeps the order otherwise
 
 
 def pytest_collection_finish(session):
