@@ -64,13 +64,13 @@ def code_of(text: str) -> list[str]:
 @functools.cache
 def anchors(path: Path) -> set[str]:
     """Of the headings, as GitHub makes them: lower case, only letters, digits, _ and -, a number for repeats."""
-    found: set[str] = set()
+    slugs: set[str] = set()
     for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*$", FENCE.sub("", text_of(path)), re.MULTILINE):
         plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
         slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
-        repeats = sum(slug == each or re.fullmatch(rf"{re.escape(slug)}-\d+", each) is not None for each in found)
-        found.add(f"{slug}-{repeats}" if repeats else slug)
-    return found
+        repeats = sum(slug == each or re.fullmatch(rf"{re.escape(slug)}-\d+", each) is not None for each in slugs)
+        slugs.add(f"{slug}-{repeats}" if repeats else slug)
+    return slugs
 
 
 def broken_links(path: Path) -> Iterator[str]:
@@ -133,7 +133,7 @@ def wrong_commands(path: Path) -> Iterator[str]:
                 continue
             known = flags(file)
             named = [found[1] for word in words if (found := re.match(r"\[?(--[a-z][\w-]*)", word))]
-            yield from (f"python -m {module} {verb} {flag}" for flag in named if flag not in known)
+            yield from (" ".join(["python -m", module, *verb.split(), flag]) for flag in named if flag not in known)
 
 
 def command_file(module: str, verb: str = "") -> Path | None:
@@ -163,7 +163,7 @@ def functions(file: Path) -> set[str]:
 def flags(file: Path) -> set[str]:
     """That the module, or one of the project's that it imports, gives to a parser."""
     tree = ast.parse(text_of(file))
-    found = {
+    options = {
         word.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
@@ -175,8 +175,8 @@ def flags(file: Path) -> set[str]:
             for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
                 inner = module_file(module) if module.split(".")[0] in PACKAGES else None
                 if inner and inner != file and "parser" in functions(inner):
-                    found |= flags(inner)
-    return found | {"--help"}
+                    options |= flags(inner)
+    return options | {"--help"}
 
 
 def missing_targets(path: Path) -> Iterator[str]:
@@ -187,10 +187,10 @@ def missing_targets(path: Path) -> Iterator[str]:
 
 def braces(pattern: str) -> list[str]:
     """`a_{b,c}.yaml` as a_b.yaml and a_c.yaml."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    choice = re.search(r"\{([^{}]*)\}", pattern)
+    if not choice:
         return [pattern]
-    return [each for word in found[1].split(",") for each in braces(pattern.replace(found[0], word, 1))]
+    return [each for word in choice[1].split(",") for each in braces(pattern.replace(choice[0], word, 1))]
 
 
 def missing_files(path: Path) -> Iterator[str]:
