@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_training_example_runs(tmp_path):
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     (example,) = (
@@ -18,7 +21,7 @@ def test_the_training_example_runs(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # the example is run from a clone
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        capture_output=True, timeout=300,
+        capture_output=True, timeout=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     reward, lora = done.stdout.splitlines()[-2:]
