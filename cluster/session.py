@@ -24,7 +24,7 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
     `local`) of this machine, without starting anything. `warn` hears of a cluster that anyone may use.
 
     Raises:
-        ConnectionError: the cluster does not answer, or refuses our token.
+        ClusterUnreachable: the cluster does not answer, or refuses our token.
     """
     address = _address()
     if not local:
@@ -51,7 +51,7 @@ class Session:
     cluster must know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives.
 
     Raises:
-        ConnectionError: the cluster does not answer, or refuses our token.
+        ClusterUnreachable: the cluster does not answer, or refuses our token.
     """
 
     def __init__(self, cpu_threads: int) -> None:
@@ -101,7 +101,7 @@ class Session:
 def _init(address: str, **options: Any) -> None:
     """
     Raises:
-        ConnectionError: another version of Ray or Python, a port, ...
+        ClusterUnreachable: another version of Ray or Python, a port, ...
     """
     # Workers have our environment by inheritance, or with the submitted job. By a runtime environment Ray's logs would
     # have it too, HF_TOKEN included.
@@ -109,8 +109,8 @@ def _init(address: str, **options: Any) -> None:
     try:
         with signals.handlers_kept():
             ray.init(address=address, **common, **options)
-    except (RuntimeError, ray.exceptions.RayError) as error:
-        raise ConnectionError(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
+    except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+        raise auth.ClusterUnreachable(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _address() -> str:

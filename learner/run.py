@@ -11,6 +11,7 @@ if __name__ == "__main__":
     signals.watch()  # now: what follows takes seconds to import
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,20 @@ import yaml
 from cluster.nodes import totals
 from cluster.placement import Placement, PlacementError, place_for
 from cluster.session import nodes_at_hand
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
-from diffusion.gpu_memory import OutOfMemory
+from diffusion.failures import RunFailure
 from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
 from diffusion.locate import BaseModelError, is_unconditional
+from evaluation.fixed_images import Judge
 from learner import controller, open_run
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
 from learner.open_run import OpenRun
-from learner.process_group import GroupBroken
-from learner.protocol.buffer import TooStale
-from learner.protocol.ledger import LedgerError
-from learner.protocol.quarantine import QuarantineFull
-from learner.protocol.receipts import RanksDiverged, StaleWeights
-from learner.protocol.runner import Runner
-from learner.update import NonFiniteGradient
+from learner.prompts import evaluation_prompts, training_prompts
+from learner.protocol.runner import Hooks, Runner
 from records import environment
 from records.checkpoint import CheckpointError
-from records.heartbeat import Heartbeat
-from records.storage import Storage, StorageError
-from reports.tracking import Tracker, tracking_uri
+from reports.pictures import contact_sheet, png
+from reports.views import RunViews
 from rewards import judges, registry
-from rewards.registry import UnknownReward
-from rewards.scorer import BadReward
-from rewards.weights import BadWeights, WeightsNotFound
-
-# What can end a run that had started well: said in one line, without a traceback. Anything else is a defect.
-FAILURES = (
-    BadReward, QuarantineFull, UnknownReward, BadWeights, WeightsNotFound, StaleWeights, TooStale, RanksDiverged,
-    NonFiniteGradient, GroupBroken, LedgerError, CheckpointError, StorageError, OutOfMemory, DeadlineExceeded,
-    ActorDied, ObjectLost, PlacementError, BaseModelError, ConnectionError,
-)  # fmt: skip
-ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
         placement, resources = _check(config, faults)
-        prompts = [*controller.training_prompts(config), *controller.evaluation_prompts(config)]
+        prompts = [*training_prompts(config), *evaluation_prompts(config)]
         if args.plan:
             from commands import plan
 
@@ -88,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(opened: OpenRun, resources: dict[str, float]) -> int:
     records, config = opened.records, opened.config
-    runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
+    views = RunViews(records, config, say)
+    runner, status, reason = None, "FAILED", None
     try:
         say(f"run directory: {records.storage}")
         if opened.checkpoint:
@@ -97,25 +82,26 @@ def _run(opened: OpenRun, resources: dict[str, float]) -> int:
                 "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
         if records.about["finished"] and opened.epochs_done >= config.train.epochs:
             say("nothing is left to do")
-            controller.finish(records, config, say)
+            controller.finish(records, views)
             return 0
         if config.train.stop_on_collapse and (signs := controller.collapsed(records)):
             say(f"stopped before: {signs} (train.stop_on_collapse=false goes on)")
-            controller.finish(records, config, say)
+            controller.finish(records, views)
             return 0
         records.note(finished=False, environment=environment.facts(), cluster=resources)
-        tracker = Tracker(records, config, say)
-        heartbeat = _heartbeat(records.storage, config)
+        views.open()
         if opened.epochs_done < config.train.epochs:
             files = opened.checkpoint.files if opened.checkpoint else None
-            runner = build_runner(opened.as_begun, files, records.about["name"])
+            hooks = Hooks(views.event, views.progress, views.turn, partial(controller.last_files, records, views.say))
+            runner = build_runner(opened.as_begun, files, hooks, records.about["name"])
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
-            controller.run(opened, runner, tracker, heartbeat, say)
-        controller.finish(records, config, say)
+            judge = Judge(records, config.run.thumbnail_pixels, lambda scores: png(contact_sheet(scores)))
+            controller.run(opened, runner, judge, views)
+        controller.finish(records, views)
         status = "FINISHED"
         return 0
-    except FAILURES as error:
+    except RunFailure as error:
         way_on = f"once that is mended, the same command goes on from what is done in {records.storage}"
         reason = f"{type(error).__name__}: {error}"
         complain(f"{reason} ({way_on})")
@@ -128,10 +114,7 @@ def _run(opened: OpenRun, resources: dict[str, float]) -> int:
         signals.closing()
         if runner is not None:
             runner.close()
-        if heartbeat is not None:
-            heartbeat.end(ENDS[status], reason)
-        if tracker is not None:
-            tracker.finish(status)
+        views.close(status, reason)
 
 
 def say(text: str) -> None:
@@ -148,20 +131,16 @@ def warn(text: str) -> None:
     complain(f"warning: {text}")
 
 
-def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
-    ray = config.run.runner == "ray"
-    uri = tracking_uri(config, storage) if config.mlflow.enabled else None
-    return Heartbeat(storage, config.train.epochs, uri, config.run.ready_seconds if ray else config.run.train_seconds)
-
-
-def build_runner(config: Config, files: dict[str, bytes] | None, name: str) -> Runner:
+def build_runner(config: Config, files: dict[str, bytes] | None, hooks: Hooks, name: str) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
-        return InProcessRunner(config, files)
+        return InProcessRunner(config, files, hooks)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config, files, name)
+    runner = RayRunner(config, files, name)
+    runner.hooks = hooks
+    return runner
 
 
 def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, float]]:
@@ -181,9 +160,9 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
             found.append(f"{prefix}{error}")
         return None
 
-    prompts = attempt(lambda: controller.training_prompts(config)) or []
+    prompts = attempt(lambda: training_prompts(config)) or []
     if config.evaluation.prompts:
-        prompts = prompts + (attempt(lambda: controller.evaluation_prompts(config)) or [])
+        prompts = prompts + (attempt(lambda: evaluation_prompts(config)) or [])
     path = str(resolve(config.model.path))
     sampler = config.sampler
     if attempt(lambda: is_unconditional(path)) is not None:  # there is a pipeline

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffusion.failures import RunFailure
 from rewards.names import Backend
 
 
@@ -23,7 +24,7 @@ class Reward(Protocol):
         ...
 
 
-class UnknownReward(ValueError):
+class UnknownReward(RunFailure, ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 

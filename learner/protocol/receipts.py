@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from diffusion.failures import RunFailure
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Receipt, Trajectories
 
 
-class StaleWeights(RuntimeError):
+class StaleWeights(RunFailure, RuntimeError):
     """Trajectories that were not made by the published adapter, or an adapter that training did not change."""
 
 
-class RanksDiverged(RuntimeError):
+class RanksDiverged(RunFailure, RuntimeError):
     """Learner ranks that hold different adapters after the same updates."""
 
 
 def check(receipt: Receipt | Trajectories, published: Snapshot, where: str) -> None:
-    """Version and sha256 of the adapter that sampled must be the published one's.
-
-    Raises:
-        StaleWeights: they are not; names the chunk (`where`) and both adapters.
-    """
+    """As check_recent, of the one published adapter."""
     check_recent(receipt, {published.version: published.sha256}, where)
 
 
 def check_recent(receipt: Receipt | Trajectories, recent: Mapping[int, str], where: str) -> None:
-    """Version and sha256 of the adapter that sampled must be those of one of the `recent` published ones, sha256 by
-    version.
+    """The adapter that sampled must be one of the `recent` published ones, sha256 by version.
 
     Raises:
-        StaleWeights: they are not; names the chunk (`where`), its adapter and the published ones.
+        StaleWeights: it is not; names the chunk (`where`), its adapter and the published ones.
     """
     if recent.get(receipt.policy_version) != receipt.adapter_sha256:
         each = " and ".join(f"version {version} is {sha256[:12]}" for version, sha256 in sorted(recent.items()))
@@ -54,10 +50,9 @@ def check_moved(before: Snapshot, after: Snapshot) -> None:
 
 
 def check_ranks(sha256s: Sequence[str]) -> None:
-    """Every rank must publish the same adapter.
-
+    """
     Raises:
-        RanksDiverged: they do not.
+        RanksDiverged: the ranks do not all publish the same adapter.
     """
     if len(set(sha256s)) > 1:
         each = ", ".join(f"rank {rank} {sha256[:12]}" for rank, sha256 in enumerate(sha256s))

@@ -1,0 +1,5 @@
+"""What may end a run that had started well."""
+
+
+class RunFailure(Exception):
+    """Ends a run with one line and no traceback. Whatever else a run raises is a defect."""
