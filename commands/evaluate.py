@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster import signals
+from diffusion.failures import RunFailure
 from evaluation import image_sets
 from evaluation.adapters import BAD_INPUT, OTHER_SEED, Target, find, split
 from evaluation.image_sets import Cache, Pools
-from learner.config import DEFAULT_CONFIG, Config, ConfigError
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, saved_config
 from records.run_folder import Records
 from reports import html, pictures
 from reports.progress import Bar
@@ -149,7 +150,7 @@ def redraw(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
         try:
             records = Records.open(storage)  # not as it was before the judging
             if records.about.get("finished") and storage.exists(html.FILE):
-                storage.write(html.FILE, html.render(records, records.config()))
+                storage.write(html.FILE, html.render(records, saved_config(records)))
         except Exception as error:
             warn(f"{storage}/{html.FILE} is without these figures: {type(error).__name__}: {error}")
 
@@ -158,7 +159,7 @@ def upload(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
     """Show them in MLflow, where their runs are: in a process of its own, with a deadline."""
     for one in judged:
         records = one.target.records
-        if records is None or not records.config().mlflow.enabled:
+        if records is None or not saved_config(records).mlflow.enabled:
             continue
         command = [sys.executable, "-m", "learner.upload", str(one.target.out)]
         try:
@@ -209,8 +210,6 @@ def run(
 ) -> int:  # fmt: skip
     """Find, judge, and do what is done with it. `require` may refuse what was found with a ConfigError. Exit status as
     learner.run's."""
-    from diffusion.failures import RunFailure
-
     signals.running()
     try:
         targets = find(*split(args.given), args)

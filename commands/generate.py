@@ -28,7 +28,7 @@ from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk
 from evaluation.finished_run import LORA, open_trained, run_around
 from learner import build
-from learner.config import Config, load_config, resolve
+from learner.config import Config, load_config, resolve, saved_config
 from learner.config.sections import SamplerConfig
 from records.run_folder import RUN, Records
 from records.storage import Storage
@@ -103,7 +103,7 @@ def find(lora: str, step: int | None, warn: Callable[[str], None]) -> tuple[Adap
     inside = path / LORA
     adapter = lora_files.read(inside if inside.is_dir() else path)
     run = run_around(path)
-    return adapter, Records.open(Storage(str(run))).config() if run else None
+    return adapter, saved_config(Records.open(Storage(str(run)))) if run else None
 
 
 def settings(config: Config | None, base: str | None, given: dict[str, Any]) -> Config:

@@ -22,7 +22,7 @@ from evaluation import image_sets
 from evaluation.finished_run import open_trained
 from evaluation.image_sets import ImageSet
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, build_config, resolve
-from learner.controller import evaluation_prompts
+from learner.prompts import evaluation_prompts
 from records.checkpoint import CheckpointError
 from records.run_folder import EVALUATION, RUN, Records
 from records.storage import Storage, StorageError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusion import lora_files
 from diffusion.lora_files import AdapterFile
-from learner.config import Config
+from learner.config import Config, saved_config
 from records import checkpoint
 from records.checkpoint import Checkpoint, CheckpointError
 from records.run_folder import RUN, Records
@@ -71,7 +71,7 @@ def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Tra
     if not storage.exists(RUN):
         raise StorageError(f"there is no {RUN} in {storage}; give a run's directory")
     records = Records.open(storage)
-    config = records.config()
+    config = saved_config(records)
     if step is None:
         found = checkpoint.load_newest(storage, records.run_id, warn)
         if found is None:

@@ -27,11 +27,11 @@ from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from evaluation import metrics
 from evaluation.collapse import apartness
+from evaluation.fixed_images import images_table, read_images
 from evaluation.intervals import mean_of_good, paired_interval
 from learner.config import Config, resolve
 from learner.config.sections import LoraConfig, SamplerConfig
 from learner.protocol.chunks import evaluation_chunks
-from records.run_folder import images_table, read_images
 from records.storage import Storage
 from rewards import judges
 
