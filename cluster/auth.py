@@ -12,28 +12,34 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from diffusion.failures import RunFailure
+
 CONNECT_SECONDS = 20.0
 OPEN = "anyone who reaches it can run code there and read the run"
+
+
+class ClusterUnreachable(RunFailure, ConnectionError):
+    """No Ray cluster answers, or it refuses us; the message names the address and the remedy."""
 
 
 def require_answer(address: str) -> None:
     """`ray.init` waits for minutes on a cluster that is gone, and takes no deadline: ask with Ray's own probe first.
 
     Raises:
-        ConnectionError: no answer within CONNECT_SECONDS, or our token is refused.
+        ClusterUnreachable: no answer within CONNECT_SECONDS, or our token is refused.
     """
     if "://" in address:
         return
     try:
         done = subprocess.run(_probe(address), capture_output=True, text=True, timeout=CONNECT_SECONDS)
     except subprocess.TimeoutExpired:
-        raise ConnectionError(
+        raise ClusterUnreachable(
             f"RAY_ADDRESS: no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s; start one, or unset it to "
             "use this machine"
         ) from None
     if done.returncode:
         words = (done.stderr.strip().splitlines() or ["it is not healthy"])[-1]
-        raise ConnectionError(f"RAY_ADDRESS: the Ray cluster at {address} refuses us: {words}")
+        raise ClusterUnreachable(f"RAY_ADDRESS: the Ray cluster at {address} refuses us: {words}")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.nodes import Node, listed
+from diffusion.failures import RunFailure
 from learner.config import Config
 
 ROLES = ("sampler", "reward", "learner")
@@ -16,7 +17,7 @@ NO_LABELS: Mapping[str, str] = {}
 Three = tuple[float | None, float | None, float | None]
 
 
-class PlacementError(ValueError):
+class PlacementError(RunFailure, ValueError):
     """The cluster's resources do not fit what the configuration asks for."""
 
 

@@ -12,6 +12,7 @@ import ray
 import torch
 
 from cluster import auth, signals
+from cluster.auth import ClusterUnreachable
 from cluster.nodes import Node, alive_nodes
 from cluster.temp_folders import TemporaryFolder
 
@@ -24,7 +25,7 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
     `local`) of this machine, without starting anything. `warn` hears of a cluster that anyone may use.
 
     Raises:
-        ConnectionError: the cluster does not answer, or refuses our token.
+        ClusterUnreachable: the cluster does not answer, or refuses our token.
     """
     address = _address()
     if not local:
@@ -51,7 +52,7 @@ class Session:
     cluster must know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives.
 
     Raises:
-        ConnectionError: the cluster does not answer, or refuses our token.
+        ClusterUnreachable: the cluster does not answer, or refuses our token.
     """
 
     def __init__(self, cpu_threads: int) -> None:
@@ -101,7 +102,7 @@ class Session:
 def _init(address: str, **options: Any) -> None:
     """
     Raises:
-        ConnectionError: another version of Ray or Python, a port, ...
+        ClusterUnreachable: another version of Ray or Python, a port, ...
     """
     # Workers have our environment by inheritance, or with the submitted job. By a runtime environment Ray's logs would
     # have it too, HF_TOKEN included.
@@ -110,7 +111,7 @@ def _init(address: str, **options: Any) -> None:
         with signals.handlers_kept():
             ray.init(address=address, **common, **options)
     except (RuntimeError, ray.exceptions.RayError) as error:
-        raise ConnectionError(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
+        raise ClusterUnreachable(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _address() -> str:

@@ -8,16 +8,18 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
+from diffusion.failures import RunFailure
 
-class DeadlineExceeded(TimeoutError):
+
+class DeadlineExceeded(RunFailure, TimeoutError):
     """Something did not answer in time; the message says what, and which setting is the limit."""
 
 
-class ActorDied(RuntimeError):
+class ActorDied(RunFailure, RuntimeError):
     """An actor's process was gone when it was needed, or could not start."""
 
 
-class ObjectLost(RuntimeError):
+class ObjectLost(RunFailure, RuntimeError):
     """Something an actor had made, trajectories or clean predictions, was gone when it was needed."""
 
 

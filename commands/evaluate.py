@@ -209,7 +209,7 @@ def run(
 ) -> int:  # fmt: skip
     """Find, judge, and do what is done with it. `require` may refuse what was found with a ConfigError. Exit status as
     learner.run's."""
-    from learner.run import FAILURES
+    from diffusion.failures import RunFailure
 
     signals.running()
     try:
@@ -223,7 +223,7 @@ def run(
         return 2
     try:
         then(judge(targets, Cache(args.cache), lambda text: print(text, flush=True)))
-    except FAILURES as error:
+    except RunFailure as error:
         complain(program, f"{type(error).__name__}: {error} (once that is mended, the same command goes on)")
         return 1
     except KeyboardInterrupt:

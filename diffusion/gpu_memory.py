@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.failures import RunFailure
+
 SHARE = 0.8  # of free memory: fragments, and peaks that a trial does not see, have the rest
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(RunFailure, RuntimeError):
     """A GPU is too small for what it was given; the message names the setting to make smaller."""
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from diffusion.failures import RunFailure
+
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # pixels from noise: a U-Net and a scheduler, nothing else
 
 
-class BaseModelError(ValueError):
+class BaseModelError(RunFailure, ValueError):
     """A model path that cannot be loaded; the message names it and the remedy."""
 
 

@@ -23,7 +23,7 @@ from learner.config.sections import Objective
 from learner.objectives.base import anneal
 from learner.objectives.by_name import OBJECTIVES
 from learner.open_run import OpenRun
-from learner.prompts import read_prompts
+from learner.prompts import evaluation_prompts, training_prompts
 from learner.protocol import quarantine
 from learner.protocol.chunks import evaluation_chunks, training_chunks
 from learner.protocol.ledger import Ledger
@@ -134,16 +134,6 @@ def _described(lines: Callable[[], list[str]], say: Say) -> list[str]:
     except Exception as error:
         say(f"warning: no summary: {type(error).__name__}: {error}")
         return []
-
-
-def training_prompts(config: Config) -> list[str]:
-    """One empty prompt for models that take none."""
-    return [""] if config.prompts.path is None else read_prompts(config.prompts.path, config.prompts.column)
-
-
-def evaluation_prompts(config: Config) -> list[str]:
-    path = config.evaluation.prompts
-    return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
 
 
 def describe_objective(config: Config, dimensions: int) -> str:

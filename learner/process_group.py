@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffusion.failures import RunFailure
 
-class GroupBroken(RuntimeError):
+
+class GroupBroken(RunFailure, RuntimeError):
     """Another rank is gone or did not answer in time: this one is sound, but the group must be made anew."""
 
 

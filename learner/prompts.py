@@ -48,6 +48,16 @@ def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -
     return prompts
 
 
+def training_prompts(config: Config) -> list[str]:
+    """One empty prompt for models that take none."""
+    return [""] if config.prompts.path is None else read_prompts(config.prompts.path, config.prompts.column)
+
+
+def evaluation_prompts(config: Config) -> list[str]:
+    path = config.evaluation.prompts
+    return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
+
+
 def example_prompt(config: Config) -> str:
     """One that the reward is made for, to try batch sizes with.
 

@@ -20,6 +20,7 @@ from torch.optim import AdamW
 
 from diffusion import gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
+from diffusion.failures import RunFailure
 from diffusion.trajectory import Scores, Trajectories
 from learner import process_group, state
 from learner.config import Config
@@ -35,7 +36,7 @@ MICRO_BATCH = 8  # where no GPU's memory says
 MOST = 64  # a larger one gains nothing, and must fit into a chunk's transitions
 
 
-class NonFiniteGradient(ArithmeticError):
+class NonFiniteGradient(RunFailure, ArithmeticError):
     """An update that would have destroyed the weights; gradients are reduced, so all ranks raise together."""
 
 

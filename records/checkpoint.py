@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion.failures import RunFailure
 from records.run_folder import FORMAT
 from records.storage import Storage, StorageError
 
@@ -30,7 +31,7 @@ FOLDER, MANIFEST, LATEST = "checkpoints", "state.json", "latest"
 SEAL = "sha256"  # of the rest of the manifest
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RunFailure, ValueError):
     """A checkpoint that is torn, was changed, or is of another version; the message names it and the remedy."""
 
 

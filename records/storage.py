@@ -18,10 +18,12 @@ from pathlib import Path
 
 import fsspec
 
+from diffusion.failures import RunFailure
+
 ASIDE, GONE = ".new", ".old"
 
 
-class StorageError(OSError):
+class StorageError(RunFailure, OSError):
     """A file that could not be written or read; the message names it and the remedy."""
 
 

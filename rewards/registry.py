@@ -1,15 +1,19 @@
-"""Rewards by name, or a user's own as module:callable: `load` makes one, `check` finds its faults before."""
+"""Rewards by name, or a user's own as module:callable: `load` makes one, `check` finds its faults before.
+
+Imports no torch by itself: names are checked before anything heavy is loaded.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from diffusion.failures import RunFailure
 from rewards.names import Backend
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Reward(Protocol):
@@ -23,7 +27,7 @@ class Reward(Protocol):
         ...
 
 
-class UnknownReward(ValueError):
+class UnknownReward(RunFailure, ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 
@@ -123,6 +127,16 @@ def check(
         check_prompts(prompts)
 
 
+def check_name(name: str, backend: Backend = "native") -> None:
+    """
+    Raises:
+        UnknownReward: no reward has this name. A user's own (module:callable) is not imported here.
+    """
+    if name not in NAMES and ":" not in name and backend == "native":
+        known = ", ".join(NAMES)
+        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+
+
 def check_options(options: dict[Any, Any]) -> None:
     """
     Raises:
@@ -141,6 +155,8 @@ def check_device(device: str) -> None:
     Raises:
         ValueError: torch does not know it, or has none here.
     """
+    import torch
+
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -157,9 +173,9 @@ def _class(name: str) -> Any:
     """Imported only when asked for: the reward models need transformers."""
     if name == SUM:
         place = "weighted_sum:WeightedSum"
-    elif (place := (PLAIN | MODELS).get(name, "")) == "":
-        known = ", ".join(NAMES)
-        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+    else:
+        check_name(name)
+        place = (PLAIN | MODELS)[name]
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(f"rewards.{module}"), attribute)
 
@@ -192,6 +208,8 @@ class UserReward:
         )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        import torch
+
         scores = torch.as_tensor(self._function(images, prompts)).float()
         if scores.shape != (len(images),):
             raise ValueError(f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images")

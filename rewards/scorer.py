@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffusion import gpu_memory, noise
+from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards.judges import HeldOutRaised, Judges
 from rewards.package import PackageReward
@@ -27,7 +28,7 @@ BLACK = (
 )
 
 
-class BadReward(ValueError):
+class BadReward(RunFailure, ValueError):
     """A reward that failed, or is not finite: a data failure, never retried. Names reward, prompt and trajectory."""
 
 

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.failures import RunFailure
+
 HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+(?::[^:]+)?")
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".json", ".txt")
 LONGEST_WAIT = 10  # seconds for the hub to say whether it has a file
 
 
-class WeightsNotFound(ValueError):
+class WeightsNotFound(RunFailure, ValueError):
     """Something a reward is read from is neither here nor to be had; the message says what, from where, which key."""
 
 
-class BadWeights(ValueError):
+class BadWeights(RunFailure, ValueError):
     """A file that was found, but does not hold what the reward needs; the message names file and keys."""
 
 

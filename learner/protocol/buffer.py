@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffusion.failures import RunFailure
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Verdict
 from learner.protocol import receipts
@@ -24,7 +25,7 @@ from learner.protocol.ledger import Ledger
 Key = tuple[str, int, int]  # purpose, epoch, index of a chunk
 
 
-class TooStale(RuntimeError):
+class TooStale(RunFailure, RuntimeError):
     """Trajectories sampled by a policy further behind than train.max_staleness allows: a defect, never trained on."""
 
 

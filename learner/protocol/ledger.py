@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from diffusion.failures import RunFailure
+
 STAGES = ("issued", "sampled", "scored", "trained")
 ENDS = (STAGES.index("trained"), len(STAGES))  # trained or quarantined
 
 
-class LedgerError(RuntimeError):
+class LedgerError(RunFailure, RuntimeError):
     """A trajectory that was lost, or would have been used twice."""
 
 

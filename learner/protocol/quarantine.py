@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from diffusion.failures import RunFailure
 from diffusion.trajectory import Scores, Trajectories
 from records.storage import Storage
 
@@ -22,7 +23,7 @@ FOLDER = "quarantine"
 ARRAYS = ("timesteps", "states", "log_pf", "log_pb")
 
 
-class QuarantineFull(RuntimeError):
+class QuarantineFull(RunFailure, RuntimeError):
     """More bad trajectories than reward.quarantine_limit allows."""
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from diffusion.failures import RunFailure
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Receipt, Trajectories
 
 
-class StaleWeights(RuntimeError):
+class StaleWeights(RunFailure, RuntimeError):
     """Trajectories that were not made by the published adapter, or an adapter that training did not change."""
 
 
-class RanksDiverged(RuntimeError):
+class RanksDiverged(RunFailure, RuntimeError):
     """Learner ranks that hold different adapters after the same updates."""
 
 

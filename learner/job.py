@@ -1,0 +1,165 @@
+"""The job: everything is checked, then a run is trained to its end and closed, whatever happens.
+
+The composition root: here the epoch loop meets its runner, its records and its views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cluster import signals
+from cluster.nodes import totals
+from cluster.placement import Placement, place_for
+from cluster.session import nodes_at_hand
+from diffusion.failures import RunFailure
+from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
+from diffusion.locate import is_unconditional
+from learner import controller
+from learner.config import Config, ConfigError, resolve
+from learner.open_run import OpenRun
+from learner.prompts import evaluation_prompts, training_prompts
+from learner.protocol.runner import Runner
+from records import environment
+from records.checkpoint import CheckpointError
+from records.heartbeat import Heartbeat
+from records.storage import Storage
+from reports.tracking import Tracker, tracking_uri
+from rewards import judges, registry
+
+ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
+Say = Callable[[str], None]
+
+
+def check(config: Config, warn: Say, own_reward: bool = False) -> tuple[Placement, dict[str, float]]:
+    """Everything that would otherwise fail only after actors are up, all of it said at once: what would run where, and
+    the cluster's resources. `own_reward`: a Python object, which needs no name.
+
+    Raises:
+        ConfigError: a line for each fault.
+        ClusterUnreachable: see there.
+    """
+    faults: list[str] = []
+
+    def attempt(step: Callable[[], Any], prefix: str = "") -> Any:
+        try:
+            return step()
+        except RunFailure as error:
+            faults.append(str(error))
+        except ValueError as error:
+            faults.append(str(error) if isinstance(error, ConfigError) else f"{prefix}{error}")
+        return None
+
+    sampler, reward, evaluation = config.sampler, config.reward, config.evaluation
+    prompts = [*training_prompts(config), *(evaluation_prompts(config) if evaluation.prompts else [])]
+    path = str(resolve(config.model.path))
+    if attempt(lambda: is_unconditional(path)) is not None:  # there is a pipeline
+        attempt(lambda: check_parts(path))
+        attempt(lambda: _check_prompting(config, path))
+        attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid), "sampler.steps: ")
+        if config.objective.forward_looking_decoder == "tiny":
+            attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
+    if not own_reward:
+        needing = config.objective.kind if config.needs.reward_gradients else None
+        attempt(lambda: registry.check(reward.name, reward.weights, reward.options, prompts, needing, reward.backend))
+    attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
+    if config.run.runner == "inprocess":
+        if config.model.device == "cuda" and not torch.cuda.is_available():
+            faults.append("model.device: cuda was asked for, but torch finds none here")
+        _raise(faults)
+        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
+    nodes = nodes_at_hand(config.run.cpu_threads, warn)
+    placement = attempt(lambda: place_for(config, nodes))
+    _raise(faults)
+    return placement, totals(nodes)
+
+
+def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None) -> None:
+    """Train an opened run to its end. `complain` is told why it ends early, before what was started is stopped.
+
+    Raises:
+        RunFailure: see there; the same run can be gone on with.
+        KeyboardInterrupt: the same.
+    """
+    records, config = opened.records, opened.config
+    runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
+    try:
+        say(f"run directory: {records.storage}")
+        if opened.checkpoint:
+            done = opened.epochs_done
+            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
+                "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
+        if records.about["finished"] and opened.epochs_done >= config.train.epochs:
+            say("nothing is left to do")
+            controller.finish(records, config, say)
+            return
+        if config.train.stop_on_collapse and (signs := controller.collapsed(records)):
+            say(f"stopped before: {signs} (train.stop_on_collapse=false goes on)")
+            controller.finish(records, config, say)
+            return
+        records.note(finished=False, environment=environment.facts(), cluster=resources)
+        tracker = Tracker(records, config, say)
+        heartbeat = _heartbeat(records.storage, config)
+        if opened.epochs_done < config.train.epochs:
+            files = opened.checkpoint.files if opened.checkpoint else None
+            runner = build_runner(opened.as_begun, files, records.about["name"])
+            if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
+                raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
+            controller.run(opened, runner, tracker, heartbeat, say)
+        controller.finish(records, config, say)
+        status = "FINISHED"
+    except RunFailure as error:
+        reason = f"{type(error).__name__}: {error}"
+        complain(f"{reason} (once that is mended, the same command goes on from what is done in {records.storage})")
+        raise
+    except KeyboardInterrupt:
+        status = "KILLED"
+        complain(f"interrupted; the same command goes on from what is done in {records.storage}")
+        raise
+    finally:
+        signals.closing()
+        if runner is not None:
+            runner.close()
+        if heartbeat is not None:
+            heartbeat.end(ENDS[status], reason)
+        if tracker is not None:
+            tracker.finish(status)
+
+
+def build_runner(config: Config, files: dict[str, bytes] | None, name: str) -> Runner:
+    if config.run.runner == "inprocess":
+        from learner.inprocess import InProcessRunner
+
+        return InProcessRunner(config, files)
+    from actors.ray_runner import RayRunner
+
+    return RayRunner(config, files, name)
+
+
+def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
+    ray = config.run.runner == "ray"
+    uri = tracking_uri(config, storage) if config.mlflow.enabled else None
+    return Heartbeat(storage, config.train.epochs, uri, config.run.ready_seconds if ray else config.run.train_seconds)
+
+
+def _check_prompting(config: Config, path: str) -> None:
+    """
+    Raises:
+        ConfigError: prompts or guidance for a model that takes none, or none for one that does.
+    """
+    faults = []
+    if is_unconditional(path):
+        if config.prompts.path is not None or config.evaluation.prompts is not None:
+            faults.append(f"prompts.path, evaluation.prompts: {path} takes no prompts; set prompts.path=null")
+        if config.sampler.guidance != 1:
+            faults.append(f"sampler.guidance: {path} takes no prompts, so there is nothing to guide; set it to 1")
+    elif config.prompts.path is None:
+        faults.append(f"prompts.path: {path} takes prompts; name a file of them")
+    _raise(faults)
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("\n".join(faults))
