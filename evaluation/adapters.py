@@ -122,7 +122,7 @@ def _settings(
 ) -> tuple[Config, tuple[str, ...]]:
     """Of a run's settings those that judging needs, the others at their defaults: runs of different objectives are
     judged by the same actors. And the prompts."""
-    from learner.controller import evaluation_prompts
+    from learner.prompts import evaluation_prompts
 
     options = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
     settings = [f"{key}={value}" for key, value in options.items() if value is not None]

@@ -148,7 +148,9 @@ def _feature_figures(
     }
     if least > 1:
         each = [metrics.mean_per_prompt(metrics.vendi, prompts, features) for features in sets]
-        figures["vendi_per_prompt"] = _figure(mean_of_good(each[0]), mean_interval(each[0]), *map(mean_of_good, each[1:]))
+        figures["vendi_per_prompt"] = _figure(
+            mean_of_good(each[0]), mean_interval(each[0]), *map(mean_of_good, each[1:])
+        )
     for name, distance in (("fid", metrics.fid), ("kid", metrics.kid)):
         interval = metrics.half_interval(distance, tuned, other)
         figures[name] = _drift_figure(distance(tuned, other), interval, distance(base, other))

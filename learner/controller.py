@@ -17,7 +17,7 @@ import yaml
 
 from diffusion.trajectory import Scores
 from evaluation import collapse, metrics
-from evaluation.intervals import mean_of_good
+from evaluation.metrics import mean_of_good
 from learner.config import Config
 from learner.config.sections import Objective
 from learner.objectives.base import anneal
@@ -202,7 +202,7 @@ def _judged(records: Records, epoch: int) -> dict[str, Any]:
     found |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
     if now.features is not None:
         found["eval_vendi"] = metrics.vendi(now.features)
-        found["eval_distance"] = mean_of_good(collapse.apartness(now.features, now.prompts))
+        found["eval_distance"] = mean_of_good(metrics.prompt_distances(now.features, now.prompts))
     if BEFORE in records.evaluated() and epoch != BEFORE:
         found["collapse"] = "; ".join(collapse.signs(records.evaluation(BEFORE), now)) or None
     return found
