@@ -6,7 +6,7 @@ Imports no torch by itself: names are checked before anything heavy is loaded.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion.failures import RunFailure
@@ -62,7 +62,7 @@ def load(
     if weights is not None and name not in MODELS and backend == "native":
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
     if ":" in name and backend == "native":
-        return UserReward(name, **options)
+        return UserReward.named(name, **options)
     made = _package() if backend == "package" else _class(name)
     if backend == "package":
         options = {"name": name, "weights": weights, "device": device, **options}
@@ -115,13 +115,8 @@ def check(
     else:
         reward = load(name, weights, **options)
     # What a class or a factory makes may say so itself: the scorer asks again.
-    unsaid = own and (isinstance(reward, type) or bool(options))
-    if objective and not getattr(reward, "differentiable", unsaid):
-        raise ValueError(
-            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
-            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
-            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
-        )
+    if not (own and (isinstance(reward, type) or options) and not hasattr(reward, "differentiable")):
+        check_gradient(reward, name, objective)
     check_prompts = getattr(reward, "check_prompts", None)
     if check_prompts is not None:
         check_prompts(prompts)
@@ -135,6 +130,19 @@ def check_name(name: str, backend: Backend = "native") -> None:
     if name not in NAMES and ":" not in name and backend == "native":
         known = ", ".join(NAMES)
         raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+
+
+def check_gradient(reward: Any, name: str, objective: str | None) -> None:
+    """
+    Raises:
+        ValueError: `objective` learns from the gradient of the reward, and this one has none.
+    """
+    if objective and not getattr(reward, "differentiable", False):
+        raise ValueError(
+            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
+            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
+            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
+        )
 
 
 def check_options(options: dict[Any, Any]) -> None:
@@ -194,18 +202,28 @@ def _import(name: str) -> Any:
 
 
 class UserReward:
-    """A user's own function, named explicitly in the config as `module:callable`."""
+    """A user's own function, named in the config as `module:callable` or given as a Python object."""
 
-    def __init__(self, name: str, **options: Any) -> None:
-        function = _import(name)
-        self.name = name
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self._function = name, function
+        self.differentiable = bool(getattr(function, "differentiable", False))
+
+    @classmethod
+    def named(cls, name: str, **options: Any) -> UserReward:
+        """The callable `module:callable`; a class, or a function where there are options, is called with them first.
+
+        Raises:
+            UnknownReward: it cannot be imported or made.
+        """
+        function = made = _import(name)
         try:
-            self._function = function(**options) if options or isinstance(function, type) else function
+            if options or isinstance(function, type):
+                made = function(**options)
         except Exception as error:  # a user's code may raise anything
             raise UnknownReward(f"reward.name: {name} cannot be made: {type(error).__name__}: {error}") from error
-        self.differentiable = bool(
-            getattr(self._function, "differentiable", getattr(function, "differentiable", False))
-        )
+        reward = cls(name, made)
+        reward.differentiable = bool(getattr(made, "differentiable", getattr(function, "differentiable", False)))
+        return reward
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         import torch
