@@ -15,7 +15,7 @@ from PIL import Image
 from diffusion.trajectory import Scores
 from evaluation import collapse, metrics
 from evaluation.collapse import Evaluated
-from evaluation.intervals import mean_of_good
+from evaluation.metrics import mean_of_good
 from records.run_folder import BEFORE, IMAGES, Records, parquet
 
 Draw = Callable[[Sequence[Scores]], bytes]  # a contact sheet, PNG
@@ -42,7 +42,7 @@ class Judge:
         found |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
         if now.features is not None:
             found["eval_vendi"] = metrics.vendi(now.features)
-            found["eval_distance"] = mean_of_good(collapse.apartness(now.features, now.prompts))
+            found["eval_distance"] = mean_of_good(metrics.prompt_distances(now.features, now.prompts))
         if epoch != BEFORE and BEFORE in self.records.evaluated():
             before = read_images(self.records.images(BEFORE))
             found["collapse"] = "; ".join(collapse.signs(before, now)) or None

@@ -22,7 +22,7 @@ from diffusion.locate import BaseModelError
 from diffusion.lora_files import AdapterFile
 from evaluation.finished_run import Trained
 from evaluation.fixed_images import read_images
-from evaluation.intervals import mean_of_good, paired_interval
+from evaluation.metrics import mean_of_good, paired_interval
 from learner.config import ROOT, resolve
 from learner.controller import describe_objective
 from records.run_folder import BEFORE, EVALUATION, TRAJECTORIES

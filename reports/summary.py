@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from evaluation.fixed_images import read_images
-from evaluation.intervals import mean_of_good
+from evaluation.metrics import mean_of_good
 from learner.config import Config, resolve
 from models.shapes.measure import correct
 from models.shapes.world import IMAGE_SIZE, parse
