@@ -31,6 +31,7 @@ from learner.protocol.ledger import Ledger
 from records import checkpoint, storage
 from records.run_folder import Records
 from records.storage import Storage
+from reports.views import RunViews
 
 STEP = "checkpoints/step-000004"  # epochs are 0, 1, 2; epoch 1 ends with this checkpoint
 Which = Callable[[tuple[Any, ...], dict[str, Any]], bool]
@@ -122,7 +123,7 @@ POINTS = {
     "half pruned": Point(storage.shutil, "rmtree", BEFORE, 1, _old_folder),
     "pruned": Point(checkpoint, "prune", AFTER, 3),
     "pipeline closed": Point(RayRunner, "closed", AFTER, 2),
-    "before the report": Point(controller, "_report", BEFORE),
+    "before the report": Point(RunViews, "_draw_report", BEFORE),
     "before the end": Point(controller, "finish", BEFORE),
     "noted as finished": Point(Records, "note", AFTER, 1, _finished),
     "after the end": Point(controller, "finish", AFTER),

@@ -74,7 +74,7 @@ def test_trained_work_cannot_be_lost_but_scored_work_can():
         ledger.advance(0, [0, 1], stage)
     ledger.lose(0, [1])
     ledger.advance(0, [0], "trained")
-    with pytest.raises(LedgerError, match="trajectory 0 of epoch 0 cannot be made again"):
+    with pytest.raises(LedgerError, match="trajectory 0 of epoch 0 cannot be made again: it is trained"):
         ledger.lose(0, [0])
 
 
