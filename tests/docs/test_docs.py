@@ -163,10 +163,18 @@ def functions(file: Path) -> set[str]:
 def flags(file: Path) -> set[str]:
     """That the module, or one of the project's that it imports, gives to a parser."""
     tree = ast.parse(text_of(file))
+    short = {  # add = parser.add_argument
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and getattr(node.value, "attr", "") == "add_argument"
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     options = {
         word.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+        if isinstance(node, ast.Call)
+        and (getattr(node.func, "attr", "") == "add_argument" or getattr(node.func, "id", "") in short)
         for word in node.args
         if isinstance(word, ast.Constant) and str(word.value).startswith("--")
     }
