@@ -72,7 +72,7 @@ def test_json_and_jsonl_may_hold_bare_strings(tmp_path):
         ("p.csv", b"", "holds no prompt"),
         ("p.csv", b"prompt\na red ring, large\n", "line 2 has more or fewer values"),
         ("p.csv", b"id,prompt\n1,a\n2\n", "line 3 has more or fewer values"),
-        ("p.csv", b"prompt\n\"no end\n", "unexpected end of data"),
+        ("p.csv", b'prompt\n"no end\n', "unexpected end of data"),
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, said):

@@ -178,7 +178,7 @@ def test_pruning_never_takes_the_last_whole_one(storage):
     assert newest(storage)[0].name == NEWEST
     for step in (0, 2, 4):
         storage.remove(f"checkpoints/step-{step:06d}/learner.pt")
-    with pytest.raises(CheckpointError, match="differs|not whole"):
+    with pytest.raises(CheckpointError, match="not whole"):
         prune(storage, 1)
     assert checkpoint.steps(storage) == [4, 6, 8]  # none is whole: none goes
 
