@@ -11,9 +11,12 @@ from learner.config import CONFIG_VERSION, ConfigError
 from learner.inprocess import InProcessRunner
 from learner.run import main
 from records import checkpoint
+from records.heartbeat import Heartbeat
 from records.run_folder import Records
 from records.storage import Storage, StorageError
-from reports import html
+from reports import html, summary
+from reports.progress import Bar
+from reports.tracking import Tracker
 
 TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds")
 
@@ -329,16 +332,44 @@ def test_a_run_without_evaluation(settings, tmp_path):
     assert "3 of 3" in (tmp_path / "run/report.html").read_text()
 
 
-def test_a_report_or_an_old_checkpoint_that_fails_costs_a_warning(settings, unbroken, tmp_path, monkeypatch, capsys):
+def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(settings, unbroken, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise StorageError("busy")
 
-    monkeypatch.setattr(html, "render", fails)
+    views = [(Bar, "show", "progress bar"), (Heartbeat, "turn", "status.json"), (Tracker, "notify", "MLflow"),
+             (html, "render", "report.html"), (summary, "describe", "summary")]  # fmt: skip
+    for owner, name, _ in views:
+        monkeypatch.setattr(owner, name, fails)
     monkeypatch.setattr(checkpoint, "prune", fails)
     assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
     said = capsys.readouterr().out
-    assert "warning: no report.html" in said and "warning: an old checkpoint stays: busy" in said
+    assert all(said.count(f"warning: no {view}: StorageError: busy") == 1 for *_, view in views)
+    assert said.count("warning: an old checkpoint stays: busy") == 4
     assert lora(tmp_path / "run") == lora(unbroken)
+
+
+def test_a_run_is_laid_out_as_format_5_says(unbroken):
+    """Runs of other versions of this code are gone on with only while this holds."""
+    about, manifest = (
+        json.loads((unbroken / name).read_text()) for name in ("run.json", "checkpoints/latest/state.json")
+    )
+    assert set(about) == {
+        "format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256", "environment", "cluster",
+    }  # fmt: skip
+    assert set(manifest) == {
+        "format", "run_id", "mlflow_run_id", "step", "next_epoch", "prompts_drawn", "policy_version", "adapter_sha256",
+        "ranks", "batch_sizes", "ledger", "config_digest", "files", "sha256",
+    }  # fmt: skip
+    assert set(manifest["batch_sizes"]) == {"chunk", "flow_batch", "micro_batch", "score"}
+    adapter = {"lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"}
+    assert set(manifest["files"]) == {"learner.pt", "replay-0.pt", "config.yaml", *adapter}
+    assert {path.name for path in unbroken.iterdir()} == {
+        "run.json", "run.lock", "config.yaml", "metrics.jsonl", "status.json", "trajectories", "evaluation",
+        "checkpoints", "before.png", "after.png", "report.html",
+    }  # fmt: skip
+    names = {path.name for path in (unbroken / "evaluation").iterdir()}
+    epochs = ("epoch-before", "epoch-000001", "epoch-000002")
+    assert names == {f"{epoch}.{kind}" for epoch in epochs for kind in ("json", "parquet", "png")}
 
 
 def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken, monkeypatch):

@@ -183,6 +183,31 @@ def test_pruning_never_takes_the_last_whole_one(storage):
     assert checkpoint.steps(storage) == [4, 6, 8]  # none is whole: none goes
 
 
+def test_a_checkpoint_as_format_5_first_had_it_is_read(storage):
+    """Bytes that an earlier version of this code wrote."""
+    storage.write_folder(NEWEST, {"learner.pt": b"weights", "state.json": b"""{
+ "format": 5,
+ "run_id": "this run",
+ "step": 4,
+ "next_epoch": 2,
+ "batch_sizes": {
+  "chunk": 4
+ },
+ "files": {
+  "learner.pt": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+ },
+ "sha256": "b3cf1f050d8d439b7608e2c853088f85044df8fba40c7452c978ae3a3ced0af9"
+}
+"""})  # fmt: skip
+    found, warnings = newest(storage)
+    assert (found.name, found.files, found.manifest["batch_sizes"]) == (
+        NEWEST,
+        {"learner.pt": b"weights"},
+        {"chunk": 4},
+    )
+    assert not warnings
+
+
 def test_latest_points_at_the_newest(tmp_path):
     storage = Storage(str(tmp_path))
     for step in (2, 4):
