@@ -168,7 +168,8 @@ def _find_named(config: Config, chosen: Storage | None) -> Place:
         )
     steps = checkpoint.steps(origin)
     if named is not None and named not in steps:
-        raise ConfigError(f"run.resume: no checkpoint {url}; there are: {', '.join(f'step-{n:06d}' for n in steps)}")
+        names = ", ".join(f"step-{step:06d}" for step in steps) or "none"
+        raise ConfigError(f"run.resume: no checkpoint {url}; there are: {names}")
     if chosen is None or str(chosen) == str(origin):
         if named not in (None, *steps[-1:]):
             raise ConfigError(
