@@ -28,8 +28,8 @@ def settings(small_settings):
     return [*small_settings, "run.runner=inprocess", "train.epochs=3", "evaluation.every=3"]
 
 
-def poison(monkeypatch, ids=(BAD,), epoch=EPOCH, purpose="train", kind="latents"):
-    """Those trajectories' latents come out of the sampler as NaN, or as what decodes to black."""
+def poison(monkeypatch, ids=(BAD,), epoch=EPOCH, purpose="train"):
+    """Those trajectories' latents come out of the sampler as NaN."""
     real = Scorer.score
 
     def score(self, clean):
