@@ -326,7 +326,7 @@ def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(settings, unbr
     def fails(*_):
         raise StorageError("busy")
 
-    views = [(Bar, "show", "progress bar"), (Heartbeat, "turn", "status.json"), (Tracker, "notify", "MLflow"),
+    views = [(Bar, "show", "progress bar"), (Heartbeat, "turn", "status.json"), (Tracker, "finish", "MLflow"),
              (html, "render", "report.html"), (summary, "describe", "summary")]  # fmt: skip
     for owner, name, _ in views:
         monkeypatch.setattr(owner, name, fails)
