@@ -30,8 +30,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from learner.config import saved_config
-from learner.open_run import in_use
 from records.checkpoint import CheckpointError
+from records.lock import in_use
 from records.run_folder import Records
 from records.storage import Storage, StorageError
 from reports.mlflow_mirror import Mirror

@@ -8,23 +8,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from learner.config import Config, ConfigError, config_yaml, saved_config
-from records import checkpoint, environment
+from records import checkpoint, environment, lock
 from records.checkpoint import Checkpoint
 from records.run_folder import BEFORE, CONFIG, EPOCH_FOLDERS, FORMAT, METRICS, RUN, Records
 from records.storage import Storage, StorageError
 
-LOCK = "run.lock"
 Warn = Callable[[str], None]
 
 
@@ -35,7 +33,7 @@ class OpenRun:
     records: Records
     config: Config
     checkpoint: Checkpoint | None
-    lock: FileLock | None = None  # the kernel drops it with the process
+    lock: FileLock | None
 
     @property
     def as_begun(self) -> Config:
@@ -45,11 +43,9 @@ class OpenRun:
             return self.config
         saved, learner, reward = self.checkpoint.manifest, self.config.learner, self.config.reward
         sizes, ranks = saved["batch_sizes"], learner.ranks if self.config.run.runner == "inprocess" else saved["ranks"]
-        learner = learner.model_copy(
-            update={"micro_batch": learner.micro_batch or sizes["micro_batch"], "ranks": ranks}
-        )
+        mine = {"micro_batch": learner.micro_batch or sizes["micro_batch"], "ranks": ranks}
         reward = reward.model_copy(update={"batch": reward.batch or sizes.get("score")})
-        return self.config.model_copy(update={"learner": learner, "reward": reward})
+        return self.config.model_copy(update={"learner": learner.model_copy(update=mine), "reward": reward})
 
     @property
     def epochs_done(self) -> int:
@@ -81,22 +77,14 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
     facts = _facts(config, prompts)
     try:
         place = _find(config, source, facts)
-        lock = _lock(place.storage)
-        try:
-            if place.resumed:
-                opened = _resume(place.storage, config, facts, warn)
-            elif place.origin:
-                opened = _branch(place, place.origin, config, facts)
-            else:
-                opened = OpenRun(_create(place.storage, config, facts), config, None)
-        except BaseException:
-            if lock:
-                lock.release()
-            raise
+        if place.resumed:
+            return _resume(place.storage, config, facts, warn)
+        if place.origin:
+            return _branch(place, place.origin, config, facts)
+        with _locked(place.storage) as held:
+            return OpenRun(_create(place.storage, config, facts), config, None, held)
     except StorageError as error:
         raise ConfigError(f"run.dir: {error}") from error
-    opened.lock = lock
-    return opened
 
 
 def directory(config: Config, source: Path) -> str:
@@ -124,9 +112,8 @@ def whereabouts(config: Config, source: Path, prompts: Sequence[str]) -> str:
     except StorageError as error:
         raise ConfigError(f"run.dir: {error}") from error
     done = len([line for line in records.lines if line["epoch"] != BEFORE])
-    return f"{place.storage}, going on from " + (
-        f"step-{steps[-1]:06d} ({done} epochs done)" if steps else "the beginning"
-    )
+    start = f"step-{steps[-1]:06d} ({done} epochs done)" if steps else "the beginning"
+    return f"{place.storage}, going on from {start}"
 
 
 def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
@@ -186,7 +173,8 @@ def _find_named(config: Config, chosen: Storage | None) -> Place:
         )
     steps = checkpoint.steps(origin)
     if named is not None and named not in steps:
-        raise ConfigError(f"run.resume: no checkpoint {url}; there are: {', '.join(f'step-{n:06d}' for n in steps)}")
+        names = ", ".join(f"step-{step:06d}" for step in steps) or "none"
+        raise ConfigError(f"run.resume: no checkpoint {url}; there are: {names}")
     if chosen is None or str(chosen) == str(origin):
         if named not in (None, *steps[-1:]):
             raise ConfigError(
@@ -216,7 +204,7 @@ def _newest_unfinished(config: Config, facts: dict[str, Any]) -> Storage | None:
         storage = Storage(f"{folder}/{name}")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run, or not ours
             about = json.loads(storage.read(RUN))
-            if wanted.items() <= about.items() and about["created"] > newest[0] and not in_use(storage):
+            if wanted.items() <= about.items() and about["created"] > newest[0] and not lock.in_use(storage):
                 newest = about["created"], storage
     return newest[1]
 
@@ -239,23 +227,24 @@ def _create(storage: Storage, config: Config, facts: dict[str, Any], whole: bool
 
 
 def _resume(storage: Storage, config: Config, facts: dict[str, Any], warn: Warn) -> OpenRun:
-    storage.tidy()
-    records = Records.open(storage)
-    saved = _settings_of(records, config, facts)
-    newest = checkpoint.load_newest(storage, records.run_id, warn)
-    done = newest.manifest["next_epoch"] if newest else 0
-    _refuse_fewer(config, done, storage)
-    if config.train.epochs != saved.train.epochs and config.objective.anneal_fraction and done:
-        warn(
-            f"train.epochs is {config.train.epochs} now, it was {saved.train.epochs}: beta's schedule "
-            "(objective.anneal_fraction) spans the new number from here on"
-        )
-    if newest:
-        _warn_of_batches(config, newest.manifest["batch_sizes"], warn)
-        checkpoint.drop_after(storage, newest.manifest["step"])
-    records.drop_after(done if newest else BEFORE)
-    storage.write(CONFIG, config_yaml(config))  # what may change may have
-    return OpenRun(records, config, newest)
+    with _locked(storage) as held:
+        storage.tidy()
+        records = Records.open(storage)
+        saved = _settings_of(records, config, facts)
+        newest = checkpoint.load_newest(storage, records.run_id, warn)
+        done = newest.manifest["next_epoch"] if newest else 0
+        _refuse_fewer(config, done, storage)
+        if config.train.epochs != saved.train.epochs and config.objective.anneal_fraction and done:
+            warn(
+                f"train.epochs is {config.train.epochs} now, it was {saved.train.epochs}: beta's schedule "
+                "(objective.anneal_fraction) spans the new number from here on"
+            )
+        if newest:
+            _warn_of_batches(config, newest.manifest["batch_sizes"], warn)
+            checkpoint.drop_after(storage, newest.manifest["step"])
+        records.drop_after(done if newest else BEFORE)
+        storage.write(CONFIG, config_yaml(config))  # what may change may have
+        return OpenRun(records, config, newest, held)
 
 
 def _branch(place: Place, origin: Storage, config: Config, facts: dict[str, Any]) -> OpenRun:
@@ -266,16 +255,29 @@ def _branch(place: Place, origin: Storage, config: Config, facts: dict[str, Any]
     chosen = checkpoint.load(origin, place.step, before.run_id)
     done = chosen.manifest["next_epoch"]
     _refuse_fewer(config, done, origin)
-    records = _create(target, config, {**facts, "branched_from": f"{origin}/{chosen.name}"}, whole=False)
-    for folder in EPOCH_FOLDERS:
-        for name in origin.entries(folder):
-            target.write(f"{folder}/{name}", origin.read(f"{folder}/{name}"))
-    records.drop_after(done)
-    manifest = {**chosen.manifest, "run_id": records.run_id, "mlflow_run_id": None}
-    checkpoint.save(target, manifest, chosen.files)
-    records.keep([line for line in before.lines if line["epoch"] < done])
-    records.note()
-    return OpenRun(records, config, checkpoint.load(target, place.step, records.run_id))
+    with _locked(target) as held:
+        records = _create(target, config, {**facts, "branched_from": f"{origin}/{chosen.name}"}, whole=False)
+        for folder in EPOCH_FOLDERS:
+            for name in origin.entries(folder):
+                target.write(f"{folder}/{name}", origin.read(f"{folder}/{name}"))
+        records.drop_after(done)
+        manifest = {**chosen.manifest, "run_id": records.run_id, "mlflow_run_id": None}
+        checkpoint.save(target, manifest, chosen.files)
+        records.keep([line for line in before.lines if line["epoch"] < done])
+        records.note()
+        return OpenRun(records, config, checkpoint.load(target, place.step, records.run_id), held)
+
+
+@contextlib.contextmanager
+def _locked(storage: Storage) -> Iterator[FileLock | None]:
+    """The run's lock, which stays held unless what is done with it fails."""
+    held = lock.take(storage)
+    try:
+        yield held
+    except BaseException:
+        if held:
+            held.release()
+        raise
 
 
 def _settings_of(records: Records, config: Config, facts: dict[str, Any]) -> Config:
@@ -319,32 +321,3 @@ def _warn_of_batches(config: Config, begun: dict[str, int], warn: Warn) -> None:
 def _refuse_fewer(config: Config, done: int, storage: Storage) -> None:
     if config.train.epochs < done:
         raise ConfigError(f"train.epochs: {config.train.epochs}, but the run in {storage} has done {done} already")
-
-
-def _lock(storage: Storage) -> FileLock | None:
-    """An advisory lock on a local run, whose folder is made if need be; object stores have none."""
-    if storage.local is None:
-        return None
-    path = storage.local / LOCK
-    lock = FileLock(path, blocking=False, mode=0o644, fallback_to_soft=False)
-    try:
-        storage.local.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-    except Timeout:
-        owner = path.read_text(errors="replace").strip()
-        raise ConfigError(f"run.dir: {storage} is in use by {owner}; wait for it, or choose another") from None
-    except OSError as error:
-        raise ConfigError(f"run.dir: cannot write {storage}: {error.strerror}") from error
-    return lock
-
-
-def in_use(storage: Storage) -> bool:
-    """Whether a process is writing this run."""
-    try:
-        if storage.local and (storage.local / LOCK).exists():
-            with FileLock(storage.local / LOCK, blocking=False, fallback_to_soft=False):
-                pass
-    except (Timeout, OSError):
-        return True
-    return False

@@ -30,12 +30,19 @@ class RunViews:
         self._warned: set[str] = set()
 
     def open(self) -> None:
-        """There is something to do: from here on status.json and MLflow follow the run, until `close`."""
+        """There is something to do: from here on MLflow and status.json follow the run, until `close`."""
         config, storage = self._config, self._records.storage
-        self._tracker = Tracker(self._records, config, self.say)
-        uri = tracking_uri(config, storage) if config.mlflow.enabled else None
-        quiet = config.run.ready_seconds if config.run.runner == "ray" else config.run.train_seconds
-        self._heartbeat = Heartbeat(storage, config.train.epochs, uri, quiet)
+
+        def track() -> None:
+            self._tracker = Tracker(self._records, config, self.say)
+
+        def beat() -> None:
+            uri = tracking_uri(config, storage) if config.mlflow.enabled else None
+            quiet = config.run.ready_seconds if config.run.runner == "ray" else config.run.train_seconds
+            self._heartbeat = Heartbeat(storage, config.train.epochs, uri, quiet)
+
+        self._try("MLflow", track)
+        self._try("status.json", beat)
 
     def say(self, text: str) -> None:
         self._bar.around(self._say, text)
@@ -60,8 +67,7 @@ class RunViews:
         last = line["epoch"] + 1 == self._config.train.epochs  # then it is drawn at the end
         if line["epoch"] != BEFORE and line["eval_reward_mean"] is not None and not last:
             self._draw_report()
-        if self._tracker is not None:
-            self._try("MLflow", self._tracker.notify)
+        self._track(Tracker.notify)
         self._try("summary", lambda: self.say(_summary(self._config, line, seconds)))
 
     def finished(self) -> None:
@@ -81,8 +87,7 @@ class RunViews:
         """`status` is FINISHED, FAILED or KILLED, `reason` why it failed."""
         self._bar.close()
         self._beat(lambda heartbeat: heartbeat.end(ENDS[status], reason))
-        if self._tracker is not None:
-            self._tracker.finish(status)
+        self._track(lambda tracker: tracker.finish(status))
 
     def _save_pictures(self, last: int) -> None:
         for name, epoch in (("before", BEFORE), ("after", last)):
@@ -101,6 +106,10 @@ class RunViews:
     def _beat(self, call: Callable[[Heartbeat], None]) -> None:
         if (heartbeat := self._heartbeat) is not None:
             self._try("status.json", lambda: call(heartbeat))
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        if (tracker := self._tracker) is not None:
+            self._try("MLflow", lambda: call(tracker))
 
     def _try(self, view: str, call: Callable[[], None], remedy: str = "") -> bool:
         """Whether it could be shown. A warning is said once, however often a view fails."""
