@@ -25,11 +25,7 @@ def load_model(path: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def load_decoder(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder | PixelDecoder:
-    """What turns states into images.
-
-    Raises:
-        BaseModelError: as load_model.
-    """
+    """What turns states into images. Raises as load_model."""
     return PixelDecoder(device) if is_unconditional(path) else Decoder(path, device, dtype)
 
 
@@ -96,23 +92,14 @@ def check_tiny_decoder(path: str, pipeline: str) -> None:
 
 
 def tiny_without_weights(path: str) -> AutoencoderTiny:
-    """The tiny autoencoder on torch's meta device.
-
-    Raises:
-        BaseModelError: it is neither a folder nor a hub id of one.
-    """
+    """The tiny autoencoder on torch's meta device. Raises as check_tiny_decoder."""
     folder = locate(path, "config.json", "model.tiny_decoder")
     with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"), torch.device("meta"):
         return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
 
 
 def without_weights(path: str) -> tuple[UNet2DConditionModel | UNet2DModel, AutoencoderKL | None]:
-    """U-Net and VAE (if there is one) of a pipeline on torch's meta device: shapes only, for counting what they would
-    cost.
-
-    Raises:
-        BaseModelError: as load_model.
-    """
+    """U-Net and VAE (if there is one) of a pipeline on torch's meta device, for counting. Raises as load_model."""
     unet, vae = _configs(path)
     with load_errors(path), torch.device("meta"):
         if vae is None:

@@ -80,15 +80,13 @@ def load(unet: nn.Module, flat: np.ndarray) -> None:
     expected = sum(p.numel() for _, p in parameters)
     if flat.shape != (expected,):
         raise ValueError(f"adapter buffer holds {flat.shape} numbers, this module's adapter {expected}")
-    offset = 0
+    parts = np.split(flat, np.cumsum([p.numel() for _, p in parameters])[:-1])
     with torch.no_grad():
-        for _, parameter in parameters:
-            part = flat[offset : offset + parameter.numel()].reshape(parameter.shape)
+        for (_, parameter), part in zip(parameters, parts, strict=True):
             if parameter.device.type == "cpu":
-                np.copyto(parameter.numpy(force=True), part)  # in place: it shares the parameter's memory
+                np.copyto(parameter.numpy(force=True), part.reshape(parameter.shape))  # in place: it shares its memory
             else:
-                parameter.copy_(torch.from_numpy(np.array(part)))
-            offset += parameter.numel()
+                parameter.copy_(torch.from_numpy(np.array(part)).view_as(parameter))
 
 
 def save_files(unet: nn.Module, folder: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -34,18 +34,6 @@ def saved(tiny_pipeline, tmp_path_factory):
     flat = disturb(model.unet)
     lora.save_files(model.unet, folder)
     return folder, flat
-
-
-@pytest.fixture(scope="module")
-def ddpm(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("ddpm")
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

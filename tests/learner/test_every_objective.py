@@ -40,19 +40,12 @@ def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_o
 
 def new_learner(config: Config) -> Learner:
     learner = build.build_learner(config)
-    stir_all(learner)
-    return learner
-
-
-def stir_all(learner: Learner) -> None:
-    if learner.flow is None:
-        learner.flow_parameters = []
     stir(learner)
+    return learner
 
 
 def gradients(learner: Learner, scored) -> torch.Tensor:
     """What one update of this rank's `scored` hands to the optimizers, flattened."""
-    learner.flow_parameters = [] if learner.flow is None else learner.flow_parameters
     experiences = [Experience(*one) for one in scored]
     learner._prepare(experiences)
     if learner.config.objective.kind == "dag_kl":  # ratios away from 1, some clipped
@@ -88,7 +81,9 @@ def test_micro_batches_do_not_change_the_gradient(kind, configured):
     for size in (2, 9):
         smaller = new_learner(configured(kind, f"learner.micro_batch={size}"))
         smaller.publish(1)
-        torch.testing.assert_close(gradients(smaller, scored), whole, rtol=1e-3, atol=3e-4 * whole.abs().max().item())
+        # Convolution algorithms differ by batch size, so float accuracy relative to the largest entry.
+        close = {"rtol": 1e-3, "atol": (2e-4 if kind == "dag_db" else 3e-4) * whole.abs().max().item()}
+        torch.testing.assert_close(gradients(smaller, scored), whole, **close)
 
 
 def _rank(rank: int, count: int, configs: list[Config], address: str, epochs, queue) -> None:
@@ -124,7 +119,7 @@ def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configu
         norm = np.linalg.norm(one)
         difference = np.abs(got[kind, 0] - one).max()
         print(f"{kind}: {count} ranks against 1: largest gradient difference {difference / norm:.1e} of the norm")
-        assert 0 < difference < 1e-5 * norm
+        assert 0 < difference < 1e-5 * (np.abs(one).max() if kind == "dag_db" else norm)
 
 
 @pytest.mark.parametrize("looking", ["base", "snapshot", "none"])
