@@ -184,9 +184,7 @@ def transition_weights(variance: Tensor, grid_variance: Tensor, kind: Weighting)
 
     The last transition's sigma is tiny and its gradient, 1/sigma^2, drowns the others; variance weights undo that.
     """
-    if kind == "uniform":
-        return torch.ones_like(variance)
-    return variance / grid_variance.mean()
+    return torch.ones_like(variance) if kind == "uniform" else variance / grid_variance.mean()
 
 
 def anneal(beta: float, epoch: int, epochs: int, fraction: float) -> float:

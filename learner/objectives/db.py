@@ -82,11 +82,10 @@ class DagDB(Objective):
 
     @staticmethod
     def target(settings: Settings, dimensions: int) -> str:
-        exponent = settings.beta * (dimensions if settings.log_prob_reduction == "mean" else 1)
-        return (
-            f"target proportional to exp({exponent:g} x reward) (beta {settings.beta:g}, log-probabilities by "
-            f"{settings.log_prob_reduction} over D = {dimensions})"
-        )
+        reduction = settings.log_prob_reduction
+        exponent = settings.beta * (dimensions if reduction == "mean" else 1)
+        how = f"beta {settings.beta:g}, log-probabilities by {reduction} over D = {dimensions}"
+        return f"target proportional to exp({exponent:g} x reward) ({how})"
 
     @classmethod
     def goal(cls, settings: Settings) -> str:

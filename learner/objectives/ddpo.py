@@ -44,8 +44,7 @@ class DDPO(Objective):
         self.history = {prompt: deque(rewards, HISTORY) for prompt, rewards in state.items()}
 
     def begin_epoch(self, population: Population) -> None:
-        by_prompt = self.settings.advantage == "prompt"
-        values = advantages(population, self.history if by_prompt else None)
+        values = advantages(population, self.history if self.settings.advantage == "prompt" else None)
         self._advantages = dict(zip(population.ids, values.tolist(), strict=True))
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:

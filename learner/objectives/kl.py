@@ -40,17 +40,16 @@ class DagKL(DagDB):
             batch.prepared["advantage"] = part
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        settings = self.settings
         log_pf = self.log_pf(batch, output)
         delta = self.residual(batch, log_pf.detach(), flow, beta, flow_gradient)
         advantage = batch.prepared.get("advantage")
         if advantage is None:
             advantage = leave_one_out(-delta.detach(), self.group)
-        each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, settings.clip_range)
+        each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, self.settings.clip_range)
         policy_loss = (self.weights(batch) * each).mean()
         balance = self.balance(batch, delta)
         # The paper multiplies the policy's gradient by the final beta, whatever this epoch's is.
-        weight = settings.beta if settings.kl_weight is None else settings.kl_weight
+        weight = self.settings.beta if self.settings.kl_weight is None else self.settings.kl_weight
         parts = {
             "balance": balance, "policy_loss": policy_loss, "clipped": outside.float().mean(),
             "residual_squared": delta.square().mean(),

@@ -105,9 +105,8 @@ class NablaDB(Objective):
     def flow_ends(self, batch: Transitions, flow: Flow, flow_gradient: bool) -> tuple[Tensor, Tensor]:
         """h_phi at x and at x_next, from where it starts."""
         h, h_next = both_ends(flow, batch, flow_gradient)
-        if "start" not in batch.prepared:
-            return h, h_next
-        return h + batch.prepared["start"], h_next + batch.prepared["start_next"]
+        start = batch.prepared.get("start")
+        return (h, h_next) if start is None else (h + start, h_next + batch.prepared["start_next"])
 
     def known_scores(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """What the policy's scores with respect to x and to x_next [b, C, H, W] are compared with: log p_B's."""
@@ -117,14 +116,13 @@ class NablaDB(Objective):
     def values(self, batch: Transitions, h: Tensor, h_next: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         """g at x and at x_next [b, C, H, W], the latter beta grad r where that is the terminal state."""
         settings = self.settings
-        terminal = _wide(batch.terminal, h)
         fade, fade_next = (
             gamma(self.kernel.abar(t, h.dtype), settings.forward_looking_decay) for t in (batch.t, batch.t_next)
         )
         if not settings.decay_terminal:
             fade_next = torch.where(batch.terminal, torch.ones_like(fade_next), fade_next)
         h_next = h_next.detach() if settings.detach_next_flow else h_next
-        ahead = torch.where(terminal, torch.zeros_like(h_next), h_next)
+        ahead = torch.where(_wide(batch.terminal, h), torch.zeros_like(h_next), h_next)
         g = h + beta * _wide(fade, h) * batch.prepared["gradient"]
         return g, ahead + beta * _wide(fade_next, h) * batch.prepared["gradient_next"]
 

@@ -217,6 +217,7 @@ def with_first(tensors, change):
         (lambda t: with_first(t, lambda x: x[0]), {}, "no LoRA; copy or download it again"),
         (lambda t: with_first(t, lambda x: x[:1]), {}, "ranks [1, 2]"),
         (lambda t: t | {"unet.x.lora_magnitude_vector": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
+        (lambda t: t | {"unet.x.dora_scale": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
         (lambda t: t | {"text_encoder.x.lora.down.weight": torch.ones(2, 3)}, {}, "adapts the text encoder too"),
         (lambda t: t, {"use_rslora": True}, "uses use_rslora"),
         (lambda t: t, {"alpha_pattern": {"to_q": 3}}, "uses alpha_pattern"),
