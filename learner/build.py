@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from diffusion.base_model import BaseModel
-from diffusion.loading import load_decoder, load_model, load_tiny_decoder
+from diffusion.base_model import BaseModel, Decoder
+from diffusion.loading import load_decoder, load_model
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.flow import FlowNetwork, GradientNetwork
@@ -82,7 +82,7 @@ def build_scorer(config: Config, own_reward: Reward | None = None) -> Scorer:
     decoder = load_decoder(str(resolve(given.path)), where, dtype)
     tiny = None
     if config.objective.forward_looking_decoder == "tiny":
-        tiny = load_tiny_decoder(str(resolve(given.tiny_decoder)), where, dtype)
+        tiny = Decoder(str(resolve(given.tiny_decoder)), where, dtype, tiny=True)
     evaluation = config.evaluation
     return Scorer(
         decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels, gradients, tiny,

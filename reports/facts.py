@@ -111,12 +111,7 @@ def state(storage: Storage) -> tuple[str, str, str | None, dict[str, Any]]:
 
 def towards(config: Config) -> str:
     """What the run trains towards, as a formula in words."""
-    given = config.objective
-    if given.kind in ("dag_db", "dag_kl"):
-        inner = given.log_prob_reduction == "mean"
-        text = f"pictures with a probability proportional to exp({given.beta:g} x {'D x ' if inner else ''}reward)"
-        return f"{text}, D being how many numbers a latent has" if inner else text
-    return OBJECTIVES[given.kind].target(given, 1)
+    return OBJECTIVES[config.objective.kind].goal(config.objective)
 
 
 def collapse(lines: Sequence[Line]) -> tuple[list[tuple[int, str]], str | None]:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.loading import load_decoder, load_tiny_decoder
+from diffusion.base_model import Decoder
+from diffusion.loading import load_decoder
 from diffusion.trajectory import Chunk, CleanPredictions
 from models.shapes.measure import scenes
 from models.shapes.world import draw
@@ -63,7 +64,7 @@ def predictions(rows=(0, 0, 1, 1), steps=(1, 2, 0, 2), purpose="train") -> Clean
 def test_with_a_tiny_decoder_each_state_keeps_its_own_gradient():
     """Inner states are decoded together, before the images: the rows come back in another order than they went."""
     decoder, reward = load_decoder("models/shapes"), registry.load("shapes_alignment_soft")
-    tiny = load_tiny_decoder("models/shapes/tiny_decoder")
+    tiny = Decoder("models/shapes/tiny_decoder", tiny=True)
     clean = predictions()
     scores = Scorer(decoder, reward, gradients=True, tiny=tiny).score(clean)
     for i, (row, step) in enumerate(zip(clean.row.tolist(), clean.step.tolist(), strict=True)):
