@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,13 +24,13 @@ BARS = "▁▂▃▄▅▆▇█"
 COLOURS = {"starting": "cyan", "running": "green", "finished": "green", "unknown": "yellow", "stopped": "yellow"}
 
 
-def show(status: dict[str, Any], console: Console) -> None:
-    """Print what `look` returned; without colours where the console is no terminal."""
+def show(status: dict[str, Any], file: IO[str] | None = None) -> None:
+    """Print what `look` returned; plain text where the file, by default stdout, is no terminal."""
     colour = COLOURS.get(status["state"], "red")
     lines = [Text.assemble((_printable(status["name"]), "bold"), f"  {_printable(status['directory'])}")]
     for label, words in _rows(status):
         lines.append(Text.assemble((f"{label:<10} ", "bold"), (_printable(words), colour if label == "state" else "")))
-    table = _table(status["lines"][-EPOCHS:])
+    table, console = _table(status["lines"][-EPOCHS:]), Console(file=file, markup=False, emoji=False, highlight=False)
     console.print(*lines, sep="\n", soft_wrap=True)  # long paths stay in one piece
     if status["lines"]:
         console.print("", table, sep="\n")
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.json:
             print(json.dumps(status, indent=1))
         else:
-            show(status, Console(markup=False, emoji=False, highlight=False))
+            show(status)
     except StorageError as error:
         print(f"learner.status: {args.run}: {error}", file=sys.stderr)
         return 2

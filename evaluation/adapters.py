@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from diffusion.snapshot import Snapshot, digest
 from evaluation.finished_run import open_trained
 from evaluation.image_sets import ACCURACY, ImageSet
-from learner.config import DEFAULT_CONFIG, Config, ConfigError, build_config, resolve
-from learner.config.sections import Evaluation, LoraConfig, SamplerConfig
+from learner.config import Config, ConfigError, build_config, read_config, resolve
+from learner.config.sections import LoraConfig, SamplerConfig
 from learner.prompts import evaluation_prompts
 from records.run_folder import EVALUATION, RUN, Records
 from records.storage import Storage
@@ -35,7 +36,7 @@ class Target:
 
     name: str
     adapter: AdapterFile
-    config: Config  # only what judging needs, see _settings
+    config: Config  # only what judging needs, see _target
     prompts: tuple[str, ...]
     out: Storage
     file: str  # under `out`, without its suffix
@@ -91,8 +92,8 @@ def _of_run(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
     if not storage.exists(RUN):
         raise ConfigError(f"no run is here ({RUN} is missing), nor a LoRA (*.safetensors)")
     trained = open_trained(name, args.step, lambda text: print(text, file=sys.stderr))
-    adapter, records = trained.adapter(), trained.records
-    config, prompts = _settings(trained.config.model_dump(mode="json"), overrides, args, adapter)
+    tree, records = trained.config.model_dump(mode="json"), trained.records
+    config = _settings(partial(build_config, tree, source="the config"), overrides, args)
     lines = [line for line in records.lines if 0 <= line["epoch"] < trained.epochs]
     cluster = records.about.get("cluster", {})
     facts = {
@@ -101,59 +102,50 @@ def _of_run(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
         "seconds": sum(line["seconds"] for line in lines), "gpus": cluster.get("GPU", 0), "cpus": cluster.get("CPU"),
     }  # fmt: skip
     file = f"{EVALUATION}/step-{trained.step:06d}"
-    return Target(records.about["name"], adapter, config, prompts, storage, file, records, facts)
+    return _target(records.about["name"], trained.adapter(), config, storage, file, records, facts)
 
 
 def _of_lora(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Target:
+    config = _settings(partial(read_config, args.config), overrides, args)
     from diffusion import lora_files
 
     adapter = lora_files.read(name)
-    try:
-        tree = yaml.safe_load((args.config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config: cannot read {args.config}: {' '.join(str(error).split())}") from error
-    config, prompts = _settings(tree, overrides, args, adapter)
     file = Path(adapter.source)
     title = file.stem if Path(name).is_file() else Path(name).resolve().name
-    return Target(title, adapter, config, prompts, Storage(str(args.out or file.parent / EVALUATION)), file.stem)
+    return _target(title, adapter, config, Storage(str(args.out or file.parent / EVALUATION)), file.stem)
 
 
 def _settings(
-    tree: dict[str, Any], overrides: Sequence[str], args: argparse.Namespace, adapter: AdapterFile
-) -> tuple[Config, tuple[str, ...]]:
-    """Of a run's settings those that judging needs, the others at their defaults: runs of different objectives are
-    judged by the same actors. And the prompts."""
-
+    read: Callable[[Sequence[str]], tuple[Config, list[str]]], overrides: Sequence[str], args: argparse.Namespace
+) -> Config:
+    """What `read` makes of options and overrides."""
     options = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
-    settings = [f"{key}={value}" for key, value in options.items() if value is not None]
-    config, faults = build_config(tree, [*settings, *overrides], "the config")
+    config, faults = read([*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides])
     if not config.evaluation.images:
         faults = [*faults, "evaluation.images: 0; say how many with --images"]
     if faults:
         raise ConfigError("\n".join(faults))
-    prompts = tuple(evaluation_prompts(config))
-    sampler = config.sampler.model_dump(
-        include={"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}
-    )
-    config = Config(
-        run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}), model=config.model,
-        sampler=SamplerConfig(**sampler), reward=config.reward, lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha),
-        evaluation=_with_accuracy(config.evaluation, prompts),
-    )  # fmt: skip
-    return config, prompts
+    return config
 
 
-def _with_accuracy(evaluation: Evaluation, prompts: Sequence[str]) -> Evaluation:
-    """Where every prompt is of the shapes world, its accuracy is a held-out reward too."""
+def _target(name: str, adapter: AdapterFile, config: Config, *of: Any) -> Target:
+    """With what judging needs of the settings, the others at their defaults: runs of different objectives are judged by
+    the same actors. Where every prompt is of the shapes world, its accuracy is a held-out reward too."""
     from rewards import judges
 
-    if ACCURACY in judges.labels(evaluation.held_out):
-        return evaluation
-    try:
+    prompts, evaluation = tuple(evaluation_prompts(config)), config.evaluation
+    with contextlib.suppress(ValueError):
         judges.check([ACCURACY], "pixels", None, prompts)
-    except ValueError:
-        return evaluation
-    return evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
+        if ACCURACY not in judges.labels(evaluation.held_out):
+            evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
+    sampling = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}
+    needed = Config(
+        run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}),
+        model=config.model, reward=config.reward, evaluation=evaluation,
+        sampler=SamplerConfig(**config.sampler.model_dump(include=sampling)),
+        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha),
+    )  # fmt: skip
+    return Target(name, adapter, needed, prompts, *of)
 
 
 def _check(target: Target) -> None:
@@ -176,13 +168,13 @@ def _check(target: Target) -> None:
             f"{target.adapter.source} adapts {len(target.adapter.modules)} modules, samplers adapt the {len(usual)} "
             f"attention projections ({', '.join(lora.TARGETS)}): learner.generate draws with it, but it is not judged"
         )
-    reward, evaluation, faults = target.config.reward, target.config.evaluation, []
-    for check, *settings in (
-        (registry.check, reward.name, reward.weights, reward.options, target.prompts, None, reward.backend),
-        (judges.check, evaluation.held_out, evaluation.features, evaluation.clip, target.prompts),
+    reward, evaluation, prompts, faults = target.config.reward, target.config.evaluation, target.prompts, []
+    for check in (
+        partial(registry.check, reward.name, reward.weights, reward.options, prompts, backend=reward.backend),
+        partial(judges.check, evaluation.held_out, evaluation.features, evaluation.clip, prompts),
     ):
         try:
-            check(*settings)
+            check()
         except ValueError as error:
             faults.append(str(error))
     if faults:

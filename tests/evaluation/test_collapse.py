@@ -69,15 +69,6 @@ def test_bad_images_are_left_out():
     assert len(signs(BEFORE, now)) == 1
 
 
-def test_it_is_the_distance_to_the_others_of_the_prompt():
-    features, prompts = np.array([[1.0, 0], [0, 2.0], [1.0, 0], [3.0, 0], [1.0, 0]]), ["a", "a", "b", "b", "c"]
-    found = prompt_distances(features, prompts)
-    np.testing.assert_allclose(found[:4], [1, 1, 0, 0], atol=1e-12)
-    assert np.isnan(found[4])
-    alone = prompt_distances(features[:3], ["a", "b", "c"])  # no prompt has two: all others
-    np.testing.assert_allclose(alone, [0.5, 1, 0.5], atol=1e-12)
-
-
 def test_the_share_that_may_be_lost_is_that_of_the_distance():
     """Halfway between the thresholds, from both sides."""
     was = prompt_distances(BASE, PROMPTS).mean()
