@@ -198,8 +198,8 @@ def memory(count: int = 50, bound: int = 1) -> dict[str, Any]:
         process = psutil.Process()
         for i, _ in enumerate(epochs(runner, config, count)):
             resident.append(process.memory_full_info().uss)  # its own: not the object store that it maps
-            assert isinstance(runner, RayRunner) and runner.pipeline is not None
-            ahead.append(len(runner.pipeline.staleness(i + 1)))
+            assert isinstance(runner, RayRunner)
+            ahead.append(len(runner.buffer.staleness(i + 1)))
             if i % 10 == 9:
                 pinned.append(_store())
     per_chunk = sum(array.nbytes for array in _chunk_arrays(work, config))

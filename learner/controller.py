@@ -27,7 +27,7 @@ from learner.prompts import read_prompts
 from learner.protocol import quarantine
 from learner.protocol.chunks import evaluation_chunks, training_chunks
 from learner.protocol.ledger import Ledger
-from learner.protocol.runner import EpochResult, Runner
+from learner.protocol.runner import EpochResult, Hooks, Runner
 from records import checkpoint
 from records.heartbeat import Heartbeat
 from records.run_folder import BEFORE, CONFIG, Records
@@ -39,8 +39,15 @@ from reports.tracking import Tracker
 Say = Callable[[str], None]
 
 
-def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat, say: Say) -> None:
-    """Train up to config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training."""
+def run(
+    opened: OpenRun, start_runner: Callable[[Hooks], Runner], tracker: Tracker, heartbeat: Heartbeat, say: Say
+) -> None:  # fmt: skip
+    """Train up to config.train.epochs epochs. One metrics line an epoch; epoch -1 is the evaluation before training.
+    `start_runner` gives the runner, which whoever calls this closes.
+
+    Raises:
+        CheckpointError: the runner does not hold the adapter of the checkpoint that it started from.
+    """
     config, records, saved = opened.config, opened.records, opened.checkpoint
     prompts = training_prompts(config)
     evaluation = evaluation_chunks(config, evaluation_prompts(config))
@@ -55,8 +62,9 @@ def run(opened: OpenRun, runner: Runner, tracker: Tracker, heartbeat: Heartbeat,
             bar.around(say, text)
             heartbeat.event(text)
 
-        runner.hooks.progress, runner.hooks.say, runner.hooks.turn = progress, event, heartbeat.turn
-        runner.hooks.last_checkpoint = lambda: _last_files(records, say)
+        runner = start_runner(Hooks(event, progress, heartbeat.turn, lambda: _last_files(records, say)))
+        if saved and runner.snapshot.sha256 != saved.manifest["adapter_sha256"]:
+            raise checkpoint.CheckpointError(f"{saved.name}: the adapter restored is not the one that was saved")
         runner.begin(
             lambda epoch: training_chunks(config, prompts, epoch),
             range(opened.epochs_done, config.train.epochs),

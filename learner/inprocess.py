@@ -14,7 +14,7 @@ from learner import build
 from learner.config import Config
 from learner.prompts import example_prompt
 from learner.protocol import receipts
-from learner.protocol.buffer import Pipeline, key_of
+from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from learner.update import Scored
@@ -25,10 +25,9 @@ class InProcessRunner:
 
     ranks = 1
 
-    def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
+    def __init__(self, config: Config, files: dict[str, bytes] | None = None, hooks: Hooks | None = None) -> None:
         parts = build.parts(config)
-        self.config = config
-        self.hooks = Hooks()
+        self.config, self.hooks = config, hooks or Hooks()
         self.sampler, self.scorer, self.learner = parts.sampler(), parts.scorer(), parts.learner(files)
         self.snapshot = self.learner.published
         self.dimensions = self.learner.dimensions
@@ -40,20 +39,20 @@ class InProcessRunner:
         self._node = socket.gethostname()
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
-        self.pipeline = Pipeline(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
+        self.buffer = Buffer(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
         self.ledger = ledger
 
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
-        chunks = self.pipeline.admit()
+        chunks = self.buffer.admit()
         for chunk in chunks:
-            self.pipeline.given(key_of(chunk), self.snapshot)
+            self.buffer.given(chunk.key, self.snapshot)
             (trajectories, scores), receipt, verdict = self._sample_and_score(chunk)
-            self.pipeline.sampled(key_of(chunk), receipt, trajectories, None)
-            self.pipeline.scored(key_of(chunk), verdict, scores)
-            self.hooks.progress("sampling and scoring", self.pipeline.counts("train", epoch)[0], len(chunks))
+            self.buffer.sampled(chunk.key, receipt, trajectories, None)
+            self.buffer.scored(chunk.key, verdict, scores)
+            self.hooks.progress("sampling and scoring", self.buffer.counts("train", epoch)[0], len(chunks))
         self.hooks.progress("training", 0, 1)
         start = time.perf_counter()
-        works = self.pipeline.take(epoch, self.snapshot.version)
+        works = self.buffer.take(epoch, self.snapshot.version)
         scored = [(work.trajectories, work.scores) for work in works]
         updates = self.config.train.updates_per_epoch
         size = len(scored) // updates
@@ -80,10 +79,10 @@ class InProcessRunner:
         return self.learner.state_files()
 
     def vitals(self) -> Vitals:
-        return Vitals(self.snapshot.version, self.pipeline.in_work, (0.0, 0))
+        return Vitals(self.snapshot.version, self.buffer.in_work, (0.0, 0))
 
     def closed(self, epoch: int) -> None:
-        self.pipeline.close(epoch)
+        self.buffer.close(epoch)
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -32,7 +32,7 @@ from learner.protocol.buffer import TooStale
 from learner.protocol.ledger import LedgerError
 from learner.protocol.quarantine import QuarantineFull
 from learner.protocol.receipts import RanksDiverged, StaleWeights
-from learner.protocol.runner import Runner
+from learner.protocol.runner import Hooks, Runner
 from learner.update import NonFiniteGradient
 from records import environment
 from records.checkpoint import CheckpointError
@@ -88,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(opened: OpenRun, resources: dict[str, float]) -> int:
     records, config = opened.records, opened.config
-    runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
+    runner: Runner | None = None
+    tracker, heartbeat, status, reason = None, None, "FAILED", None
     try:
         say(f"run directory: {records.storage}")
         if opened.checkpoint:
@@ -108,10 +109,13 @@ def _run(opened: OpenRun, resources: dict[str, float]) -> int:
         heartbeat = _heartbeat(records.storage, config)
         if opened.epochs_done < config.train.epochs:
             files = opened.checkpoint.files if opened.checkpoint else None
-            runner = build_runner(opened.as_begun, files, records.about["name"])
-            if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
-                raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
-            controller.run(opened, runner, tracker, heartbeat, say)
+
+            def start_runner(hooks: Hooks) -> Runner:
+                nonlocal runner
+                runner = build_runner(opened.as_begun, files, hooks, records.about["name"])
+                return runner
+
+            controller.run(opened, start_runner, tracker, heartbeat, say)
         controller.finish(records, config, say)
         status = "FINISHED"
         return 0
@@ -154,14 +158,14 @@ def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
     return Heartbeat(storage, config.train.epochs, uri, config.run.ready_seconds if ray else config.run.train_seconds)
 
 
-def build_runner(config: Config, files: dict[str, bytes] | None, name: str) -> Runner:
+def build_runner(config: Config, files: dict[str, bytes] | None, hooks: Hooks, name: str) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
-        return InProcessRunner(config, files)
+        return InProcessRunner(config, files, hooks)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config, files, name)
+    return RayRunner(config, files, hooks, name)
 
 
 def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, float]]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import ray
 
-from actors.reward_actor import RewardActor
-from actors.sampler_actor import SamplerActor
+from actors.shells import RewardActor, SamplerActor
 from diffusion import rollout
 from learner.config import Config
 

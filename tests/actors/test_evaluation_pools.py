@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from actors import crew, evaluation_pools
-from actors.sampler_actor import SamplerActor
+from actors.shells import SamplerActor
 from commands.evaluate import main
 from diffusion.snapshot import Snapshot, digest
 from learner.run import main as train
