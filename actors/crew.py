@@ -18,7 +18,7 @@ from actors.metrics import Metrics
 from actors.pool import Limits, Listener, Pool
 from actors.shells import RewardActor, SamplerActor
 from cluster.nodes import alive_nodes
-from cluster.placement import Placement
+from cluster.placement import Placement, Share
 from cluster.readiness import Asked, ready
 from cluster.session import CLOSE_SECONDS
 from learner.build import Parts
@@ -32,13 +32,13 @@ class Role:
     name: str  # in an actor's name and on metrics
     plural: str
     doing: str
-    options: dict[str, Any]  # Ray's, for one of them
+    share: Share  # what each has of the cluster
     spawn: Callable[[], Any]
     started: list[Any]  # at first
 
     def ask(self, method: str, *arguments: Any) -> Asked:
         calls = [getattr(actor, method).remote(*arguments) for actor in self.started]
-        return Asked(self.plural, self.options, calls)
+        return Asked(self.plural, self.share, calls)
 
 
 class Crew:
@@ -73,17 +73,14 @@ class Crew:
 
     def start(self, placement: Placement, parts: Parts) -> None:
         """Start samplers and reward actors."""
-        shares = [options.get("num_gpus", 1.0) for options in (placement.sampler_options, placement.scorer_options)]
-        shares_gpu = any(share % 1 > 0 for share in shares)
+        shares_gpu = any(share.gpus % 1 > 0 for share in (placement.samplers, placement.scorers))
 
-        def role(names: tuple[str, str, str], count: int, options: dict[str, Any], shell: type, build: Any) -> Role:
-            spawn = partial(self.spawn, names[0], shell, options, build, shares_gpu)
-            return Role(*names, options, spawn, [spawn() for _ in range(count)])
+        def role(name: str, plural: str, doing: str, share: Share, shell: type, build: Callable[[], Any]) -> Role:
+            spawn = partial(self.spawn, name, shell, share.spread, build, shares_gpu)
+            return Role(name, plural, doing, share, spawn, [spawn() for _ in range(share.count)])
 
-        number, options = placement.samplers, placement.sampler_options
-        self.samplers = role(("sampler", "samplers", "sampling"), number, options, SamplerActor, parts.sampler)
-        number, options = placement.scorers, placement.scorer_options
-        self.scorers = role(("scorer", "reward actors", "scoring"), number, options, RewardActor, parts.scorer)
+        self.samplers = role("sampler", "samplers", "sampling", placement.samplers, SamplerActor, parts.sampler)
+        self.scorers = role("scorer", "reward actors", "scoring", placement.scorers, RewardActor, parts.scorer)
 
     def await_ready(self, deadline: float) -> None:
         """Until all samplers and reward actors are up. `deadline` is of time.monotonic.

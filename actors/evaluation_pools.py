@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from actors.crew import Crew
 from actors.rollouts import Rollouts
 from cluster.nodes import alive_nodes
-from cluster.placement import place
+from cluster.placement import place_for
 from cluster.session import Session
-from cluster.waits import put, wait_any
+from cluster.waits import wait_any
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import build
@@ -35,11 +35,7 @@ class EvaluationPools:
         self.session = Session(config.run.cpu_threads)
         self.crew = Crew(config, name, say)
         try:
-            placement = place(
-                config.sampler.actors, config.reward.actors, 0, 1, alive_nodes(),
-                (config.sampler.gpus, config.reward.gpus, None),
-                (config.sampler.labels, config.reward.labels, {}), config.run.autoscale,
-            )  # fmt: skip
+            placement = place_for(config, alive_nodes(), learner=False)
             self.description = f"on Ray: {placement.describe()}"
             deadline = time.monotonic() + config.run.ready_seconds
             self.crew.start(placement, build.parts(config))
@@ -57,7 +53,7 @@ class EvaluationPools:
         Raises:
             StaleWeights, BadReward, ActorDied, DeadlineExceeded, ObjectLost: as Rollouts.pump does.
         """
-        self.rollouts.use(snapshot, put(snapshot, "sharing an adapter"))
+        self.rollouts.publish(snapshot)
         self.rollouts.made_again.clear()
         self.rollouts.buffer.add_evaluation(chunks)
         self.rollouts.submit(chunks)

@@ -3,7 +3,7 @@
                 admit          sample           score               whole           train, publish
     epochs ------------> buffer ------> samplers ------> reward actors ------> buffer ------> learner ranks
     left to do             ^ |                                                                  |     |
-                           | '----- newest weights, with each sampling call <-- weight store <--'     |
+                           | '----- newest weights, with each sampling call <-- object store <--'     |
                            '------ closed: one more epoch may be admitted <-- checkpoint written <----'
 
     who waits                for what                             what ends the wait
@@ -44,7 +44,6 @@ from cluster.placement import counts_now, place_for
 from cluster.readiness import in_group, ready, reserve
 from cluster.session import Session
 from cluster.waits import DeadlineExceeded, wait_any
-from cluster.weights import WeightStore
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import build
@@ -94,34 +93,37 @@ class RayRunner:
         config, run = self.config, self.config.run
         self._placement = placement = place_for(config, alive_nodes())
         self._nodes, self._looked = placement.nodes, time.monotonic()
-        self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
+        self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks.count
         parts, deadline = build.parts(config), time.monotonic() + run.ready_seconds
         self.crew.room = reserve(placement, run.ready_seconds)
         self.crew.start(placement, parts)
         self._build_learner = parts.learner
         shape = Shape(
-            placement.ranks, config.train.updates_per_epoch, run.train_seconds, run.chunk_seconds, run.ready_seconds
+            placement.ranks.count,
+            config.train.updates_per_epoch,
+            run.train_seconds,
+            run.chunk_seconds,
+            run.ready_seconds,
         )
         self._group = LearnerGroup(self._new_rank, shape, self._turn, partial(self.metrics.failed, "learner"))
         self.snapshot, latent = self._group.start(files, deadline)
         self.dimensions = prod(latent)
         self.crew.await_ready(deadline)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
-        share = min(1.0, placement.scorer_options.get("num_gpus", 1.0))
+        share = min(1.0, placement.scorers.gpus or 1.0)
         fitting = self.crew.scorers.ask("fitting_batch", latent, example_prompt(config), config.model.device, share)
         score_batch = min(ready([fitting], deadline, run.ready_seconds)[0])
-        share = placement.rank_options.get("num_gpus", 1.0)
-        share = 1.0 if share >= 1 else max(share, 1 / placement.ranks)
+        share = min(1.0, max(placement.ranks.gpus or 1.0, 1 / self.ranks))
         self.batch_sizes = {"score": score_batch, "micro_batch": self._group.fit_micro_batch(share, deadline)}
         # A restarted group keeps the batches that this one found.
         learner = config.learner.model_copy(update={"micro_batch": self.batch_sizes["micro_batch"]})
         self._build_learner = build.parts(config.model_copy(update={"learner": learner})).learner
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
-        self.ledger, self.weights = ledger, WeightStore()
+        self.ledger = ledger
         self.buffer = Buffer(chunks_of, epochs, self.config.train.max_staleness, ledger)
         self.rollouts = Rollouts(self.crew, self.buffer, self.batch_sizes["score"])
-        self._publish()
+        self.rollouts.publish(self.snapshot)
 
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
         """As the contract says.
@@ -140,7 +142,7 @@ class RayRunner:
         self.ledger.set_aside(epoch, (bad.facts["trajectory_id"] for bad in set_aside))
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
-        self._publish()
+        rollouts.publish(self.snapshot)
         works = self.buffer.take(epoch, epoch)
         sample_seconds, score_seconds = max(0.0, rollouts.sampled_at - start), training_start - start
         seconds = sample_seconds, score_seconds, time.perf_counter() - training_start
@@ -192,10 +194,6 @@ class RayRunner:
     def _rollouts(self) -> Rollouts:
         assert self.rollouts is not None, "begin() comes first"
         return self.rollouts
-
-    def _publish(self) -> None:
-        self.weights.publish(self.snapshot)
-        self._rollouts.use(self.snapshot, self.weights.ref)
 
     def _new_rank(self, rank: int) -> Any:
         assert self.crew.room is not None

@@ -17,7 +17,7 @@ from functools import partial
 import ray
 
 from actors.crew import Crew
-from cluster.waits import ObjectLost, get
+from cluster.waits import ObjectLost, get, put
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
 from learner.protocol.buffer import Buffer
@@ -37,9 +37,15 @@ class Rollouts:
         self.made_again: Counter[ChunkKey] = Counter()
         self.sampled_at = 0.0  # when the last training chunk came from a sampler
 
-    def use(self, snapshot: Snapshot, ref: ray.ObjectRef) -> None:
-        """Weights for what no sampler has yet: themselves, and where samplers get them."""
-        self._snapshot, self._ref = snapshot, ref
+    def publish(self, snapshot: Snapshot) -> None:
+        """The weights for what no sampler has yet, one object that all samplers read. It is the driver's, so it
+        outlives whoever made it; older ones are freed once no call uses them.
+
+        Raises:
+            ObjectLost: the object store has no room for it.
+        """
+        self._ref = put(snapshot, f"publishing policy version {snapshot.version}")
+        self._snapshot = snapshot
 
     def submit(self, chunks: Sequence[Chunk], first: bool = False) -> None:
         """Chunks of the buffer. `first`: before all that waits."""

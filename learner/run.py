@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from cluster.nodes import totals
-from cluster.placement import Placement, PlacementError, place_for
+from cluster.placement import Placement, PlacementError, Share, place_for
 from cluster.session import nodes_at_hand
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.gpu_memory import OutOfMemory
@@ -207,7 +207,7 @@ def _check(config: Config, faults: Sequence[str]) -> tuple[Placement, dict[str, 
         if config.model.device == "cuda" and not torch.cuda.is_available():
             found.append("model.device: cuda was asked for, but torch finds none here")
         _raise(found)
-        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
+        return Placement(Share(1), Share(1), Share(1)), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
     nodes = nodes_at_hand(config.run.cpu_threads, warn)
     placement = attempt(lambda: place_for(config, nodes))
     _raise(found)

@@ -93,13 +93,6 @@ class Raises:
         raise RuntimeError("the reward's own words")
 
 
-class Unbuildable:
-    """A user's reward that cannot even be made."""
-
-    def __init__(self):
-        raise OSError("the reward's own words: no /no/weights.bin")
-
-
 class DiesOfRings:
     """A user's reward that takes its process with it, for one prompt, every time."""
 

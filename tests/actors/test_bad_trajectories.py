@@ -2,10 +2,11 @@
 
 import json
 
-import pyarrow.parquet as pq
 import pytest
 
 from learner.run import main
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -29,27 +30,12 @@ def totals(folder) -> dict:
     return json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
 
 
-@pytest.mark.slow
-def test_a_prompt_that_kills_every_reward_actor_is_found_and_set_aside(run, tmp_path):
-    status, said = run("reward.name=faulty:DiesOfRings", "reward.on_bad_reward=quarantine", "run.chunk_attempts=2")
-    assert status == 0, said
-    assert totals(tmp_path / "run") == {
-        "issued": 8, "sampled": 8, "scored": 8, "trained": 6, "quarantined": 2, "lost": 0,
-    }  # fmt: skip
-    notes = [json.loads(file.read_text()) for file in (tmp_path / "run/quarantine").glob("*.json")]
-    assert [note["prompt"] for note in notes] == ["a red ring"] * 2
-    assert all("no reward actor survives scoring it" in note["reason"] for note in notes)
-    rows = pq.read_table(tmp_path / "run/trajectories").to_pylist()
-    assert sum(row["reward"] is None or row["reward"] != row["reward"] for row in rows) == 2
-
-
-@pytest.mark.slow
-def test_by_default_it_ends_the_run_naming_the_chunk(run, tmp_path):
-    status, said = run("reward.name=faulty:DiesOfRings", "run.chunk_attempts=2")
+def test_a_prompt_that_kills_every_reward_actor_ends_the_run_naming_it(run):
+    status, said = run("reward.name=faulty:DiesOfRings", "run.chunk_attempts=2", "reward.on_bad_reward=quarantine")
     assert status == 1 and "ActorDied: scoring chunk" in said and "tried 2 times, run.chunk_attempts" in said
+    assert "'a red ring'" in said and "leave out the one that ends the reward's process" in said
 
 
-@pytest.mark.slow
 def test_nan_is_set_aside_by_the_rank_that_would_have_trained_on_it(run, tmp_path):
     status, said = run("reward.name=faulty:NanForRings", "reward.on_bad_reward=quarantine", "learner.ranks=2")
     assert status == 0, said

@@ -1,4 +1,5 @@
-"""Faults injected into a run on Ray: new weights that do not arrive, actors that die or hang. Each leaves a witness."""
+"""Faults injected into a run on Ray with a real model: new weights that do not arrive, actors that die or hang. Each
+leaves a witness. tests/faults has more of them, over emulated parts."""
 
 import json
 
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 from faulty import ChunkKills, DiesOnce, HangsOnce, ScorerDiesOnce, SkipsLoad, StaleAfterRestart
 
-from actors import crew
-from cluster.weights import WeightStore
+from actors import crew, rollouts
 from diffusion.snapshot import Snapshot, digest
 from learner.run import main
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +43,19 @@ def trained(folder) -> dict:
     return json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
 
 
-def test_a_push_of_base_only_weights_ends_the_run(run, monkeypatch):
-    real = WeightStore.publish
+@pytest.mark.parametrize("named", [True, False])
+def test_a_push_of_base_only_weights_ends_the_run(named, run, monkeypatch):
+    """Named as what they are, or as the right ones."""
+    real = rollouts.put
 
-    def base_only(self, snapshot):
+    def base_only(snapshot, what):
         flat = np.zeros_like(snapshot.flat) if snapshot.version else snapshot.flat
-        real(self, Snapshot(snapshot.version, flat, digest(flat)))
+        return real(Snapshot(snapshot.version, flat, digest(flat) if named else snapshot.sha256), what)
 
-    monkeypatch.setattr(WeightStore, "publish", base_only)
+    monkeypatch.setattr(rollouts, "put", base_only)
     status, said = run()
     assert status == 1 and "StaleWeights" in said and "the new weights did not arrive" in said
     assert "epoch 1/2" in said or "before training" in said
-
-
-@pytest.mark.slow
-def test_base_only_weights_under_the_right_name_end_the_run(run, monkeypatch):
-    real = WeightStore.publish
-
-    def mislabelled(self, snapshot):
-        flat = np.zeros_like(snapshot.flat) if snapshot.version else snapshot.flat
-        real(self, Snapshot(snapshot.version, flat, snapshot.sha256))
-
-    monkeypatch.setattr(WeightStore, "publish", mislabelled)
-    status, said = run()
-    assert status == 1 and "StaleWeights" in said
 
 
 def test_a_skipped_load_ends_the_run(run, monkeypatch):
@@ -73,7 +64,6 @@ def test_a_skipped_load_ends_the_run(run, monkeypatch):
     assert status == 1 and "StaleWeights: chunk" in said and "epoch 1 was sampled by adapter" in said
 
 
-@pytest.mark.slow
 def test_the_learner_refuses_even_if_the_driver_does_not_look(run, monkeypatch):
     monkeypatch.setattr(crew, "SamplerActor", SkipsLoad)
     monkeypatch.setattr("learner.protocol.buffer.receipts.check", lambda *_: None)  # in the driver alone
@@ -88,10 +78,7 @@ def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, monkeypatch, t
     assert status == 1 and "StaleWeights" in said and "replacing the actor" in said
 
 
-@pytest.mark.parametrize(
-    ("faulty", "mark"), [(DiesOnce, "died"), pytest.param(HangsOnce, "hung", marks=pytest.mark.slow)]
-)
-@pytest.mark.slow
+@pytest.mark.parametrize(("faulty", "mark"), [(DiesOnce, "died"), (HangsOnce, "hung")])
 def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbroken, monkeypatch, tmp_path):
     monkeypatch.setattr(crew, "SamplerActor", faulty)
     status, said = run("run.chunk_seconds=8" if mark == "hung" else "run.chunk_seconds=600")
@@ -102,7 +89,6 @@ def test_a_lost_sampler_is_replaced_and_nothing_changes(faulty, mark, run, unbro
     assert totals["trained"] == 16 and totals["lost"] in (4, 8) and totals["sampled"] == 16
 
 
-@pytest.mark.slow
 def test_a_lost_reward_actor_is_replaced_and_nothing_changes(run, unbroken, monkeypatch, tmp_path):
     monkeypatch.setattr(crew, "RewardActor", ScorerDiesOnce)
     status, said = run()
@@ -112,20 +98,13 @@ def test_a_lost_reward_actor_is_replaced_and_nothing_changes(run, unbroken, monk
     assert trained(tmp_path / "run") == totals
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("Raises", "BadReward: reward faulty:Raises failed"),
-        ("Unbuildable", "ActorDied: starting 2 samplers"),
-    ],
-)
-def test_a_reward_that_fails_is_named_with_its_own_words(name, said, run):
-    status, text = run(f"reward.name=faulty:{name}")
-    assert status == 1 and said in text and "the reward's own words" in text
+def test_a_reward_that_fails_is_named_with_its_own_words(run):
+    status, said = run("reward.name=faulty:Raises")
+    assert status == 1 and "BadReward: reward faulty:Raises failed" in said and "the reward's own words" in said
 
 
-@pytest.mark.slow
 def test_a_chunk_that_no_sampler_survives_ends_the_run_naming_it(run, monkeypatch):
     monkeypatch.setattr(crew, "SamplerActor", ChunkKills)
     status, said = run("run.chunk_attempts=2")
-    assert status == 1 and "ActorDied: sampling chunk 1" in said and "run.chunk_attempts" in said
+    assert status == 1 and "ActorDied: sampling chunk 1 of epoch 0" in said
+    assert "run.chunk_attempts); its prompts: " in said and "sampler.chunk_size" in said

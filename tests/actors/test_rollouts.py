@@ -63,7 +63,8 @@ def made(monkeypatch):
     crew.pool = lambda role, lost: pools[role]
     made = Rollouts(crew, Buffer(lambda epoch: [], range(0), 0, Ledger()), 4)
     made.said = said
-    made.use(SNAPSHOT, "weights")
+    monkeypatch.setattr(rollouts, "put", lambda snapshot, what: "weights")
+    made.publish(SNAPSHOT)
     made.buffer.add_evaluation([CHUNK])
     return made
 

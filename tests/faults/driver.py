@@ -22,9 +22,9 @@ from emulated_faults import WITNESS, Fault
 
 from actors.learner_group import LearnerGroup
 from actors.ray_runner import RayRunner
+from actors.rollouts import Rollouts
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
-from cluster.weights import WeightStore
 from learner import build, controller, open_run, run
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
@@ -108,8 +108,8 @@ POINTS = {
     "training call sent": Point(LearnerGroup, "_answers", BEFORE, 1, _argument(2, "training of epoch 1")),
     "training answered": Point(LearnerGroup, "_answers", AFTER, 1, _argument(2, "training of epoch 1")),
     "state files got": Point(LearnerGroup, "state_files", AFTER, 3),
-    "before the publication": Point(WeightStore, "publish", BEFORE, 3),
-    "published": Point(WeightStore, "publish", AFTER, 3),
+    "before the publication": Point(Rollouts, "publish", BEFORE, 3),
+    "published": Point(Rollouts, "publish", AFTER, 3),
     "ledger closed": Point(Ledger, "close", AFTER, 1, _argument(1, 1)),
     "before the trajectories": Point(Records, "save_trajectories", BEFORE, 1, _argument(1, 1)),
     "trajectories written": Point(Records, "save_trajectories", AFTER, 1, _argument(1, 1)),
