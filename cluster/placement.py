@@ -137,8 +137,8 @@ def place(
         for count, share, wish, theirs in zip(counts, each, wishes, usable, strict=True)
     ]
     cpu = _share(cpus, sum(counts)) if autoscale else _fitting_cpu(shares, nodes, cpus)
-    samplers_, scorers_, ranks_ = (replace(share, cpus=cpu) for share in shares)
-    return Placement(samplers_, scorers_, ranks_, tuple(nodes))
+    sampler, scorer, rank = (replace(share, cpus=cpu) for share in shares)
+    return Placement(sampler, scorer, rank, tuple(nodes))
 
 
 def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> tuple[int, int]:

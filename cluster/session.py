@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-import torch
 
 from cluster import auth, signals
 from cluster.nodes import Node, alive_nodes
@@ -32,6 +31,8 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
         for fault in auth.faults_here():
             warn(fault)
     if local or address == LOCAL:
+        import torch  # seconds, which a cluster's driver need not wait for
+
         cpus, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
         return [Node("this machine", cpus, gpus, free_cpus=cpus, free_gpus=gpus)]
     with ThreadPoolExecutor(1) as beside:

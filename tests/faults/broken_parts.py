@@ -47,6 +47,13 @@ class DiesOfChunk1(EmulatedScorer):
         return super().score(clean)
 
 
+class SamplingDiesOfChunk1(EmulatedSampler):
+    def sample(self, chunk, snapshot):
+        if chunk.purpose == "train" and chunk.index == 1:
+            os._exit(1)
+        return super().sample(chunk, snapshot)
+
+
 class Unbuildable(EmulatedScorer):
     def __init__(self, emulation):
         raise OSError("the reward's own words: no /no/weights.bin")

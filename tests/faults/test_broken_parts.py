@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from broken_parts import Broken, DiesOfChunk1, NeverLoads, StaleAfterRestart, Unbuildable
+from broken_parts import Broken, DiesOfChunk1, NeverLoads, SamplingDiesOfChunk1, StaleAfterRestart, Unbuildable
 from emulated_run import SETTINGS
 
 from actors import rollouts
@@ -33,12 +33,14 @@ def run(cluster, tmp_path, capfd, monkeypatch):
     return go
 
 
-def test_a_push_of_base_only_weights_ends_the_run(run, monkeypatch):
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_push_of_base_only_weights_ends_the_run(named, run, monkeypatch):
+    """Named as what they are, or as the right ones."""
     real = rollouts.put
 
     def base_only(snapshot, what):
         flat = snapshot.flat * 0 if snapshot.version else snapshot.flat
-        return real(Snapshot(snapshot.version, flat, digest(flat)), what)
+        return real(Snapshot(snapshot.version, flat, digest(flat) if named else snapshot.sha256), what)
 
     monkeypatch.setattr(rollouts, "put", base_only)
     complaint, said = run()
@@ -56,10 +58,20 @@ def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, tmp_path):
     assert "StaleWeights" in complaint and "replacing the actor" in said
 
 
-def test_a_chunk_that_no_reward_actor_survives_ends_the_run_naming_prompts_and_remedy(run):
-    complaint, _ = run("run.chunk_attempts=2", "reward.on_bad_reward=quarantine", scorer=DiesOfChunk1)
-    assert "ActorDied: scoring chunk 1 of epoch 0: " in complaint and "(tried 2 times, run.chunk_attempts)" in complaint
-    assert "; its prompts: 'a " in complaint and "leave out the one that ends the reward's process" in complaint
+@pytest.mark.parametrize(
+    ("part", "said", "remedy"),
+    [
+        ({"scorer": DiesOfChunk1}, "scoring chunk 1 of epoch 0: ", "leave out the one that ends the reward"),
+        pytest.param(
+            {"sampler": SamplingDiesOfChunk1}, "sampling chunk 1 of epoch 0: ", "a smaller sampler.chunk_size",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_a_chunk_that_no_actor_survives_ends_the_run_naming_prompts_and_remedy(part, said, remedy, run):
+    complaint, _ = run("run.chunk_attempts=2", "reward.on_bad_reward=quarantine", **part)
+    assert f"ActorDied: {said}" in complaint and "(tried 2 times, run.chunk_attempts); its prompts: 'a " in complaint
+    assert remedy in complaint
 
 
 def test_a_part_that_cannot_be_built_is_named_with_its_own_words(run):
