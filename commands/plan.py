@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.placement import Placement, asks, counted
+from cluster.placement import Placement, counted
 from diffusion import lora, transitions
 from diffusion.loading import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
@@ -188,7 +188,7 @@ def _against_published(config: Config, cost: Costs, each: Work) -> list[str]:
 def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
     """The plan as text, one fact a line."""
     cost = costs(config)
-    each = work(config, cost, placement.ranks)
+    each = work(config, cost, placement.ranks.count)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
     evaluations *= images > 0
@@ -200,11 +200,9 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
     else:
         roles = (
-            ("sampler", placement.samplers, placement.sampler_options),
-            ("reward actor", placement.scorers, placement.scorer_options),
-            ("learner rank", placement.ranks, {**placement.rank_options, "label_selector": placement.rank_labels}),
-        )
-        actors = [f"{counted(count, role)}, each {asks(options)}" for role, count, options in roles]
+            ("sampler", placement.samplers), ("reward actor", placement.scorers), ("learner rank", placement.ranks)
+        )  # fmt: skip
+        actors = [f"{counted(share.count, role)}, each {share}" for role, share in roles]
     facts = {
         "run directory": [place],
         "cluster": [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"],

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 Purpose = Literal["train", "evaluate"]
+
+
+@dataclass(frozen=True)
+class ChunkKey:
+    """Names a chunk within a run; as text, for messages."""
+
+    purpose: Purpose
+    epoch: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"chunk {self.index} of {self.where}"
+
+    @property
+    def where(self) -> str:
+        return f"epoch {self.epoch}" if self.purpose == "train" else "the evaluation set"
 
 
 @dataclass(frozen=True)
@@ -23,9 +38,13 @@ class Chunk:
     trajectory_ids: tuple[int, ...]  # B, unique within (purpose, epoch); they name the noise
 
     @property
+    def key(self) -> ChunkKey:
+        return ChunkKey(self.purpose, self.epoch, self.index)
+
+    @property
     def where(self) -> str:
         """For messages."""
-        return f"epoch {self.epoch}" if self.purpose == "train" else "the evaluation set"
+        return self.key.where
 
 
 @dataclass(frozen=True)
@@ -81,11 +100,6 @@ class CleanPredictions:
     step: np.ndarray  # [M] int64 its state's index, 0..N
     terminal: int  # the state whose reward is the trajectory's in training: N, or N-1
 
-    def only(self, row: int) -> CleanPredictions:
-        """One trajectory's latents, to be scored apart from the chunk's others."""
-        mine = self.row == row
-        return replace(self, latents=self.latents[mine], row=self.row[mine], step=self.step[mine])
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -109,46 +123,6 @@ class Scores:
     def good_ids(self) -> tuple[int, ...]:
         """Trajectories that are not bad, in order."""
         return tuple(number for row, number in enumerate(self.chunk.trajectory_ids) if row not in self.bad)
-
-    @classmethod
-    def join(cls, parts: Mapping[int, Scores], bad: Mapping[int, str]) -> Scores:
-        """Rows scored apart, each from `CleanPredictions.only(row)`, as one chunk's scores; `bad` has the reasons of
-        the rows that could not be. Those have a black image and an empty thumbnail where the others have one."""
-        first = next(iter(parts.values()))
-        size = range(len(first.rewards))
-        rewards = np.full_like(first.rewards, np.nan)
-
-        def columns(of: Callable[[Scores], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-            """[B] by label, of the rows that have it: none where the reward raised."""
-            named = {label for part in parts.values() for label in of(part)}
-            found = {label: np.full(len(size), np.nan, np.float32) for label in sorted(named)}
-            for row, part in parts.items():
-                for label, values in of(part).items():
-                    found[label][row] = values[row]
-            return found
-
-        features = None if first.features is None else np.full_like(first.features, np.nan)
-        index = None if first.gradient_row is None else np.full_like(first.gradient_row, -1)
-        gradients: list[np.ndarray] = []
-        for row, part in parts.items():
-            rewards[row] = part.rewards[row]
-            if features is not None and part.features is not None:
-                features[row] = part.features[row]
-            if index is not None and part.gradient_row is not None and part.gradients is not None:
-                mine = part.gradient_row[row]
-                index[row] = np.where(mine < 0, -1, mine + sum(map(len, gradients)))
-                gradients.append(part.gradients)
-        images = None
-        if first.images is not None:
-            blank = np.zeros_like(first.images[0])
-            images = np.stack([parts[row].images[0] if row in parts else blank for row in size])  # type: ignore[index]
-        thumbnails = tuple(parts[row].thumbnails[0] if row in parts else b"" for row in size if first.thumbnails)
-        reasons = {row: reason for part in parts.values() for row, reason in part.bad.items()}
-        pictures = {row: picture for part in parts.values() for row, picture in part.bad_images.items()}
-        return cls(
-            first.chunk, rewards, images, thumbnails, np.concatenate(gradients) if gradients else None, index,
-            columns(lambda one: one.parts), {**reasons, **bad}, pictures, columns(lambda one: one.held_out), features,
-        )  # fmt: skip
 
     def verdict(self, seconds: float) -> Verdict:
         """What the driver is told of a chunk scored in `seconds`."""

@@ -14,7 +14,7 @@ from learner import build
 from learner.config import Config
 from learner.prompts import example_prompt
 from learner.protocol import receipts
-from learner.protocol.buffer import Pipeline, key_of
+from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from rewards.registry import Reward
@@ -42,25 +42,25 @@ class InProcessRunner:
         self.description = "in process: 1 sampler, 1 scorer, 1 learner"
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
-        self.pipeline = Pipeline(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
+        self.buffer = Buffer(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
         self.ledger = ledger
 
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
-        chunks = self.pipeline.admit()
+        chunks = self.buffer.admit()
         for number, chunk in enumerate(chunks, 1):
-            key = key_of(chunk)
+            key = chunk.key
             start = time.perf_counter()
-            self.pipeline.given(key, self.snapshot)
+            self.buffer.given(key, self.snapshot)
             trajectories, clean = self.sampler.sample(chunk, self.snapshot)
             middle = time.perf_counter()
             receipt = trajectories.receipt(socket.gethostname(), middle - start)
-            self.pipeline.sampled(key, receipt, trajectories, None)
+            self.buffer.sampled(key, receipt, trajectories, None)
             scores = self.scorer.score(clean)
-            self.pipeline.scored(key, scores.verdict(time.perf_counter() - middle), scores)
+            self.buffer.scored(key, scores.verdict(time.perf_counter() - middle), scores)
             self.hooks.progress("sampling and scoring", number, len(chunks))
         self.hooks.progress("training", 0, 1)
         start = time.perf_counter()
-        works = self.pipeline.take(epoch, self.snapshot.version)
+        works = self.buffer.take(epoch, self.snapshot.version)
         scored = [(work.trajectories, work.scores) for work in works]
         size = len(scored) // self.config.train.updates_per_epoch
         updates = [scored[start : start + size] for start in range(0, len(scored), size)]
@@ -83,10 +83,10 @@ class InProcessRunner:
         return self.learner.state_files()
 
     def vitals(self) -> Vitals:
-        return Vitals(self.snapshot.version, self.pipeline.in_work, (0.0, 0))
+        return Vitals(self.snapshot.version, self.buffer.in_work, (0.0, 0))
 
     def closed(self, epoch: int) -> None:
-        self.pipeline.close(epoch)
+        self.buffer.close(epoch)
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -13,7 +13,7 @@ import torch
 
 from cluster import signals
 from cluster.nodes import totals
-from cluster.placement import Placement, place_for
+from cluster.placement import Placement, Share, place_for
 from cluster.session import nodes_at_hand
 from diffusion.failures import RunFailure
 from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
@@ -74,7 +74,7 @@ def check(
         if config.model.device == "cuda" and not torch.cuda.is_available():
             faults.append("model.device: cuda was asked for, but torch finds none here")
         _raise(faults)
-        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
+        return Placement(Share(1), Share(1), Share(1)), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
     nodes = nodes_at_hand(config.run.cpu_threads, warn)
     placement = attempt(lambda: place_for(config, nodes))
     _raise(faults)
@@ -144,9 +144,7 @@ def build_runner(
         return InProcessRunner(config, files, hooks, own_reward)
     from actors.ray_runner import RayRunner
 
-    runner = RayRunner(config, files, name, own_reward)
-    runner.hooks = hooks
-    return runner
+    return RayRunner(config, files, hooks, name, own_reward)
 
 
 def _check_prompting(config: Config, path: str) -> None:

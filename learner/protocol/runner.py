@@ -90,9 +90,9 @@ class Vitals:
     running: dict[str, int] = field(default_factory=dict)  # chunks that actors have
 
 
-@dataclass
+@dataclass(frozen=True)
 class Hooks:
-    """What a runner tells the loop while it works, and asks of it."""
+    """What a runner tells the loop while it starts and works, and asks of it."""
 
     say: Callable[[str], None] = print  # faults survived, a line each
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
@@ -103,8 +103,8 @@ class Hooks:
 class Runner(Protocol):
     """Does epochs with one current policy version; `snapshot` is the newest, which the next chunks are sampled with.
 
-    A runner is made from a config and, to go on from a checkpoint, that checkpoint's files. Then `begin`, and for each
-    epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`.
+    A runner is made from a config, the files of a checkpoint to go on from, if there is one, and hooks. Then `begin`,
+    and for each epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`.
     """
 
     snapshot: Snapshot
@@ -112,7 +112,6 @@ class Runner(Protocol):
     dimensions: int  # D, numbers in one latent
     ranks: int
     batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
-    hooks: Hooks
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
         """What there is to do: `epochs` are those left, `chunks_of` gives the chunks of one. The runner opens an epoch

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffusion.trajectory import Chunk, CleanPredictions, Scores
+from diffusion.trajectory import Chunk, CleanPredictions
 from rewards import features, judges, registry
 from rewards.judges import Judges
 from rewards.scorer import BadReward, Scorer
@@ -126,17 +126,6 @@ def test_evaluation_images_alone_are_judged_further():
     assert evaluated.features.shape == (3, 195)
     trained = scorer().score(clean("train"))
     assert trained.held_out == {} and trained.features is None
-
-
-def test_rows_scored_apart_join_to_the_same_judgement():
-    one = scorer()
-    whole, parts = one.score(clean("evaluate")), {row: one.score(clean("evaluate", [row])) for row in range(3)}
-    joined = Scores.join(parts, {})
-    np.testing.assert_array_equal(joined.features, whole.features)
-    np.testing.assert_array_equal(joined.held_out["bright"], whole.held_out["bright"])
-    torn = Scores.join({row: parts[row] for row in (0, 2)}, {1: "it dies"})
-    assert np.isnan(torn.features[1]).all() and np.isnan(torn.held_out["bright"][1])
-    np.testing.assert_array_equal(torn.features[2], whole.features[2])
 
 
 def test_bad_rows_have_no_judgement():
