@@ -32,8 +32,7 @@ from learner.config import Config, load_config, resolve
 from learner.config.sections import SamplerConfig
 from records.run_folder import RUN, Records
 from records.storage import Storage
-from reports.comparison_sheet import LABELS, comparison
-from reports.pictures import png
+from reports.pictures import LABELS, comparison, png
 
 SAMPLING = ("steps", "guidance", "eta")
 

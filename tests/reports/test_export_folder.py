@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
+from reports.export_folder import MANIFEST, FolderTaken, new_folder
 
 from records.storage import Storage, StorageError
-from reports.export_folder import MANIFEST, FolderTaken, new_folder
 
 
 def write(out, content="first") -> None:
