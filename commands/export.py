@@ -155,7 +155,7 @@ def write(url: str, content: Mapping[str, bytes], about: Mapping[str, Any]) -> N
         StorageError: it cannot be read or written.
     """
     storage, name = _place(url)
-    sums = {file: hashlib.sha256(data).hexdigest() for file, data in content.items()}
+    sums = {file: _sha256(data) for file, data in content.items()}
     manifest = json.dumps({**about, "files": sums}, indent=1) + "\n"
     storage.write_folder(name, {**content, MANIFEST: manifest.encode()})  # on an object store in this order
 
@@ -170,7 +170,8 @@ def _place(url: str) -> tuple[Storage, str]:
     if folder:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-            strange = [name for name in strange if name != MANIFEST and sums.get(name) != _sum(folder / name)]
+            sums[MANIFEST] = _sha256((folder / MANIFEST).read_bytes())  # it cannot have its own
+            strange = [name for name in strange if sums.get(name) != _sha256((folder / name).read_bytes())]
     elif storage.exists(MANIFEST):
         strange = []
     if strange:
@@ -181,14 +182,13 @@ def _place(url: str) -> tuple[Storage, str]:
     return Storage(parent), name
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _files(folder: Path) -> list[str]:
     """Names of everything beneath that is no folder, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,15 +202,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest whole one")
     parser.add_argument("--base-model", metavar="ID", help="hub id for the card, where model.path is a folder")
     args = parser.parse_args(arguments)
-    try:
-        Storage(args.run).read("run.json")  # before torch is imported: that it is no run is said at once
-        from evaluation.finished_run import open_trained
 
+    from evaluation.finished_run import open_trained  # here: --help and argument errors must come fast
+
+    try:
         trained = open_trained(args.run, args.step, lambda text: _complain(f"warning: {text}"))
         url = args.out or f"{trained.records.storage}/export/{args.format}"
         export(trained, args.format, url, args.base_model)
     except (OSError, ValueError) as error:
         _complain(f"{args.run}: {error}")
+        return 2
+    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # a value of another kind
+        _complain(f"{args.run}: its files are damaged, or of another Tributary: {error!r}")
         return 2
     print(url)
     return 0

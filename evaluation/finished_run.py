@@ -6,14 +6,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusion import lora_files
-from diffusion.lora_files import AdapterFile
 from learner.config import Config
 from records import checkpoint
 from records.checkpoint import Checkpoint, CheckpointError
 from records.run_folder import RUN, Records
 from records.storage import Storage, StorageError
+
+if TYPE_CHECKING:  # torch comes with it
+    from diffusion.lora_files import AdapterFile
 
 LORA = "lora/"
 
@@ -48,6 +50,8 @@ class Trained:
             BadAdapter: its file is no LoRA.
             CheckpointError: it is not the adapter that the checkpoint was written of.
         """
+        from diffusion import lora_files
+
         place = f"{self.records.storage}/{self.checkpoint.name}/{LORA.rstrip('/')}"
         with tempfile.TemporaryDirectory() as folder:
             for name, content in self.lora_files.items():
