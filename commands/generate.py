@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--prompt: what shall be drawn? give one or more")
     prompts, seed = args.prompt or [""], config.evaluation.seed if args.seed is None else args.seed
     drawn = draw(config, adapter, prompts, args.images, seed)
-    from reports.comparison_sheet import LABELS, comparison
+    from reports.pictures import LABELS, comparison
 
     if args.separate:
         args.separate.mkdir(parents=True, exist_ok=True)

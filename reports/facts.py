@@ -43,6 +43,7 @@ FIGURES = {  # of evaluation/step-N.json: name, and what it is
     "kid": ("Drift (KID)", "kernel distance from the base model's pictures"),
     "fid_per_prompt": ("Drift of a prompt (FID)", "the same among one prompt's pictures, mean over prompts"),
 }
+NUMBERS = "value", "low", "high", "base", "floor", "gain", "gain_low", "gain_high"  # of each
 
 
 @dataclass(frozen=True)
@@ -61,52 +62,50 @@ class Headline:
     verdict: str
 
 
-@dataclass(frozen=True)
-class Part:
-    """Of the time: `seconds` in the median epoch, and its share of all epochs' seconds."""
-
-    name: str
-    seconds: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One row of the evaluation table; what is not known is None. `gain` over the base model is of the same noise."""
-
-    name: str
-    meaning: str
-    value: float | None
-    low: float | None
-    high: float | None
-    base: float | None
-    floor: float | None
-    gain: float | None
-    gain_low: float | None
-    gain_high: float | None
-
-
 def headline(records: Records, evaluated: Sequence[int]) -> Headline | None:
     """None before there are evaluations before and after, with images that are good in both."""
     if len(evaluated) < 2 or evaluated[0] != BEFORE:
         return None
     before, after = (records.evaluation_rewards(epoch) for epoch in (BEFORE, evaluated[-1]))
+    return _change(before, after, evaluated[-1])
+
+
+def held_out(records: Records, evaluated: Sequence[int]) -> dict[str, Headline]:
+    """The same of each reward that was not trained on, by label."""
+    if len(evaluated) < 2 or evaluated[0] != BEFORE:
+        return {}
+    before, after = (fixed_images(records, epoch).get("held_out") or {} for epoch in (BEFORE, evaluated[-1]))
+    changes = {
+        label: _change(np.asarray(before[label], np.float64), np.asarray(after[label], np.float64), evaluated[-1])
+        for label in before
+    }
+    return {label: change for label, change in changes.items() if change}
+
+
+def fixed_images(records: Records, epoch: int) -> dict[str, Any]:
+    """Columns prompt and reward, and by label held_out, of the fixed images after an epoch."""
+    name = "epoch-before" if epoch == BEFORE else f"epoch-{epoch:06d}"
+    columns: dict[str, Any] = json.loads(records.storage.read(f"{EVALUATION}/{name}.json"))
+    return columns
+
+
+def _change(before: np.ndarray, after: np.ndarray, epoch: int) -> Headline | None:
     good = ~np.isnan(before) & ~np.isnan(after)
     if not good.any():
         return None
     low, high = paired_interval(before, after)
     verdict = "rose" if low > 0 else "fell" if high < 0 else "unclear"
     was, now = float(before[good].mean()), float(after[good].mean())
-    return Headline(was, now, now - was, low, high, int(good.sum()), int((~good).sum()), evaluated[-1] + 1, verdict)
+    return Headline(was, now, now - was, low, high, int(good.sum()), int((~good).sum()), epoch + 1, verdict)
 
 
-def state(storage: Storage) -> tuple[str, str, str | None, dict[str, Any]]:
-    """(state as in records/status.py, in words, why, and all else that it knows)."""
+def state(storage: Storage) -> dict[str, Any]:
+    """All that records/status.py knows of the run, and `in_words` what state it is in."""
     try:
-        found = look(storage, time.time())
+        known = look(storage, time.time())
     except (StorageError, AttributeError, LookupError, TypeError, ValueError):  # its view is damaged, the records not
-        found = {"state": "unknown"}
-    return found["state"], STATES.get(found["state"], found["state"]), found.get("reason"), found
+        known = {"state": "unknown", "lora": None}
+    return {**known, "in_words": STATES.get(known["state"], known["state"])}
 
 
 def towards(config: Config) -> str:
@@ -125,21 +124,18 @@ def collapse(lines: Sequence[Line]) -> tuple[list[tuple[int, str]], str | None]:
     return [], text + ("." if measured else ", by the reward alone: diversity was not measured.")
 
 
-def timings(trained: Sequence[Line], overlap: bool) -> list[Part]:
-    """What the epochs' time goes into, parts that follow each other. With `overlap` sampling and scoring count from the
-    epoch's start, and scoring is what comes after the last sample."""
-    if not trained:
-        return []
+def timings(trained: Sequence[Line], overlap: bool) -> list[tuple[str, float, float]]:
+    """What the epochs' time goes into, parts that follow each other: (name, seconds in the median epoch, share of all
+    epochs' seconds). With `overlap` sampling and scoring count from the epoch's start, and scoring is what comes after
+    the last sample."""
     rows = []
     for line in trained:
         sample, score, train = (line.get(f"{name}_seconds") or 0.0 for name in ("sample", "score", "train"))
-        if overlap:
-            score = max(0.0, score - sample)
+        score = max(0.0, score - sample) if overlap else score
         rows.append((sample, score, train, max(0.0, (line.get("seconds") or 0.0) - sample - score - train)))
     names = "sampling", "scoring after the last sample" if overlap else "scoring", "training", "evaluation and the rest"
-    columns = list(zip(*rows, strict=True))
-    total = sum(map(sum, columns)) or 1.0
-    return [Part(name, median(column), sum(column) / total) for name, column in zip(names, columns, strict=True)]
+    total = sum(map(sum, rows)) or 1.0
+    return [(names[i], median(column), sum(column) / total) for i, column in enumerate(zip(*rows, strict=True))]
 
 
 def throughput(trained: Sequence[Line]) -> tuple[float | None, float]:
@@ -151,44 +147,45 @@ def throughput(trained: Sequence[Line]) -> tuple[float | None, float]:
 def faults(records: Records, trained: Sequence[Line], known: dict[str, Any]) -> dict[str, Any]:
     """Trajectories lost and set aside, the first reasons, and the last events of status.json as (time, text)."""
     names = [name for name in records.storage.entries(QUARANTINE) if name.endswith(".json")]
-    reasons = []
+    reasons, events = [], []
     for name in names[:SHOWN]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            one = json.loads(records.storage.read(f"{QUARANTINE}/{name}"))
-            reasons.append((one["epoch"] + 1, one["trajectory_id"], str(one["prompt"]), str(one["reason"])))
-    events = []
+            bad = json.loads(records.storage.read(f"{QUARANTINE}/{name}"))
+            reasons.append((bad["epoch"] + 1, bad["trajectory_id"], str(bad["prompt"]), str(bad["reason"])))
     for event in (known.get("last_events") or [])[-SHOWN:]:
         with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
             events.append((clock(event["time"]), str(event["text"])))
-    return {
-        "lost": sum(line.get("lost_trajectories") or 0 for line in trained),
-        "quarantined": sum(line.get("quarantined") or 0 for line in trained),
-        "reasons": reasons,
-        "further": max(0, len(names) - len(reasons)),
-        "events": events,
-        "event_count": known.get("events") or 0,
-    }
+    counts = (sum(line.get(key) or 0 for line in trained) for key in ("lost_trajectories", "quarantined"))
+    further = max(0, len(names) - len(reasons))
+    keys = "lost", "quarantined", "reasons", "further", "events", "event_count"
+    return dict(zip(keys, (*counts, reasons, further, events, known.get("events") or 0), strict=True))
 
 
-def figures(storage: Storage) -> tuple[int, list[Figure]] | None:
-    """(policy updates, rows) of the newest evaluation/step-N.json; None without a readable one."""
-    numbers = (name.removeprefix("step-").removesuffix(".json") for name in storage.entries(EVALUATION))
-    steps = sorted((int(number), number) for number in numbers if number.isdigit())
-    for step, number in reversed(steps):
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            found = json.loads(storage.read(f"{EVALUATION}/step-{number}.json"))
-            held_out = found.get("held_out") or {}
-            rows = [_figure(name, meaning, found.get(key)) for key, (name, meaning) in FIGURES.items()]
-            rows += [_figure(f"Held out: {label}", "a reward not trained on", one) for label, one in held_out.items()]
-            return step, [row for row in rows if row]
-    return None
+def figures(storage: Storage, until: int | None = None) -> tuple[int, list[dict[str, Any]]] | None:
+    """(policy updates, rows) of the newest evaluation/step-N.json, until step `until`. A row has `name`, `meaning` and,
+    by name, NUMBERS; what is not known is None. `gain` over the base model is of the same noise.
 
-
-def _figure(name: str, meaning: str, found: Any) -> Figure | None:
-    if not isinstance(found, dict) or _number(found.get("value")) is None:
+    Raises:
+        StorageError: it is damaged.
+    """
+    names = [name for name in storage.entries(EVALUATION) if name.startswith("step-") and name.endswith(".json")]
+    steps = {int(name[5:-5]): f"{EVALUATION}/{name}" for name in names if name[5:-5].isdigit()}
+    step = max((step for step in steps if until is None or step <= until), default=None)
+    if step is None:
         return None
-    keys = "value", "low", "high", "base", "floor", "gain", "gain_low", "gain_high"
-    return Figure(name, meaning, *(_number(found.get(key)) for key in keys))
+    try:
+        tree = json.loads(storage.read(steps[step]))
+        measured = [(*words, tree.get(key)) for key, words in FIGURES.items()]
+        others = (tree.get("held_out") or {}).items()
+        measured += [(f"Held out: {label}", "a reward not trained on", figure) for label, figure in others]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"{steps[step]} in {storage} is damaged ({error}): remove it, or evaluate again") from error
+    rows = [
+        {"name": name, "meaning": meaning} | {key: _number(figure.get(key)) for key in NUMBERS}
+        for name, meaning, figure in measured
+        if isinstance(figure, dict)
+    ]
+    return step, [row for row in rows if row["value"] is not None]
 
 
 def _number(value: Any) -> float | None:

@@ -7,6 +7,7 @@ html_pictures.py's; report.html.j2 puts them together and escapes every text.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Sequence
@@ -18,10 +19,12 @@ import yaml
 
 from learner.config import Config
 from records.run_folder import BEFORE, Records
+from records.storage import StorageError
 from reports import facts
 from reports import html_pictures as pictures
-from reports.diagrams import Diagram, Point, Series, curves, data_url, heat_map
+from reports.diagrams import HEIGHT, WIDTH, Diagram, Series, curves, data_url, heat_map
 from reports.facts import Line
+from reports.model_card import usage
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")  # now: files may change under a run
@@ -61,107 +64,84 @@ def render(records: Records, config: Config) -> bytes:
         ValueError, TypeError, LookupError, AttributeError: metrics or evaluations hold what they never should.
         StorageError: a file that must be there cannot be read.
     """
-    lines, evaluated = records.lines, records.evaluated()
-    trained = [line for line in lines if line["epoch"] != BEFORE]
-    state, in_words, reason, known = facts.state(records.storage)
-    warnings, no_warning = facts.collapse(lines)
+    evaluated, known = records.evaluated(), facts.state(records.storage)
+    trained = [line for line in records.lines if line["epoch"] != BEFORE]
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    rate, seconds = facts.throughput(trained)
+    figures = None
+    with contextlib.suppress(StorageError):  # a damaged evaluation
+        figures = facts.figures(records.storage)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": facts.number, "duration": facts.duration}
-    return (
-        environment.from_string(TEMPLATE)
-        .render(
-            about=records.about,
-            environment=records.about.get("environment") or {},
-            place=str(records.storage),
-            config=config,
-            made=facts.clock(time.time()),
-            begun=facts.clock(records.about["created"]),
-            state=state,
-            state_in_words=in_words,
-            reason=reason,
-            towards=facts.towards(config),
-            headline=facts.headline(records, evaluated),
-            warnings=warnings,
-            no_warning=no_warning,
-            epochs=len(trained),
-            trajectories=sum(line.get("trajectories") or 0 for line in trained),
-            seconds=seconds,
-            rate=rate,
-            curves=_sections(records, evaluated),
-            epochs_read=pictures.EPOCHS_READ,
-            before_after=pictures.pairs(records, evaluated),
-            extremes=pictures.extremes(records.storage),
-            figures=facts.figures(records.storage),
-            timings=facts.timings(trained, config.run.runner == "ray"),
-            time_curves=_diagrams(TIMES, trained),
-            faults=facts.faults(records, trained, known),
-            lora=known.get("lora"),
-            unconditional=config.prompts.path is None,
-            quote=shlex.quote,
-            settings=settings,
-            settings_file=data_url("text/yaml", settings.encode()),
-        )
-        .encode()
+    environment.filters |= {"number": facts.number, "duration": facts.duration, "clock": facts.clock}
+    page = environment.from_string(TEMPLATE).render(
+        about=records.about,
+        place=str(records.storage),
+        config=config,
+        now=time.time(),
+        known=known,
+        towards=facts.towards(config),
+        headline=facts.headline(records, evaluated),
+        collapse=facts.collapse(records.lines),
+        epochs=len(trained),
+        trajectories=sum(line.get("trajectories") or 0 for line in trained),
+        throughput=facts.throughput(trained),
+        size=(WIDTH, HEIGHT),
+        curves=_sections(records, evaluated),
+        epochs_read=pictures.EPOCHS_READ,
+        before_after=pictures.pairs(records, evaluated),
+        extremes=pictures.extremes(records.storage),
+        figures=figures,
+        timings=facts.timings(trained, config.run.runner == "ray"),
+        time_curves=_diagrams(TIMES, trained),
+        faults=facts.faults(records, trained, known),
+        usage=usage(config, "peft" if config.prompts.path is None else "diffusers", config.model.path, known["lora"]),
+        quote=shlex.quote,
+        settings=settings,
+        settings_file=data_url("text/yaml", settings.encode()),
     )
+    return page.encode()
 
 
 def _sections(records: Records, evaluated: Sequence[int]) -> list[tuple[str, list[Diagram]]]:
     """Diagrams by what they are about; without those that have no data."""
     lines = records.lines
-    keys = dict.fromkeys(key for line in lines for key in line)
-    trained_on, judged = (
-        [key.removeprefix(start) for key in keys if key.startswith(start)]
-        for start in ("reward_mean/", "eval_reward_mean/")
-    )
-    of_labels: Curves = tuple(
-        (
-            f"{'Part of the reward' if label in trained_on else 'Held-out reward'}: {label}",
-            "raw reward",
-            {f"reward_mean/{label}": "training rollouts, mean", f"eval_reward_mean/{label}": "fixed images"},
-        )
-        for label in dict.fromkeys(trained_on + judged)
+    labels: dict[str, str] = {}
+    for prefix, words in (("reward_mean/", "Part of the reward"), ("eval_reward_mean/", "Held-out reward")):
+        for key in dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)):
+            labels.setdefault(key.removeprefix(prefix), words)
+    by_label: Curves = tuple(
+        (f"{words}: {label}", "raw reward", {f"{key}/{label}": kind for key, kind in REWARD[0][2].items()})
+        for label, words in labels.items()
     )
     betas = {line.get("beta") for line in lines} - {None}
     beta: Curves = (("Reward exponent", "beta", {"beta": "beta"}),) if len(betas) > 1 else ()
-    intervals = {"eval_reward_mean": _intervals(records, evaluated)}
     distribution = heat_map("Rewards of the training rollouts", "raw reward", pictures.rewards(records.storage))
-    rewards = _diagrams(REWARD, lines, intervals) + _diagrams(of_labels, lines)
-    found = [
+    rewards = _diagrams(REWARD, lines, _intervals(records, evaluated)) + _diagrams(by_label, lines)
+    sections = [
         ("Reward", rewards + ([distribution] if distribution else [])),
         ("Diversity", _diagrams(DIVERSITY, lines)),
         ("Learning", _diagrams((*LEARNING, *beta), lines)),
     ]
-    return [(name, diagrams) for name, diagrams in found if diagrams]
+    return [(name, diagrams) for name, diagrams in sections if diagrams]
 
 
 def _diagrams(
-    wanted: Curves, lines: Sequence[Line], intervals: dict[str, list[tuple[float, float, float]]] | None = None
+    wanted: Curves, lines: Sequence[Line], intervals: Sequence[tuple[float, float, float]] = ()
 ) -> list[Diagram]:
-    """Those that have data. Evaluations are few, and of the same images: they are not smoothed."""
-    found = [
-        curves(
-            title,
-            unit,
-            [
-                Series(label, _points(lines, name), not name.startswith("eval_"), (intervals or {}).get(name, ()))
-                for name, label in names.items()
-            ],
-        )
-        for title, unit, names in wanted
-    ]
-    return [diagram for diagram in found if diagram]
-
-
-def _points(lines: Sequence[Line], name: str) -> list[Point]:
-    """(epochs done, value) where there is one."""
-    return [(line["epoch"] + 1, line[name]) for line in lines if line.get(name) is not None]
+    """Those that have data. Evaluations, which `intervals` are of, are few and of the same images: not smoothed."""
+    diagrams = []
+    for title, unit, names in wanted:
+        series = []
+        for name, label in names.items():
+            points = [(line["epoch"] + 1, line[name]) for line in lines if line.get(name) is not None]
+            evaluation = name.startswith("eval_")
+            series.append(Series(label, points, not evaluation, intervals if evaluation else ()))
+        diagrams.append(curves(title, unit, series))
+    return [diagram for diagram in diagrams if diagram]
 
 
 def _intervals(records: Records, evaluated: Sequence[int]) -> list[tuple[float, float, float]]:
     """(epochs done, low, high) of the evaluated reward: the paired interval of its change, on what it was before."""
     after = [epoch for epoch in evaluated if epoch != BEFORE]
     places = np.linspace(0, len(after) - 1, min(len(after), EVALUATIONS)).round().astype(int)
-    found = [facts.headline(records, [BEFORE, after[i]]) for i in places] if BEFORE in evaluated else []
-    return [(one.epoch, one.before + one.low, one.before + one.high) for one in found if one]
+    changes = [facts.headline(records, [BEFORE, after[i]]) for i in places] if BEFORE in evaluated else []
+    return [(change.epoch, change.before + change.low, change.before + change.high) for change in changes if change]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from records.run_folder import BEFORE, EVALUATION, TRAJECTORIES, Records
+from records.run_folder import BEFORE, TRAJECTORIES, Records
 from records.storage import Storage
 from reports.diagrams import data_url
+from reports.facts import fixed_images
 from reports.pictures import SHEET_IMAGES, tiles
 
 EPOCHS_READ = 40  # of a long run's trajectories, evenly chosen, for the distribution of rewards
 LAST_EPOCHS, PROMPTS = 5, 6  # among whose trajectories the best and worst are looked for
 SMALL = 12_000  # bytes of a PNG that goes into the page as it is
 SIDE, QUALITY = 192, 88  # pixels at most, and JPEG quality, of all others
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -39,101 +41,58 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One prompt and noise, `pictures` in the order of training; `gain` in reward, if there are two good ones."""
-
-    pictures: list[Picture]
-    gain: float | None
-
-
-@dataclass(frozen=True)
 class Prompt:
-    """What there is to see of a prompt: pairs, or the best, median and worst of `count` trajectories."""
+    """What there is to see of a prompt, row by row: the same noise before and after training, or the best, median and
+    worst of `count` trajectories."""
 
     text: str
-    pairs: list[Pair]
+    rows: list[list[Picture]]
     count: int = 0
 
 
-@dataclass(frozen=True)
-class Gallery:
-    prompts: list[Prompt]
-    pictures: int  # in all: pairs, or trajectories chosen from
-    first: int = 0  # epochs done, of the trajectories chosen from
-    last: int = 0
-
-
-def pairs(records: Records, evaluated: Sequence[int]) -> Gallery | None:
+def pairs(records: Records, evaluated: Sequence[int]) -> list[Prompt]:
     """The first images of the fixed evaluation set, before training and after the last evaluated epoch, by prompt.
-    None without evaluations or sheets of them."""
-    if not evaluated:
-        return None
-    epochs = [BEFORE, evaluated[-1]] if evaluated[0] == BEFORE and len(evaluated) > 1 else [evaluated[-1]]
-    found = [(epoch, table) for epoch in epochs if (table := _sheet(records, epoch))]
-    if not found:
-        return None
-    prompts = found[-1][1][0]
-    found = [(epoch, table) for epoch, table in found if table[0] == prompts]  # else they are not pairs
-    labels = {epoch: "before" if epoch == BEFORE else f"after epoch {epoch + 1}" for epoch, _ in found}
-    groups: dict[str, list[Pair]] = {}
-    for i, prompt in enumerate(prompts):
-        shown = [
-            Picture(labels[epoch], table[2][i], table[1][i]) for epoch, table in found if i < len(table[2])
-        ]  # fmt: skip
-        rewards = [one.reward for one in shown if one.reward is not None]
-        groups.setdefault(prompt, []).append(Pair(shown, rewards[1] - rewards[0] if len(rewards) == 2 else None))
-    return Gallery([Prompt(text, some) for text, some in groups.items()], sum(map(len, groups.values())))
+    Empty without evaluations or sheets of them."""
+    ends = [epoch for epoch in evaluated if epoch in (BEFORE, evaluated[-1])]
+    sheets = [(epoch, sheet) for epoch in ends if (sheet := _sheet(records, epoch))]
+    groups: dict[str, list[list[Picture]]] = {}
+    for i, prompt in enumerate(sheets[-1][1][0] if sheets else ()):
+        row = [
+            Picture("before" if epoch == BEFORE else f"after epoch {epoch + 1}", sources[i], rewards[i])
+            for epoch, (prompts, rewards, sources) in sheets
+            if prompts == sheets[-1][1][0]  # else they are not pairs
+        ]
+        groups.setdefault(prompt, []).append(row)
+    return [Prompt(text, rows) for text, rows in groups.items()]
 
 
 def rewards(storage: Storage) -> list[tuple[int, np.ndarray]]:
-    """(epochs done, rewards [n] of its good trajectories) of at most EPOCHS_READ epochs, in order, from that column
-    alone (of files on this machine; an object store's are fetched whole)."""
+    """(epochs done, rewards [n] of its good trajectories) of at most EPOCHS_READ epochs, in order."""
     epochs = trajectory_epochs(storage)
-    places = np.linspace(0, len(epochs) - 1, min(len(epochs), EPOCHS_READ)).round().astype(int)
-    tables = ((epochs[i] + 1, _table(storage, epochs[i], ["reward"])) for i in places)
-    found = (
-        (epoch, table["reward"].drop_null().to_numpy().astype(np.float64))
-        for epoch, table in tables
-        if table is not None
-    )
-    return [(epoch, values[np.isfinite(values)]) for epoch, values in found]
+    chosen = np.linspace(0, len(epochs) - 1, min(len(epochs), EPOCHS_READ)).round().astype(int)
+    rows = {epochs[i] + 1: _rows(storage, epochs[i], ["reward"]) for i in chosen}
+    return [(epoch, np.array([row["reward"] for row in some])) for epoch, some in rows.items() if some]
 
 
-def extremes(storage: Storage) -> Gallery | None:
-    """Best, median and worst trajectory of each of the PROMPTS prompts with most trajectories in the last epochs.
-    None without thumbnails."""
-    rows: list[dict[str, Any]] = []
-    for epoch in trajectory_epochs(storage)[-LAST_EPOCHS:]:
-        table = _table(storage, epoch, ["prompt", "reward"])
-        if table is not None:
-            rows += [{**row, "epoch": epoch, "place": i} for i, row in enumerate(table.to_pylist())]
+def extremes(storage: Storage) -> tuple[list[Prompt], int, int]:
+    """Best, median and worst trajectory of each of the PROMPTS prompts with most trajectories in the last epochs, and
+    the first and last of these epochs. Empty without thumbnails."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["reward"] is not None and np.isfinite(row["reward"]):
+    epochs = []
+    for epoch in trajectory_epochs(storage)[-LAST_EPOCHS:]:
+        for row in _rows(storage, epoch, ["prompt", "reward", "thumbnail_png"]):
             groups.setdefault(row["prompt"], []).append(row)
-    most = sorted(groups, key=lambda prompt: -len(groups[prompt]))[:PROMPTS]  # of equal ones those met first
-    chosen = {prompt: _chosen(groups[prompt]) for prompt in most}
-    thumbnails: dict[tuple[int, int], str] = {}
-    for epoch in sorted({row["epoch"] for some in chosen.values() for _, row in some}):
-        places = [row["place"] for some in chosen.values() for _, row in some if row["epoch"] == epoch]
-        table = _table(storage, epoch, ["thumbnail_png"])
-        column = table["thumbnail_png"].take(places).to_pylist() if table is not None else []
-        for place, content in zip(places, column, strict=False):
-            if content and (source := _source(content)):
-                thumbnails[epoch, place] = source
+            epochs.append(epoch + 1)
     prompts = []
-    for prompt, some in chosen.items():
+    for text in sorted(groups, key=lambda prompt: -len(groups[prompt]))[:PROMPTS]:  # of equal ones those met first
         shown = [
-            Picture(label, thumbnails[row["epoch"], row["place"]], row["reward"])
-            for label, row in some
-            if (row["epoch"], row["place"]) in thumbnails
+            Picture(label, source, row["reward"])
+            for label, row in _chosen(groups[text])
+            if row["thumbnail_png"] and (source := _source(row["thumbnail_png"]))
         ]
         if shown:
-            prompts.append(Prompt(prompt, [Pair(shown, None)], len(groups[prompt])))
-    if not prompts:
-        return None
-    epochs = [row["epoch"] + 1 for row in rows]
-    return Gallery(prompts, sum(one.count for one in prompts), min(epochs), max(epochs))
+            prompts.append(Prompt(text, [shown], len(groups[text])))
+    return prompts, min(epochs, default=0), max(epochs, default=0)
 
 
 def trajectory_epochs(storage: Storage) -> list[int]:
@@ -153,32 +112,31 @@ def _chosen(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 def _sheet(records: Records, epoch: int) -> tuple[list[str], list[float | None], list[str]] | None:
     """Prompts, rewards and data URLs of the images on an evaluation's contact sheet; None where it cannot be read."""
-    name = "epoch-before" if epoch == BEFORE else f"epoch-{epoch:06d}"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        table = json.loads(records.storage.read(f"{EVALUATION}/{name}.json"))
-        prompts, values = table["prompt"][:SHEET_IMAGES], table["reward"][:SHEET_IMAGES]
+    with contextlib.suppress(*UNREADABLE):
+        columns = fixed_images(records, epoch)
+        prompts, rewards = columns["prompt"][:SHEET_IMAGES], columns["reward"][:SHEET_IMAGES]
         with Image.open(io.BytesIO(records.sheet(epoch))) as sheet:
             cut = tiles(sheet.convert("RGB"), len(prompts))
-        return prompts[: len(cut)], values[: len(cut)], [_jpeg(tile) for tile in cut]
+        return prompts[: len(cut)], rewards[: len(cut)], [_jpeg(tile) for tile in cut]
     return None
 
 
-def _table(storage: Storage, epoch: int, columns: list[str]) -> pa.Table | None:
-    """Some columns of an epoch's trajectories; None where the file cannot be read or has no such column."""
+def _rows(storage: Storage, epoch: int, columns: list[str]) -> list[dict[str, Any]]:
+    """Some columns, the reward among them, of an epoch's good trajectories, a row each; none where they cannot be read
+    or there is no such column."""
     name = f"{TRAJECTORIES}/epoch-{epoch:06d}.parquet"
-    with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are of these kinds
-        if not storage.exists(name):  # refuses links that lead out of the run
-            return None
-        source: Path | io.BytesIO = storage.local / name if storage.local else io.BytesIO(storage.read(name))
-        with pq.ParquetFile(source) as file:
-            table = file.read(columns=columns)
-        return table if set(columns) <= set(table.column_names) else None
-    return None
+    with contextlib.suppress(*UNREADABLE):
+        if storage.exists(name):  # refuses links that lead out of the run
+            source: Path | io.BytesIO = storage.local / name if storage.local else io.BytesIO(storage.read(name))
+            with pq.ParquetFile(source) as file:
+                table = file.read(columns=columns)
+            return table.select(columns).filter(pc.is_finite(table["reward"])).to_pylist()
+    return []
 
 
 def _source(content: bytes) -> str | None:
     """Data URL of a PNG file, made smaller where it is large; None where it is no picture."""
-    with contextlib.suppress(OSError, ValueError), Image.open(io.BytesIO(content)) as picture:
+    with contextlib.suppress(*UNREADABLE), Image.open(io.BytesIO(content)) as picture:
         if len(content) <= SMALL and picture.format == "PNG":
             return data_url("image/png", content)
         return _jpeg(picture.convert("RGB"))

@@ -215,7 +215,7 @@ def test_figures_of_an_evaluation_apart(copied, tmp_path, capsys):
     assert export.main([str(copied), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
     _, page = front_and_page(tmp_path / "out")
     assert "Evaluated at step 2" in page  # the newest until then
-    assert "| reward | 0.5123 | 0.4 to 0.6 | 0.3 | 0.01 |" in page
+    assert "| Reward | 0.5123 | 0.4 to 0.6 | 0.3 | 0.01 |" in page
     assert "| Vendi score | 2.5 | 0.4 to 0.6 |  | 0.01 |" in page and "| FID" not in page
     places[2].write_text("{")
     assert "step-000002.json" in refused(capsys, copied, "--format", "diffusers", "--out", tmp_path / "other")
@@ -300,9 +300,35 @@ def test_folders_are_written_whole_and_never_over_anothers(run, exports, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_its_first_words_are_its_own(tmp_path):
-    """Not transformers' of torchvision, which it does without on purpose."""
+LIGHT = """
+import sys
+from commands import export
+status = export.main(sys.argv[1:])
+heavy = {"torch", "diffusers", "transformers", "ray", "mlflow"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else status)
+"""
+
+
+@pytest.mark.parametrize("arguments", [("NOTHING", "--format", "fused"), ("RUN", "--format", "fused", "--step", "7")])
+def test_what_it_refuses_it_refuses_at_once(run, tmp_path, arguments):
+    """One line, and not transformers' of torchvision, which it does without on purpose."""
     quiet = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-    command = [sys.executable, "-m", "learner.export", str(tmp_path), "--format", "fused"]
-    done = subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=120)
+    given = [{"NOTHING": str(tmp_path), "RUN": str(run)}.get(one, one) for one in arguments]
+    done = subprocess.run([sys.executable, "-c", LIGHT, *given], capture_output=True, text=True, env=quiet, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("learner.export: ") and done.stderr.count("\n") == 1
+
+
+def test_a_run_that_somebody_sent_is_read_and_not_obeyed(copied, tmp_path, capsys):
+    """Its words are words, a file of another kind is one line, and no link or name leads out of it."""
+    about = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps(about | {"name": "a\n---\nlicense: mit\n# `b` | {{ 7 * 7 }}\x1b[2J"}))
+    out = tmp_path / "out"
+    assert export.main([str(copied), "--format", "diffusers", "--out", str(out)]) == 0
+    front, page = front_and_page(out)
+    assert front["license"] == "other" and "# a --- license: mit # 'b' \\| {{ 7 * 7 }}[2J" in page
+    (copied / "metrics.jsonl").write_text('{"epoch": 0, "trajectories": "many"}\n')
+    assert "its files are damaged" in refused(capsys, copied, "--format", "kohya")
+    checkpoint_folder = copied / "checkpoints/step-000002"
+    checkpoint_folder.rename(tmp_path / "outside")
+    checkpoint_folder.symlink_to(tmp_path / "outside")
+    assert "leads out" in refused(capsys, copied, "--format", "kohya", "--step", "2")

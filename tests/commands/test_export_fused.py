@@ -25,7 +25,7 @@ from diffusion.base_model import BaseModel
 from diffusion.loading import load_kernel
 from learner.config import load_config
 from learner.run import main as run_main
-from reports import usage
+from reports import model_card
 
 
 def require_steps(scheduler, kernel, **eta) -> None:
@@ -56,12 +56,12 @@ def test_a_fused_pipeline_takes_the_runs_steps(tiny_pipeline, tmp_path, grid, sh
     model.attach_lora(2, 3, seed=0)
     lora.save_files(model.unet, tmp_path / "lora")
     config = load_config(overrides=[f"model.path={base}", f"sampler.grid={grid}"])
-    export._save_fused(config, lora_files.read(tmp_path / "lora"), out)
+    export.write(str(out), export._fused(config, lora_files.read(tmp_path / "lora")), {})
     scheduler, kernel = StableDiffusionPipeline.from_pretrained(out).scheduler, model.kernel(10, grid=grid)
     require_steps(scheduler, kernel, **({"eta": 1.0} if grid == "ddim" else {}))
     kind = type(scheduler).__name__
     for form in ("fused", "diffusers"):
-        assert (f"{kind}.from_config" in usage.usage(config, form, "x")) == (form != "fused")
+        assert (f"{kind}.from_config" in model_card.usage(config, form, "x")) == (form != "fused")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from commands import generate
 from diffusion import lora
 from diffusion.loading import load_model
 from learner.config import Config, load_config
-from reports import comparison_sheet
+from reports import pictures as sheets
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_pictures_are_those_of_the_runs_evaluation(finished_run, tmp_path, c
     assert capsys.readouterr().out == f"{out}\n"
     for row, prompt in enumerate(prompts):
         number = list(dict.fromkeys(prompts)).index(prompt) + 1
-        base, tuned = (pictures(tmp_path / "each", label, number) for label in comparison_sheet.LABELS)
+        base, tuned = (pictures(tmp_path / "each", label, number) for label in sheets.LABELS)
         assert len(base) == len(tuned) == 4
         # The image of that number has its noise; batches of other prompts may round the other way.
         assert differ(base[row], before[row]) <= 1 and differ(tuned[row], after[row]) <= 1
@@ -88,7 +88,7 @@ def test_the_sheet_shows_both_rows_where_they_belong():
     rng = np.random.default_rng(0)
     base, tuned = rng.integers(0, 255, (2, 3, 200, 200, 3), np.uint8)
     prompt = "a prompt that is much too long for one line of a sheet of three pictures " * 2
-    sheet = np.asarray(comparison_sheet.comparison([prompt], [(base, tuned)], "seed 1"))
+    sheet = np.asarray(sheets.comparison([prompt], [(base, tuned)], "seed 1"))
 
     def find(picture) -> tuple[int, int]:
         places = np.argwhere((sheet[:-199, :-199] == picture[0, 0]).all(-1))
@@ -101,12 +101,12 @@ def test_the_sheet_shows_both_rows_where_they_belong():
     margin = sheet[:, : corners[0][0][1]]
     for y, _ in (corners[0][0], corners[1][0]):
         assert (margin[y + 80 : y + 120] < 128).any()  # its label
-    assert (sheet[:, -comparison_sheet.MARGIN :] == 255).all()  # nothing runs over
+    assert (sheet[:, -sheets.MARGIN :] == 255).all()  # nothing runs over
     assert (sheet[: corners[0][0][0]] < 128).any() and (sheet[corners[1][0][0] + 206 :] < 160).any()
-    lines = comparison_sheet._wrapped(prompt, 600, 17, 3)
-    assert len(lines) == 3 and all(comparison_sheet._font(17).getlength(line) <= 600 for line in lines)
-    assert min(comparison_sheet._font(17).getlength(line) for line in lines[:-1]) > 500
-    assert comparison_sheet._wrapped("x" * 500, 300, 17, 3)[0].startswith("xxx")
+    lines = sheets._wrapped(prompt, 600, 17, 3)
+    assert len(lines) == 3 and all(sheets._font(17).getlength(line) <= 600 for line in lines)
+    assert min(sheets._font(17).getlength(line) for line in lines[:-1]) > 500
+    assert sheets._wrapped("x" * 500, 300, 17, 3)[0].startswith("xxx")
 
 
 def test_wherever_the_lora_lies_it_is_the_same(finished_run, tmp_path, tiny_pipeline, capsys):
@@ -150,7 +150,7 @@ def test_more_images_than_a_chunk_and_other_prompts_change_nothing(finished_run,
         command = ["--lora", finished_run, *words, "--prompt", "a red ring", "--out", tmp_path / "g.png"]
         assert draw(*command, "--separate", tmp_path / name) == 0
     assert len({picture.tobytes() for picture in pictures(tmp_path / "many", "base", 2)}) == 6
-    for label in comparison_sheet.LABELS:
+    for label in sheets.LABELS:
         assert np.array_equal(pictures(tmp_path / "many", label, 2)[:4], pictures(tmp_path / "few", label))
 
 

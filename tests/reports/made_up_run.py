@@ -64,16 +64,19 @@ def save_trajectories(folder: Path, epoch: int, rewards: list[float | None], thu
     pq.write_table(table, folder / f"trajectories/{name_of(epoch)}.parquet")
 
 
-def save_evaluation(folder: Path, epoch: int, rewards: list[float | None]) -> None:
+def save_evaluation(
+    folder: Path, epoch: int, rewards: list[float | None], held_out: dict[str, list[float | None]] | None = None
+) -> None:
     """As Records.save_evaluation does it, of made-up images."""
     count = len(rewards)
     prompts = tuple(PROMPTS[i % len(PROMPTS)] for i in range(count))
     values = np.array([[np.nan if reward is None else reward] for reward in rewards], np.float32)
     images = np.stack([picture(i + 1 + (epoch + 1), 64) for i in range(count)])
     sheet = contact_sheet([Scores(Chunk(0, "evaluate", 0, 0, prompts, tuple(range(count))), values, images)])
+    table = {"prompt": prompts, "reward": rewards} | ({"held_out": held_out} if held_out else {})
     (folder / "evaluation").mkdir(exist_ok=True)
     (folder / f"evaluation/{name_of(epoch)}.png").write_bytes(png(sheet))
-    (folder / f"evaluation/{name_of(epoch)}.json").write_text(json.dumps({"prompt": prompts, "reward": rewards}))
+    (folder / f"evaluation/{name_of(epoch)}.json").write_text(json.dumps(table))
 
 
 def made_up_run(folder: Path, epochs: int = 12, settings: tuple[str, ...] = ()) -> Path:

@@ -1,63 +1,110 @@
-"""Diagrams: coordinates are those of the values, smoothing is a mean, thinning hides nothing."""
+"""Diagrams: dots stand at their values, smoothing is a mean, thinning hides nothing, colours are the page's."""
 
 import base64
 import io
+import re
+import subprocess
+import sys
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from reports import diagrams
+from reports.diagrams import Series, curves
+
+
+def labels(svg: str) -> list[tuple[float, float, str]]:
+    """(x, y, text) of what is written beside the axes."""
+    found = re.findall(r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)</text>', svg)
+    return [(float(x), float(y), text.replace("\N{MINUS SIGN}", "-")) for x, y, text in found]
+
+
+def dots(svg: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r'<use xlink:href="#m\w+" x="([\d.]+)" y="([\d.]+)"', svg)]
 
 
 def test_a_smoothed_line_is_the_mean_of_the_epochs_around():
     values = np.random.default_rng(0).normal(size=50)
     assert [diagrams.window(count) for count in (1, 9, 10, 39, 40, 50, 1000)] == [1, 1, 3, 3, 5, 5, 101]
-    found = diagrams.moving_mean(values, 5)
+    means = diagrams.moving_mean(values, 5)
     for i in range(50):
         reach = min(2, i, 49 - i)
-        assert found[i] == pytest.approx(values[i - reach : i + reach + 1].mean(), abs=1e-12)
+        assert means[i] == pytest.approx(values[i - reach : i + reach + 1].mean(), abs=1e-12)
 
 
 def test_every_spike_of_a_thinned_line_is_seen():
-    points = [(float(i), 0.0) for i in range(5000)]
-    points[1234], points[4321] = (1234.0, 9.0), (4321.0, -7.0)
-    values = [y for _, y in diagrams._extremes(points)]
-    assert max(values) == 9.0 and min(values) == -7.0 and len(values) <= diagrams.RAW_POINTS
+    values = np.zeros(5000)
+    values[[1234, 4321]] = 9.0, -7.0
+    epochs, kept = diagrams.thinned(np.arange(5000), values)
+    assert len(kept) <= diagrams.POINTS and (values[epochs] == kept).all()
+    assert dict(zip(epochs, kept, strict=True)) | {1234: 9.0, 4321: -7.0} == dict(zip(epochs, kept, strict=True))
+
+
+def test_a_long_run_stays_small():
+    diagram = curves("t", "u", [Series("s", [(float(i), float(np.sin(i))) for i in range(10_000)])])
+    assert diagram.window == 1001 and len(diagram.svg) < 20_000 and not dots(diagram.svg)
+
+
+def test_dots_stand_at_their_values():
+    points = [(1.0, 0.25), (2.0, float("nan")), (3.0, 1e300), (4.0, 0.75)]
+    diagram = curves("t", "u", [Series("s", points), Series("none", [(1.0, float("inf"))])])
+    assert diagram.lines == [("s", 0.75)] and diagram.window == 1
+    (x0, y0), (x1, y1) = dots(diagram.svg)
+    across = {text: x for x, _, text in labels(diagram.svg) if text in "1234"}
+    assert list(across) == ["1", "2", "3", "4"] and (x0, x1) == pytest.approx((across["1"], across["4"]), abs=0.1)
+    up = {float(text): y for x, y, text in labels(diagram.svg) if x < x0 and "." in text}
+    low, high = min(up), max(up)
+    for value, y in ((0.25, y0), (0.75, y1)):  # labels hang 4 units below what they name
+        assert y == pytest.approx(up[low] + (value - low) / (high - low) * (up[high] - up[low]) - 4.4, abs=0.1)
+    assert len(dots(curves("t", "u", [Series("s", [(1.0, 3.0)])]).svg)) == 1
+    assert curves("t", "u", [Series("s", [])]) is None
+
+
+def test_intervals_are_bars():
+    points = [(1.0, 0.5), (2.0, 0.5)]
+    bars = [(1.0, 0.4, 0.6), (2.0, float("nan"), 0.6)]
+    svg = curves("t", "u", [Series("s", points, False, bars)]).svg
+    assert svg.count("stroke-opacity: 0.65") == 1
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.501, 0.7), (-3, 12000), (1e-9, 2e-9), (-1e30, 1e30), (4.9999, 5.0001), (0, 40)]
-)
-def test_ticks_are_few_round_and_inside(low, high):
-    found = diagrams.ticks(low, high, 6)
-    assert 2 <= len(found) <= 6 and low - 1e-9 * (high - low) <= found[0] and found[-1] <= high + 1e-9 * (high - low)
-    steps = np.diff(found)
-    assert np.allclose(steps, steps[0]) and f"{steps[0]:.2e}"[:4] in ("1.00", "2.00", "2.50", "5.00")
-
-
-def test_a_diagram_says_what_was_measured():
-    points = [(1.0, 0.25), (2.0, float("nan")), (3.0, 1e300), (4.0, 0.75)]
-    one = diagrams.curves("t", "u", [diagrams.Series("s", points), diagrams.Series("none", [(1.0, float("inf"))])])
-    (line,) = one.lines
-    assert line.last == 0.75 and len(line.dots) == 2
-    (x0, y0), (x1, y1) = line.dots
-    assert (x0, x1) == (diagrams.LEFT, diagrams.RIGHT) and diagrams.TOP < y1 < y0 < diagrams.BOTTOM
-    assert [label for _, label in one.x_ticks] == ["1", "2", "3", "4"]
-    for y, label in one.y_ticks:  # labels stand at their values
-        assert y == pytest.approx(y0 + (float(label) - 0.25) / 0.5 * (y1 - y0), abs=0.2)
-    flat = diagrams.curves("t", "u", [diagrams.Series("s", [(1.0, 3.0)])])
-    assert flat.lines[0].dots == [(pytest.approx(218, abs=1), pytest.approx(90, abs=1))]
-    assert diagrams.curves("t", "u", [diagrams.Series("s", [])]) is None
+    ("low", "high"),
+    [(0, 1), (0.501, 0.7), (-3, 12000), (1e-9, 2e-9), (-1e30, 1e30), (4.9999, 5.0001), (0.1, 0.1 + 1e-16)],
+)  # fmt: skip
+def test_what_is_beside_the_axis_is_short(low, high):
+    beside = [text for x, _, text in labels(curves("t", "u", [Series("s", [(1.0, low), (9.0, high)])]).svg) if x < 56]
+    assert 2 <= len(beside) <= 8 and max(map(len, beside)) <= 7
 
 
 def test_the_heat_map_is_each_epochs_histogram():
     columns = [(1, np.array([0.0] * 90 + [1.0] * 10)), (2, np.array([])), (3, np.array([1.0] * 100))]
-    one = diagrams.heat_map("t", "u", columns)
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(one.heat.partition("base64,")[2]))))
-    opacity = pixels[..., 3] / 255
-    assert opacity.shape == (20, 2) and [label for _, label in one.x_ticks] == ["1", "3"]
-    assert opacity[-1] == pytest.approx([np.sqrt(0.9), 0], abs=0.01)
-    assert opacity[0] == pytest.approx([np.sqrt(0.1), 1], abs=0.01) and not opacity[1:-1].any()
-    assert one.lines[0].last == 1.0
+    diagram = diagrams.heat_map("t", "u", columns)
+    content = re.search(r'href="data:image/png;base64,([^"]+)"', diagram.svg)[1]
+    opacity = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))[..., 3] / 255
+    assert opacity.shape == (20, 2) and [text for *_, text in labels(diagram.svg)[:2]] == ["1", "3"]
+    assert re.search(r"matrix\([\d.]+ 0 0 -", diagram.svg)  # turned over: the first row is the lowest
+    assert opacity[0] == pytest.approx([np.sqrt(0.9), 0], abs=0.01)
+    assert opacity[-1] == pytest.approx([np.sqrt(0.1), 1], abs=0.01) and not opacity[1:-1].any()
+    assert diagram.lines == [("median", 1.0)] and diagram.heat
     assert diagrams.heat_map("t", "u", [(1, np.array([]))]) is None
+    assert diagrams.heat_map("t", "u", [(1, np.array([2.0] * 9))]).svg
+
+
+def test_colours_are_the_pages_and_nothing_is_left_of_this_machine():
+    def draw() -> str:
+        noise = np.random.default_rng(0).normal(size=(5, 60))
+        return curves("t", "u", [Series(str(i), list(enumerate(row))) for i, row in enumerate(noise)]).svg
+
+    svg = draw()
+    for name in ("c0", "c1", "c2", "c3", "line", "soft"):
+        assert f"var(--{name})" in svg
+    assert not re.search(r"#[0-9a-f]{6}\b|url\(|<style|<metadata|<defs>\s*</defs>|https?:|_\d+\"", svg)
+    with matplotlib.rc_context({"lines.linewidth": 9, "svg.fonttype": "path", "svg.hashsalt": "other"}):
+        assert draw() == svg  # whoever draws it, with whatever settings
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    command = "import sys, reports.html, reports.pictures; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], timeout=120).returncode == 0

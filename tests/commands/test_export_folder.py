@@ -5,21 +5,19 @@ import os
 
 import pytest
 
+from commands.export import MANIFEST, FolderTaken, write
 from records.storage import Storage, StorageError
-from reports.export_folder import MANIFEST, FolderTaken, new_folder
+
+ABOUT = {"step": "2"}
 
 
-def write(out, content="first") -> None:
-    with new_folder(str(out), {"step": "2"}) as folder:
-        (folder / "unet").mkdir()
-        (folder / "unet" / "weights").write_text(content)
-        (folder / "README.md").write_text("card")
-        (folder / "README.md").chmod(0o600)
+def content(weights="first") -> dict[str, bytes]:
+    return {"README.md": b"card", "unet/weights": weights.encode()}
 
 
 @pytest.fixture
 def out(tmp_path):
-    write(tmp_path / "deep" / "out")
+    write(str(tmp_path / "deep" / "out"), content(), ABOUT)
     return tmp_path / "deep" / "out"
 
 
@@ -30,16 +28,16 @@ def test_it_is_there_with_its_manifest_and_may_be_replaced(out):
     os.umask(mask)
     assert (out / "README.md").stat().st_mode & 0o777 == 0o666 & ~mask
     (out / "README.md").unlink()  # less than was written is nobody's loss
-    write(out, "second")
+    write(str(out), content("second"), ABOUT)
     assert (out / "unet" / "weights").read_text() == "second" and (out / "README.md").exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_an_empty_folder_will_do_and_a_link_stays_one(out, tmp_path):
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "empty")
+    write(str(tmp_path / "empty"), content(), ABOUT)
     (tmp_path / "link").symlink_to(out, target_is_directory=True)
-    write(tmp_path / "link", "second")
+    write(str(tmp_path / "link"), content("second"), ABOUT)
     assert (tmp_path / "link").is_symlink() and (out / "unet" / "weights").read_text() == "second"
 
 
@@ -47,7 +45,7 @@ def test_an_empty_folder_will_do_and_a_link_stays_one(out, tmp_path):
 def test_what_others_wrote_stays(out, name):
     (out / name).write_text("mine")
     with pytest.raises(FolderTaken, match=f"holds {name}, which is not as an export wrote it: give another --out"):
-        write(out, "second")
+        write(str(out), content("second"), ABOUT)
     assert (out / name).read_text() == "mine" and (out / "unet" / "weights").read_text() == "first"
 
 
@@ -57,61 +55,43 @@ def test_without_a_manifest_it_is_somebodys(out, manifest):
     if manifest:
         (out / MANIFEST).write_text(manifest)
     with pytest.raises(FolderTaken):
-        write(out)
+        write(str(out), content(), ABOUT)
     assert (out / "README.md").exists()
 
 
-def test_what_comes_meanwhile_stays_too(tmp_path):
-    with pytest.raises(FolderTaken), new_folder(str(tmp_path / "out"), {}) as folder:
-        (folder / "README.md").write_text("card")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_file_or_a_failure_leaves_all_as_it_was(out, tmp_path):
+def test_a_file_or_a_failure_leaves_all_as_it_was(out, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FolderTaken, match="is a file"):
-        write(tmp_path / "file")
-    with pytest.raises(RuntimeError), new_folder(str(out), {}) as folder:
-        (folder / "README.md").write_text("half")
-        raise RuntimeError
-    assert (out / "README.md").read_text() == "card" and [path.name for path in out.parent.iterdir()] == ["out"]
+        write(str(tmp_path / "file"), content(), ABOUT)
 
+    def fail(*arguments):
+        raise OSError(28, "no space left on device")
 
-def test_a_rename_that_fails_brings_the_old_one_back(out, monkeypatch):
-    rename = os.rename
-
-    def fail(source, target, **options):
-        if str(source).endswith(".new"):
-            raise OSError(5, "input/output error")
-        return rename(source, target, **options)
-
-    monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(OSError, match="input/output"):
-        write(out, "second")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match="no space left"):
+        write(str(out), content("second"), ABOUT)
     assert (out / "unet" / "weights").read_text() == "first" and [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_an_object_store_gets_the_manifest_last(tmp_path, monkeypatch):
     url = f"memory://{tmp_path.name}/out"
-    write(url)
-    write(url, "second")
+    write(url, content(), ABOUT)
+    write(url, content("second"), ABOUT)
     storage = Storage(url)
     assert storage.read("unet/weights") == b"second" and storage.entries() == ["README.md", MANIFEST, "unet"]
     named = []
     original = Storage.write
 
     def record(self, name, content):
-        if name == MANIFEST:
+        if name.endswith(MANIFEST):
             raise StorageError("gone")
         named.append(name)
         original(self, name, content)
 
     monkeypatch.setattr(Storage, "write", record)
     with pytest.raises(StorageError):
-        write(url, "third")
-    assert named == ["README.md", "unet/weights"]
+        write(url, content("third"), ABOUT)
+    assert named == ["out/README.md", "out/unet/weights"]
     monkeypatch.undo()
     with pytest.raises(FolderTaken, match=r"README\.md"):  # not whole: somebody has to look
-        write(url)
+        write(url, content(), ABOUT)
