@@ -6,11 +6,14 @@ Imports no torch by itself: names are checked before anything heavy is loaded.
 from __future__ import annotations
 
 import importlib
+import inspect
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion.failures import RunFailure
 from rewards.names import Backend
+from rewards.weights import check as check_assets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +66,7 @@ def load(
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
     if ":" in name and backend == "native":
         return UserReward(name, **options)
-    made = _package() if backend == "package" else _class(name)
+    reward_class = _class(name, backend)
     if backend == "package":
         options = {"name": name, "weights": weights, "device": device, **options}
     elif name in SIZES:
@@ -73,7 +76,7 @@ def load(
     elif name == SUM:
         options = {"device": device, **options}
     try:
-        return made(**options)
+        return reward_class(**options)
     except TypeError as error:
         raise ValueError(f"reward.options: {name}: {error}") from error
 
@@ -93,18 +96,14 @@ def check(
     own = ":" in name and weights is None and backend == "native"
     reward: Any
     if backend == "package":
-        from rewards.weights import check as look_for
-
         reward = load(name, weights, backend=backend, **options)
-        look_for(list(reward.assets.values()))
+        check_assets(list(reward.assets.values()))
     elif own:
         reward = _import(name)
     elif name in MODELS:
-        from rewards.weights import check as look_for
-
         reward = _class(name)
         try:
-            look_for(reward.assets(weights, **options))
+            check_assets(reward.assets(weights, **options))
         except TypeError as error:
             raise ValueError(f"reward.options: {name}: {error}") from error
     elif name == SUM and weights is None:
@@ -163,15 +162,24 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device: {device}: {str(error).splitlines()[0]}") from error
 
 
-def _package() -> Any:
-    from rewards.package import PackageReward
+def describe(error: BaseException, *functions: Any) -> str:
+    """Type and text of an exception, and which lines of the user's own `functions` it went through.
 
-    return PackageReward
+    A function counts with all of its file, an object with the files of its class.
+    """
+    parts = [part for function in functions for part in (function, *vars(_class_of(function)).values())]
+    codes = [getattr(inspect.unwrap(part), "__code__", None) for part in parts]
+    files = {code.co_filename for code in codes if code is not None}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    lines = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
+    return f"{type(error).__name__}: {error}" + (f" (at {lines})" if lines else "")
 
 
-def _class(name: str) -> Any:
+def _class(name: str, backend: Backend = "native") -> Any:
     """Imported only when asked for: the reward models need transformers."""
-    if name == SUM:
+    if backend == "package":
+        place = "package:PackageReward"
+    elif name == SUM:
         place = "weighted_sum:WeightedSum"
     else:
         check_name(name)
@@ -183,14 +191,14 @@ def _class(name: str) -> Any:
 def _import(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UnknownReward(
             f"reward.name: cannot import {name!r}: {error} (looked in the current directory and PYTHONPATH)"
         ) from error
-    if not callable(found):
-        raise UnknownReward(f"reward.name: {name} is {type(found).__name__}, expected a function or a class")
-    return found
+    if not callable(function):
+        raise UnknownReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
+    return function
 
 
 class UserReward:
@@ -202,7 +210,7 @@ class UserReward:
         try:
             self._function = function(**options) if options or isinstance(function, type) else function
         except Exception as error:  # a user's code may raise anything
-            raise UnknownReward(f"reward.name: {name} cannot be made: {type(error).__name__}: {error}") from error
+            raise UnknownReward(f"reward.name: {name} cannot be made: {describe(error, name)}") from error
         self.differentiable = bool(
             getattr(self._function, "differentiable", getattr(function, "differentiable", False))
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,9 +51,7 @@ class WeightedSum:
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Raw scores [B] of each term, unweighted, by label: its name, with _2, _3 and so on where that is taken."""
-        return {
-            term.label: reward(images, prompts) for term, reward in zip(self.terms, self.rewards, strict=True)
-        }  # fmt: skip
+        return {term.label: reward(images, prompts) for term, reward in zip(self.terms, self.rewards, strict=True)}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B prompts -> [B] on the images' device."""
@@ -99,14 +98,14 @@ def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
     """
     if not isinstance(terms, Sequence) or isinstance(terms, str) or not terms:
         raise ValueError(f"{key}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
-    found: list[Term] = []
+    read: list[Term] = []
     for index, term in enumerate(terms):
         where = f"{key}[{index}]"
         if not isinstance(term, dict) or not isinstance(term.get("name"), str):
             raise ValueError(f"{where}: expected {{name, weight, weights?, options?}}, got {term!r}")
         if extra := [str(key) for key in term if key not in KEYS]:
             raise ValueError(f"{where}: unknown keys {', '.join(extra)}; known: {', '.join(KEYS)}")
-        weight, options = term.get("weight"), term.get("options") or {}
+        name, weight, weights, options = term["name"], term.get("weight"), term.get("weights"), term.get("options") or {}
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"{where}.weight: expected a number, got {weight!r}")
         if not isinstance(options, dict):
@@ -115,13 +114,11 @@ def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
             registry.check_options(options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if term["name"] == WeightedSum.name:
+        if name == WeightedSum.name:
             raise ValueError(f"{where}: a sum of sums; list its terms here instead")
-        if term.get("weights") is not None and not isinstance(term["weights"], str):
-            raise ValueError(f"{where}.weights: expected a path or hub id, got {term['weights']!r}")
-        taken, label, count = {other.label for other in found}, term["name"], 1
-        while label in taken:
-            count += 1
-            label = f"{term['name']}_{count}"
-        found.append(Term(label, term["name"], float(weight), term.get("weights"), options))
-    return found
+        if weights is not None and not isinstance(weights, str):
+            raise ValueError(f"{where}.weights: expected a path or hub id, got {weights!r}")
+        taken = {other.label for other in read}
+        label = next(label for n in itertools.count(1) if (label := name if n == 1 else f"{name}_{n}") not in taken)
+        read.append(Term(label, name, float(weight), weights, options))
+    return read

@@ -8,6 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards import features, judges, registry
 from rewards.judges import Judges
+from rewards.network import short_side
 from rewards.scorer import BadReward, Scorer
 from rewards.weights import BadWeights, WeightsNotFound
 
@@ -21,8 +22,9 @@ class Brightness:
         return images.mean((1, 2, 3))
 
 
-def broken(images, prompts):
-    raise RuntimeError("no such luck")
+class Broken(Brightness):
+    def __call__(self, images, prompts):
+        raise RuntimeError("no such luck")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +54,8 @@ def test_clip_features_are_the_models_own_embedding(clip):
     images = torch.from_numpy(PICTURES).permute(0, 3, 1, 2).float() / 255
     found = features.load("clip", str(clip))(images)
     model = CLIPModel.from_pretrained(clip).eval()
-    from rewards import preprocess
-
     with torch.no_grad():
-        expected = model.get_image_features(pixel_values=preprocess.short_side(images, 32))
+        expected = model.get_image_features(pixel_values=short_side(images, 32))
     expected = getattr(expected, "pooler_output", expected)
     torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-5)
 
@@ -149,7 +149,7 @@ def test_bad_rows_have_no_judgement():
 
 def test_a_held_out_reward_that_raises_is_named():
     with pytest.raises(BadReward, match=r"evaluation\.held_out: mine: RuntimeError: no such luck"):
-        scorer({"mine": broken}).score(clean("evaluate"))
+        scorer({"mine": Broken()}).score(clean("evaluate"))
 
 
 def test_shapes_accuracy_is_strict():
