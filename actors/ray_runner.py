@@ -38,6 +38,7 @@ from learner.protocol.ledger import Ledger
 from learner.protocol.receipts import StaleWeights
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from learner.protocol.training import Training
+from rewards.registry import Reward
 
 POLL_SECONDS = 0.25
 T = TypeVar("T")
@@ -47,7 +48,9 @@ NODES_SECONDS = 5.0  # between two looks at which nodes there are
 class RayRunner:
     """Starts the actors of a run and drives them. See learner/protocol/runner.py for the contract."""
 
-    def __init__(self, config: Config, files: dict[str, bytes] | None = None, name: str = "run") -> None:
+    def __init__(
+        self, config: Config, files: dict[str, bytes] | None = None, name: str = "run", own_reward: Reward | None = None
+    ) -> None:
         """`name` is the run's, in the Ray dashboard and on its metrics.
 
         Raises:
@@ -66,7 +69,7 @@ class RayRunner:
         self.session = Session(config.run.cpu_threads)
         self.metrics = Metrics(name)
         try:
-            self._start(files)
+            self._start(files, own_reward)
         except RanksLost as lost:
             self.close()
             raise lost.cause from lost
@@ -74,11 +77,11 @@ class RayRunner:
             self.close()
             raise
 
-    def _start(self, files: dict[str, bytes] | None) -> None:
+    def _start(self, files: dict[str, bytes] | None, own_reward: Reward | None) -> None:
         config, limit = self.config, self.config.run.ready_seconds
         self._placement = placement = place_for(config, alive_nodes())
         self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks
-        parts = build.parts(config)
+        parts = build.parts(config, own_reward)
         new_sampler, new_scorer = self.crew.makers(placement, parts)
         deadline = time.monotonic() + limit
         self.crew.room = reserve(placement, limit)

@@ -119,8 +119,7 @@ def finish(records: Records, config: Config, say: Say) -> None:
         say(line)
     if len(evaluated) > 1:
         say(f"pictures: {storage}/before.png, {storage}/after.png")
-    newest = checkpoint.LATEST if storage.local else f"step-{checkpoint.steps(storage)[-1]:06d}"
-    say(f"LoRA: {storage}/{checkpoint.FOLDER}/{newest}/lora")
+    say(f"LoRA: {checkpoint.lora_folder(storage)}")
     if reported:
         say(f"report: {storage}/{html.FILE}")
     for line in _described(lambda: summary.next_commands(records, config), say):

@@ -18,6 +18,7 @@ from learner.protocol.buffer import Pipeline, key_of
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from learner.update import Scored
+from rewards.registry import Reward
 
 
 class InProcessRunner:
@@ -25,8 +26,8 @@ class InProcessRunner:
 
     ranks = 1
 
-    def __init__(self, config: Config, files: dict[str, bytes] | None = None) -> None:
-        parts = build.parts(config)
+    def __init__(self, config: Config, files: dict[str, bytes] | None = None, own_reward: Reward | None = None) -> None:
+        parts = build.parts(config, own_reward)
         self.config = config
         self.hooks = Hooks()
         self.sampler, self.scorer, self.learner = parts.sampler(), parts.scorer(), parts.learner(files)

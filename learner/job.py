@@ -28,14 +28,17 @@ from records.heartbeat import Heartbeat
 from records.storage import Storage
 from reports.tracking import Tracker, tracking_uri
 from rewards import judges, registry
+from rewards.registry import Reward
 
 ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
 Say = Callable[[str], None]
 
 
-def check(config: Config, warn: Say, own_reward: bool = False) -> tuple[Placement, dict[str, float]]:
+def check(
+    config: Config, warn: Say, own_reward: Callable[..., Any] | None = None
+) -> tuple[Placement, dict[str, float]]:
     """Everything that would otherwise fail only after actors are up, all of it said at once: what would run where, and
-    the cluster's resources. `own_reward`: a Python object, which needs no name.
+    the cluster's resources. `own_reward`: a function in place of the reward that the config names.
 
     Raises:
         ConfigError: a line for each fault.
@@ -61,8 +64,10 @@ def check(config: Config, warn: Say, own_reward: bool = False) -> tuple[Placemen
         attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid), "sampler.steps: ")
         if config.objective.forward_looking_decoder == "tiny":
             attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
-    if not own_reward:
-        needing = config.objective.kind if config.needs.reward_gradients else None
+    needing = config.objective.kind if config.needs.reward_gradients else None
+    if own_reward:
+        attempt(lambda: registry.check_gradient(own_reward, reward.name, needing))
+    else:
         attempt(lambda: registry.check(reward.name, reward.weights, reward.options, prompts, needing, reward.backend))
     attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
     if config.run.runner == "inprocess":
@@ -76,7 +81,10 @@ def check(config: Config, warn: Say, own_reward: bool = False) -> tuple[Placemen
     return placement, totals(nodes)
 
 
-def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None) -> None:
+def run(
+    opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None,
+    own_reward: Reward | None = None,
+) -> None:  # fmt: skip
     """Train an opened run to its end. `complain` is told why it ends early, before what was started is stopped.
 
     Raises:
@@ -104,7 +112,7 @@ def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = 
         heartbeat = _heartbeat(records.storage, config)
         if opened.epochs_done < config.train.epochs:
             files = opened.checkpoint.files if opened.checkpoint else None
-            runner = build_runner(opened.as_begun, files, records.about["name"])
+            runner = build_runner(opened.as_begun, files, records.about["name"], own_reward)
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
             controller.run(opened, runner, tracker, heartbeat, say)
@@ -128,14 +136,14 @@ def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = 
             tracker.finish(status)
 
 
-def build_runner(config: Config, files: dict[str, bytes] | None, name: str) -> Runner:
+def build_runner(config: Config, files: dict[str, bytes] | None, name: str, own_reward: Reward | None = None) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
-        return InProcessRunner(config, files)
+        return InProcessRunner(config, files, own_reward)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config, files, name)
+    return RayRunner(config, files, name, own_reward)
 
 
 def _heartbeat(storage: Storage, config: Config) -> Heartbeat:

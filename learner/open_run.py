@@ -86,6 +86,11 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Callabl
         raise ConfigError(f"run.dir: {error}") from error
 
 
+def directory(config: Config, source: Path) -> str:
+    """Path or URL of run.dir, or of a new run named after the config file `source`."""
+    return _absolute(config.run.dir, config) if config.run.dir else _new_url(config, source)
+
+
 def whereabouts(config: Config, source: Path, prompts: Sequence[str]) -> str:
     """Where the run would live, for a plan: nothing is made.
 

@@ -134,6 +134,12 @@ def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> C
     return None
 
 
+def lora_folder(storage: Storage) -> str:
+    """Path or URL of the newest checkpoint's adapter, for other programs."""
+    newest = LATEST if storage.local else f"step-{steps(storage)[-1]:06d}"
+    return f"{storage}/{FOLDER}/{newest}/lora"
+
+
 def drop_after(storage: Storage, step: int) -> None:
     """Remove the checkpoints of later steps: they were passed over."""
     for later in steps(storage):

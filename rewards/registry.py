@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion.failures import RunFailure
@@ -65,7 +65,7 @@ def load(
     if weights is not None and name not in MODELS and backend == "native":
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
     if ":" in name and backend == "native":
-        return UserReward(name, **options)
+        return UserReward.named(name, **options)
     reward_class = _class(name, backend)
     if backend == "package":
         options = {"name": name, "weights": weights, "device": device, **options}
@@ -114,13 +114,8 @@ def check(
     else:
         reward = load(name, weights, **options)
     # What a class or a factory makes may say so itself: the scorer asks again.
-    unsaid = own and (isinstance(reward, type) or bool(options))
-    if objective and not getattr(reward, "differentiable", unsaid):
-        raise ValueError(
-            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
-            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
-            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
-        )
+    if not (own and (isinstance(reward, type) or options) and not hasattr(reward, "differentiable")):
+        check_gradient(reward, name, objective)
     check_prompts = getattr(reward, "check_prompts", None)
     if check_prompts is not None:
         check_prompts(prompts)
@@ -134,6 +129,19 @@ def check_name(name: str, backend: Backend = "native") -> None:
     if name not in NAMES and ":" not in name and backend == "native":
         known = ", ".join(NAMES)
         raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+
+
+def check_gradient(reward: Any, name: str, objective: str | None) -> None:
+    """
+    Raises:
+        ValueError: `objective` learns from the gradient of the reward, and this one has none.
+    """
+    if objective and not getattr(reward, "differentiable", False):
+        raise ValueError(
+            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
+            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
+            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
+        )
 
 
 def check_options(options: dict[Any, Any]) -> None:
@@ -162,14 +170,10 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device: {device}: {str(error).splitlines()[0]}") from error
 
 
-def describe(error: BaseException, *functions: Any) -> str:
-    """Type and text of an exception, and which lines of the user's own `functions` it went through.
-
-    A function counts with all of its file, an object with the files of its class.
-    """
-    parts = [part for function in functions for part in (function, *vars(_class_of(function)).values())]
-    codes = [getattr(inspect.unwrap(part), "__code__", None) for part in parts]
-    files = {code.co_filename for code in codes if code is not None}
+def describe(error: BaseException, reward: Any) -> str:
+    """Type and text of what a reward raised; of a user's own, or one in a sum, also the lines of its file that the
+    exception went through."""
+    files = {file for term in getattr(reward, "rewards", [reward]) for file in getattr(term, "files", ())}
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
     lines = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
     return f"{type(error).__name__}: {error}" + (f" (at {lines})" if lines else "")
@@ -202,18 +206,32 @@ def _import(name: str) -> Any:
 
 
 class UserReward:
-    """A user's own function, named explicitly in the config as `module:callable`."""
+    """A user's own function, named in the config as `module:callable` or given as a Python object."""
 
-    def __init__(self, name: str, **options: Any) -> None:
-        function = _import(name)
-        self.name = name
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self._function = name, function
+        self.differentiable = bool(getattr(function, "differentiable", False))
+        # The files of a function, of a class, or of an object's class.
+        parts = (function, *vars(function if isinstance(function, type) else type(function)).values())
+        codes = [getattr(inspect.unwrap(part), "__code__", None) for part in parts]
+        self.files = {code.co_filename for code in codes if code is not None}
+
+    @classmethod
+    def named(cls, name: str, **options: Any) -> UserReward:
+        """The callable `module:callable`; a class, or a function where there are options, is called with them first.
+
+        Raises:
+            UnknownReward: it cannot be imported or made.
+        """
+        function = made = _import(name)
         try:
-            self._function = function(**options) if options or isinstance(function, type) else function
+            if options or isinstance(function, type):
+                made = function(**options)
         except Exception as error:  # a user's code may raise anything
-            raise UnknownReward(f"reward.name: {name} cannot be made: {describe(error, name)}") from error
-        self.differentiable = bool(
-            getattr(self._function, "differentiable", getattr(function, "differentiable", False))
-        )
+            raise UnknownReward(f"reward.name: {name} cannot be made: {describe(error, cls(name, function))}") from error
+        reward = cls(name, made)
+        reward.differentiable = bool(getattr(made, "differentiable", getattr(function, "differentiable", False)))
+        return reward
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         import torch

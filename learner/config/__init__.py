@@ -1,9 +1,18 @@
 """The configuration: schema.py has every key, load.py reads it, checks.py finds contradictions. Imports no torch."""
 
-from learner.config.load import DEFAULT_CONFIG, ROOT, ConfigError, build_config, load_config, read_config, resolve
+from learner.config.load import (
+    DEFAULT_CONFIG,
+    ROOT,
+    ConfigError,
+    build_config,
+    load_config,
+    read_config,
+    read_tree,
+    resolve,
+)
 from learner.config.schema import CONFIG_VERSION, Config, known_keys
 
 __all__ = [
     "CONFIG_VERSION", "DEFAULT_CONFIG", "ROOT", "Config", "ConfigError", "build_config", "known_keys", "load_config",
-    "read_config", "resolve",
+    "read_config", "read_tree", "resolve",
 ]  # fmt: skip

@@ -45,13 +45,22 @@ def read_config(path: Path | None = None, overrides: Sequence[str] = ()) -> tupl
         ConfigError: nothing can be made of the file.
     """
     path = path or DEFAULT_CONFIG
+    return build_config(read_tree(path), overrides, str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of keys in a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} holds {type(tree).__name__}, expected sections of keys")
-    return build_config(tree, overrides, str(path))
+    return tree
 
 
 def build_config(tree: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[Config, list[str]]:
