@@ -23,7 +23,6 @@ class BuildFailed(RuntimeError):
     """An environment could not be built; the message has the command and what it said last."""
 
 
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: there is a whole environment; 1: it could not be built."""
     parser = argparse.ArgumentParser(prog="python -m rewards.package", description=__doc__)

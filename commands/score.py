@@ -101,11 +101,8 @@ def score(reward: registry.Reward, files: Sequence[Path], prompts: Sequence[str]
     scores: list[float] = []
     for part in batches(files):
         images = torch.from_numpy(np.stack([picture for _, picture in part])).permute(0, 3, 1, 2).float() / 255
-        try:
-            with torch.no_grad():
-                values = reward(images.to(device), prompts[len(scores) : len(scores) + len(part)])
-        except Exception as error:  # a user's code may raise anything
-            raise ValueError(f"{reward.name} failed on {part[0][0]}: {registry.describe(error, reward)}") from error
+        with torch.no_grad(), registry.named_failure(ValueError, f"{reward.name} failed on {part[0][0]}", reward):
+            values = reward(images.to(device), prompts[len(scores) : len(scores) + len(part)])
         for (file, _), value in zip(part, values.tolist(), strict=True):
             scores.append(value)
             print(f"{file}\t{value:.6g}", flush=True)

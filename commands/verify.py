@@ -108,4 +108,3 @@ def failures(reward: Any, parameters: int) -> Iterator[str]:
     uphill = reward((graded + step).detach().requires_grad_(), PROMPTS[:2])
     if not (uphill > again).all():
         yield f"a small step along the gradient does not raise the score: {again.tolist()} to {uphill.tolist()}"
-

@@ -44,12 +44,8 @@ class Judges:
             images = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():
                 for label, reward in self.held_out.items():
-                    try:
+                    with registry.named_failure(HeldOutRaised, f"{WHERE}: {label}", reward):
                         values = reward(images, list(prompts[start : start + batch]))
-                    except torch.OutOfMemoryError:
-                        raise
-                    except Exception as error:  # a user's code may raise anything
-                        raise HeldOutRaised(f"{WHERE}: {label}: {registry.describe(error, reward)}") from error
                     scores[label].append(values.detach().float().cpu().numpy())
                 vectors.append(self.features(images).float().cpu().numpy())
         return {label: np.concatenate(parts) for label, parts in scores.items()}, np.concatenate(vectors)

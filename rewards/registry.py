@@ -5,10 +5,11 @@ Imports no torch by itself: names are checked before anything heavy is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion.failures import RunFailure
@@ -107,9 +108,7 @@ def check(
         except TypeError as error:
             raise ValueError(f"reward.options: {name}: {error}") from error
     elif name == SUM and weights is None:
-        from rewards.weighted_sum import check_terms
-
-        check_terms(options, prompts, objective)
+        _class(name).check_terms(options, prompts, objective)
         return
     else:
         reward = load(name, weights, **options)
@@ -179,6 +178,20 @@ def describe(error: BaseException, reward: Any) -> str:
     return f"{type(error).__name__}: {error}" + (f" (at {lines})" if lines else "")
 
 
+@contextlib.contextmanager
+def named_failure(kind: type[Exception], text: str, reward: Any) -> Iterator[None]:
+    """What a reward's code raises, and it may raise anything, becomes `kind`: `text`, then as `describe` says it. But
+    for a lack of GPU memory, which is not the reward's fault."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise kind(f"{text}: {describe(error, reward)}") from error
+
+
 def _class(name: str, backend: Backend = "native") -> Any:
     """Imported only when asked for: the reward models need transformers."""
     if backend == "package":
@@ -228,7 +241,9 @@ class UserReward:
             if options or isinstance(function, type):
                 made = function(**options)
         except Exception as error:  # a user's code may raise anything
-            raise UnknownReward(f"reward.name: {name} cannot be made: {describe(error, cls(name, function))}") from error
+            raise UnknownReward(
+                f"reward.name: {name} cannot be made: {describe(error, cls(name, function))}"
+            ) from error
         reward = cls(name, made)
         reward.differentiable = bool(getattr(made, "differentiable", getattr(function, "differentiable", False)))
         return reward

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards.judges import HeldOutRaised, Judges
 from rewards.package import PackageReward
-from rewards.registry import Reward, describe
+from rewards.registry import Reward, named_failure
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
@@ -89,30 +89,30 @@ class _Judgement:
         return laid_out
 
 
+@dataclass
 class Scorer:
-    """A decoder and a reward. Plain Python; actors/ wraps it."""
+    """A decoder and a reward. Plain Python; actors/ wraps it.
 
-    def __init__(
-        self, decoder: Decode, reward: Reward, shuffle: bool = False, thumbnail_pixels: int = 0,
-        gradients: bool = False, tiny: Decode | None = None, batch: int | None = None, quarantine: bool = False,
-        allow_black: bool = False, judges: Judges | None = None,
-    ) -> None:  # fmt: skip
-        """`shuffle` hands every training trajectory the rewards of
-        another of its chunk: a control without signal. `thumbnail_pixels` is the side of the small pictures kept of
-        training trajectories; 0: none. `gradients`: also those of the reward to the clean latents of training
-        trajectories. `tiny` decodes the clean predictions of inner states in the decoder's place: psi may be any
-        function of the state, the image's own reward may not. `batch` images go through decoder and reward at once;
-        None: as `fitting_batch` finds. `quarantine`: bad trajectories are reported in `Scores.bad` and not raised.
-        `allow_black`: an all-black image is not bad. `judges` see evaluation images, besides the reward.
+    Raises:
+        BadReward: `gradients` of a reward that is not differentiable.
+    """
 
-        Raises:
-            BadReward: `gradients` of a reward that is not differentiable.
-        """
-        if gradients and not reward.differentiable:
-            raise BadReward(f"reward {reward.name} is not differentiable: the objective cannot learn from its gradient")
-        self.decoder, self.reward, self.shuffle, self.tiny = decoder, reward, shuffle, tiny
-        self.thumbnail_pixels, self.gradients, self.batch = thumbnail_pixels, gradients, batch
-        self.quarantine, self.allow_black, self.judges = quarantine, allow_black, judges
+    decoder: Decode
+    reward: Reward
+    shuffle: bool = False  # every training trajectory gets another's rewards, of its chunk: a control without signal
+    thumbnail_pixels: int = 0  # side of the small pictures kept of training trajectories; 0: none
+    gradients: bool = False  # also those of the reward to the clean latents of training trajectories
+    # Decodes clean predictions of inner states: psi may be any function of the state, the image's own reward may not.
+    tiny: Decode | None = None
+    batch: int | None = None  # images through decoder and reward at once; None: as on a CPU
+    quarantine: bool = False  # bad trajectories are in `Scores.bad`, and not raised
+    allow_black: bool = False  # an all-black image is not bad
+    judges: Judges | None = None  # see evaluation images, besides the reward
+
+    def __post_init__(self) -> None:
+        if self.gradients and not self.reward.differentiable:
+            name = self.reward.name
+            raise BadReward(f"reward {name} is not differentiable: the objective cannot learn from its gradient")
 
     def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0) -> int:
         """Images that decoder and reward hold at once in this process's `share` of the free GPU memory: the largest
@@ -259,38 +259,26 @@ class Scorer:
 
     def _differentiate(self, scores: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """[b, C, H, W] of each latent's own score, through reward and decoder."""
-        gradients = None
+        name, gradients = self.reward.name, None
         if scores.requires_grad:
-            try:
+            failed = f"the gradient of reward {name} failed on {len(scores)} images"
+            with named_failure(RewardRaised, failed, self.reward):
                 (gradients,) = torch.autograd.grad(scores.sum(), latents, allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a user's code may raise anything
-                raise RewardRaised(
-                    f"the gradient of reward {self.reward.name} failed on {len(scores)} images: "
-                    f"{describe(error, self.reward)}"
-                ) from error
         if gradients is None:
             raise BadReward(
-                f"reward {self.reward.name} says that it is differentiable, but autograd finds no way from its scores "
-                "back to the images (a detach, a no_grad or a step outside torch)"
+                f"reward {name} says that it is differentiable, but autograd finds no way from its scores back to the "
+                "images (a detach, a no_grad or a step outside torch)"
             )
         return gradients
 
     def _judge(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores [B], and of a sum of rewards each one's own [B]."""
-        try:
+        about = f"{len(images)} images with prompts from {prompts[0]!r} to {prompts[-1]!r}"
+        with named_failure(RewardRaised, f"reward {self.reward.name} failed on {about}", self.reward):
             if isinstance(self.reward, WeightedSum):
                 parts = self.reward.parts(images, prompts)
                 return self.reward.total(parts, images.device), parts
             return self.reward(images, prompts), {}
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a user's code may raise anything
-            raise RewardRaised(
-                f"reward {self.reward.name} failed on {len(images)} images with prompts from {prompts[0]!r} to "
-                f"{prompts[-1]!r}: {describe(error, self.reward)}"
-            ) from error
 
 
 def _not_finite(values: torch.Tensor) -> list[int]:

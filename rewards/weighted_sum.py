@@ -61,11 +61,18 @@ class WeightedSum:
         """The sum [B] of `parts`."""
         return torch.stack([term.weight * parts[term.label].to(device) for term in self.terms]).sum(0)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for a prompt that one of the terms refuses."""
-        for reward in self.rewards:
-            if hasattr(reward, "check_prompts"):
-                reward.check_prompts(prompts)
+    @staticmethod
+    def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
+        """As `registry.check`, of every term.
+
+        Raises:
+            ValueError: names the term.
+        """
+        if extra := set(options) - {"terms"}:
+            raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
+        for index, term in enumerate(read_terms(options.get("terms"))):
+            with naming(index, term):
+                registry.check(term.name, term.weights, term.options, prompts, objective)
 
 
 @contextlib.contextmanager
@@ -76,19 +83,6 @@ def naming(index: int, term: Term, where: str = WHERE) -> Iterator[None]:
     except ValueError as error:
         kind = type(error) if isinstance(error, registry.UnknownReward | WeightsNotFound | BadWeights) else ValueError
         raise kind(f"{where}[{index}] ({term.name}): {error}") from error
-
-
-def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
-    """As `registry.check`, of every term.
-
-    Raises:
-        ValueError: names the term.
-    """
-    if extra := set(options) - {"terms"}:
-        raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
-    for index, term in enumerate(read_terms(options.get("terms"))):
-        with naming(index, term):
-            registry.check(term.name, term.weights, term.options, prompts, objective)
 
 
 def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
@@ -105,7 +99,12 @@ def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
             raise ValueError(f"{where}: expected {{name, weight, weights?, options?}}, got {term!r}")
         if extra := [str(key) for key in term if key not in KEYS]:
             raise ValueError(f"{where}: unknown keys {', '.join(extra)}; known: {', '.join(KEYS)}")
-        name, weight, weights, options = term["name"], term.get("weight"), term.get("weights"), term.get("options") or {}
+        name, weight, weights, options = (
+            term["name"],
+            term.get("weight"),
+            term.get("weights"),
+            term.get("options") or {},
+        )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"{where}.weight: expected a number, got {weight!r}")
         if not isinstance(options, dict):

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,11 +12,12 @@ import pytest
 import torch
 from golden import inputs
 from PIL import Image
-from tiny_models import WRITE, write_hpsv2
+from tiny_models import write_hpsv2
 
-from learner.prompts import read_prompts
-from rewards import registry, score, verify
-from rewards.weights import BadWeights
+from commands import score
+from rewards import registry
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -56,19 +60,13 @@ def test_a_folder_is_scored_in_sorted_order_with_a_prompt_each(folder, tmp_path,
 
 
 def test_mean_and_spread_are_said_beside_the_scores(folder, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("# as a run's own file begins\nthe cat\n")
+    (tmp_path / "prompts.txt").write_text("# as a run's own file begins\nthe cat\u2028 purrs\n")
     prompts = ["--prompts", str(tmp_path / "prompts.txt")]
     assert score.main(["--reward", "jpeg_incompressibility", *prompts, str(folder)]) == 0
     captured = capsys.readouterr()
     values = [value for _, value in table(captured.out)]
     assert captured.err.startswith(f"5 pictures: mean {np.mean(values):.4g}, standard deviation {np.std(values):.4g}, ")
     assert captured.err.endswith(f"from {min(values):.4g} to {max(values):.4g}\n")
-
-
-def test_a_prompt_file_is_read_as_a_run_reads_it(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("# what for\na cat\u2028or two\n\na dog\r\n".encode("utf-8-sig"))
-    found = score.read_prompts(str(tmp_path / "prompts.txt"), 2)
-    assert found == read_prompts(str(tmp_path / "prompts.txt")) == ["a cat\u2028or two", "a dog"]
 
 
 def test_one_prompt_for_all_files_by_name(folder, tmp_path, capsys):
@@ -119,3 +117,25 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, folder, tmp_path,
     assert score.main(filled) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and (message in said or message == "not a prompt")
+
+
+HEAVY = ("torch", "diffusers", "transformers", "ray", "mlflow", "pandas", "huggingface_hub")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "status"),
+    [
+        ("score", ["--help"], 0), ("score", ["--reward", "beauty", "."], 2), ("score", ["--no-such-option"], 2),
+        ("score", ["--reward", "hpsv2", "nowhere.png"], 2), ("verify", ["--help"], 0), ("verify", ["beauty"], 2),
+        ("package", ["--help"], 0), ("package", ["build", "beauty"], 2),
+    ],
+)  # fmt: skip
+def test_the_front_door_is_light(module, arguments, status):
+    code = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules]))\n"
+        f"sys.argv = ['rewards.{module}', *{arguments}]\n"
+        f"runpy.run_module('rewards.{module}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stdout.splitlines()[-1] == "[]", done.stderr

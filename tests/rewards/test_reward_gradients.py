@@ -142,7 +142,13 @@ def test_a_reward_without_gradient_is_refused_by_the_scorer():
 def test_objectives_and_rewards_that_do_not_fit_are_refused_before_anything_starts(kind, reward, tmp_path, capsys):
     from learner.run import main
 
-    settings = ["flow.fit_steps=0", "flow.warmup_steps=0", "flow.stem_stride=1", "run.runner=inprocess", f"run.dir={tmp_path / 'run'}"]
+    settings = [
+        "flow.fit_steps=0",
+        "flow.warmup_steps=0",
+        "flow.stem_stride=1",
+        "run.runner=inprocess",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     assert main([f"objective.kind={kind}", f"reward.name={reward}", *settings]) == 2
     said = capsys.readouterr().err
     assert kind in said and reward in said and "not differentiable" in said and "shapes_alignment_soft" in said

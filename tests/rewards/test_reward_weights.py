@@ -231,7 +231,10 @@ def test_what_the_cache_holds_needs_no_hub(tmp_path, hub):
         (snapshot / name).write_text("")
     asset = Asset("key", "me/mine", ("config.json", "model.safetensors|pytorch_model.bin"), folder=True)
     weights.check([asset])
-    assert weights.find([asset, Asset("key", "me/mine:config.json", ("other",))]) == [snapshot, snapshot / "config.json"]
+    assert weights.find([asset, Asset("key", "me/mine:config.json", ("other",))]) == [
+        snapshot,
+        snapshot / "config.json",
+    ]
     assert hub == []
     with pytest.raises(WeightsNotFound, match=r"vocab\.txt of https://huggingface\.co/me/mine .*\(no vocab\.txt\)"):
         weights.check([Asset("key", "me/mine", ("vocab.txt",))])
