@@ -140,7 +140,7 @@ def batches(files: Sequence[Path]) -> Iterator[list[tuple[Path, np.ndarray]]]:
 
 def write(path: Path, files: Sequence[Path], prompts: Sequence[str], scores: Sequence[float]) -> None:
     """Columns image, prompt, score."""
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
 
     table = pd.DataFrame({"image": [str(file) for file in files], "prompt": list(prompts), "score": list(scores)})
     path.parent.mkdir(parents=True, exist_ok=True)

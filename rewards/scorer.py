@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,7 +81,7 @@ class _Judgement:
                 f"the first: {self.bad[min(self.bad)]}"
             )
 
-    def by_trajectory(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def by_trajectory(self, values: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """[B, ...] from `values` of the trajectories `rows`; NaN of the others and of bad ones."""
         laid_out = np.full((len(self.chunk.prompts), *values.shape[1:]), np.nan, np.float32)
         laid_out[rows] = values
@@ -228,7 +228,7 @@ class Scorer:
                     self._judge_batch(judged, positions[i : i + 1], decoder)
                 return
         judged.rewards[positions] = values = scores.detach().float().cpu().numpy()
-        for i in np.flatnonzero(~np.isfinite(values)):
+        for i in np.flatnonzero(~np.isfinite(values)).tolist():
             judged.add_bad(positions[i], f"reward {self.reward.name} returned {values[i]}")
         if judged.gradients is not None and gradients is not None:
             judged.gradients[positions] = gradients.cpu().numpy()

@@ -108,31 +108,26 @@ def test_without_a_graph_an_image_is_a_picture():
     assert torch.equal(found, short_side(image, 20))
 
 
-def test_hps_tokens_are_those_of_openclip(made):
-    golden, found = inputs.golden("hpsv2")["tokens"], made("hpsv2").tokens(inputs.TRICKY)[0]
-    for prompt, ids, expected in zip(inputs.TRICKY, found.tolist(), golden.tolist(), strict=True):
-        assert ids == expected, prompt
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
+def test_tokens_are_those_of_the_authors(name, made):
+    ids, *masks = made(name).tokens(inputs.TRICKY)
+    check_tokens(ids, inputs.golden(name)["tokens"])
+    for mask in masks:
+        assert torch.equal(mask, (ids != 0).long())
+
+
+def check_tokens(ids: torch.Tensor, golden: np.ndarray) -> None:
+    for prompt, found, expected in zip(inputs.TRICKY, ids.tolist(), golden.tolist(), strict=True):
+        assert found == expected, prompt
 
 
 @pytest.mark.skipif("CLIP_BPE" not in os.environ, reason="CLIP_BPE: bpe_simple_vocab_16e6.txt.gz of OpenCLIP")
 def test_hps_tokens_are_those_of_openclip_with_the_true_vocabulary(made, tmp_path):
     merges = gzip.decompress(Path(os.environ["CLIP_BPE"]).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    folder = inputs.write_clip_tokenizer(tmp_path / "true", merges)
     reward = copy.copy(made("hpsv2"))
-    reward.tokenizer = CLIPTokenizer.from_pretrained(folder)
+    reward.tokenizer = CLIPTokenizer.from_pretrained(inputs.write_clip_tokenizer(tmp_path / "true", merges))
     assert reward.tokenizer.eos_token_id == hpsv2.Size().vocabulary - 1
-    golden = inputs.golden("hpsv2_true_tokens")["tokens"]
-    for prompt, ids, expected in zip(
-        inputs.TRICKY, reward.tokens(inputs.TRICKY)[0].tolist(), golden.tolist(), strict=True
-    ):
-        assert ids == expected, prompt
-
-
-def test_imagereward_tokens_are_those_of_the_authors(made):
-    golden, (found, mask) = inputs.golden("imagereward")["tokens"], made("imagereward").tokens(inputs.TRICKY)
-    assert torch.equal(mask, (found != 0).long())
-    for prompt, ids, expected in zip(inputs.TRICKY, found.tolist(), golden.tolist(), strict=True):
-        assert ids == expected, prompt
+    check_tokens(reward.tokens(inputs.TRICKY)[0], inputs.golden("hpsv2_true_tokens")["tokens"])
 
 
 def published_text(tmp_path) -> BlipTextConfig:
