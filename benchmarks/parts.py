@@ -26,9 +26,8 @@ from diffusion.trajectory import CleanPredictions, Trajectories
 from diffusion.unconditional import UnconditionalModel
 from learner import build
 from learner.config import Config, ConfigError, load_config
-from learner.controller import training_prompts
 from learner.objectives.needs import NEEDS
-from learner.prompts import example_prompt
+from learner.prompts import example_prompt, training_prompts
 from learner.protocol.chunks import training_chunks
 from learner.update import Learner, Scored
 from rewards.scorer import Scorer

@@ -19,7 +19,7 @@ OPEN = "anyone who reaches it can run code there and read the run"
 
 
 class ClusterUnreachable(RunFailure, ConnectionError):
-    """No Ray cluster answers, or it refuses us; the message names the address and the remedy."""
+    """A Ray cluster that does not answer, or refuses us."""
 
 
 def require_answer(address: str) -> None:

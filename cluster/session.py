@@ -110,7 +110,7 @@ def _init(address: str, **options: Any) -> None:
     try:
         with signals.handlers_kept():
             ray.init(address=address, **common, **options)
-    except (RuntimeError, ray.exceptions.RayError) as error:
+    except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
         raise ClusterUnreachable(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
 
 

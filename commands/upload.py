@@ -29,8 +29,9 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from learner.open_run import in_use
+from learner.config import saved_config
 from records.checkpoint import CheckpointError
+from records.lock import in_use
 from records.run_folder import Records
 from records.storage import Storage, StorageError
 from reports.mlflow_mirror import Mirror
@@ -111,7 +112,7 @@ def follow(mirror: Mirror) -> int:
 def follow_models(mirror: Mirror) -> None:
     """Models are an extra: without them the run is there all the same."""
     try:
-        send_models(mirror, Records.open(mirror.storage).config().mlflow.registered_model)
+        send_models(mirror, saved_config(Records.open(mirror.storage)).mlflow.registered_model)
     except NoModel as error:
         tell(f"say {error}")
     except Exception as error:
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         storage = Storage(args.run)
         records = Records.open(storage)
-        config = records.config()
+        config = saved_config(records)
     except (OSError, ValueError) as error:
         complain(f"{args.run} is no run of Tributary: {error}")
         return 2

@@ -6,6 +6,7 @@ The composition root: here the epoch loop meets its runner, its records and its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +18,19 @@ from cluster.session import nodes_at_hand
 from diffusion.failures import RunFailure
 from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
 from diffusion.locate import is_unconditional
+from evaluation.fixed_images import Judge
 from learner import controller
 from learner.config import Config, ConfigError, resolve
 from learner.open_run import OpenRun
 from learner.prompts import evaluation_prompts, training_prompts
-from learner.protocol.runner import Runner
+from learner.protocol.runner import Hooks, Runner
 from records import environment
 from records.checkpoint import CheckpointError
-from records.heartbeat import Heartbeat
-from records.storage import Storage
-from reports.tracking import Tracker, tracking_uri
+from reports.pictures import contact_sheet, png
+from reports.views import RunViews
 from rewards import judges, registry
 from rewards.registry import Reward
 
-ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
 Say = Callable[[str], None]
 
 
@@ -92,7 +92,8 @@ def run(
         KeyboardInterrupt: the same.
     """
     records, config = opened.records, opened.config
-    runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
+    views = RunViews(records, config, say)
+    runner, status, reason = None, "FAILED", None
     try:
         say(f"run directory: {records.storage}")
         if opened.checkpoint:
@@ -101,22 +102,23 @@ def run(
                 "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
         if records.about["finished"] and opened.epochs_done >= config.train.epochs:
             say("nothing is left to do")
-            controller.finish(records, config, say)
+            controller.finish(records, views)
             return
         if config.train.stop_on_collapse and (signs := controller.collapsed(records)):
             say(f"stopped before: {signs} (train.stop_on_collapse=false goes on)")
-            controller.finish(records, config, say)
+            controller.finish(records, views)
             return
         records.note(finished=False, environment=environment.facts(), cluster=resources)
-        tracker = Tracker(records, config, say)
-        heartbeat = _heartbeat(records.storage, config)
+        views.open()
         if opened.epochs_done < config.train.epochs:
             files = opened.checkpoint.files if opened.checkpoint else None
-            runner = build_runner(opened.as_begun, files, records.about["name"], own_reward)
+            hooks = Hooks(views.event, views.progress, views.turn, partial(controller.last_files, records, views.say))
+            runner = build_runner(opened.as_begun, files, hooks, records.about["name"], own_reward)
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
-            controller.run(opened, runner, tracker, heartbeat, say)
-        controller.finish(records, config, say)
+            judge = Judge(records, config.run.thumbnail_pixels, lambda scores: png(contact_sheet(scores)))
+            controller.run(opened, runner, judge, views)
+        controller.finish(records, views)
         status = "FINISHED"
     except RunFailure as error:
         reason = f"{type(error).__name__}: {error}"
@@ -130,26 +132,21 @@ def run(
         signals.closing()
         if runner is not None:
             runner.close()
-        if heartbeat is not None:
-            heartbeat.end(ENDS[status], reason)
-        if tracker is not None:
-            tracker.finish(status)
+        views.close(status, reason)
 
 
-def build_runner(config: Config, files: dict[str, bytes] | None, name: str, own_reward: Reward | None = None) -> Runner:
+def build_runner(
+    config: Config, files: dict[str, bytes] | None, hooks: Hooks, name: str, own_reward: Reward | None = None
+) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
-        return InProcessRunner(config, files, own_reward)
+        return InProcessRunner(config, files, hooks, own_reward)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config, files, name, own_reward)
-
-
-def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
-    ray = config.run.runner == "ray"
-    uri = tracking_uri(config, storage) if config.mlflow.enabled else None
-    return Heartbeat(storage, config.train.epochs, uri, config.run.ready_seconds if ray else config.run.train_seconds)
+    runner = RayRunner(config, files, name, own_reward)
+    runner.hooks = hooks
+    return runner
 
 
 def _check_prompting(config: Config, path: str) -> None:

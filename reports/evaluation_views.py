@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from PIL import Image
 
-from evaluation.intervals import mean_of_good, paired_interval
+from evaluation.metrics import mean_of_good, paired_interval
 from records.run_folder import BEFORE, EVALUATION, Records
 from records.storage import Storage
 

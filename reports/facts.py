@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from commands import status
-from evaluation.intervals import paired_interval
+from evaluation.metrics import paired_interval
 from learner.config import Config
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol.quarantine import FOLDER as QUARANTINE
 from records.run_folder import BEFORE, EVALUATION, Records
+from records.status import look
 from records.storage import Storage, StorageError
 
 Line = dict[str, Any]  # of metrics.jsonl
 SHOWN = 8  # reasons and events in the page
-STATES = {  # of commands/status.py
+STATES = {  # of records/status.py
     "starting": "starting when this page was made",
     "running": "running when this page was made",
     "silent": "no sign of life when this page was made",
@@ -101,9 +101,9 @@ def headline(records: Records, evaluated: Sequence[int]) -> Headline | None:
 
 
 def state(storage: Storage) -> tuple[str, str, str | None, dict[str, Any]]:
-    """(state as in commands/status.py, in words, why, and all else that it knows)."""
+    """(state as in records/status.py, in words, why, and all else that it knows)."""
     try:
-        found = status.look(storage, time.time())
+        found = look(storage, time.time())
     except (StorageError, AttributeError, LookupError, TypeError, ValueError):  # its view is damaged, the records not
         found = {"state": "unknown"}
     return found["state"], STATES.get(found["state"], found["state"]), found.get("reason"), found

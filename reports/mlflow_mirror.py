@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
 
+from learner.config import saved_config
 from records import checkpoint
 from records.checkpoint import CheckpointError
 from records.run_folder import BEFORE, CONFIG, Records
@@ -62,7 +63,7 @@ class Mirror:
             **({"mlflow.source.git.commit": environment["git_commit"]} if environment.get("git_commit") else {}),
         }
         self._set_tags(tags)
-        params = [Param(key, str(value)) for key, value in records.config().binding().items()]
+        params = [Param(key, str(value)) for key, value in saved_config(records).binding().items()]
         for start in range(0, len(params), PARAMS):
             self.client.log_batch(self.run_id, params=params[start : start + PARAMS])
         self._join_group(records)
@@ -127,7 +128,7 @@ class Mirror:
         MLflow has no lock, so two runs may each make a parent: whoever makes one looks again, takes the oldest, and
         removes its own if that is not it. Clocks differ, so whoever looked too early looks again at its end.
         """
-        group = records.config().mlflow.group
+        group = saved_config(records).mlflow.group
         if group is None:
             return
         parents = self._parents(group)

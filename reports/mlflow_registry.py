@@ -29,7 +29,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from diffusion.lora import DIFFUSERS_FILE
-from learner.config import Config, resolve
+from learner.config import Config, resolve, saved_config
 from records import checkpoint
 from records.run_folder import Records
 from records.storage import StorageError
@@ -64,7 +64,7 @@ class Registry:
             NoModel: its adapter, or its way of sampling, is none that a diffusers pipeline has.
             StorageError: the adapter cannot be read, or is not as written.
         """
-        config, step = self.records.config(), manifest["step"]
+        config, step = saved_config(self.records), manifest["step"]
         settings = serving_settings(config)
         if LORA not in manifest["files"]:
             raise NoModel("no model in MLflow: diffusers loads no LoRA for a model without text")

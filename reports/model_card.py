@@ -21,7 +21,8 @@ from diffusion.loading import without_weights
 from diffusion.locate import BaseModelError
 from diffusion.lora_files import AdapterFile
 from evaluation.finished_run import Trained
-from evaluation.intervals import mean_of_good, paired_interval
+from evaluation.fixed_images import read_images
+from evaluation.metrics import mean_of_good, paired_interval
 from learner.config import ROOT, resolve
 from learner.controller import describe_objective
 from records.run_folder import BEFORE, EVALUATION, TRAJECTORIES
@@ -169,7 +170,7 @@ def _figures(trained: Trained) -> str:
     there = [epoch for epoch in records.evaluated() if epoch < trained.epochs]
     if len(there) < 2 or there[0] != BEFORE:
         return "The run had not evaluated its fixed images before and after training by then."
-    before, after = records.evaluation(BEFORE), records.evaluation(there[-1])
+    before, after = (read_images(records.images(epoch)) for epoch in (BEFORE, there[-1]))
     pairs = {f"{trained.config.reward.name} (trained on)": (before.rewards, after.rewards)}
     pairs |= {f"{label} (held out)": (was, after.held_out[label]) for label, was in before.held_out.items()}
     rows = []

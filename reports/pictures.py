@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
@@ -63,15 +62,6 @@ def png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
-
-
-def thumbnail(pixels: np.ndarray, side: int) -> bytes | None:
-    """PNG file of a picture [H, W, 3] uint8, no larger than `side`; None at 0."""
-    if not side:
-        return None
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
-    return png(picture)
 
 
 def side_by_side(sets: Sequence[bytes], names: Sequence[str], limit: int = SHEET_IMAGES // 4) -> Image.Image:

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from evaluation.intervals import mean_of_good
+from evaluation.fixed_images import read_images
+from evaluation.metrics import mean_of_good
 from learner.config import Config, resolve
 from models.shapes.measure import correct
 from models.shapes.world import IMAGE_SIZE, parse
@@ -92,7 +93,7 @@ def accuracy(records: Records, config: Config, there: Sequence[int]) -> tuple[fl
     pictures are there as they were drawn."""
     sides = []
     for epoch in (there[0], there[-1]):
-        seen = records.evaluation(epoch).held_out.get(ShapesAccuracy.name)
+        seen = read_images(records.images(epoch)).held_out.get(ShapesAccuracy.name)
         share = mean_of_good(seen) if seen is not None else _read_off(records, config, epoch)
         if share is None or not np.isfinite(share):
             return None

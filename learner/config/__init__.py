@@ -5,14 +5,16 @@ from learner.config.load import (
     ROOT,
     ConfigError,
     build_config,
+    config_yaml,
     load_config,
     read_config,
     read_tree,
     resolve,
+    saved_config,
 )
 from learner.config.schema import CONFIG_VERSION, Config, known_keys
 
 __all__ = [
-    "CONFIG_VERSION", "DEFAULT_CONFIG", "ROOT", "Config", "ConfigError", "build_config", "known_keys", "load_config",
-    "read_config", "read_tree", "resolve",
+    "CONFIG_VERSION", "DEFAULT_CONFIG", "ROOT", "Config", "ConfigError", "build_config", "config_yaml", "known_keys",
+    "load_config", "read_config", "read_tree", "resolve", "saved_config",
 ]  # fmt: skip

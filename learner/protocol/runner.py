@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from statistics import mean
-from typing import Protocol
+from typing import Any, Protocol
 
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
@@ -50,6 +50,32 @@ class EpochResult:
         """Of a weighted_sum: mean raw terminal score of each of its rewards."""
         parts = [verdict.parts for verdict in self.verdicts]
         return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
+
+    def rows(self, run_id: str, epoch: int, beta: float) -> list[dict[str, Any]]:
+        """A row a trajectory, columns of records/run_folder.py's SCHEMA."""
+        return [
+            {
+                "run_id": run_id,
+                "epoch": epoch,
+                "trajectory_id": number,
+                "policy_version": receipt.policy_version,
+                "adapter_sha256": receipt.adapter_sha256,
+                "prompt": chunk.prompts[i],
+                "reward": None if i in verdict.bad else verdict.rewards[i],
+                "reward_parts": [(label, values[i]) for label, values in verdict.parts.items()],
+                "log_pf_sum": receipt.log_pf_sum[i],
+                "log_pb_sum": receipt.log_pb_sum[i],
+                "beta": beta,
+                "thumbnail_png": (verdict.thumbnails[i] or None) if verdict.thumbnails else None,
+                "sampler_node": receipt.node,
+                "chunk": chunk.index,
+                "sample_seconds": receipt.seconds,
+                "score_seconds": verdict.seconds,
+                "bad": verdict.bad.get(i),
+            }
+            for chunk, receipt, verdict in zip(self.chunks, self.receipts, self.verdicts, strict=True)
+            for i, number in enumerate(chunk.trajectory_ids)
+        ]
 
 
 @dataclass(frozen=True)

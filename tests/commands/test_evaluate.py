@@ -15,7 +15,7 @@ from commands import evaluate
 from commands.evaluate import main
 from diffusion import lora_files
 from evaluation import image_sets
-from evaluation.intervals import paired_interval
+from evaluation.metrics import paired_interval
 from learner.inprocess import InProcessPools
 from learner.run import main as train
 from records.run_folder import Records

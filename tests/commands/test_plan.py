@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from cluster.nodes import Node
 from cluster.placement import place
 from commands import plan
-from commands.reward_cost import reward_cost
+from commands.plan import reward_cost
 from learner import build
 from learner.config import load_config
 from learner.config.sections import RewardConfig

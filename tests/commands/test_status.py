@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -52,7 +53,7 @@ def at_once(monkeypatch):
 def beating(storage, uri: str | None = None, quiet_seconds: float = 30.0) -> Heartbeat:
     """Of a run that is going on."""
     beat = Heartbeat(storage, 10, uri, quiet_seconds)
-    beat.running(lambda: VITALS, turns=False)
+    beat.running(lambda: asdict(VITALS), turns=False)
     return beat
 
 
@@ -103,7 +104,7 @@ def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
 def test_turns_shorten_the_silence_that_is_allowed_and_starting_prolongs_it(storage):
     beat = Heartbeat(storage, 10, None, 1000.0)
     assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
-    beat.running(lambda: VITALS, turns=True)
+    beat.running(lambda: asdict(VITALS), turns=True)
     assert look(storage, 900)["state"] == "silent"
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evaluation.intervals import paired_interval
+from evaluation.metrics import paired_interval
 
 
 def test_interval_holds_the_true_shift_and_uses_the_pairing():

@@ -25,12 +25,13 @@ from actors.ray_runner import RayRunner
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
 from cluster.weights import WeightStore
-from learner import build, controller, open_run, run
+from learner import build, controller, run
 from learner.protocol.buffer import Pipeline
 from learner.protocol.ledger import Ledger
-from records import checkpoint, storage
+from records import checkpoint, lock, storage
 from records.run_folder import Records
 from records.storage import Storage
+from reports.views import RunViews
 
 STEP = "checkpoints/step-000004"  # epochs are 0, 1, 2; epoch 1 ends with this checkpoint
 Which = Callable[[tuple[Any, ...], dict[str, Any]], bool]
@@ -87,8 +88,8 @@ def _old_folder(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
 
 BEFORE, AFTER = True, False
 POINTS = {
-    "before the lock": Point(open_run, "_lock", BEFORE),
-    "lock taken": Point(open_run, "_lock", AFTER),
+    "before the lock": Point(lock, "take", BEFORE),
+    "lock taken": Point(lock, "take", AFTER),
     "before run.json": Point(Records, "note", BEFORE),
     "run.json written": Point(Records, "note", AFTER),
     "actors up": Point(RayRunner, "_start", AFTER),
@@ -122,7 +123,7 @@ POINTS = {
     "half pruned": Point(storage.shutil, "rmtree", BEFORE, 1, _old_folder),
     "pruned": Point(checkpoint, "prune", AFTER, 3),
     "pipeline closed": Point(RayRunner, "closed", AFTER, 2),
-    "before the report": Point(controller, "_report", BEFORE),
+    "before the report": Point(RunViews, "_draw_report", BEFORE),
     "before the end": Point(controller, "finish", BEFORE),
     "noted as finished": Point(Records, "note", AFTER, 1, _finished),
     "after the end": Point(controller, "finish", AFTER),

@@ -10,6 +10,7 @@ from mlflow.entities import ViewType
 from PIL import Image
 
 from commands import upload
+from learner.config import config_yaml
 from learner.run import main
 from records.run_folder import Records
 from records.storage import Storage
@@ -177,7 +178,7 @@ def member(uploaded, small_config, tmp_path):
     def make(name: str, group: str = "sweep") -> Mirror:
         storage = Storage(str(tmp_path / name))
         config = small_config(f"mlflow.group={group}")
-        Records.create(storage, name, config, {"config_digest": config.digest(), "prompts_sha256": ""})
+        Records.create(storage, name, config_yaml(config), {"config_digest": config.digest(), "prompts_sha256": ""})
         return Mirror(storage, uploaded[1], tmp_path.name)
 
     return make

@@ -11,13 +11,15 @@ import pytest
 from made_up_run import COLLAPSE, made_up_run, save_evaluation
 
 from diffusion.trajectory import Chunk, Scores
+from evaluation.fixed_images import images_table
 from learner import controller
 from learner.config import load_config
 from learner.run import main, say
 from models.shapes import world
-from records.run_folder import BEFORE, Records, images_table
+from records.run_folder import BEFORE, Records
 from records.storage import Storage
 from reports import summary
+from reports.views import RunViews
 
 RED, BLUE = "a red circle on a white background", "a blue square on a black background"
 
@@ -30,7 +32,8 @@ def folder(tmp_path):
 def said(folder, *settings) -> list[str]:
     """What a run says at its end, made-up figures and all."""
     records, lines = Records.open(Storage(str(folder))), []
-    controller.finish(records, load_config(overrides=["evaluation.images=16", *settings]), lines.append)
+    config = load_config(overrides=["evaluation.images=16", *settings])
+    controller.finish(records, RunViews(records, config, lines.append))
     return lines
 
 
