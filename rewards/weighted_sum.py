@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.failures import RunFailure
 from rewards import registry
-from rewards.weights import BadWeights, WeightsNotFound
 
 KEYS = ("name", "weight", "weights", "options")
 WHERE = "reward.options.terms"
@@ -81,7 +81,7 @@ def naming(index: int, term: Term, where: str = WHERE) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        kind = type(error) if isinstance(error, registry.UnknownReward | WeightsNotFound | BadWeights) else ValueError
+        kind = type(error) if isinstance(error, RunFailure) else ValueError
         raise kind(f"{where}[{index}] ({term.name}): {error}") from error
 
 
@@ -95,29 +95,26 @@ def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
     read: list[Term] = []
     for index, term in enumerate(terms):
         where = f"{key}[{index}]"
-        if not isinstance(term, dict) or not isinstance(term.get("name"), str):
+        if not isinstance(term, dict) or not isinstance(name := term.get("name"), str):
             raise ValueError(f"{where}: expected {{name, weight, weights?, options?}}, got {term!r}")
         if extra := [str(key) for key in term if key not in KEYS]:
             raise ValueError(f"{where}: unknown keys {', '.join(extra)}; known: {', '.join(KEYS)}")
-        name, weight, weights, options = (
-            term["name"],
-            term.get("weight"),
-            term.get("weights"),
-            term.get("options") or {},
-        )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"{where}.weight: expected a number, got {weight!r}")
-        if not isinstance(options, dict):
-            raise ValueError(f"{where}.options: expected keyword arguments, got {options!r}")
+        weight, weights, options = term.get("weight"), term.get("weights"), term.get("options") or {}
+        number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+        for field_name, fits, expected in (
+            ("weight", number, "a number"),
+            ("weights", weights is None or isinstance(weights, str), "a path or hub id"),
+            ("options", isinstance(options, dict), "keyword arguments"),
+        ):
+            if not fits:
+                raise ValueError(f"{where}.{field_name}: expected {expected}, got {term.get(field_name)!r}")
         try:
             registry.check_options(options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if name == WeightedSum.name:
             raise ValueError(f"{where}: a sum of sums; list its terms here instead")
-        if weights is not None and not isinstance(weights, str):
-            raise ValueError(f"{where}.weights: expected a path or hub id, got {weights!r}")
         taken = {other.label for other in read}
         label = next(label for n in itertools.count(1) if (label := name if n == 1 else f"{name}_{n}") not in taken)
-        read.append(Term(label, name, float(weight), weights, options))
+        read.append(Term(label, name, float(term["weight"]), weights, options))
     return read
