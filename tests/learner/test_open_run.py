@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from learner import controller
-from learner.config import CONFIG_VERSION, ConfigError
+from learner.config import CONFIG_VERSION, ConfigError, saved_config
 from learner.inprocess import InProcessRunner
 from learner.run import main
 from records import checkpoint
@@ -244,7 +244,7 @@ def test_settings_that_may_change_are_those_of_the_newest_command(settings, unbr
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder, symlinks=True)
     assert main([*settings, f"run.dir={folder}", "mlflow.experiment=another"]) == 0
-    assert Records.open(Storage(str(folder))).config().mlflow.experiment == "another"
+    assert saved_config(Records.open(Storage(str(folder)))).mlflow.experiment == "another"
 
 
 def test_a_branch_that_was_cut_short_is_made_again(settings, unbroken, tmp_path):
