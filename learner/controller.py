@@ -26,9 +26,8 @@ import numpy as np
 
 from diffusion.trajectory import Chunk, Scores
 from learner.config import Config, config_yaml
-from learner.config.sections import Objective
 from learner.objectives.base import anneal
-from learner.objectives.by_name import OBJECTIVES
+from learner.objectives.by_name import describe
 from learner.open_run import OpenRun
 from learner.prompts import evaluation_prompts, training_prompts
 from learner.protocol import quarantine
@@ -85,7 +84,7 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     runner.begin(lambda epoch: training_chunks(config, prompts, epoch), epochs, ledger)
     views.running(runner.vitals)
     views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
-    views.say(describe_objective(config, runner.dimensions))
+    views.say(describe(config, runner.dimensions))
     if opened.checkpoint is None:
         line = None
         if fixed:
@@ -136,19 +135,6 @@ def last_files(records: Records, say: Callable[[str], None]) -> dict[str, bytes]
     """
     newest = checkpoint.load_newest(records.storage, records.run_id, lambda text: say(f"warning: {text}"))
     return newest.files if newest else None
-
-
-def describe_objective(config: Config, dimensions: int) -> str:
-    """What the run trains towards, in words, for latents of D = `dimensions`."""
-    given, kind = config.objective, OBJECTIVES[config.objective.kind]
-    published = {**Objective(kind=given.kind, setting=given.setting).model_dump(), "beta": given.beta}
-    other = [key for key, value in given.model_dump().items() if key != "reward_offset" and value != published[key]]
-    but = f", but {', '.join(other)}" if other and given.setting == "faithful" else ""
-    text = f"{given.kind} ({given.setting}{but}): {kind.target(given, dimensions)}"
-    if kind.needs.uses_ratio:
-        nats = given.clip_range * (dimensions if given.log_prob_reduction == "mean" else 1)
-        text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"
-    return text
 
 
 def _evaluate(runner: Runner, fixed: Sequence[Chunk], epoch: int, judge: Judge, views: Views) -> dict[str, Any]:

@@ -253,12 +253,12 @@ def test_ddpo_scores_the_images_alone(configured):
 
 
 def test_the_start_line_says_what_is_not_faithful():
-    from learner.controller import describe_objective
+    from learner.objectives.by_name import describe
 
     plain = Config.model_validate({"objective": {"setting": "faithful"}})
-    assert "(faithful): target" in describe_objective(plain, 4)
+    assert "(faithful): target" in describe(plain, 4)
     other = Config.model_validate({"objective": {"setting": "faithful", "penalty": "huber"}})
-    assert "(faithful, but penalty): target" in describe_objective(other, 4)
+    assert "(faithful, but penalty): target" in describe(other, 4)
 
 
 def test_faithful_sets_what_is_not_given():
