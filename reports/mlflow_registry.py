@@ -35,7 +35,7 @@ from records.run_folder import Records
 from records.storage import StorageError
 from reports import mlflow_serving
 from reports.evaluation_views import judged
-from reports.usage import DDIM, DPM_SOLVER
+from reports.model_card import DDIM, DPM_SOLVER
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 RUN, STEP, EVALUATED = "tributary.run_id", "tributary.step", "tributary.evaluated"  # tags
