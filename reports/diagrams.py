@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # matplotlib is imported when a diagram is drawn: it takes a 
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 400, 206  # of a diagram, in its own units
-PLOT_AREA = (0.14, 0.17, 0.84, 0.76)  # left, bottom, width, height, as shares of the diagram
+PLOT_AREA = (0.16, 0.19, 0.82, 0.74)  # left, bottom, width, height, as shares of the diagram
 SMOOTHED_FROM = 10  # points; fewer are shown as they are
 DOTS, POINTS = 24, 400  # that are marked one by one, and that a line has, at most: a long run's page stays small
 HUGE = 1e100  # no diagram can show it
@@ -31,7 +31,7 @@ COLOURS = {f"#00000{i}": f"var(--{name})" for i, name in enumerate(("c0", "c1", 
 *LINES, RULE, SOFT, INK = COLOURS
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "tributary", "text.parse_math": False, "font.sans-serif": "DejaVu Sans",
-    "font.size": 11.5, "figure.facecolor": "none", "axes.facecolor": "none", "image.interpolation": "none",
+    "font.size": 13, "figure.facecolor": "none", "axes.facecolor": "none", "image.interpolation": "none",
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "axes.axisbelow": True, "axes.labelcolor": SOFT,
     "axes.formatter.limits": (-4, 5), "axes.formatter.useoffset": False, "axes.xmargin": 0.01, "axes.ymargin": 0.06,
@@ -45,15 +45,13 @@ NOT_OURS = re.compile(
     re.DOTALL,
 )
 
-Point = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class Series:
     """One quantity over the epochs: `points` (epochs done, value), `intervals` (epochs done, low, high)."""
 
     label: str
-    points: Sequence[Point]
+    points: Sequence[tuple[float, float]]
     smooth: bool = True
     intervals: Sequence[tuple[float, float, float]] = ()
 
@@ -87,9 +85,9 @@ def curves(title: str, unit: str, series: Sequence[Series]) -> Diagram | None:
                 axes.plot(*thinned(epochs, values), color=colour, linewidth=1, alpha=0.38)
             dots = "o" if size == 1 and len(points) <= DOTS else ""
             axes.plot(*thinned(epochs, moving_mean(values, size)), color=colour, marker=dots, markersize=6)
-            for epoch, *ends in line.intervals:
-                if all(map(math.isfinite, ends)):
-                    axes.vlines(epoch, *ends, color=colour, alpha=0.65, linewidth=1.4)
+            for epoch, low, high in line.intervals:
+                if math.isfinite(low) and math.isfinite(high):
+                    axes.vlines(epoch, low, high, color=colour, alpha=0.65, linewidth=1.4)
 
     return Diagram(title, unit, _svg(paint), [(line.label, points[-1][1]) for line, points in shown], max(sizes))
 
@@ -127,7 +125,7 @@ def _svg(paint: Callable[[Axes], None]) -> str:
         figure, file = Figure((WIDTH / 72, HEIGHT / 72)), io.StringIO()
         axes = figure.add_axes(PLOT_AREA)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel("epochs", loc="right", labelpad=0)
         paint(axes)
         low, high = axes.get_ylim()

@@ -23,16 +23,10 @@ from records.storage import Storage, StorageError
 
 Line = dict[str, Any]  # of metrics.jsonl
 SHOWN = 8  # reasons and events in the page
-STATES = {  # of records/status.py
-    "starting": "starting when this page was made",
-    "running": "running when this page was made",
-    "silent": "no sign of life when this page was made",
-    "gone": "ended without a word",
-    "finished": "finished",
-    "failed": "failed",
-    "stopped": "stopped",
-    "unknown": "not finished",
-}
+STATES = {  # of records/status.py, where its name alone would not do
+    **{state: f"{state} when this page was made" for state in ("starting", "running")},
+    "silent": "no sign of life when this page was made", "gone": "ended without a word", "unknown": "not finished",
+}  # fmt: skip
 FIGURES = {  # of evaluation/step-N.json: name, and what it is
     "reward": ("Reward", "mean over the evaluated pictures"),
     "accuracy": ("Accuracy", "share of pictures that are right"),
@@ -47,7 +41,7 @@ NUMBERS = "value", "low", "high", "base", "floor", "gain", "gain_low", "gain_hig
 
 
 @dataclass(frozen=True)
-class Headline:
+class Change:
     """Mean reward of the same `images` before and after `epoch` epochs, and the interval of its change. `bad` images,
     without a reward on either side, are left out. `verdict`: rose, fell or unclear."""
 
@@ -62,24 +56,24 @@ class Headline:
     verdict: str
 
 
-def headline(records: Records, evaluated: Sequence[int]) -> Headline | None:
-    """None before there are evaluations before and after, with images that are good in both."""
-    if len(evaluated) < 2 or evaluated[0] != BEFORE:
-        return None
-    before, after = (records.evaluation_rewards(epoch) for epoch in (BEFORE, evaluated[-1]))
-    return _change(before, after, evaluated[-1])
-
-
-def held_out(records: Records, evaluated: Sequence[int]) -> dict[str, Headline]:
-    """The same of each reward that was not trained on, by label."""
+def changes(records: Records, evaluated: Sequence[int]) -> dict[str, Change]:
+    """Of the reward (by the label "") and of each one that was not trained on, from before training until the last
+    evaluation. Empty before there are both; a reward without images that are good in both is left out."""
     if len(evaluated) < 2 or evaluated[0] != BEFORE:
         return {}
-    before, after = (fixed_images(records, epoch).get("held_out") or {} for epoch in (BEFORE, evaluated[-1]))
-    changes = {
-        label: _change(np.asarray(before[label], np.float64), np.asarray(after[label], np.float64), evaluated[-1])
-        for label in before
-    }
-    return {label: change for label, change in changes.items() if change}
+    columns = [fixed_images(records, epoch) for epoch in (BEFORE, evaluated[-1])]
+    sides = [{"": side["reward"], **(side.get("held_out") or {})} for side in columns]
+    found = {}
+    for label in (label for label in sides[0] if label in sides[1]):
+        before, after = (np.asarray(side[label], np.float64) for side in sides)
+        good = ~np.isnan(before) & ~np.isnan(after)
+        if good.any():
+            low, high = paired_interval(before, after)
+            verdict = "rose" if low > 0 else "fell" if high < 0 else "unclear"
+            was, now, count = float(before[good].mean()), float(after[good].mean()), int(good.sum())
+            epoch = evaluated[-1] + 1
+            found[label] = Change(was, now, now - was, low, high, count, len(good) - count, epoch, verdict)
+    return found
 
 
 def fixed_images(records: Records, epoch: int) -> dict[str, Any]:
@@ -87,16 +81,6 @@ def fixed_images(records: Records, epoch: int) -> dict[str, Any]:
     name = "epoch-before" if epoch == BEFORE else f"epoch-{epoch:06d}"
     columns: dict[str, Any] = json.loads(records.storage.read(f"{EVALUATION}/{name}.json"))
     return columns
-
-
-def _change(before: np.ndarray, after: np.ndarray, epoch: int) -> Headline | None:
-    good = ~np.isnan(before) & ~np.isnan(after)
-    if not good.any():
-        return None
-    low, high = paired_interval(before, after)
-    verdict = "rose" if low > 0 else "fell" if high < 0 else "unclear"
-    was, now = float(before[good].mean()), float(after[good].mean())
-    return Headline(was, now, now - was, low, high, int(good.sum()), int((~good).sum()), epoch + 1, verdict)
 
 
 def state(storage: Storage) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def render(records: Records, config: Config) -> bytes:
         now=time.time(),
         known=known,
         towards=facts.towards(config),
-        headline=facts.headline(records, evaluated),
+        headline=facts.changes(records, evaluated).get(""),
         collapse=facts.collapse(records.lines),
         epochs=len(trained),
         trajectories=sum(line.get("trajectories") or 0 for line in trained),
@@ -143,5 +143,5 @@ def _intervals(records: Records, evaluated: Sequence[int]) -> list[tuple[float, 
     """(epochs done, low, high) of the evaluated reward: the paired interval of its change, on what it was before."""
     after = [epoch for epoch in evaluated if epoch != BEFORE]
     places = np.linspace(0, len(after) - 1, min(len(after), EVALUATIONS)).round().astype(int)
-    changes = [facts.headline(records, [BEFORE, after[i]]) for i in places] if BEFORE in evaluated else []
+    changes = [facts.changes(records, [BEFORE, after[i]]).get("") for i in places] if BEFORE in evaluated else []
     return [(change.epoch, change.before + change.low, change.before + change.high) for change in changes if change]

@@ -51,14 +51,14 @@ class Base:
 def base_of(path: str, hub_id: str | None = None) -> Base:
     """Of `model.path`; `hub_id` is said by whoever knows it. The license is that of the model's own card, where one is
     at hand, or known; `other` if not."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
 
     folder = resolve(path)
     if not folder.is_dir() and HUB_ID.fullmatch(path):
         hub_id = hub_id or path
     known = "apache-2.0" if folder.is_dir() and folder.resolve() == EMBEDDED else LICENSES.get(hub_id or "", "other")
     with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # no card, or one that nobody can read
-        license = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data.license
+        license = (metadata_load(folder / "README.md") or {}).get("license")
         known = license if isinstance(license, str) else known
     return Base(hub_id or public(path), hub_id, known)
 
@@ -130,20 +130,20 @@ def card(
     config, records = trained.config, trained.records
     task = "text-to-image" if config.prompts.path is not None else "unconditional-image-generation"
     tags = [task, "diffusers"] + ["stable-diffusion"] * (task == "text-to-image") + ["lora"] * (form != "fused")
-    tags += ["gflownet", config.objective.kind.replace("_", "-"), "tributary"]
-    front = {"license": base.license, "library_name": "diffusers", "pipeline_tag": task, "tags": tags}
-    if base.hub_id:
-        front |= {"base_model": base.hub_id, "base_model_relation": "finetune" if form == "fused" else "adapter"}
+    front = ModelCardData(
+        license=base.license, library_name="diffusers", pipeline_tag=task, base_model=base.hub_id,
+        base_model_relation=("finetune" if form == "fused" else "adapter") if base.hub_id else None,
+        tags=[*tags, "gflownet", config.objective.kind.replace("_", "-"), "tributary"],
+    )  # fmt: skip
     evaluated = [epoch for epoch in records.evaluated() if epoch < trained.epochs]
-    change = facts.headline(records, evaluated)
-    held_out = facts.held_out(records, evaluated)
+    changes = facts.changes(records, evaluated)
     page = ModelCard.from_template(
-        ModelCardData(**front), template_path=str(TEMPLATE), plain=plain, public=public, trained=trained, form=form,
+        front, template_path=str(TEMPLATE), plain=plain, public=public, trained=trained, form=form,
         adapter=adapter, base=base, sheets=sheets, about=about, usage=usage(config, form, base.name),
         trajectories=sum(line["trajectories"] for line in records.lines if 0 <= line["epoch"] < trained.epochs),
         prompts=_prompts(trained), figures=facts.figures(records.storage, trained.step),
-        changes=[(f"{config.reward.name} (trained on)", change),
-                 *((f"{label} (held out)", other) for label, other in held_out.items())] if change else [],
+        changes=[(f"{label} (held out)" if label else f"{config.reward.name} (trained on)", change)
+                 for label, change in changes.items()],
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(page)).rstrip() + "\n"
 

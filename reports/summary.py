@@ -14,7 +14,7 @@ import numpy as np
 from learner.config import Config
 from records.run_folder import BEFORE, Records
 from reports import facts
-from reports.facts import Headline
+from reports.facts import Change
 
 VERDICTS = {
     "rose": "it rose by more than chance",
@@ -30,12 +30,13 @@ def describe(records: Records, config: Config) -> list[str]:
     """What was trained and what came of it, a line each."""
     evaluated = records.evaluated()
     lines = [f"trained: {trained(records, config)}"]
-    change = facts.headline(records, evaluated)
+    changes = facts.changes(records, evaluated)
+    change = changes.pop("", None)
     if change is None:
         why = "evaluation.images=0" if not evaluated else "too few evaluations, or only bad images"
         return [*lines, f"not judged ({why}): whether the reward rose is not known; learner.evaluate, below, finds out"]
     lines.append(_reward(change))
-    for label, other in facts.held_out(records, evaluated).items():
+    for label, other in changes.items():
         form = ".0%" if label in SHARES else ".3f"
         name = SHARES.get(label, f"{label}, not trained on")
         lines.append(f"{name}: {other.before:{form}} -> {other.after:{form}}")
@@ -51,7 +52,7 @@ def trained(records: Records, config: Config) -> str:
     return f"{goal}; {count}; {config.objective.kind}: {facts.towards(config)}"
 
 
-def _reward(change: Headline) -> str:
+def _reward(change: Change) -> str:
     bad = f" ({change.bad} bad ones left out)" if change.bad else ""
     return (
         f"evaluated reward {change.before:.3f} -> {change.after:.3f} on {change.images} fixed images{bad}: "

@@ -14,6 +14,8 @@ from PIL import Image
 from reports import diagrams
 from reports.diagrams import Series, curves
 
+LEFT = diagrams.PLOT_AREA[0] * diagrams.WIDTH
+
 
 def labels(svg: str) -> list[tuple[float, float, str]]:
     """(x, y, text) of what is written beside the axes."""
@@ -54,10 +56,13 @@ def test_dots_stand_at_their_values():
     (x0, y0), (x1, y1) = dots(diagram.svg)
     across = {text: x for x, _, text in labels(diagram.svg) if text in "1234"}
     assert list(across) == ["1", "2", "3", "4"] and (x0, x1) == pytest.approx((across["1"], across["4"]), abs=0.1)
-    up = {float(text): y for x, y, text in labels(diagram.svg) if x < x0 and "." in text}
-    low, high = min(up), max(up)
-    for value, y in ((0.25, y0), (0.75, y1)):  # labels hang 4 units below what they name
-        assert y == pytest.approx(up[low] + (value - low) / (high - low) * (up[high] - up[low]) - 4.4, abs=0.1)
+    named = [float(text) for x, _, text in labels(diagram.svg) if x < LEFT]
+    rules = [
+        float(y)
+        for y in re.findall(r'd="M [\d.]+ ([\d.]+) L [^"]+" style="fill: none; stroke: var\(--line\)', diagram.svg)
+    ]
+    up = np.polyfit(named, rules, 1)
+    assert len(named) == len(rules) > 2 and (y0, y1) == pytest.approx(np.polyval(up, (0.25, 0.75)), abs=0.1) and y1 < y0
     assert len(dots(curves("t", "u", [Series("s", [(1.0, 3.0)])]).svg)) == 1
     assert curves("t", "u", [Series("s", [])]) is None
 
@@ -74,7 +79,7 @@ def test_intervals_are_bars():
     [(0, 1), (0.501, 0.7), (-3, 12000), (1e-9, 2e-9), (-1e30, 1e30), (4.9999, 5.0001), (0.1, 0.1 + 1e-16)],
 )  # fmt: skip
 def test_what_is_beside_the_axis_is_short(low, high):
-    beside = [text for x, _, text in labels(curves("t", "u", [Series("s", [(1.0, low), (9.0, high)])]).svg) if x < 56]
+    beside = [text for x, _, text in labels(curves("t", "u", [Series("s", [(1.0, low), (9.0, high)])]).svg) if x < LEFT]
     assert 2 <= len(beside) <= 8 and max(map(len, beside)) <= 7
 
 
