@@ -156,7 +156,7 @@ class Mirror:
             if registered_model and (registered_model, source) not in {(each.name, each.source) for each in versions}:
                 mlflow.register_model(source, registered_model)
         finally:
-            mlflow.set_tracking_uri(previous)  # type: ignore[arg-type]
+            mlflow.set_tracking_uri(previous)  # type: ignore[arg-type]  # None: none
         return None
 
     def _log_model(self, records: Records, manifest: dict[str, Any], model_id: str) -> None:
@@ -264,7 +264,7 @@ class Mirror:
                 table[f"held out: {label}"] += values
             table["image"] += range(len(scores["prompt"]))
             table["epoch"] += [epoch + 1] * len(scores["prompt"])
-        return dict(table)
+        return table
 
     def _send_judgements(self, records: Records) -> None:
         """Figures and pictures that commands/evaluate.py left. MLflow takes no metric back: those of an epoch's first
