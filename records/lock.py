@@ -24,7 +24,7 @@ def take(storage: Storage) -> FileLock | None:
     lock = FileLock(path, blocking=False, mode=0o644, fallback_to_soft=False)
     try:
         storage.local.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(blocking=False)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     except Timeout:
         owner = path.read_text(errors="replace").strip()

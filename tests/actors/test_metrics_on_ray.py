@@ -97,7 +97,9 @@ class Stranger:
 def run(cluster, tmp_path, monkeypatch):
     """Three epochs of 16 emulated trajectories in chunks of 4; the second one costs a sampler with work in hand.
     Returns the names of the actors alive before that, at the end, and after the run."""
-    monkeypatch.setattr(build, "parts", lambda config: emulated.parts(emulated.Emulation(sample_seconds=0.1)))
+    monkeypatch.setattr(
+        build, "parts", lambda config, own_reward=None: emulated.parts(emulated.Emulation(sample_seconds=0.1))
+    )
     real, names = RayRunner._wait, {}
 
     def named() -> set[str]:

@@ -148,7 +148,7 @@ def main() -> int:
     parts = emulated.parts(emulation)
     if args.fault:
         parts = emulated_faults.parts(emulation, Fault(*args.fault, str(args.folder)))
-    build.parts = lambda config: parts
+    build.parts = lambda config, own_reward=None: parts
     if args.point:
         POINTS[args.point].arm(strike)
     return run.main(args.settings)

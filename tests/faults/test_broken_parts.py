@@ -24,7 +24,9 @@ def run(cluster, tmp_path, capfd, monkeypatch):
 
     def go(*settings, **parts):
         broken = {name: partial(part, Broken(marks=str(tmp_path))) for name, part in parts.items()}
-        monkeypatch.setattr(build, "parts", lambda config: replace(emulated.parts(Emulation()), **broken))
+        monkeypatch.setattr(
+            build, "parts", lambda config, own_reward=None: replace(emulated.parts(Emulation()), **broken)
+        )
         assert main([*SETTINGS, "learner.ranks=1", f"run.dir={tmp_path / 'run'}", *settings]) == 1
         captured = capfd.readouterr()
         (complaint,) = [line for line in captured.err.splitlines() if line.startswith("learner.run:")]

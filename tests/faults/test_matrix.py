@@ -91,7 +91,7 @@ def cells():
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(build, "parts", lambda config: emulated.parts(Emulation()))
+        patched.setattr(build, "parts", lambda config, own_reward=None: emulated.parts(Emulation()))
         folder = tmp_path_factory.mktemp("runs") / "unbroken"
         assert run.main([*SETTINGS, "run.runner=inprocess", f"run.dir={folder}"]) == 0
     return outcome(folder)
@@ -128,7 +128,7 @@ def break_a_run(cluster, tmp_path, monkeypatch):
 
     def go(fault: Fault, *settings: str, train_seconds: float = 0.0):
         emulation = Emulation(train_seconds=train_seconds)
-        monkeypatch.setattr(build, "parts", lambda config: emulated_faults.parts(emulation, fault))
+        monkeypatch.setattr(build, "parts", lambda config, own_reward=None: emulated_faults.parts(emulation, fault))
         status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
         print("\n".join(f"{when:.2f} {text}" for when, text in said))
         return status, said

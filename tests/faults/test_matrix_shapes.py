@@ -39,7 +39,7 @@ def test_cell(cell, cluster, unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "say", lambda text: said.append((time.time(), text)))
     monkeypatch.setattr(run, "complain", lambda text: said.append((time.time(), f"complaint: {text}")))
     fault = Fault(cell.role, cell.state, cell.kind, str(tmp_path))
-    monkeypatch.setattr(build, "parts", lambda config: real_faults.parts(config, fault))
+    monkeypatch.setattr(build, "parts", lambda config, own_reward=None: real_faults.parts(config, fault))
     settings, limit = [f"learner.ranks={ranks}"], 2.0
     if cell.kind == "stop":
         settings += [f"run.chunk_seconds={CHUNK_SECONDS}", f"run.train_seconds={TRAIN_SECONDS}"]

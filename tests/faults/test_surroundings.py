@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
     emulated_parts = emulated.parts(Emulation())
-    monkeypatch.setattr(build, "parts", lambda config: emulated_parts)
+    monkeypatch.setattr(build, "parts", lambda config, own_reward=None: emulated_parts)
 
 
 @pytest.fixture
