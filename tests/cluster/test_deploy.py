@@ -16,6 +16,7 @@ import yaml
 from kuberay_fields import MANIFESTS
 from ray.scripts.scripts import start as ray_start
 
+from learner.__main__ import PACKAGES
 from learner.config import ROOT, known_keys, load_config
 
 DEPLOY = ROOT / "cluster" / "deploy"
@@ -279,6 +280,7 @@ def test_the_image_installs_what_is_depended_on_in_pinned_versions():
 def test_the_image_has_all_that_a_run_needs(tmp_path):
     allowed = {line[1:] for line in text(".dockerignore").splitlines() if line.startswith("!")}
     assert "*" in text(".dockerignore").splitlines() and set(copied()) == allowed
+    assert {"learner", *PACKAGES} < allowed
     for source in copied():
         tree = (ROOT / source).is_dir()
         (shutil.copytree if tree else shutil.copy)(ROOT / source, tmp_path / source)
