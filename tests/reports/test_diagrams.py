@@ -100,7 +100,8 @@ def test_the_heat_map_is_each_epochs_histogram():
 def test_colours_are_the_pages_and_nothing_is_left_of_this_machine():
     def draw() -> str:
         noise = np.random.default_rng(0).normal(size=(5, 60))
-        return curves("t", "u", [Series(str(i), list(enumerate(row))) for i, row in enumerate(noise)]).svg
+        series = [Series(str(i), list(enumerate(row))) for i, row in enumerate(noise)]
+        return curves("t", "u", [*series, Series("few", [(0, 1.0)])]).svg
 
     svg = draw()
     for name in ("c0", "c1", "c2", "c3", "line", "soft"):
