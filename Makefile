@@ -1,8 +1,9 @@
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test slow faults faults-shapes soak check docs
+.PHONY: setup demo test test-all faults faults-shapes soak lint check docs
 
 setup: .venv/.ready
 
@@ -13,33 +14,37 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The held-out reward says which share of the pictures shows exactly what was asked for.
 demo: setup
-	$(BIN)/python -m learner.run
+	$(BIN)/python -m learner.run 'evaluation.held_out=[shapes_accuracy]'
 
-# Two files at a time, Ray's one after the other.
+# The ordinary tests, two files at a time; what starts Ray one after the other.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST)
 
-slow: setup
-	$(BIN)/python -m pytest -m slow
+# The others: longer than a minute each, the kill matrix, hosts cut off. Not the two below.
+test-all: setup
+	$(PYTEST) -m 'slow and not shapes'
 
-# The whole kill matrix, the driver killed at every point of its protocol, hosts cut off.
+# Of them those that break runs on purpose, beside their ordinary ones.
 faults: setup
 	$(BIN)/python -m pytest -m faults tests/faults
 
-# Its cells once more, around the embedded model instead of emulated compute.
+# The kill matrix once more, around the embedded model instead of emulated compute.
 faults-shapes: setup
 	$(BIN)/python -m pytest -m shapes tests/faults
 
+# One run broken some sixty times at random.
 soak: setup
 	$(BIN)/python tests/faults/soak.py
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: lint test
 
 # The site of docs/ into build/site; a broken link fails (with --quiet mkdocs would count none). Open build/site/index.html.
 docs: .venv/.docs

@@ -54,7 +54,7 @@ class EmulatedSampler:
         self.flat = np.zeros(emulation.parameters, np.float32)
 
     def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions]:
-        self.flat = np.array(snapshot.flat)
+        self.load(snapshot.flat)
         time.sleep(self.emulation.sample_seconds)
         steps, latent = self.emulation.steps, self.emulation.latent
         batch, loaded = len(chunk.prompts), digest(self.flat)
@@ -67,6 +67,9 @@ class EmulatedSampler:
             states[:, 1:, 0, 0, 0].copy(), np.tile(np.arange(steps), (batch, 1)), states[:, :-1].copy(),
         )  # fmt: skip
         return trajectories, CleanPredictions(chunk, steps, states.reshape(-1, *latent).copy(), row, step, steps)
+
+    def load(self, flat: np.ndarray) -> None:
+        self.flat = np.array(flat)
 
     def rest(self) -> None: ...
 

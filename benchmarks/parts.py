@@ -19,16 +19,15 @@ from torch import nn
 from benchmarks.measure import Part, ceiling
 from benchmarks.published import Published, Rollouts
 from diffusion import lora
-from diffusion.loading import load_tiny_decoder
+from diffusion.base_model import Decoder
 from diffusion.rollout import Sampler
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import CleanPredictions, Trajectories
 from diffusion.unconditional import UnconditionalModel
 from learner import build
 from learner.config import Config, ConfigError, load_config
-from learner.controller import training_prompts
 from learner.objectives.needs import NEEDS
-from learner.prompts import example_prompt
+from learner.prompts import example_prompt, training_prompts
 from learner.protocol.chunks import training_chunks
 from learner.update import Learner, Scored
 from rewards.scorer import Scorer
@@ -177,7 +176,7 @@ class Bench:
         """Inner states by the tiny decoder, the images by the whole one."""
         if self.tiny is None:
             return []
-        tiny = load_tiny_decoder(self.tiny, build.device(self.config), self.decode_dtype)
+        tiny = Decoder(self.tiny, build.device(self.config), self.decode_dtype, tiny=True)
         scorer = Scorer(self.scorer.decoder, self.scorer.reward, tiny=tiny, batch=self.scorer.batch)
         return [self._score(SCORE_TINY, settings, 0, scorer)]
 

@@ -40,7 +40,6 @@ from benchmarks import emulated
 from benchmarks.emulated import FULL_SIZE, Emulation
 from cluster.session import Session
 from cluster.waits import get
-from cluster.weights import WeightStore
 from diffusion import lora
 from diffusion.snapshot import Snapshot, digest
 from learner import build
@@ -143,7 +142,7 @@ def broadcast(rounds: int = 15, readers: int = 4) -> dict[str, Any]:
     session = Session(1)
     try:
         actors = [ray.remote(Reader).options(num_cpus=0.1).remote() for _ in range(readers)]
-        store, layers = WeightStore(), Layers()
+        layers = Layers()
         generator = torch.Generator().manual_seed(0)
         times: dict[str, list[float]] = {"product": [], "flat_buffer": [], "tensors": []}
         for i in range(rounds + 2):
@@ -153,11 +152,7 @@ def broadcast(rounds: int = 15, readers: int = 4) -> dict[str, Any]:
             state = {name: value.clone() for name, value in layers.state_dict().items()}
             for name in times:
                 start = time.perf_counter()
-                if name == "product":
-                    store.publish(snapshot)
-                    ref = store.ref
-                else:
-                    ref = ray.put(snapshot.flat if name == "flat_buffer" else state)
+                ref = ray.put({"product": snapshot, "flat_buffer": snapshot.flat, "tensors": state}[name])
                 seen = get([getattr(actor, name).remote(ref) for actor in actors], SECONDS, name, "a benchmark")
                 times[name].append(1000 * (time.perf_counter() - start))
                 assert set(seen) == {snapshot.sha256}, name
@@ -198,8 +193,8 @@ def memory(count: int = 50, bound: int = 1) -> dict[str, Any]:
         process = psutil.Process()
         for i, _ in enumerate(epochs(runner, config, count)):
             resident.append(process.memory_full_info().uss)  # its own: not the object store that it maps
-            assert isinstance(runner, RayRunner) and runner.pipeline is not None
-            ahead.append(len(runner.pipeline.staleness(i + 1)))
+            assert isinstance(runner, RayRunner)
+            ahead.append(len(runner.buffer.staleness(i + 1)))
             if i % 10 == 9:
                 pinned.append(_store())
     per_chunk = sum(array.nbytes for array in _chunk_arrays(work, config))

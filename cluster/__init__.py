@@ -1,4 +1,4 @@
-"""Ray at the edge: session and auth, shares of the resources found, deadlines, the versioned weight store."""
+"""Ray at the edge: session and token, shares of the resources found, deadlines."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Who may come in: the token of a Ray cluster, the file it lies in, and whether a stranger is let in without it."""
+"""The token of a Ray cluster: the file it lies in, and whether a cluster answers to it and to no other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from diffusion.failures import RunFailure
@@ -19,64 +18,60 @@ OPEN = "anyone who reaches it can run code there and read the run"
 
 
 class ClusterUnreachable(RunFailure, ConnectionError):
-    """No Ray cluster answers, or it refuses us; the message names the address and the remedy."""
+    """A Ray cluster that does not answer, or refuses us."""
 
 
 def require_answer(address: str) -> None:
-    """`ray.init` waits for minutes on a cluster that is gone, and takes no deadline: ask with Ray's own probe first.
+    """Checks that the cluster is reachable and takes our token: `ray.init` would wait for minutes, without a deadline.
 
     Raises:
         ClusterUnreachable: no answer within CONNECT_SECONDS, or our token is refused.
     """
-    if "://" in address:
-        return
     try:
-        done = subprocess.run(_probe(address), capture_output=True, text=True, timeout=CONNECT_SECONDS)
+        failure = _probe(address, dict(os.environ))
     except subprocess.TimeoutExpired:
         raise ClusterUnreachable(
             f"RAY_ADDRESS: no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s; start one, or unset it to "
             "use this machine"
         ) from None
-    if done.returncode:
-        words = (done.stderr.strip().splitlines() or ["it is not healthy"])[-1]
-        raise ClusterUnreachable(f"RAY_ADDRESS: the Ray cluster at {address} refuses us: {words}")
+    if failure:
+        raise ClusterUnreachable(f"RAY_ADDRESS: the Ray cluster at {address} refuses us: {failure}")
 
 
-@contextlib.contextmanager
-def stranger(address: str) -> Iterator[Callable[[], str | None]]:
-    """Knocks at the cluster with a token made up on the spot, while the caller goes in with ours. What this gives
-    returns, when asked, what is wrong if the stranger was let in."""
+def takes_any_token(address: str) -> str | None:
+    """Checks that the cluster refuses a token made up on the spot: what is wrong if it does not."""
     if "://" in address:
-        yield lambda: None
-        return
-    made_up = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"} | made_up
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(_probe(address), env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
-
-    def fault() -> str | None:
-        try:
-            let_in = process.wait(CONNECT_SECONDS) == 0
-        except subprocess.TimeoutExpired:
-            return None
-        return (
-            f"the Ray cluster at {address} takes any token: {OPEN}; start it with RAY_AUTH_MODE=token on every node "
-            "(docs/operations.md)"
-            if let_in
-            else None
-        )
-
+        return None
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"}
     try:
-        yield fault
-    finally:
-        process.kill()
-        process.wait(CONNECT_SECONDS)
+        if _probe(address, ours | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+            return None
+    except subprocess.TimeoutExpired:
+        return None
+    return (
+        f"the Ray cluster at {address} takes any token: {OPEN}; start it with RAY_AUTH_MODE=token on every node "
+        "(docs/operations.md)"
+    )
+
+
+def _probe(address: str, environment: dict[str, str]) -> str | None:
+    """Ray's own health check: None if the cluster answers and takes the token, else the reason.
+
+    Raises:
+        subprocess.TimeoutExpired: no answer within CONNECT_SECONDS.
+    """
+    if "://" in address:
+        return None
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, env=environment)
+    return (done.stderr.strip().splitlines() or ["it is not healthy"])[-1] if done.returncode else None
 
 
 def faults_here() -> list[str]:
     """What is wrong with our own settings: authentication switched off, a token file that others can read."""
-    if os.environ["RAY_AUTH_MODE"].lower() != "token":
-        mode = os.environ["RAY_AUTH_MODE"]
+    mode = os.environ["RAY_AUTH_MODE"]
+    if mode.lower() != "token":
         return [f"RAY_AUTH_MODE={mode}: a Ray started here takes no token, and {OPEN}; unset it, or say token"]
     file = _token_file()
     try:
@@ -87,12 +82,10 @@ def faults_here() -> list[str]:
 
 
 def ensure_token() -> None:
-    """What `ray get-auth-token --generate` does, but for our eyes only: a cluster that demands a token cannot start
-    without one."""
+    """Makes the user's token file if there is none, for the user's eyes only: a cluster that demands a token cannot
+    start without one. (`ray get-auth-token --generate` makes one that others can read.)"""
     default = Path.home() / ".ray" / "auth_token"
-    if os.environ["RAY_AUTH_MODE"].lower() != "token" or _token_file() != default:
-        return
-    if default.exists():
+    if os.environ["RAY_AUTH_MODE"].lower() != "token" or _token_file() != default or default.exists():
         return
     default.parent.mkdir(mode=0o700, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=default.parent)  # 0600
@@ -108,9 +101,3 @@ def _token_file() -> Path | None:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
-
-
-def _probe(address: str) -> list[str]:
-    """Ends with status 0 where a cluster answers and takes the token."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    return command if address == "auto" else [*command, "--address", address]

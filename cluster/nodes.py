@@ -13,7 +13,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from cluster.waits import DeadlineExceeded
 
 ANSWER_SECONDS = 10.0
-SELECTOR = re.compile(r"(?P<no>!?)(?:in\((?P<several>[^()!]+)\)|(?P<one>[^()!]+))")
+SELECTOR = re.compile(r"(?P<no>!?)(?:in\((?P<several>[^()!]+)\)|(?P<single>[^()!]+))")
 
 
 @dataclass(frozen=True)
@@ -78,4 +78,4 @@ def _means(wanted: str, value: str | None) -> bool:
     parts = SELECTOR.fullmatch(wanted)
     if parts is None:
         return False
-    return (value in (parts["several"] or parts["one"]).split(",")) != bool(parts["no"])
+    return (value in (parts["several"] or parts["single"]).split(",")) != bool(parts["no"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +13,6 @@ from learner.config import Config
 
 ROLES = ("sampler", "reward", "learner")
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
-NO_LABELS: Mapping[str, str] = {}
-Three = tuple[float | None, float | None, float | None]
 
 
 class PlacementError(RunFailure, ValueError):
@@ -22,66 +20,87 @@ class PlacementError(RunFailure, ValueError):
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Counts of the three roles, and Ray's options for an actor of each. Samplers and reward actors are spread over the
-    nodes; learner ranks are packed by their placement group (cluster/readiness.py), which `rank_labels` go to."""
+class Wish:
+    """What a config says of a role: how many actors, GPUs of each, labels of the nodes that they may use. What is None
+    is found."""
 
-    samplers: int
-    scorers: int
-    ranks: int
-    sampler_options: dict[str, Any]
-    scorer_options: dict[str, Any]
-    rank_options: dict[str, Any]
-    rank_labels: Mapping[str, str] = field(default_factory=dict)
+    count: int | None = None
+    gpus: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Share:
+    """`count` actors that are alike, and what Ray is asked for each of them; as text, for messages."""
+
+    count: int
+    cpus: float = 0.0
+    gpus: float = 0.0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    last: tuple[str, ...] = ()  # ids of nodes to be used when the others have no room left
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"num_cpus": self.cpus} | ({"num_gpus": self.gpus} if self.gpus else {})
+
+    @property
+    def spread(self) -> dict[str, Any]:
+        """Ray's options for actors that are spread over the nodes."""
+        options = self.resources | {"scheduling_strategy": "SPREAD", "max_restarts": 0}
+        if self.last:  # they are named, so that nodes which join later are taken before them too
+            first = {**self.labels, NODE_ID: f"!in({','.join(self.last)})"}
+            return options | {"label_selector": first, "fallback_strategy": [{"label_selector": dict(self.labels)}]}
+        return options | ({"label_selector": dict(self.labels)} if self.labels else {})
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} CPU", f"{self.gpus:g} GPU" if self.gpus else ""]
+        return ", ".join(filter(None, [*parts, f"labels {dict(self.labels)}" if self.labels else ""]))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Samplers and reward actors are spread over the nodes; learner ranks are packed by their placement group
+    (cluster/readiness.py)."""
+
+    samplers: Share
+    scorers: Share
+    ranks: Share
     nodes: tuple[Node, ...] = ()  # that it was made for
 
     def describe(self) -> str:
         """In words; without learner ranks where there are none."""
         roles = ((self.samplers, "sampler"), (self.scorers, "scorer"), (self.ranks, "learner rank"))
-        return ", ".join(counted(number, role) for number, role in roles if number or role == "sampler")
+        return ", ".join(counted(share.count, role) for share, role in roles if share.count)
 
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-@dataclass(frozen=True)
-class _Need:
-    """`count` actors that are alike."""
-
-    count: int
-    cpus: float
-    gpus: float
-    labels: Mapping[str, str]
-
-
-def place_for(config: Config, nodes: Sequence[Node]) -> Placement:
-    """Placement of a run on the cluster's nodes.
+def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Placement:
+    """Placement of a run on the cluster's nodes; without `learner`, of an evaluation.
 
     Raises:
         PlacementError: they do not fit.
     """
-    chunks_per_update = config.train.trajectories // config.sampler.chunk_size // config.train.updates_per_epoch
     if config.model.device == "cuda" and not any(node.gpus for node in nodes) and not config.run.autoscale:
         raise PlacementError("model.device: cuda was asked for, but the cluster has no GPU")
     if config.model.device == "cpu":
         nodes = [replace(node, gpus=0.0) for node in nodes]
-    return place(
-        config.sampler.actors, config.reward.actors, config.learner.ranks, chunks_per_update, nodes,
-        (config.sampler.gpus, config.reward.gpus, config.learner.gpus),
-        (config.sampler.labels, config.reward.labels, config.learner.labels), config.run.autoscale,
+    sampler, reward, ranks = config.sampler, config.reward, config.learner
+    wishes = (
+        Wish(sampler.actors, sampler.gpus, sampler.labels), Wish(reward.actors, reward.gpus, reward.labels),
+        Wish(ranks.ranks, ranks.gpus, ranks.labels) if learner else Wish(0),
     )  # fmt: skip
+    chunks_per_update = config.train.trajectories // sampler.chunk_size // config.train.updates_per_epoch
+    return place(wishes, chunks_per_update, nodes, config.run.autoscale)
 
 
 def place(
-    samplers: int | None, scorers: int | None, ranks: int | None, chunks_per_update: int, nodes: Sequence[Node],
-    gpus_each: Three = (None, None, None), labels: Sequence[Mapping[str, str]] = (NO_LABELS, NO_LABELS, NO_LABELS),
-    autoscale: bool = False,
+    wishes: Sequence[Wish], chunks_per_update: int, nodes: Sequence[Node], autoscale: bool = False
 ) -> Placement:  # fmt: skip
-    """Counts as given, else from the nodes; CPUs are shared out evenly, in fractions if need be.
-
-    `gpus_each` are the GPUs of a sampler, a scorer and a rank where the config says so, `labels` the nodes that each
-    may use. `ranks` 0: no learner. Otherwise each learner rank takes a whole GPU and samplers and scorers share the
+    """Of samplers, reward actors and learner ranks (0: no learner). Counts as wished, else from the nodes; CPUs are
+    shared out evenly, in fractions if need be. Each learner rank takes a whole GPU, and samplers and scorers share the
     rest; if too few are left for that, all roles share all GPUs. With `autoscale` nodes may be missing: what is asked
     for is asked of Ray.
 
@@ -89,37 +108,38 @@ def place(
         PlacementError: no CPU at all, a role without a node, more GPUs asked for than there are or one and a part,
             actors that fit on no single nodes, or a number of ranks among which an update's chunks cannot be divided.
     """
-    places = [[node for node in nodes if node.matches(selector)] for selector in labels]
-    used = [node for node in nodes if any(node in found for found in places)]
+    usable = [[node for node in nodes if node.matches(wish.labels)] for wish in wishes]
+    used = [node for node in nodes if any(node in theirs for theirs in usable)]
     cpus, gpus = sum(node.cpus for node in used), sum(int(node.gpus) for node in used)
     if not autoscale:
         if not any(node.cpus > 0 for node in nodes):
             raise PlacementError("the Ray cluster has no CPUs to give")
-        for role, selector, found in zip(ROLES, labels, places, strict=True):
-            if not found:
-                raise PlacementError(f"{role}.labels: no node has {dict(selector)}; the cluster has {listed(nodes)}")
+        for role, wish, theirs in zip(ROLES, wishes, usable, strict=True):
+            if not theirs:
+                raise PlacementError(f"{role}.labels: no node has {dict(wish.labels)}; the cluster has {listed(nodes)}")
     units = gpus or int(cpus)
-    room = [sum(int(node.gpus) for node in found) or int(sum(node.cpus for node in found)) for found in places]
-    most = max(1, min(units // 2, room[2]))
+    room = [sum(int(node.gpus) for node in theirs) or int(sum(node.cpus for node in theirs)) for theirs in usable]
+    samplers, scorers, ranks = (wish.count for wish in wishes)
     if ranks is None:
+        most = max(1, min(units // 2, room[2]))
         ranks = max(r for r in range(1, most + 1) if chunks_per_update % r == 0)
-    samplers = samplers or max(1, min(units - ranks if gpus else units // 2, room[0]))
-    scorers = scorers or max(1, samplers // 2)
     if ranks and chunks_per_update % ranks:
         raise PlacementError(f"learner.ranks: {ranks} ranks cannot share {chunks_per_update} chunks an update evenly")
-    counts = (samplers, scorers, ranks)
+    samplers = samplers or max(1, min(units - ranks if gpus else units // 2, room[0]))
+    counts = (samplers, scorers or max(1, samplers // 2), ranks)
     asked = [
-        0.0 if share is None and found and not any(node.gpus for node in found) else share
-        for share, found in zip(gpus_each, places, strict=True)
+        0.0 if wish.gpus is None and theirs and not any(node.gpus for node in theirs) else wish.gpus
+        for wish, theirs in zip(wishes, usable, strict=True)
     ]
     each = _gpus(counts, asked, gpus)
     _check_gpus(counts, each, math.inf if autoscale else gpus)
-    cpu = _share(cpus, sum(counts)) if autoscale else _fitting_cpu(counts, each, labels, nodes, cpus)
-    rank_options = _resources(cpu, each[2])
-    return Placement(
-        *counts, _spread(cpu, each[0], labels[0], nodes), _spread(cpu, each[1], labels[1], nodes), rank_options,
-        labels[2], tuple(nodes),
-    )  # fmt: skip
+    shares = [
+        Share(count, 0.0, share, wish.labels, () if share else _last(theirs))
+        for count, share, wish, theirs in zip(counts, each, wishes, usable, strict=True)
+    ]
+    cpu = _share(cpus, sum(counts)) if autoscale else _fitting_cpu(shares, nodes, cpus)
+    sampler, scorer, rank = (replace(share, cpus=cpu) for share in shares)
+    return Placement(sampler, scorer, rank, tuple(nodes))
 
 
 def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> tuple[int, int]:
@@ -129,53 +149,36 @@ def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> t
     nodes that they may use, each with the share that it had at the start. What does not fit is left out, lest one role
     take the other's room: at least one of each.
     """
-    rank = _need(placement.ranks, placement.rank_options, placement.rank_labels)
-    sampler = _need(1, placement.sampler_options, config.sampler.labels)
-    scorer = _need(1, placement.scorer_options, config.reward.labels)
-    before, after = (_left([rank], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
+    ranks = placement.ranks
+    before, after = (_left([ranks], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
 
-    def grown(count: int, need: _Need) -> float:
-        """`count` by the change of the room for its kind."""
-        old, new = (sum(free.room(need) for free in there) for there in (before, after))
-        return count * new / old if old > 0 else count
+    def grown(share: Share) -> float:
+        """Its count by the change of the room for its kind."""
+        old, new = (sum(free.room(share) for free in there) for there in (before, after))
+        return share.count * new / old if old > 0 else share.count
 
-    samplers = config.sampler.actors or max(1, math.ceil(grown(placement.samplers, sampler) - 1e-6))
-    scorers = config.reward.actors or max(1, math.floor(grown(placement.scorers, scorer) + 1e-6))
-    while _left([rank, replace(sampler, count=samplers), replace(scorer, count=scorers)], nodes) is None:
+    samplers = config.sampler.actors or max(1, math.ceil(grown(placement.samplers) - 1e-6))
+    scorers = config.reward.actors or max(1, math.floor(grown(placement.scorers) + 1e-6))
+
+    def fit() -> bool:
+        wanted = [ranks, replace(placement.samplers, count=samplers), replace(placement.scorers, count=scorers)]
+        return _left(wanted, nodes) is not None
+
+    while (samplers > 1 or scorers > 1) and not fit():
         if samplers > 1 and samplers >= scorers:
             samplers -= 1
-        elif scorers > 1:
-            scorers -= 1
         else:
-            break
+            scorers -= 1
     return samplers, scorers
 
 
-def asks(options: Mapping[str, Any]) -> str:
-    """What one actor asks for, for messages."""
-    parts = [f"{options['num_cpus']:g} CPU"]
-    parts += [f"{options['num_gpus']:g} GPU"] if options.get("num_gpus") else []
-    labels = {key: value for key, value in options.get("label_selector", {}).items() if key != NODE_ID}
-    return ", ".join(parts + ([f"labels {labels}"] if labels else []))
+def _last(nodes: Sequence[Node]) -> tuple[str, ...]:
+    """Nodes that actors without a GPU leave to those with one, where there are others."""
+    with_gpus = tuple(node.id for node in nodes if node.gpus)
+    return with_gpus if len(with_gpus) < len(nodes) else ()
 
 
-def _resources(cpus: float, gpus: float) -> dict[str, Any]:
-    return {"num_cpus": cpus} | ({"num_gpus": gpus} if gpus else {})
-
-
-def _spread(cpus: float, gpus: float, labels: Mapping[str, str], nodes: Iterable[Node]) -> dict[str, Any]:
-    """Options of a sampler or a reward actor. One without a GPU goes to nodes without any while they have room: those
-    with GPUs are named, so that nodes which join later are taken too."""
-    options = _resources(cpus, gpus) | {"scheduling_strategy": "SPREAD", "max_restarts": 0}
-    found = [node for node in nodes if node.matches(labels)]
-    with_gpus = [node.id for node in found if node.gpus]
-    if not gpus and 0 < len(with_gpus) < len(found):
-        elsewhere = {**labels, NODE_ID: f"!in({','.join(with_gpus)})"}
-        return options | {"label_selector": elsewhere, "fallback_strategy": [{"label_selector": dict(labels)}]}
-    return options | ({"label_selector": dict(labels)} if labels else {})
-
-
-def _check_gpus(counts: tuple[int, int, int], each: Sequence[float], gpus: float) -> None:
+def _check_gpus(counts: Sequence[int], each: Sequence[float], gpus: float) -> None:
     asked = sum(count * share for count, share in zip(counts, each, strict=True))
     if asked > gpus + 1e-6:
         terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
@@ -188,18 +191,16 @@ def _check_gpus(counts: tuple[int, int, int], each: Sequence[float], gpus: float
             raise PlacementError(f"{role}.gpus: {share:g} is neither a whole number of GPUs nor a part of one")
 
 
-def _gpus(counts: tuple[int, int, int], asked: Sequence[float | None], gpus: int) -> tuple[float, float, float]:
+def _gpus(counts: tuple[int, int, int], asked: Sequence[float | None], gpus: int) -> list[float]:
     """GPUs of an actor of each role: what was asked for, and fair shares of what that leaves."""
-    given = list(asked)
+    shares, ranks = list(asked), counts[2]
     left = gpus - sum(count * (share or 0.0) for count, share in zip(counts, asked, strict=True))
-    ranks = counts[2]
     others_open = asked[0] is None or asked[1] is None
-    if given[2] is None and (left > ranks or (left == ranks and not others_open)):
-        given[2], left = 1.0, left - ranks
-    sharing = sum(count for count, share in zip(counts, given, strict=True) if share is None)
+    if shares[2] is None and (left > ranks or (left == ranks and not others_open)):
+        shares[2], left = 1.0, left - ranks
+    sharing = sum(count for count, share in zip(counts, shares, strict=True) if share is None)
     fair = _share(left, sharing) if sharing and left > 0 else 0.0
-    sampler, scorer, rank = (fair if share is None else share for share in given)
-    return sampler, scorer, rank
+    return [fair if share is None else share for share in shares]
 
 
 def _share(amount: float, among: int) -> float:
@@ -214,24 +215,20 @@ def _part(k: int) -> float:
     return math.floor(10_000 / k) / 10_000
 
 
-def _fitting_cpu(
-    counts: tuple[int, int, int], gpus_each: Sequence[float], labels: Sequence[Mapping[str, str]],
-    nodes: Sequence[Node], cpus: float,
-) -> float:  # fmt: skip
+def _fitting_cpu(shares: Sequence[Share], nodes: Sequence[Node], cpus: float) -> float:
     """The largest share of a CPU, 1/k of one, with which every actor fits on a node that it may use.
 
     Raises:
         PlacementError: none does.
     """
-    total = sum(counts)
+    total = sum(share.count for share in shares)
     fewest = max(1, math.ceil(total / cpus)) if cpus else 1
     for k in range(fewest, fewest + 4 * total):
-        kinds = zip(counts, gpus_each, labels, strict=True)
-        if _left([_Need(count, _part(k), share, selector) for count, share, selector in kinds], nodes) is not None:
+        if _left([replace(share, cpus=_part(k)) for share in shares], nodes) is not None:
             return _part(k)
     wanted = ", ".join(
-        f"{role} {count} x {share:g} GPU" + (f" where {dict(selector)}" if selector else "")
-        for role, count, share, selector in zip(ROLES, counts, gpus_each, labels, strict=True)
+        f"{role} {share.count} x {share.gpus:g} GPU" + (f" where {dict(share.labels)}" if share.labels else "")
+        for role, share in zip(ROLES, shares, strict=True)
     )
     raise PlacementError(
         f"sampler.actors, reward.actors, learner.ranks: {wanted} do not fit on single nodes; the cluster has "
@@ -245,35 +242,31 @@ class _Free:
     def __init__(self, node: Node) -> None:
         self.node, self.cpus, self.devices = node, node.cpus, [1.0] * int(node.gpus)
 
-    def room(self, need: _Need) -> float:
-        if not self.node.matches(need.labels):
+    def room(self, share: Share) -> float:
+        if not self.node.matches(share.labels):
             return 0.0
-        return sum(self.devices) if need.gpus else self.cpus
+        return sum(self.devices) if share.gpus else self.cpus
 
-    def take(self, need: _Need) -> bool:
+    def take(self, share: Share) -> bool:
         """Put one actor here, if it fits."""
-        whole = need.gpus >= 1
-        fitting = [i for i, free in enumerate(self.devices) if free > (1.0 if whole else need.gpus) - 1e-9]
-        wanted = int(need.gpus) if whole else int(need.gpus > 0)
-        if not self.node.matches(need.labels) or self.cpus < need.cpus - 1e-9 or len(fitting) < wanted:
+        whole = share.gpus >= 1
+        fitting = [i for i, free in enumerate(self.devices) if free > (1.0 if whole else share.gpus) - 1e-9]
+        wanted = int(share.gpus) if whole else int(share.gpus > 0)
+        if not self.node.matches(share.labels) or self.cpus < share.cpus - 1e-9 or len(fitting) < wanted:
             return False
-        self.cpus -= need.cpus
+        self.cpus -= share.cpus
         for i in sorted(fitting, key=self.devices.__getitem__)[:wanted]:
-            self.devices[i] -= min(1.0, need.gpus)
+            self.devices[i] -= min(1.0, share.gpus)
         return True
 
 
-def _left(needs: Sequence[_Need], nodes: Sequence[Node]) -> list[_Free] | None:
+def _left(shares: Sequence[Share], nodes: Sequence[Node]) -> list[_Free] | None:
     """What is free on the nodes with all actors on them, or None if they do not fit: those with the fewest nodes to go
     to first, each onto the fullest one that takes it."""
     free = [_Free(node) for node in nodes]
-    for need in sorted(needs, key=lambda need: (sum(node.matches(need.labels) for node in nodes), -need.gpus)):
-        for _ in range(need.count):
-            fullest = sorted(free, key=lambda one: (sum(one.devices), one.cpus))
-            if not any(one.take(need) for one in fullest):
+    for share in sorted(shares, key=lambda share: (sum(node.matches(share.labels) for node in nodes), -share.gpus)):
+        for _ in range(share.count):
+            fullest = sorted(free, key=lambda node: (sum(node.devices), node.cpus))
+            if not any(node.take(share) for node in fullest):
                 return None
     return free
-
-
-def _need(count: int, options: Mapping[str, Any], labels: Mapping[str, str]) -> _Need:
-    return _Need(count, options["num_cpus"], options.get("num_gpus", 0.0), labels)

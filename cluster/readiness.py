@@ -12,16 +12,16 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.nodes import alive_nodes, listed
-from cluster.placement import Placement, asks
+from cluster.placement import Placement, Share
 from cluster.waits import DeadlineExceeded, done, get
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Calls to actors of one role (`samplers`) that were just started with Ray's `options`."""
+    """Calls to actors of one role (`samplers`) that were just started with this share each."""
 
     role: str
-    options: dict[str, Any]
+    share: Share
     refs: list[ray.ObjectRef]
 
 
@@ -31,21 +31,20 @@ def reserve(placement: Placement, seconds: float) -> PlacementGroup:
     Raises:
         DeadlineExceeded: there is none within `seconds` (run.ready_seconds).
     """
-    options, count = placement.rank_options, placement.ranks
-    bundle = {"CPU": options["num_cpus"]} | ({"GPU": options["num_gpus"]} if "num_gpus" in options else {})
-    selectors = [dict(placement.rank_labels)] * count if placement.rank_labels else None
-    group = placement_group([bundle] * count, strategy="PACK", bundle_label_selector=selectors)
+    ranks = placement.ranks
+    bundle = {"CPU": ranks.cpus} | ({"GPU": ranks.gpus} if ranks.gpus else {})
+    selectors = [dict(ranks.labels)] * ranks.count if ranks.labels else None
+    group = placement_group([bundle] * ranks.count, strategy="PACK", bundle_label_selector=selectors)
     if not group.wait(seconds):
         ray.util.remove_placement_group(group)
-        wanted = {**options, "label_selector": placement.rank_labels}
-        raise _late(seconds, f"room for {count} learner ranks ({asks(wanted)} each)")
+        raise _late(seconds, f"room for {ranks.count} learner ranks ({ranks} each)")
     return group
 
 
 def in_group(placement: Placement, group: PlacementGroup) -> list[dict[str, Any]]:
     """Ray's options for each learner rank in its place."""
-    places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(placement.ranks)]
-    return [{**placement.rank_options, "max_restarts": 0, "scheduling_strategy": place} for place in places]
+    places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(placement.ranks.count)]
+    return [{**placement.ranks.resources, "max_restarts": 0, "scheduling_strategy": place} for place in places]
 
 
 def ready(asked: Sequence[Asked], deadline: float, limit: float) -> list[list[Any]]:
@@ -55,15 +54,15 @@ def ready(asked: Sequence[Asked], deadline: float, limit: float) -> list[list[An
         DeadlineExceeded: not all had answered; says who is missing, what each asks for, and what the cluster has.
         ActorDied: an actor could not start; the message has its error.
     """
-    what = "starting " + ", ".join(f"{len(one.refs)} {one.role}" for one in asked)
-    refs = [ref for one in asked for ref in one.refs]
+    what = "starting " + ", ".join(f"{len(calls.refs)} {calls.role}" for calls in asked)
+    refs = [ref for calls in asked for ref in calls.refs]
     try:
         answers = iter(get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}"))
     except DeadlineExceeded:
-        missing = ((one, len(one.refs) - len(done(one.refs))) for one in asked)
-        texts = [f"{n} of {len(one.refs)} {one.role} ({asks(one.options)} each)" for one, n in missing if n]
+        missing = ((calls, len(calls.refs) - len(done(calls.refs))) for calls in asked)
+        texts = [f"{n} of {len(calls.refs)} {calls.role} ({calls.share} each)" for calls, n in missing if n]
         raise _late(limit, " and ".join(texts)) from None
-    return [[next(answers) for _ in one.refs] for one in asked]
+    return [[next(answers) for _ in calls.refs] for calls in asked]
 
 
 def _late(seconds: float, waiting_for: str) -> DeadlineExceeded:

@@ -1,6 +1,6 @@
-"""Signals that end a run: Ctrl-C, SIGTERM (`ray job stop`, which kills 3 s later) and SIGHUP, from the first moment on.
+"""Signals that end a run: Ctrl-C, SIGTERM (`ray job stop`, which kills 3 s later) and SIGHUP.
 
-Standard library alone: it is at work before torch is imported, which takes seconds.
+Standard library alone: it is active before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _stage: Literal["starting", "running", "closing"] = "starting"
 
 def watch() -> None:
     """From here on a signal ends this process with one line; after `running`, by raising KeyboardInterrupt in the
-    main thread. Only the first one counts: an impatient second Ctrl-C does not break off a clean end."""
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    threading.Thread(target=_end_hard, args=(told,), daemon=True).start()
-    for one in SIGNALS:
-        if signal.getsignal(one) is not signal.SIG_IGN:  # nohup
-            signal.signal(one, _end)
+    main thread. Only the first one counts: a second Ctrl-C does not interrupt the clean end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_hard, args=(reader,), daemon=True).start()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _end)
 
 
 def running() -> None:
@@ -41,17 +41,17 @@ def running() -> None:
 
 
 def closing() -> None:
-    """The clean end has begun, for whatever reason: nothing breaks it off, but those who wait ask `hurry`."""
+    """The clean end has begun, for whatever reason: nothing interrupts it, but what waits asks `hurry`."""
     global _stage
     _stage = "closing"
 
 
 def leave(status: int) -> NoReturn:
-    """All is done: signals come too late. After one nobody waits for the interpreter's end either, where Ray's handlers
-    look once more for what is gone."""
-    for one in SIGNALS:
-        if signal.getsignal(one) is _end:
-            signal.signal(one, signal.SIG_IGN)
+    """Exit: signals are ignored from here on. After one, without the interpreter's own end, where Ray's handlers would
+    look once more for processes that are gone."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_IGN)
     if _status:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -72,8 +72,8 @@ def status() -> int:
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Around what puts a SIGTERM handler of its own in place, as `ray.init` does. A SIGTERM meanwhile, of which Ray's
-    handler makes a SystemExit, is ours again."""
+    """Around what installs a SIGTERM handler of its own, as `ray.init` does. A SIGTERM meanwhile, which Ray's handler
+    turns into SystemExit, is raised again for ours."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,10 +100,10 @@ def _end(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
-def _end_hard(told: int) -> None:
-    """The main thread may be in a call that knows no signals, the exception be lost (in a destructor), or the end meet
-    something that hangs. The interpreter writes the numbers of signals to `told` whatever the main thread is at."""
-    while (number := os.read(told, 1)[0]) not in SIGNALS:
+def _end_hard(reader: int) -> None:
+    """The main thread may be in a call that no signal interrupts, the exception may be lost (in a destructor), or the
+    clean end may hang. The interpreter writes the numbers of signals to the pipe whatever the main thread does."""
+    while (number := os.read(reader, 1)[0]) not in SIGNALS:
         continue
     time.sleep(END_SECONDS)
     os.write(2, b"learner.run: no clean end in time; the same command goes on\n")

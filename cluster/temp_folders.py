@@ -1,7 +1,7 @@
-"""Temporary folders that go with their process: at its end, or, where it was killed, when the next one starts.
+"""Temporary folders that are removed with their process: at its end, or, if it was killed, when the next one starts.
 
-A folder's owner holds a lock on it, which the kernel drops with the process. Processes that work for the owner carry
-the folder's name in their environment, so that nobody's but its own are ended.
+A folder's owner holds a lock on it, which the kernel releases with the process. Processes that work for the owner have
+the folder's name in their environment, so that only those are ended with it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class TemporaryFolder:
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base()))
         self._lock: int | None = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        (self.path / MARKER).write_text(f"{os.getpid()}\n")  # there is nothing to sweep before it is there
+        (self.path / MARKER).write_text(f"{os.getpid()}\n")  # without it `sweep` leaves the folder alone
 
     @property
     def mark(self) -> dict[str, str]:
-        """In the environment of a process, says that it works for this folder's owner."""
+        """For the environment of a process that works for this folder's owner."""
         return {VARIABLE: str(self.path)}
 
     @contextlib.contextmanager
@@ -50,7 +50,7 @@ class TemporaryFolder:
         _end_processes(self.path, grace)
 
     def remove(self) -> None:
-        """With the processes that work for us. Safe to call twice."""
+        """And end the processes that work for us. Safe to call twice."""
         if self._lock is not None:
             _remove(self.path)
             os.close(self._lock)

@@ -11,22 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a server
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from commands import evaluate
-from commands.evaluate import Judged
+from commands.evaluate import Judged, number
 from evaluation.adapters import Target
 from learner.config import ConfigError
 from records.storage import Storage
-from reports import pictures
 
 FILE = "comparison"
 COLUMNS = ("accuracy", "vendi", "distance", "fid")
 COLOURS = ("#2f7ed8", "#e07b39", "#3a9d6e", "#b0518c", "#8a7a2f", "#5b6bbf", "#c0433f", "#4aa5a8")
+SAME = {  # settings that adapters must share to be compared
+    "evaluation": ("images", "seed", "held_out", "features", "clip"),
+    "sampler": ("chunk_size", "steps", "guidance", "eta", "grid"),
+    "reward": ("name", "weights", "options", "backend"),
+    "model": ("path", "dtype"),
+}
 
 
 def require_alike(targets: Sequence[Target]) -> None:
@@ -36,19 +35,13 @@ def require_alike(targets: Sequence[Target]) -> None:
     """
     first = targets[0]
     for other in targets[1:]:
-        for section, keys in (
-            ("evaluation", ("images", "seed", "held_out", "features", "clip")),
-            ("sampler", ("chunk_size", "steps", "guidance", "eta", "grid")),
-            ("reward", ("name", "weights", "options", "backend")),
-            ("model", ("path", "dtype")),
-        ):
-            for key in keys:
-                one, two = (getattr(getattr(target.config, section), key) for target in (first, other))
-                if one != two:
-                    raise ConfigError(
-                        f"{section}.{key}: {one} in {first.name}, {two} in {other.name}: not to be compared; "
-                        f"give {section}.{key}=... for all"
-                    )
+        for section, key in ((section, key) for section, keys in SAME.items() for key in keys):
+            one, two = (getattr(getattr(target.config, section), key) for target in (first, other))
+            if one != two:
+                raise ConfigError(
+                    f"{section}.{key}: {one} in {first.name}, {two} in {other.name}: not to be compared; "
+                    f"give {section}.{key}=... for all"
+                )
         if first.prompts != other.prompts:
             raise ConfigError(f"prompts: {first.name} and {other.name} have others; give --prompts FILE for all")
 
@@ -56,76 +49,78 @@ def require_alike(targets: Sequence[Target]) -> None:
 def table(judged: Sequence[Judged]) -> str:
     """Markdown: a line an adapter, best reward first; a last one of the base model."""
     held_out = list(judged[0].figures["held_out"])
-    head = ["adapter", "reward", "gain [95 %]", *held_out, "accuracy", "Vendi", "distance", "drift (fid)"]
-    head += ["trajectories", _unit(judged)]
+    head = ["adapter", "reward", "gain [95 %]", *held_out, "accuracy", "Vendi", "distance", "drift (fid)",
+            "trajectories", _unit(judged)]  # fmt: skip
     rows = [head, ["---"] * len(head)]
-    for one in sorted(judged, key=lambda one: -_value(one.figures["reward"])):
-        figures, reward = one.figures, one.figures["reward"]
+
+    def columns(figures: dict[str, Any]) -> list[dict[str, Any] | None]:
+        return [*(figures["held_out"][label] for label in held_out), *(figures[name] for name in COLUMNS)]
+
+    def reward(one: Judged) -> float:
+        return float("-inf") if (value := one.figures["reward"]["value"]) is None else value
+
+    for one in sorted(judged, key=reward, reverse=True):
+        figure, trajectories = one.figures["reward"], one.figures.get("trajectories_trained", "-")
+        gain = f"{figure['gain']:+.3g} [{number(figure['gain_low'])}, {number(figure['gain_high'])}]"
         rows.append([
-            one.target.name, _number(reward["value"]),
-            f"{reward['gain']:+.3g} [{_number(reward['gain_low'])}, {_number(reward['gain_high'])}]",
-            *(_of(figures["held_out"][label]) for label in held_out),
-            *(_of(figures[name]) for name in COLUMNS),
-            str(figures.get("trajectories_trained", "-")), _number(_cost(figures)),
+            one.target.name, number(figure["value"]), gain, *map(_with_interval, columns(one.figures)),
+            str(trajectories), number(_cost(one.figures)),
         ])  # fmt: skip
     base = judged[0].figures
-    others = [base["held_out"][label] for label in held_out] + [base[name] for name in COLUMNS]
-    plain = [_number(figure and figure["base"]) for figure in others]
-    rows.append(["base model", _number(base["reward"]["base"]), "", *plain, "0", "0"])
+    rows.append(["base model", number(base["reward"]["base"]), "",
+                 *(number(figure["base"]) if figure else "-" for figure in columns(base)), "0", "0"])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def pareto(judged: Sequence[Judged]) -> bytes:
     """PNG: reward against diversity, drift, trajectories and cost, with 95 % intervals. The best corner is top right,
     of drift and cost top left."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    # Not the Vendi score of all pictures: prompts stay apart where each has collapsed.
-    _scatter(axes[0][0], judged, "distance", "diversity within a prompt (mean distance; right is better)")
-    _scatter(axes[0][1], judged, "fid", "drift from the base model (Frechet distance; left is better)")
-    costs = (
-        (axes[1][0], "trajectories sampled", lambda f: f.get("trajectories_trained")),
-        (axes[1][1], _unit(judged), _cost),
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 8), layout="constrained")
+    panels = (
+        # Not the Vendi score of all pictures: prompts stay apart where each has collapsed.
+        ("diversity within a prompt (mean distance; right is better)", [one.figures["distance"] for one in judged]),
+        ("drift from the base model (Frechet distance; left is better)", [one.figures["fid"] for one in judged]),
+        ("trajectories sampled", [_exact(one.figures.get("trajectories_trained")) for one in judged]),
+        (_unit(judged), [_exact(_cost(one.figures)) for one in judged]),
     )
-    for ax, title, of in costs:
-        known = [(index, one, x) for index, one in enumerate(judged) if (x := of(one.figures)) is not None]
+    for axes, (title, figures) in zip(picture.subplots(2, 2).flat, panels, strict=True):
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        known = [
+            (index, one, figure) for index, (one, figure) in enumerate(zip(judged, figures, strict=True)) if figure
+        ]
         if not known:
-            ax.text(0.5, 0.5, "not known of a LoRA alone", ha="center", transform=ax.transAxes)
-        for index, one, x in known:
-            _point(ax, index, one, x, None)
-        ax.plot([0], [judged[0].figures["reward"]["base"]], marker="*", color="black", markersize=11, linestyle="")
-        ax.set_xlabel(title)
-    for ax in (axes[0][0], axes[1][0]):
-        ax.set_ylabel(f"reward ({judged[0].target.config.reward.name})")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+            axes.text(0.5, 0.5, "not known", ha="center", transform=axes.transAxes)
+        for index, one, figure in known:
+            reward, x = one.figures["reward"], figure["value"]
+            axes.errorbar(
+                [x], [reward["value"]], yerr=_bar(reward), xerr=None if figure["low"] is None else _bar(figure),
+                color=COLOURS[index % len(COLOURS)], marker="o", markersize=7, elinewidth=1, capsize=2, linestyle="",
+                label=one.target.name,
+            )  # fmt: skip
+        if known:
+            axes.plot([known[0][2]["base"]], [judged[0].figures["reward"]["base"]], marker="*", color="black",
+                      markersize=11, linestyle="", label="base model")  # fmt: skip
+    for axes in (picture.axes[0], picture.axes[2]):
+        axes.set_ylabel(f"reward ({judged[0].target.config.reward.name})")
+    picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
+    picture.savefig(file, format="png", dpi=120)
     return file.getvalue()
 
 
-def _scatter(ax: Axes, judged: Sequence[Judged], name: str, title: str) -> None:
-    for index, one in enumerate(judged):
-        if (figure := one.figures[name]) is not None:
-            _point(ax, index, one, figure["value"], figure)
-    base = judged[0].figures
-    if base[name] is not None:
-        ax.plot([base[name]["base"]], [base["reward"]["base"]], marker="*", color="black", markersize=11, linestyle="",
-                label="base model")  # fmt: skip
-    ax.set_xlabel(title)
+def _bar(figure: dict[str, Any]) -> list[list[float]] | None:
+    """Lengths of an error bar to both sides; None without an interval."""
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    return None if low is None else [[value - low], [high - value]]
 
 
-def _point(ax: Axes, index: int, one: Judged, x: float, figure: dict[str, float] | None) -> None:
-    reward, colour = one.figures["reward"], COLOURS[index % len(COLOURS)]
-    spread = None if figure is None or figure["low"] is None else [[x - figure["low"]], [figure["high"] - x]]
-    y = reward["value"]
-    ax.errorbar(
-        [x], [y], xerr=spread, yerr=[[y - reward["low"]], [reward["high"] - y]],
-        marker="o", markersize=7, color=colour, elinewidth=1, capsize=2, linestyle="", label=one.target.name,
-    )  # fmt: skip
-    ax.grid(alpha=0.25)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+def _exact(value: float | None) -> dict[str, Any] | None:
+    """A figure without an interval; the base model has 0 of it."""
+    return None if value is None else {"value": value, "low": None, "high": None, "base": 0}
 
 
 def _unit(judged: Sequence[Judged]) -> str:
@@ -138,18 +133,8 @@ def _cost(figures: dict[str, Any]) -> float | None:
     return figures["seconds"] * devices if devices and "seconds" in figures else None
 
 
-def _value(figure: dict[str, float | None]) -> float:
-    return float("-inf") if figure["value"] is None else figure["value"]
-
-
-def _of(figure: dict[str, float | None] | None) -> str:
-    return (
-        "-" if figure is None else f"{_number(figure['value'])} [{_number(figure['low'])}, {_number(figure['high'])}]"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _with_interval(figure: dict[str, float | None] | None) -> str:
+    return "-" if figure is None else f"{number(figure['value'])} [{number(figure['low'])}, {number(figure['high'])}]"
 
 
 def write(judged: Sequence[Judged], out: Path) -> None:
@@ -157,8 +142,9 @@ def write(judged: Sequence[Judged], out: Path) -> None:
     Raises:
         StorageError: the folder cannot be written.
     """
-    storage = Storage(str(out))
-    text = table(judged)
+    from reports import pictures
+
+    storage, text = Storage(str(out)), table(judged)
     sheets = [judged[0].sets["base"], *(one.sets["tuned"] for one in judged)]
     names = ["base", *(one.target.name for one in judged)]
     storage.write("sheet.png", pictures.png(pictures.side_by_side(sheets, names)))

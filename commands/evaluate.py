@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -18,20 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from cluster import signals
+from diffusion.failures import RunFailure
 from evaluation import image_sets
-from evaluation.adapters import BAD_INPUT, OTHER_SEED, Target, find, split
+from evaluation.adapters import OTHER_SEED, Target, find, split
 from evaluation.image_sets import Cache, Pools
-from learner.config import DEFAULT_CONFIG, Config, ConfigError
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, saved_config
 from records.run_folder import Records
-from reports import html, pictures
 from reports.progress import Bar
 
 UPLOAD_SECONDS = 120
+TITLES = {
+    "accuracy": "prompt accuracy", "vendi": "diversity (Vendi)", "vendi_per_prompt": "diversity within a prompt",
+    "distance": "distance within a prompt", "fid": "drift from the base (Frechet)", "kid": "drift (kernel)",
+    "fid_per_prompt": "drift within a prompt",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What came of it: the figures (judging.compare, with what they are of), and the sets' Parquet files."""
+    """The result for one adapter: the figures (image_sets.compare, with what they are of), the sets' Parquet files."""
 
     target: Target
     figures: dict[str, Any]
@@ -44,44 +51,33 @@ def judge(targets: Sequence[Target], cache: Cache, say: Callable[[str], None]) -
     Raises:
         Exception: what sampling, scoring or writing raises; what is finished stays.
     """
-    judged = []
-    with contextlib.ExitStack() as stack, Bar() as bar:
-        pools = _Pools(lambda text: bar.around(say, text), stack)
+    with Bar() as bar:
+        groups = itertools.groupby(targets, key=lambda target: target.config)
+        return [judged for _, alike in groups for judged in _judge_alike(list(alike), cache, say, bar)]
+
+
+def _judge_alike(targets: Sequence[Target], cache: Cache, say: Callable[[str], None], bar: Bar) -> list[Judged]:
+    """Targets of one config share their actors, which are started when a picture is missing."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def pools() -> Pools:
+            started = _start(targets[0].config, lambda text: bar.around(say, text))
+            stack.callback(started.close)
+            bar.around(say, started.description)
+            return started
+
+        results = []
         for target in targets:
-            sets = {}
-            for kind, wanted in target.sets().items():
-
-                def progress(done: int, total: int, what: str = f"{target.name}, {kind}") -> None:
-                    bar.show(what, done, total)
-
-                sets[kind] = cache.make(wanted, lambda config=target.config: pools.of(config), progress)  # type: ignore[misc]
+            sets = {
+                name: cache.make(image_set, pools, functools.partial(bar.show, f"{target.name}, {name}"))
+                for name, image_set in target.sets().items()
+            }
             figures = {**_facts(target), **image_sets.compare(sets["tuned"], sets["base"], sets["other"])}
             _write(target, figures, sets)
             bar.around(say, table(target, figures))
-            judged.append(Judged(target, figures, sets))
-    return judged
-
-
-class _Pools:
-    """Actors for one config at a time, started when a picture is missing."""
-
-    def __init__(self, say: Callable[[str], None], stack: contextlib.ExitStack) -> None:
-        self._say = say
-        self._config: Config | None = None
-        self._now: Pools | None = None
-        stack.callback(self.close)
-
-    def of(self, config: Config) -> Pools:
-        if self._now is None or config != self._config:
-            self.close()
-            self._now, self._config = _start(config, self._say), config
-            self._say(self._now.description)
-        return self._now
-
-    def close(self) -> None:
-        if self._now is not None:
-            self._now.close()
-            self._now = None
+            results.append(Judged(target, figures, sets))
+    return results
 
 
 def _start(config: Config, say: Callable[[str], None]) -> Pools:
@@ -98,23 +94,18 @@ def table(target: Target, figures: dict[str, Any]) -> str:
     """The figures for a terminal."""
     rows = [(f"reward, {target.config.reward.name}", figures["reward"])]
     rows += [(f"held out: {label}", figure) for label, figure in figures["held_out"].items()]
-    names = {
-        "accuracy": "prompt accuracy", "vendi": "diversity (Vendi)", "vendi_per_prompt": "diversity within a prompt",
-        "distance": "distance within a prompt", "fid": "drift from the base (Frechet)", "kid": "drift (kernel)",
-        "fid_per_prompt": "drift within a prompt",
-    }  # fmt: skip
-    rows += [(title, figures[name]) for name, title in names.items()]
+    rows += [(title, figures[name]) for name, title in TITLES.items()]
     lines = [f"{target.name}: {target.config.evaluation.images} images, features: {target.config.evaluation.features}",
              f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}{'noise alone':>13}"]  # fmt: skip
     for title, figure in rows:
         if figure is not None:
-            interval = f"[{_number(figure['low'])}, {_number(figure['high'])}]"
-            lines.append(f"{title:32}{_number(figure['value']):>9}  {interval:<20}"
-                         f"{_number(figure['base']):>9}{_number(figure['floor']):>13}")  # fmt: skip
+            value, low, high, base, floor = (number(figure[k]) for k in ("value", "low", "high", "base", "floor"))
+            lines.append(f"{title:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four figures, or a dash for what is not known."""
     return "-" if value is None else f"{value:.4g}"
 
 
@@ -133,6 +124,8 @@ def _facts(target: Target) -> dict[str, Any]:
 
 def _write(target: Target, figures: dict[str, Any], sets: dict[str, bytes]) -> None:
     """The figures last: where they are, the rest is."""
+    from reports import pictures
+
     target.out.write(f"{target.file}.parquet", sets["tuned"])
     both = pictures.side_by_side([sets["base"], sets["tuned"]], ["base", "tuned"], pictures.SHEET_IMAGES // 2)
     target.out.write(f"{target.file}.png", pictures.png(both))
@@ -140,54 +133,49 @@ def _write(target: Target, figures: dict[str, Any], sets: dict[str, bytes]) -> N
 
 
 def redraw(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
-    """Make the reports of finished runs that were judged anew, with these figures (one that is not finished draws its
-    own); one that cannot be drawn is no reason to fail."""
-    for one in judged:
-        if one.target.records is None:
-            continue
-        storage = one.target.records.storage
+    """Make the reports of finished runs anew, with these figures (an unfinished run draws its own). A report that
+    cannot be drawn is only a warning."""
+    from reports import html
+
+    for storage in [one.target.records.storage for one in judged if one.target.records]:
         try:
             records = Records.open(storage)  # not as it was before the judging
             if records.about.get("finished") and storage.exists(html.FILE):
-                storage.write(html.FILE, html.render(records, records.config()))
+                storage.write(html.FILE, html.render(records, saved_config(records)))
         except Exception as error:
             warn(f"{storage}/{html.FILE} is without these figures: {type(error).__name__}: {error}")
 
 
 def upload(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
     """Show them in MLflow, where their runs are: in a process of its own, with a deadline."""
-    for one in judged:
-        records = one.target.records
-        if records is None or not records.config().mlflow.enabled:
+    for records in [one.target.records for one in judged if one.target.records]:
+        if not saved_config(records).mlflow.enabled:
             continue
-        command = [sys.executable, "-m", "learner.upload", str(one.target.out)]
+        command = [sys.executable, "-m", "learner.upload", str(records.storage)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=UPLOAD_SECONDS)
             fault = (done.stderr.strip().splitlines() or ["it failed"])[-1] if done.returncode else None
         except subprocess.TimeoutExpired:
             fault = f"no answer in {UPLOAD_SECONDS} s"
         if fault:
-            warn(f"not in MLflow yet: {fault} (later: python -m learner.upload {one.target.out})")
+            warn(f"not in MLflow yet: {fault} (later: python -m learner.upload {records.storage})")
 
 
 def parser(
     name: str, description: str, out: str = "of a LoRA: where to write (default: evaluation/ beside it)"
 ) -> argparse.ArgumentParser:  # fmt: skip
-    """What `learner.evaluate` and `learner.compare` both take."""
-    made = argparse.ArgumentParser(prog=f"python -m learner.{name}", description=description)
-    made.add_argument(
-        "given", nargs="+", metavar="RUN_OR_LORA", help="and key=value settings, as learner.run takes them"
-    )
-    made.add_argument("--base", help="base model, instead of the run's (model.path)")
-    made.add_argument(
-        "--config", type=Path, help=f"settings for a LoRA that is from no run (default: {DEFAULT_CONFIG.name})"
-    )
-    made.add_argument("--images", type=int, help="how many (evaluation.images)")
-    made.add_argument("--prompts", help="file or set of prompts (evaluation.prompts)")
-    made.add_argument("--step", type=int, help="of a run: which checkpoint (default: the newest)")
-    made.add_argument("--out", type=Path, help=out)
-    made.add_argument("--cache", type=Path, help="where finished pictures are kept (default: ~/.cache/tributary)")
-    return made
+    """Arguments of `learner.evaluate` and `learner.compare`."""
+    parser = argparse.ArgumentParser(prog=f"python -m learner.{name}", description=description)
+    add = parser.add_argument
+    add("names", nargs="+", metavar="RUN_OR_LORA", help="and key=value settings, as learner.run takes them")
+    add("--base", help="base model, instead of the run's (model.path)")
+    add("--config", type=Path, help=f"settings for a LoRA that is from no run (default: {DEFAULT_CONFIG.name})")
+    add("--images", type=int, help="how many (evaluation.images)")
+    add("--prompts", help="file or set of prompts (evaluation.prompts)")
+    add("--step", type=int, help="of a run: which checkpoint (default: the newest)")
+    add("--out", type=Path, help=out)
+    add("--cache", type=Path, help="where finished pictures are kept (default: ~/.cache/tributary)")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,22 +195,20 @@ def run(
     program: str, args: argparse.Namespace, then: Callable[[list[Judged]], None],
     require: Callable[[list[Target]], None] = lambda targets: None,
 ) -> int:  # fmt: skip
-    """Find, judge, and do what is done with it. `require` may refuse what was found with a ConfigError. Exit status as
-    learner.run's."""
-    from diffusion.failures import RunFailure
-
+    """Find, judge, and call `then` with the results. `require` may refuse the targets with a ConfigError. Exit status
+    as learner.run's."""
     signals.running()
     try:
-        targets = find(*split(args.given), args)
+        targets = find(*split(args.names), args)
         if not targets:
             raise ConfigError("name a run or a LoRA")
         require(targets)
-    except BAD_INPUT as error:
+    except (OSError, ValueError) as error:
         for line in str(error).splitlines():
             complain(program, line)
         return 2
     try:
-        then(judge(targets, Cache(args.cache), lambda text: print(text, flush=True)))
+        then(judge(targets, Cache(args.cache), functools.partial(print, flush=True)))
     except RunFailure as error:
         complain(program, f"{type(error).__name__}: {error} (once that is mended, the same command goes on)")
         return 1

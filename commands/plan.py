@@ -1,26 +1,28 @@
 """`--plan`: what a run would do and cost, without running it: actors, work, FLOPs, bytes.
 
 FLOPs are counted by torch on networks without weights (a multiplication and an addition are two). Rewards are counted
-where Tributary knows their networks (commands/reward_cost.py), and said not to be where it does not.
+where Tributary knows their networks, and said not to be where it does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.placement import Placement, asks, counted
-from commands.reward_cost import reward_cost
+from cluster.placement import Placement, counted
 from diffusion import lora, transitions
 from diffusion.loading import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from learner.build import flow_network
 from learner.config import Config, resolve
+from learner.config.sections import RewardConfig
 from learner.objectives.by_name import OBJECTIVES
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
@@ -72,24 +74,19 @@ def costs(config: Config) -> Costs:
     unet, vae = without_weights(str(resolve(config.model.path)))
     shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     width = getattr(unet.config, "cross_attention_dim", None)  # none without prompts
+    tiny = None
     with torch.device("meta"):
         lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank)
         flow = flow_network(config, shape[1:], width)
         x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
-
-    tiny = None
-    if config.objective.forward_looking_decoder == "tiny":
-        tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
-    elif vae is not None and len(vae.config.block_out_channels) == 4:  # what TAESD is to Stable Diffusion
-        with torch.device("meta"):
+        if config.objective.forward_looking_decoder == "tiny":
+            tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
+        elif vae is not None and len(vae.config.block_out_channels) == 4:  # what TAESD is to Stable Diffusion
             tiny = AutoencoderTiny()
+    text = {} if width is None else {"encoder_hidden_states": embedding}
 
     def predict() -> torch.Tensor:
-        return unet(x, t).sample if width is None else unet(x, t, encoder_hidden_states=embedding).sample
-
-    def flows() -> torch.Tensor:
-        assert flow is not None
-        return flow(x, t, embedding)
+        return unet(x, t, **text).sample
 
     return Costs(
         unet=_count(predict),
@@ -97,8 +94,8 @@ def costs(config: Config) -> Costs:
         decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
         tiny=_count(lambda: tiny.decode(x).sample) if tiny is not None else None,
         reward=reward_cost(config.reward),
-        flow=_count(flows) if flow else 0.0,
-        flow_train=_count(flows, backward=True) if flow else 0.0,
+        flow=_count(lambda: flow(x, t, embedding)) if flow else 0.0,
+        flow_train=_count(lambda: flow(x, t, embedding), backward=True) if flow else 0.0,
         latent=prod(shape),
         lora=sum(p.numel() for _, p in lora.named(unet)),
         flow_parameters=sum(p.numel() for p in flow.parameters()) if flow else 0,
@@ -121,15 +118,13 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     if settings.forward_looking == "base":
         states = int(needed[:, :n].sum()) * count // len(ids)
         reference = states * (passes if settings.clean_prediction == "guided" else 1)
-    objective = OBJECTIVES[config.objective.kind]
-    joint = config.flow.fit_steps == 0
     fits = config.flow.fit_steps * config.flow.batch * ranks * config.steps_per_epoch
     stored = count * (n + 1) * cost.latent
-    extra: float = objective.extra_passes(config.objective)
     again = config.train.replay_updates / config.train.updates_per_epoch  # trained on once more
-    step = passes * cost.unet_train + 2 * (cost.flow_train if joint else cost.flow)
+    step = passes * cost.unet_train + 2 * (cost.flow if config.flow.fit_steps else cost.flow_train)
     # Of an earlier policy's transitions, but those of the epoch's first update: what the regulariser holds them to.
     lagging = again + (1 - 1 / config.train.updates_per_epoch if config.train.max_staleness else 0)
+    extra: float = OBJECTIVES[config.objective.kind].extra_passes(config.objective)
     extra += lagging if config.objective.regulariser else 0
     outputs = trained * cost.latent * (1 + config.needs.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if config.needs.reward_gradients else 1
@@ -177,76 +172,119 @@ def _against_published(config: Config, cost: Costs, each: Work) -> list[str]:
     there = published(config, cost)
     if there is None:
         return []
-    here = each.training / each.transitions
+    (transition, epoch), here = there, each.training / each.transitions
     lines = [
-        f"a transition in the learner: {_flops(there[0])} there, {_flops(here)} here; ratio {there[0] / here:.2f}",
-        f"an epoch: {_flops(there[1])} there, {_flops(each.flops)} here; ratio {there[1] / each.flops:.2f}",
+        f"a transition in the learner: {_flops(transition)} there, {_flops(here)} here; ratio {transition / here:.2f}",
+        f"an epoch: {_flops(epoch)} there, {_flops(each.flops)} here; ratio {epoch / each.flops:.2f}",
     ]
-    given = config.objective
-    if cost.tiny is not None and given.forward_looking != "none" and given.forward_looking_decoder == "full":
-        cheap = given.model_copy(update={"forward_looking_decoder": "tiny"})
-        flops = work(config.model_copy(update={"objective": cheap}), cost, 1).flops
-        lines.append(
-            f"an epoch with objective.forward_looking_decoder=tiny: {_flops(flops)}; ratio {there[1] / flops:.2f}"
-        )
+    objective, key = config.objective, "forward_looking_decoder"
+    if cost.tiny is not None and objective.forward_looking != "none" and objective.forward_looking_decoder == "full":
+        cheap = config.model_copy(update={"objective": objective.model_copy(update={key: "tiny"})})
+        flops = work(cheap, cost, 1).flops
+        lines.append(f"an epoch with objective.{key}=tiny: {_flops(flops)}; ratio {epoch / flops:.2f}")
     return lines
 
 
 def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
     """The plan as text, one fact a line."""
     cost = costs(config)
-    each = work(config, cost, placement.ranks)
-    train, n = config.train, config.sampler.steps
+    each = work(config, cost, placement.ranks.count)
+    train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
-    evaluations *= config.evaluation.images > 0
+    evaluations *= images > 0
     total = train.epochs * each.flops + evaluations * each.evaluation
     scoring = "rewards not counted" if cost.reward is None else f"scoring {_flops(each.scoring)}"
     kept = min((config.run.keep_checkpoints or train.epochs) + evaluations, train.epochs + 1)
-    if config.run.runner == "inprocess":
+    disk = kept * each.checkpoint + train.epochs * each.thumbnails
+    if in_process:
         actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
     else:
         roles = (
-            ("sampler", placement.samplers, placement.sampler_options),
-            ("reward actor", placement.scorers, placement.scorer_options),
-            ("learner rank", placement.ranks, {**placement.rank_options, "label_selector": placement.rank_labels}),
-        )
-        actors = [f"{counted(count, role)}, each {asks(options)}" for role, count, options in roles]
-    lines = [
-        ("run directory", [place]),
-        ("cluster", [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"]),
-        ("actors", actors),
-        ("an epoch", [
-            f"{train.trajectories} trajectories of {n} steps in chunks of {config.sampler.chunk_size}",
+            ("sampler", placement.samplers), ("reward actor", placement.scorers), ("learner rank", placement.ranks)
+        )  # fmt: skip
+        actors = [f"{counted(share.count, role)}, each {share}" for role, share in roles]
+    facts = {
+        "run directory": [place],
+        "cluster": [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"],
+        "actors": actors,
+        "an epoch": [
+            f"{train.trajectories} trajectories of {config.sampler.steps} steps in chunks of "
+            f"{config.sampler.chunk_size}",
             f"{each.states_scored} states scored, {each.transitions} transitions trained on in "
             f"{config.steps_per_epoch} updates",
-        ]),
-        ("the run", [
+        ],
+        "the run": [
             f"{train.epochs} epochs, {train.epochs * train.trajectories} trajectories, "
             f"{train.epochs * config.steps_per_epoch} updates",
-            f"{evaluations} evaluations of {config.evaluation.images} images",
-        ]),
-        ("FLOPs", [
+            f"{evaluations} evaluations of {images} images",
+        ],
+        "FLOPs": [
             f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
             f"the run: {_flops(total)}",
-        ]),
-        ("against the published way", _against_published(config, cost, each)),
-        ("object store", [
+        ],
+        "against the published way": _against_published(config, cost, each),
+        "object store": [] if in_process else [
             f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
             f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
-        ]),
-        ("disk", [
+        ],
+        "disk": [
             f"{_bytes(each.checkpoint)} a checkpoint, at most {kept} kept; trajectories up to "
-            f"{_bytes(each.thumbnails)} an epoch; at most "
-            f"{_bytes(kept * each.checkpoint + train.epochs * each.thumbnails)} in all",
-        ]),
-    ]  # fmt: skip
-    if config.run.runner == "inprocess":
-        lines = [line for line in lines if line[0] != "object store"]
-    return "\n".join(f"{title if i == 0 else '':<26} {text}" for title, texts in lines for i, text in enumerate(texts))
+            f"{_bytes(each.thumbnails)} an epoch; at most {_bytes(disk)} in all",
+        ],
+    }  # fmt: skip
+    return "\n".join(f"{title if i == 0 else '':<26} {text}" for title, texts in facts.items()
+                     for i, text in enumerate(texts))  # fmt: skip
 
 
-def _count(forward, backward: bool = False) -> float:
+def reward_cost(reward: RewardConfig) -> float | None:
+    """FLOPs of scoring one image at the published size, its prompt read anew; None for a reward that is not known.
+    JPEG's are the CPU's, and none."""
+    if reward.name in ("jpeg_compressibility", "jpeg_incompressibility"):
+        return 0.0
+    make = {"aesthetic": _aesthetic, "hpsv2": _hpsv2, "imagereward": _imagereward}.get(reward.name)
+    if make is None:
+        return None
+    with torch.device("meta"):
+        network, *inputs = make()
+        return _count(lambda: network(*inputs))
+
+
+def _aesthetic() -> tuple[Any, ...]:
+    """The network and its inputs, as of the two below."""
+    from transformers import CLIPVisionConfig
+
+    from rewards.aesthetic import Network
+
+    large = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
+        projection_dim=768,
+    )  # fmt: skip
+    return Network(large), torch.zeros(1, 3, 224, 224)
+
+
+def _hpsv2() -> tuple[Any, ...]:
+    from rewards.hpsv2 import Network, Size
+
+    ids = torch.zeros(1, Size.context, dtype=torch.int64)
+    return Network(Size().config()), torch.zeros(1, 3, Size.image, Size.image), ids
+
+
+def _imagereward() -> tuple[Any, ...]:
+    from transformers import BlipTextConfig
+
+    from rewards.imagereward import TOKENS, Network, Vision
+
+    text = BlipTextConfig(
+        vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        encoder_hidden_size=Vision.width, is_decoder=True,
+    )  # fmt: skip
+    text._attn_implementation = "eager"
+    ids, pixels = torch.zeros(1, TOKENS, dtype=torch.int64), torch.zeros(1, 3, Vision.image, Vision.image)
+    return Network(Vision().config(), text), pixels, ids, None  # a mask would be looked into
+
+
+def _count(forward: Callable[[], torch.Tensor], backward: bool = False) -> float:
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         output = forward()
         if backward:
@@ -255,16 +293,16 @@ def _count(forward, backward: bool = False) -> float:
 
 
 def _flops(value: float) -> str:
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if value < 1000:
-            return f"{value:.3g} {unit}FLOP"
-        value /= 1000
-    return f"{value:.3g} EFLOP"
+    return _scaled(value, "FLOP")
 
 
 def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
+    return _scaled(value, "B")
+
+
+def _scaled(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
         if value < 1000:
-            return f"{value:.3g} {unit}"
+            return f"{value:.3g} {prefix}{unit}"
         value /= 1000
-    return f"{value:.3g} TB"
+    return f"{value:.3g} E{unit}"

@@ -12,14 +12,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", help="run directory or URL")
     args = parser.parse_args(arguments)
 
-    from records.run_folder import Records  # here: --help and argument errors must come fast
+    from learner.config import saved_config  # here: --help and argument errors must come fast
+    from records.run_folder import Records
     from records.storage import Storage
     from reports.html import FILE, render
 
     try:
         storage = Storage(args.run)
         records = Records.open(storage)
-        storage.write(FILE, render(records, records.config()))
+        storage.write(FILE, render(records, saved_config(records)))
     except (OSError, ValueError) as error:
         print(f"learner.report: {args.run}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,9 +40,14 @@ class BaseModel:
         Raises:
             BaseModelError: the path is no pipeline folder and the hub does not have it (or cannot be reached).
         """
-        pipeline = _load_pipeline(path, dtype)
+        folder = locate(path)
+        with load_errors(path):
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                folder, dtype={"unet": dtype, "default": torch.float32}, vae=None, safety_checker=None,
+                feature_extractor=None, requires_safety_checker=False, use_safetensors=True,
+            )  # fmt: skip
         self.device, self.dtype = torch.device(device), dtype
-        self.unet: Any = pipeline.unet.to(device).requires_grad_(False)
+        self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
         self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
         self.tokenizer = pipeline.tokenizer
         self.scheduler = pipeline.scheduler
@@ -74,27 +79,26 @@ class BaseModel:
             torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
             self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
-    def attach_lora(self, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-        """Add the adapter; the same seed gives the same initial adapter on every machine."""
+    def attach_lora(
+        self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.TARGETS
+    ) -> list[nn.Parameter]:
+        """Add the adapter; the same seed gives the same initial adapter on every machine. `targets` as lora.attach."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return lora.attach(self.unet, rank, alpha)
+            return lora.attach(self.unet, rank, alpha, targets)
 
-    @contextlib.contextmanager
-    def without_lora(self) -> Iterator[None]:
+    def without_lora(self) -> _WithoutLora:
         """The frozen reference: the same module with its adapter switched off."""
-        self.unet.disable_adapters()
-        self._adapted = False
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters()
-            self._adapted = True
+        return _WithoutLora(self)
+
+    def _switch_lora(self, on: bool) -> None:
+        (self.unet.enable_adapters if on else self.unet.disable_adapters)()
+        self._adapted = on
 
     def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
         """A block whose activations the backward pass computes again, by then with the adapter switched on: it must be
         as it was."""
-        again = contextlib.nullcontext() if self._adapted else _WithoutLora(self)
+        again = contextlib.nullcontext() if self._adapted else self.without_lora()
         return checkpoint(
             block.__call__, *arguments, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again)
         )
@@ -139,16 +143,16 @@ class BaseModel:
 
 
 class _WithoutLora:
-    """BaseModel.without_lora to be entered again and again, as a graph that is kept for two backward passes does."""
+    """To be entered again and again, as a graph that is kept for two backward passes does."""
 
     def __init__(self, model: BaseModel) -> None:
-        self.model, self.stack = model, contextlib.ExitStack()
+        self.model = model
 
     def __enter__(self) -> None:
-        self.stack.enter_context(self.model.without_lora())
+        self.model._switch_lora(False)
 
     def __exit__(self, *error: object) -> None:
-        self.stack.close()
+        self.model._switch_lora(True)
 
 
 class Decoder:
@@ -177,12 +181,3 @@ class Decoder:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
         scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
         return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
-
-
-def _load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    folder = locate(path)
-    with load_errors(path):
-        return StableDiffusionPipeline.from_pretrained(
-            folder, dtype={"unet": dtype, "default": torch.float32}, vae=None, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False, use_safetensors=True,
-        )  # fmt: skip

@@ -42,12 +42,9 @@ def smaller(setting: str, value: object) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        text = " ".join(str(error).split())
-        remedy = "make it smaller"
+        text, remedy = " ".join(str(error).split()), "make it smaller"
         if value == 1:
-            remedy = (
-                "leave it more memory: fewer actors on the GPU, learner.gradient_checkpointing=true, or a larger GPU"
-            )
+            remedy = "leave more memory: fewer actors on the GPU, learner.gradient_checkpointing=true, or a larger GPU"
         raise OutOfMemory(f"{setting}={value} does not fit into GPU memory; {remedy} ({text[:200]})") from error
 
 

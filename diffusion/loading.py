@@ -25,45 +25,8 @@ def load_model(path: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def load_decoder(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder | PixelDecoder:
-    """What turns states into images.
-
-    Raises:
-        BaseModelError: as load_model.
-    """
+    """What turns states into images. Raises as load_model."""
     return PixelDecoder(device) if is_unconditional(path) else Decoder(path, device, dtype)
-
-
-def load_tiny_decoder(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
-    """The decoder of an AutoencoderTiny, a folder or a hub id.
-
-    Raises:
-        BaseModelError: it is neither.
-    """
-    return Decoder(path, device, dtype, tiny=True)
-
-
-def check_tiny_decoder(path: str, pipeline: str) -> None:
-    """Read its configuration, but no weights.
-
-    Raises:
-        BaseModelError: as load_tiny_decoder, or it decodes other latents than the pipeline's.
-    """
-    folder = locate(path, "config.json", "model.tiny_decoder")
-    with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"):
-        tiny = AutoencoderTiny.load_config(folder)
-    if is_unconditional(pipeline):
-        raise BaseModelError(
-            f"objective.forward_looking_decoder: {pipeline} has no decoder that a tiny one could spare"
-        )
-    with load_errors(pipeline):
-        full = AutoencoderKL.load_config(locate(pipeline), subfolder="vae")
-    levels = tiny.get("decoder_block_out_channels", (64,) * 4), full["block_out_channels"]
-    shapes = [(c["latent_channels"], 2 ** (len(each) - 1)) for c, each in zip((tiny, full), levels, strict=True)]
-    if shapes[0] != shapes[1]:
-        raise BaseModelError(
-            f"model.tiny_decoder: {path} decodes latents of {shapes[0][0]} channels to {shapes[0][1]} times their "
-            f"side, {pipeline} has {shapes[1][0]} channels and {shapes[1][1]} times"
-        )
 
 
 def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> DDIMKernel:
@@ -86,20 +49,11 @@ def check_parts(path: str) -> None:
     Raises:
         BaseModelError: as load_model, or an unconditional U-Net of a kind that cannot be trained here.
     """
-    if is_unconditional(path):
-        folder, subfolder = part(path, "unet")
+    unet, _ = _configs(path)
+    if not is_unconditional(path):
         with load_errors(path):
-            unet = UNet2DModel.load_config(folder, subfolder=subfolder)
-        _check_pixels(path, unet)
+            AutoConfig.from_pretrained(locate(path), subfolder="text_encoder")
         return
-    folder = locate(path)
-    with load_errors(path):
-        UNet2DConditionModel.load_config(folder, subfolder="unet")
-        AutoencoderKL.load_config(folder, subfolder="vae")
-        AutoConfig.from_pretrained(folder, subfolder="text_encoder")
-
-
-def _check_pixels(path: str, unet: dict[str, Any]) -> None:
     blocks = [*unet["down_block_types"], *unet["up_block_types"]]
     faults = {
         "its sample_size is no single number": not isinstance(unet.get("sample_size"), int),
@@ -109,35 +63,59 @@ def _check_pixels(path: str, unet: dict[str, Any]) -> None:
             unet.get("add_attention", True) or any("Attn" in block for block in blocks)
         ),
     }
-    for fault, found in faults.items():
-        if found:
+    for fault, present in faults.items():
+        if present:
             raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {fault}")
 
 
-def tiny_without_weights(path: str) -> AutoencoderTiny:
-    """The tiny autoencoder on torch's meta device.
+def check_tiny_decoder(path: str, pipeline: str) -> None:
+    """Read its configuration, but no weights.
 
     Raises:
-        BaseModelError: as load_tiny_decoder.
+        BaseModelError: it is neither a folder nor a hub id of an AutoencoderTiny, or decodes other latents than the
+            pipeline's.
     """
+    tiny = tiny_without_weights(path).config
+    _, full = _configs(pipeline)
+    if full is None:
+        raise BaseModelError(
+            f"objective.forward_looking_decoder: {pipeline} has no decoder that a tiny one could spare"
+        )
+    levels = tiny.decoder_block_out_channels, full["block_out_channels"]
+    channels = tiny.latent_channels, full["latent_channels"]
+    shapes = [(channel, 2 ** (len(each) - 1)) for channel, each in zip(channels, levels, strict=True)]
+    if shapes[0] != shapes[1]:
+        raise BaseModelError(
+            f"model.tiny_decoder: {path} decodes latents of {shapes[0][0]} channels to {shapes[0][1]} times their "
+            f"side, {pipeline} has {shapes[1][0]} channels and {shapes[1][1]} times"
+        )
+
+
+def tiny_without_weights(path: str) -> AutoencoderTiny:
+    """The tiny autoencoder on torch's meta device. Raises as check_tiny_decoder."""
     folder = locate(path, "config.json", "model.tiny_decoder")
     with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"), torch.device("meta"):
         return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
 
 
 def without_weights(path: str) -> tuple[UNet2DConditionModel | UNet2DModel, AutoencoderKL | None]:
-    """U-Net and VAE (if there is one) of a pipeline on torch's meta device: shapes only, for counting what they would
-    cost.
+    """U-Net and VAE (if there is one) of a pipeline on torch's meta device, for counting. Raises as load_model."""
+    unet, vae = _configs(path)
+    with load_errors(path), torch.device("meta"):
+        if vae is None:
+            return AdaptableUNet2D.from_config(unet), None
+        return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
 
-    Raises:
-        BaseModelError: as load_model.
-    """
+
+def _configs(path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Of the U-Net, and of the VAE if there is one."""
     if is_unconditional(path):
         folder, subfolder = part(path, "unet")
-        with load_errors(path), torch.device("meta"):
-            return AdaptableUNet2D.from_config(UNet2DModel.load_config(folder, subfolder=subfolder)), None
+        with load_errors(path):
+            return UNet2DModel.load_config(folder, subfolder=subfolder), None
     folder = locate(path)
-    with load_errors(path), torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-    return unet, vae
+    with load_errors(path):
+        return (
+            UNet2DConditionModel.load_config(folder, subfolder="unet"),
+            AutoencoderKL.load_config(folder, subfolder="vae"),
+        )

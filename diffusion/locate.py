@@ -1,16 +1,19 @@
-"""Where a base model's parts are: a diffusers pipeline folder or a hub id, and which kind of pipeline it is."""
+"""Where a base model's parts are: a diffusers pipeline folder or a hub id, and which kind of pipeline it is.
+
+Imports neither torch nor diffusers: a model's path is checked before anything slow starts.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
 from diffusion.failures import RunFailure
 
+INDEX = "model_index.json"
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # pixels from noise: a U-Net and a scheduler, nothing else
 
 
@@ -18,7 +21,7 @@ class BaseModelError(RunFailure, ValueError):
     """A model path that cannot be loaded; the message names it and the remedy."""
 
 
-def locate(path: str, index: str = "model_index.json", key: str = "model.path") -> str:
+def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
     """The folder, of a pipeline or of another model with its `index` file, or the hub id that `path` names.
 
     Raises:
@@ -42,7 +45,13 @@ def is_unconditional(path: str) -> bool:
     """
     folder = locate(path)
     with load_errors(path):
-        return DiffusionPipeline.load_config(folder)["_class_name"] in UNCONDITIONAL
+        if not Path(folder).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            file = hf_hub_download(folder, INDEX)
+        else:
+            file = os.path.join(folder, INDEX)
+        return json.loads(Path(file).read_text(encoding="utf-8"))["_class_name"] in UNCONDITIONAL
 
 
 def part(path: str, name: str) -> tuple[str, str | None]:
@@ -54,6 +63,8 @@ def part(path: str, name: str) -> tuple[str, str | None]:
     """
     folder = locate(path)
     if not Path(folder).is_dir():
+        from diffusers import DiffusionPipeline
+
         with load_errors(path):
             folder = DiffusionPipeline.download(folder)
     return folder, name if (Path(folder) / name).is_dir() else None
@@ -63,18 +74,17 @@ def part(path: str, name: str) -> tuple[str, str | None]:
 def load_errors(
     path: str, key: str = "model.path", wanted: str = "a Stable-Diffusion or DDPM pipeline folder"
 ) -> Iterator[None]:  # fmt: skip
-    """What loading raises, as one line that names the setting and the path."""
+    """What loading raises, as one line that names the setting and the path, and how to get what reads like a hub id.
+
+    Raises:
+        BaseModelError: a file is missing or damaged, or the hub cannot be reached.
+    """
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        remedy = f"; where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"
         raise BaseModelError(
-            f"{key}: {path} is neither {wanted} nor reachable on the hub: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}{_way(path, key)}"
+            f"{key}: {path} is neither {wanted} nor reachable on the hub: {reason}"
+            f"{'' if Path(path).expanduser().exists() else remedy}"
         ) from error
-
-
-def _way(path: str, key: str) -> str:
-    """How to get what reads like a hub id."""
-    if Path(path).expanduser().exists():
-        return ""
-    return f"; where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"

@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from diffusion.snapshot import Snapshot, digest
@@ -32,13 +32,14 @@ KOHYA_FILE = "kohya.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 
 
-def attach(unet: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
-    """Add a LoRA (gaussian A, zero B) to the attention projections; returns its float32 parameters by name.
-
-    Draws from torch's global generator: seed it first.
-    """
+def attach(
+    unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS
+) -> list[nn.Parameter]:  # fmt: skip
+    """Add a LoRA (gaussian A, zero B) to the modules whose names end in `targets`, or match that regular expression;
+    returns its float32 parameters by name. Draws from torch's global generator: seed it first."""
     unet.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    modules = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=modules)
     unet.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
     parameters = [parameter for _, parameter in named(unet)]
     for parameter in parameters:
@@ -63,10 +64,10 @@ def fingerprint(unet: nn.Module) -> str:
     parameters = [p for _, p in named(unet)]
     if parameters[0].device.type != "cpu":
         return snapshot(unet, 0).sha256
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for parameter in parameters:
-        found.update(np.ascontiguousarray(parameter.numpy(force=True), np.float32).data)
-    return found.hexdigest()
+        sha256.update(np.ascontiguousarray(parameter.numpy(force=True), np.float32).data)
+    return sha256.hexdigest()
 
 
 def load(unet: nn.Module, flat: np.ndarray) -> None:
@@ -79,15 +80,13 @@ def load(unet: nn.Module, flat: np.ndarray) -> None:
     expected = sum(p.numel() for _, p in parameters)
     if flat.shape != (expected,):
         raise ValueError(f"adapter buffer holds {flat.shape} numbers, this module's adapter {expected}")
-    offset = 0
+    parts = np.split(flat, np.cumsum([p.numel() for _, p in parameters])[:-1])
     with torch.no_grad():
-        for _, parameter in parameters:
-            part = flat[offset : offset + parameter.numel()].reshape(parameter.shape)
+        for (_, parameter), part in zip(parameters, parts, strict=True):
             if parameter.device.type == "cpu":
-                np.copyto(parameter.numpy(force=True), part)  # in place: it shares the parameter's memory
+                np.copyto(parameter.numpy(force=True), part.reshape(parameter.shape))  # in place: it shares its memory
             else:
-                parameter.copy_(torch.from_numpy(np.array(part)))
-            offset += parameter.numel()
+                parameter.copy_(torch.from_numpy(np.array(part)).view_as(parameter))
 
 
 def save_files(unet: nn.Module, folder: Path) -> None:
@@ -101,12 +100,10 @@ def save_files(unet: nn.Module, folder: Path) -> None:
         (folder / PEFT_FILES[0]).write_text(json.dumps(_metadata(config), indent=2, sort_keys=True) + "\n")
         save_file({f"base_model.model.{name}": value for name, value in state.items()}, str(folder / PEFT_FILES[1]))
         return
-    StableDiffusionPipeline.save_lora_weights(
-        str(folder),
-        unet_lora_layers=convert_state_dict_to_diffusers(state),
-        unet_lora_adapter_metadata=_metadata(config),
-    )
-    _drop_format_key(folder / DIFFUSERS_FILE)
+    named_as_in_diffusers = {f"unet.{name}": value for name, value in convert_state_dict_to_diffusers(state).items()}
+    settings = json.dumps({f"unet.{key}": value for key, value in _metadata(config).items()}, indent=2, sort_keys=True)
+    # One metadata key: safetensors writes several in a random order, and equal adapters are to be equal files.
+    save_file(named_as_in_diffusers, str(folder / DIFFUSERS_FILE), {METADATA_KEY: settings})
     save_file(_kohya(state, float(config.lora_alpha)), str(folder / KOHYA_FILE))
 
 
@@ -115,13 +112,6 @@ def files(unet: nn.Module) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         save_files(unet, Path(folder))
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
-
-
-def _drop_format_key(file: Path) -> None:
-    """Keep one metadata key: safetensors writes several in a random order, and equal adapters are to be equal files."""
-    with safe_open(str(file), "pt") as opened:
-        metadata = {METADATA_KEY: opened.metadata()[METADATA_KEY]}
-    save_file(load_file(str(file)), str(file), metadata=metadata)
 
 
 def _metadata(config: LoraConfig) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -78,24 +75,23 @@ def rollout(
     x = draw(noise.INITIAL_STATE).to(store).float()
     grid = gpu_memory.to_device(kernel.timesteps.numpy(), model.device)
     states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
-    with _no_dropout(model):
-        for i in range(n):
-            t = grid[i].expand(batch)
-            guided, conditional = model.predict(x, t, embeddings, settings.guidance)
-            if training:
-                output = guided if settings.clean_prediction == "guided" else conditional
-                if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
-                    scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
-                    at = gpu_memory.to_device(rows, model.device)
-                    output = output.index_copy(0, at, model.predict_reference(x[at], t[at], embeddings[at], scale))
-                cleans.append(kernel.clean(output, t, x).to(store))
-            x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
-            log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
-            log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
-            if training:
-                outputs.append(guided.to(store))
-            states.append(x_next)
-            x = x_next
+    for i in range(n):
+        t = grid[i].expand(batch)
+        guided, conditional = model.predict(x, t, embeddings, settings.guidance)
+        if training:
+            output = guided if settings.clean_prediction == "guided" else conditional
+            if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
+                scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
+                at = gpu_memory.to_device(rows, model.device)
+                output = output.index_copy(0, at, model.predict_reference(x[at], t[at], embeddings[at], scale))
+            cleans.append(kernel.clean(output, t, x).to(store))
+        x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
+        log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
+        log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
+        if training:
+            outputs.append(guided.to(store))
+        states.append(x_next)
+        x = x_next
     trajectories = Trajectories(
         chunk=chunk,
         policy_version=version,
@@ -137,13 +133,3 @@ def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndar
     if settings.skip_last:
         needed[:, -2] = chosen.any(axis=1)
     return needed
-
-
-@contextmanager
-def _no_dropout(model: BaseModel) -> Iterator[None]:
-    was_training = model.unet.training
-    model.unet.eval()
-    try:
-        yield
-    finally:
-        model.unet.train(was_training)

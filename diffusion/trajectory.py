@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,41 +11,57 @@ Purpose = Literal["train", "evaluate"]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The unit of work: fixed prompts and a fixed batch, so its result depends on nothing else.
+class ChunkKey:
+    """Names a chunk within a run; as text, for messages."""
 
-    `trajectory_ids` are unique within (purpose, epoch) and name the noise; `seed` keys it.
-    """
-
-    index: int
     purpose: Purpose
     epoch: int
-    seed: int
-    prompts: tuple[str, ...]
-    trajectory_ids: tuple[int, ...]
+    index: int
+
+    def __str__(self) -> str:
+        return f"chunk {self.index} of {self.where}"
+
+    @property
+    def where(self) -> str:
+        return f"epoch {self.epoch}" if self.purpose == "train" else "the evaluation set"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The unit of work: fixed prompts and a fixed batch, so its result depends on nothing else."""
+
+    index: int  # within (purpose, epoch)
+    purpose: Purpose
+    epoch: int
+    seed: int  # keys the noise
+    prompts: tuple[str, ...]  # B
+    trajectory_ids: tuple[int, ...]  # B, unique within (purpose, epoch); they name the noise
+
+    @property
+    def key(self) -> ChunkKey:
+        return ChunkKey(self.purpose, self.epoch, self.index)
 
     @property
     def where(self) -> str:
         """For messages."""
-        return f"epoch {self.epoch}" if self.purpose == "train" else "the evaluation set"
+        return self.key.where
 
 
 @dataclass(frozen=True)
 class Trajectories:
     """B denoising trajectories of N transitions, rolled out by one policy version.
 
-    Arrays are float32 numpy (zero-copy through the object store), or float16 where RolloutSettings.state_precision
-    says so; log-probabilities are float32 always, and of the states as stored. States run noise -> data:
-    `states[:, i]` is x at `timesteps[i]`, `states[:, N]` is x_0. Latents are in the model's own scale.
+    Arrays are numpy (zero-copy through the object store) and, where no other type is said, float32. Latents are in the
+    model's own scale; they and model outputs are float16 where RolloutSettings.state_precision says so.
     """
 
     chunk: Chunk
     policy_version: int
     adapter_sha256: str  # of the adapter as it stood in the sampler's module
-    timesteps: np.ndarray  # [N] int64
-    states: np.ndarray  # [B, N+1, C, H, W]
-    log_pf: np.ndarray  # [B, N] nats, summed over dimensions, of the rollout's own weights
-    log_pb: np.ndarray  # [B, N] nats, summed over dimensions
+    timesteps: np.ndarray  # [N] int64, decreasing
+    states: np.ndarray  # [B, N+1, C, H, W] noise -> data: states[:, i] is x at timesteps[i], states[:, N] is x_0
+    log_pf: np.ndarray  # [B, N] nats, summed over dimensions, of the rollout's own weights and the states as stored
+    log_pb: np.ndarray  # [B, N] nats, summed over dimensions, of the states as stored
     selected: np.ndarray  # [B, K] int64 steps to train on, ascending
     model_output: np.ndarray  # [B, K, C, H, W] the rollout's guided output at the selected steps
 
@@ -64,109 +79,50 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A sampler's account of one chunk of B trajectories, small enough for the driver: the arrays stay where they are.
-
-    Version and hash are of the adapter as it stood in the sampler's module. Sums are over the N transitions, in nats.
-    """
+    """A sampler's account of one chunk of B trajectories, small enough for the driver; arrays stay where they are."""
 
     policy_version: int
-    adapter_sha256: str
-    log_pf_sum: tuple[float, ...]  # B
-    log_pb_sum: tuple[float, ...]  # B
+    adapter_sha256: str  # of the adapter as it stood in the sampler's module
+    log_pf_sum: tuple[float, ...]  # [B] nats, over the N transitions
+    log_pb_sum: tuple[float, ...]  # [B] nats, over the N transitions
     node: str  # where it was sampled
-    seconds: float
+    seconds: float  # that it took
 
 
 @dataclass(frozen=True)
 class CleanPredictions:
-    """What the reward actors get: clean latents to decode, one for every state whose reward is needed.
-
-    `step[j]` is the state index (0..N) of row j and `row[j]` its trajectory in the chunk; the row of the
-    terminal state (step N) holds x_0 itself.
-    """
+    """What the reward actors get: M clean latents to decode, one for every state whose reward is needed."""
 
     chunk: Chunk
     num_steps: int  # N
-    latents: np.ndarray  # [M, C, H, W] float32, or as the states
-    row: np.ndarray  # [M] int64
-    step: np.ndarray  # [M] int64
+    latents: np.ndarray  # [M, C, H, W] of the states' type: clean predictions, and x_0 itself where step is N
+    row: np.ndarray  # [M] int64 its trajectory in the chunk, 0..B-1
+    step: np.ndarray  # [M] int64 its state's index, 0..N
     terminal: int  # the state whose reward is the trajectory's in training: N, or N-1
-
-    def only(self, row: int) -> CleanPredictions:
-        """One trajectory's latents, to be scored apart from the chunk's others."""
-        mine = self.row == row
-        return replace(self, latents=self.latents[mine], row=self.row[mine], step=self.step[mine])
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Raw rewards, never multiplied by beta: [B, N+1] float32, NaN where no state needed one.
-
-    `gradients` [M, C, H, W] float32 of the raw reward with respect to the clean latents, for objectives that learn
-    from them; `gradient_row` [B, N+1] int64 is the row of each state's, -1 where there is none (then it is 0). `images`
-    [B, H, W, 3] uint8 of the terminal states, only for evaluation chunks; `thumbnails` are B PNG files of them, only
-    for training chunks. Where the reward is a sum of several, `parts` has each one's raw score of x_0 [B] by its label.
-    `bad` has the reason why a row must not be used: its rewards are NaN; `bad_images` the PNG of its image, if there is
-    one to show. Of evaluation chunks `held_out` has the raw scores of the images [B] by each reward that is not trained
-    on, by label, and `features` [B, F] float32 (rewards/judges.py); NaN of bad rows.
-    """
+    """Raw rewards of one chunk, never multiplied by beta, and what was made with them."""
 
     chunk: Chunk
-    rewards: np.ndarray
-    images: np.ndarray | None = None
-    thumbnails: tuple[bytes, ...] = ()
+    rewards: np.ndarray  # [B, N+1] float32, NaN where no state needed one and in bad rows
+    images: np.ndarray | None = None  # [B, H, W, 3] uint8 of x_0, of evaluation chunks alone
+    thumbnails: tuple[bytes, ...] = ()  # B PNG files of x_0, of training chunks alone
+    # [M, C, H, W] float32, of the raw reward to the clean latents, for objectives that learn from them
     gradients: np.ndarray | None = None
-    gradient_row: np.ndarray | None = None
-    parts: dict[str, np.ndarray] = field(default_factory=dict)
-    bad: dict[int, str] = field(default_factory=dict)
-    bad_images: dict[int, bytes] = field(default_factory=dict)
-    held_out: dict[str, np.ndarray] = field(default_factory=dict)
-    features: np.ndarray | None = None
+    gradient_row: np.ndarray | None = None  # [B, N+1] int64, row in `gradients` of each state's; -1: none, then it is 0
+    parts: dict[str, np.ndarray] = field(default_factory=dict)  # label -> [B] raw score of x_0 by each reward of a sum
+    bad: dict[int, str] = field(default_factory=dict)  # row -> reason why it must not be used
+    bad_images: dict[int, bytes] = field(default_factory=dict)  # row -> PNG file of its image, if there is one to show
+    # Of evaluation chunks; NaN in bad rows
+    held_out: dict[str, np.ndarray] = field(default_factory=dict)  # label -> [B] by each reward that is not trained on
+    features: np.ndarray | None = None  # [B, F] float32 of the images (rewards/judges.py)
 
     @property
     def good_ids(self) -> tuple[int, ...]:
         """Trajectories that are not bad, in order."""
         return tuple(number for row, number in enumerate(self.chunk.trajectory_ids) if row not in self.bad)
-
-    @classmethod
-    def join(cls, parts: Mapping[int, Scores], bad: Mapping[int, str]) -> Scores:
-        """Rows scored apart, each from `CleanPredictions.only(row)`, as one chunk's scores; `bad` has the reasons of
-        the rows that could not be. Those have a black image and an empty thumbnail where the others have one."""
-        first = next(iter(parts.values()))
-        size = range(len(first.rewards))
-        rewards = np.full_like(first.rewards, np.nan)
-
-        def columns(of: Callable[[Scores], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-            """[B] by label, of the rows that have it: none where the reward raised."""
-            named = {label for part in parts.values() for label in of(part)}
-            found = {label: np.full(len(size), np.nan, np.float32) for label in sorted(named)}
-            for row, part in parts.items():
-                for label, values in of(part).items():
-                    found[label][row] = values[row]
-            return found
-
-        features = None if first.features is None else np.full_like(first.features, np.nan)
-        index = None if first.gradient_row is None else np.full_like(first.gradient_row, -1)
-        gradients: list[np.ndarray] = []
-        for row, part in parts.items():
-            rewards[row] = part.rewards[row]
-            if features is not None and part.features is not None:
-                features[row] = part.features[row]
-            if index is not None and part.gradient_row is not None and part.gradients is not None:
-                mine = part.gradient_row[row]
-                index[row] = np.where(mine < 0, -1, mine + sum(map(len, gradients)))
-                gradients.append(part.gradients)
-        images = None
-        if first.images is not None:
-            blank = np.zeros_like(first.images[0])
-            images = np.stack([parts[row].images[0] if row in parts else blank for row in size])  # type: ignore[index]
-        thumbnails = tuple(parts[row].thumbnails[0] if row in parts else b"" for row in size if first.thumbnails)
-        reasons = {row: reason for part in parts.values() for row, reason in part.bad.items()}
-        pictures = {row: picture for part in parts.values() for row, picture in part.bad_images.items()}
-        return cls(
-            first.chunk, rewards, images, thumbnails, np.concatenate(gradients) if gradients else None, index,
-            columns(lambda one: one.parts), {**reasons, **bad}, pictures, columns(lambda one: one.held_out), features,
-        )  # fmt: skip
 
     def verdict(self, seconds: float) -> Verdict:
         """What the driver is told of a chunk scored in `seconds`."""
@@ -178,8 +134,8 @@ class Scores:
 class Verdict:
     """A scorer's account of one chunk of B trajectories: raw terminal rewards, the parts of a sum, small pictures."""
 
-    rewards: tuple[float, ...]  # B, NaN of bad ones
+    rewards: tuple[float, ...]  # [B] raw, of x_0, NaN of bad ones
     thumbnails: tuple[bytes, ...]  # B PNG files, or none
-    seconds: float
-    parts: dict[str, tuple[float, ...]] = field(default_factory=dict)  # B each
+    seconds: float  # that scoring took
+    parts: dict[str, tuple[float, ...]] = field(default_factory=dict)  # label -> [B] raw
     bad: dict[int, str] = field(default_factory=dict)  # row -> reason

@@ -1,36 +1,33 @@
-"""What a command is asked to judge: adapters, of runs or from LoRA files, with the settings to judge them by."""
+"""The adapters that a command is asked to judge, of runs or from LoRA files, with the settings to judge them by."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
-from diffusion import lora, lora_files
-from diffusion.loading import without_weights
-from diffusion.locate import BaseModelError
-from diffusion.lora_files import AdapterFile, BadAdapter
 from diffusion.snapshot import Snapshot, digest
-from evaluation import image_sets
 from evaluation.finished_run import open_trained
-from evaluation.image_sets import ImageSet
-from learner.config import DEFAULT_CONFIG, Config, ConfigError, build_config, resolve
-from learner.controller import evaluation_prompts
-from records.checkpoint import CheckpointError
+from evaluation.image_sets import ACCURACY, ImageSet
+from learner.config import Config, ConfigError, build_config, read_config, resolve
+from learner.config.sections import LoraConfig, SamplerConfig
+from learner.prompts import evaluation_prompts
 from records.run_folder import EVALUATION, RUN, Records
-from records.storage import Storage, StorageError
-from rewards import judges, registry
+from records.storage import Storage
+
+if TYPE_CHECKING:
+    from diffusion.lora_files import AdapterFile
 
 OTHER_SEED = 1_000_003  # added to evaluation.seed: noise that no training run evaluates on
 SETTING = re.compile(r"[^/:]+=")
-BAD_INPUT = (BadAdapter, BaseModelError, CheckpointError, ConfigError, StorageError)
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Target:
 
     name: str
     adapter: AdapterFile
-    config: Config  # judging.settings
+    config: Config  # only what judging needs, see _target
     prompts: tuple[str, ...]
     out: Storage
     file: str  # under `out`, without its suffix
@@ -49,40 +46,39 @@ class Target:
     def sets(self) -> dict[str, ImageSet]:
         """The adapter's, and its base model's at the same and at other noise."""
         seed, flat = self.config.evaluation.seed, self.adapter.flat
-        tuned = Snapshot(1, flat, digest(flat))
-        nothing = np.zeros_like(flat)
-        base = Snapshot(0, nothing, digest(nothing))
+        zeros = np.zeros_like(flat)
         return {
-            "tuned": ImageSet(self.config, self.prompts, tuned, seed),
-            "base": ImageSet(self.config, self.prompts, base, seed),
-            "other": ImageSet(self.config, self.prompts, base, seed + OTHER_SEED),
-        }
+            name: ImageSet(self.config, self.prompts, Snapshot(version, adapter, digest(adapter)), noise)
+            for name, version, adapter, noise in (
+                ("tuned", 1, flat, seed), ("base", 0, zeros, seed), ("other", 0, zeros, seed + OTHER_SEED)
+            )
+        }  # fmt: skip
 
 
-def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Targets and settings: those have a = after a key, which a path that is here or a URL has not."""
-    settings = [one for one in given if SETTING.match(one) and not Path(one).exists()]
-    return [one for one in given if one not in settings], settings
+    settings = [text for text in arguments if SETTING.match(text) and not Path(text).exists()]
+    return [text for text in arguments if text not in settings], settings
 
 
-def find(given: Sequence[str], overrides: Sequence[str], args: argparse.Namespace) -> list[Target]:
+def find(names: Sequence[str], overrides: Sequence[str], args: argparse.Namespace) -> list[Target]:
     """The targets, checked; nothing is started.
 
     Raises:
         ConfigError: a line for each fault of any of them.
     """
-    found, faults = [], []
-    for name in given:
+    targets, faults = [], []
+    for name in names:
         try:
             target = _of_lora(name, overrides, args) if _is_lora(name) else _of_run(name, overrides, args)
             _check(target)
-        except BAD_INPUT as error:
+        except (OSError, ValueError) as error:
             faults.append(str(error) if name in str(error) else f"{name}: {error}")
         else:
-            found.append(target)
+            targets.append(target)
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
-    return found
+    return targets
 
 
 def _is_lora(name: str) -> bool:
@@ -96,8 +92,8 @@ def _of_run(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
     if not storage.exists(RUN):
         raise ConfigError(f"no run is here ({RUN} is missing), nor a LoRA (*.safetensors)")
     trained = open_trained(name, args.step, lambda text: print(text, file=sys.stderr))
-    adapter, records = trained.adapter(), trained.records
-    config, prompts = _settings(trained.config.model_dump(mode="json"), overrides, args, adapter)
+    tree, records = trained.config.model_dump(mode="json"), trained.records
+    config = _settings(partial(build_config, tree, source="the config"), overrides, args)
     lines = [line for line in records.lines if 0 <= line["epoch"] < trained.epochs]
     cluster = records.about.get("cluster", {})
     facts = {
@@ -106,59 +102,77 @@ def _of_run(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
         "seconds": sum(line["seconds"] for line in lines), "gpus": cluster.get("GPU", 0), "cpus": cluster.get("CPU"),
     }  # fmt: skip
     file = f"{EVALUATION}/step-{trained.step:06d}"
-    return Target(records.about["name"], adapter, config, prompts, storage, file, records, facts)
+    return _target(records.about["name"], trained.adapter(), config, storage, file, records, facts)
 
 
 def _of_lora(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Target:
+    config = _settings(partial(read_config, args.config), overrides, args)
+    from diffusion import lora_files
+
     adapter = lora_files.read(name)
-    try:
-        tree = yaml.safe_load((args.config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config: cannot read {args.config}: {' '.join(str(error).split())}") from error
-    config, prompts = _settings(tree, overrides, args, adapter)
     file = Path(adapter.source)
     title = file.stem if Path(name).is_file() else Path(name).resolve().name
-    out = Storage(str(args.out or file.parent / EVALUATION))
-    return Target(title, adapter, config, prompts, out, file.stem)
+    return _target(title, adapter, config, Storage(str(args.out or file.parent / EVALUATION)), file.stem)
 
 
 def _settings(
-    tree: dict[str, Any], overrides: Sequence[str], args: argparse.Namespace, adapter: AdapterFile
-) -> tuple[Config, tuple[str, ...]]:
-    short = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
-    given = [f"{key}={value}" for key, value in short.items() if value is not None]
-    config, faults = build_config(tree, [*given, *overrides], "the config")
+    read: Callable[[Sequence[str]], tuple[Config, list[str]]], overrides: Sequence[str], args: argparse.Namespace
+) -> Config:
+    """What `read` makes of options and overrides."""
+    options = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
+    config, faults = read([*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides])
     if not config.evaluation.images:
         faults = [*faults, "evaluation.images: 0; say how many with --images"]
     if faults:
         raise ConfigError("\n".join(faults))
-    prompts = tuple(evaluation_prompts(config))
-    return image_sets.settings(config, prompts, adapter.rank, adapter.alpha), prompts
+    return config
+
+
+def _target(name: str, adapter: AdapterFile, config: Config, *of: Any) -> Target:
+    """With what judging needs of the settings, the others at their defaults: runs of different objectives are judged by
+    the same actors. Where every prompt is of the shapes world, its accuracy is a held-out reward too."""
+    from rewards import judges
+
+    prompts, evaluation = tuple(evaluation_prompts(config)), config.evaluation
+    with contextlib.suppress(ValueError):
+        judges.check([ACCURACY], "pixels", None, prompts)
+        if ACCURACY not in judges.labels(evaluation.held_out):
+            evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
+    sampling = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}
+    needed = Config(
+        run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}),
+        model=config.model, reward=config.reward, evaluation=evaluation,
+        sampler=SamplerConfig(**config.sampler.model_dump(include=sampling)),
+        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha),
+    )  # fmt: skip
+    return Target(name, adapter, needed, prompts, *of)
 
 
 def _check(target: Target) -> None:
-    """What would otherwise fail only after actors are up.
+    """Everything that would otherwise fail only after actors are up.
 
     Raises:
         BadAdapter: the LoRA is of another base model.
         ConfigError: reward, held-out rewards or features cannot be had.
     """
+    from diffusion import lora, lora_files
+    from diffusion.loading import without_weights
+    from rewards import judges, registry
+
     unet, _ = without_weights(str(resolve(target.config.model.path)))
     lora_files.require_fit(unet, target.adapter)
-    usual = {name for name, _ in unet.named_modules() if name.endswith(tuple(f".{one}" for one in lora.TARGETS))}
+    ends = tuple(f".{module}" for module in lora.TARGETS)
+    usual = {name for name, _ in unet.named_modules() if name.endswith(ends)}
     if set(target.adapter.modules) != usual:
-        raise BadAdapter(
+        raise lora_files.BadAdapter(
             f"{target.adapter.source} adapts {len(target.adapter.modules)} modules, samplers adapt the {len(usual)} "
             f"attention projections ({', '.join(lora.TARGETS)}): learner.generate draws with it, but it is not judged"
         )
-    reward, evaluation = target.config.reward, target.config.evaluation
-    faults = []
+    reward, evaluation, prompts, faults = target.config.reward, target.config.evaluation, target.prompts, []
     for check in (
-        lambda: registry.check(
-            reward.name, reward.weights, reward.options, target.prompts, backend=reward.backend
-        ),
-        lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, target.prompts),
-    ):  # fmt: skip
+        partial(registry.check, reward.name, reward.weights, reward.options, prompts, backend=reward.backend),
+        partial(judges.check, evaluation.held_out, evaluation.features, evaluation.clip, prompts),
+    ):
         try:
             check()
         except ValueError as error:

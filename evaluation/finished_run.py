@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learner.config import Config
+from learner.config import Config, saved_config
 from records import checkpoint
 from records.checkpoint import Checkpoint, CheckpointError
 from records.run_folder import RUN, Records
 from records.storage import Storage, StorageError
 
-if TYPE_CHECKING:  # torch comes with it
+if TYPE_CHECKING:
     from diffusion.lora_files import AdapterFile
 
 LORA = "lora/"
@@ -30,7 +30,7 @@ class Trained:
 
     @property
     def epochs(self) -> int:
-        """That were closed."""
+        """Epochs that were closed."""
         return int(self.checkpoint.manifest["next_epoch"])
 
     @property
@@ -50,16 +50,16 @@ class Trained:
             BadAdapter: its file is no LoRA.
             CheckpointError: it is not the adapter that the checkpoint was written of.
         """
-        from diffusion import lora_files
+        from diffusion import lora_files  # here: it imports torch and diffusers
 
-        place = f"{self.records.storage}/{self.checkpoint.name}/{LORA.rstrip('/')}"
+        source = f"{self.records.storage}/{self.checkpoint.name}/{LORA.rstrip('/')}"
         with tempfile.TemporaryDirectory() as folder:
             for name, content in self.lora_files.items():
                 (Path(folder) / name).write_bytes(content)
-            found = replace(lora_files.read(folder), source=place)
-        if found.sha256 != self.checkpoint.manifest["adapter_sha256"]:
-            raise CheckpointError(f"{place} is not the adapter that the run had: its sha256 differs")
-        return found
+            adapter = replace(lora_files.read(folder), source=source)
+        if adapter.sha256 != self.checkpoint.manifest["adapter_sha256"]:
+            raise CheckpointError(f"{source} is not the adapter that the run had: its sha256 differs")
+        return adapter
 
 
 def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Trained:
@@ -75,19 +75,13 @@ def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Tra
     if not storage.exists(RUN):
         raise StorageError(f"there is no {RUN} in {storage}; give a run's directory")
     records = Records.open(storage)
-    config = records.config()
+    config = saved_config(records)
     if step is None:
-        found = checkpoint.load_newest(storage, records.run_id, warn)
-        if found is None:
+        newest = checkpoint.load_newest(storage, records.run_id, warn)
+        if newest is None:
             raise CheckpointError(f"{storage} has no checkpoint yet; wait for its first")
-        return Trained(records, config, found)
-    there = checkpoint.steps(storage)
-    if step not in there:
+        return Trained(records, config, newest)
+    if step not in (there := checkpoint.steps(storage)):
         steps = ", ".join(map(str, there)) or "none"
         raise CheckpointError(f"{storage} has no checkpoint of step {step}; there are {steps}")
     return Trained(records, config, checkpoint.load(storage, step, records.run_id))
-
-
-def run_around(path: Path) -> Path | None:
-    """The run's folder that a local path lies in, or is."""
-    return next((folder for folder in (path, *path.resolve().parents) if (folder / RUN).is_file()), None)

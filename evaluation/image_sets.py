@@ -26,23 +26,21 @@ import pyarrow.parquet as pq
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from evaluation import metrics
-from evaluation.collapse import apartness
-from evaluation.intervals import mean_of_good, paired_interval
+from evaluation.fixed_images import images_table, read_images
+from evaluation.metrics import Interval, mean_interval, mean_of_good
 from learner.config import Config, resolve
-from learner.config.sections import LoraConfig, SamplerConfig
 from learner.protocol.chunks import evaluation_chunks
-from records.run_folder import images_table, read_images
 from records.storage import Storage
-from rewards import judges
 
 FORMAT = 1  # of chunk files and of the figures' JSON
 ACCURACY = "shapes_accuracy"  # a held-out reward with a key of its own
 SHOWN_PIXELS = 256  # side of the pictures that a set keeps
+NOT_JUDGED_BY = {"actors", "gpus", "labels", "quarantine_limit"}  # settings that change no picture and no score
 Figure = dict[str, float | None]
 
 
 class Pools(Protocol):
-    """Whoever samples and scores: in process (commands/evaluate.py) or on Ray (actors/evaluation_pools.py)."""
+    """Whoever samples and scores: in process (learner/inprocess.py) or on Ray (actors/evaluation_pools.py)."""
 
     description: str
 
@@ -66,14 +64,14 @@ class ImageSet:
     def key(self) -> str:
         """sha256 of everything that the pictures and their scores depend on. All base models' adapters, whatever their
         rank, are one: they add nothing."""
-        given = self.config
-        adapter = [self.snapshot.sha256, given.lora.rank, given.lora.alpha] if self.snapshot.flat.any() else None
+        config = self.config
+        adapter = [self.snapshot.sha256, config.lora.rank, config.lora.alpha] if self.snapshot.flat.any() else None
         facts = {
-            "format": FORMAT, "model": given.model.model_dump(mode="json"), "weights": _weights(given.model.path),
-            "adapter": adapter, "prompts": self.prompts, "seed": self.seed, "threads": given.run.cpu_threads,
-            "sampler": given.sampler.model_dump(mode="json", exclude={"actors", "gpus", "labels"}),
-            "reward": given.reward.model_dump(mode="json", exclude={"actors", "gpus", "labels", "quarantine_limit"}),
-            "evaluation": given.evaluation.model_dump(mode="json", include={"images", "held_out", "features", "clip"}),
+            "format": FORMAT, "model": config.model.model_dump(mode="json"), "weights": _weights(config.model.path),
+            "adapter": adapter, "prompts": self.prompts, "seed": self.seed, "threads": config.run.cpu_threads,
+            "sampler": config.sampler.model_dump(mode="json", exclude=NOT_JUDGED_BY),
+            "reward": config.reward.model_dump(mode="json", exclude=NOT_JUDGED_BY),
+            "evaluation": config.evaluation.model_dump(mode="json", include={"images", "held_out", "features", "clip"}),
         }  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -91,33 +89,32 @@ class Cache:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tributary"
         self.storage = Storage(str(folder or os.environ.get("TRIBUTARY_CACHE") or home))
 
-    def make(self, wanted: ImageSet, pools: Callable[[], Pools], progress: Callable[[int, int], None]) -> bytes:
+    def make(self, image_set: ImageSet, pools: Callable[[], Pools], progress: Callable[[int, int], None]) -> bytes:
         """The set as a Parquet file, columns of run_folder.IMAGES. `pools` are started if a chunk is missing.
 
         Raises:
             StorageError: the folder cannot be written or read.
             Exception: what the pools raise.
         """
-        chunks = wanted.chunks
-        missing = [chunk for chunk in chunks if not self.storage.exists(self._name(wanted, chunk))]
+        chunks, folder = image_set.chunks, f"evaluation/{image_set.key[:32]}"
+        files = {chunk.index: f"{folder}/chunk-{chunk.index:05d}.parquet" for chunk in chunks}
+        missing = [chunk for chunk in chunks if not self.storage.exists(files[chunk.index])]
         finished = len(chunks) - len(missing)
         progress(finished, len(chunks))
+
+        def done(chunk: Chunk, scores: Scores) -> None:
+            nonlocal finished
+            self.storage.write(files[chunk.index], images_table([scores], SHOWN_PIXELS))
+            finished += 1
+            progress(finished, len(chunks))
+
         if missing:
-
-            def done(chunk: Chunk, scores: Scores) -> None:
-                nonlocal finished
-                self.storage.write(self._name(wanted, chunk), images_table([scores], SHOWN_PIXELS))
-                finished += 1
-                progress(finished, len(chunks))
-
-            pools().judge(wanted.snapshot, missing, done)
-        parts = [pq.read_table(io.BytesIO(self.storage.read(self._name(wanted, chunk)))) for chunk in chunks]
-        file = io.BytesIO()
-        pq.write_table(pa.concat_tables(parts), file)
-        return file.getvalue()
-
-    def _name(self, wanted: ImageSet, chunk: Chunk) -> str:
-        return f"evaluation/{wanted.key[:32]}/chunk-{chunk.index:05d}.parquet"
+            pools().judge(image_set.snapshot, missing, done)
+        whole = io.BytesIO()
+        pq.write_table(
+            pa.concat_tables(pq.read_table(io.BytesIO(self.storage.read(file))) for file in files.values()), whole
+        )
+        return whole.getvalue()
 
 
 def compare(tuned: bytes, base: bytes, other: bytes) -> dict[str, Any]:
@@ -128,89 +125,57 @@ def compare(tuned: bytes, base: bytes, other: bytes) -> dict[str, Any]:
     (evaluation/metrics.py). `base` is the base model's own; `floor` how far that moves when only the noise changes.
     None where it cannot be had. Drift (fid, kid) is from `other`, so the base model's is the floor.
     """
-    mine, plain, moved = (read_images(content) for content in (tuned, base, other))
-    held_out = {label: _mean_figure(*(one.held_out[label] for one in (mine, plain, moved))) for label in mine.held_out}
-    found: dict[str, Any] = {
-        "reward": _mean_figure(mine.rewards, plain.rewards, moved.rewards),
-        "accuracy": held_out.pop(ACCURACY, None),
-        "held_out": held_out,
-    }
-    names = ("vendi", "vendi_per_prompt", "distance", "fid", "kid", "fid_per_prompt")
-    each = [one.features for one in (mine, plain, moved) if one.features is not None]
-    if len(each) < 3:
-        return found | dict.fromkeys(names)
-    return found | dict(zip(names, _of_features(mine.prompts, each), strict=True))
+    sets = [read_images(content) for content in (tuned, base, other)]
+    held_out = {label: _mean_figure(*(one.held_out[label] for one in sets)) for label in sets[0].held_out}
+    reward, accuracy = _mean_figure(*(one.rewards for one in sets)), held_out.pop(ACCURACY, None)
+    features = [one.features for one in sets if one.features is not None]
+    return {
+        "reward": reward, "accuracy": accuracy, "held_out": held_out,
+        **dict.fromkeys(("vendi", "vendi_per_prompt", "distance", "fid", "kid", "fid_per_prompt")),
+        **(_feature_figures(sets[0].prompts, *features) if len(features) == len(sets) else {}),
+    }  # fmt: skip
 
 
-def _of_features(prompts: Sequence[str], each: Sequence[np.ndarray]) -> list[Figure | None]:
+def _feature_figures(
+    prompts: Sequence[str], tuned: np.ndarray, base: np.ndarray, other: np.ndarray
+) -> dict[str, Figure]:  # fmt: skip
     """Of the features [n, F] of an adapter's set, its base model's, and that at other noise."""
-    spread: list[Figure | None] = [
-        _figure(metrics.vendi(each[0]), metrics.half_interval(metrics.vendi, each[0]), *map(metrics.vendi, each[1:]))
-    ]
-    sizes = {len(rows) for rows in metrics.rows_of(prompts).values()}
-    if min(sizes) > 1:
-        values = [metrics.mean_per_prompt(metrics.vendi, prompts, one) for one in each]
-        means = [mean_of_good(one) for one in values]
-        spread.append(_figure(means[0], metrics.mean_interval(values[0]), *means[1:]))
-    else:
-        spread.append(None)
-    apart = [apartness(one, prompts) for one in each]
-    spread.append(_mean_figure(*apart))
-    drift: list[Figure | None] = []
-    for statistic in (metrics.fid, metrics.kid):
-        interval = metrics.half_interval(statistic, each[0], each[2])
-        floor = statistic(each[1], each[2])
-        drift.append(_clean({"value": statistic(each[0], each[2]), "low": interval[0], "high": interval[1],
-                             "base": floor, "floor": floor}))  # fmt: skip
-    if min(sizes) >= metrics.PER_PROMPT:
-        own, floors = (metrics.mean_per_prompt(metrics.fid, prompts, one, each[2]) for one in each[:2])
-        low, high = metrics.mean_interval(own)
-        floor = mean_of_good(floors)
-        drift.append(_clean({"value": mean_of_good(own), "low": low, "high": high, "base": floor, "floor": floor}))
-    else:
-        drift.append(None)
-    return spread + drift
+    sets, least = (tuned, base, other), min(map(len, metrics.rows_of(prompts).values()))
+    vendis = [metrics.vendi(features) for features in sets]
+    figures = {
+        "vendi": _figure(vendis[0], metrics.half_interval(metrics.vendi, tuned), *vendis[1:]),
+        "distance": _mean_figure(*(metrics.prompt_distances(features, prompts) for features in sets)),
+    }
+    if least > 1:
+        each = [metrics.mean_per_prompt(metrics.vendi, prompts, features) for features in sets]
+        figures["vendi_per_prompt"] = _figure(
+            mean_of_good(each[0]), mean_interval(each[0]), *map(mean_of_good, each[1:])
+        )
+    for name, distance in (("fid", metrics.fid), ("kid", metrics.kid)):
+        interval = metrics.half_interval(distance, tuned, other)
+        figures[name] = _drift_figure(distance(tuned, other), interval, distance(base, other))
+    if least >= metrics.PER_PROMPT:
+        own, floor = (metrics.mean_per_prompt(metrics.fid, prompts, features, other) for features in (tuned, base))
+        figures["fid_per_prompt"] = _drift_figure(mean_of_good(own), mean_interval(own), mean_of_good(floor))
+    return figures
 
 
-def _mean_figure(mine: np.ndarray, plain: np.ndarray, moved: np.ndarray) -> Figure:
-    found = _figure(mean_of_good(mine), metrics.mean_interval(mine), mean_of_good(plain), mean_of_good(moved))
-    low, high = paired_interval(plain, mine)
-    return found | _clean({"gain": mean_of_good(mine - plain), "gain_low": low, "gain_high": high})
+def _mean_figure(tuned: np.ndarray, base: np.ndarray, other: np.ndarray) -> Figure:
+    low, high = metrics.paired_interval(base, tuned)
+    figure = _figure(mean_of_good(tuned), mean_interval(tuned), mean_of_good(base), mean_of_good(other))
+    return figure | _finite({"gain": mean_of_good(tuned - base), "gain_low": low, "gain_high": high})
 
 
-def _figure(value: float, interval: tuple[float, float], base: float, moved: float) -> Figure:
-    low, high = interval
-    return _clean({"value": value, "low": low, "high": high, "base": base, "floor": abs(moved - base)})
+def _figure(value: float, interval: Interval, base: float, other: float) -> Figure:
+    return _finite({"value": value, "low": interval[0], "high": interval[1], "base": base, "floor": abs(other - base)})
 
 
-def _clean(figure: dict[str, float]) -> Figure:
+def _drift_figure(value: float, interval: Interval, floor: float) -> Figure:
+    return _finite({"value": value, "low": interval[0], "high": interval[1], "base": floor, "floor": floor})
+
+
+def _finite(figure: dict[str, float]) -> Figure:
     return {name: float(value) if np.isfinite(value) else None for name, value in figure.items()}
-
-
-def settings(config: Config, prompts: Sequence[str], rank: int, alpha: float) -> Config:
-    """Of a run's settings those that judging needs, the others at their defaults: runs of different objectives are
-    judged by the same actors. Where every prompt is of the shapes world, prompt accuracy is judged too."""
-    given = config.sampler
-    sampler = SamplerConfig(
-        actors=given.actors, gpus=given.gpus, labels=given.labels, chunk_size=given.chunk_size, steps=given.steps,
-        guidance=given.guidance, eta=given.eta, grid=given.grid,
-    )  # fmt: skip
-    evaluation = config.evaluation
-    if ACCURACY not in judges.labels(evaluation.held_out) and _of_shapes(prompts):
-        evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
-    run = config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"})
-    return Config(
-        run=run, model=config.model, sampler=sampler, reward=config.reward, lora=LoraConfig(rank=rank, alpha=alpha),
-        evaluation=evaluation,
-    )  # fmt: skip
-
-
-def _of_shapes(prompts: Sequence[str]) -> bool:
-    try:
-        judges.check([ACCURACY], "pixels", None, prompts)
-    except ValueError:
-        return False
-    return True
 
 
 def _weights(path: str) -> list[Any]:

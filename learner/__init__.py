@@ -1,6 +1,28 @@
 """Learning: objectives, the flow network, the update step, the epoch loop and its command line."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING, Any
 
 # As in diffusion/__init__.py, and for commands that import diffusers before anything of diffusion/.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+if TYPE_CHECKING:
+    from learner.api import TrainedRun, train
+    from learner.config import Config, ConfigError, load_config
+
+__all__ = ["Config", "ConfigError", "TrainedRun", "load_config", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are asked for: commands that need none of them start fast."""
+    if name in ("train", "TrainedRun"):
+        from learner import api
+
+        return getattr(api, name)
+    if name in __all__:
+        from learner import config
+
+        return getattr(config, name)
+    raise AttributeError(f"module 'learner' has no attribute {name!r}")

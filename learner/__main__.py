@@ -64,5 +64,11 @@ def main() -> None:
     print(text)
 
 
+def console() -> None:
+    """The script `tributary`. Like `python -m` it finds a user's own rewards in the current directory."""
+    sys.path.insert(0, str(Path.cwd()))
+    main()
+
+
 if __name__ == "__main__":
     main()

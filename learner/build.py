@@ -11,13 +11,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from diffusion.base_model import BaseModel
-from diffusion.loading import load_decoder, load_model, load_tiny_decoder
+from diffusion.base_model import BaseModel, Decoder
+from diffusion.loading import load_decoder, load_model
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.flow import FlowNetwork, GradientNetwork
 from learner.update import Learner
 from rewards import judges, registry
+from rewards.registry import Reward
 from rewards.scorer import Scorer
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
@@ -32,8 +33,10 @@ class Parts:
     learner: Callable[[dict[str, bytes] | None], Learner]  # a checkpoint's files
 
 
-def parts(config: Config) -> Parts:
-    return Parts(partial(build_sampler, config), partial(build_scorer, config), partial(build_learner, config))
+def parts(config: Config, own_reward: Reward | None = None) -> Parts:
+    """`own_reward`: a Python object in place of the reward that the config names."""
+    scorer = partial(build_scorer, config, own_reward)
+    return Parts(partial(build_sampler, config), scorer, partial(build_learner, config))
 
 
 def prepare_process(config: Config) -> None:
@@ -68,18 +71,18 @@ def build_sampler(config: Config) -> Sampler:
     return Sampler(build_model(config), config.rollout_settings())
 
 
-def build_scorer(config: Config) -> Scorer:
+def build_scorer(config: Config, own_reward: Reward | None = None) -> Scorer:
     prepare_process(config)
     given, where = config.model, device(config)
     judge = config.reward
-    reward = registry.load(judge.name, judge.weights, where, judge.backend, **judge.options)
+    reward = own_reward or registry.load(judge.name, judge.weights, where, judge.backend, **judge.options)
     gradients = config.needs.reward_gradients
     # Gradients in float32: beta multiplies them by up to 1e4.
     dtype = torch.float32 if gradients else getattr(torch, given.dtype)
     decoder = load_decoder(str(resolve(given.path)), where, dtype)
     tiny = None
     if config.objective.forward_looking_decoder == "tiny":
-        tiny = load_tiny_decoder(str(resolve(given.tiny_decoder)), where, dtype)
+        tiny = Decoder(str(resolve(given.tiny_decoder)), where, dtype, tiny=True)
     evaluation = config.evaluation
     return Scorer(
         decoder, reward, config.train.shuffle_rewards, config.run.thumbnail_pixels, gradients, tiny,

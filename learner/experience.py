@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from diffusion import gpu_memory, noise
 from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
+from learner.config import Config
 from learner.objectives.base import Transitions
 
-if TYPE_CHECKING:
-    from learner.config import Config
+Compute = Callable[[Transitions], dict[str, Tensor]]  # values [b, ...] of a batch, by name
 
 
 @dataclass
@@ -34,10 +35,10 @@ class Experience:
         """To be trained on in later epochs: a copy of what is only read from the object store, which would keep all of
         it there. Without `output`, a third of a trajectory's bytes, the rollout's model output goes: flow-only fits
         do not use it."""
-        made = self.trajectories
+        trajectories = self.trajectories
         if not output:
-            made = replace(made, model_output=made.model_output[:, :, :0])
-        return Experience(_own(made), _own(self.scores), self.prepared)
+            trajectories = replace(trajectories, model_output=trajectories.model_output[:, :, :0])
+        return Experience(_own(trajectories), _own(self.scores), self.prepared)
 
     def selected_log_pf(self) -> np.ndarray:
         """The sampler's log p_F [B, K] of the transitions to train on, nats, summed over dimensions."""
@@ -56,11 +57,10 @@ class Experience:
 
     def gather(self, flat: np.ndarray, model: BaseModel, config: Config) -> Transitions:
         """The transitions at positions `flat` of selected.ravel()."""
-        trajectories, scores, objective = self.trajectories, self.scores, config.objective
+        trajectories, objective = self.trajectories, config.objective
         row, column = np.unravel_index(flat, trajectories.selected.shape)
         step = trajectories.selected[row, column]
-        n = len(trajectories.timesteps)
-        end = n - 1 if objective.last_transition == "skip" else n
+        end = len(trajectories.timesteps) - (objective.last_transition == "skip")
 
         def tensor(array: np.ndarray) -> Tensor:
             moved = gpu_memory.to_device(array, model.device)
@@ -68,7 +68,7 @@ class Experience:
 
         times = np.append(trajectories.timesteps, 0)
         # States without a reward have psi = 0 (forward_looking none, or before forward_looking_from).
-        rewards = np.nan_to_num(scores.rewards - np.float32(objective.reward_offset))
+        rewards = np.nan_to_num(self.scores.rewards - np.float32(objective.reward_offset))
         gradient, gradient_next = (self._gradient(row, step + ahead) for ahead in (0, 1))
         return Transitions(
             x=tensor(trajectories.states[row, step]),
@@ -88,15 +88,33 @@ class Experience:
             prepared={name: tensor(values[row, column]) for name, values in self.prepared.items()},
         )
 
+    def by_transition(
+        self, compute: Compute, windows: list[list[np.ndarray]], model: BaseModel, config: Config
+    ) -> dict[str, np.ndarray]:
+        """What `compute` returns of each micro-batch of the windows, as arrays [B, K, ...] by selected transition."""
+        positions = [part for window in windows for part in window]
+        values: list[dict[str, Tensor]] = []
+        for part in positions:
+            values.append(compute(self.gather(part, model, config)))
+            if not values[0]:  # nothing to compute
+                return {}
+        arrays = {}
+        for name in values[0]:
+            array = torch.cat([part[name] for part in values]).cpu().numpy()
+            in_place = np.empty_like(array)
+            in_place[np.concatenate(positions)] = array
+            arrays[name] = in_place.reshape(*self.trajectories.selected.shape, *array.shape[1:])
+        return arrays
+
     def _gradient(self, row: np.ndarray, step: np.ndarray) -> np.ndarray | None:
         """Gradients [b, C, H, W] of the reward to the clean predictions at (row, step); 0 where there is none."""
         gradients, index = self.scores.gradients, self.scores.gradient_row
         if gradients is None or index is None:
             return None
         at = index[row, step]
-        found = gradients[at]
-        found[at < 0] = 0
-        return found
+        selected = gradients[at]
+        selected[at < 0] = 0
+        return selected
 
     def windows(self, size: int, group: int) -> list[list[np.ndarray]]:
         """Positions of the micro-batches, of at most `size` transitions, in lists that hold whole groups."""
@@ -106,13 +124,26 @@ class Experience:
         return [[window[start : start + size] for start in range(0, len(window), size)] for window in windows]
 
 
+def made_up(size: int, model: BaseModel, times: Sequence[int], gradients: bool) -> Transitions:
+    """Transitions to measure memory with."""
+    x = torch.zeros(size, *model.latent_shape, device=model.device)
+    number = torch.zeros(size, device=model.device)
+    index = number.to(torch.int64)
+    gradient = torch.ones_like(x) if gradients else None
+    return Transitions(
+        x=x, x_next=x.clone(), t=index + times[0], t_next=index + times[1], trajectory_id=index,
+        embeddings=model.embed([""] * size), reward=number, reward_next=number, reward_terminal=number,
+        terminal=index > 0, log_pf_old=number, output_old=x.clone(), clean_gradient=gradient,
+        clean_gradient_next=gradient, prepared={"advantage": number},
+    )  # fmt: skip
+
+
 Arrays = TypeVar("Arrays", Trajectories, Scores)
 
 
-def _own(made: Arrays) -> Arrays:
+def _own(record: Arrays) -> Arrays:
     """With arrays of its own memory."""
-    held = {one.name: getattr(made, one.name) for one in fields(made)}
-    copied: dict[str, Any] = {
-        name: v.copy() for name, v in held.items() if isinstance(v, np.ndarray) and not v.flags.owndata
-    }
-    return replace(made, **copied)
+    values = {column.name: getattr(record, column.name) for column in fields(record)}
+    views = {name: v for name, v in values.items() if isinstance(v, np.ndarray) and not v.flags.owndata}
+    copies: dict[str, Any] = {name: view.copy() for name, view in views.items()}
+    return replace(record, **copies)

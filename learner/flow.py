@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, DownBlock2D
 from torch import Tensor, nn
+
+
+def _zero(layer: Any) -> Any:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class FlowNetwork(nn.Module):
@@ -44,18 +51,14 @@ class FlowNetwork(nn.Module):
             blocks.append(block)
             width = wider
         self.blocks = nn.ModuleList(blocks)
-        self.leave = nn.Linear(width, 1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = _zero(nn.Linear(width, 1))
 
     def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
         time = self.time(t)
         hidden = self.enter(x.float())
         for block in self.blocks:
-            if isinstance(block, CrossAttnDownBlock2D):
-                hidden, _ = block(hidden, time, encoder_hidden_states=embeddings.float())
-            else:
-                hidden, _ = block(hidden, time)
+            conditional = isinstance(block, CrossAttnDownBlock2D)
+            hidden, _ = block(hidden, time, **({"encoder_hidden_states": embeddings.float()} if conditional else {}))
         return self.leave(hidden.mean((2, 3))).squeeze(1)
 
 
@@ -88,10 +91,8 @@ class GradientNetwork(nn.Module):
                 **common, down_block_types=("DownBlock2D",) * (last + 1), up_block_types=("UpBlock2D",) * (last + 1),
                 attention_head_dim=max(1, widths[0] // 4),
             )  # fmt: skip
-        nn.init.zeros_(self.unet.conv_out.weight)
-        nn.init.zeros_(self.unet.conv_out.bias)
+        _zero(self.unet.conv_out)
 
     def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        if self.conditional:
-            return self.unet(x.float(), t, encoder_hidden_states=embeddings.float()).sample
-        return self.unet(x.float(), t).sample
+        prompt = {"encoder_hidden_states": embeddings.float()} if self.conditional else {}
+        return self.unet(x.float(), t, **prompt).sample

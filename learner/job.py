@@ -6,36 +6,39 @@ The composition root: here the epoch loop meets its runner, its records and its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from cluster import signals
 from cluster.nodes import totals
-from cluster.placement import Placement, place_for
+from cluster.placement import Placement, Share, place_for
 from cluster.session import nodes_at_hand
 from diffusion.failures import RunFailure
 from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
 from diffusion.locate import is_unconditional
+from evaluation.fixed_images import Judge
 from learner import controller
 from learner.config import Config, ConfigError, resolve
 from learner.open_run import OpenRun
 from learner.prompts import evaluation_prompts, training_prompts
-from learner.protocol.runner import Runner
+from learner.protocol.runner import Hooks, Runner
 from records import environment
 from records.checkpoint import CheckpointError
-from records.heartbeat import Heartbeat
-from records.storage import Storage
-from reports.tracking import Tracker, tracking_uri
+from reports.pictures import contact_sheet, png
+from reports.views import RunViews
 from rewards import judges, registry
+from rewards.registry import Reward
 
-ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
 Say = Callable[[str], None]
 
 
-def check(config: Config, warn: Say, own_reward: bool = False) -> tuple[Placement, dict[str, float]]:
+def check(
+    config: Config, warn: Say, own_reward: Callable[..., Any] | None = None
+) -> tuple[Placement, dict[str, float]]:
     """Everything that would otherwise fail only after actors are up, all of it said at once: what would run where, and
-    the cluster's resources. `own_reward`: a Python object, which needs no name.
+    the cluster's resources. `own_reward`: a function in place of the reward that the config names.
 
     Raises:
         ConfigError: a line for each fault.
@@ -61,22 +64,27 @@ def check(config: Config, warn: Say, own_reward: bool = False) -> tuple[Placemen
         attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid), "sampler.steps: ")
         if config.objective.forward_looking_decoder == "tiny":
             attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
-    if not own_reward:
-        needing = config.objective.kind if config.needs.reward_gradients else None
+    needing = config.objective.kind if config.needs.reward_gradients else None
+    if own_reward:
+        attempt(lambda: registry.check_gradient(own_reward, reward.name, needing))
+    else:
         attempt(lambda: registry.check(reward.name, reward.weights, reward.options, prompts, needing, reward.backend))
     attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
     if config.run.runner == "inprocess":
         if config.model.device == "cuda" and not torch.cuda.is_available():
             faults.append("model.device: cuda was asked for, but torch finds none here")
         _raise(faults)
-        return Placement(1, 1, 1, {}, {}, {}), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
+        return Placement(Share(1), Share(1), Share(1)), totals(nodes_at_hand(config.run.cpu_threads, warn, local=True))
     nodes = nodes_at_hand(config.run.cpu_threads, warn)
     placement = attempt(lambda: place_for(config, nodes))
     _raise(faults)
     return placement, totals(nodes)
 
 
-def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None) -> None:
+def run(
+    opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None,
+    own_reward: Reward | None = None,
+) -> None:  # fmt: skip
     """Train an opened run to its end. `complain` is told why it ends early, before what was started is stopped.
 
     Raises:
@@ -84,7 +92,8 @@ def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = 
         KeyboardInterrupt: the same.
     """
     records, config = opened.records, opened.config
-    runner, tracker, heartbeat, status, reason = None, None, None, "FAILED", None
+    views = RunViews(records, config, say)
+    runner, status, reason = None, "FAILED", None
     try:
         say(f"run directory: {records.storage}")
         if opened.checkpoint:
@@ -93,22 +102,23 @@ def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = 
                 "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
         if records.about["finished"] and opened.epochs_done >= config.train.epochs:
             say("nothing is left to do")
-            controller.finish(records, config, say)
+            controller.finish(records, views)
             return
         if config.train.stop_on_collapse and (signs := controller.collapsed(records)):
             say(f"stopped before: {signs} (train.stop_on_collapse=false goes on)")
-            controller.finish(records, config, say)
+            controller.finish(records, views)
             return
         records.note(finished=False, environment=environment.facts(), cluster=resources)
-        tracker = Tracker(records, config, say)
-        heartbeat = _heartbeat(records.storage, config)
+        views.open()
         if opened.epochs_done < config.train.epochs:
             files = opened.checkpoint.files if opened.checkpoint else None
-            runner = build_runner(opened.as_begun, files, records.about["name"])
+            hooks = Hooks(views.event, views.progress, views.turn, partial(controller.last_files, records, views.say))
+            runner = build_runner(opened.as_begun, files, hooks, records.about["name"], own_reward)
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
-            controller.run(opened, runner, tracker, heartbeat, say)
-        controller.finish(records, config, say)
+            judge = Judge(records, config.run.thumbnail_pixels, lambda scores: png(contact_sheet(scores)))
+            controller.run(opened, runner, judge, views)
+        controller.finish(records, views)
         status = "FINISHED"
     except RunFailure as error:
         reason = f"{type(error).__name__}: {error}"
@@ -122,26 +132,19 @@ def run(opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = 
         signals.closing()
         if runner is not None:
             runner.close()
-        if heartbeat is not None:
-            heartbeat.end(ENDS[status], reason)
-        if tracker is not None:
-            tracker.finish(status)
+        views.close(status, reason)
 
 
-def build_runner(config: Config, files: dict[str, bytes] | None, name: str) -> Runner:
+def build_runner(
+    config: Config, files: dict[str, bytes] | None, hooks: Hooks, name: str, own_reward: Reward | None = None
+) -> Runner:
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessRunner
 
-        return InProcessRunner(config, files)
+        return InProcessRunner(config, files, hooks, own_reward)
     from actors.ray_runner import RayRunner
 
-    return RayRunner(config, files, name)
-
-
-def _heartbeat(storage: Storage, config: Config) -> Heartbeat:
-    ray = config.run.runner == "ray"
-    uri = tracking_uri(config, storage) if config.mlflow.enabled else None
-    return Heartbeat(storage, config.train.epochs, uri, config.run.ready_seconds if ray else config.run.train_seconds)
+    return RayRunner(config, files, hooks, name, own_reward)
 
 
 def _check_prompting(config: Config, path: str) -> None:

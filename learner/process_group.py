@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import re
 import socket
 import threading
@@ -40,28 +41,26 @@ def join(address: str, rank: int, world_size: int, seconds: float, whole_gpu: bo
     if world_size == 1 or dist.is_initialized():
         return
     what = f"joining the {world_size} learner ranks at {address}"
-    failed: list[BaseException] = []
+    backend = "nccl" if whole_gpu and torch.cuda.is_available() else "gloo"
+    timeout = datetime.timedelta(seconds=seconds)
+    failures: list[BaseException] = []
 
     def meet() -> None:
         try:
             with errors(what):
                 dist.init_process_group(
-                    "nccl" if whole_gpu and torch.cuda.is_available() else "gloo",
-                    init_method=address,
-                    rank=rank,
-                    world_size=world_size,
-                    timeout=datetime.timedelta(seconds=seconds),
-                )
+                    backend, init_method=address, rank=rank, world_size=world_size, timeout=timeout
+                )  # fmt: skip
         except BaseException as error:  # raised where it is waited for
-            failed.append(error)
+            failures.append(error)
 
     # In a thread that can be left behind: to reach a rank 0 that never comes, torch waits ever longer between its
     # tries, in all up to twice the timeout.
     meeting = threading.Thread(target=meet, daemon=True)
     meeting.start()
     meeting.join(seconds)
-    if failed:
-        raise failed[0]
+    if failures:
+        raise failures[0]
     if meeting.is_alive():
         raise GroupBroken(f"{what}, rank {rank}: not all came within {seconds:g} s")
 
@@ -106,11 +105,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def reduce(numbers: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    """`numbers` summed over ranks (or their minimum ...), in place.
-
-    Raises:
-        GroupBroken: a rank is gone or silent.
-    """
+    """`numbers` summed over ranks (or their minimum ...), in place; raises as average_gradients."""
     if dist.is_initialized():
         with errors("adding up over ranks"):
             dist.all_reduce(numbers, operation)
@@ -118,14 +113,23 @@ def reduce(numbers: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def gather(mine: Any) -> list[Any]:
-    """Every rank's object, in the order of ranks.
-
-    Raises:
-        GroupBroken: a rank is gone or silent.
-    """
+    """Every rank's object, in the order of ranks; raises as average_gradients."""
     if not dist.is_initialized():
         return [mine]
     parts: list[Any] = [None] * dist.get_world_size()
     with errors("gathering from ranks"):
         dist.all_gather_object(parts, mine)
     return parts
+
+
+def mean_rows(
+    rows: Sequence[dict[str, float]], device: torch.device
+) -> tuple[dict[str, float], list[dict[str, float]]]:  # fmt: skip
+    """Means over ranks, of all rows and of each, by name; raises as average_gradients. All ranks have the same names;
+    a row need not have all of them."""
+    names = sorted({name for row in rows for name in row})
+    table = torch.tensor([[row.get(name, math.nan) for name in names] for row in rows], dtype=torch.float64)
+    table = reduce(table.to(device)) / (dist.get_world_size() if dist.is_initialized() else 1)
+    each = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+    each = [{name: value for name, value in row.items() if not math.isnan(value)} for row in each]
+    return dict(zip(names, table.nanmean(0).tolist(), strict=True)), each

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from learner.config import Config, ConfigError, resolve
 from rewards import prompt_sets
@@ -25,96 +24,88 @@ def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -
         ConfigError: the file or set cannot be read, is not UTF-8, has no such column, or holds no prompt; names `key`.
     """
     file = Path(resolve(path))
-    readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     try:
         if prompt_sets.is_name(path) and not file.is_file():
-            found = prompt_sets.fetch(path)
+            texts = prompt_sets.fetch(path)
+        elif file.suffix.lower() == ".parquet":
+            texts = _parquet(file, column)
         else:
-            found = readers.get(file.suffix.lower(), _text)(file, column)
+            items = _items(file.read_text(encoding="utf-8-sig"), file.suffix.lower())
+            texts = [_prompt(item, column, place) for place, item in items]
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{key}: {file} is not UTF-8 (byte {error.start}); convert it, or name another file"
-        ) from error
+        text = f"{key}: {file} is not UTF-8 (byte {error.start}); convert it, or name another file"
+        raise ConfigError(text) from error
     except prompt_sets.PromptSetError as error:
         raise ConfigError(f"{key}: {error}") from error
     except FileNotFoundError as error:
         sets = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if not file.suffix else ""
         raise ConfigError(f"{key}: cannot read {file}: no such file{sets}") from error
-    except (OSError, pa.ArrowException, ValueError) as error:
+    except (OSError, csv.Error, ValueError) as error:
         raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}") from error
-    prompts = [prompt.strip() for prompt in found if prompt.strip()]
+    prompts = [text.strip() for text in texts if text.strip()]
     if not prompts:
         raise ConfigError(f"{key}: {file} holds no prompt")
     return prompts
 
 
 def training_prompts(config: Config) -> list[str]:
-    """One empty prompt for models that take none."""
+    """One empty prompt for models that take none. Raises as read_prompts."""
     return [""] if config.prompts.path is None else read_prompts(config.prompts.path, config.prompts.column)
 
 
 def evaluation_prompts(config: Config) -> list[str]:
+    """Of the fixed evaluation set: the training prompts, unless there are others. Raises as read_prompts."""
     path = config.evaluation.prompts
     return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
 
 
 def example_prompt(config: Config) -> str:
-    """One that the reward is made for, to try batch sizes with.
-
-    Raises:
-        ConfigError: as read_prompts.
-    """
-    return "" if config.prompts.path is None else read_prompts(config.prompts.path, config.prompts.column)[0]
+    """One that the reward is made for, to try batch sizes with. Raises as read_prompts."""
+    return training_prompts(config)[0]
 
 
-def _text(file: Path, column: str) -> list[str]:
-    # Not splitlines(), which also splits at characters that a prompt may hold.
-    return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if not line.lstrip().startswith("#")]
+def _items(text: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """What a file of this ending holds, each with its place in the file."""
+    lines = text.split("\n")  # not splitlines(), which also splits at characters that a prompt may hold
+    if kind == ".json":
+        items = _json(text, "it")
+        if not isinstance(items, list):
+            raise ValueError(f"holds a JSON {type(items).__name__}, expected a list")
+        yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
+    elif kind == ".jsonl":
+        places = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+        yield from ((place, _json(line, place)) for place, line in places)
+    elif kind == ".csv":
+        for row in (table := csv.DictReader(io.StringIO(text), strict=True)):
+            if None in row or None in row.values():
+                raise ValueError(f"line {table.line_num} has more or fewer values than the header names; quote commas")
+            yield f"line {table.line_num}", row
+    else:
+        yield from (("", line) for line in lines if not line.lstrip().startswith("#"))
 
 
-def _json(file: Path, column: str) -> list[str]:
+def _json(text: str, place: str) -> Any:
     try:
-        items = json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(items, list):
-        raise ValueError(f"holds a JSON {type(items).__name__}, expected a list")
-    return [_prompt(item, column, f"item {number}") for number, item in enumerate(items, 1)]
+        raise ValueError(f"{place} is not JSON: {error}") from error
 
 
-def _jsonl(file: Path, column: str) -> list[str]:
-    prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-        prompts.append(_prompt(item, column, f"line {number}"))
-    return prompts
-
-
-def _prompt(item: Any, column: str, where: str) -> str:
+def _prompt(item: Any, column: str, place: str) -> str:
     prompt = item.get(column) if isinstance(item, dict) else item
     if not isinstance(prompt, str):
         keys = f"; its keys: {', '.join(item)}" if isinstance(item, dict) else ""
-        raise ValueError(f"{where} has no text under {column!r} (prompts.column){keys}")
+        raise ValueError(f"{place} has no text under {column!r} (prompts.column){keys}")
     return prompt
 
 
-def _csv(file: Path, column: str) -> list[str]:
-    file.read_text(encoding="utf-8-sig")  # pyarrow's own message about other encodings names no byte
-    options = pa.csv.ConvertOptions(column_types={column: pa.string()}, strings_can_be_null=False)
-    return _column(pa.csv.read_csv(file, convert_options=options), column)
-
-
 def _parquet(file: Path, column: str) -> list[str]:
-    table = pa.parquet.read_table(file)
-    return _column(table, column)
+    import pyarrow.parquet  # here: other files are read without it
 
-
-def _column(table: pa.Table, column: str) -> list[str]:
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
     if column not in table.column_names:
         raise ValueError(f"no column {column!r} (prompts.column); its columns: {', '.join(table.column_names)}")
     values = table[column].to_pylist()

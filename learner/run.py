@@ -20,7 +20,8 @@ import yaml
 
 from cluster import signals
 from diffusion.failures import RunFailure
-from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config
+from diffusion.locate import locate
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
 from learner.prompts import evaluation_prompts, training_prompts
 from rewards import registry
 
@@ -68,11 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def faults_seen_at_once(config: Config) -> list[str]:
-    """What can be found to be wrong without torch: prompt files, and a reward of no known name."""
+    """What can be found to be wrong without torch: prompt files, the model's folder, a reward of no known name."""
     faults = []
     steps: tuple[Callable[[], Any], ...] = (
         lambda: training_prompts(config),
         lambda: evaluation_prompts(config) if config.evaluation.prompts else None,
+        lambda: locate(str(resolve(config.model.path))),
         lambda: registry.check_name(config.reward.name, config.reward.backend),
     )
     for step in steps:

@@ -37,28 +37,31 @@ def parse(content: bytes) -> dict[str, Any]:
 
 def dump_replay(replay: Iterable[Sequence[Sequence[Experience]]]) -> bytes:
     """Epochs of updates of scored trajectories."""
-    return dump({"epochs": [[[_pack(one) for one in update] for update in epoch] for epoch in replay]})
+    return dump({"epochs": [[[_pack(experience) for experience in update] for update in epoch] for epoch in replay]})
 
 
 def parse_replay(content: bytes) -> list[list[list[Experience]]]:
-    return [[[_unpack(one) for one in update] for update in epoch] for epoch in parse(content)["epochs"]]
+    return [[[_unpack(packed) for packed in update] for update in epoch] for epoch in parse(content)["epochs"]]
 
 
-def _pack(one: Experience) -> dict[str, Any]:
-    made = one.trajectories
+def _pack(experience: Experience) -> dict[str, Any]:
+    trajectories = experience.trajectories
+    arrays = {name: getattr(trajectories, name) for name in ARRAYS} | {"rewards": experience.scores.rewards}
     return {
-        "chunk": asdict(made.chunk),
-        "policy_version": made.policy_version,
-        "adapter_sha256": made.adapter_sha256,
-        "rewards": torch.from_numpy(np.array(one.scores.rewards)),
-        "prepared": {name: torch.from_numpy(np.array(values)) for name, values in one.prepared.items()},
-        **{name: torch.from_numpy(np.array(getattr(made, name))) for name in ARRAYS},
+        "chunk": asdict(trajectories.chunk),
+        "policy_version": trajectories.policy_version,
+        "adapter_sha256": trajectories.adapter_sha256,
+        "prepared": _tensors(experience.prepared),
+        **_tensors(arrays),
     }
 
 
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+
+
 def _unpack(packed: dict[str, Any]) -> Experience:
-    chunk = Chunk(**packed["chunk"])
-    arrays = {name: packed[name].numpy() for name in ARRAYS}
+    chunk, arrays = Chunk(**packed["chunk"]), {name: packed[name].numpy() for name in ARRAYS}
     trajectories = Trajectories(chunk, packed["policy_version"], packed["adapter_sha256"], **arrays)
     prepared = {name: values.numpy() for name, values in packed["prepared"].items()}
     return Experience(trajectories, Scores(chunk, packed["rewards"].numpy()), prepared)

@@ -8,7 +8,7 @@ What is minimised is the objective's business (learner/objectives/).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +24,8 @@ from diffusion.failures import RunFailure
 from diffusion.trajectory import Scores, Trajectories
 from learner import process_group, state
 from learner.config import Config
-from learner.experience import Experience
-from learner.objectives.base import Policy, Population, Transitions
+from learner.experience import Compute, Experience, made_up
+from learner.objectives.base import Loss, Policy, Population, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol import quarantine, receipts
 from learner.protocol.training import Training
@@ -50,15 +50,13 @@ class Learner:
         self.kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)
         self.objective = OBJECTIVES[config.objective.kind](config.objective, self.kernel)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.policy = Policy(model, self.kernel, config.sampler.guidance)
         self.policy_parameters: list[nn.Parameter] = [p for _, p in lora.named(model.unet)]
         decay = config.learner.weight_decay
         self.policy_optimizer = AdamW(self.policy_parameters, lr=config.learner.learning_rate, weight_decay=decay)
         self.flow = flow
+        self.flow_parameters: list[nn.Parameter] = [] if flow is None else list(flow.to(model.device).parameters())
         if flow is not None:
-            flow.to(model.device)
-            self.flow_parameters: list[nn.Parameter] = list(flow.parameters())
             decay = decay if config.flow.weight_decay is None else config.flow.weight_decay
             self.flow_optimizer = AdamW(self.flow_parameters, lr=config.flow.learning_rate, weight_decay=decay)
         # The last epochs, update by update, for flow-only fits and replayed policy updates.
@@ -80,23 +78,13 @@ class Learner:
 
     def _try_micro_batch(self, size: int) -> None:
         """One forward and backward pass of `size` made-up transitions; networks and objective stay as they are."""
-        device, shape = self.model.device, self.model.latent_shape
-        x, one = torch.zeros(size, *shape, device=device), torch.ones(size, dtype=torch.int64, device=device)
-        number = torch.zeros(size, device=device)
-        batch = Transitions(
-            x=x, x_next=x.clone(), t=one * int(self.kernel.timesteps[0]), t_next=one * int(self.kernel.timesteps[1]),
-            trajectory_id=one * 0, embeddings=self.model.embed([""] * size), reward=number, reward_next=number,
-            reward_terminal=number, terminal=one == 0, log_pf_old=number, output_old=x.clone(),
-            clean_gradient=torch.ones_like(x) if self.objective.needs.reward_gradients else None,
-            clean_gradient_next=torch.ones_like(x) if self.objective.needs.reward_gradients else None,
-            prepared={"advantage": number},
-        )  # fmt: skip
+        batch = made_up(size, self.model, self.kernel.timesteps.tolist(), self.objective.needs.reward_gradients)
         before = self.objective.state()
         self.objective.begin_epoch(Population((0, 1), ("", ""), (0.0, 1.0)))
         self.prepare(batch)
         self.loss(batch, 1.0)[0].backward()
         self.objective.restore(before)
-        for parameter in [*self.policy_parameters, *(self.flow_parameters if self.flow is not None else [])]:
+        for parameter in [*self.policy_parameters, *self.flow_parameters]:
             parameter.grad = None
 
     def rest(self) -> None:
@@ -112,9 +100,8 @@ class Learner:
         fresh = lora.snapshot(self.model.unet, version)
         receipts.check_moved(self.published, fresh)
         self.published = fresh
-        self.recent[version] = fresh.sha256
-        for old in [old for old in self.recent if old < version - self.config.train.max_staleness]:
-            del self.recent[old]
+        recent, oldest = {**self.recent, version: fresh.sha256}, version - self.config.train.max_staleness
+        self.recent = {number: sha256 for number, sha256 in recent.items() if number >= oldest}
         return fresh
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
@@ -126,15 +113,21 @@ class Learner:
             GroupBroken: another rank is gone or silent.
             OutOfMemory: the micro-batch is too large for the GPU.
         """
-        with gpu_memory.smaller("learner.micro_batch", self.micro_batch):
-            return self._train_epoch(epoch, beta, updates)
-
-    def _train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
-        for trajectories, _ in (scored for update in updates for scored in update):
+        scored = [pair for update in updates for pair in update]
+        for trajectories, _ in scored:
             receipts.check_recent(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")
-        fresh = [[Experience(*quarantine.replaced(*scored)) for scored in update] for update in updates]
-        self._prepare([one for update in fresh for one in update])
-        train = self.config.train
+        fresh = [[Experience(*quarantine.replaced(*pair)) for pair in update] for update in updates]
+        with gpu_memory.smaller("learner.micro_batch", self.micro_batch):
+            rows = self._all_updates(epoch, beta, fresh)
+        means, each = process_group.mean_rows(rows, self.model.device)
+        trained = tuple(number for _, scores in scored for number in scores.good_ids)
+        aside = tuple(bad for pair in scored for bad in quarantine.set_aside(*pair))
+        return Training(means | self._staleness(scored), each, trained, aside)
+
+    def _all_updates(self, epoch: int, beta: float, fresh: list[list[Experience]]) -> list[dict[str, float]]:
+        """Metrics of each update of the epoch, those of earlier epochs last."""
+        train, everything = self.config.train, [experience for update in fresh for experience in update]
+        self._prepare(everything)
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
         # The same draws on every rank: each holds its share of the same past update.
         draws = [
@@ -143,26 +136,22 @@ class Learner:
         ]
         past = [self._anchored(earlier[draw]) for draw in draws]
         if self.replay.maxlen:
-            self.replay.append([[one.kept(train.replay_updates > 0) for one in update] for update in fresh])
+            self.replay.append([[each.kept(train.replay_updates > 0) for each in update] for update in fresh])
         fresh[1:] = map(self._anchored, fresh[1:])
         rows = [self._train(epoch, index, beta, update) for index, update in enumerate(fresh)]
         if self.objective.needs.uses_ratio:
-            rows[0]["clipped_before"] = self._clipped_before([one for update in fresh for one in update], rows[0])
+            rows[0]["clipped_before"] = self._clipped_before(everything, rows[0])
         for index, update in enumerate(past, len(fresh)):
             age = self.published.version - update[0].trajectories.policy_version
             rows.append({**self._train(epoch, index, beta, update), "replay_age": float(age)})
-        means, each = self._over_ranks(rows)
-        scored = [pair for update in updates for pair in update]
-        trained = tuple(number for _, scores in scored for number in scores.good_ids)
-        aside = tuple(found for pair in scored for found in quarantine.set_aside(*pair))
-        return Training(means | self._staleness(scored), each, trained, aside)
+        return rows
 
     def _staleness(self, scored: Sequence[Scored]) -> dict[str, float]:
         """Published versions that the epoch's trajectories lag behind, on all ranks, where they may."""
         if not self.config.train.max_staleness:
             return {}
-        mine = [self.published.version - made.policy_version for made, _ in scored for _ in made.chunk.trajectory_ids]
-        lags = [lag for part in process_group.gather(mine) for lag in part]
+        versions = [sampled.policy_version for sampled, _ in scored for _ in sampled.chunk.trajectory_ids]
+        lags = [self.published.version - version for part in process_group.gather(versions) for version in part]
         return {"staleness_mean": float(np.mean(lags)), "staleness_max": float(max(lags))}
 
     def _train(self, epoch: int, index: int, beta: float, update: Sequence[Experience]) -> dict[str, float]:
@@ -170,14 +159,14 @@ class Learner:
         flow = self.config.flow
         steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
         metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
-        batches = (batch for one in update for batch in self._micro_batches(one, beta))
+        batches = (batch for experience in update for batch in self._micro_batches(experience, beta))
         # The first update starts where the regulariser holds the policy: nothing to hold yet (see _anchored).
         held = index > 0 or not any(map(self._lags, update))
         return metrics | self.update(batches, sum(map(len, update)), beta, held)
 
-    def _lags(self, one: Experience) -> bool:
-        """An earlier policy's trajectories."""
-        return one.trajectories.policy_version != self.published.version
+    def _lags(self, experience: Experience) -> bool:
+        """Whether an earlier policy sampled it."""
+        return experience.trajectories.policy_version != self.published.version
 
     def _anchored(self, update: Sequence[Experience]) -> list[Experience]:
         """Where an earlier policy sampled, let the regulariser hold the policy to what it is now, before the epoch's
@@ -185,20 +174,13 @@ class Learner:
         if not self.config.objective.regulariser or not any(map(self._lags, update)):
             return list(update)
         with torch.no_grad():
-            now = [self._by_transition(one, lambda batch: {ANCHOR: self.policy.output(batch)}) for one in update]
-        return [replace(one, prepared=one.prepared | found) for one, found in zip(update, now, strict=True)]
+            anchors = [self._by_transition(each, lambda batch: {ANCHOR: self.policy.output(batch)}) for each in update]
+        return [replace(each, prepared=each.prepared | anchor) for each, anchor in zip(update, anchors, strict=True)]
 
-    def _over_ranks(self, rows: list[dict[str, float]]) -> tuple[dict[str, float], list[dict[str, float]]]:
-        """Means over ranks: of all updates, and of each."""
-        names = sorted({name for row in rows for name in row})
-        table = torch.tensor([[row.get(name, np.nan) for name in names] for row in rows], dtype=torch.float64)
-        table = process_group.reduce(table.to(self.model.device)) / self.world_size
-        means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
-        each = [
-            {name: value for name, value in zip(names, row, strict=True) if not np.isnan(value)}
-            for row in table.tolist()
-        ]
-        return means, each
+    def _stateful(self) -> dict[str, Any]:
+        """Networks and optimizers whose state_dict a checkpoint has."""
+        parts = {"policy_optimizer": self.policy_optimizer}
+        return parts if self.flow is None else {**parts, "flow": self.flow, "flow_optimizer": self.flow_optimizer}
 
     def state_files(self) -> dict[str, bytes]:
         """What this rank adds to a checkpoint: the rollouts that it may still train on, and from rank 0, being equal
@@ -206,16 +188,13 @@ class Learner:
         files = {state.replay_file(self.rank): state.dump_replay(self.replay)}
         if self.rank == 0:
             files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
-            saved: dict[str, Any] = {
+            saved = {
                 "version": self.published.version,
                 "recent": self.recent,
                 "adapter": torch.from_numpy(np.array(self.published.flat)),
-                "policy_optimizer": self.policy_optimizer.state_dict(),
                 "objective": self.objective.state(),
+                **{name: part.state_dict() for name, part in self._stateful().items()},
             }
-            if self.flow is not None:
-                saved["flow"] = self.flow.state_dict()
-                saved["flow_optimizer"] = self.flow_optimizer.state_dict()
             files[state.LEARNER_FILE] = state.dump(saved)
         return files
 
@@ -223,20 +202,17 @@ class Learner:
         """Go on from a checkpoint's files, made by as many ranks as there are now."""
         saved = state.parse(files[state.LEARNER_FILE])
         lora.load(self.model.unet, saved["adapter"].numpy())
-        self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(saved[name])
         self.objective.restore(saved["objective"])
-        if self.flow is not None:
-            self.flow.load_state_dict(saved["flow"])
-            self.flow_optimizer.load_state_dict(saved["flow_optimizer"])
         self.replay.clear()
         self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
         self.published = lora.snapshot(self.model.unet, saved["version"])
         self.recent = dict(saved["recent"])
 
     def update(self, batches: Iterable[Transitions], count: int, beta: float, held: bool = True) -> dict[str, float]:
-        """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions
-        of the micro-batches, with the regulariser if `held`; returns the loss's parts and the gradient norms before
-        clipping.
+        """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions of
+        the micro-batches, with the regulariser if `held`. Returns the loss's parts, and gradient norms before clipping.
 
         Raises:
             NonFiniteGradient: the network whose gradient it was is unchanged.
@@ -256,9 +232,7 @@ class Learner:
             totals["flow_grad_norm"] = self._step(self.flow_optimizer, self.flow_parameters)
         return totals
 
-    def loss(
-        self, batch: Transitions, beta: float, flow_gradient: bool = True, held: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Transitions, beta: float, flow_gradient: bool = True, held: bool = True) -> Loss:
         """The objective's loss of a batch and the regulariser, means over its transitions, with its parts detached."""
         if self.objective.needs.reward_gradients and self.flow is not None:  # the reverse loss differentiates by x
             batch.x.requires_grad_()
@@ -279,58 +253,44 @@ class Learner:
         """Let the objective compute what it needs once an epoch, under the policy as it stands."""
         batch.prepared.update(self.objective.prepare(self.policy, batch))
 
-    def _prepare(self, chunks: Sequence[Experience]) -> None:
-        self.objective.begin_epoch(self._population(chunks))
-        for one in chunks:
-            one.prepared |= self._by_transition(one, lambda batch: self.objective.prepare(self.policy, batch))
-            one.scores = replace(one.scores, gradients=None, gradient_row=None)
+    def _prepare(self, experiences: Sequence[Experience]) -> None:
+        self.objective.begin_epoch(self._population(experiences))
+        for experience in experiences:
+            computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
+            experience.prepared |= computed
+            experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
 
-    def _by_transition(
-        self, one: Experience, compute: Callable[[Transitions], dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        """What `compute` finds of each micro-batch, as arrays [B, K, ...] by selected transition."""
-        flats = [flat for window in self._windows(one) for flat in window]
-        found: list[dict[str, Tensor]] = []
-        for flat in flats:
-            found.append(compute(one.gather(flat, self.model, self.config)))
-            if not found[0]:  # nothing to compute
-                break
-        arrays = {}
-        for name in found[0]:
-            values = torch.cat([part[name] for part in found]).cpu().numpy()
-            in_place = np.empty_like(values)
-            in_place[np.concatenate(flats)] = values
-            arrays[name] = in_place.reshape(*one.trajectories.selected.shape, *values.shape[1:])
-        return arrays
+    def _by_transition(self, experience: Experience, compute: Compute) -> dict[str, np.ndarray]:
+        """What `compute` returns of each micro-batch, as arrays [B, K, ...] by selected transition."""
+        return experience.by_transition(compute, self._windows(experience), self.model, self.config)
 
-    def _clipped_before(self, chunks: Sequence[Experience], first: dict[str, float]) -> float:
+    def _clipped_before(self, experiences: Sequence[Experience], first: dict[str, float]) -> float:
         """Share of transitions whose ratio to the sampler's log p_F is outside the clip before any update, by
         precision and batch shape alone: that of the first update, which all sees the weights that sampled; or, where
-        objective.old_log_prob is learner, what was found in preparing."""
-        given = self.config.objective
-        if given.old_log_prob == "sampler":
+        objective.old_log_prob is learner, by what was computed in preparing."""
+        objective = self.config.objective
+        if objective.old_log_prob == "sampler":
             return first["clipped"]
-        scale = 1 if given.log_prob_reduction == "sum" else self.dimensions
+        scale = 1 if objective.log_prob_reduction == "sum" else self.dimensions
         outside = [
-            np.abs(np.expm1((one.prepared["log_pf_old"] - one.selected_log_pf()) / scale)) > given.clip_range
-            for one in chunks
+            np.abs(np.expm1((each.prepared["log_pf_old"] - each.selected_log_pf()) / scale)) > objective.clip_range
+            for each in experiences
         ]
         return float(np.concatenate(outside).mean())
 
-    def _population(self, chunks: Sequence[Experience]) -> Population:
+    def _population(self, experiences: Sequence[Experience]) -> Population:
         mine: list[tuple[int, str, float]] = []
-        for one in chunks:
-            chunk, rewards = one.trajectories.chunk, one.scores.rewards[:, -1].tolist()
+        for experience in experiences:
+            chunk, rewards = experience.trajectories.chunk, experience.scores.rewards[:, -1].tolist()
             mine.extend(zip(chunk.trajectory_ids, chunk.prompts, rewards, strict=True))
-        ids, prompts, values = zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True)
-        return Population(ids, prompts, values)
+        return Population(*zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True))
 
-    def _fit_flow(self, epoch: int, update: int, beta: float, steps: int) -> dict[str, float]:
+    def _fit_flow(self, epoch: int, index: int, beta: float, steps: int) -> dict[str, float]:
         """Flow-only steps on replayed rollouts, with the log p_F that the sampler stored."""
         assert self.flow is not None
         recent = list(self.replay)[-self.config.flow.replay_epochs :]
-        pool = [one for part in recent for past in part for one in past]
-        rng = noise.generator(self.config.run.seed, noise.REPLAY, epoch, update, self.rank)
+        pool = [experience for part in recent for update in part for experience in update]
+        rng = noise.generator(self.config.run.seed, noise.REPLAY, epoch, index, self.rank)
         losses = []
         for _ in range(steps):
             pick = rng.integers(0, len(pool), 4)
@@ -348,25 +308,15 @@ class Learner:
         """D: numbers in one latent."""
         return int(np.prod(self.model.latent_shape))
 
-    def _windows(self, one: Experience) -> list[list[np.ndarray]]:
-        return one.windows(self.micro_batch, self.objective.group)
+    def _windows(self, experience: Experience) -> list[list[np.ndarray]]:
+        return experience.windows(self.micro_batch, self.objective.group)
 
-    def _micro_batches(self, one: Experience, beta: float) -> Iterator[Transitions]:
-        """The chunk's transitions. Where a micro-batch cannot hold a group, the group's advantages are computed in a
-        pass before, under the same weights."""
-        for window in self._windows(one):
-            batches = [one.gather(flat, self.model, self.config) for flat in window]
-            if len(batches) > 1:
-                self._compare(batches, beta)
+    def _micro_batches(self, experience: Experience, beta: float) -> Iterator[Transitions]:
+        """The chunk's transitions, window by window: what an objective compares is in one window."""
+        for window in self._windows(experience):
+            batches = [experience.gather(part, self.model, self.config) for part in window]
+            self.objective.prepare_window(self.policy, batches, self.flow, beta)
             yield from batches
-
-    def _compare(self, batches: Sequence[Transitions], beta: float) -> None:
-        """Advantages of a group that is spread over micro-batches."""
-        with torch.no_grad():
-            raw = [self.objective.raw_advantage(batch, self.policy.output(batch), self.flow, beta) for batch in batches]
-            advantage = self.objective.advantages(torch.cat(raw))
-        for batch, part in zip(batches, advantage.split([len(batch.t) for batch in batches]), strict=True):
-            batch.prepared["advantage"] = part
 
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learner.max_grad_norm)

@@ -48,18 +48,22 @@ class Checkpoint:
     files: dict[str, bytes]
 
 
-def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> str:
+def name_of(step: int) -> str:
+    """Its folder, in the run's."""
+    return f"{FOLDER}/step-{step:06d}"
+
+
+def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> None:
     """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links.
 
     Raises:
         StorageError: it could not be written; those before it are untouched.
     """
-    name = f"step-{about['step']:06d}"
+    name = name_of(about["step"])
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-    storage.write_folder(f"{FOLDER}/{name}", {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
+    storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:
-        _link(storage.local / FOLDER / LATEST, name)
-    return f"{FOLDER}/{name}"
+        _link(storage.local / FOLDER / LATEST, Path(name).name)
 
 
 def steps(storage: Storage) -> list[int]:
@@ -75,25 +79,25 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
         CheckpointError: it has none, a damaged or changed one, or that of another run or step.
         OtherVersion: its format is not this program's.
     """
-    name = f"{FOLDER}/step-{step:06d}"
+    place = f"{storage}/{name_of(step)}"
     try:
-        content = storage.read(f"{name}/{MANIFEST}")
-        found = json.loads(content)
-        written_as = found["format"]
+        content = storage.read(f"{name_of(step)}/{MANIFEST}")
+        about = json.loads(content)
+        written_as = about["format"]
     except (StorageError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{storage}/{name} is not whole: {error}") from error
-    seal = found.pop(SEAL, None)  # older formats have none
-    if (seal or written_as == FORMAT) and _sealed(found) != content:
-        raise CheckpointError(f"{storage}/{name}/{MANIFEST} is not what was written: its sha256 differs")
+        raise CheckpointError(f"{place} is not whole: {error}") from error
+    seal = about.pop(SEAL, None)  # older formats have none
+    if (seal or written_as == FORMAT) and _sealed(about) != content:
+        raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
     if written_as != FORMAT:
         raise OtherVersion(
-            f"{storage}/{name} is of format {written_as}, this Tributary reads {FORMAT}: use the version that "
-            "wrote it, or start afresh with run.resume=never and another run.dir"
+            f"{place} is of format {written_as}, this Tributary reads {FORMAT}: use the version that wrote it, or "
+            "start afresh with run.resume=never and another run.dir"
         )
-    origin = found.get("run_id"), found.get("step")
+    origin = about.get("run_id"), about.get("step")
     if origin != (run_id, step):
-        raise CheckpointError(f"{storage}/{name} is not its own: it was written as step {origin[1]} of run {origin[0]}")
-    return found
+        raise CheckpointError(f"{place} is not its own: it was written as step {origin[1]} of run {origin[0]}")
+    return about
 
 
 def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
@@ -102,7 +106,7 @@ def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
         CheckpointError: it is torn, was changed, or is another run's.
         OtherVersion: its format is not this program's.
     """
-    name, about = f"{FOLDER}/step-{step:06d}", manifest(storage, step, run_id)
+    name, about = name_of(step), manifest(storage, step, run_id)
     try:
         files = {file: storage.read(f"{name}/{file}") for file in about["files"]}
     except (StorageError, KeyError, TypeError) as error:
@@ -119,9 +123,8 @@ def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> C
     Raises:
         CheckpointError: there are some, but none is whole, or the newest whole one is of another version.
     """
-    found = steps(storage)
     fault: CheckpointError | None = None
-    for step in reversed(found):
+    for step in reversed(steps(storage)):
         try:
             return load(storage, step, run_id)
         except OtherVersion:
@@ -134,11 +137,17 @@ def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> C
     return None
 
 
+def lora_folder(storage: Storage) -> str:
+    """Path or URL of the newest checkpoint's adapter, for other programs."""
+    newest = LATEST if storage.local else f"step-{steps(storage)[-1]:06d}"
+    return f"{storage}/{FOLDER}/{newest}/lora"
+
+
 def drop_after(storage: Storage, step: int) -> None:
     """Remove the checkpoints of later steps: they were passed over."""
     for later in steps(storage):
         if later > step:
-            storage.remove(f"{FOLDER}/step-{later:06d}")
+            storage.remove(name_of(later))
 
 
 def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
@@ -147,21 +156,13 @@ def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Call
 
     Raises:
         StorageError: one could not be removed.
+        CheckpointError: none is whole, so none is removed.
     """
-    found = steps(storage)
-    doomed = [step for step in found[:-keep] if step not in always] if keep else []
-    if not doomed:
-        return
-    for step in reversed(found):
-        try:
-            load(storage, step, run_id)
-        except CheckpointError as error:
-            warn(f"{error}; keeping one before it")
-            continue
-        for old in doomed:
-            if old < step:
-                storage.remove(f"{FOLDER}/step-{old:06d}")
-        return
+    spare = [step for step in steps(storage)[:-keep] if step not in always] if keep else []
+    newest = load_newest(storage, run_id, warn) if spare else None
+    for step in spare:
+        if newest and step < newest.manifest["step"]:
+            storage.remove(name_of(step))
 
 
 def _sealed(about: dict[str, Any]) -> bytes:

@@ -7,10 +7,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-
-import torch
-
-from learner.config import ROOT
+from pathlib import Path
 
 PACKAGES = ("tributary", "torch", "diffusers", "peft", "transformers", "ray")
 GIT_SECONDS = 5
@@ -24,23 +21,19 @@ def in_submitted_job() -> bool:
 def facts() -> dict[str, str]:
     """Versions, git commit (empty where there is no repository; with + where files were changed), the package that a
     submitted Ray job's code came in (its name is a hash of the content), machine."""
-    found = {name: _version(name) for name in PACKAGES}
+    import torch  # here: whoever only asks for in_submitted_job must start fast
+
     commit = _git("rev-parse", "HEAD")
     changed = "+" if commit and _git("status", "--porcelain", "--untracked-files=no") else ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return found | {
+    job = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
+    return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "git_commit": commit + changed,
-        "working_dir": _working_dir(),
+        "working_dir": (job.get("runtime_env") or {}).get("working_dir") or "",
         "host": platform.node(),
         "machine": platform.processor() or platform.machine(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
-
-
-def _working_dir() -> str:
-    settings = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
-    return (settings.get("runtime_env") or {}).get("working_dir") or ""
 
 
 def _version(package: str) -> str:
@@ -51,8 +44,9 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=GIT_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

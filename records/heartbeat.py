@@ -1,7 +1,7 @@
-"""The driver's sign of life: `status.json` in the run directory, what the records do not say of a run that is going on.
+"""The driver's sign of life: `status.json` in the run directory, what the records do not say of a run in progress.
 
-A view for whoever looks from outside (commands/status.py), who may have no way to the driver but the files. It is never
-read by a run, and where it cannot be written the run goes on without it.
+A view for whoever looks from outside (commands/status.py) and may reach nothing but the files. A run never reads it,
+and where it cannot be written the run goes on without it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
-from learner.protocol.runner import Vitals
 from records.storage import Storage, StorageError
 
 FILE = "status.json"
@@ -26,15 +24,14 @@ EVENTS = 10  # the last ones are kept
 
 
 class Heartbeat:
-    """Writes it every few seconds, when it is given the occasion."""
+    """Writes the file every few seconds, when one of its methods is called."""
 
     def __init__(self, storage: Storage, epochs: int, mlflow_uri: str | None, quiet_seconds: float) -> None:
         """`epochs` the run is to have. While it starts, or where turns come only between pieces of work,
         `quiet_seconds` may pass without a sign."""
-        self.vitals: Callable[[], Vitals] | None = None  # once it runs
+        self._vitals: Callable[[], dict[str, Any]] = dict  # of the runner, once it runs
         self._storage = storage
         self._seconds = SECONDS if storage.local else OBJECT_STORE_SECONDS
-        self._quiet = max(quiet_seconds, QUIET * self._seconds)
         self._due = 0.0
         self._events: list[dict[str, Any]] = []
         self._facts: dict[str, Any] = {
@@ -44,20 +41,21 @@ class Heartbeat:
             "host": socket.gethostname(),
             "since": time.time(),
             "epochs": epochs,
-            "mlflow": without_password(mlflow_uri) if mlflow_uri else None,
+            "mlflow": _without_password(mlflow_uri) if mlflow_uri else None,
             "doing": "starting",
             "done": 0,
             "total": 0,
             "events": 0,
+            "quiet_seconds": max(quiet_seconds, QUIET * self._seconds),
         }
         self._write()
 
-    def running(self, vitals: Callable[[], Vitals], turns: bool) -> None:
-        """It has started. With `turns`, `turn` is called all the time."""
-        self.vitals = vitals
+    def running(self, vitals: Callable[[], dict[str, Any]], turns: bool) -> None:
+        """The run has started. With `turns`, `turn` is called all the time."""
+        self._vitals = vitals
         self._facts["state"] = "running"
         if turns:
-            self._quiet = QUIET * self._seconds
+            self._facts["quiet_seconds"] = QUIET * self._seconds
         self._write()
 
     def progress(self, doing: str, done: int, total: int) -> None:
@@ -76,26 +74,23 @@ class Heartbeat:
             self._write()
 
     def closed(self) -> None:
-        """An epoch is: written now, where a write costs little."""
+        """An epoch is closed: written now, where a write costs little."""
         if self._storage.local:
             self._write()
 
     def end(self, state: str, reason: str | None = None) -> None:
         """The last one: finished, failed or stopped, and why."""
         self._facts |= {"state": state, "reason": reason}
-        self.vitals = None  # nothing of it is left
+        self._vitals = dict  # the runner is gone
         self._write()
 
     def _write(self) -> None:
-        facts = self._facts | {"time": time.time(), "quiet_seconds": self._quiet, "last_events": self._events}
-        if self.vitals:
-            facts |= asdict(self.vitals())
-        with contextlib.suppress(StorageError):  # the records' own failure to write will be said, and ends the run
+        facts = self._facts | {"time": time.time(), "last_events": self._events} | self._vitals()
+        with contextlib.suppress(StorageError):  # if the records cannot be written either, that ends the run
             self._storage.write(FILE, (json.dumps(facts, indent=1) + "\n").encode())
         self._due = time.monotonic() + self._seconds
 
 
-def without_password(uri: str) -> str:
-    """For people's eyes."""
+def _without_password(uri: str) -> str:
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri

@@ -1,4 +1,4 @@
-"""The durable record of a run: config, metrics, trajectories, evaluations, pictures. MLflow is only a view of it.
+"""The durable record of a run: settings, metrics, trajectories, evaluations, pictures. MLflow is only a view of it.
 
 Written by the driver alone, each file in one piece. What belongs to an epoch is on disk before the checkpoint that
 closes the epoch; `drop_after` removes what a killed driver wrote beyond its last checkpoint, so that there are neither
@@ -12,31 +12,20 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from diffusion.trajectory import Scores
-from evaluation.collapse import Evaluated
-from learner.config import CONFIG_VERSION, Config, ConfigError
-from learner.protocol import quarantine
-from learner.protocol.runner import EpochResult
 from records.storage import Storage, StorageError
-from reports.pictures import contact_sheet, png, thumbnail
 
 FORMAT = 5  # of run.json, checkpoints and the trajectories' columns
-RUN, METRICS, CONFIG, TRAJECTORIES, EVALUATION = (
-    "run.json",
-    "metrics.jsonl",
-    "config.yaml",
-    "trajectories",
-    "evaluation",
-)
-EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, quarantine.FOLDER)  # of files epoch-N...
+RUN, METRICS, CONFIG = "run.json", "metrics.jsonl", "config.yaml"
+TRAJECTORIES, EVALUATION = "trajectories", "evaluation"
+EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
+NEEDED = ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256")  # in run.json
 BEFORE = -1  # the "epoch" of the evaluation before training
 
 SCHEMA = pa.schema(
@@ -61,7 +50,6 @@ SCHEMA = pa.schema(
     ],
     metadata={"tributary_format": str(FORMAT)},
 )
-
 
 # Of evaluation/*.parquet: the fixed images, a row each.
 IMAGES = pa.schema(
@@ -88,29 +76,21 @@ class Records:
         self.lines: list[dict[str, Any]] = []  # metrics.jsonl
 
     @classmethod
-    def create(cls, storage: Storage, name: str, config: Config, extra: dict[str, Any]) -> Records:
-        """Begin a run here.
+    def create(
+        cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any], whole: bool = True
+    ) -> Records:
+        """Begin a run here: `settings` become config.yaml, `facts` (config_digest, prompts_sha256 ...) go to run.json.
+        If it is not `whole` yet, the first `note` writes run.json: until then there is no run here.
 
         Raises:
             StorageError: the folder cannot be made or written.
         """
-        records = cls.prepare(storage, name, config, extra)
-        records.note()
-        return records
-
-    @classmethod
-    def prepare(cls, storage: Storage, name: str, config: Config, extra: dict[str, Any]) -> Records:
-        """As create, but without run.json yet: there is no run here before its first `note`."""
         records = cls(storage)
-        records.about = {
-            "format": FORMAT,
-            "run_id": uuid.uuid4().hex,
-            "name": name,
-            "created": time.time(),
-            "finished": False,
-            **extra,
-        }
-        records.save_config(config)
+        identity = {"format": FORMAT, "run_id": uuid.uuid4().hex, "name": name}
+        records.about = {**identity, "created": time.time(), "finished": False, **facts}
+        storage.write(CONFIG, settings)
+        if whole:
+            records.note()
         return records
 
     @classmethod
@@ -121,50 +101,27 @@ class Records:
             StorageError: there is none, or a file is damaged.
         """
         records = cls(storage)
+        file, remedy = RUN, "use another run.dir"
         try:
             records.about = json.loads(storage.read(RUN))
-            for key in ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256"):
+            for key in NEEDED:
                 records.about[key]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{RUN} in {storage} is damaged ({error}): use another run.dir") from error
-        try:
+            file, remedy = METRICS, "remove the damaged lines, or use another run.dir"
             if storage.exists(METRICS):
                 records.lines = [json.loads(line) for line in storage.read(METRICS).decode().splitlines()]
-                for line in records.lines:
-                    line["epoch"]
+            for line in records.lines:
+                line["epoch"]
         except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{METRICS} in {storage} is damaged ({error}): remove the damaged lines, or use another run.dir"
-            ) from error
+            raise StorageError(f"{file} in {storage} is damaged ({error}): {remedy}") from error
         return records
-
-    def save_config(self, config: Config) -> None:
-        self.storage.write(CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-
-    def config(self) -> Config:
-        """The settings of the run.
-
-        Raises:
-            ConfigError: they are of another version, or damaged.
-        """
-        try:
-            tree = yaml.safe_load(self.storage.read(CONFIG))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"run.dir: {self.storage}/{CONFIG} is damaged: {error}") from error
-        version = tree.get("config_version") if isinstance(tree, dict) else None
-        if version != CONFIG_VERSION:
-            raise ConfigError(
-                f"config_version: the settings in {self.storage}/{CONFIG} are of version {version!r}, this Tributary "
-                f"reads {CONFIG_VERSION}: use the version that wrote them, or choose another run.dir"
-            )
-        try:
-            return Config.model_validate(tree)
-        except ValueError as error:
-            raise ConfigError(f"run.dir: {self.storage}/{CONFIG} is damaged: {str(error).splitlines()[0]}") from error
 
     @property
     def run_id(self) -> str:
         return self.about["run_id"]
+
+    def settings(self) -> bytes:
+        """YAML of all settings; learner/config reads them."""
+        return self.storage.read(CONFIG)
 
     def note(self, **facts: Any) -> None:
         """Add to run.json."""
@@ -173,13 +130,12 @@ class Records:
 
     def append(self, line: dict[str, Any]) -> None:
         """One epoch's line, on disk before this returns. Non-finite numbers become null."""
-        self.lines.append(_finite(line))
-        self._write_lines()
+        self.keep([*self.lines, _finite(line)])
 
     def keep(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Make metrics.jsonl these lines."""
+        """Make metrics.jsonl these lines. Rewritten whole: object stores cannot append, no line is ever half there."""
         self.lines = list(lines)
-        self._write_lines()
+        self.storage.write(METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def drop_after(self, epochs: int) -> None:
         """Keep what belongs to the first `epochs` epochs and the evaluation before them; -1 keeps nothing."""
@@ -190,53 +146,22 @@ class Records:
                 if _epoch_of(name) >= epochs:
                     self.storage.remove(f"{folder}/{name}")
 
-    def save_trajectories(self, epoch: int, beta: float, result: EpochResult) -> None:
+    def save_trajectories(self, epoch: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """trajectories/epoch-NNNNNN.parquet: a row a trajectory, columns of SCHEMA."""
-        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-        for chunk, receipt, verdict in zip(result.chunks, result.receipts, result.verdicts, strict=True):
-            for i, number in enumerate(chunk.trajectory_ids):
-                row = {
-                    "run_id": self.run_id,
-                    "epoch": epoch,
-                    "trajectory_id": number,
-                    "policy_version": receipt.policy_version,
-                    "adapter_sha256": receipt.adapter_sha256,
-                    "prompt": chunk.prompts[i],
-                    "reward": None if i in verdict.bad else verdict.rewards[i],
-                    "reward_parts": [(label, values[i]) for label, values in verdict.parts.items()],
-                    "log_pf_sum": receipt.log_pf_sum[i],
-                    "log_pb_sum": receipt.log_pb_sum[i],
-                    "beta": beta,
-                    "thumbnail_png": (verdict.thumbnails[i] or None) if verdict.thumbnails else None,
-                    "sampler_node": receipt.node,
-                    "chunk": chunk.index,
-                    "sample_seconds": receipt.seconds,
-                    "score_seconds": verdict.seconds,
-                    "bad": verdict.bad.get(i),
-                }
-                for name, value in row.items():
-                    columns[name].append(value)
-        file = io.BytesIO()
-        pq.write_table(pa.table(columns, schema=SCHEMA), file)
-        self.storage.write(f"{TRAJECTORIES}/{_name(epoch)}.parquet", file.getvalue())
+        self.storage.write(f"{TRAJECTORIES}/{_name(epoch)}.parquet", parquet(rows, SCHEMA))
 
-    def save_evaluation(self, epoch: int, scores: Sequence[Scores], thumbnail_pixels: int) -> None:
-        """evaluation/epoch-N.json, prompt and reward of every fixed image (and of a sum each reward's own), for paired
-        comparisons; epoch-N.parquet, columns of IMAGES; and epoch-N.png, a contact sheet of the first of them. A bad
-        image's reward is null."""
-        table: dict[str, Any] = {
-            "prompt": [prompt for part in scores for prompt in part.chunk.prompts],
-            "reward": [_finite(float(value)) for part in scores for value in part.rewards[:, -1]],
-        }
-        for name, field in (("reward_parts", "parts"), ("held_out", "held_out")):
-            if labels := getattr(scores[0], field):
-                table[name] = {
-                    label: [_finite(float(value)) for part in scores for value in getattr(part, field)[label]]
-                    for label in labels
-                }
-        self.storage.write(f"{EVALUATION}/{_name(epoch)}.png", png(contact_sheet(scores)))
-        self.storage.write(f"{EVALUATION}/{_name(epoch)}.parquet", images_table(scores, thumbnail_pixels))
-        self.storage.write(f"{EVALUATION}/{_name(epoch)}.json", (json.dumps(table) + "\n").encode())
+    def save_evaluation(self, epoch: int, rows: Sequence[Mapping[str, Any]], sheet: bytes) -> None:
+        """evaluation/epoch-N.png, a contact sheet of the fixed images; .parquet, a row an image, columns of IMAGES; and
+        .json, for paired comparisons: columns prompt and reward, and by label reward_parts and held_out."""
+        table: dict[str, Any] = {key: [row[key] for row in rows] for key in ("prompt", "reward")}
+        for key in ("reward_parts", "held_out"):
+            parts = [dict(row[key]) for row in rows]
+            if parts[0]:
+                table[key] = {label: [_finite(part[label]) for part in parts] for label in parts[0]}
+        name = f"{EVALUATION}/{_name(epoch)}"
+        self.storage.write(f"{name}.png", sheet)
+        self.storage.write(f"{name}.parquet", parquet(rows, IMAGES))
+        self.storage.write(f"{name}.json", (json.dumps(table) + "\n").encode())
 
     def evaluated(self) -> list[int]:
         """Epochs whose evaluation is here, in order; BEFORE is the one before training."""
@@ -251,14 +176,6 @@ class Records:
         """The first of the fixed images' prompts."""
         return str(self._evaluation(epoch)["prompt"][0])
 
-    def _evaluation(self, epoch: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))
-        return found
-
-    def evaluation(self, epoch: int) -> Evaluated:
-        """All that was found on the fixed images after an epoch."""
-        return read_images(self.images(epoch))
-
     def images(self, epoch: int) -> bytes:
         """Parquet of the fixed images after an epoch, columns of IMAGES."""
         return self.storage.read(f"{EVALUATION}/{_name(epoch)}.parquet")
@@ -267,45 +184,15 @@ class Records:
         """PNG of the contact sheet after an epoch."""
         return self.storage.read(f"{EVALUATION}/{_name(epoch)}.png")
 
-    def _write_lines(self) -> None:
-        # Rewritten whole: object stores cannot append, and a line is never half there.
-        self.storage.write(METRICS, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+    def _evaluation(self, epoch: int) -> dict[str, Any]:
+        return json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))
 
 
-def images_table(scores: Sequence[Scores], thumbnail_pixels: int) -> bytes:
-    """A Parquet file of evaluation images, columns of IMAGES; no thumbnails at 0 pixels."""
-    columns: dict[str, list[Any]] = {name: [] for name in IMAGES.names}
-    for part in scores:
-        for i, number in enumerate(part.chunk.trajectory_ids):
-            reward, picture = float(part.rewards[i, -1]), None if part.images is None else part.images[i]
-            row = {
-                "number": number,
-                "prompt": part.chunk.prompts[i],
-                "reward": _finite(reward),
-                "reward_parts": [(label, float(values[i])) for label, values in part.parts.items()],
-                "held_out": [(label, float(values[i])) for label, values in part.held_out.items()],
-                "features": None if part.features is None else part.features[i],
-                "thumbnail_png": thumbnail(picture, thumbnail_pixels) if picture is not None else None,
-                "bad": part.bad.get(i),
-            }
-            for name, value in row.items():
-                columns[name].append(value)
+def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """A Parquet file of these rows."""
     file = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=IMAGES), file)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
     return file.getvalue()
-
-
-def read_images(content: bytes) -> Evaluated:
-    """What `images_table` wrote, as far as figures need it."""
-    table = pq.read_table(io.BytesIO(content))
-    held_out = [dict(row) for row in table["held_out"].to_pylist()]
-    features = table["features"].to_pylist()
-    return Evaluated(
-        table["prompt"].to_pylist(),
-        np.array([np.nan if value is None else value for value in table["reward"].to_pylist()], np.float64),
-        {label: np.array([row[label] for row in held_out], np.float64) for label in held_out[0]},
-        None if features[0] is None else np.array(features, np.float32),
-    )
 
 
 def _name(epoch: int) -> str:

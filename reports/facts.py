@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from commands import status
-from evaluation.intervals import paired_interval
+from evaluation.metrics import paired_interval
 from learner.config import Config
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol.quarantine import FOLDER as QUARANTINE
 from records.run_folder import BEFORE, EVALUATION, Records
+from records.status import look
 from records.storage import Storage, StorageError
 
 Line = dict[str, Any]  # of metrics.jsonl
 SHOWN = 8  # reasons and events in the page
-STATES = {  # of commands/status.py, where its name alone would not do
+STATES = {  # of records/status.py, where its name alone would not do
     **{state: f"{state} when this page was made" for state in ("starting", "running")},
     "silent": "no sign of life when this page was made", "gone": "ended without a word", "unknown": "not finished",
 }  # fmt: skip
@@ -84,9 +84,9 @@ def fixed_images(records: Records, epoch: int) -> dict[str, Any]:
 
 
 def state(storage: Storage) -> dict[str, Any]:
-    """All that commands/status.py knows of the run, and `in_words` what state it is in."""
+    """All that records/status.py knows of the run, and `in_words` what state it is in."""
     try:
-        known = status.look(storage, time.time())
+        known = look(storage, time.time())
     except (StorageError, AttributeError, LookupError, TypeError, ValueError):  # its view is damaged, the records not
         known = {"state": "unknown", "lora": None}
     return {**known, "in_words": STATES.get(known["state"], known["state"])}
@@ -94,12 +94,7 @@ def state(storage: Storage) -> dict[str, Any]:
 
 def towards(config: Config) -> str:
     """What the run trains towards, as a formula in words."""
-    given = config.objective
-    if given.kind in ("dag_db", "dag_kl"):
-        inner = given.log_prob_reduction == "mean"
-        text = f"pictures with a probability proportional to exp({given.beta:g} x {'D x ' if inner else ''}reward)"
-        return f"{text}, D being how many numbers a latent has" if inner else text
-    return OBJECTIVES[given.kind].target(given, 1)
+    return OBJECTIVES[config.objective.kind].goal(config.objective)
 
 
 def collapse(lines: Sequence[Line]) -> tuple[list[tuple[int, str]], str | None]:

@@ -79,14 +79,14 @@ def objective_in_words(trained: Trained) -> str:
     """What was trained towards; without its target where the base model, whose size that takes, is not at hand."""
     from diffusion.loading import without_weights
     from diffusion.locate import BaseModelError
-    from learner.controller import describe_objective
+    from learner.objectives.by_name import describe
 
     config = trained.config
     try:
         shape = without_weights(str(resolve(config.model.path)))[0].config
     except BaseModelError:
         return f"{config.objective.kind} ({config.objective.setting}), beta {config.objective.beta:g}"
-    return describe_objective(config, int(shape["in_channels"]) * int(shape["sample_size"]) ** 2)
+    return describe(config, int(shape["in_channels"]) * int(shape["sample_size"]) ** 2)
 
 
 def usage(config: Config, form: str, base: str, place: str | None = None) -> str:

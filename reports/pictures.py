@@ -143,12 +143,3 @@ def png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
-
-
-def thumbnail(pixels: np.ndarray, side: int) -> bytes | None:
-    """PNG file of a picture [H, W, 3] uint8, no larger than `side`; None at 0."""
-    if not side:
-        return None
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
-    return png(picture)

@@ -27,14 +27,16 @@ class Bar:
 
     def around(self, say: Callable[[str], None], text: str) -> None:
         """Say a line, with the bar out of its way."""
+        self.close()
+        say(text)
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        say(text)
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.close()

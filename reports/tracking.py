@@ -1,13 +1,14 @@
-"""The driver's side of MLflow: a process of its own that mirrors the run's records (commands/upload.py).
+"""The driver's side of MLflow: a process of its own that mirrors the run's records (commands/upload.py --follow).
 
 It is told when an epoch is closed and never waited for, so a slow, dead or silent server costs the run nothing; at the
-end it gets a moment to catch up.
+end it gets a moment to catch up. The driver itself never imports mlflow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -34,8 +35,13 @@ def tracking_uri(config: Config, storage: Storage) -> str:
     return f"sqlite:///{folder.absolute()}/mlflow.db"
 
 
+def without_passwords(text: str) -> str:
+    """The text with its URLs' user names and passwords left out."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 class Tracker:
-    """Starts the mirror, tells it when there is news, and what it says to whom it concerns."""
+    """Starts the mirror, tells it when there is news, and passes on what it says."""
 
     def __init__(self, records: Records, config: Config, say: Callable[[str], None]) -> None:
         self._records, self._config, self._say = records, config, say
@@ -45,23 +51,19 @@ class Tracker:
         self._mirror: subprocess.Popen[str] | None = None
         if not config.mlflow.enabled:
             return
-        uri = tracking_uri(config, records.storage)
-        say(f"MLflow: {uri}, experiment {config.mlflow.experiment}" + (
-            f" (look: mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite:") else ""
-        ))  # fmt: skip
-        command = [sys.executable, "-m", "learner.upload", str(records.storage), "--follow", "--uri", uri]
-        self._folder = TemporaryFolder()  # MLflow's files on their way, should it be killed
+        uri = without_passwords(tracking_uri(config, records.storage))
+        look = f" (look: mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite:") else ""
+        say(f"MLflow: {uri}, experiment {config.mlflow.experiment}{look}")
+        self._folder = TemporaryFolder()  # for MLflow's temporary files, should the mirror be killed
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         try:
             self._mirror = subprocess.Popen(
-                [*command, "--experiment", config.mlflow.experiment],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+                # Server and experiment are in the run's config: an argument would show a password to every user.
+                [sys.executable, "-m", "learner.upload", str(records.storage), "--follow"], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._folder.path), **self._folder.mark},
                 start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
-            )
+            )  # fmt: skip
         except OSError as error:
             self._folder.remove()
             say(f"warning: no MLflow, its process cannot be started: {error}")

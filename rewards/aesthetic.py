@@ -5,19 +5,18 @@ github.com/christophschuhmann/improved-aesthetic-predictor; the head as DDPO use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-from rewards import preprocess
-from rewards.network import check_keys, fill, full_precision, head_layout, match, on_meta, score_head, shapes_of
-from rewards.weights import Asset, BadWeights, find, read
+from rewards.network import NetworkReward, Published, fill, score_head
+from rewards.weights import Asset, BadWeights, find, pick, read
 
 HEAD, CLIP = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", "openai/clip-vit-large-patch14"
-TOWER = ("vision_model.", "visual_projection.")
+SAVED = "model.safetensors|pytorch_model.bin"  # as transformers saves CLIP
 OTHERS = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")  # not needed
 
 
@@ -34,18 +33,17 @@ class Network(nn.Module):
         return self.head(embedding / embedding.norm(dim=-1, keepdim=True))[:, 0]
 
 
-class Aesthetic:
+class Aesthetic(NetworkReward):
     """How well liked a picture would be, whatever the prompt."""
 
     name = "aesthetic"
-    differentiable = True
 
     @staticmethod
     def assets(weights: str | None = None, *, clip: str = CLIP) -> list[Asset]:
         """What `__init__` reads."""
         return [
             Asset("reward.weights", weights or HEAD, ("aesthetic-model.pth",)),
-            Asset("reward.options.clip", clip, ("config.json", "model.safetensors|pytorch_model.bin"), folder=True),
+            clip_asset("reward.options.clip", clip),
         ]
 
     def __init__(self, weights: str | None = None, device: str = "cpu", *, clip: str = CLIP) -> None:
@@ -55,41 +53,36 @@ class Aesthetic:
             WeightsNotFound, BadWeights: see there.
         """
         head, folder = find(self.assets(weights, clip=clip))
-        config = vision_config(folder / "config.json")
-        network = on_meta(lambda: Network(config))
-        layout = head_layout("layers.", config.projection_dim)
-        state = read(head)
-        check_keys(shapes_of(state), layout, f"{head}: no aesthetic head")
-        saved = next(path for name in ("model.safetensors", "pytorch_model.bin") if (path := folder / name).is_file())
-        tower = {key: value for key, value in read(saved).items() if not key.startswith(OTHERS)}
-        check_keys(shapes_of(tower), shapes_of(network.clip.state_dict()), f"{saved}: no CLIP image tower")
-        joined = {f"clip.{key}": value for key, value in tower.items()}
-        joined |= {key.replace("layers.", "head.", 1): value for key, value in state.items()}
-        self.network = fill(network, joined, head, device)
-        self.side = config.image_size
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], prompts ignored -> [B], with autograd to the images."""
-        match(images, prompts)
-        weight = next(self.network.parameters())
-        pixels = preprocess.short_side(images, self.side).to(weight.device, weight.dtype)
-        with full_precision(weight.device):
-            return self.network(pixels)
+        tower = clip_tower(folder, device)
+        with torch.device("meta"):
+            network = Network(tower.config)
+        network.clip = tower
+        fill(network.head, read(head), f"{head}: no aesthetic head", device, lambda key: Published(f"layers.{key}"))
+        super().__init__(network, tower.config.image_size)
 
 
-def vision_config(path: Path) -> CLIPVisionConfig:
-    """Of the image tower.
+def clip_asset(key: str, source: str) -> Asset:
+    return Asset(key, source, ("config.json", SAVED), folder=True)
+
+
+def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
+    """The image tower of OpenAI's CLIP, from the folder that `clip_asset` names.
 
     Raises:
-        BadWeights: not CLIP's, or not with OpenAI's activation, which the head was trained on.
+        BadWeights: not CLIP's, or not with OpenAI's activation, which the aesthetic head was trained on.
     """
+    file = folder / "config.json"
     try:
-        whole = CLIPConfig.from_json_file(path)
+        whole = CLIPConfig.from_json_file(file)
     except Exception as error:  # json, and transformers' own validation
-        raise BadWeights(f"{path} is no configuration of a CLIP model: {type(error).__name__}: {error}") from error
+        raise BadWeights(f"{file} is no configuration of a CLIP model: {type(error).__name__}: {error}") from error
     config = whole.vision_config
     config.projection_dim = whole.projection_dim
     config._attn_implementation = "sdpa"
     if config.hidden_act != "quick_gelu":
-        raise BadWeights(f"{path}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
-    return config
+        raise BadWeights(f"{file}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(config)
+    saved = folder / pick([SAVED], lambda name: (folder / name).is_file())[0]
+    state = {key: tensor for key, tensor in read(saved).items() if not key.startswith(OTHERS)}
+    return fill(tower, state, f"{saved}: no CLIP image tower", device)

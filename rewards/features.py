@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-from rewards import preprocess
-from rewards.aesthetic import CLIP, OTHERS, vision_config
+from rewards.aesthetic import CLIP, clip_asset, clip_tower
 from rewards.names import FeatureKind
-from rewards.network import check_keys, fill, full_precision, on_meta, shapes_of
-from rewards.weights import Asset, WeightsNotFound, check, find, read
-
-SAVED = ("model.safetensors", "pytorch_model.bin")
+from rewards.network import short_side
+from rewards.weights import WeightsNotFound, check, find
 
 
 class Features(Protocol):
@@ -46,20 +43,15 @@ class Clip:
         Raises:
             WeightsNotFound, BadWeights: see there.
         """
-        (folder,) = find(_assets("clip", source))
-        config = vision_config(folder / "config.json")
-        network = on_meta(lambda: CLIPVisionModelWithProjection(config))
-        saved = next(path for name in SAVED if (path := folder / name).is_file())
-        state = {key: value for key, value in read(saved).items() if not key.startswith(OTHERS)}
-        check_keys(shapes_of(state), shapes_of(network.state_dict()), f"{saved}: no CLIP image tower")
-        self.network, self.side = fill(network, state, saved, device), config.image_size
+        [folder] = find([clip_asset("evaluation.clip", source)])
+        self.network = clip_tower(folder, device)
+        self.side = self.network.config.image_size
 
     def __call__(self, images: Tensor) -> Tensor:
         weight = next(self.network.parameters())
-        pixels = preprocess.short_side(images, self.side).to(weight.device, weight.dtype)
-        with torch.no_grad(), full_precision(weight.device):
-            found = self.network(pixel_values=pixels).image_embeds
-        return F.normalize(found, dim=-1)
+        pixels = short_side(images, self.side).to(weight.device, weight.dtype)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            return F.normalize(self.network(pixel_values=pixels).image_embeds, dim=-1)
 
 
 class DreamSim:
@@ -100,14 +92,7 @@ def require(kind: FeatureKind, clip: str | None = None) -> None:
     Raises:
         WeightsNotFound: it is not.
     """
-    if kind == "dreamsim":
-        import importlib.util
-
-        if importlib.util.find_spec("dreamsim") is None:
-            raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
-    check(_assets(kind, clip or CLIP))
-
-
-def _assets(kind: FeatureKind, clip: str) -> list[Asset]:
-    files = ("config.json", "|".join(SAVED))
-    return [Asset("evaluation.clip", clip, files, folder=True)] if kind == "clip" else []
+    if kind == "dreamsim" and importlib.util.find_spec("dreamsim") is None:
+        raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
+    if kind == "clip":
+        check([clip_asset("evaluation.clip", clip or CLIP)])

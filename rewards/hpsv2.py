@@ -8,8 +8,9 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPModel
 
-from rewards import preprocess
-from rewards.network import check_keys, fill, full_precision, match, on_meta, pair, shapes_of
-from rewards.weights import Asset, BadWeights, find, read
+from rewards.network import NetworkReward, Published, fill, long_side
+from rewards.weights import HPS_FILES, Asset, BadWeights, find, read
 
-FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-REPOSITORY = "xswu/HPSv2"
 TOKENIZER = "openai/clip-vit-large-patch14"  # OpenCLIP uses the same vocabulary
 
 # What ftfy.fix_text does to a prompt before OpenCLIP reads it, but for mending wrongly decoded text.
@@ -41,6 +39,17 @@ MARKS = (
     ("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>"),
 )  # fmt: skip
 UNSEEN = re.compile("\033\\[[\\d;]*[a-zA-Z]|[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
+# From the names of `Network`'s tensors to OpenCLIP's, in this order.
+NAMES = (
+    ("clip.", ""), ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.patch_embedding.", "conv1."),
+    ("embeddings.class_embedding", "class_embedding"), ("embeddings.token_embedding.", "token_embedding."),
+    ("embeddings.position_embedding.weight", "positional_embedding"), ("encoder.layers", "transformer.resblocks"),
+    (".self_attn.out_proj.", ".attn.out_proj."), (".layer_norm", ".ln_"), (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."), ("pre_layrnorm.", "ln_pre."), ("post_layernorm.", "ln_post."),
+    ("final_layer_norm.", "ln_final."), ("visual_projection.weight", "visual.proj"),
+    ("text_projection.weight", "text_projection"),
+)  # fmt: skip
+QKV = re.compile(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -92,74 +101,58 @@ class Network(nn.Module):
         return (F.normalize(picture, dim=-1) * F.normalize(prompt, dim=-1)).sum(-1)
 
 
-class HPSv2:
-    """How well people would prefer a picture for its prompt."""
+class HPSv2(NetworkReward):
+    """How well people would prefer a picture for its prompt, whose first 75 tokens count."""
 
     name = "hpsv2"
-    differentiable = True
+    resize = staticmethod(long_side)
 
     @staticmethod
     def assets(
         weights: str | None = None, *, version: str = "v2.1", tokenizer: str = TOKENIZER,
         size: dict[str, int] | None = None,
     ) -> list[Asset]:  # fmt: skip
-        """What `__init__` reads.
+        """What is read: `weights`, the checkpoint, by default that of `version`, and `tokenizer`, CLIP's, a folder or
+        hub id. `size` changes fields of `Size`, for other sizes than the published one.
 
         Raises:
             ValueError: no such version.
             TypeError: `size` has other fields.
         """
         Size(**size or {})
-        if version not in FILES:
-            raise ValueError(f"reward.options.version: {version!r}, expected {' or '.join(FILES)}")
+        if version not in HPS_FILES:
+            raise ValueError(f"reward.options.version: {version!r}, expected {' or '.join(HPS_FILES)}")
+        words = ("tokenizer.json|vocab.json", "merges.txt?", "tokenizer_config.json?")
         return [
-            Asset("reward.weights", weights or f"{REPOSITORY}:{FILES[version]}", (FILES[version],)),
-            Asset(
-                "reward.options.tokenizer", tokenizer,
-                ("tokenizer.json|vocab.json", "merges.txt?", "tokenizer_config.json?"), folder=True,
-            ),
-        ]  # fmt: skip
+            Asset("reward.weights", weights or f"xswu/HPSv2:{HPS_FILES[version]}", (HPS_FILES[version],)),
+            Asset("reward.options.tokenizer", tokenizer, words, folder=True),
+        ]
 
-    def __init__(
-        self, weights: str | None = None, device: str = "cpu", *, version: str = "v2.1", tokenizer: str = TOKENIZER,
-        size: dict[str, int] | None = None,
-    ) -> None:  # fmt: skip
-        """`weights`: the checkpoint, by default that of `version`; `tokenizer`: CLIP's, a folder or hub id. `size`
-        changes fields of `Size`, for other sizes than the published one.
+    def __init__(self, weights: str | None = None, device: str = "cpu", **options: Any) -> None:
+        """`weights` and `options`: those of `assets`.
 
         Raises:
             WeightsNotFound, BadWeights: see there.
             ValueError, TypeError: as `assets`.
         """
-        file, folder = find(self.assets(weights, version=version, tokenizer=tokenizer, size=size))
-        self.size = Size(**size or {})
-        network = on_meta(lambda: Network(self.size.config()))
-        state = read(file, inside="state_dict")
-        check_keys(shapes_of(state), layout(self.size), f"{file}: no HPSv2")
-        self.network = fill(network, rename(state), file, device)
+        file, folder = find(self.assets(weights, **options))
+        self.size = Size(**options.get("size") or {})
+        with torch.device("meta"):
+            network = Network(self.size.config())
+        fill(network, read(file, inside="state_dict"), f"{file}: no HPSv2", device, published)
+        super().__init__(network, self.size.image)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        if self.tokenizer.eos_token_id != self.size.vocabulary - 1:
+        if (last := self.tokenizer.eos_token_id) != self.size.vocabulary - 1:
             raise BadWeights(
-                f"{folder}: this tokenizer's last token is {self.tokenizer.eos_token_id}, expected CLIP's, with "
-                f"{self.size.vocabulary - 1}"
+                f"{folder}: this tokenizer's last token is {last}, expected CLIP's, with {self.size.vocabulary - 1}"
             )
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B prompts (their first 75 tokens count) -> [B], with autograd to the
-        images.
-        """
-        match(images, prompts)
-        weight = next(self.network.parameters())
-        pixels = preprocess.long_side(images, self.size.image).to(weight.device, weight.dtype)
-        with full_precision(weight.device):
-            return self.network(pixels, self.tokens(prompts).to(weight.device))
-
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor]:
         """Ids [B, 77] as OpenCLIP makes them: begin, prompt, end, zeros; a long prompt is cut before its end."""
         cut = self.tokenizer(
             [clean(prompt) for prompt in prompts], truncation=True, max_length=self.size.context
         ).input_ids
-        return torch.tensor([ids + [0] * (self.size.context - len(ids)) for ids in cut])
+        return (torch.tensor([ids + [0] * (self.size.context - len(ids)) for ids in cut]),)
 
 
 def clean(prompt: str) -> str:
@@ -174,58 +167,11 @@ def clean(prompt: str) -> str:
     return text
 
 
-def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's tensors under the names of `Network`: q, k and v apart, projections transposed for nn.Linear."""
-    renamed = {}
-    for key, tensor in state.items():
-        name = key.removeprefix("visual.")
-        tower = "clip.text_model" if name == key else "clip.vision_model"
-        if name in TOPS:
-            renamed[f"clip.{TOPS[name]}"] = tensor if tensor.ndim == 0 else tensor.T
-        elif name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")):
-            block, _, kind = name.rpartition(".attn.in_proj_")
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{tower}.{block.replace(*LAYERS)}.self_attn.{letter}_proj.{kind}"] = part
-        else:
-            for old, new in (LAYERS, *PARTS):
-                name = name.replace(old, new)
-            renamed[f"{tower}.{name}"] = tensor
-    return renamed
-
-
-TOPS = {"proj": "visual_projection.weight", "text_projection": "text_projection.weight", "logit_scale": "logit_scale"}
-LAYERS = ("transformer.resblocks", "encoder.layers")
-PARTS = (
-    (".attn.out_proj.", ".self_attn.out_proj."), (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."),
-    (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."), ("ln_pre.", "pre_layrnorm."),
-    ("ln_post.", "post_layernorm."), ("ln_final.", "final_layer_norm."), ("conv1.", "embeddings.patch_embedding."),
-    ("class_embedding", "embeddings.class_embedding"),
-    ("positional_embedding", "embeddings.position_embedding.weight"),
-    ("token_embedding.", "embeddings.token_embedding."),
-)  # fmt: skip
-
-
-def layout(size: Size) -> dict[str, tuple[int, ...]]:
-    """Every key of the published checkpoints and its shape: 686 of them at the published size."""
-    seen, read = size.vision_width, size.text_width
-    shapes: dict[str, tuple[int, ...]] = {
-        "logit_scale": (),
-        "positional_embedding": (size.context, read),
-        "text_projection": (read, size.embedding),
-        "token_embedding.weight": (size.vocabulary, read),
-        **pair("ln_final", read),
-        "visual.class_embedding": (seen,),
-        "visual.positional_embedding": ((size.image // size.patch) ** 2 + 1, seen),
-        "visual.proj": (seen, size.embedding),
-        "visual.conv1.weight": (seen, 3, size.patch, size.patch),
-        **pair("visual.ln_pre", seen),
-        **pair("visual.ln_post", seen),
-    }
-    for tower, width, layers in (("visual.", seen, size.vision_layers), ("", read, size.text_layers)):
-        for index in range(layers):
-            block = f"{tower}transformer.resblocks.{index}"
-            shapes |= pair(f"{block}.ln_1", width) | pair(f"{block}.ln_2", width)
-            shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
-            shapes |= pair(f"{block}.attn.out_proj", width, width)
-            shapes |= pair(f"{block}.mlp.c_fc", 4 * width, width) | pair(f"{block}.mlp.c_proj", width, 4 * width)
-    return shapes
+def published(key: str) -> Published:
+    """OpenCLIP has q, k and v in one tensor, and its projections multiply from the right."""
+    for ours, theirs in NAMES:
+        key = key.replace(ours, theirs)
+    if attention := QKV.fullmatch(key):
+        block, letter, kind = attention.groups()
+        return Published(f"{block}.attn.in_proj_{kind}", "qkv".index(letter))
+    return Published(key, transposed=key in ("visual.proj", "text_projection"))

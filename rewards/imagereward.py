@@ -6,19 +6,18 @@ Xu et al. 2023, arXiv 2304.05977; github.com/THUDM/ImageReward.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from rewards import preprocess
-from rewards.network import check_keys, fill, full_precision, head_layout, match, on_meta, pair, score_head, shapes_of
+from rewards.network import NetworkReward, Published, Shapes, fill, score_head
 from rewards.weights import Asset, BadWeights, find, read
 
 WEIGHTS, MED_CONFIG = "THUDM/ImageReward:ImageReward.pt", "THUDM/ImageReward:med_config.json"
@@ -26,21 +25,15 @@ TOKENIZER = "bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, by its authors
 TOKENS = 35
 PROJECTED = 256
-# Published, but not part of the score.
-UNUSED = (
-    "blip.vision_proj.weight", "blip.vision_proj.bias", "blip.text_proj.weight", "blip.text_proj.bias",
-    "blip.text_encoder.embeddings.position_ids",
+# From the names of `Network`'s tensors to its authors', in this order.
+NAMES = (
+    ("vision.embeddings.class_embedding", "vision.cls_token"),
+    ("vision.embeddings.position_embedding", "vision.pos_embed"),
+    ("vision.embeddings.patch_embedding.", "vision.patch_embed.proj."), ("vision.post_layernorm.", "vision.norm."),
+    ("vision.encoder.layers.", "vision.blocks."), (".self_attn.qkv.", ".attn.qkv."),
+    (".self_attn.projection.", ".attn.proj."), (".layer_norm", ".norm"), ("vision.", "blip.visual_encoder."),
+    ("text.", "blip.text_encoder."), ("head.", "mlp.layers."),
 )  # fmt: skip
-# From its authors' names to transformers', in this order.
-RENAMES = [
-    (r"^blip\.visual_encoder\.", "vision."), (r"^blip\.text_encoder\.", "text."), (r"^mlp\.layers\.", "head."),
-    (r"^vision\.cls_token", "vision.embeddings.class_embedding"),
-    (r"^vision\.pos_embed", "vision.embeddings.position_embedding"),
-    (r"^vision\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
-    (r"^vision\.norm\.", "vision.post_layernorm."), (r"^vision\.blocks\.", "vision.encoder.layers."),
-    (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,68 +71,52 @@ class Network(nn.Module):
         return (self.head(read.last_hidden_state[:, 0])[:, 0] - MEAN) / STD
 
 
-class ImageReward:
-    """How well people would like a picture for its prompt."""
+class ImageReward(NetworkReward):
+    """How well people would like a picture for its prompt, whose first 33 word pieces count."""
 
     name = "imagereward"
-    differentiable = True
 
     @staticmethod
     def assets(
         weights: str | None = None, *, tokenizer: str = TOKENIZER, med_config: str | None = None,
         vision: dict[str, int] | None = None,
     ) -> list[Asset]:  # fmt: skip
-        """What `__init__` reads; raises TypeError when `vision` has other fields."""
+        """What is read: `weights`, ImageReward.pt, `med_config`, its text tower's configuration, and `tokenizer`,
+        BERT's, a folder or hub id. `vision` changes fields of `Vision`, for other sizes than the published one.
+
+        Raises:
+            TypeError: `vision` has other fields.
+        """
         Vision(**vision or {})
+        words = ("tokenizer.json|vocab.txt", "tokenizer_config.json?")
         return [
             Asset("reward.weights", weights or WEIGHTS, ("ImageReward.pt",)),
             Asset("reward.options.med_config", med_config or MED_CONFIG, ("med_config.json",)),
-            Asset(
-                "reward.options.tokenizer",
-                tokenizer,
-                ("tokenizer.json|vocab.txt", "tokenizer_config.json?"),
-                folder=True,
-            ),
+            Asset("reward.options.tokenizer", tokenizer, words, folder=True),
         ]
 
-    def __init__(
-        self, weights: str | None = None, device: str = "cpu", *, tokenizer: str = TOKENIZER,
-        med_config: str | None = None, vision: dict[str, int] | None = None,
-    ) -> None:  # fmt: skip
-        """`weights`: ImageReward.pt; `med_config`: its text tower's configuration; `tokenizer`: BERT's, a folder or hub
-        id. `vision` changes fields of `Vision`, for other sizes than the published one.
+    def __init__(self, weights: str | None = None, device: str = "cpu", **options: Any) -> None:
+        """`weights` and `options`: those of `assets`.
 
         Raises:
             WeightsNotFound, BadWeights: see there.
-            TypeError: `vision` has other fields.
+            TypeError: as `assets`.
         """
-        file, med, folder = find(self.assets(weights, tokenizer=tokenizer, med_config=med_config, vision=vision))
-        size = Vision(**vision or {})
+        file, med, folder = find(self.assets(weights, **options))
+        size = Vision(**options.get("vision") or {})
         text = text_config(med, size.width)
-        network = on_meta(lambda: Network(size.config(), text))
-        state = read(file)
-        check_keys(shapes_of(state), layout(size, text), f"{file}: no ImageReward", UNUSED)
-        self.network = fill(network, rename(state), file, device)
-        self.side = size.image
+        with torch.device("meta"):
+            network = Network(size.config(), text)
+        fill(network, read(file), f"{file}: no ImageReward", device, published, unused(size, text))
+        super().__init__(network, size.image)
         self.tokenizer = BertTokenizer.from_pretrained(folder)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B prompts (their first 33 word pieces count) -> [B], with autograd to the
-        images.
-        """
-        match(images, prompts)
-        weight = next(self.network.parameters())
-        pixels = preprocess.short_side(images, self.side).to(weight.device, weight.dtype)
-        ids, mask = self.tokens(prompts)
-        with full_precision(weight.device):
-            return self.network(pixels, ids.to(weight.device), mask.to(weight.device))
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, 35]; always as long, so that a score does not depend on which prompts are beside it."""
-        made = self.tokenizer(
+        encoded = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        )  # fmt: skip
-        return made["input_ids"], made["attention_mask"]
+        )
+        return encoded["input_ids"], encoded["attention_mask"]
 
 
 def text_config(path: Path, vision_width: int) -> BlipTextConfig:
@@ -165,48 +142,17 @@ def text_config(path: Path, vision_width: int) -> BlipTextConfig:
     return config
 
 
-def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published tensors under the names of `Network`."""
-    renamed = {}
-    for key, tensor in state.items():
-        if key in UNUSED:
-            continue
-        for pattern, name in RENAMES:
-            key = re.sub(pattern, name, key)
-        renamed[key] = tensor
-    return renamed
+def published(key: str) -> Published:
+    for ours, theirs in NAMES:
+        key = key.replace(ours, theirs)
+    return Published(key)
 
 
-def layout(size: Vision, text: BlipTextConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of the published checkpoint and its shape: 625 of them at the published sizes."""
-    wide, hidden, middle = size.width, text.hidden_size, text.intermediate_size
-    eye, reader = "blip.visual_encoder", "blip.text_encoder"
+def unused(size: Vision, text: BlipTextConfig) -> Shapes:
+    """Published too, but no part of the score."""
     shapes: dict[str, tuple[int, ...]] = {
-        f"{eye}.cls_token": (1, 1, wide),
-        f"{eye}.pos_embed": (1, (size.image // size.patch) ** 2 + 1, wide),
-        **pair(f"{eye}.patch_embed.proj", wide, 3, size.patch, size.patch),
-        **pair(f"{eye}.norm", wide),
+        "blip.text_encoder.embeddings.position_ids": (1, text.max_position_embeddings)
     }
-    for index in range(size.layers):
-        block = f"{eye}.blocks.{index}"
-        shapes |= pair(f"{block}.norm1", wide) | pair(f"{block}.norm2", wide)
-        shapes |= pair(f"{block}.attn.qkv", 3 * wide, wide) | pair(f"{block}.attn.proj", wide, wide)
-        shapes |= pair(f"{block}.mlp.fc1", 4 * wide, wide) | pair(f"{block}.mlp.fc2", wide, 4 * wide)
-    shapes |= {
-        f"{reader}.embeddings.position_ids": (1, text.max_position_embeddings),
-        f"{reader}.embeddings.word_embeddings.weight": (text.vocab_size, hidden),
-        f"{reader}.embeddings.position_embeddings.weight": (text.max_position_embeddings, hidden),
-        **pair(f"{reader}.embeddings.LayerNorm", hidden),
-    }
-    for index in range(text.num_hidden_layers):
-        layer = f"{reader}.encoder.layer.{index}"
-        for kind, source in (("attention", hidden), ("crossattention", wide)):
-            shapes |= pair(f"{layer}.{kind}.self.query", hidden, hidden)
-            shapes |= pair(f"{layer}.{kind}.self.key", hidden, source)
-            shapes |= pair(f"{layer}.{kind}.self.value", hidden, source)
-            shapes |= pair(f"{layer}.{kind}.output.dense", hidden, hidden)
-            shapes |= pair(f"{layer}.{kind}.output.LayerNorm", hidden)
-        shapes |= pair(f"{layer}.intermediate.dense", middle, hidden)
-        shapes |= pair(f"{layer}.output.dense", hidden, middle) | pair(f"{layer}.output.LayerNorm", hidden)
-    shapes |= pair("blip.vision_proj", PROJECTED, wide) | pair("blip.text_proj", PROJECTED, hidden)
-    return shapes | head_layout("mlp.layers.", hidden)
+    for name, width in (("blip.vision_proj", size.width), ("blip.text_proj", text.hidden_size)):
+        shapes |= {f"{name}.weight": (PROJECTED, width), f"{name}.bias": (PROJECTED,)}
+    return shapes

@@ -39,20 +39,16 @@ class Judges:
             HeldOutRaised: a reward raised.
         """
         scores: dict[str, list[np.ndarray]] = {label: [] for label in self.held_out}
-        found: list[np.ndarray] = []
+        vectors: list[np.ndarray] = []
         for start in range(0, len(pictures), batch):
-            part = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
+            images = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():
                 for label, reward in self.held_out.items():
-                    try:
-                        values = reward(part, list(prompts[start : start + batch]))
-                    except torch.OutOfMemoryError:
-                        raise
-                    except Exception as error:  # a user's code may raise anything
-                        raise HeldOutRaised(f"{WHERE}: {label}: {type(error).__name__}: {error}") from error
+                    with registry.named_failure(HeldOutRaised, f"{WHERE}: {label}", reward):
+                        values = reward(images, list(prompts[start : start + batch]))
                     scores[label].append(values.detach().float().cpu().numpy())
-                found.append(self.features(part).float().cpu().numpy())
-        return {label: np.concatenate(parts) for label, parts in scores.items()}, np.concatenate(found)
+                vectors.append(self.features(images).float().cpu().numpy())
+        return {label: np.concatenate(parts) for label, parts in scores.items()}, np.concatenate(vectors)
 
 
 def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -> Judges:
@@ -60,11 +56,11 @@ def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -
     Raises:
         ValueError: as `check`, and what a reward that cannot be made says.
     """
-    made = {}
+    by_label = {}
     for index, term in enumerate(_terms(held_out)):
         with naming(index, term, WHERE):
-            made[term.label] = registry.load(term.name, term.weights, device, **term.options)
-    return Judges(made, features.load(kind, clip, device))
+            by_label[term.label] = registry.load(term.name, term.weights, device, **term.options)
+    return Judges(by_label, features.load(kind, clip, device))
 
 
 def check(held_out: HeldOut, kind: FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
@@ -86,10 +82,9 @@ def labels(held_out: HeldOut) -> list[str]:
 
 def _terms(held_out: HeldOut) -> list[Term]:
     """Each a name, or {name, weights?, options?}."""
-    if not held_out:
-        return []
-    spelt = [{"name": one} if isinstance(one, str) else one for one in held_out]
-    for index, one in enumerate(spelt):
-        if isinstance(one, dict) and "weight" in one:
+    entries = [{"name": entry} if isinstance(entry, str) else entry for entry in held_out]
+    for index, entry in enumerate(entries):
+        if isinstance(entry, dict) and "weight" in entry:
             raise ValueError(f"{WHERE}[{index}]: a held-out reward has no weight")
-    return read_terms([{**one, "weight": 1.0} if isinstance(one, dict) else one for one in spelt], WHERE)
+    weighted = [{**entry, "weight": 1.0} if isinstance(entry, dict) else entry for entry in entries]
+    return read_terms(weighted, WHERE) if weighted else []

@@ -1,13 +1,20 @@
-"""Building reward models from published weights: never initialised, always strict, always float32 and frozen."""
+"""What the reward models share: how they see pictures, and how they are built from published weights.
+
+CLIP's and BLIP's authors resize 8-bit pictures with PIL. Autograd does not reach through that; torch's antialiased
+bicubic resize has the same kernel, but does not round to 8 bits in between (up to 4.5e-3 of an ImageReward). So there
+is one resize for reports, one for gradients. Weights are never initialised, always strict, always float32 and frozen.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from rewards.weights import BadWeights
@@ -15,57 +22,173 @@ from rewards.weights import BadWeights
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
 NAMED = 5  # keys of each kind that a message names
+NOTHING: Shapes = {}
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def on_meta(make: Callable[[], Module]) -> Module:
-    """The module with shapes only; `fill` gives it its tensors."""
-    with torch.device("meta"):
-        return make()
+def short_side(images: Tensor, side: int) -> Tensor:
+    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP.
 
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-
-
-def check_keys(found: Shapes, wanted: Shapes, what: str, optional: Collection[str] = ()) -> None:
+    images [B, 3, H, W] in [0, 1] -> [B, 3, side, side]. By PIL, as its authors do, unless the images need a gradient.
     """
+    height, width = images.shape[-2:]
+    longer = int(side * max(height, width) / min(height, width))
+    size = (longer, side) if height > width else (side, longer)
+    by_torch = images.requires_grad and torch.is_grad_enabled()
+    resized = _resize(images, size) if by_torch else _resize_as_pictures(images, size)
+    top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return _normalise(resized[..., top : top + side, left : left + side])
+
+
+def long_side(images: Tensor, side: int) -> Tensor:
+    """The long side to `side`, padded with black to a square, normalised: HPSv2, which resizes tensors itself.
+
+    images [B, 3, H, W] in [0, 1] -> [B, 3, side, side].
+    """
+    scale = side / max(images.shape[-2:])
+    height, width = (round(length * scale) for length in images.shape[-2:])
+    resized = _resize(images, (height, width))
+    down, right = side - height, side - width
+    return _normalise(F.pad(resized, (right // 2, right - right // 2, down // 2, down - down // 2)))
+
+
+def _normalise(images: Tensor) -> Tensor:
+    mean, std = images.new_tensor(MEAN)[:, None, None], images.new_tensor(STD)[:, None, None]
+    return (images - mean) / std
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """At least float32."""
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Through 8-bit pictures; float32."""
+    pixels = images.detach().to(torch.promote_types(images.dtype, torch.float32)).clamp(0, 1)
+    pixels = pixels.mul(255).round().to(torch.uint8)
+    if tuple(images.shape[-2:]) != size:
+        pictures = [
+            np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
+            for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()
+        ]
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(images.device)
+    return pixels.float() / 255
+
+
+class NetworkReward:
+    """A reward that is one network over a picture's pixels and its prompt's tokens."""
+
+    differentiable = True
+    resize = staticmethod(short_side)
+
+    def __init__(self, network: nn.Module, side: int) -> None:
+        """`network`: normalised pixels [B, 3, side, side] and what `tokens` returns -> scores [B]."""
+        self.network, self.side = network, side
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What the network takes beside the pixels, [B, length] each; nothing where prompts do not matter."""
+        return ()
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B prompts -> [B] float32, with autograd to the images.
+
+        Raises:
+            ValueError: not [B, 3, H, W] with B prompts.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+            raise ValueError(f"expected images [B, 3, H, W] and B prompts, got {list(images.shape)} and {len(prompts)}")
+        weight = next(self.network.parameters())
+        pixels = self.resize(images, self.side).to(weight.device, weight.dtype)
+        tokens = [ids.to(weight.device) for ids in self.tokens(prompts)]
+        with torch.autocast(weight.device.type, enabled=False):  # the caller's does not reach a reward model
+            return self.network(pixels, *tokens)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a network's tensor is in its authors' checkpoint."""
+
+    key: str
+    third: int | None = None  # of a tensor that is q, k and v
+    transposed: bool = False
+
+
+def layout(network: nn.Module, published: Callable[[str], Published] = Published) -> dict[str, tuple[int, ...]]:
+    """Every key of the checkpoint and its shape, by where `published` says that a key of the network is."""
+    shapes = {}
+    for key, tensor in network.state_dict().items():
+        origin, shape = published(key), tuple(tensor.shape)
+        if origin.third is not None:
+            shape = (3 * shape[0], *shape[1:])
+        shapes[origin.key] = shape[::-1] if origin.transposed else shape
+    return shapes
+
+
+def adopt(
+    network: nn.Module, state: Mapping[str, Tensor], published: Callable[[str], Published] = Published
+) -> dict[str, Tensor]:
+    """The network's state dict from its checkpoint's."""
+    adopted = {}
+    for key in network.state_dict():
+        origin = published(key)
+        tensor = state[origin.key]
+        if origin.third is not None:
+            tensor = tensor.chunk(3)[origin.third]
+        adopted[key] = tensor.T if origin.transposed else tensor
+    return adopted
+
+
+def fill(
+    network: Module, state: Mapping[str, Tensor], what: str, device: str = "cpu",
+    published: Callable[[str], Published] = Published, unused: Shapes = NOTHING,
+) -> Module:  # fmt: skip
+    """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
+
+    `state` holds the checkpoint's tensors: `layout`'s, and perhaps `unused` ones. Buffers that no checkpoint holds are
+    made anew: of these models that is `position_ids`, [1, length] from 0.
+
     Raises:
-        BadWeights: `found` lacks keys of `wanted`, has others, or other shapes; `optional` keys alone may be absent.
+        BadWeights: names `what` and the keys.
     """
-    missing = [key for key in wanted if key not in found and key not in optional]
-    extra = [key for key in found if key not in wanted]
-    misshapen = [
-        f"{key} {list(shape)} (expected {list(wanted[key])})"
-        for key, shape in found.items()
-        if key in wanted and shape != tuple(wanted[key])
-    ]
-    said = [
-        f"{len(keys)} {kind}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
-        for kind, keys in (("missing", missing), ("extra", extra), ("of another shape", misshapen))
-        if keys
-    ]
-    if said:
-        raise BadWeights(f"{what}, of {len(wanted)} keys {'; '.join(said)}")
-
-
-def fill(module: Module, state: Mapping[str, Tensor], what: str | Path, device: str = "cpu") -> Module:
-    """Give a module made `on_meta` its tensors as float32, frozen and in evaluation mode.
-
-    Buffers that no checkpoint holds are made anew: of these models that is `position_ids`, [1, length] from 0.
-
-    Raises:
-        BadWeights: as `check_keys`.
-    """
-    check_keys(shapes_of(state), shapes_of(module.state_dict()), str(what))
-    module.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=True, assign=True)
-    for part in module.modules():
+    check_keys(state, layout(network, published), what, unused)
+    adopted = {key: tensor.float() for key, tensor in adopt(network, state, published).items()}
+    network.load_state_dict(adopted, strict=True, assign=True)
+    for part in network.modules():
         ids = getattr(part, "position_ids", None)
         if isinstance(ids, Tensor):
             part.position_ids = torch.arange(ids.shape[-1])[None]
-    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    left = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
     if left:
         raise BadWeights(f"{what}: no weights for {', '.join(left)}")
-    return module.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def check_keys(state: Mapping[str, Tensor], wanted: Shapes, what: str, unused: Shapes = NOTHING) -> None:
+    """
+    Raises:
+        BadWeights: `state` lacks keys of `wanted`, has others than those and the `unused`, or other shapes.
+    """
+    known = {**wanted, **unused}
+    extra = [key for key in state if key not in known]
+    misshapen = [
+        f"{key} {list(tensor.shape)} (expected {list(known[key])})"
+        for key, tensor in state.items()
+        if key in known and tuple(tensor.shape) != tuple(known[key])
+    ]
+    faults = [
+        f"{len(keys)} {kind}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
+        for kind, keys in (
+            ("missing", [key for key in wanted if key not in state]), ("extra", extra),
+            ("of another shape", misshapen),
+        )
+        if keys
+    ]  # fmt: skip
+    if faults:
+        raise BadWeights(f"{what}, of {len(known)} keys {'; '.join(faults)}")
 
 
 def score_head(width: int) -> nn.Sequential:
@@ -76,37 +199,3 @@ def score_head(width: int) -> nn.Sequential:
         nn.Linear(width, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64), nn.Identity(),
         nn.Linear(64, 16), nn.Linear(16, 1),
     )  # fmt: skip
-
-
-HEAD_SHAPES = {"2": (128, 1024), "4": (64, 128), "6": (16, 64), "7": (1, 16)}
-
-
-def head_layout(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
-    """Published keys and shapes of `score_head`."""
-    weights = {"0": (1024, width), **HEAD_SHAPES}
-    return {
-        f"{prefix}{layer}.{kind}": shape if kind == "weight" else shape[:1]
-        for layer, shape in weights.items()
-        for kind in ("weight", "bias")
-    }
-
-
-def pair(prefix: str, *shape: int) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of a layer's weight and bias; the bias is as long as the first dimension."""
-    return {f"{prefix}.weight": shape, f"{prefix}.bias": shape[:1]}
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast of the caller's reaches a reward model: scores and gradients are float32."""
-    with torch.autocast(device.type, enabled=False):
-        yield
-
-
-def match(images: Tensor, prompts: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: not [B, 3, H, W] with B prompts.
-    """
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
-        raise ValueError(f"expected images [B, 3, H, W] and B prompts, got {list(images.shape)} and {len(prompts)}")

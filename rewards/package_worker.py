@@ -1,7 +1,7 @@
 """Runs inside an environment of a package's own and scores pictures with the package's own code.
 
 A script for that environment's interpreter: it imports nothing of this project, and at first only the standard
-library. Frames on stdin are answered by frames on stdout until stdin ends. See package_process.py for the other end.
+library. package.py starts it with one end of a socket, whose closing ends it, and the parent's process id.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ import json
 import os
 import select
 import signal
-import struct
 import sys
 import threading
 import traceback
 import types
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-MAGIC = b"TRBP"
-FRAME = struct.Struct(">4sIQ")  # magic, bytes of the JSON header, bytes of what follows it
 SECONDS_BETWEEN_LOOKS = 2
 KEPT: list[Any] = []  # a torch library's declarations go with it
 
@@ -29,61 +27,37 @@ Score = Callable[[Any, list[str]], list[float]]
 
 
 def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
-    """Load what the first frame asks for, then score frame by frame."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us by closing stdin
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a package prints goes to stderr, and never between two frames
-    requests = sys.stdin.buffer
-    parent = int(sys.argv[1])
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    """Load what the first request names, then score. A request is JSON and raw pixels, an answer is JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us by closing the connection
+    connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    threading.Thread(target=_end_with, args=(connection.fileno(), parent), daemon=True).start()
     score: Score | None = None
-    while (frame := _read(requests)) is not None:
-        header, body = frame
+    while True:
+        request, pixels = json.loads(connection.recv_bytes()), connection.recv_bytes()
+        answer: dict[str, Any] = {"scores": []}
         try:
             if score is None:
-                make = (models or MODELS)[header["package"]]
-                score = make(header["files"], header["device"], header["threads"])
-                _answer(answers, {"ready": True})
+                make = (models or MODELS)[request["package"]]
+                score = make(request["files"], request["device"], request["threads"])
             else:
-                _answer_scores(answers, score(_pictures(header, body), header["prompts"]))
+                import numpy as np
+
+                pictures = np.frombuffer(pixels, np.uint8).reshape(request["shape"])
+                answer["scores"] = score(pictures, request["prompts"])
         except Exception as error:  # the packages' code, and what they call, may raise anything
             traceback.print_exc()
-            _answer(answers, {"error": f"{type(error).__name__}: {error}"})
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        connection.send_bytes(json.dumps(answer).encode())
 
 
-def _end_with(parent: int) -> None:
-    """End this process as soon as nobody writes to stdin any more, also in the midst of scoring; or, where a fork of
-    the parent still holds the other end, when the parent is gone."""
+def _end_with(descriptor: int, parent: int) -> None:
+    """End this process as soon as the other end of the socket is closed, also in the midst of scoring; or, where a
+    fork of the parent still holds it, when the parent is gone."""
     poll = select.poll()
-    poll.register(0, 0)  # POLLHUP is always told
+    poll.register(descriptor, 0)  # POLLHUP is always told
     while not poll.poll(SECONDS_BETWEEN_LOOKS * 1000) and os.getppid() == parent:
         pass
     os._exit(0)
-
-
-def _read(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
-    """The next frame; None at the end."""
-    head = stream.read(FRAME.size)
-    if len(head) < FRAME.size:
-        return None
-    _, header, body = FRAME.unpack(head)
-    return json.loads(stream.read(header)), stream.read(body)
-
-
-def _answer(stream: BinaryIO, header: dict[str, Any], body: bytes = b"") -> None:
-    text = json.dumps(header).encode()
-    stream.write(FRAME.pack(MAGIC, len(text), len(body)) + text + body)
-    stream.flush()
-
-
-def _answer_scores(stream: BinaryIO, scores: list[float]) -> None:
-    _answer(stream, {"count": len(scores)}, struct.pack(f"<{len(scores)}f", *scores))
-
-
-def _pictures(header: dict[str, Any], body: bytes) -> Any:
-    import numpy as np
-
-    return np.frombuffer(body, header["dtype"]).reshape(header["shape"])
 
 
 def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
@@ -98,7 +72,8 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
     tokenizer = blip.BertTokenizer
     blip.BertTokenizer = types.SimpleNamespace(from_pretrained=lambda _: tokenizer.from_pretrained(files["tokenizer"]))
     model = ImageReward(device=device, med_config=files["med_config"])
-    faults = model.load_state_dict(_load(torch, files["weights"]), strict=False)
+    state = torch.load(files["weights"], map_location="cpu", weights_only=True)
+    faults = model.load_state_dict(state, strict=False)
     # Not strict, as in the package, but for buffers that torch makes anew alone.
     wrong = [key for key in (*faults.missing_keys, *faults.unexpected_keys) if not key.endswith("position_ids")]
     if wrong:
@@ -129,7 +104,7 @@ def hps(files: dict[str, str], device: str, threads: int) -> Score:
     model, _, preprocess = create_model_and_transforms(
         "ViT-H-14", None, precision="amp", device=device, light_augmentation=True, output_dict=True,
     )  # fmt: skip
-    model.load_state_dict(_load(torch, files["weights"])["state_dict"])
+    model.load_state_dict(torch.load(files["weights"], map_location="cpu", weights_only=True)["state_dict"])
     model, tokenizer = model.to(device).eval(), get_tokenizer("ViT-H-14")
 
     def score(pictures: Any, prompts: list[str]) -> list[float]:
@@ -171,13 +146,8 @@ def _without_init(*names: str) -> None:
         [folder] = {
             str(path) for at in sys.path if (path := Path(at, *name.split("."))).joinpath("__init__.py").is_file()
         }
-        module = types.ModuleType(name)
+        sys.modules[name] = module = types.ModuleType(name)
         module.__path__ = [folder]
-        sys.modules[name] = module
-
-
-def _load(torch: Any, path: str) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _pil(pictures: Any) -> list[Any]:

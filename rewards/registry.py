@@ -5,12 +5,16 @@ Imports no torch by itself: names are checked before anything heavy is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion.failures import RunFailure
 from rewards.names import Backend
+from rewards.weights import check as check_assets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,8 +66,8 @@ def load(
     if weights is not None and name not in MODELS and backend == "native":
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
     if ":" in name and backend == "native":
-        return UserReward(name, **options)
-    made = _package() if backend == "package" else _class(name)
+        return UserReward.named(name, **options)
+    reward_class = _class(name, backend)
     if backend == "package":
         options = {"name": name, "weights": weights, "device": device, **options}
     elif name in SIZES:
@@ -73,7 +77,7 @@ def load(
     elif name == SUM:
         options = {"device": device, **options}
     try:
-        return made(**options)
+        return reward_class(**options)
     except TypeError as error:
         raise ValueError(f"reward.options: {name}: {error}") from error
 
@@ -93,35 +97,24 @@ def check(
     own = ":" in name and weights is None and backend == "native"
     reward: Any
     if backend == "package":
-        from rewards.weights import check as look_for
-
         reward = load(name, weights, backend=backend, **options)
-        look_for(list(reward.assets.values()))
+        check_assets(list(reward.assets.values()))
     elif own:
         reward = _import(name)
     elif name in MODELS:
-        from rewards.weights import check as look_for
-
         reward = _class(name)
         try:
-            look_for(reward.assets(weights, **options))
+            check_assets(reward.assets(weights, **options))
         except TypeError as error:
             raise ValueError(f"reward.options: {name}: {error}") from error
     elif name == SUM and weights is None:
-        from rewards.weighted_sum import check_terms
-
-        check_terms(options, prompts, objective)
+        _class(name).check_terms(options, prompts, objective)
         return
     else:
         reward = load(name, weights, **options)
     # What a class or a factory makes may say so itself: the scorer asks again.
-    unsaid = own and (isinstance(reward, type) or bool(options))
-    if objective and not getattr(reward, "differentiable", unsaid):
-        raise ValueError(
-            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
-            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
-            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
-        )
+    if not (own and (isinstance(reward, type) or options) and not hasattr(reward, "differentiable")):
+        check_gradient(reward, name, objective)
     check_prompts = getattr(reward, "check_prompts", None)
     if check_prompts is not None:
         check_prompts(prompts)
@@ -135,6 +128,19 @@ def check_name(name: str, backend: Backend = "native") -> None:
     if name not in NAMES and ":" not in name and backend == "native":
         known = ", ".join(NAMES)
         raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+
+
+def check_gradient(reward: Any, name: str, objective: str | None) -> None:
+    """
+    Raises:
+        ValueError: `objective` learns from the gradient of the reward, and this one has none.
+    """
+    if objective and not getattr(reward, "differentiable", False):
+        raise ValueError(
+            f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
+            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
+            "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
+        )
 
 
 def check_options(options: dict[Any, Any]) -> None:
@@ -163,15 +169,34 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device: {device}: {str(error).splitlines()[0]}") from error
 
 
-def _package() -> Any:
-    from rewards.package import PackageReward
+def describe(error: BaseException, reward: Any) -> str:
+    """Type and text of what a reward raised; of a user's own, or one in a sum, also the lines of its file that the
+    exception went through."""
+    files = {file for term in getattr(reward, "rewards", [reward]) for file in getattr(term, "files", ())}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    lines = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
+    return f"{type(error).__name__}: {error}" + (f" (at {lines})" if lines else "")
 
-    return PackageReward
+
+@contextlib.contextmanager
+def named_failure(kind: type[Exception], text: str, reward: Any) -> Iterator[None]:
+    """What a reward's code raises, and it may raise anything, becomes `kind`: `text`, then as `describe` says it. But
+    for a lack of GPU memory, which is not the reward's fault."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise kind(f"{text}: {describe(error, reward)}") from error
 
 
-def _class(name: str) -> Any:
+def _class(name: str, backend: Backend = "native") -> Any:
     """Imported only when asked for: the reward models need transformers."""
-    if name == SUM:
+    if backend == "package":
+        place = "package:PackageReward"
+    elif name == SUM:
         place = "weighted_sum:WeightedSum"
     else:
         check_name(name)
@@ -183,29 +208,45 @@ def _class(name: str) -> Any:
 def _import(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UnknownReward(
             f"reward.name: cannot import {name!r}: {error} (looked in the current directory and PYTHONPATH)"
         ) from error
-    if not callable(found):
-        raise UnknownReward(f"reward.name: {name} is {type(found).__name__}, expected a function or a class")
-    return found
+    if not callable(function):
+        raise UnknownReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
+    return function
 
 
 class UserReward:
-    """A user's own function, named explicitly in the config as `module:callable`."""
+    """A user's own function, named in the config as `module:callable` or given as a Python object."""
 
-    def __init__(self, name: str, **options: Any) -> None:
-        function = _import(name)
-        self.name = name
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self._function = name, function
+        self.differentiable = bool(getattr(function, "differentiable", False))
+        # The files of a function, of a class, or of an object's class.
+        parts = (function, *vars(function if isinstance(function, type) else type(function)).values())
+        codes = [getattr(inspect.unwrap(part), "__code__", None) for part in parts]
+        self.files = {code.co_filename for code in codes if code is not None}
+
+    @classmethod
+    def named(cls, name: str, **options: Any) -> UserReward:
+        """The callable `module:callable`; a class, or a function where there are options, is called with them first.
+
+        Raises:
+            UnknownReward: it cannot be imported or made.
+        """
+        function = made = _import(name)
         try:
-            self._function = function(**options) if options or isinstance(function, type) else function
+            if options or isinstance(function, type):
+                made = function(**options)
         except Exception as error:  # a user's code may raise anything
-            raise UnknownReward(f"reward.name: {name} cannot be made: {type(error).__name__}: {error}") from error
-        self.differentiable = bool(
-            getattr(self._function, "differentiable", getattr(function, "differentiable", False))
-        )
+            raise UnknownReward(
+                f"reward.name: {name} cannot be made: {describe(error, cls(name, function))}"
+            ) from error
+        reward = cls(name, made)
+        reward.differentiable = bool(getattr(made, "differentiable", getattr(function, "differentiable", False)))
+        return reward
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         import torch

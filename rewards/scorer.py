@@ -15,7 +15,7 @@ from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, CleanPredictions, Scores
 from rewards.judges import HeldOutRaised, Judges
 from rewards.package import PackageReward
-from rewards.registry import Reward
+from rewards.registry import Reward, named_failure
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
@@ -36,47 +36,28 @@ class RewardRaised(BadReward):
     """The reward's own code raised on these images."""
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """One batch of b latents."""
+class _Judgement:
+    """What becomes known of a chunk's M latents, batch by batch; and which of its trajectories are bad."""
 
-    values: np.ndarray  # [b] float32
-    gradients: np.ndarray | None  # [b, C, h, w] float32, of each latent's own score
-    terms: dict[str, np.ndarray]  # [b] float32: of a sum of rewards each one's own
-    pictures: list[np.ndarray]  # [H, W, 3] uint8 of its terminal states
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Judged]) -> _Judged:
-        labels = {label: None for part in parts for label in part.terms}  # in their order
-        if len(parts) == 1:
-            return parts[0]
-
-        def term(part: _Judged, label: str) -> np.ndarray:
-            return part.terms.get(label, np.full_like(part.values, np.nan))
-
-        return cls(
-            np.concatenate([part.values for part in parts]),
-            None if parts[0].gradients is None else np.concatenate([part.gradients for part in parts]),  # type: ignore
-            {label: np.concatenate([term(part, label) for part in parts]) for label in labels},
-            [picture for part in parts for picture in part.pictures],
-        )
-
-
-class _Faults:
-    """What is bad in a chunk, by row, the first reason of each; or the end of the run."""
-
-    def __init__(self, chunk: Chunk, quarantine: bool) -> None:
-        self.chunk, self.quarantine = chunk, quarantine
-        self.bad: dict[int, str] = {}
+    def __init__(self, clean: CleanPredictions, gradients: bool, quarantine: bool) -> None:
+        self.clean, self.chunk, self.quarantine = clean, clean.chunk, quarantine
+        self.at_end = clean.step == clean.num_steps  # [M]
+        self.rewards = np.full(len(clean.row), np.nan, np.float32)  # [M]
+        # [M, C, h, w] of each latent's own score.
+        self.gradients = np.zeros(clean.latents.shape, np.float32) if gradients else None
+        self.parts: dict[str, np.ndarray] = {}  # [M] by label: of a sum of rewards each one's own
+        self.pictures: dict[int, np.ndarray] = {}  # by trajectory, [H, W, 3] uint8 of its terminal state
+        self.bad: dict[int, str] = {}  # by trajectory, the first reason
         self.undecodable: set[int] = set()
         self.raised: set[int] = set()
 
-    def add(self, row: int, step: int, reason: str, undecodable: bool = False, raised: bool = False) -> None:
-        """
+    def add_bad(self, position: int, reason: str, undecodable: bool = False, raised: bool = False) -> None:
+        """The trajectory of the latent at `position` must not be used.
+
         Raises:
             BadReward: bad trajectories are not set aside.
         """
-        row, chunk = int(row), self.chunk
+        row, step, chunk = int(self.clean.row[position]), self.clean.step[position], self.chunk
         if not self.quarantine:
             raise BadReward(
                 f"{reason} for prompt {chunk.prompts[row]!r}, trajectory {chunk.trajectory_ids[row]} of {chunk.where}, "
@@ -100,35 +81,40 @@ class _Faults:
                 f"the first: {self.bad[min(self.bad)]}"
             )
 
+    def by_trajectory(self, values: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[B, ...] from `values` of the trajectories `rows`; NaN of the others and of bad ones."""
+        laid_out = np.full((len(self.chunk.prompts), *values.shape[1:]), np.nan, np.float32)
+        laid_out[rows] = values
+        laid_out[list(self.bad)] = np.nan
+        return laid_out
 
+
+@dataclass
 class Scorer:
-    """A decoder and a reward. Plain Python; actors/ wraps it."""
+    """A decoder and a reward. Plain Python; actors/ wraps it.
 
-    def __init__(
-        self, decoder: Decode, reward: Reward, shuffle: bool = False, thumbnail_pixels: int = 0,
-        gradients: bool = False, tiny: Decode | None = None, batch: int | None = None, quarantine: bool = False,
-        allow_black: bool = False, judges: Judges | None = None,
-    ) -> None:  # fmt: skip
-        """`shuffle` hands every training trajectory the rewards of
-        another of its chunk: a control without signal. `thumbnail_pixels` is the side of the small pictures kept of
-        training trajectories; 0: none. `gradients`: also those of the reward to the clean latents of training
-        trajectories. `tiny` decodes the clean predictions of inner states in the decoder's place: psi may be any
-        function of the state, the image's own reward may not. `batch` images go through decoder and reward at once;
-        None: as `fitting_batch` finds. `quarantine`: bad trajectories are reported in `Scores.bad` and not raised.
-        `allow_black`: an all-black image is not bad. `judges` see evaluation images, besides the reward.
+    Raises:
+        BadReward: `gradients` of a reward that is not differentiable.
+    """
 
-        Raises:
-            BadReward: `gradients` of a reward that is not differentiable.
-        """
-        if gradients and not reward.differentiable:
-            raise BadReward(f"reward {reward.name} is not differentiable: the objective cannot learn from its gradient")
-        self.decoder, self.reward, self.shuffle, self.tiny = decoder, reward, shuffle, tiny
-        self.thumbnail_pixels, self.gradients, self.batch = thumbnail_pixels, gradients, batch
-        self.quarantine, self.allow_black, self.judges = quarantine, allow_black, judges
+    decoder: Decode
+    reward: Reward
+    shuffle: bool = False  # every training trajectory gets another's rewards, of its chunk: a control without signal
+    thumbnail_pixels: int = 0  # side of the small pictures kept of training trajectories; 0: none
+    gradients: bool = False  # also those of the reward to the clean latents of training trajectories
+    # Decodes clean predictions of inner states: psi may be any function of the state, the image's own reward may not.
+    tiny: Decode | None = None
+    batch: int | None = None  # images through decoder and reward at once; None: as on a CPU
+    quarantine: bool = False  # bad trajectories are in `Scores.bad`, and not raised
+    allow_black: bool = False  # an all-black image is not bad
+    judges: Judges | None = None  # see evaluation images, besides the reward
 
-    def fitting_batch(
-        self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0
-    ) -> int:  # fmt: skip
+    def __post_init__(self) -> None:
+        if self.gradients and not self.reward.differentiable:
+            name = self.reward.name
+            raise BadReward(f"reward {name} is not differentiable: the objective cannot learn from its gradient")
+
+    def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0) -> int:
         """Images that decoder and reward hold at once in this process's `share` of the free GPU memory: the largest
         power of two. Rewards depend on it in their last bits, so it is found once a run. Elsewhere a constant."""
         if device == "auto":
@@ -164,109 +150,93 @@ class Scorer:
             return self._score(clean)
 
     def _score(self, clean: CleanPredictions) -> Scores:
-        chunk = clean.chunk
-        rewards = np.full((len(chunk.prompts), clean.num_steps + 1), np.nan, np.float32)
+        chunk, row, step = clean.chunk, clean.row, clean.step
         differentiate = self.gradients and chunk.purpose == "train"
-        faults = _Faults(chunk, self.quarantine)
-        batches = list(self._batches(clean, differentiate))
-        judged = _Judged.joined([self._judge_batch(clean, *batch, differentiate, faults) for batch in batches])
-        order = np.concatenate([part for part, _ in batches])
-        row, step = clean.row[order], clean.step[order]
-        rewards[row, step] = judged.values
-        if len(set(row.tolist())) == len(rewards):  # the whole chunk, not one row of it
-            faults.check_some_good(self.reward.name)
-        bad = faults.bad
+        judged = _Judgement(clean, differentiate, self.quarantine)
+        for positions, decoder in self._batches(clean, differentiate):
+            self._judge_batch(judged, positions, decoder)
+        if len(set(row.tolist())) == len(chunk.prompts):  # the whole chunk, not one row of it
+            judged.check_some_good(self.reward.name)
+        bad, at_end = judged.bad, judged.at_end
+        rewards = np.full((len(chunk.prompts), clean.num_steps + 1), np.nan, np.float32)
+        rewards[row, step] = judged.rewards
         rewards[list(bad)] = np.nan
-        at_end = step == clean.num_steps
-        parts: dict[str, np.ndarray] = {}
-        for label, values in judged.terms.items():
-            parts[label] = np.full(len(rewards), np.nan, np.float32)
-            parts[label][row[at_end]] = values[at_end]
-            parts[label][list(bad)] = np.nan
-        shown = dict(zip(row[at_end].tolist(), judged.pictures, strict=True))
         scores = Scores(
-            chunk, self._shuffled(chunk, rewards, bad), parts=parts, bad=bad,
-            bad_images={row: _png(shown[row]) for row in bad if row not in faults.undecodable},
+            chunk, self._shuffled(chunk, rewards, bad), bad=bad,
+            parts={label: judged.by_trajectory(part[at_end], row[at_end]) for label, part in judged.parts.items()},
+            bad_images={row: _png(judged.pictures[row]) for row in bad if row not in judged.undecodable},
         )  # fmt: skip
         if chunk.purpose == "evaluate":
-            return self._judged_further(scores, np.stack(judged.pictures), row[at_end])
+            return self._judged_further(scores, judged)
         if self.thumbnail_pixels:
-            scores = replace(
-                scores, thumbnails=tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures)
-            )
+            thumbnails = tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures.values())
+            scores = replace(scores, thumbnails=thumbnails)
         if not differentiate:
             return scores
         index = np.full(rewards.shape, -1, np.int64)
-        index[row, step] = np.arange(len(order))
+        index[row, step] = np.arange(len(row))
         index[list(bad)] = -1
         return replace(scores, gradients=judged.gradients, gradient_row=index)
 
-    def _judged_further(self, scores: Scores, pictures: np.ndarray, rows: np.ndarray) -> Scores:
-        """An evaluation chunk's `pictures` [b, H, W, 3], of trajectories `rows` [b], before the other judges."""
+    def _judged_further(self, scores: Scores, judged: _Judgement) -> Scores:
+        """With an evaluation chunk's images, and what the other judges say of them."""
+        rows, pictures = list(judged.pictures), np.stack(list(judged.pictures.values()))
         scores = replace(scores, images=pictures)
         if self.judges is None:
             return scores
+        prompts = [scores.chunk.prompts[row] for row in rows]
         try:
-            by_label, features = self.judges(
-                pictures, [scores.chunk.prompts[r] for r in rows], self.batch or SCORE_BATCH
-            )  # fmt: skip
+            held_out, features = self.judges(pictures, prompts, self.batch or SCORE_BATCH)
         except HeldOutRaised as error:
             raise BadReward(str(error)) from error
-
-        def by_row(values: np.ndarray) -> np.ndarray:
-            found = np.full((len(scores.rewards), *values.shape[1:]), np.nan, np.float32)
-            found[rows] = values
-            found[list(scores.bad)] = np.nan
-            return found
-
         return replace(
-            scores, held_out={label: by_row(values) for label, values in by_label.items()}, features=by_row(features)
-        )
+            scores, features=judged.by_trajectory(features, rows),
+            held_out={label: judged.by_trajectory(values, rows) for label, values in held_out.items()},
+        )  # fmt: skip
 
-    def _judge_batch(
-        self, clean: CleanPredictions, part: np.ndarray, decoder: Decode, differentiate: bool, faults: _Faults
-    ) -> _Judged:
-        """Decode and score the latents at positions `part`. `faults` hears of each that is bad; the others' values do
-        not depend on it. If the reward raises and bad trajectories are set aside, those it raises on alone are bad."""
-        chunk, row, step = clean.chunk, clean.row[part], clean.step[part]
-        latents = torch.from_numpy(clean.latents[part].astype(np.float32))
+    def _judge_batch(self, judged: _Judgement, positions: np.ndarray, decoder: Decode) -> None:
+        """Decode and score the latents at `positions`. One that is bad does not change the others' values. If the
+        reward raises and bad trajectories are set aside, those it raises on alone are bad."""
+        clean, differentiate = judged.clean, judged.gradients is not None
+        row, at_end = clean.row[positions], judged.at_end[positions]
+        latents = torch.from_numpy(clean.latents[positions].astype(np.float32))
         for i in _not_finite(latents):
-            faults.add(row[i], step[i], "latents that are not finite", undecodable=True)
+            judged.add_bad(positions[i], "latents that are not finite", undecodable=True)
         latents = latents.nan_to_num(0, 0, 0).requires_grad_(differentiate)
+        gradients = None
         with torch.set_grad_enabled(differentiate):
             images = decoder(latents)
             for i in _not_finite(images.detach()):
-                faults.add(row[i], step[i], "an image that is not finite", undecodable=True)
+                judged.add_bad(positions[i], "an image that is not finite", undecodable=True)
             images = images.nan_to_num(0, 0, 0)
-            at_end = torch.from_numpy(step == clean.num_steps)
-            shown = images.detach()[at_end].mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-            for r, picture in zip(row[step == clean.num_steps], shown, strict=True):
+            shown = images.detach()[torch.from_numpy(at_end)].mul(255).round().to(torch.uint8)
+            for position, picture in zip(positions[at_end], shown.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                judged.pictures[int(clean.row[position])] = picture
                 if not self.allow_black and not picture.any():
-                    faults.add(r, clean.num_steps, BLACK)
+                    judged.add_bad(position, BLACK)
             try:
-                scores, terms = self._judge(images, [chunk.prompts[r] for r in row])
-                gradients = self._differentiate(scores, latents) if differentiate else None
+                scores, parts = self._judge(images, [clean.chunk.prompts[r] for r in row])
+                if differentiate:
+                    gradients = self._differentiate(scores, latents)
             except RewardRaised as error:
                 if not self.quarantine:
                     raise BadReward(f"{error} ({REMEDY})") from error
-                if len(part) > 1:
-                    alone = [self._judge_batch(clean, part[i : i + 1], decoder, differentiate, faults)
-                             for i in range(len(part))]  # fmt: skip
-                    return _Judged.joined(alone)
-                faults.add(row[0], step[0], str(error), raised=True)
-                gradient = np.zeros(latents.shape, np.float32) if differentiate else None
-                return _Judged(np.full(1, np.nan, np.float32), gradient, {}, list(shown))
-        values = scores.detach().float().cpu().numpy()
+                if len(positions) == 1:
+                    judged.add_bad(positions[0], str(error), raised=True)
+                    return
+                for i in range(len(positions)):
+                    self._judge_batch(judged, positions[i : i + 1], decoder)
+                return
+        judged.rewards[positions] = values = scores.detach().float().cpu().numpy()
         for i in np.flatnonzero(~np.isfinite(values)).tolist():
-            faults.add(row[i], step[i], f"reward {self.reward.name} returned {values[i]}")
-        for i in _not_finite(gradients) if gradients is not None else ():
-            faults.add(row[i], step[i], f"the gradient of reward {self.reward.name} is not finite")
-        return _Judged(
-            values,
-            None if gradients is None else gradients.cpu().numpy(),
-            {label: term.detach().float().cpu().numpy() for label, term in terms.items()},
-            list(shown),
-        )
+            judged.add_bad(positions[i], f"reward {self.reward.name} returned {values[i]}")
+        if judged.gradients is not None and gradients is not None:
+            judged.gradients[positions] = gradients.cpu().numpy()
+            for i in _not_finite(gradients):
+                judged.add_bad(positions[i], f"the gradient of reward {self.reward.name} is not finite")
+        for label, part in parts.items():
+            whole = judged.parts.setdefault(label, np.full_like(judged.rewards, np.nan))
+            whole[positions] = part.detach().float().cpu().numpy()
 
     def _shuffled(self, chunk: Chunk, rewards: np.ndarray, bad: Mapping[int, str]) -> np.ndarray:
         """With train.shuffle_rewards, every good trajectory's rewards are another good one's."""
@@ -289,38 +259,26 @@ class Scorer:
 
     def _differentiate(self, scores: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """[b, C, H, W] of each latent's own score, through reward and decoder."""
-        found = None
+        name, gradients = self.reward.name, None
         if scores.requires_grad:
-            try:
-                (found,) = torch.autograd.grad(scores.sum(), latents, allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a user's code may raise anything
-                raise RewardRaised(
-                    f"the gradient of reward {self.reward.name} failed on {len(scores)} images: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-        if found is None:
+            failed = f"the gradient of reward {name} failed on {len(scores)} images"
+            with named_failure(RewardRaised, failed, self.reward):
+                (gradients,) = torch.autograd.grad(scores.sum(), latents, allow_unused=True)
+        if gradients is None:
             raise BadReward(
-                f"reward {self.reward.name} says that it is differentiable, but autograd finds no way from its scores "
-                "back to the images (a detach, a no_grad or a step outside torch)"
+                f"reward {name} says that it is differentiable, but autograd finds no way from its scores back to the "
+                "images (a detach, a no_grad or a step outside torch)"
             )
-        return found
+        return gradients
 
     def _judge(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores [B], and of a sum of rewards each one's own [B]."""
-        try:
+        about = f"{len(images)} images with prompts from {prompts[0]!r} to {prompts[-1]!r}"
+        with named_failure(RewardRaised, f"reward {self.reward.name} failed on {about}", self.reward):
             if isinstance(self.reward, WeightedSum):
-                terms = self.reward.parts(images, prompts)
-                return self.reward.total(terms, images.device), terms
+                parts = self.reward.parts(images, prompts)
+                return self.reward.total(parts, images.device), parts
             return self.reward(images, prompts), {}
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a user's code may raise anything
-            raise RewardRaised(
-                f"reward {self.reward.name} failed on {len(images)} images with prompts from {prompts[0]!r} to "
-                f"{prompts[-1]!r}: {type(error).__name__}: {error}"
-            ) from error
 
 
 def _not_finite(values: torch.Tensor) -> list[int]:

@@ -3,29 +3,17 @@ reward of two values is a poor one to train on (shapes_alignment is graded)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+import numpy as np
 
 from models.shapes.measure import correct
-from models.shapes.world import parse
+from models.shapes.world import Scene
+from rewards.shapes_alignment import ShapesAlignment
 
 
-class ShapesAccuracy:
+class ShapesAccuracy(ShapesAlignment):
     """By models/shapes/detector.py: every object with the asked colour, shape, size and place."""
 
     name = "shapes_accuracy"
-    differentiable = False
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt that is not of the shapes world."""
-        for prompt in prompts:
-            parse(prompt)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B prompts -> [B]."""
-        pixels = images.detach().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor(
-            [float(correct(picture, parse(prompt))) for picture, prompt in zip(pixels, prompts, strict=True)]
-        )
+    def score(self, picture: np.ndarray, scene: Scene) -> float:
+        return float(correct(picture, scene))

@@ -6,7 +6,9 @@ models/shapes/detector.py, without any network; not differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,40 +47,55 @@ class ShapesAlignment:
             ValueError: a prompt that is not of the shapes world, naming it.
         """
         pixels = images.detach().clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).cpu().numpy()
-        scores = [score(picture, parse(prompt)) for picture, prompt in zip(pixels, prompts, strict=True)]
+        scores = [self.score(picture, parse(prompt)) for picture, prompt in zip(pixels, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
 
+    def score(self, picture: np.ndarray, scene: Scene) -> float:
+        """Of a picture [H, W, 3], values 0..255."""
+        pair = len(scene.things) == 2
+        readings = [read(part) for part in (halves(picture) if pair else [picture])]
+        things = np.mean([_thing(reading, thing, pair) for reading, thing in zip(readings, scene.things, strict=True)])
+        background = np.mean([_background(reading, scene.background) for reading in readings])
+        return float(things + BACKGROUND_WEIGHT * background)
 
-def score(image: np.ndarray, scene: Scene) -> float:
-    """Alignment in [0, 1] of a picture [H, W, 3], values 0..255, with a scene."""
-    parts = [image] if len(scene.things) == 1 else list(halves(image))
-    pair = len(parts) == 2
-    readings = [read(part) for part in parts]
-    things = np.mean([_thing(reading, thing, pair) for reading, thing in zip(readings, scene.things, strict=True)])
-    return float(things + BACKGROUND_WEIGHT * np.mean([_background(reading, scene.background) for reading in readings]))
+
+def thing_score(
+    thing: Thing, pair: bool, contrast: Any, iou_margin: Any, radius: Any, hue_margin: Any,
+    towards: Callable[[str], Any], sigmoid: Callable[[Any], Any], maximum: Callable[[Any, Any], Any],
+) -> Any:  # fmt: skip
+    """Colour's and form's part of one object's score, of floats or of tensors.
+
+    `iou_margin` and `hue_margin` are the asked shape's and colour's over the best other's, `radius` the object's as
+    that shape, `towards` how many pixels from the middle it lies towards a place; `contrast` is in RGB distance.
+    """
+    form = sigmoid(IOU_SLOPE * iou_margin)
+    if thing.size is not None or pair:
+        low, high = PAIR_RADII if pair else RADII[thing.size or "medium"]
+        form = form * sigmoid(-SIZE_SLOPE * (maximum(low - radius, radius - high) - 2))
+    if thing.place is not None:
+        there = sigmoid(PLACE_SLOPE * (towards(thing.place) - PLACE_MIDDLE))
+        form = (1 - PLACE_WEIGHT) * form + PLACE_WEIGHT * there
+    hue = sigmoid(RGB_SLOPE * hue_margin)
+    return sigmoid((contrast - MIN_CONTRAST) / 10) * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
 
 
 def _thing(reading: Reading, thing: Thing, pair: bool) -> float:
-    shape, colour = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
-    contrast = _sigmoid((reading.contrast - MIN_CONTRAST) / 10)
-    form = _sigmoid(IOU_SLOPE * (reading.iou[shape] - np.delete(reading.iou, shape).max()))
-    if thing.size is not None or pair:
-        low, high = PAIR_RADII if pair else RADII[thing.size or "medium"]
-        outside = max(low - reading.radius_as[shape], reading.radius_as[shape] - high)
-        form *= _sigmoid(-SIZE_SLOPE * (outside - 2))
-    if thing.place is not None:
-        there = _sigmoid(PLACE_SLOPE * (along(reading, thing.place) - PLACE_MIDDLE))
-        form = (1 - PLACE_WEIGHT) * form + PLACE_WEIGHT * there
-    hue = _margin(reading.colour_distance, colour)
-    return contrast * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
+    shape = SHAPES.index(thing.shape)
+    return thing_score(
+        thing, pair, reading.contrast, reading.iou[shape] - np.delete(reading.iou, shape).max(),
+        reading.radius_as[shape], _margin(reading.colour_distance, list(COLOURS).index(thing.colour)),
+        functools.partial(along, reading), _sigmoid, max,
+    )  # fmt: skip
 
 
 def _background(reading: Reading, asked: str | None) -> float:
-    return 1.0 if asked is None else _margin(reading.background_distance, list(BACKGROUNDS).index(asked))
+    if asked is None:
+        return 1.0
+    return _sigmoid(RGB_SLOPE * _margin(reading.background_distance, list(BACKGROUNDS).index(asked)))
 
 
-def _margin(distance: np.ndarray, target: int) -> float:
-    return _sigmoid(RGB_SLOPE * (np.delete(distance, target).min() - distance[target]))
+def _margin(distance: np.ndarray, asked: int) -> float:
+    return np.delete(distance, asked).min() - distance[asked]
 
 
 def _sigmoid(x: float) -> float:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.shapes.detector import MIN_CONTRAST, UNIT
-from models.shapes.world import BACKGROUNDS, COLOURS, PAIR_RADII, PLACES, RADII, SHAPES, Thing, parse, signed_distance
+from models.shapes.detector import UNIT
+from models.shapes.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Thing, parse, signed_distance
 from rewards import shapes_alignment as graded
 
 INK_POWER = 8  # weight of a pixel in the object's colour: its RGB distance from the background to this power
@@ -55,27 +55,18 @@ def _score(picture: Tensor, thing: Thing, background: str | None, pair: bool) ->
     alpha = ((alpha - 0.15) / 0.7).clamp(0, 1)
     iou, radius, (cx, cy) = _fit(alpha)
     shape = SHAPES.index(thing.shape)
-    others = torch.cat([iou[:shape], iou[shape + 1 :]])
-    form = torch.sigmoid(graded.IOU_SLOPE * (iou[shape] - _soft_maximum(others)))
-    if thing.size is not None or pair:
-        low, high = PAIR_RADII if pair else RADII[thing.size or "medium"]
-        outside = torch.maximum(low - radius[shape], radius[shape] - high)
-        form = form * torch.sigmoid(-graded.SIZE_SLOPE * (outside - 2))
-    if thing.place is not None:
-        toward = PLACES[thing.place]
-        height, width = alpha.shape
-        along = toward[0] * (cx - width / 2) + toward[1] * (cy - height / 2)
-        form = (1 - graded.PLACE_WEIGHT) * form + graded.PLACE_WEIGHT * torch.sigmoid(
-            graded.PLACE_SLOPE * (along - graded.PLACE_MIDDLE)
-        )
-    contrast = torch.sigmoid((_length(direction) - MIN_CONTRAST) / 10)
-    hue = _margin(ink, list(COLOURS.values()), list(COLOURS).index(thing.colour))
-    whole = contrast * (graded.COLOUR_WEIGHT * hue + graded.FORM_WEIGHT * form)
+
+    def towards(place: str) -> Tensor:
+        (x, y), (height, width) = PLACES[place], alpha.shape
+        return x * (cx - width / 2) + y * (cy - height / 2)
+
+    whole = graded.thing_score(
+        thing, pair, _length(direction), iou[shape] - _soft_maximum(_without(iou, shape)), radius[shape],
+        _margin(ink, COLOURS, thing.colour), towards, torch.sigmoid, torch.maximum,
+    )  # fmt: skip
     if background is None:
         return whole + graded.BACKGROUND_WEIGHT
-    return whole + graded.BACKGROUND_WEIGHT * _margin(
-        ground, list(BACKGROUNDS.values()), list(BACKGROUNDS).index(background)
-    )
+    return whole + graded.BACKGROUND_WEIGHT * torch.sigmoid(graded.RGB_SLOPE * _margin(ground, BACKGROUNDS, background))
 
 
 def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -97,11 +88,14 @@ def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     return torch.stack(ious), torch.stack(radii), (cx, cy)
 
 
-def _margin(colour: Tensor, known: list[tuple[int, int, int]], asked: int) -> Tensor:
-    table = colour.new_tensor(known)
-    distance = _length((table - colour).T)
-    others = torch.cat([distance[:asked], distance[asked + 1 :]])
-    return torch.sigmoid(graded.RGB_SLOPE * (-_soft_maximum(-others, 0.1) - distance[asked]))
+def _margin(colour: Tensor, known: dict[str, tuple[int, int, int]], asked: str) -> Tensor:
+    distance = _length((colour.new_tensor(list(known.values())) - colour).T)
+    index = list(known).index(asked)
+    return -_soft_maximum(-_without(distance, index), 0.1) - distance[index]
+
+
+def _without(values: Tensor, index: int) -> Tensor:
+    return torch.cat([values[:index], values[index + 1 :]])
 
 
 def _length(vectors: Tensor) -> Tensor:

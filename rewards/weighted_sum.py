@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.failures import RunFailure
 from rewards import registry
-from rewards.weights import BadWeights, WeightsNotFound
 
 KEYS = ("name", "weight", "weights", "options")
 WHERE = "reward.options.terms"
@@ -50,9 +51,7 @@ class WeightedSum:
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Raw scores [B] of each term, unweighted, by label: its name, with _2, _3 and so on where that is taken."""
-        return {
-            term.label: reward(images, prompts) for term, reward in zip(self.terms, self.rewards, strict=True)
-        }  # fmt: skip
+        return {term.label: reward(images, prompts) for term, reward in zip(self.terms, self.rewards, strict=True)}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B prompts -> [B] on the images' device."""
@@ -62,11 +61,18 @@ class WeightedSum:
         """The sum [B] of `parts`."""
         return torch.stack([term.weight * parts[term.label].to(device) for term in self.terms]).sum(0)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for a prompt that one of the terms refuses."""
-        for reward in self.rewards:
-            if hasattr(reward, "check_prompts"):
-                reward.check_prompts(prompts)
+    @staticmethod
+    def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
+        """As `registry.check`, of every term.
+
+        Raises:
+            ValueError: names the term.
+        """
+        if extra := set(options) - {"terms"}:
+            raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
+        for index, term in enumerate(read_terms(options.get("terms"))):
+            with naming(index, term):
+                registry.check(term.name, term.weights, term.options, prompts, objective)
 
 
 @contextlib.contextmanager
@@ -75,21 +81,8 @@ def naming(index: int, term: Term, where: str = WHERE) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        kind = type(error) if isinstance(error, registry.UnknownReward | WeightsNotFound | BadWeights) else ValueError
+        kind = type(error) if isinstance(error, RunFailure) else ValueError
         raise kind(f"{where}[{index}] ({term.name}): {error}") from error
-
-
-def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
-    """As `registry.check`, of every term.
-
-    Raises:
-        ValueError: names the term.
-    """
-    if extra := set(options) - {"terms"}:
-        raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
-    for index, term in enumerate(read_terms(options.get("terms"))):
-        with naming(index, term):
-            registry.check(term.name, term.weights, term.options, prompts, objective)
 
 
 def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
@@ -99,29 +92,29 @@ def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
     """
     if not isinstance(terms, Sequence) or isinstance(terms, str) or not terms:
         raise ValueError(f"{key}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
-    found: list[Term] = []
+    read: list[Term] = []
     for index, term in enumerate(terms):
         where = f"{key}[{index}]"
-        if not isinstance(term, dict) or not isinstance(term.get("name"), str):
+        if not isinstance(term, dict) or not isinstance(name := term.get("name"), str):
             raise ValueError(f"{where}: expected {{name, weight, weights?, options?}}, got {term!r}")
         if extra := [str(key) for key in term if key not in KEYS]:
             raise ValueError(f"{where}: unknown keys {', '.join(extra)}; known: {', '.join(KEYS)}")
-        weight, options = term.get("weight"), term.get("options") or {}
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"{where}.weight: expected a number, got {weight!r}")
-        if not isinstance(options, dict):
-            raise ValueError(f"{where}.options: expected keyword arguments, got {options!r}")
+        weight, weights, options = term.get("weight"), term.get("weights"), term.get("options") or {}
+        number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+        for field_name, fits, expected in (
+            ("weight", number, "a number"),
+            ("weights", weights is None or isinstance(weights, str), "a path or hub id"),
+            ("options", isinstance(options, dict), "keyword arguments"),
+        ):
+            if not fits:
+                raise ValueError(f"{where}.{field_name}: expected {expected}, got {term.get(field_name)!r}")
         try:
             registry.check_options(options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if term["name"] == WeightedSum.name:
+        if name == WeightedSum.name:
             raise ValueError(f"{where}: a sum of sums; list its terms here instead")
-        if term.get("weights") is not None and not isinstance(term["weights"], str):
-            raise ValueError(f"{where}.weights: expected a path or hub id, got {term['weights']!r}")
-        taken, label, count = {other.label for other in found}, term["name"], 1
-        while label in taken:
-            count += 1
-            label = f"{term['name']}_{count}"
-        found.append(Term(label, term["name"], float(weight), term.get("weights"), options))
-    return found
+        taken = {other.label for other in read}
+        label = next(label for n in itertools.count(1) if (label := name if n == 1 else f"{name}_{n}") not in taken)
+        read.append(Term(label, name, float(term["weight"]), weights, options))
+    return read

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from diffusion.failures import RunFailure
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+(?::[^:]+)?")
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".json", ".txt")
-LONGEST_WAIT = 10  # seconds for the hub to say whether it has a file
+HUB_SECONDS = 10  # for the hub to answer
+HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # of xswu/HPSv2
 
 
 class WeightsNotFound(RunFailure, ValueError):
@@ -43,59 +44,64 @@ class Asset:
     folder: bool = False
 
 
-def check(assets: Sequence[Asset]) -> None:
-    """Is everything there? The hub is asked, but nothing is downloaded.
+def check(assets: Sequence[Asset], hub: bool = True) -> None:
+    """Is everything there? The hub is asked, unless not even that is wanted, but nothing is downloaded.
 
     Raises:
-        WeightsNotFound: names all that is missing at once.
+        WeightsNotFound: names all that is missing at once, wrong paths before any hub is asked.
     """
-    _each(assets, fetch=False)
-
-
-def check_paths(assets: Sequence[Asset]) -> None:
-    """Is every local path there? No hub is asked.
-
-    Raises:
-        WeightsNotFound: names the first that is not.
-    """
-    for asset in assets:
-        _local(asset)
+    _each(assets, _local)
+    if hub:
+        _each(assets, lambda asset: _local(asset) or _from_hub(asset, fetch=False))
 
 
 def find(assets: Sequence[Asset]) -> list[Path]:
     """The local path of each, downloaded where need be: a folder, or a file.
 
     Raises:
-        WeightsNotFound: names all that is missing at once.
+        WeightsNotFound: as `check`.
     """
-    return _each(assets, fetch=True)
+    _each(assets, _local)
+    return _each(assets, lambda asset: _local(asset) or _from_hub(asset, fetch=True))
 
 
-def _each(assets: Sequence[Asset], fetch: bool) -> list[Path]:
-    missing: list[str] = []
-    # Paths first: a wrong one is said before any hub is asked.
-    found: list[Path | None] = []
-    for step in (_local, lambda asset: _local(asset) or _from_hub(asset, fetch)):
-        found = []
-        for asset in assets:
-            try:
-                found.append(step(asset))
-            except WeightsNotFound as error:
-                missing.append(str(error))
-        if missing:
-            raise WeightsNotFound("; ".join(missing))
-    return [path for path in found if path is not None]
+def _each(assets: Sequence[Asset], look: Callable[[Asset], Path | None]) -> list[Any]:
+    paths, missing = [], []
+    for asset in assets:
+        try:
+            paths.append(look(asset))
+        except WeightsNotFound as error:
+            missing.append(str(error))
+    if missing:
+        raise WeightsNotFound("; ".join(missing))
+    return paths
+
+
+def pick(files: Sequence[str], has: Callable[[str], bool]) -> list[str]:
+    """Of `Asset.files` the names to read, where `has` says which a place has.
+
+    Raises:
+        FileNotFoundError: it has none of a file's names.
+    """
+    names = []
+    for alternatives in files:
+        name = next(filter(has, alternatives.rstrip("?").split("|")), None)
+        if name is not None:
+            names.append(name)
+        elif not alternatives.endswith("?"):
+            raise FileNotFoundError(f"no {alternatives.replace('|', ' or ')}")
+    return names
 
 
 def _local(asset: Asset) -> Path | None:
     """None: the source is no path here, but reads like a hub id."""
     path = Path(asset.source).expanduser()
     if path.is_dir():
-        for names in asset.files:
-            there = [path / name for name in names.rstrip("?").split("|") if (path / name).is_file()]
-            if not there and not names.endswith("?"):
-                raise WeightsNotFound(f"{asset.key}: {path} holds no {names.replace('|', ' or ')}")
-        return path if asset.folder else there[0]
+        try:
+            names = pick(asset.files, lambda name: (path / name).is_file())
+        except FileNotFoundError as error:
+            raise WeightsNotFound(f"{asset.key}: {path} holds {error}") from error
+        return path if asset.folder else path / names[0]
     if path.is_file():
         if asset.folder:
             raise WeightsNotFound(f"{asset.key}: {path} is a file, expected the folder that holds {asset.files[0]}")
@@ -107,59 +113,39 @@ def _local(asset: Asset) -> Path | None:
 
 
 def _from_hub(asset: Asset, fetch: bool) -> Path | None:
+    """The path in the hub's cache, after a download if that is needed; None where it is, and `fetch` is False."""
+    from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
+
     repository, _, file = asset.source.partition(":")
     if file and asset.folder:
         raise WeightsNotFound(f"{asset.key}: {asset.source} is one file, expected a repository or folder")
-    paths: list[Path | None] = []
-    for names in (file,) if file else asset.files:
-        reasons = []
-        for name in names.rstrip("?").split("|"):
-            try:
-                paths.append(_download(repository, name) if fetch else _ask(repository, name))
-                break
-            except Exception as error:  # of the hub's client, or its http library
-                reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
-        else:
-            if not names.endswith("?"):
-                raise WeightsNotFound(_how_to_get(asset, repository, file, reasons[-1]))
-    folders = {path.parent for path in paths if path is not None}
-    if asset.folder and len(folders) > 1:
+    files = (file,) if file else asset.files
+
+    def cached(name: str) -> bool:
+        return isinstance(try_to_load_from_cache(repository, name), str)
+
+    try:
+        try:
+            names = pick(files, cached)
+        except FileNotFoundError:
+            if silent := _silent(int(time.monotonic() // 60)):
+                raise ConnectionError(silent) from None
+            names = pick(files, set(list_repo_files(repository)).__contains__)
+            if not fetch:
+                snapshot_download(repository, allow_patterns=names, dry_run=True)  # fails where it would not give them
+                return None
+            snapshot_download(repository, allow_patterns=names)  # of one revision
+        path = Path(str(try_to_load_from_cache(repository, names[0])))
+        return path.parent if asset.folder else path
+    except Exception as error:  # of the hub's client, or its http library
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        names = [file] if file else [names.rstrip("?").split("|")[0] for names in asset.files]
+        target = "/path/to/folder" if asset.folder else f"/path/to/{Path(names[0]).name}"
         raise WeightsNotFound(
-            f"{asset.key}: the hub's cache holds files of several revisions of {repository}; mend it with "
-            f"`hf download {repository} {' '.join(_names(asset))}`"
-        )
-    return paths[0].parent if paths[0] and asset.folder else paths[0]
-
-
-def _download(repository: str, name: str) -> Path:
-    """From the cache, else the hub. Raises what the hub's client raises when it is at neither."""
-    from huggingface_hub import hf_hub_download
-
-    return _cached(repository, name) or Path(hf_hub_download(repository, name))
-
-
-def _ask(repository: str, name: str) -> Path | None:
-    """As `_download`, but without downloading: None when the hub has it."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    if (cached := _cached(repository, name)) is None:
-        get_hf_file_metadata(hf_hub_url(repository, name), timeout=LONGEST_WAIT)
-    return cached
-
-
-def _cached(repository: str, name: str) -> Path | None:
-    """
-    Raises:
-        ConnectionError: not cached, and the hub does not answer.
-    """
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(repository, name)
-    if isinstance(cached, str):
-        return Path(cached)
-    if silent := _silent(int(time.monotonic() // 60)):
-        raise ConnectionError(silent)
-    return None
+            f"{asset.key}: {', '.join(names)} of https://huggingface.co/{repository} is not in the hub's cache, and "
+            f"the hub did not give it ({reason}); where there is a network: `hf download {repository} "
+            f"{' '.join(names)} --local-dir FOLDER`, then set {asset.key}={target}"
+        ) from error
 
 
 @functools.lru_cache(1)
@@ -171,24 +157,10 @@ def _silent(minute: int) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        get_session().head(constants.ENDPOINT, timeout=LONGEST_WAIT)
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception as error:  # of its http library
         return f"no answer from {constants.ENDPOINT}: {error}"
     return ""
-
-
-def _names(asset: Asset) -> list[str]:
-    return [names.rstrip("?").split("|")[0] for names in asset.files]
-
-
-def _how_to_get(asset: Asset, repository: str, file: str, reason: str) -> str:
-    names = [file] if file else _names(asset)
-    target = "/path/to/folder" if asset.folder else f"/path/to/{Path(names[0]).name}"
-    return (
-        f"{asset.key}: {', '.join(names)} of https://huggingface.co/{repository} is not in the hub's cache, and "
-        f"the hub did not give it ({reason}); where there is a network: `hf download {repository} {' '.join(names)} "
-        f"--local-dir FOLDER`, then set {asset.key}={target}"
-    )
 
 
 def read(path: Path, inside: str | None = None) -> dict[str, Tensor]:
@@ -197,10 +169,11 @@ def read(path: Path, inside: str | None = None) -> dict[str, Tensor]:
     Raises:
         BadWeights: unreadable, code instead of tensors, or not tensors by name.
     """
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             held: Any = load_file(path)
         else:
             held = torch.load(path, map_location="cpu", weights_only=True)
@@ -208,6 +181,6 @@ def read(path: Path, inside: str | None = None) -> dict[str, Tensor]:
         raise BadWeights(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
     if inside and isinstance(held, dict) and inside in held:
         held = held[inside]
-    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
         raise BadWeights(f"{path} holds no tensors by name")
     return held

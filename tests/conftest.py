@@ -12,11 +12,13 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import filelock
 import pytest
 import torch
 
 from learner.config import Config, load_config
 from learner.objectives.needs import NEEDS
+from learner.run import main
 from models.shapes import train
 
 torch.set_num_threads(1)
@@ -31,10 +33,12 @@ SMALL = (
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """`make test` runs two tests at a time, a file's together; all of Ray's after each other: a cluster is enough."""
+    """`make test` runs two tests at a time, a file's together; all that start Ray after each other, since a cluster
+    fills the machine, and first, since they take longest."""
     for item in items:
-        part = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("ray" if part in ("actors", "cluster", "faults") else str(item.path)))
+        ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # keeps the order otherwise
 
 
 def pytest_collection_finish(session):
@@ -44,19 +48,51 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory) -> str:
+def shared(tmp_path_factory, worker_id):
+    """`shared(name, make)`: the folder `name`, made once for all pytest workers by `make(folder)`; read-only then."""
+    base = tmp_path_factory.getbasetemp()
+    root = base if worker_id == "master" else base.parent
+
+    def share(name: str, make) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with filelock.FileLock(root / f"{name}.lock", timeout=300):
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return share
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(shared) -> str:
     """A randomly initialised pipeline of the embedded model's own classes: for plumbing, not for pictures."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    tokenizer = train.build_tokenizer(folder / "words")
-    train.save_pipeline(folder, train.build_vae(), tokenizer, train.build_unet(), train.build_text_encoder(tokenizer))
-    return str(folder)
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        tokenizer = train.build_tokenizer(folder / "words")
+        vae, unet, text_encoder = train.build_vae(), train.build_unet(), train.build_text_encoder(tokenizer)
+        train.save_pipeline(folder, vae, tokenizer, unet, text_encoder)
+
+    return str(shared("tiny", make))
 
 
 @pytest.fixture(scope="session")
 def small_settings(tiny_pipeline) -> list[str]:
     """Overrides that make a run of the preset small."""
     return [*SMALL, f"model.path={tiny_pipeline}"]
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared, small_settings) -> Path:
+    """A small run, finished in process. Whoever changes it takes a copy."""
+
+    def make(folder: Path) -> None:
+        settings = ["run.runner=inprocess", "lora.alpha=3", "evaluation.seed=5", f"run.dir={folder}"]
+        assert main([*small_settings, *settings]) == 0
+
+    return shared("finished", make)
 
 
 @pytest.fixture(scope="session")

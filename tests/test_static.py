@@ -12,7 +12,10 @@ import pytest
 
 from learner.config import ROOT
 
-PACKAGES = ("actors", "benchmarks", "cluster", "diffusion", "learner", "models", "rewards")
+PACKAGES = (
+    "actors", "benchmarks", "cluster", "commands", "diffusion", "evaluation", "examples", "learner", "models",
+    "records", "reports", "rewards",
+)  # fmt: skip
 KEYWORD = 99  # it has none: by keyword alone
 
 # Where the deadline stands among the positional arguments of a function, and of a method, by its name.

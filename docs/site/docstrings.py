@@ -30,15 +30,16 @@ class Docstrings(griffe.Extension):
 
 
 def _modules(package: griffe.Module) -> list[griffe.Module]:
-    found = [module for module in package.modules.values() if not module.is_alias]
-    return found + [inner for module in found for inner in _modules(module)]
+    modules = [module for module in package.modules.values() if not module.is_alias]
+    return modules + [inner for module in modules for inner in _modules(module)]
 
 
 def _inherit(kind: griffe.Class) -> None:
     for name, method in kind.functions.items():
         above = (base.members.get(name) for base in kind.mro())
-        if method.docstring is None and (said := next((one.docstring for one in above if one and one.docstring), None)):
-            method.docstring = griffe.Docstring(said.value, parent=method)
+        docstrings = (overridden.docstring for overridden in above if overridden and overridden.docstring)
+        if method.docstring is None and (docstring := next(docstrings, None)):
+            method.docstring = griffe.Docstring(docstring.value, parent=method)
 
 
 def _describe(attr: griffe.Attribute) -> None:

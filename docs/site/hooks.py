@@ -105,7 +105,7 @@ def _source_page(path: str) -> str:
 
 
 def _modules_by_heading() -> list[dict[str, list[dict[str, str]]]]:
-    found: dict[str, list[dict[str, str]]] = {}
+    pages: dict[str, list[dict[str, str]]] = {}
     heading = ""
     for line in (ROOT / "docs" / "api.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
@@ -113,8 +113,8 @@ def _modules_by_heading() -> list[dict[str, list[dict[str, str]]]]:
         for match in LINK.finditer(line):
             target = _target("docs/api.md", match[2]) or ""
             if target.endswith(".py"):
-                found.setdefault(heading, []).append({_module(target): _reference(_module(target))})
-    return [{heading: pages} for heading, pages in found.items()]
+                pages.setdefault(heading, []).append({_module(target): _reference(_module(target))})
+    return [{heading: links} for heading, links in pages.items()]
 
 
 def _modules() -> list[str]:

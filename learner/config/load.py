@@ -8,13 +8,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from learner.config.checks import contradictions
 from learner.config.schema import CONFIG_VERSION, Config, known_keys, section_types
+
+if TYPE_CHECKING:
+    from records.run_folder import Records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
@@ -45,13 +48,22 @@ def read_config(path: Path | None = None, overrides: Sequence[str] = ()) -> tupl
         ConfigError: nothing can be made of the file.
     """
     path = path or DEFAULT_CONFIG
+    return build_config(read_tree(path), overrides, str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of keys in a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} holds {type(tree).__name__}, expected sections of keys")
-    return build_config(tree, overrides, str(path))
+    return tree
 
 
 def build_config(tree: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[Config, list[str]]:
@@ -74,6 +86,31 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str], source: str) ->
             _leave_out(tree, item["loc"])
         return Config.model_validate(tree), faults
     return config, faults + list(contradictions(config))
+
+
+def config_yaml(config: Config) -> bytes:
+    """Every setting, as runs and checkpoints keep them."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+
+
+def saved_config(records: Records) -> Config:
+    """The settings of a run.
+
+    Raises:
+        ConfigError: they are of another version, or damaged.
+    """
+    place = f"{records.storage}/config.yaml"
+    try:
+        tree = yaml.safe_load(records.settings())
+        version = tree.get("config_version") if isinstance(tree, dict) else None
+        if version == CONFIG_VERSION:
+            return Config.model_validate(tree)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"run.dir: {place} is damaged: {' '.join(str(error).split())}") from error
+    raise ConfigError(
+        f"config_version: the settings in {place} are of version {version!r}, this Tributary reads {CONFIG_VERSION}: "
+        "use the version that wrote them, or choose another run.dir"
+    )
 
 
 def _leave_out(tree: dict[str, Any], location: Sequence[Any]) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel
+from learner.config.sections import Objective as Settings
 from learner.objectives.needs import Decay, Needs, Weighting
 
-if TYPE_CHECKING:
-    from learner.config.sections import Objective as Settings
+Flow = nn.Module | None  # the network that the objective trains beside the policy, as needs.flow says
+Loss = tuple[Tensor, dict[str, Tensor]]  # mean over the batch's transitions, and its parts by name for the log
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Transitions:
                 return {name: torch.cat([value[name] for value in values]) for name in values[0]}
             return None if values[0] is None else torch.cat(values)
 
-        return cls(**{item.name: join([getattr(part, item.name) for part in parts]) for item in fields(cls)})
+        return cls(*(join([getattr(part, column.name) for part in parts]) for column in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,8 @@ class Policy:
 
     def clean(self, x: Tensor, t: Tensor, embeddings: Tensor, reference: bool, guided: bool) -> Tensor:
         """Clean prediction xhat(x_t) [b, C, H, W] of the adapter as it stands, or of the reference; x itself at t=0."""
-        guidance = self.guidance if guided else 1.0
-        given = (x, t.clamp(min=1), embeddings, guidance)
-        output = self.model.predict_reference(*given) if reference else self.model.predict(*given)[0]
+        inputs = (x, t.clamp(min=1), embeddings, self.guidance if guided else 1.0)
+        output = self.model.predict_reference(*inputs) if reference else self.model.predict(*inputs)[0]
         at_end = (t == 0).reshape(-1, *[1] * (x.ndim - 1))
         return torch.where(at_end, x, self.kernel.clean(output, t.clamp(min=1), x))
 
@@ -85,11 +86,11 @@ class Objective:
     needs: ClassVar[Needs]
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
-        self.given, self.kernel = settings, kernel
+        self.settings, self.kernel = settings, kernel
 
     @property
     def group(self) -> int:
-        """Transitions whose losses depend on each other: a micro-batch holds whole groups."""
+        """Transitions whose losses depend on each other: a window holds whole groups."""
         return 1
 
     def state(self) -> dict[str, Any]:
@@ -100,38 +101,42 @@ class Objective:
         """Take up what `state` once returned."""
 
     @staticmethod
-    def target(given: Settings, dimensions: int) -> str:
+    def target(settings: Settings, dimensions: int) -> str:
         """What it samples from when its loss is zero, in words, for latents of D = `dimensions`."""
         raise NotImplementedError
 
-    @staticmethod
-    def extra_passes(given: Settings) -> int:
+    @classmethod
+    def goal(cls, settings: Settings) -> str:
+        """The same for readers of a report, whatever D is."""
+        return cls.target(settings, 1)
+
+    @classmethod
+    def extra_passes(cls, settings: Settings) -> int:
         """U-Net passes a transition, forward or back to its input, beside the policy's own forward and backward."""
-        return 0
+        return int(cls.needs.uses_ratio and settings.old_log_prob == "learner")
 
     def begin_epoch(self, population: Population) -> None:
         """Hear of all rewards of the epoch, before `prepare`."""
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        """Values [b, ...] of the batch, found once an epoch before its first update; they come back in `prepared`."""
-        return {}
+        """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`.
 
-    def raw_advantage(self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float) -> Tensor:
-        """Objectives with groups: [b] what `advantages` compares."""
-        raise NotImplementedError
+        Of objectives with a ratio the learner's own log p_F of the rollout's weights, if objective.old_log_prob says
+        so: in low precision the sampler's differs by more than a clip range, if only by the shape of the batch.
+        """
+        if not (self.needs.uses_ratio and self.settings.old_log_prob == "learner"):
+            return {}
+        with torch.no_grad():
+            output = policy.output(batch)
+            return {"log_pf_old": self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, "sum")}
 
-    def advantages(self, raw: Tensor) -> Tensor:
-        """Objectives with groups: [b] of consecutive whole groups."""
-        raise NotImplementedError
+    def prepare_window(self, policy: Policy, batches: Sequence[Transitions], flow: Flow, beta: float) -> None:
+        """Add to `prepared` of micro-batches that together hold whole groups, just before they are trained on."""
 
-    def loss(
-        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the batch's transitions, and its parts by name for the log.
-
+    def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
+        """
         Args:
             output: the policy's guided output at batch.x, with gradient (to batch.x too, if reward_gradients).
-            flow: the flow network, or None if `flow` is None.
             beta: this epoch's.
             flow_gradient: False where the flow is held fixed in a policy step.
         """
@@ -141,35 +146,28 @@ class Objective:
         """Loss of a flow-only fit, mean over the batch; only if fits_flow."""
         raise NotImplementedError
 
-    def log_pf_old(self, batch: Transitions) -> Tensor:
-        """log p_F [b] of the rollout's weights, summed or averaged over dimensions as the config says."""
-        log_pf = batch.prepared.get("log_pf_old", batch.log_pf_old)
-        return log_pf if self.given.log_prob_reduction == "sum" else log_pf / batch.x[0].numel()
+    def log_pf(self, batch: Transitions, output: Tensor) -> Tensor:
+        """log p_F [b] of the weights that gave `output`, summed or averaged over dimensions as the config says."""
+        return self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, self.settings.log_prob_reduction)
 
-    def recomputed_log_pf(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        """For `prepare`: the learner's own log p_F of the rollout's weights, if objective.old_log_prob says so. In low
-        precision the sampler's differs by more than a clip range, if only by the shape of the batch."""
-        if self.given.old_log_prob == "sampler":
-            return {}
-        with torch.no_grad():
-            output = policy.output(batch)
-            return {"log_pf_old": self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, "sum")}
+    def log_pf_old(self, batch: Transitions) -> Tensor:
+        """The same of the rollout's weights."""
+        log_pf = batch.prepared.get("log_pf_old", batch.log_pf_old)
+        return log_pf if self.settings.log_prob_reduction == "sum" else log_pf / batch.x[0].numel()
 
     def weights(self, batch: Transitions) -> Tensor:
         """Weight [b] of each transition by objective.transition_weight."""
         kernel, dtype = self.kernel, batch.x.dtype
         grid = kernel.variance(kernel.timesteps, dtype)
-        return transition_weights(kernel.variance(batch.t, dtype), grid, self.given.transition_weight)
+        return transition_weights(kernel.variance(batch.t, dtype), grid, self.settings.transition_weight)
 
 
-def both_ends(flow: nn.Module, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """The flow network at x and at x_next, in one call."""
-    both = flow(
-        torch.cat([batch.x.detach(), batch.x_next]),
-        torch.cat([batch.t, batch.t_next]),
-        torch.cat([batch.embeddings, batch.embeddings]),
-    )
-    here, after = both.chunk(2)
+def both_ends(flow: Flow, batch: Transitions, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The flow network at x and at x_next, in one call; without `gradient` as constants."""
+    assert flow is not None
+    x, t = torch.cat([batch.x.detach(), batch.x_next]), torch.cat([batch.t, batch.t_next])
+    with contextlib.nullcontext() if gradient else torch.no_grad():
+        here, after = flow(x, t, torch.cat([batch.embeddings, batch.embeddings])).chunk(2)
     return here, after
 
 
@@ -186,9 +184,7 @@ def transition_weights(variance: Tensor, grid_variance: Tensor, kind: Weighting)
 
     The last transition's sigma is tiny and its gradient, 1/sigma^2, drowns the others; variance weights undo that.
     """
-    if kind == "uniform":
-        return torch.ones_like(variance)
-    return variance / grid_variance.mean()
+    return torch.ones_like(variance) if kind == "uniform" else variance / grid_variance.mean()
 
 
 def anneal(beta: float, epoch: int, epochs: int, fraction: float) -> float:

@@ -12,17 +12,24 @@ is exp(D beta r).
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from learner.objectives.base import Objective, Transitions, both_ends, gamma
+from learner.config.sections import Objective as Settings
+from learner.objectives.base import Flow, Loss, Objective, Transitions, both_ends, gamma
 from learner.objectives.needs import NEEDS, Penalty
 
-if TYPE_CHECKING:
-    from learner.config.sections import Objective as Settings
+
+def residual(log_flow: Tensor, log_pf: Tensor, log_pb: Tensor, log_flow_next: Tensor) -> Tensor:
+    """Detailed-balance residual delta [B], in nats (per dimension if the log-probabilities are means)."""
+    return log_flow + log_pf - log_pb - log_flow_next
+
+
+def penalty(delta: Tensor, kind: Penalty, huber_width: float = 1.0) -> Tensor:
+    """Per-transition loss [B]: delta^2, or Huber (quadratic within huber_width, then linear, same curvature)."""
+    if kind == "squared":
+        return delta.square()
+    return 2 * torch.nn.functional.huber_loss(delta, torch.zeros_like(delta), reduction="none", delta=huber_width)
 
 
 def log_flow(f: Tensor, psi: Tensor) -> Tensor:
@@ -40,58 +47,49 @@ def next_log_flow(f_next: Tensor, psi_next: Tensor, log_reward: Tensor, terminal
     return torch.where(terminal, log_reward, ahead)
 
 
-def residual(log_flow: Tensor, log_pf: Tensor, log_pb: Tensor, log_flow_next: Tensor) -> Tensor:
-    """Detailed-balance residual delta [B], in nats (per dimension if the log-probabilities are means)."""
-    return log_flow + log_pf - log_pb - log_flow_next
-
-
-def penalty(delta: Tensor, kind: Penalty, huber_width: float = 1.0) -> Tensor:
-    """Per-transition loss [B]: delta^2, or Huber (quadratic within huber_width, then linear, same curvature)."""
-    if kind == "squared":
-        return delta.square()
-    return 2 * torch.nn.functional.huber_loss(delta, torch.zeros_like(delta), reduction="none", delta=huber_width)
-
-
 class DagDB(Objective):
     """DAG-DB (arXiv 2406.00633, Eq. 8): the mean over transitions of the squared (or Huber) residual trains policy and
     flow. Log-probabilities are sums or means over dimensions, as objective.log_prob_reduction says."""
 
     needs = NEEDS["dag_db"]
 
-    @staticmethod
-    def target(given: Settings, dimensions: int) -> str:
-        exponent = given.beta * (dimensions if given.log_prob_reduction == "mean" else 1)
-        return (
-            f"target proportional to exp({exponent:g} x reward) (beta {given.beta:g}, log-probabilities by "
-            f"{given.log_prob_reduction} over D = {dimensions})"
-        )
-
-    def loss(
-        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_pf = self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, self.given.log_prob_reduction)
-        delta = self.residual(batch, log_pf, flow, beta, flow_gradient)
-        balance = (self.weights(batch) * penalty(delta, self.given.penalty, self.given.huber_width)).mean()
+    def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
+        delta = self.residual(batch, self.log_pf(batch, output), flow, beta, flow_gradient)
+        balance = self.balance(batch, delta)
         return balance, {"balance": balance, "residual_squared": delta.square().mean()}
+
+    def balance(self, batch: Transitions, delta: Tensor) -> Tensor:
+        """Weighted mean penalty of delta [b]."""
+        return (self.weights(batch) * penalty(delta, self.settings.penalty, self.settings.huber_width)).mean()
 
     def flow_loss(self, batch: Transitions, flow: nn.Module, beta: float) -> Tensor:
         delta = self.residual(batch, self.log_pf_old(batch), flow, beta, flow_gradient=True)
-        return penalty(delta, self.given.penalty, self.given.huber_width).mean()
+        return penalty(delta, self.settings.penalty, self.settings.huber_width).mean()
 
-    def residual(
-        self, batch: Transitions, log_pf: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
-    ) -> Tensor:
+    def residual(self, batch: Transitions, log_pf: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Tensor:
         """delta [b] of the batch under the current flow network (Eq. 8), rewards multiplied by beta."""
-        given = self.given
-        assert flow is not None
-        with contextlib.nullcontext() if flow_gradient else torch.no_grad():
-            f, f_next = both_ends(flow, batch)
-        scale = beta if given.forward_looking != "none" else 0.0
+        settings = self.settings
+        f, f_next = both_ends(flow, batch, flow_gradient)
+        scale = beta if settings.forward_looking != "none" else 0.0
         psi, psi_next = (
-            scale * gamma(self.kernel.abar(t, batch.x.dtype), given.forward_looking_decay) * reward
+            scale * gamma(self.kernel.abar(t, batch.x.dtype), settings.forward_looking_decay) * reward
             for t, reward in ((batch.t, batch.reward), (batch.t_next, batch.reward_next))
         )
         log_reward = beta * batch.reward_terminal
-        log_flow_next = next_log_flow(f_next, psi_next, log_reward, batch.terminal, given.detach_next_flow)
-        log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, given.log_prob_reduction)
+        log_flow_next = next_log_flow(f_next, psi_next, log_reward, batch.terminal, settings.detach_next_flow)
+        log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, settings.log_prob_reduction)
         return residual(log_flow(f, psi), log_pf, log_pb, log_flow_next)
+
+    @staticmethod
+    def target(settings: Settings, dimensions: int) -> str:
+        reduction = settings.log_prob_reduction
+        exponent = settings.beta * (dimensions if reduction == "mean" else 1)
+        how = f"beta {settings.beta:g}, log-probabilities by {reduction} over D = {dimensions}"
+        return f"target proportional to exp({exponent:g} x reward) ({how})"
+
+    @classmethod
+    def goal(cls, settings: Settings) -> str:
+        text = "pictures with a probability proportional to"
+        if settings.log_prob_reduction == "sum":
+            return f"{text} exp({settings.beta:g} x reward)"
+        return f"{text} exp({settings.beta:g} x D x reward), D being how many numbers a latent has"

@@ -7,19 +7,17 @@ standardised reward; there is no flow network.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.kernels import DDIMKernel
-from learner.objectives.base import Objective, Policy, Population, Transitions
+from learner.config.sections import Objective as Settings
+from learner.objectives.base import Flow, Loss, Objective, Policy, Population, Transitions
 from learner.objectives.needs import NEEDS
 from learner.objectives.policy_gradient import ADVANTAGE_LIMIT, clipped
-
-if TYPE_CHECKING:
-    from learner.config.sections import Objective as Settings
 
 HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
 
@@ -36,7 +34,7 @@ class DDPO(Objective):
         self._advantages: dict[int, float] = {}
 
     @staticmethod
-    def target(given: Settings, dimensions: int) -> str:
+    def target(settings: Settings, dimensions: int) -> str:
         return "maximises the expected reward; it has no target distribution, and beta does not matter"
 
     def state(self) -> dict[str, Any]:
@@ -45,26 +43,18 @@ class DDPO(Objective):
     def restore(self, state: dict[str, Any]) -> None:
         self.history = {prompt: deque(rewards, HISTORY) for prompt, rewards in state.items()}
 
-    @staticmethod
-    def extra_passes(given: Settings) -> int:
-        return int(given.old_log_prob == "learner")
-
     def begin_epoch(self, population: Population) -> None:
-        by_prompt = self.given.advantage == "prompt"
-        values = advantages(population, self.history if by_prompt else None)
+        values = advantages(population, self.history if self.settings.advantage == "prompt" else None)
         self._advantages = dict(zip(population.ids, values.tolist(), strict=True))
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         values = [self._advantages[number] for number in batch.trajectory_id.tolist()]
         advantage = torch.tensor(values, dtype=batch.x.dtype, device=batch.x.device)
-        return {"advantage": advantage, **self.recomputed_log_pf(policy, batch)}
+        return {"advantage": advantage, **super().prepare(policy, batch)}
 
-    def loss(
-        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_pf = self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, self.given.log_prob_reduction)
-        log_ratio = log_pf - self.log_pf_old(batch)
-        each, outside = clipped(log_ratio, batch.prepared["advantage"], self.given.clip_range)
+    def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
+        log_ratio = self.log_pf(batch, output) - self.log_pf_old(batch)
+        each, outside = clipped(log_ratio, batch.prepared["advantage"], self.settings.clip_range)
         policy_loss = (self.weights(batch) * each).mean()
         return policy_loss, {"policy_loss": policy_loss, "clipped": outside.float().mean()}
 

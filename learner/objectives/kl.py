@@ -7,17 +7,15 @@ minimises delta^2 with log p_F held fixed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from learner.objectives.base import Policy, Transitions
-from learner.objectives.db import DagDB, penalty
+from learner.objectives.base import Flow, Loss, Policy, Transitions
+from learner.objectives.db import DagDB
 from learner.objectives.needs import NEEDS
 from learner.objectives.policy_gradient import clipped, leave_one_out
-
-if TYPE_CHECKING:
-    from learner.config.sections import Objective as Settings
 
 
 class DagKL(DagDB):
@@ -28,37 +26,30 @@ class DagKL(DagDB):
 
     @property
     def group(self) -> int:
-        return self.given.group_size
+        return self.settings.group_size
 
-    @staticmethod
-    def extra_passes(given: Settings) -> int:
-        return int(given.old_log_prob == "learner")
+    @torch.no_grad()
+    def prepare_window(self, policy: Policy, batches: Sequence[Transitions], flow: Flow, beta: float) -> None:
+        """Advantages of groups that are spread over micro-batches. A batch that holds whole groups finds them itself,
+        in `loss`, without another pass."""
+        if len(batches) == 1:
+            return
+        raw = [-self.residual(batch, self.log_pf(batch, policy.output(batch)), flow, beta, False) for batch in batches]
+        advantage = leave_one_out(torch.cat(raw), self.group)
+        for batch, part in zip(batches, advantage.split([len(batch.t) for batch in batches]), strict=True):
+            batch.prepared["advantage"] = part
 
-    def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        return self.recomputed_log_pf(policy, batch)
-
-    def raw_advantage(self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float) -> Tensor:
-        log_pf = self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, self.given.log_prob_reduction)
-        return -self.residual(batch, log_pf, flow, beta, flow_gradient=False).detach()
-
-    def advantages(self, raw: Tensor) -> Tensor:
-        return leave_one_out(raw, self.given.group_size)
-
-    def loss(
-        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        given = self.given
-        log_pf = self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, given.log_prob_reduction)
+    def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
+        log_pf = self.log_pf(batch, output)
         delta = self.residual(batch, log_pf.detach(), flow, beta, flow_gradient)
         advantage = batch.prepared.get("advantage")
         if advantage is None:
-            advantage = self.advantages(-delta.detach())
-        each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, given.clip_range)
-        weights = self.weights(batch)
-        policy_loss = (weights * each).mean()
-        balance = (weights * penalty(delta, given.penalty, given.huber_width)).mean()
+            advantage = leave_one_out(-delta.detach(), self.group)
+        each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, self.settings.clip_range)
+        policy_loss = (self.weights(batch) * each).mean()
+        balance = self.balance(batch, delta)
         # The paper multiplies the policy's gradient by the final beta, whatever this epoch's is.
-        weight = given.beta if given.kl_weight is None else given.kl_weight
+        weight = self.settings.beta if self.settings.kl_weight is None else self.settings.kl_weight
         parts = {
             "balance": balance, "policy_loss": policy_loss, "clipped": outside.float().mean(),
             "residual_squared": delta.square().mean(),

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_LIMIT = 5.0
-TINY = 1e-8
-FAR = 20.0  # nats
 
 
 def leave_one_out(raw: Tensor, group_size: int) -> Tensor:
@@ -27,13 +25,13 @@ def leave_one_out(raw: Tensor, group_size: int) -> Tensor:
     squared = deviation.square()
     variance = (squared.sum(1, keepdim=True) - squared) / others
     # A sum minus one of its terms can come out below zero by rounding.
-    advantage = deviation / (variance.clamp(min=0).sqrt() + TINY)
+    advantage = deviation / (variance.clamp(min=0).sqrt() + 1e-8)
     return advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT).reshape(-1)
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
     """Clipped policy-gradient loss [b] (its gradient is zero where the clip binds), and whether the ratio
     exp(log_ratio) is outside of 1 +- clip_range [b] bool. `advantage` must carry no gradient."""
-    ratio = log_ratio.clamp(max=FAR).exp()  # beyond any clip; exp would overflow to a gradient of 0 x inf
+    ratio = log_ratio.clamp(max=20.0).exp()  # nats, beyond any clip; exp would overflow to a gradient of 0 x inf
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * bounded), (ratio.detach() - 1).abs() > clip_range

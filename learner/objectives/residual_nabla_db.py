@@ -12,32 +12,29 @@ p_ref(x_0)^eta_p exp(beta r(x_0)); eta_p is objective.pretrained_strength.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from learner.objectives.base import Policy, Transitions
-from learner.objectives.nabla_db import NablaDB
+from learner.config.sections import Objective as Settings
+from learner.objectives.base import Flow, Loss, Policy, Transitions
+from learner.objectives.nabla_db import NablaDB, forward_residual
 from learner.objectives.needs import NEEDS
-
-if TYPE_CHECKING:
-    from learner.config.sections import Objective as Settings
 
 
 class ResidualNablaDB(NablaDB):
     """Residual nabla-DB (arXiv 2412.07775): forward, reverse and terminal loss; log-probabilities are sums."""
 
     needs = NEEDS["residual_nabla_db"]
+    terminal_loss = True
 
     @staticmethod
-    def target(given: Settings, dimensions: int) -> str:
-        strength = "" if given.pretrained_strength == 1 else f"^{given.pretrained_strength:g}"
-        return f"target proportional to p_ref{strength} x exp({given.beta:g} x reward)"
+    def target(settings: Settings, dimensions: int) -> str:
+        strength = "" if settings.pretrained_strength == 1 else f"^{settings.pretrained_strength:g}"
+        return f"target proportional to p_ref{strength} x exp({settings.beta:g} x reward)"
 
-    @staticmethod
-    def extra_passes(given: Settings) -> int:
-        return 7 - _shared(given)  # the same, and the reference at x forward and back
+    @classmethod
+    def extra_passes(cls, settings: Settings) -> int:
+        return 7 - _shared(settings)  # the same, and the reference at x forward and back
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         """Beside the reward's gradients: the reference's output at x, and the gradient of its log p(x_next|x) with
@@ -48,7 +45,7 @@ class ResidualNablaDB(NablaDB):
             output = policy.model.predict_reference(x, batch.t, batch.embeddings, policy.guidance)
             log_pf = self.kernel.log_pf(output, batch.t, x, batch.x_next, "sum")
             score = torch.autograd.grad(log_pf.sum(), x, retain_graph=True)[0]
-            if _shared(self.given):
+            if _shared(self.settings):
                 clean = self.kernel.clean(output, batch.t, x)
                 gradient = torch.autograd.grad(clean, x, batch.clean_gradient.to(clean.dtype))[0]
             else:
@@ -60,23 +57,13 @@ class ResidualNablaDB(NablaDB):
             "reference_score": score,
         }
 
-    def loss(
-        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        h, h_next = self.flow_ends(batch, flow, flow_gradient)
-        g, g_next = self.values(batch, h, h_next, beta)
-        reverse = self.score_of_state(batch, output) - self.given.pretrained_strength * self.reference_score(batch) + g
-        return self.combine(batch, self.forward(batch, output, g_next), reverse, h_next)
+    def known_scores(self, batch: Transitions) -> tuple[Tensor, Tensor]:
+        """The reference's, times eta_p."""
+        return self.settings.pretrained_strength * batch.prepared["reference_score"], self.known_score_next(batch)
 
-    def forward(self, batch: Transitions, output: Tensor, g_next: Tensor) -> Tensor:
-        """Residual [b, C, H, W] of the forward condition."""
-        kernel, t, x, x_next = self.kernel, batch.t, batch.x, batch.x_next
-        reference = kernel.score_pf(batch.prepared["reference_output"], t, x, x_next)
-        return kernel.score_pf(output, t, x, x_next) - self.given.pretrained_strength * reference - g_next
-
-    @staticmethod
-    def reference_score(batch: Transitions) -> Tensor:
-        return batch.prepared["reference_score"]
+    def known_score_next(self, batch: Transitions) -> Tensor:
+        score = self.kernel.score_pf(batch.prepared["reference_output"], batch.t, batch.x, batch.x_next)
+        return self.settings.pretrained_strength * score
 
 
 class ResidualNablaDBNoFlow(ResidualNablaDB):
@@ -86,11 +73,11 @@ class ResidualNablaDBNoFlow(ResidualNablaDB):
     needs = NEEDS["residual_nabla_db_no_flow"]
 
     @staticmethod
-    def target(given: Settings, dimensions: int) -> str:
+    def target(settings: Settings, dimensions: int) -> str:
         return "seeks the reward near the reference model; it does not sample from a known target"
 
-    @staticmethod
-    def extra_passes(given: Settings) -> int:
+    @classmethod
+    def extra_passes(cls, settings: Settings) -> int:
         return 3
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
@@ -99,14 +86,13 @@ class ResidualNablaDBNoFlow(ResidualNablaDB):
         gradient = self.state_gradient(policy, batch, batch.x_next, batch.t_next, batch.clean_gradient_next)
         return {"reference_output": output, "gradient_next": gradient, "gradient": torch.zeros_like(gradient)}
 
-    def loss(
-        self, batch: Transitions, output: Tensor, flow: nn.Module | None, beta: float, flow_gradient: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
         nothing = torch.zeros_like(batch.x)
         _, g_next = self.values(batch, nothing, nothing, beta)
-        return self.combine(batch, self.forward(batch, output, g_next), None, None)
+        score = self.kernel.score_pf(output, batch.t, batch.x, batch.x_next)
+        return self.combine(batch, forward_residual(score, self.known_score_next(batch), g_next), None, None)
 
 
-def _shared(given: Settings) -> bool:
+def _shared(settings: Settings) -> bool:
     """Whether the reference's pass at x also gives the clean prediction there."""
-    return given.forward_looking == "base" and given.clean_prediction == "guided"
+    return settings.forward_looking == "base" and settings.clean_prediction == "guided"

@@ -18,11 +18,9 @@ from typing import Any
 
 from diffusion.failures import RunFailure
 from diffusion.snapshot import Snapshot
-from diffusion.trajectory import Chunk, Receipt, Verdict
+from diffusion.trajectory import Chunk, ChunkKey, Receipt, Verdict
 from learner.protocol import receipts
 from learner.protocol.ledger import Ledger
-
-Key = tuple[str, int, int]  # purpose, epoch, index of a chunk
 
 
 class TooStale(RunFailure, RuntimeError):
@@ -42,11 +40,7 @@ class Work:
     verdict: Verdict | None = None
 
 
-def key_of(chunk: Chunk) -> Key:
-    return chunk.purpose, chunk.epoch, chunk.index
-
-
-class Pipeline:
+class Buffer:
     """The work of a run from its next epoch on, and of evaluations, which no ledger counts."""
 
     def __init__(
@@ -56,7 +50,7 @@ class Pipeline:
         self.chunks_of, self.epochs, self.max_staleness, self.ledger = chunks_of, epochs, max_staleness, ledger
         self.closed = epochs.start  # epochs that are done: trained, recorded, in a checkpoint
         self._next = epochs.start  # to be admitted
-        self._work: dict[Key, Work] = {}
+        self._work: dict[ChunkKey, Work] = {}
 
     def admit(self) -> list[Chunk]:
         """Chunks of the epochs that may begin now; each comes once."""
@@ -66,16 +60,16 @@ class Pipeline:
             self.ledger.open(self._next, [number for chunk in chunks for number in chunk.trajectory_ids])
             fresh += chunks
             self._next += 1
-        self._work |= {key_of(chunk): Work(chunk) for chunk in fresh}
+        self._work |= {chunk.key: Work(chunk) for chunk in fresh}
         return fresh
 
     def add_evaluation(self, chunks: Sequence[Chunk]) -> None:
-        self._work |= {key_of(chunk): Work(chunk) for chunk in chunks}
+        self._work |= {chunk.key: Work(chunk) for chunk in chunks}
 
-    def work(self, key: Key) -> Work:
+    def work(self, key: ChunkKey) -> Work:
         return self._work[key]
 
-    def given(self, key: Key, snapshot: Snapshot) -> None:
+    def given(self, key: ChunkKey, snapshot: Snapshot) -> None:
         """A sampler gets the chunk, for the first time or again, with these weights.
 
         Raises:
@@ -85,23 +79,23 @@ class Pipeline:
         self._check_age(work.chunk, snapshot.version)
         work.snapshot = snapshot
 
-    def sampled(self, key: Key, receipt: Receipt, trajectories: Any, clean: Any) -> None:
+    def sampled(self, key: ChunkKey, receipt: Receipt, trajectories: Any, clean: Any) -> None:
         """
         Raises:
             StaleWeights: the sampler had other weights than it was given.
         """
         work = self._work[key]
         assert work.snapshot is not None
-        receipts.check(receipt, work.snapshot, f"chunk {work.chunk.index} of {work.chunk.where}")
+        receipts.check(receipt, work.snapshot, str(key))
         work.receipt, work.trajectories, work.clean = receipt, trajectories, clean
         self._advance(work.chunk, "sampled")
 
-    def scored(self, key: Key, verdict: Verdict, scores: Any) -> None:
+    def scored(self, key: ChunkKey, verdict: Verdict, scores: Any) -> None:
         work = self._work[key]
         work.verdict, work.scores, work.clean = verdict, scores, None
         self._advance(work.chunk, "scored")
 
-    def lose(self, key: Key) -> None:
+    def lose(self, key: ChunkKey) -> None:
         """What was made of the chunk is gone: it will be made again, by whatever weights are the newest then."""
         work = self._work[key]
         if work.chunk.purpose == "train":
@@ -127,16 +121,13 @@ class Pipeline:
             self._check_age(work.chunk, work.receipt.policy_version)
         return part
 
-    def evaluation(self) -> list[Work]:
-        """The evaluation's chunks, in order."""
-        return self._part("evaluate", 0)
+    def evaluated(self) -> list[Work]:
+        """The evaluation's chunks that are scored by now, in order. They stay here until they are dropped."""
+        return [work for work in self._part("evaluate", 0) if work.scores is not None]
 
-    def take_evaluation(self) -> list[Work]:
-        """The evaluation's chunks, in order, which leave."""
-        part = self._part("evaluate", 0)
-        for work in part:
-            del self._work[key_of(work.chunk)]
-        return part
+    def drop(self, key: ChunkKey) -> None:
+        """Nothing of the chunk is needed any more."""
+        del self._work[key]
 
     @property
     def in_work(self) -> int:
@@ -151,7 +142,7 @@ class Pipeline:
         """The epoch is trained, recorded and in a checkpoint: nothing of it is needed any more, and another one may
         begin."""
         for work in self._part("train", epoch):
-            del self._work[key_of(work.chunk)]
+            del self._work[work.chunk.key]
         self.closed = epoch + 1
 
     def _part(self, purpose: str, epoch: int) -> list[Work]:

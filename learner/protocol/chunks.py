@@ -5,29 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffusion import noise
-from diffusion.trajectory import Chunk
+from diffusion.trajectory import Chunk, Purpose
 from learner.config import Config
 
 
 def training_chunks(config: Config, prompts: Sequence[str], epoch: int) -> list[Chunk]:
     """The epoch's chunks. Prompts come in shuffled passes over the whole set, each `per_prompt` times in a row;
     the place in that order follows from the epoch, so it needs no state."""
-    size, each = config.sampler.chunk_size, config.prompts.per_prompt
-    total = config.train.trajectories
-    first = epoch * (total // each)
-    order = [prompts[_position(config.run.seed, first + i, len(prompts))] for i in range(total // each)]
-    per_trajectory = [prompt for prompt in order for _ in range(each)]
-    return [
-        Chunk(
-            index=start // size,
-            purpose="train",
-            epoch=epoch,
-            seed=config.run.seed,
-            prompts=tuple(per_trajectory[start : start + size]),
-            trajectory_ids=tuple(range(start, start + size)),
-        )
-        for start in range(0, total, size)
-    ]
+    seed, each = config.run.seed, config.prompts.per_prompt
+    draws = config.train.trajectories // each
+    order = [prompts[_position(seed, epoch * draws + i, len(prompts))] for i in range(draws)]
+    return _cut([prompt for prompt in order for _ in range(each)], config.sampler.chunk_size, "train", epoch, seed)
 
 
 def _position(seed: int, index: int, count: int) -> int:
@@ -37,16 +25,16 @@ def _position(seed: int, index: int, count: int) -> int:
 
 
 def evaluation_chunks(config: Config, prompts: Sequence[str]) -> list[Chunk]:
-    """The fixed evaluation set: the same prompts and noise before, during and after training, in every run."""
+    """The fixed evaluation set, in whole chunks: the same prompts and noise before, during and after training, in every
+    run."""
     size = config.sampler.chunk_size
+    count = -(-config.evaluation.images // size) * size
+    return _cut([prompts[i % len(prompts)] for i in range(count)], size, "evaluate", 0, config.evaluation.seed)
+
+
+def _cut(prompts: Sequence[str], size: int, purpose: Purpose, epoch: int, seed: int) -> list[Chunk]:
+    """A trajectory of each prompt, numbered from 0, in chunks of `size`."""
     return [
-        Chunk(
-            index=start // size,
-            purpose="evaluate",
-            epoch=0,
-            seed=config.evaluation.seed,
-            prompts=tuple(prompts[i % len(prompts)] for i in range(start, start + size)),
-            trajectory_ids=tuple(range(start, start + size)),
-        )
-        for start in range(0, config.evaluation.images, size)
+        Chunk(i, purpose, epoch, seed, tuple(prompts[start : start + size]), tuple(range(start, start + size)))
+        for i, start in enumerate(range(0, len(prompts), size))
     ]

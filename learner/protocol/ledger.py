@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from diffusion.failures import RunFailure
 
 STAGES = ("issued", "sampled", "scored", "trained")
-ENDS = (STAGES.index("trained"), len(STAGES))  # trained or quarantined
+QUARANTINED, LOST = "quarantined", "lost"
 
 
 class LedgerError(RunFailure, RuntimeError):
@@ -28,8 +28,8 @@ class Ledger:
         """`saved` is a checkpoint's `to_json`."""
         saved = saved or {}
         self.epochs = int(saved.get("epochs", 0))  # closed
-        self.totals: dict[str, int] = dict.fromkeys((*STAGES, "quarantined", "lost"), 0) | saved.get("totals", {})
-        self._stage: dict[int, dict[int, int]] = {}  # of the epochs in work, in their order
+        self.totals: dict[str, int] = dict.fromkeys((*STAGES, QUARANTINED, LOST), 0) | saved.get("totals", {})
+        self._stages: dict[int, dict[int, str]] = {}  # of each trajectory, by epoch in work, in their order
         self._lost: Counter[int] = Counter()
 
     def to_json(self) -> dict[str, Any]:
@@ -41,13 +41,13 @@ class Ledger:
         Raises:
             LedgerError: another epoch is next, or an id is issued twice.
         """
-        following = self.epochs + len(self._stage)
+        following = self.epochs + len(self._stages)
         if epoch != following:
             raise LedgerError(f"epoch {epoch} was issued, but {following} is next")
-        stage = dict.fromkeys(ids, 0)
-        if len(stage) != len(ids):
+        stages = dict.fromkeys(ids, STAGES[0])
+        if len(stages) != len(ids):
             raise LedgerError(f"epoch {epoch} issued a trajectory id twice")
-        self._stage[epoch] = stage
+        self._stages[epoch] = stages
 
     def advance(self, epoch: int, ids: Iterable[int], stage: str) -> None:
         """Move an epoch's trajectories to `stage` from the one before it.
@@ -55,12 +55,7 @@ class Ledger:
         Raises:
             LedgerError: one of them is not there; names it.
         """
-        goal, stages = STAGES.index(stage), self._stage.get(epoch, {})
-        for number in ids:
-            now = stages.get(number)
-            if now != goal - 1:
-                self._refuse(epoch, number, stage)
-            stages[number] = goal
+        self._move(epoch, ids, stage, f"was to be {stage}, but", STAGES[STAGES.index(stage) - 1])
 
     def set_aside(self, epoch: int, ids: Iterable[int]) -> None:
         """Scored trajectories that are bad are not trained on: quarantined.
@@ -68,29 +63,25 @@ class Ledger:
         Raises:
             LedgerError: one of them is not scored, or is trained already.
         """
-        stages = self._stage.get(epoch, {})
-        for number in ids:
-            if stages.get(number) != STAGES.index("scored"):
-                self._refuse(epoch, number, "quarantined")
-            stages[number] = len(STAGES)
+        self._move(epoch, ids, QUARANTINED, "was to be quarantined, but", "scored")
 
-    def _refuse(self, epoch: int, number: int, stage: str) -> NoReturn:
-        now = self._stage.get(epoch, {}).get(number)
-        found = "was never issued" if now is None else f"is {(*STAGES, 'quarantined')[now]}"
-        raise LedgerError(f"trajectory {number} of epoch {epoch} was to be {stage}, but {found}")
-
-    def lose(self, epoch: int, ids: Iterable[int]) -> None:
+    def lose(self, epoch: int, ids: Sequence[int]) -> None:
         """Trajectories, or their scores, are gone before they were trained on, or never came: made again.
 
         Raises:
             LedgerError: one of them is past that.
         """
-        stages = self._stage.get(epoch, {})
+        self._move(epoch, ids, STAGES[0], "cannot be made again: it", *STAGES[:-1])
+        self._lost[epoch] += len(ids)
+
+    def _move(self, epoch: int, ids: Iterable[int], goal: str, fault: str, *sources: str) -> None:
+        stages = self._stages.get(epoch, {})
         for number in ids:
-            if stages.get(number) not in (0, 1, 2):
-                raise LedgerError(f"trajectory {number} of epoch {epoch} cannot be made again")
-            stages[number] = 0
-            self._lost[epoch] += 1
+            stage = stages.get(number)
+            if stage not in sources:
+                state = f"is {stage}" if stage else "was never issued"
+                raise LedgerError(f"trajectory {number} of epoch {epoch} {fault} {state}")
+            stages[number] = goal
 
     def close(self, epoch: int) -> int:
         """The epoch, the first in work, is over; returns how many trajectories had to be made again.
@@ -98,19 +89,16 @@ class Ledger:
         Raises:
             LedgerError: not everything issued was trained on or quarantined, or an earlier epoch is in work.
         """
-        if epoch != self.epochs or epoch not in self._stage:
+        if epoch != self.epochs or epoch not in self._stages:
             raise LedgerError(f"epoch {epoch} was to be closed, but {self.epochs} is next")
-        stages = self._stage[epoch]
-        left = sorted(number for number, stage in stages.items() if stage not in ENDS)
+        stages = self._stages[epoch]
+        left = sorted(number for number, stage in stages.items() if stage not in ("trained", QUARANTINED))
         if left:
             raise LedgerError(f"epoch {epoch}: {len(left)} trajectories were not trained on, first {left[0]}")
-        bad = sum(stage == len(STAGES) for stage in stages.values())
-        for stage in STAGES:
-            self.totals[stage] += len(stages)
-        self.totals["trained"] -= bad
-        self.totals["quarantined"] += bad
-        lost = self._lost.pop(epoch, 0)
-        self.totals["lost"] += lost
+        lost, ends = self._lost.pop(epoch, 0), Counter(stages.values())
+        made = dict.fromkeys(STAGES[:-1], len(stages))
+        for stage, count in {**made, **ends, LOST: lost}.items():
+            self.totals[stage] += count
         self.epochs += 1
-        del self._stage[epoch]
+        del self._stages[epoch]
         return lost

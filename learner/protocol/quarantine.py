@@ -20,7 +20,7 @@ from diffusion.trajectory import Scores, Trajectories
 from records.storage import Storage
 
 FOLDER = "quarantine"
-ARRAYS = ("timesteps", "states", "log_pf", "log_pb")
+ARRAYS = ("states", "log_pf", "log_pb")  # of the trajectories in the files
 
 
 class QuarantineFull(RunFailure, RuntimeError):
@@ -38,7 +38,7 @@ class SetAside:
 
 def set_aside(trajectories: Trajectories, scores: Scores) -> list[SetAside]:
     """The chunk's bad trajectories."""
-    chunk, found = trajectories.chunk, []
+    chunk, bad = trajectories.chunk, []
     for row, reason in sorted(scores.bad.items()):
         facts = {
             "reason": reason,
@@ -50,45 +50,38 @@ def set_aside(trajectories: Trajectories, scores: Scores) -> list[SetAside]:
             "adapter_sha256": trajectories.adapter_sha256,
             "chunk": asdict(chunk),  # the whole batch: a rollout's last bits depend on it
         }
-        rows = {name: getattr(trajectories, name)[row] for name in ARRAYS if name != "timesteps"}
-        arrays = {name: np.ascontiguousarray(values) for name, values in rows.items()}
-        found.append(SetAside(facts, {"timesteps": trajectories.timesteps, **arrays}, scores.bad_images.get(row)))
-    return found
+        rows = {name: np.ascontiguousarray(getattr(trajectories, name)[row]) for name in ARRAYS}
+        bad.append(SetAside(facts, {"timesteps": trajectories.timesteps, **rows}, scores.bad_images.get(row)))
+    return bad
 
 
 def replaced(trajectories: Trajectories, scores: Scores) -> tuple[Trajectories, Scores]:
     """The chunk with the next good trajectory (after the last comes the first) in the place of each bad one."""
     if not scores.bad:
         return trajectories, scores
-    count = len(scores.rewards)
+    count, chunk, index = len(scores.rewards), trajectories.chunk, scores.gradient_row
     good = [row for row in range(count) if row not in scores.bad]
-    rows = np.array([row if row in good else next((g for g in good if g > row), good[0]) for row in range(count)])
-    chunk = trajectories.chunk
-    chunk = replace(
-        chunk,
-        prompts=tuple(chunk.prompts[row] for row in rows),
-        trajectory_ids=tuple(chunk.trajectory_ids[row] for row in rows),
-    )
-    arrays = {
-        name: getattr(trajectories, name)[rows] for name in ("states", "log_pf", "log_pb", "selected", "model_output")
-    }
-    index = scores.gradient_row
+    rows = [next((g for g in good if g >= row), good[0]) for row in range(count)]
+    prompts, ids = tuple(chunk.prompts[row] for row in rows), tuple(chunk.trajectory_ids[row] for row in rows)
+    chunk = replace(chunk, prompts=prompts, trajectory_ids=ids)
+    arrays = {name: getattr(trajectories, name)[rows] for name in (*ARRAYS, "selected", "model_output")}
     return replace(trajectories, chunk=chunk, **arrays), Scores(
         chunk, scores.rewards[rows], gradients=scores.gradients, gradient_row=None if index is None else index[rows]
     )
 
 
-def write(storage: Storage, found: Sequence[SetAside]) -> None:
+def write(storage: Storage, bad: Sequence[SetAside]) -> None:
     """
     Raises:
         StorageError: the disk is full, read-only, gone ...
     """
-    for one in found:
-        name = f"{FOLDER}/epoch-{one.facts['epoch']:06d}-trajectory-{one.facts['trajectory_id']}"
-        storage.write(f"{name}.safetensors", save(one.arrays))
-        if one.image:
-            storage.write(f"{name}.png", one.image)
-        storage.write(f"{name}.json", (json.dumps(one.facts, indent=1) + "\n").encode())
+    for trajectory in bad:
+        facts = trajectory.facts
+        name = f"{FOLDER}/epoch-{facts['epoch']:06d}-trajectory-{facts['trajectory_id']}"
+        storage.write(f"{name}.safetensors", save(trajectory.arrays))
+        if trajectory.image:
+            storage.write(f"{name}.png", trajectory.image)
+        storage.write(f"{name}.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def check_limit(storage: Storage, count: int, limit: int) -> None:

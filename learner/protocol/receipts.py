@@ -18,20 +18,15 @@ class RanksDiverged(RunFailure, RuntimeError):
 
 
 def check(receipt: Receipt | Trajectories, published: Snapshot, where: str) -> None:
-    """Version and sha256 of the adapter that sampled must be the published one's.
-
-    Raises:
-        StaleWeights: they are not; names the chunk (`where`) and both adapters.
-    """
+    """As check_recent, of the one published adapter."""
     check_recent(receipt, {published.version: published.sha256}, where)
 
 
 def check_recent(receipt: Receipt | Trajectories, recent: Mapping[int, str], where: str) -> None:
-    """Version and sha256 of the adapter that sampled must be those of one of the `recent` published ones, sha256 by
-    version.
+    """The adapter that sampled must be one of the `recent` published ones, sha256 by version.
 
     Raises:
-        StaleWeights: they are not; names the chunk (`where`), its adapter and the published ones.
+        StaleWeights: it is not; names the chunk (`where`), its adapter and the published ones.
     """
     if recent.get(receipt.policy_version) != receipt.adapter_sha256:
         each = " and ".join(f"version {version} is {sha256[:12]}" for version, sha256 in sorted(recent.items()))
@@ -55,10 +50,9 @@ def check_moved(before: Snapshot, after: Snapshot) -> None:
 
 
 def check_ranks(sha256s: Sequence[str]) -> None:
-    """Every rank must publish the same adapter.
-
+    """
     Raises:
-        RanksDiverged: they do not.
+        RanksDiverged: the ranks do not all publish the same adapter.
     """
     if len(set(sha256s)) > 1:
         each = ", ".join(f"rank {rank} {sha256[:12]}" for rank, sha256 in enumerate(sha256s))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from statistics import mean
-from typing import Protocol
+from typing import Any, Protocol
 
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
@@ -51,6 +51,32 @@ class EpochResult:
         parts = [verdict.parts for verdict in self.verdicts]
         return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
 
+    def rows(self, run_id: str, epoch: int, beta: float) -> list[dict[str, Any]]:
+        """A row a trajectory, columns of records/run_folder.py's SCHEMA."""
+        return [
+            {
+                "run_id": run_id,
+                "epoch": epoch,
+                "trajectory_id": number,
+                "policy_version": receipt.policy_version,
+                "adapter_sha256": receipt.adapter_sha256,
+                "prompt": chunk.prompts[i],
+                "reward": None if i in verdict.bad else verdict.rewards[i],
+                "reward_parts": [(label, values[i]) for label, values in verdict.parts.items()],
+                "log_pf_sum": receipt.log_pf_sum[i],
+                "log_pb_sum": receipt.log_pb_sum[i],
+                "beta": beta,
+                "thumbnail_png": (verdict.thumbnails[i] or None) if verdict.thumbnails else None,
+                "sampler_node": receipt.node,
+                "chunk": chunk.index,
+                "sample_seconds": receipt.seconds,
+                "score_seconds": verdict.seconds,
+                "bad": verdict.bad.get(i),
+            }
+            for chunk, receipt, verdict in zip(self.chunks, self.receipts, self.verdicts, strict=True)
+            for i, number in enumerate(chunk.trajectory_ids)
+        ]
+
 
 @dataclass(frozen=True)
 class Vitals:
@@ -64,9 +90,9 @@ class Vitals:
     running: dict[str, int] = field(default_factory=dict)  # chunks that actors have
 
 
-@dataclass
+@dataclass(frozen=True)
 class Hooks:
-    """What a runner tells the loop while it works, and asks of it."""
+    """What a runner tells the loop while it starts and works, and asks of it."""
 
     say: Callable[[str], None] = print  # faults survived, a line each
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
@@ -77,8 +103,8 @@ class Hooks:
 class Runner(Protocol):
     """Does epochs with one current policy version; `snapshot` is the newest, which the next chunks are sampled with.
 
-    A runner is made from a config and, to go on from a checkpoint, that checkpoint's files. Then `begin`, and for each
-    epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`.
+    A runner is made from a config, the files of a checkpoint to go on from, if there is one, and hooks. Then `begin`,
+    and for each epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`.
     """
 
     snapshot: Snapshot
@@ -86,7 +112,6 @@ class Runner(Protocol):
     dimensions: int  # D, numbers in one latent
     ranks: int
     batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
-    hooks: Hooks
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
         """What there is to do: `epochs` are those left, `chunks_of` gives the chunks of one. The runner opens an epoch

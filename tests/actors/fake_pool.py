@@ -1,6 +1,6 @@
 """Actors that never were, for a pool: references are done when the test says so, and time stands still."""
 
-from actors.pool import Limits, Pool
+from actors.pool import Limits, Listener, Pool
 from cluster.waits import ActorDied
 
 
@@ -34,7 +34,7 @@ class World:
     """What Ray would know: finished references, failed ones, time."""
 
     def __init__(self) -> None:
-        self.done, self.failed, self.killed, self.spawned, self.said = set(), {}, [], [], []
+        self.done, self.failed, self.killed, self.spawned, self.said, self.lost = set(), {}, [], [], [], []
         self.now = 0.0
 
     def actors(self, *names):
@@ -75,7 +75,8 @@ class World:
 
     def pool(self, actors, seconds=10.0, ready=10.0, attempts=3, in_flight=2):
         limits = Limits(seconds, ready, attempts)
-        return Pool("sampling", list(actors), self.spawn, limits, self.said.append, in_flight)
+        listener = Listener(self.said.append, self.lost.append)
+        return Pool("sampling", list(actors), self.spawn, limits, listener, in_flight)
 
 
 def submit(pool, *numbers) -> None:

@@ -1,25 +1,19 @@
 """Actors that fail in one way each, on cue: what test_faults.py injects. Config.run.dir is where they leave a mark."""
 
 import os
-import time
 from pathlib import Path
 
 import ray
 
-from actors.reward_actor import RewardActor
-from actors.sampler_actor import SamplerActor
+from actors.shells import RewardActor, SamplerActor
 from diffusion import rollout
 from learner.config import Config
-
-
-def witness(config: Config, name: str) -> Path:
-    return Path(config.run.dir).with_name(name)
 
 
 def first_time(config: Config, name: str) -> bool:
     """True once over all processes: the mark left behind is the proof that the fault fired."""
     try:
-        witness(config, name).touch(exist_ok=False)
+        Path(config.run.dir).with_name(name).touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
@@ -47,24 +41,6 @@ class DiesOnce(SamplerActor):
         return super().sample(chunk, snapshot)
 
 
-class HangsOnce(DiesOnce):
-    @ray.method(num_returns=3)
-    def sample(self, chunk, snapshot):
-        if chunk.purpose == "train" and (chunk.epoch, chunk.index) == (1, 1) and first_time(self.config, "hung"):
-            time.sleep(3600)
-        return SamplerActor.sample(self, chunk, snapshot)
-
-
-class StaleAfterRestart(DiesOnce):
-    """Dies, and the one that takes its place keeps the weights it was built with."""
-
-    def __init__(self, build, shares_gpu):
-        super().__init__(build, shares_gpu)
-        if witness(self.config, "died").exists():
-            witness(self.config, "stale").touch()
-            rollout.lora.load = lambda unet, flat: None
-
-
 class ScorerDiesOnce(RewardActor):
     def __init__(self, build, shares_gpu):
         super().__init__(build, shares_gpu)
@@ -77,37 +53,11 @@ class ScorerDiesOnce(RewardActor):
         return super().score(clean, batch)
 
 
-class ChunkKills(SamplerActor):
-    """A chunk that no sampler survives."""
-
-    @ray.method(num_returns=3)
-    def sample(self, chunk, snapshot):
-        if chunk.purpose == "train" and chunk.index == 1:
-            os._exit(1)
-        return super().sample(chunk, snapshot)
-
-
 class Raises:
     """A user's reward that fails."""
 
     def __call__(self, images, prompts):
         raise RuntimeError("the reward's own words")
-
-
-class Unbuildable:
-    """A user's reward that cannot even be made."""
-
-    def __init__(self):
-        raise OSError("the reward's own words: no /no/weights.bin")
-
-
-class DiesOfRings:
-    """A user's reward that takes its process with it, for one prompt, every time."""
-
-    def __call__(self, images, prompts):
-        if any("ring" in prompt for prompt in prompts):
-            os._exit(1)
-        return images.mean((1, 2, 3))
 
 
 class NanForRings:

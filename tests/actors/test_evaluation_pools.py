@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import ray
 
-from actors import crew, evaluation_pools
-from actors.sampler_actor import SamplerActor
+from actors import crew, rollouts
+from actors.shells import SamplerActor
 from commands.evaluate import main
 from diffusion.snapshot import Snapshot, digest
 from learner.run import main as train
+
+pytestmark = pytest.mark.ray
 
 
 class DiesOnce(SamplerActor):
@@ -73,12 +75,12 @@ def test_a_sampler_that_dies_changes_no_figure(judge, tmp_path, monkeypatch, cap
 
 
 def test_weights_that_do_not_arrive_end_it(judge, monkeypatch, capfd):
-    real = evaluation_pools.put
+    real = rollouts.put
 
     def base_only(snapshot, what):
         flat = np.zeros_like(snapshot.flat)
         return real(Snapshot(snapshot.version, flat, digest(flat)), what)
 
-    monkeypatch.setattr(evaluation_pools, "put", base_only)
+    monkeypatch.setattr(rollouts, "put", base_only)
     status, figures = judge("stale", "run.runner=ray", "sampler.actors=1", "reward.actors=1")
     assert (status, figures) == (1, None) and "StaleWeights" in capfd.readouterr().err

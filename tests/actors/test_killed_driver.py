@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray_processes
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 SLOW_REWARD = """
 import time
 
@@ -60,8 +62,7 @@ def lora(folder) -> list[bytes]:
     return [file.read_bytes() for file in sorted((folder / "checkpoints/latest/lora").iterdir())]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_same_command_goes_on_bitwise(ranks, start, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     # With one rank the in-process run is the same, bit by bit, and starts faster.

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from actors import learner_actor
 from actors import learner_group as module
-from actors.learner_group import LearnerGroup, RanksLost
+from actors import shells
+from actors.learner_group import LearnerGroup, RanksLost, Shape
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.snapshot import Snapshot
 from learner.process_group import GroupBroken
@@ -39,7 +39,11 @@ class Method:
 
 class World:
     def __init__(self) -> None:
-        self.now, self.spawned, self.meanwhile = 0.0, [], 0
+        self.now, self.spawned, self.meanwhile, self.failed = 0.0, [], 0, []
+
+    def group(self, ranks=2, updates=2, spawn=None, meanwhile=None) -> LearnerGroup:
+        shape = Shape(ranks, updates, train_seconds=5.0, chunk_seconds=3.0, ready_seconds=10.0)
+        return LearnerGroup(spawn or self.spawn, shape, meanwhile or self.wait, self.failed.append)
 
     def spawn(self, rank: int) -> FakeRank:
         self.spawned.append(FakeRank(rank))
@@ -72,8 +76,8 @@ def world(monkeypatch):
 
 @pytest.fixture
 def group(world):
-    group = LearnerGroup(world.spawn, 2, 2, train_seconds=5.0, chunk_seconds=3.0, meanwhile=world.wait)
-    group.start({"a": b"file"}, 10.0, "starting", "run.ready_seconds")
+    group = world.group()
+    group.start({"a": b"file"}, deadline=10.0)
     return group
 
 
@@ -95,8 +99,7 @@ def test_all_are_up_before_any_is_told_to_meet_the_others(world):
         actor.silent = {"address"} if rank else set()
         return actor
 
-    group = LearnerGroup(spawn, 2, 1, 5.0, 3.0, wait)
-    held, latent = group.start(None, 10.0, "starting", "run.ready_seconds")
+    held, latent = world.group(2, 1, spawn, wait).start(None, deadline=10.0)
     assert slow == {"asked to start meanwhile": False} and held.sha256 == "first" and latent == (1, 2, 2)
     assert [called(rank, "start") for rank in world.spawned] == [("tcp://0", 5.0, None)] * 2
 
@@ -127,7 +130,7 @@ def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, 
     world.spawned[1 - rank].silent = {"train_epoch"}
     with pytest.raises(RanksLost) as lost:
         group.train(1, 0.5)
-    assert lost.value.cause is failure and world.now == 0.0
+    assert lost.value.cause is failure and world.now == 0.0 and world.failed == [failure]
 
 
 def test_a_defect_is_no_loss(group, world):
@@ -140,8 +143,8 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
     def wait(refs):
         raise ActorDied("no sampler is left")
 
-    group = LearnerGroup(world.spawn, 1, 1, 5.0, 3.0, wait)
-    group.start(None, 10.0, "starting", "run.ready_seconds")
+    group = world.group(1, 1, meanwhile=wait)
+    group.start(None, deadline=10.0)
     world.spawned[0].silent = {"train_epoch"}
     with pytest.raises(ActorDied, match="no sampler"):
         group.train(1, 0.5)
@@ -221,7 +224,7 @@ def test_a_group_that_starts_anew_is_of_other_actors_and_asks_those(group, world
     look(group, world, 1.0)
     old = list(world.spawned)
     group.stop()
-    group.start(None, 10.0, "starting anew", "run.ready_seconds")
+    group.start(None, deadline=world.now + 10.0)
     look(group, world, 20.0)
     assert all(rank.killed for rank in old) and not any(rank.killed for rank in world.spawned[2:])
 
@@ -239,9 +242,9 @@ def fetching(monkeypatch, answers: dict, now: list[float]):
             now[0] += answers[ref]
         return [f"the {ref}" for ref in refs]
 
-    monkeypatch.setattr(learner_actor, "get", get)
-    monkeypatch.setattr(learner_actor.time, "monotonic", lambda: now[0])
-    return learner_actor.LearnerActor(lambda files: None, 0, 1, whole_gpu=True)
+    monkeypatch.setattr(shells, "get", get)
+    monkeypatch.setattr(shells.time, "monotonic", lambda: now[0])
+    return shells.LearnerActor(lambda files: None, 0, 1, whole_gpu=True)
 
 
 def test_a_rank_says_which_of_its_objects_are_lost(monkeypatch):

@@ -43,14 +43,12 @@ def test_the_clock_of_a_queued_call_starts_when_its_actor_is_free(world):
 def test_what_a_dead_actor_had_in_hand_goes_to_others_and_nothing_else(world):
     dead, alive = world.actors("dead", "alive")
     pool = world.pool([dead, alive])
-    lost = []
-    pool.on_lost = lost.append
     submit(pool, *range(6))
     pool.pump()
     in_hand = [ref[1] for ref in dead.calls]
     world.die(dead)
     assert sorted(finish(world, pool)) == list(range(6))
-    assert sorted(lost) == sorted(in_hand)
+    assert sorted(world.lost) == sorted(in_hand)
     assert len(world.spawned) == 1 and pool.actors == [alive, world.spawned[0]]
     assert any("dead is gone" in text for text in world.said)
 
@@ -58,13 +56,11 @@ def test_what_a_dead_actor_had_in_hand_goes_to_others_and_nothing_else(world):
 def test_what_a_dying_actor_had_finished_is_kept(world):
     (dead,) = world.actors("dead")
     pool = world.pool([dead])
-    lost = []
-    pool.on_lost = lost.append
     submit(pool, *range(2))
     pool.pump()
     world.done.add(dead.calls[0])
     world.die(dead)
-    assert sorted(finish(world, pool)) == [0, 1] and lost == [1]
+    assert sorted(finish(world, pool)) == [0, 1] and world.lost == [1]
 
 
 def test_the_last_actor_may_die_too(world):
@@ -90,8 +86,8 @@ def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
 
 def test_a_chunk_that_kills_every_actor_ends_the_run_naming_it(world):
     pool = world.pool(world.actors("a"), attempts=3, in_flight=1)
-    submit(pool, 7)
-    with pytest.raises(ActorDied, match=r"tried 3 times, run\.chunk_attempts"):
+    pool.submit(7, "work", lambda: (7,), remedy="its prompts: 'a'; leave it out")
+    with pytest.raises(ActorDied, match=r"\(tried 3 times, run\.chunk_attempts\); its prompts: 'a'; leave it out"):
         for _ in range(20):
             pool.pump()
             for actor in pool.actors:
@@ -145,28 +141,6 @@ def test_what_remote_code_raises_is_never_tried_again(world):
     with pytest.raises(ZeroDivisionError):
         pool.pump()
     assert len(actor.calls) == 1 and not world.spawned
-
-
-def test_a_hopeless_chunk_that_is_taken_care_of_does_not_end_the_run(world):
-    pool = world.pool(world.actors("a"), attempts=2)
-    hopeless = []
-    pool.on_hopeless = lambda key, error: hopeless.append((key, type(error))) or True
-    submit(pool, 7, 8)
-    for _ in range(10):
-        pool.pump()
-        for actor in pool.actors:
-            if any(ref[1] == 7 and ref not in world.done for ref in actor.calls[:1]):
-                world.die(actor)
-        world.start_all()
-        if hopeless:
-            break
-    assert hopeless == [(7, ActorDied)]
-    assert finish(world, pool) == [8]  # what was queued behind it is not lost with it
-    submit(pool, 7)  # again, in another way: as if it had never been tried
-    pool.pump()
-    world.die(next(actor for actor in pool.actors if any(ref[1] == 7 for ref in actor.calls)))
-    pool.pump()
-    assert len(hopeless) == 1
 
 
 def test_work_submitted_first_is_given_first(world):

@@ -72,8 +72,6 @@ def test_a_silent_actor_gets_work_only_when_no_other_is_there(world):
 def test_if_all_are_silent_work_is_given_all_the_same_and_lost_at_no_cost(world):
     (silent,) = world.actors("silent")
     pool = world.pool([silent], attempts=1)
-    lost = []
-    pool.on_lost = lost.append
     silent.silent = True
     pool.pump()
     world.now = 3.0
@@ -82,7 +80,7 @@ def test_if_all_are_silent_work_is_given_all_the_same_and_lost_at_no_cost(world)
     assert [ref[1] for ref in silent.calls] == [0, 1]
     world.now = 11.0  # its calls still had time; its answer had not
     pool.pump()
-    assert world.killed == [silent] and lost == [0, 1]
+    assert world.killed == [silent] and world.lost == [0, 1]
     assert finish(world, pool) == [0, 1]
 
 

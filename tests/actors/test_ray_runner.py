@@ -10,6 +10,8 @@ from benchmarks import pipelines
 from learner.objectives.by_name import OBJECTIVES
 from learner.run import main
 
+pytestmark = pytest.mark.ray
+
 
 def lora(folder) -> list[bytes]:
     return [file.read_bytes() for file in sorted((folder / "checkpoints/latest/lora").iterdir())]

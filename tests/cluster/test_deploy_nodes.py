@@ -132,6 +132,7 @@ def slurm(environment, tmp_path):
         shutil.rmtree(rays, ignore_errors=True)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     process, rays = slurm(2, "--", sys.executable, str(tmp_path / "job.py"))
@@ -150,6 +151,7 @@ def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     assert gone(rays) and not Path(rays).exists()
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path):
     token = tmp_path / "home/.ray/auth_token"
@@ -192,6 +194,7 @@ def test_a_slurm_head_that_others_cannot_reach_is_refused(slurm, tmp_path):
     )
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_nodes_that_do_not_come_end_the_job_within_the_deadline(slurm, tmp_path):
     (tmp_path / "srun").write_text(
@@ -203,6 +206,7 @@ def test_nodes_that_do_not_come_end_the_job_within_the_deadline(slurm, tmp_path)
     assert gone(rays) and not Path(rays).exists()
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_skypilots_nodes_find_each_other_and_end_with_the_head(environment, tmp_path):
     script = yaml.safe_load((DEPLOY / "skypilot.yaml").read_text())["run"]

@@ -16,6 +16,8 @@ from learner.config import DEFAULT_CONFIG, ROOT
 from records.run_folder import Records
 from records.storage import Storage
 
+pytestmark = pytest.mark.ray
+
 # The demo, small enough for a test. The job runs it without arguments.
 SMALLER = {
     "train": {"epochs": 1, "trajectories": 32, "updates_per_epoch": 1},

@@ -12,7 +12,7 @@ from cluster.temp_folders import MARKER, VARIABLE, TemporaryFolder, sweep
 
 OWNER = """
 import os, subprocess, sys, time
-from learner.temporary import TemporaryFolder
+from cluster.temp_folders import TemporaryFolder
 folder = TemporaryFolder()
 with folder.marking():
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

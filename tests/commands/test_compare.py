@@ -3,93 +3,83 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from PIL import Image
 
 from commands.compare import main, pareto, table
 from commands.evaluate import Judged
-from learner.run import main as train
 
-SMALL = ("run.runner=inprocess", "sampler.chunk_size=4", "--images", "16")
+SMALL = ("run.runner=inprocess", "--images", "16")
 
 
 @pytest.fixture(scope="module")
-def runs(small_settings, tmp_path_factory):
+def runs(finished_run, tmp_path_factory):
+    """Two runs: `late` is the finished one, `early` the same after its first epoch."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, rate in (("gentle", "0.001"), ("rough", "0.5")):
-        settings = [*small_settings, "run.runner=inprocess", f"run.dir={folder / name}", "train.epochs=1",
-                    f"learner.learning_rate={rate}", "prompts.path=configs/prompts/shapes_common.txt"]  # fmt: skip
-        assert train(settings) == 0
+    for name in ("late", "early"):
+        shutil.copytree(finished_run, folder / name, symlinks=True)
+        about = json.loads((folder / name / "run.json").read_text()) | {"name": name}
+        (folder / name / "run.json").write_text(json.dumps(about))
+    shutil.rmtree(folder / "early/checkpoints/step-000002")
     return folder
 
 
-def compared(runs, tmp_path, *more) -> int:
-    out, cache = ("--out", str(tmp_path / "out")), ("--cache", str(runs / "cache"))
-    return main([str(runs / "gentle"), str(runs / "rough"), *SMALL, *out, *cache, *more])
+def compare(runs, other, tmp_path, *more) -> int:
+    places = ("--out", str(tmp_path / "out"), "--cache", str(runs / "cache"))
+    return main([str(runs / "late"), str(other), *SMALL, *places, *more])
 
 
 def test_a_table_and_two_pictures(runs, tmp_path, capsys):
-    assert compared(runs, tmp_path) == 0
+    assert compare(runs, runs / "early", tmp_path) == 0
     said, text = capsys.readouterr().out, (tmp_path / "out/comparison.md").read_text()
     assert text in said
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert {row[0] for row in rows} == {"gentle", "rough", "base model"} and rows[-1][0] == "base model"
+    assert {row[0] for row in rows} == {"early", "late", "base model"} and rows[-1][0] == "base model"
     assert head[:3] == ["adapter", "reward", "gain [95 %]"] and head[-1] == "CPU seconds"
     figures = {one["name"]: one for one in json.loads((tmp_path / "out/comparison.json").read_text())}
     best = max(figures.values(), key=lambda one: one["reward"]["value"])
     assert rows[0][0] == best["name"] and rows[0][1] == f"{best['reward']['value']:.4g}"
-    assert all(float(row[-1]) > 0 and row[-2] == "8" for row in rows[:2])
+    assert all(float(row[-1]) > 0 and row[-2] == {"early": "8", "late": "16"}[row[0]] for row in rows[:2])
     for column, name in (("accuracy", "accuracy"), ("Vendi", "vendi"), ("drift (fid)", "fid")):
         assert rows[-1][head.index(column)] == f"{best[name]['base']:.4g}"
     assert best["vendi"]["base"] != best["vendi"]["value"]
     for name in ("pareto.png", "sheet.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
-    assert figures["gentle"]["base_model"] == figures["rough"]["base_model"]
-    assert figures["gentle"]["fid"]["floor"] == figures["rough"]["fid"]["floor"]  # one and the same base set
+    assert figures["early"]["base_model"] == figures["late"]["base_model"]
+    assert figures["early"]["fid"]["floor"] == figures["late"]["fid"]["floor"]  # one and the same base set
 
 
-@pytest.mark.parametrize("key", ["sampler.guidance", "evaluation.seed", "reward.name"])
-def test_what_was_not_judged_alike_is_refused(key, runs, tmp_path, small_settings, capsys):
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("sampler.guidance", "2.0", "sampler.guidance=2.0"), ("evaluation.seed", "9", "evaluation.seed=9"),
+        ("reward.name", "jpeg_compressibility", "reward.name=jpeg_compressibility"),
+        ("prompts.path", "configs/prompts/shapes_common.txt", None),
+    ],
+)  # fmt: skip
+def test_what_was_not_judged_alike_is_refused(key, value, remedy, runs, tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(runs / "rough", other)
-    value = {"sampler.guidance": "2.0", "evaluation.seed": "9", "reward.name": "jpeg_compressibility"}[key]
+    shutil.copytree(runs / "late", other)
     section, leaf = key.split(".")
-    import yaml
-
     tree = yaml.safe_load((other / "config.yaml").read_text())
     tree[section][leaf] = yaml.safe_load(value)
     (other / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert main([str(runs / "gentle"), str(other), *SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert compare(runs, other, tmp_path) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert f"{key}: " in said and f"give {key}=... for all" in said and not (tmp_path / "out").exists()
-    assert main([str(runs / "gentle"), str(other), *SMALL, f"{key}={value}", "--out", str(tmp_path / "out"),
-                 "--cache", str(runs / "cache")]) == 0  # fmt: skip
-
-
-def test_other_prompts_are_refused(runs, tmp_path, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(runs / "rough", other)
-    text = (other / "config.yaml").read_text().replace("shapes_common.txt", "shapes_placed.txt")
-    (other / "config.yaml").write_text(text)
-    out = ("--out", str(tmp_path / "out"))
-    assert main([str(runs / "gentle"), str(other), *SMALL, *out]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "give --prompts FILE for all" in said and not (tmp_path / "out").exists()
+    words = (f"{key}: ", f"give {key}=... for all") if remedy else ("give --prompts FILE for all",)
+    assert all(word in said for word in words) and not (tmp_path / "out").exists()
+    if remedy:
+        assert compare(runs, other, tmp_path, remedy) == 0
 
 
 def judged(name, reward, cost=True) -> Judged:
     figure = {"value": reward, "low": reward - 0.1, "high": reward + 0.1, "base": 0.5, "floor": 0.01}
     more = {"gain": reward - 0.5, "gain_low": reward - 0.6, "gain_high": reward - 0.4}
-
-    class Target:
-        pass
-
-    target = Target()
-    target.name, target.config = name, Target()
-    target.config.reward = Target()
-    target.config.reward.name = "beauty"
+    target = SimpleNamespace(name=name, config=SimpleNamespace(reward=SimpleNamespace(name="beauty")))
     figures = {"reward": {**figure, **more}, "held_out": {}, "accuracy": None, "vendi": figure, "distance": figure,
                "fid": figure, "trajectories_trained": 100, "seconds": 10.0}  # fmt: skip
     return Judged(target, figures | ({"gpus": 8, "cpus": 64} if cost else {}), {})
@@ -113,5 +103,5 @@ def test_diversity_in_the_picture_is_that_within_a_prompt():
 
 
 def test_a_picture_is_drawn_of_whatever_is_known():
-    for given in ([judged("a", 0.6)], [judged("a", 0.6, cost=False), judged("b", 0.7)]):
-        assert Image.open(io.BytesIO(pareto(given))).format == "PNG"
+    for known in ([judged("a", 0.6)], [judged("a", 0.6, cost=False), judged("b", 0.7)]):
+        assert Image.open(io.BytesIO(pareto(known))).format == "PNG"

@@ -9,53 +9,53 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from commands import evaluate
 from commands.evaluate import main
 from diffusion import lora_files
 from evaluation import image_sets
-from evaluation.intervals import paired_interval
+from evaluation.adapters import find, split
+from evaluation.metrics import paired_interval
 from learner.inprocess import InProcessPools
-from learner.run import main as train
 from records.run_folder import Records
 from records.storage import Storage
 from reports import html
 
 KEYS = {"reward", "vendi", "vendi_per_prompt", "distance", "fid", "kid", "fid_per_prompt", "accuracy", "held_out"}
-SMALL = ("run.runner=inprocess", "sampler.chunk_size=4")
-
-
-@pytest.fixture(scope="module")
-def finished(small_settings, tmp_path_factory):
-    """A run of two epochs whose adapter was made to do something."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    settings = [
-        *small_settings, "run.runner=inprocess", f"run.dir={folder}", "learner.learning_rate=0.3",
-        "evaluation.held_out=[jpeg_incompressibility]", "prompts.path=configs/prompts/shapes_common.txt",
-    ]  # fmt: skip
-    assert train(settings) == 0
-    return folder
+SMALL = ("run.runner=inprocess", "evaluation.held_out=[jpeg_incompressibility]")
 
 
 @pytest.fixture
-def run(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
+def run(finished_run, tmp_path):
+    return Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
 
 
-def judge(run, tmp_path, *more, cache="cache") -> int:
-    return main([str(run), "--images", "24", "--cache", str(tmp_path / cache), *SMALL, *more])
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of finished pictures, for all tests that do not watch them being made."""
+    return tmp_path_factory.mktemp("cache")
 
 
-def found(run) -> dict:
+@pytest.fixture
+def judge(run, cache):
+    """Judge the run, or `source`."""
+
+    def go(*more, source=run, cache=cache) -> int:
+        return main([str(source), "--images", "24", "--cache", str(cache), *SMALL, *map(str, more)])
+
+    return go
+
+
+def figures_of(run) -> dict:
     (file,) = (run / "evaluation").glob("step-*.json")
     return json.loads(file.read_text())
 
 
-def test_a_run_is_judged(run, tmp_path, capsys):
-    assert judge(run, tmp_path) == 0
-    figures, said = found(run), capsys.readouterr().out
+def test_a_run_is_judged(run, judge, capsys):
+    assert judge() == 0
+    figures, said = figures_of(run), capsys.readouterr().out
     assert set(figures) >= KEYS and figures["epochs_done"] == 2 and figures["trajectories_trained"] == 16
     (checkpoint,) = (run / "checkpoints").glob("step-000002")
     assert figures["adapter_sha256"] == json.loads((checkpoint / "state.json").read_text())["adapter_sha256"]
@@ -73,9 +73,9 @@ def test_a_run_is_judged(run, tmp_path, capsys):
     assert (run / "evaluation/step-000002.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_runs_report_has_the_figures(run, tmp_path, capsys, monkeypatch):
+def test_the_runs_report_has_the_figures(run, judge, capsys, monkeypatch):
     before = (run / "report.html").read_text()
-    assert judge(run, tmp_path) == 0 and capsys.readouterr().err == ""
+    assert judge() == 0 and capsys.readouterr().err == ""
     after = (run / "report.html").read_text()
     assert "against itself, drawn with other seeds" in after and "against itself, drawn with other seeds" not in before
 
@@ -83,10 +83,10 @@ def test_the_runs_report_has_the_figures(run, tmp_path, capsys, monkeypatch):
         raise ZeroDivisionError("no page")
 
     monkeypatch.setattr(html, "render", broken)
-    assert judge(run, tmp_path) == 0
+    assert judge() == 0
     assert "report.html is without these figures: ZeroDivisionError: no page" in capsys.readouterr().err
     (run / "report.html").unlink()  # a run that drew none keeps none
-    assert judge(run, tmp_path) == 0 and not (run / "report.html").exists()
+    assert judge() == 0 and not (run / "report.html").exists()
 
 
 def test_the_report_is_of_the_run_as_it_is_when_the_judging_is_done(run):
@@ -107,21 +107,21 @@ def test_the_report_is_of_the_run_as_it_is_when_the_judging_is_done(run):
     assert "is without these figures" in said[0]
 
 
-def test_the_same_figures_every_time_and_from_the_cache_at_once(run, tmp_path, monkeypatch):
-    assert judge(run, tmp_path, cache="one") == 0
-    first = found(run)
-    assert judge(run, tmp_path, cache="two") == 0
-    assert found(run) == first
+def test_the_same_figures_every_time_and_from_the_cache_at_once(run, judge, tmp_path, monkeypatch):
+    assert judge(cache=tmp_path / "one") == 0
+    first = figures_of(run)
+    assert judge() == 0
+    assert figures_of(run) == first
     monkeypatch.setattr(InProcessPools, "__init__", lambda self, config: pytest.fail("nothing is to be made"))
-    assert judge(run, tmp_path, cache="one") == 0
-    assert found(run) == first
+    assert judge(cache=tmp_path / "one") == 0
+    assert figures_of(run) == first
 
 
-def test_base_and_tuned_are_paired_by_noise_and_the_other_set_is_not(run, tmp_path):
-    assert judge(run, tmp_path) == 0
+def test_base_and_tuned_are_paired_by_noise_and_the_other_set_is_not(run, judge, tmp_path):
+    assert judge(cache=tmp_path / "cache") == 0
     sets = [pq.read_table(folder).to_pylist() for folder in sorted((tmp_path / "cache/evaluation").iterdir())]
     assert len(sets) == 3
-    figures, mine = found(run), pq.read_table(run / "evaluation/step-000002.parquet")["reward"].to_numpy()
+    figures, mine = figures_of(run), pq.read_table(run / "evaluation/step-000002.parquet")["reward"].to_numpy()
     others = [np.array([row["reward"] for row in rows]) for rows in sets]
     bases = [one for one in others if not np.array_equal(one, mine)]
     assert len(bases) == 2
@@ -139,7 +139,7 @@ def test_the_training_runs_own_evaluation_is_the_same_pictures(run, tmp_path):
     assert now["prompt"].to_pylist() == then["prompt"] and now["reward"].to_pylist() == pytest.approx(then["reward"])
 
 
-def test_a_stopped_judgement_goes_on(run, tmp_path, monkeypatch, capsys):
+def test_a_stopped_judgement_goes_on(run, judge, tmp_path, monkeypatch, capsys):
     real, made = InProcessPools.judge, []
 
     def judge_some(self, snapshot, chunks, done):
@@ -152,31 +152,30 @@ def test_a_stopped_judgement_goes_on(run, tmp_path, monkeypatch, capsys):
         real(self, snapshot, chunks, stop)
 
     monkeypatch.setattr(InProcessPools, "judge", judge_some)
-    assert judge(run, tmp_path) == 130
+    assert judge(cache=tmp_path / "cache") == 130
     assert "the same command goes on" in capsys.readouterr().err and not list((run / "evaluation").glob("step-*"))
     monkeypatch.setattr(InProcessPools, "judge", lambda *given: (made.append("again"), real(*given))[1])
-    assert judge(run, tmp_path, "--step", "2") == 0
+    assert judge("--step", 2, cache=tmp_path / "cache") == 0
     assert made[:8] == [0, 1, 2, 3, 4, 5, 0, 1]
-    interrupted = found(run)
-    assert judge(run, tmp_path, cache="fresh") == 0
-    assert found(run) == interrupted
+    interrupted = figures_of(run)
+    assert judge() == 0
+    assert figures_of(run) == interrupted
 
 
-def test_a_lora_of_its_own_is_judged_like_the_runs(run, tmp_path, tiny_pipeline):
-    assert judge(run, tmp_path) == 0
+def test_a_lora_of_its_own_is_judged_like_the_runs(run, judge, tmp_path):
+    assert judge() == 0
     for source in (run / "checkpoints/latest/lora", run / "checkpoints/latest/lora/kohya.safetensors"):
         out = tmp_path / source.name
-        arguments = [str(source), "--config", str(run / "config.yaml"), "--images", "24", "--out", str(out)]
-        assert main([*arguments, "--cache", str(tmp_path / "cache"), *SMALL]) == 0
+        assert judge("--config", run / "config.yaml", "--out", out, source=source) == 0
         (file,) = out.glob("*.json")
         figures = json.loads(file.read_text())
         for name in KEYS:
-            assert figures[name] == found(run)[name]
+            assert figures[name] == figures_of(run)[name]
 
 
 def test_two_runs_share_their_base_models_pictures(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    shutil.copytree(run, other)
+    shutil.copytree(run, other, symlinks=True)
     made, real = [], InProcessPools.judge
 
     def count(self, snapshot, chunks, done):
@@ -186,7 +185,7 @@ def test_two_runs_share_their_base_models_pictures(run, tmp_path, monkeypatch):
     monkeypatch.setattr(InProcessPools, "judge", count)
     assert main([str(run), str(other), "--images", "8", "--cache", str(tmp_path / "cache"), *SMALL]) == 0
     assert [chunks for _, chunks in made] == [2, 2, 2]  # the second run's are all there
-    assert found(run) == found(other)
+    assert figures_of(run) == figures_of(other)
 
 
 def refused(capsys, *arguments) -> str:
@@ -232,26 +231,20 @@ def test_all_faults_are_said_at_once(run, tmp_path, capsys):
         assert word in said or word == "images: 7 is not a multiple"  # said once the values are sound
     assert main([str(run), "--images", "7", *SMALL]) == 2
     assert "evaluation.images: 7 is not a multiple of sampler.chunk_size 4" in capsys.readouterr().err
-    assert main([str(run), "evaluation.held_out=[beauty]", *SMALL]) == 2
+    assert main([str(run), *SMALL, "evaluation.held_out=[beauty]"]) == 2
     assert "evaluation.held_out[0] (beauty)" in capsys.readouterr().err
     assert main([*SMALL]) == 2
     assert "name a run or a LoRA" in capsys.readouterr().err
 
 
-def test_a_base_models_own_adapter_has_the_floors_as_figures(run, tmp_path):
+def test_a_base_models_own_adapter_has_the_floors_as_figures(run, judge, tmp_path):
     """An adapter of zeros: its pictures are the base model's."""
-    lora = run / "checkpoints/latest/lora/pytorch_lora_weights.safetensors"
-    read = lora_files.read(lora)
-    assert read.flat.any()
-    state = {name: torch.zeros_like(value) for name, value in load_file(lora).items()}
-    from safetensors import safe_open
-
+    lora, nothing = run / "checkpoints/latest/lora/pytorch_lora_weights.safetensors", tmp_path / "nothing.safetensors"
+    assert lora_files.read(lora).flat.any()
     with safe_open(str(lora), "pt") as opened:
         metadata = opened.metadata()
-    nothing = tmp_path / "nothing.safetensors"
-    save_file(state, nothing, metadata=metadata)
-    arguments = [str(nothing), "--config", str(run / "config.yaml"), "--images", "24", "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--cache", str(tmp_path / "cache"), *SMALL]) == 0
+    save_file({name: torch.zeros_like(value) for name, value in load_file(lora).items()}, nothing, metadata=metadata)
+    assert judge("--config", run / "config.yaml", "--out", tmp_path / "out", source=nothing) == 0
     figures = json.loads((tmp_path / "out/nothing.json").read_text())
     for name in ("fid", "kid"):
         assert figures[name]["value"] == figures[name]["floor"]
@@ -262,9 +255,7 @@ def test_the_cache_knows_a_model_that_was_changed_in_place(run, tmp_path, tiny_p
     copy = tmp_path / "model"
     shutil.copytree(tiny_pipeline, copy)
     args = evaluate.parser("evaluate", "").parse_intermixed_args([str(run), "--base", str(copy), *SMALL])
-    from evaluation.adapters import find, split
-
-    (target,) = find(*split(args.given), args)
+    (target,) = find(*split(args.names), args)
     before = target.sets()["base"].key
     assert target.sets()["base"].key == before and isinstance(target.sets()["base"], image_sets.ImageSet)
     weights = next((copy / "unet").glob("*.safetensors"))

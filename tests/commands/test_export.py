@@ -20,7 +20,7 @@ from diffusion.base_model import BaseModel, Decoder
 from diffusion.rollout import Sampler
 from diffusion.trajectory import Chunk
 from evaluation import finished_run
-from evaluation.intervals import paired_interval
+from evaluation.metrics import paired_interval
 from learner.run import main as run_main
 from records import checkpoint
 from records.storage import Storage

@@ -14,16 +14,7 @@ from commands import generate
 from diffusion import lora
 from diffusion.loading import load_model
 from learner.config import Config, load_config
-from learner.run import main as run_main
 from reports import pictures as sheets
-
-
-@pytest.fixture(scope="module")
-def run(small_settings, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    learning = ("lora.alpha=3", "learner.learning_rate=0.05", "run.runner=inprocess", "evaluation.seed=5")
-    assert run_main([*small_settings, *learning, f"run.dir={folder}"]) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +39,9 @@ def pictures(folder, label, prompt=1) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
-def evaluated(run, epoch) -> tuple[list[str], np.ndarray]:
+def evaluated(finished_run, epoch) -> tuple[list[str], np.ndarray]:
     """Prompts and pictures of the run's fixed images."""
-    table = pq.read_table(run / f"evaluation/epoch-{epoch}.parquet", columns=["prompt", "thumbnail_png"])
+    table = pq.read_table(finished_run / f"evaluation/epoch-{epoch}.parquet", columns=["prompt", "thumbnail_png"])
     shown = [np.asarray(Image.open(io.BytesIO(one))) for one in table["thumbnail_png"].to_pylist()]
     return table["prompt"].to_pylist(), np.stack(shown)
 
@@ -59,22 +50,26 @@ def differ(one, other) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
+def draw(*arguments) -> int:
+    return generate.main([str(argument) for argument in arguments])
+
+
 def refused(capsys, *arguments) -> str:
     capsys.readouterr()
-    assert generate.main([str(argument) for argument in arguments]) == 2
+    assert draw(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("learner.generate: ") and captured.err.count("\n") == 1
     return captured.err
 
 
-def test_the_pictures_are_those_of_the_runs_evaluation(run, tmp_path, capsys):
-    prompts, after = evaluated(run, "000001")
-    _, before = evaluated(run, "before")
+def test_the_pictures_are_those_of_the_runs_evaluation(finished_run, tmp_path, capsys):
+    prompts, after = evaluated(finished_run, "000001")
+    _, before = evaluated(finished_run, "before")
     assert after.shape[1:] == (64, 64, 3) and len(set(prompts)) > 1
     out = tmp_path / "grid.png"
     asked = [word for prompt in dict.fromkeys(prompts) for word in ("--prompt", prompt)]
-    command = ["--lora", str(run), *asked, "--out", str(out), "--separate", str(tmp_path / "each")]
-    assert generate.main(command) == 0
+    command = ["--lora", str(finished_run), *asked, "--out", str(out), "--separate", str(tmp_path / "each")]
+    assert draw(*command) == 0
     assert capsys.readouterr().out == f"{out}\n"
     for row, prompt in enumerate(prompts):
         number = list(dict.fromkeys(prompts)).index(prompt) + 1
@@ -86,7 +81,7 @@ def test_the_pictures_are_those_of_the_runs_evaluation(run, tmp_path, capsys):
     sheet = Image.open(out)
     assert sheet.getpixel((0, 0)) == sheet.getpixel((sheet.width - 1, sheet.height - 1)) == (255, 255, 255)
     again = (tmp_path / "grid.png").read_bytes()
-    assert generate.main(command) == 0 and out.read_bytes() == again
+    assert draw(*command) == 0 and out.read_bytes() == again
 
 
 def test_the_sheet_shows_both_rows_where_they_belong():
@@ -114,48 +109,46 @@ def test_the_sheet_shows_both_rows_where_they_belong():
     assert sheets._wrapped("x" * 500, 300, 17, 3)[0].startswith("xxx")
 
 
-def test_wherever_the_lora_lies_it_is_the_same(run, tmp_path, small_settings, capsys):
-    base = next(one for one in small_settings if one.startswith("model.path=")).removeprefix("model.path=")
+def test_wherever_the_lora_lies_it_is_the_same(finished_run, tmp_path, tiny_pipeline, capsys):
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(run / "checkpoints/step-000002/lora", elsewhere)
-    given = ("--base", base, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5")
+    shutil.copytree(finished_run / "checkpoints/step-000002/lora", elsewhere)
+    given = ("--base", tiny_pipeline, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5")
     sheets = {}
     for place, more in (
-        (run, ()),
-        (run / "checkpoints/latest", ()),
-        (run / "checkpoints/step-000002/lora", ()),
-        (run / "checkpoints/step-000002/lora" / lora.KOHYA_FILE, ()),
+        (finished_run, ()),
+        (finished_run / "checkpoints/latest", ()),
+        (finished_run / "checkpoints/step-000002/lora", ()),
+        (finished_run / "checkpoints/step-000002/lora" / lora.KOHYA_FILE, ()),
         (elsewhere, given),
-        (run, ("--step", "1")),
-        (run, ("--seed", "6")),
-        (run, ("--eta", "0.5")),
-        (run, ("--guidance", "1")),
-        (run, ("--steps", "5")),
+        (finished_run, ("--step", "1")),
+        (finished_run, ("--seed", "6")),
+        (finished_run, ("--eta", "0.5")),
+        (finished_run, ("--guidance", "1")),
+        (finished_run, ("--steps", "5")),
     ):
         folder = tmp_path / f"each-{len(sheets)}"
         command = ["--lora", place, "--prompt", "a red ring", "--images", "1", "--separate", folder, *more]
-        assert generate.main([str(word) for word in [*command, "--out", tmp_path / "grid.png"]]) == 0
+        assert draw(*command, "--out", tmp_path / "grid.png") == 0
         sheets[place, more] = pictures(folder, "tuned").tobytes()
     drawn = list(sheets.values())
     assert len(set(drawn[:5])) == 1 and len(set(drawn)) == 6
 
 
-def test_without_a_lora_the_base_model_draws_alone(run, tmp_path, small_settings, capsys):
-    base = next(one for one in small_settings if one.startswith("model.path=")).removeprefix("model.path=")
+def test_without_a_lora_the_base_model_draws_alone(finished_run, tmp_path, tiny_pipeline, capsys):
     ask = ["--prompt", "a red ring", "--images", "2", "--out", tmp_path / "grid.png", "--separate"]
-    given = ["--base", base, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5"]
-    assert generate.main([str(word) for word in [*ask, tmp_path / "alone", *given]]) == 0
+    given = ["--base", tiny_pipeline, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5"]
+    assert draw(*ask, tmp_path / "alone", *given) == 0
     alone = Image.open(tmp_path / "grid.png").height
-    assert generate.main([str(word) for word in ["--lora", run, *ask, tmp_path / "both"]]) == 0
+    assert draw("--lora", finished_run, *ask, tmp_path / "both") == 0
     assert np.array_equal(pictures(tmp_path / "alone", "base"), pictures(tmp_path / "both", "base"))
     assert not list((tmp_path / "alone").glob("*tuned*")) and alone < Image.open(tmp_path / "grid.png").height
     assert "--step: of which run?" in refused(capsys, "--prompt", "a ring", "--step", "1", "--out", tmp_path / "g.png")
 
 
-def test_more_images_than_a_chunk_and_other_prompts_change_nothing(run, tmp_path):
+def test_more_images_than_a_chunk_and_other_prompts_change_nothing(finished_run, tmp_path):
     for name, words in (("many", ("--prompt", "a pink cross", "--images", "6")), ("few", ("--images", "4"))):
-        command = ["--lora", run, *words, "--prompt", "a red ring", "--out", tmp_path / "g.png"]
-        assert generate.main([str(word) for word in [*command, "--separate", tmp_path / name]]) == 0
+        command = ["--lora", finished_run, *words, "--prompt", "a red ring", "--out", tmp_path / "g.png"]
+        assert draw(*command, "--separate", tmp_path / name) == 0
     assert len({picture.tobytes() for picture in pictures(tmp_path / "many", "base", 2)}) == 6
     for label in sheets.LABELS:
         assert np.array_equal(pictures(tmp_path / "many", label, 2)[:4], pictures(tmp_path / "few", label))
@@ -164,7 +157,7 @@ def test_more_images_than_a_chunk_and_other_prompts_change_nothing(run, tmp_path
 def test_a_model_without_text(without_text, tmp_path, capsys):
     base, folder = without_text
     command = ["--lora", folder, "--base", base, "--images", "2", "--steps", "4", "--separate", tmp_path / "each"]
-    assert generate.main([str(word) for word in [*command, "--out", tmp_path / "grid.png"]]) == 0
+    assert draw(*command, "--out", tmp_path / "grid.png") == 0
     assert differ(pictures(tmp_path / "each", "base"), pictures(tmp_path / "each", "tuned")) > 5
     assert "takes no text" in refused(capsys, *command, "--out", tmp_path / "g.png", "--prompt", "a ring")
 
@@ -178,28 +171,28 @@ def test_settings_of_a_run_of_the_demo_and_of_another_model():
     assert (given.sampler.guidance, given.sampler.eta, given.lora.rank) == (2, 0.5, 8)
 
 
-def test_what_cannot_be_drawn_is_refused(run, without_text, tmp_path, capsys):
+def test_what_cannot_be_drawn_is_refused(finished_run, without_text, tmp_path, capsys):
     grid, prompt = ("--out", tmp_path / "grid.png"), ("--prompt", "a ring")
     damaged = tmp_path / "cut.safetensors"
-    damaged.write_bytes((run / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE).read_bytes()[:-100])
+    damaged.write_bytes((finished_run / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE).read_bytes()[:-100])
     for arguments, message in (
         (("--lora", tmp_path / "nothing", *prompt, *grid), "no such file or folder"),
         (("--lora", f"memory://{tmp_path.name}/nothing", *prompt, *grid), "there is no run.json"),
         (("--lora", damaged, *prompt, *grid), "no whole safetensors file"),
-        (("--lora", without_text[1], "--base", run, *grid), "no model_index.json"),
+        (("--lora", without_text[1], "--base", finished_run, *grid), "no model_index.json"),
         (("--lora", without_text[1], *prompt, *grid), "LoRA of another base model"),
-        (("--lora", run, "--base", without_text[0], *grid), "LoRA of another base model"),
-        (("--lora", run, "--base", "/gone/model", *prompt, *grid), "no such folder: /gone/model"),
-        (("--lora", run, "--step", "7", *prompt, *grid), "there are 0, 1, 2"),
+        (("--lora", finished_run, "--base", without_text[0], *grid), "LoRA of another base model"),
+        (("--lora", finished_run, "--base", "/gone/model", *prompt, *grid), "no such folder: /gone/model"),
+        (("--lora", finished_run, "--step", "7", *prompt, *grid), "there are 0, 1, 2"),
         (("--lora", damaged, "--step", "7", *prompt, *grid), "--step"),
-        (("--lora", run, *prompt, "--out", tmp_path / "grid.jpg"), "is no .png file"),
-        (("--lora", run, *prompt, "--out", tmp_path / "none" / "grid.png"), "there is no folder"),
-        (("--lora", run, *grid), "--prompt: what shall be drawn"),
-        (("--lora", run, *prompt, *grid, "--images", "0"), "--images"),
-        (("--lora", run, *prompt, *grid, "--seed", "-1"), "--seed"),
-        (("--lora", run, *prompt, *grid, "--steps", "1"), "--steps"),
-        (("--lora", run, *prompt, *grid, "--eta", "0"), "--eta"),
-        (("--lora", run, *prompt, *grid, "--guidance", "0.5"), "--guidance"),
+        (("--lora", finished_run, *prompt, "--out", tmp_path / "grid.jpg"), "is no .png file"),
+        (("--lora", finished_run, *prompt, "--out", tmp_path / "none" / "grid.png"), "there is no folder"),
+        (("--lora", finished_run, *grid), "--prompt: what shall be drawn"),
+        (("--lora", finished_run, *prompt, *grid, "--images", "0"), "--images"),
+        (("--lora", finished_run, *prompt, *grid, "--seed", "-1"), "--seed"),
+        (("--lora", finished_run, *prompt, *grid, "--steps", "1"), "--steps"),
+        (("--lora", finished_run, *prompt, *grid, "--eta", "0"), "--eta"),
+        (("--lora", finished_run, *prompt, *grid, "--guidance", "0.5"), "--guidance"),
     ):
         assert message in refused(capsys, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors"]
@@ -209,5 +202,5 @@ def test_a_lora_without_alpha_is_drawn_with_a_warning(without_text, tmp_path, ca
     base, folder = without_text
     shutil.copy(folder / lora.PEFT_FILES[1], tmp_path)
     command = ["--lora", tmp_path, "--base", base, "--images", "1", "--steps", "4", "--out", tmp_path / "grid.png"]
-    assert generate.main([str(word) for word in command]) == 0
+    assert draw(*command) == 0
     assert "warning" in (said := capsys.readouterr().err) and "does not say its alpha" in said

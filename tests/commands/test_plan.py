@@ -8,9 +8,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from cluster.nodes import Node
-from cluster.placement import place
+from cluster.placement import Wish, place
 from commands import plan
-from commands.reward_cost import reward_cost
 from learner import build
 from learner.config import load_config
 from learner.config.sections import RewardConfig
@@ -29,11 +28,7 @@ from learner.state import LEARNER_FILE, replay_file
 )
 def test_counts_and_bytes_are_those_of_a_real_epoch(small_config, overrides):
     config = small_config("run.runner=inprocess", "flow.replay_epochs=1", *overrides)
-    sampler, scorer, learner = (
-        build.build_sampler(config),
-        build.build_scorer(config),
-        build.build_learner(config),
-    )
+    sampler, scorer, learner = build.build_sampler(config), build.build_scorer(config), build.build_learner(config)
     made = []
     for chunk in training_chunks(config, ["a red circle", "a blue ring"], 0):
         trajectories, clean = sampler.sample(chunk, learner.published)
@@ -67,23 +62,14 @@ def test_flops_of_a_known_network_are_the_published_ones():
 def test_the_plan_is_text_and_nothing_starts(small_settings, tmp_path, capsys):
     assert main([*small_settings, f"run.dir={tmp_path / 'run'}", "--plan"]) == 0
     said = capsys.readouterr().out
-    for word in (
-        str(tmp_path / "run"),
-        "samplers",
-        "learner rank",
-        "trajectories",
-        "updates",
-        "FLOP",
-        "object store",
-        "disk",
-    ):
-        assert word in said
+    words = "samplers", "learner rank", "trajectories", "updates", "FLOP", "object store", "disk"
+    assert all(word in said for word in (str(tmp_path / "run"), *words))
     assert not (tmp_path / "run").exists()
 
 
 def test_resources_of_actors_are_shown():
     config = load_config()
-    placement = place(2, 1, 2, 2, [Node("here", 16.0, 8.0)])
+    placement = place([Wish(2), Wish(1), Wish(2)], 2, [Node("here", 16.0, 8.0)])
     said = plan.describe(config, placement, {"CPU": 16.0, "GPU": 8.0}, "here")
     assert "2 learner ranks, each 1 CPU, 1 GPU" in said
     assert np.isfinite(plan.work(config, plan.costs(config), 2).training)
@@ -105,12 +91,12 @@ def test_flops_count_every_pass_of_a_network(small_config):
 
 def test_reward_models_cost_what_their_sizes_say():
     """ViT-H/14 is 0.33 TFLOP an image, HPSv2's text tower 0.05 more; ViT-L/14 0.16, ViT-L/16 0.12 and a BERT."""
-    cost = {name: reward_cost(RewardConfig(name=name)) for name in ("hpsv2", "aesthetic", "imagereward")}
+    cost = {name: plan.reward_cost(RewardConfig(name=name)) for name in ("hpsv2", "aesthetic", "imagereward")}
     assert cost["hpsv2"] == pytest.approx(0.38e12, rel=0.03)
     assert cost["aesthetic"] == pytest.approx(0.16e12, rel=0.05)
     assert cost["imagereward"] == pytest.approx(0.135e12, rel=0.05)
-    assert reward_cost(RewardConfig(name="jpeg_compressibility")) == 0
-    assert reward_cost(RewardConfig(name="mine:own")) is None
+    assert plan.reward_cost(RewardConfig(name="jpeg_compressibility")) == 0
+    assert plan.reward_cost(RewardConfig(name="mine:own")) is None
 
 
 def test_the_published_way_costs_what_its_passes_do(small_config):

@@ -1,12 +1,14 @@
 """The look at a run from outside: what it says in each state, and the sign of life that it rests on."""
 
 import errno
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -52,12 +54,17 @@ def at_once(monkeypatch):
 def beating(storage, uri: str | None = None, quiet_seconds: float = 30.0) -> Heartbeat:
     """Of a run that is going on."""
     beat = Heartbeat(storage, 10, uri, quiet_seconds)
-    beat.running(lambda: VITALS, turns=False)
+    beat.running(lambda: asdict(VITALS), turns=False)
     return beat
 
 
 def look(storage, later: float = 0.0) -> dict:
     return status.look(storage, time.time() + later)
+
+
+def text_of(found: dict) -> str:
+    status.show(found, file := io.StringIO())
+    return file.getvalue()
 
 
 def edit(storage, **facts) -> None:
@@ -75,7 +82,7 @@ def test_a_run_that_goes_on(storage, at_once):
     assert (found["epoch_seconds"], found["seconds_left"]) == (8.0, 56.0)
     assert (found["lost_trajectories"], found["events"], len(found["last_events"])) == (12, 12, heartbeat.EVENTS)
     assert found["staleness"] == [0.5, 1] and found["waiting"] == {"sampler": 5, "scorer": 0}
-    text = status.render(found)
+    text = text_of(found)
     for words in (
         f"running by process {os.getpid()} on {socket.gethostname()} since 20",
         "3 of 10 epochs done, sampling and scoring 3/8; step 6, policy version 3; 8 s an epoch, about 56 s left",
@@ -97,13 +104,13 @@ def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
     assert look(storage, least - 2)["state"] == "running"
     found = look(storage, least + 100)
     assert found["state"] == "silent" and found["seconds_left"] is None
-    assert f"no sign of life for {round((least + 100) / 60)} min from process {os.getpid()}" in status.render(found)
+    assert f"no sign of life for {round((least + 100) / 60)} min from process {os.getpid()}" in text_of(found)
 
 
 def test_turns_shorten_the_silence_that_is_allowed_and_starting_prolongs_it(storage):
     beat = Heartbeat(storage, 10, None, 1000.0)
     assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
-    beat.running(lambda: VITALS, turns=True)
+    beat.running(lambda: asdict(VITALS), turns=True)
     assert look(storage, 900)["state"] == "silent"
 
 
@@ -113,7 +120,7 @@ def test_a_process_of_this_machine_that_is_gone_is_known_at_once(storage):
     beating(storage)
     edit(storage, process=process.pid)
     found = look(storage)
-    assert found["state"] == "gone" and "the same command goes on" in status.render(found)
+    assert found["state"] == "gone" and "the same command goes on" in text_of(found)
     edit(storage, host="another")
     assert look(storage)["state"] == "running"
 
@@ -129,7 +136,7 @@ def test_how_it_ended(storage, state, reason, words):
     beating(storage).end(state, reason)
     found = look(storage, 10_000)
     assert found["state"] == state and found["actors"] is None
-    assert words in status.render(found)
+    assert words in text_of(found)
 
 
 def test_a_finished_run_whose_driver_had_no_time_to_say_so_is_finished(storage):
@@ -140,7 +147,7 @@ def test_a_finished_run_whose_driver_had_no_time_to_say_so_is_finished(storage):
 
 def test_a_run_without_a_sign_of_life(storage):
     found = look(storage)
-    assert found["state"] == "unknown" and found["epochs"] is None and "3 epochs done" in status.render(found)
+    assert found["state"] == "unknown" and found["epochs"] is None and "3 epochs done" in text_of(found)
 
 
 def test_writes_are_rare_but_for_an_epochs_end(storage, monkeypatch):
@@ -194,11 +201,20 @@ def test_what_is_no_run_is_said_in_one_line(place, tmp_path, capsys):
     assert said.startswith("learner.status: ") and ("give a run's directory" in said or "nosuch" in place)
 
 
-def test_it_needs_neither_ray_nor_torch():
-    """Else a look takes seconds."""
-    code = "import sys, commands.status; print([name for name in ('ray', 'torch', 'mlflow') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[]", done.stderr
+def test_texts_of_others_are_neither_markup_nor_control_codes(storage, at_once):
+    beat = beating(storage)
+    beat.event("[red]sampler[/red] :bomb: \x1b[2J died at /a/very/long/path" + "/x" * 100)
+    beat.end("failed", "[bold]no[/bold]")
+    text = text_of(look(storage))
+    assert "[red]sampler[/red] :bomb:  [2J died" in text and "/x" * 100 + "\n" in text and "[bold]no[/bold]" in text
+    assert "\x1b" not in text
+
+
+def test_a_terminal_gets_colours(storage, monkeypatch, capsys):
+    beating(storage).end("failed", "no")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text_in_colour = text_of(look(storage))
+    assert "\x1b[31mfailed" in text_in_colour
 
 
 @pytest.fixture

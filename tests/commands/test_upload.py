@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -17,10 +18,12 @@ import mlflow.diffusers
 import pytest
 
 from commands import upload
+from learner.config import saved_config
 from learner.inprocess import InProcessRunner
 from learner.run import main
 from records.run_folder import Records
 from records.storage import Storage
+from reports.mlflow_mirror import Mirror
 from reports.tracking import Tracker
 
 
@@ -30,13 +33,8 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def settings(small_settings):
-    return [
-        *small_settings,
-        "run.runner=inprocess",
-        "train.epochs=3",
-        "evaluation.every=2",
-        "train.updates_per_epoch=2",
-    ]
+    epochs = ["train.epochs=3", "evaluation.every=2", "train.updates_per_epoch=2"]
+    return [*small_settings, *epochs, "run.runner=inprocess"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +60,8 @@ def wait_for_metrics(database, *names: str) -> None:
 
 def only_run(uri: str):
     client = mlflow.MlflowClient(uri)
-    found = client.search_runs(
-        [client.get_experiment_by_name("tributary").experiment_id], "tags.tributary.run_id != ''"
-    )
-    (run,) = found
+    experiment = client.get_experiment_by_name("tributary").experiment_id
+    (run,) = client.search_runs([experiment], "tags.tributary.run_id != ''")
     return client, run
 
 
@@ -81,13 +77,13 @@ def assert_complete(uri: str, folder, epochs: int = 3) -> None:
     assert losses == {line["epoch"] + 1: line["loss"] for line in records.lines if line["epoch"] >= 0}
     updates = client.get_metric_history(run.info.run_id, "update/loss")
     assert [metric.step for metric in updates] == list(range(1, 2 * epochs + 1))
-    names = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
-    steps = sorted(int(name.split("step+")[1].split("+")[0]) for name in (path.replace("%", "+") for path in names))
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    steps = sorted(int(path.split("+step+")[1].split("+")[0]) for path in pictures)
     assert steps == [epoch + 1 for epoch in records.evaluated()]
     top = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"checkpoints", "images", "config.yaml", "report.html"} <= top
-    adapters = {file.path for file in client.list_artifacts(run.info.run_id, f"checkpoints/step-{2 * epochs:06d}/lora")}
-    assert {path.rsplit("/", 1)[1] for path in adapters} == {"kohya.safetensors", "pytorch_lora_weights.safetensors"}
+    assert top == {"images", "config.yaml", "evaluation.json", "report.html"}
+    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert (model.name, model.status) == (f"lora-step-{2 * epochs:06d}", "READY")
     assert run.data.params["lora.rank"] == "2" and run.info.status == "FINISHED"
 
 
@@ -117,29 +113,110 @@ def test_a_run_is_shown_whole_and_keeps_its_id_through_a_resume(settings, tmp_pa
     assert not (tmp_path / "mlruns").exists() and (tmp_path / "mlartifacts").exists()
 
 
-def test_upload_sends_what_is_missing_and_nothing_twice(settings, tmp_path, capsys):
-    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
-    uri = f"sqlite:///{tmp_path}/elsewhere.db"
-    for _ in range(2):
-        assert upload.main([str(tmp_path / "run"), "--uri", uri]) == 0
-        assert_complete(uri, tmp_path / "run")
-    assert "has everything" in capsys.readouterr().out
-    assert upload.main([str(tmp_path / "nothing")]) == 2
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*settings, f"run.dir={folder}"]) == 0
+    return folder
 
 
-def test_upload_passes_over_a_torn_checkpoint(settings, tmp_path):
-    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
-    (tmp_path / "run/checkpoints/step-000004/state.json").unlink()
-    assert upload.main([str(tmp_path / "run")]) == 0
-    assert_complete(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run")
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run; nothing of it is in MLflow."""
+    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
 
 
-def test_upload_says_when_not_everything_could_be_read(settings, tmp_path, capsys):
-    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
+def test_upload_passes_over_a_torn_checkpoint(run, capsys):
+    uri = f"sqlite:///{run.parent}/elsewhere.db"
+    (run / "checkpoints/step-000004/state.json").unlink()
+    assert upload.main([str(run), "--uri", uri]) == 0
+    assert_complete(uri, run)
+    assert f"MLflow at {uri} has everything" in capsys.readouterr().out
+
+
+def test_upload_says_when_not_everything_could_be_read(run, capsys):
     for step in (4, 6):
-        (tmp_path / f"run/checkpoints/step-{step:06d}/state.json").unlink()
-    assert upload.main([str(tmp_path / "run")]) == 1
+        (run / f"checkpoints/step-{step:06d}/state.json").unlink()
+    assert upload.main([str(run)]) == 1
     assert "not every epoch" in capsys.readouterr().err
+
+
+def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, capsys):
+    config, server = run / "config.yaml", "http://127.0.0.1:9"
+    config.write_text(config.read_text().replace("uri: null", f"uri: {server}"))
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "open-sesame")
+    assert upload.main([str(run)]) == 2
+    assert f"token would be sent to {server}" in capsys.readouterr().err
+    for environment in ({"MLFLOW_TRACKING_URI": server}, {"MLFLOW_TRACKING_TOKEN": ""}):
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            assert upload.main([str(run)]) == 1  # there is none
+    assert upload.main([str(run), "--uri", server]) == 1
+
+
+def test_help_and_wrong_arguments_import_little():
+    code = """
+import contextlib, sys
+from commands import upload
+for arguments in (["--help"], [], ["nothing"]):
+    with contextlib.suppress(SystemExit):
+        assert upload.main(arguments) == 2
+print([name for name in ("torch", "diffusers", "transformers", "ray", "mlflow") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.endswith("[]\n") and "nothing is no run of Tributary" in done.stderr, done
+
+
+def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run):
+    records, said = Records.open(Storage(str(run))), []
+    config = saved_config(records)
+    config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"enabled": True})})
+    tracker = Tracker(records, config, said.append)
+    wait_for_metrics(run.parent / "mlflow.db", "loss")
+    tracker._mirror.kill()
+    tracker.notify()
+    for _ in range(2):
+        tracker.finish("FINISHED")
+    assert said[1:] == [f"MLflow does not have everything; send it: python -m learner.upload {run}"]
+    assert Records.open(Storage(str(run))).about["mlflow_run_id"]
+    uri = f"sqlite:///{run.parent}/mlflow.db"
+    assert only_run(uri)[1].info.status == "RUNNING" and upload.main([str(run)]) == 0
+    assert_complete(uri, run)
+
+
+def test_a_password_is_neither_said_nor_an_argument(run):
+    config, server = run / "config.yaml", "http://me:open-sesame@127.0.0.1:9"
+    config.write_text(
+        config.read_text().replace("uri: null", f"uri: {server}").replace("enabled: false", "enabled: true")
+    )
+    records, said = Records.open(Storage(str(run))), []
+    tracker = Tracker(records, saved_config(records), said.append)
+    deadline = time.monotonic() + 200
+    while tracker._state != "failing":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    arguments = " ".join(tracker._mirror.args)
+    tracker.finish("FINISHED")
+    assert len([text for text in said if text.startswith("warning: MLflow at http://127.0.0.1:9 fails")]) == 1
+    assert "send it" in said[-1] and "open-sesame" not in " ".join([arguments, *said])
+
+
+def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
+    said = []
+    monkeypatch.setattr(upload, "tell", said.append)
+
+    class Refusing:
+        storage = Storage(str(run))
+
+        def send_model(self, name):
+            raise ConnectionError("gone\n<html>")
+
+    upload._send_model(Refusing())
+    assert said == [
+        "say warning: MLflow did not take the run's model (ConnectionError: gone); send it: "
+        f"python -m learner.upload {run}"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,12 +230,11 @@ def test_an_unusable_server_costs_a_warning_only(uri, settings, tmp_path, capfd)
 
 
 @pytest.mark.slow
-def test_retries_leave_no_threads_and_no_doubles(settings, tmp_path, monkeypatch):
+def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, monkeypatch):
     """A store whose metrics work and whose artifacts do not: every sync fails."""
-    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
     (tmp_path / "mlartifacts").write_text("a file, where a folder should be")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    mirror = upload.Mirror(Storage(str(tmp_path / "run")), uri, "tributary")
+    mirror = Mirror(Storage(str(run)), uri, "tributary")
     told, words = [], iter(["sync", "sync", "sync", "gone"])
     monkeypatch.setattr(upload, "tell", told.append)
     monkeypatch.setattr(upload.signal, "signal", lambda *_: None)  # only a main thread may
@@ -291,10 +367,10 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
         assert upload.main([str(tmp_path / "run")]) == 1
         server = serve(tmp_path, port)
         for _ in range(2):
-            assert upload.main([str(tmp_path / "run"), "--promote"]) == 0
+            assert upload.main([str(tmp_path / "run")]) == 0
             assert_complete(uri, tmp_path / "run")
-        assert mlflow.MlflowClient(uri).get_registered_model("shapes").aliases == {"candidate": "1", "champion": "1"}
-        adapter = mlflow.diffusers.load_model("models:/shapes@champion").adapter_path
+        (version,) = mlflow.MlflowClient(uri).search_model_versions("name='shapes'")
+        adapter = mlflow.diffusers.load_model(f"models:/shapes/{version.version}").adapter_path
         assert [file.suffix for file in Path(adapter).iterdir()] == [".safetensors"]
     finally:
         os.killpg(server.pid, signal.SIGKILL)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -34,18 +34,6 @@ def saved(tiny_pipeline, tmp_path_factory):
     flat = disturb(model.unet)
     lora.save_files(model.unet, folder)
     return folder, flat
-
-
-@pytest.fixture(scope="module")
-def ddpm(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("ddpm")
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -105,18 +93,6 @@ def test_pefts_form_of_a_model_without_text(ddpm, tmp_path):
     assert lora_files.read(tmp_path).alpha == RANK and "alpha" in lora_files.read(tmp_path).note
 
 
-def test_an_adapter_of_the_same_kind_is_loaded_into_and_another_refused(saved, tiny_pipeline):
-    adapter = lora_files.read(saved[0])
-    model = BaseModel(tiny_pipeline)
-    parameters = model.attach_lora(RANK, ALPHA, seed=3)
-    assert lora_files.attach(model, adapter).sha256 == adapter.sha256
-    assert all(now is then for (_, now), then in zip(lora.named(model.unet), parameters, strict=True))
-    other = BaseModel(tiny_pipeline)
-    other.attach_lora(RANK, 2, seed=0)
-    with pytest.raises(BadAdapter, match=re.escape("has rank 2, alpha 2, not rank 2, alpha 0.3; make them the same")):
-        lora_files.attach(other, adapter)
-
-
 def test_a_lora_on_other_modules_keeps_them(tiny_pipeline, tmp_path):
     """Half precision, two targets, a convolution: as others train them."""
     model = BaseModel(tiny_pipeline)
@@ -157,12 +133,28 @@ def test_without_metadata_alpha_is_the_rank_as_in_diffusers(changed, tiny_pipeli
     assert torch.equal(model.predict(x, t, embeddings, 1.0)[0], theirs)
 
 
-def test_the_names_of_stable_diffusions_modules_survive_kohyas_underscores():
+def test_the_names_of_stable_diffusions_modules_survive_kohyas_underscores(tmp_path):
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
     names = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     assert len(names) > 250
-    assert [lora_files._module("lora_unet_" + name.replace(".", "_")) for name in names] == names
+    parts = {"lora_down": torch.ones(1, 2), "lora_up": torch.ones(2, 1)}
+    kohya = {
+        f"lora_unet_{name.replace('.', '_')}.{part}.weight": t.clone() for name in names for part, t in parts.items()
+    }
+    save_file(kohya, tmp_path / "all.safetensors")
+    assert lora_files.read(tmp_path).modules == sorted(names)
+
+
+def test_diffusers_old_names_are_read(saved, changed):
+    """attn1.processor.to_q_lora.down, as before PEFT."""
+
+    def renamed(tensors):
+        pattern = re.compile(r"(attn\d)\.(to_q|to_k|to_v|to_out)(\.0)?\.lora")
+        return {pattern.sub(r"\1.processor.\2_lora", name): tensor for name, tensor in tensors.items()}
+
+    adapter = lora_files.read(changed(renamed))
+    assert (adapter.alpha, adapter.sha256) == (ALPHA, lora.digest(saved[1]))
 
 
 def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
@@ -225,6 +217,7 @@ def with_first(tensors, change):
         (lambda t: with_first(t, lambda x: x[0]), {}, "no LoRA; copy or download it again"),
         (lambda t: with_first(t, lambda x: x[:1]), {}, "ranks [1, 2]"),
         (lambda t: t | {"unet.x.lora_magnitude_vector": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
+        (lambda t: t | {"unet.x.dora_scale": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
         (lambda t: t | {"text_encoder.x.lora.down.weight": torch.ones(2, 3)}, {}, "adapts the text encoder too"),
         (lambda t: t, {"use_rslora": True}, "uses use_rslora"),
         (lambda t: t, {"alpha_pattern": {"to_q": 3}}, "uses alpha_pattern"),
@@ -243,6 +236,9 @@ def test_alphas_that_differ_and_settings_that_are_no_json(changed):
 
     assert "alphas [0.3, 9.0]" in refused(changed(other, name=lora.KOHYA_FILE))
     assert "settings are damaged" in refused(changed(metadata={lora.METADATA_KEY: "{"}))
+    for part in ("lora_up", "lora_down"):
+        said = refused(changed(lambda tensors, part=part: without(tensors, part), name=lora.KOHYA_FILE))
+        assert "is not whole" in said and "copy or download it again" in said
 
 
 def test_a_lora_of_another_base_model_says_where_they_differ(saved, changed, ddpm, tiny_pipeline):

@@ -53,18 +53,22 @@ def test_same_chunk_same_bits_in_another_sampler_after_other_work(tiny_pipeline)
     assert not np.array_equal(expected.states, other.states)
 
 
-def test_stored_log_pf_is_that_of_the_stored_states(tiny_pipeline):
-    made = sampler(tiny_pipeline)
-    trajectories, _ = made.sample(chunk(), moved(made.model))
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_stored_log_pf_is_that_of_the_stored_states(tiny_pipeline, precision):
+    """In half precision too: states are rounded as they are made, and sampling goes on from the rounded state."""
+    made = sampler(tiny_pipeline, state_precision=precision)
+    trajectories, clean = made.sample(chunk(), moved(made.model))
+    assert trajectories.states.dtype == trajectories.model_output.dtype == clean.latents.dtype == precision
+    assert trajectories.log_pf.dtype == np.float32
     embeddings = made.model.embed(trajectories.chunk.prompts)
     for i, timestep in enumerate(trajectories.timesteps.tolist()):
-        x, x_next = (torch.from_numpy(trajectories.states[:, j]) for j in (i, i + 1))
+        x, x_next = (torch.from_numpy(trajectories.states[:, j].astype(np.float32)) for j in (i, i + 1))
         t = torch.full((4,), timestep)
         with torch.no_grad():
             output, _ = made.model.predict(x, t, embeddings, 3.0)
-        torch.testing.assert_close(output, torch.from_numpy(trajectories.model_output[:, i]), rtol=0, atol=0)
+        np.testing.assert_array_equal(output.numpy().astype(precision), trajectories.model_output[:, i])
         log_pf = made.kernel.log_pf(output, t, x, x_next, "sum")
-        torch.testing.assert_close(log_pf, torch.from_numpy(trajectories.log_pf[:, i]), rtol=0, atol=0)
+        np.testing.assert_array_equal(log_pf.numpy(), trajectories.log_pf[:, i])
 
 
 def test_guidance_mixes_the_conditional_and_the_empty_prompt(tiny_pipeline):
@@ -79,37 +83,26 @@ def test_guidance_mixes_the_conditional_and_the_empty_prompt(tiny_pipeline):
     torch.testing.assert_close(guided, empty + 3 * (plain - empty), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("looking", ["base", "snapshot", "none"])
-def test_clean_predictions_use_the_weights_they_say(tiny_pipeline, looking):
-    made = sampler(tiny_pipeline, forward_looking=looking)
+def test_without_forward_looking_only_the_image_is_scored(tiny_pipeline):
+    made = sampler(tiny_pipeline, forward_looking="none")
+    _, clean = made.sample(chunk(), moved(made.model))
+    assert (clean.step == 4).all() and len(clean.latents) == 4
+
+
+@pytest.mark.parametrize("looking", ["base", "snapshot"])
+@pytest.mark.parametrize(("prediction", "guidance"), [("conditional", 1.0), ("guided", 3.0)])
+def test_clean_predictions_use_the_weights_and_guidance_they_say(tiny_pipeline, looking, prediction, guidance):
+    made = sampler(tiny_pipeline, forward_looking=looking, clean_prediction=prediction)
     trajectories, clean = made.sample(chunk(), moved(made.model))
-    last = clean.step == 4
-    assert np.array_equal(clean.latents[last], trajectories.states[:, 4])
-    if looking == "none":
-        assert last.all() and len(clean.latents) == 4
-        return
+    assert np.array_equal(clean.latents[clean.step == 4], trajectories.states[:, 4])
     assert len(clean.latents) == 4 * 5
     x, t = torch.from_numpy(trajectories.states[:, 0]), torch.full((4,), int(trajectories.timesteps[0]))
     embeddings = made.model.embed(trajectories.chunk.prompts)
     with torch.no_grad():
-        snapshot_output = made.model.predict(x, t, embeddings, 1.0)[0]
-        base_output = made.model.predict_reference(x, t, embeddings)
-    assert not torch.allclose(snapshot_output, base_output)
-    expected = made.kernel.clean(base_output if looking == "base" else snapshot_output, t, x)
-    got = clean.latents[(clean.step == 0)]
-    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("looking", ["base", "snapshot"])
-def test_guided_clean_predictions_are_guided(tiny_pipeline, looking):
-    made = sampler(tiny_pipeline, forward_looking=looking, clean_prediction="guided")
-    trajectories, clean = made.sample(chunk(), moved(made.model))
-    x, t = torch.from_numpy(trajectories.states[:, 0]), torch.full((4,), int(trajectories.timesteps[0]))
-    embeddings = made.model.embed(trajectories.chunk.prompts)
-    with torch.no_grad():
-        guided = made.model.predict(x, t, embeddings, 3.0)[0]
-        reference = made.model.predict_reference(x, t, embeddings, 3.0)
-    expected = made.kernel.clean(reference if looking == "base" else guided, t, x)
+        own = made.model.predict(x, t, embeddings, guidance)[0]
+        reference = made.model.predict_reference(x, t, embeddings, guidance)
+    assert not torch.allclose(own, reference)
+    expected = made.kernel.clean(reference if looking == "base" else own, t, x)
     torch.testing.assert_close(torch.from_numpy(clean.latents[clean.step == 0]), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -151,21 +144,6 @@ def test_the_receipt_sums_what_is_stored(tiny_pipeline):
     np.testing.assert_allclose(receipt.log_pb_sum, trajectories.log_pb.astype(np.float64).sum(1))
     assert (receipt.policy_version, receipt.adapter_sha256) == (1, trajectories.adapter_sha256)
     assert (receipt.node, receipt.seconds) == ("here", 2.0)
-
-
-def test_half_precision_states_are_those_that_log_pf_is_of(tiny_pipeline):
-    """They are rounded as they are made, and sampling goes on from the rounded state."""
-    made = sampler(tiny_pipeline, state_precision="float16")
-    trajectories, clean = made.sample(chunk(), moved(made.model))
-    assert trajectories.states.dtype == trajectories.model_output.dtype == clean.latents.dtype == np.float16
-    assert trajectories.log_pf.dtype == np.float32
-    embeddings = made.model.embed(trajectories.chunk.prompts)
-    for i, timestep in enumerate(trajectories.timesteps.tolist()):
-        x, x_next = (torch.from_numpy(trajectories.states[:, j].astype(np.float32)) for j in (i, i + 1))
-        t = torch.full((4,), timestep)
-        output, _ = made.model.predict(x, t, embeddings, 3.0)
-        log_pf = made.kernel.log_pf(output, t, x, x_next, "sum")
-        np.testing.assert_array_equal(log_pf.detach().numpy(), trajectories.log_pf[:, i])
 
 
 def test_the_reference_looks_only_where_a_reward_is_needed(tiny_pipeline, monkeypatch):

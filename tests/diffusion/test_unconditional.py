@@ -26,20 +26,6 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def ddpm(tmp_path_factory) -> str:
-    """A DDPM of google/ddpm-cifar10-32's classes, with random weights."""
-    folder = tmp_path_factory.mktemp("ddpm")
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8, attention_head_dim=8,
-    )  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def flat_ddpm(ddpm, tmp_path_factory) -> str:
     """The same laid out as on the hub: all files at the top."""
     folder = tmp_path_factory.mktemp("flat")

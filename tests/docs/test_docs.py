@@ -1,4 +1,4 @@
-"""What the documents say is there: links, anchors, keys, commands with their flags, presets, files and tests."""
+"""What the documents say is there: links, anchors, keys, commands with flags, make targets, presets, files, tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from learner.__main__ import VERBS
 from learner.config import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,10 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-PACKAGES = ("actors", "benchmarks", "cluster", "diffusion", "learner", "models", "rewards")
+PACKAGES = (
+    "actors", "benchmarks", "cluster", "commands", "diffusion", "evaluation", "examples", "learner", "models",
+    "records", "reports", "rewards",
+)  # fmt: skip
 SECTIONS = {key.split(".")[0] for key in known_keys()}
 FILES = ("json", "jsonl", "yaml", "txt", "py", "md", "lock", "db", "csv", "parquet", "png", "html", "sh", "pt")
 FENCE = re.compile(r"^(```+|~~~+)(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
@@ -32,8 +36,13 @@ LINK = re.compile(
     r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|^\[[^\]]+\]:\s+(\S+)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\"", re.M
 )
 KEY = re.compile(rf"(?<![\w./-])({'|'.join(sorted(SECTIONS))})\.([a-z_]\w*)(?![\w/(-])(\s*=)?")
-FILE = re.compile(rf"(?<![\w./{{}}-])((?:{'|'.join((*PACKAGES, 'tests', 'configs'))})/[\w./*{{}},-]*[\w*}}/])")
-COMMAND = re.compile(r"python3? -m ([\w.]+)([^\n`]*)")
+# evaluation/ is also a folder of every run: only its .py files are the repository's.
+FOLDERS = "|".join(
+    (*(each for each in PACKAGES if each != "evaluation"), r"evaluation(?=/[\w./*{},-]*\.py\b)", "tests", "configs")
+)
+FILE = re.compile(rf"(?<![\w./{{}}-])((?:{FOLDERS})/[\w./*{{}},-]*[\w*}}/])")
+COMMAND = re.compile(r"(?:python3? -m ([\w.]+)|(?<![\w./-])(?:\S*/)?tributary(?= [a-zA-Z-]))([^\n`]*)")
+TARGET = re.compile(r"(?<![\w-])make ([a-z][\w-]*)")
 TEST = re.compile(r"(?<![\w/.])(test_\w+)(\.py)?(?![\w/*.-])")
 
 
@@ -55,13 +64,13 @@ def code_of(text: str) -> list[str]:
 @functools.cache
 def anchors(path: Path) -> set[str]:
     """Of the headings, as GitHub makes them: lower case, only letters, digits, _ and -, a number for repeats."""
-    found: set[str] = set()
+    slugs: set[str] = set()
     for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*$", FENCE.sub("", text_of(path)), re.MULTILINE):
         plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
         slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
-        repeats = sum(slug == each or re.fullmatch(rf"{re.escape(slug)}-\d+", each) is not None for each in found)
-        found.add(f"{slug}-{repeats}" if repeats else slug)
-    return found
+        repeats = sum(slug == each or re.fullmatch(rf"{re.escape(slug)}-\d+", each) is not None for each in slugs)
+        slugs.add(f"{slug}-{repeats}" if repeats else slug)
+    return slugs
 
 
 def broken_links(path: Path) -> Iterator[str]:
@@ -110,23 +119,38 @@ def unknown_keys(path: Path) -> Iterator[str]:
 def wrong_commands(path: Path) -> Iterator[str]:
     for code in code_of(text_of(path)):
         for match in COMMAND.finditer(code):
-            module, rest = match[1], re.split(r"\s#\s|\||;|&&", match[2])[0]
+            module, words = match[1] or "learner", re.split(r"\s#\s|\||;|&&", match[2])[0].split()
             if module.split(".")[0] not in PACKAGES:
                 if importlib.util.find_spec(module.split(".")[0]) is None:
                     yield f"python -m {module}: no such module"
                 continue
-            if module.endswith("X"):  # any of them
+            verb = words[0] if module == "learner" and words and words[0][0] not in "-(" else ""
+            if verb == "VERB" or module == "learner.VERB":  # any of them
                 continue
-            file = module_file(module)
+            file = command_file(module, verb)
             if file is None or "main" not in functions(file):
-                yield f"python -m {module}: no such module with a main()"
+                yield f"python -m {module} {verb}".rstrip() + ": no such command"
                 continue
             known = flags(file)
-            yield from (
-                f"python -m {module} {flag}"
-                for flag in re.findall(r"(?<!\S)\[?(--[a-z][\w-]*)", rest)
-                if flag not in known
-            )
+            named = [found[1] for word in words if (found := re.match(r"\[?(--[a-z][\w-]*)", word))]
+            yield from (" ".join(["python -m", module, *verb.split(), flag]) for flag in named if flag not in known)
+
+
+def command_file(module: str, verb: str = "") -> Path | None:
+    """The file with the main() of `python -m MODULE [VERB]`; what MODULE is may only be an entry to it."""
+    if verb:
+        return module_file(VERBS[verb][0]) if verb in VERBS else None
+    file = ROOT / "learner" / "__main__.py" if module == "learner" else module_file(module)
+    for node in ast.walk(ast.parse(text_of(file))) if file else ():
+        if isinstance(node, ast.ImportFrom) and "main" in {alias.name for alias in node.names}:
+            return module_file(node.module or "")
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", "") == "enter"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            return module_file(VERBS[node.args[0].value][0])
+    return file
 
 
 @functools.cache
@@ -139,28 +163,42 @@ def functions(file: Path) -> set[str]:
 def flags(file: Path) -> set[str]:
     """That the module, or one of the project's that it imports, gives to a parser."""
     tree = ast.parse(text_of(file))
-    found = {
+    short = {  # add = parser.add_argument
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and getattr(node.value, "attr", "") == "add_argument"
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    options = {
         word.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+        if isinstance(node, ast.Call)
+        and (getattr(node.func, "attr", "") == "add_argument" or getattr(node.func, "id", "") in short)
         for word in node.args
         if isinstance(word, ast.Constant) and str(word.value).startswith("--")
     }
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
             for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                inner = module_file(module) if module.split(".")[0] == "learner" else None
+                inner = module_file(module) if module.split(".")[0] in PACKAGES else None
                 if inner and inner != file and "parser" in functions(inner):
-                    found |= flags(inner)
-    return found | {"--help"}
+                    options |= flags(inner)
+    return options | {"--help"}
+
+
+def missing_targets(path: Path) -> Iterator[str]:
+    there = set(re.findall(r"^([a-z][\w-]*):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    for code in code_of(text_of(path)):
+        yield from (f"make {target}" for target in TARGET.findall(code) if target not in there)
 
 
 def braces(pattern: str) -> list[str]:
     """`a_{b,c}.yaml` as a_b.yaml and a_c.yaml."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    choice = re.search(r"\{([^{}]*)\}", pattern)
+    if not choice:
         return [pattern]
-    return [each for word in found[1].split(",") for each in braces(pattern.replace(found[0], word, 1))]
+    return [each for word in choice[1].split(",") for each in braces(pattern.replace(choice[0], word, 1))]
 
 
 def missing_files(path: Path) -> Iterator[str]:
@@ -191,7 +229,7 @@ def missing_tests(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 @pytest.mark.parametrize(
     "faults",
-    [broken_links, unknown_keys, wrong_commands, missing_files, missing_tests],
+    [broken_links, unknown_keys, wrong_commands, missing_targets, missing_files, missing_tests],
     ids=lambda each: each.__name__,
 )
 def test_what_is_named_is_there(path, faults):
@@ -218,6 +256,18 @@ def test_the_reference_has_the_modules_that_matter():
 
     rewards = {f"rewards/{place.split(':')[0]}.py" for place in (MODELS | PLAIN).values()}
     assert objectives | rewards <= listed
+
+
+def test_the_tables_name_every_objective_and_reward():
+    """Of the readme, and of the pages that explain them."""
+    from learner.objectives.by_name import OBJECTIVES
+    from learner.objectives.needs import NEEDS
+    from rewards.registry import NAMES
+
+    assert set(OBJECTIVES) == set(NEEDS)
+    for page, names in (("README.md", {*NEEDS, *NAMES}), ("docs/algorithms.md", NEEDS), ("docs/rewards.md", NAMES)):
+        first_cells = " ".join(re.findall(r"^\|([^|]+)\|", text_of(ROOT / page), re.MULTILINE))
+        assert set(names) - set(re.findall(r"`(\w+)`", first_cells)) == set(), page
 
 
 @pytest.mark.slow

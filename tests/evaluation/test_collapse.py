@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation.collapse import FALL, KEPT, Evaluated, apartness, signs
+from evaluation.collapse import FALL, KEPT, Evaluated, signs
+from evaluation.metrics import prompt_distances
 
 N = 64
 RNG = np.random.default_rng(0)
@@ -68,21 +69,12 @@ def test_bad_images_are_left_out():
     assert len(signs(BEFORE, now)) == 1
 
 
-def test_apartness_is_the_distance_to_the_others_of_the_prompt():
-    features, prompts = np.array([[1.0, 0], [0, 2.0], [1.0, 0], [3.0, 0], [1.0, 0]]), ["a", "a", "b", "b", "c"]
-    found = apartness(features, prompts)
-    np.testing.assert_allclose(found[:4], [1, 1, 0, 0], atol=1e-12)
-    assert np.isnan(found[4])
-    alone = apartness(features[:3], ["a", "b", "c"])  # no prompt has two: all others
-    np.testing.assert_allclose(alone, [0.5, 1, 0.5], atol=1e-12)
-
-
 def test_the_share_that_may_be_lost_is_that_of_the_distance():
     """Halfway between the thresholds, from both sides."""
-    was = apartness(BASE, PROMPTS).mean()
+    was = prompt_distances(BASE, PROMPTS).mean()
     for spread in np.linspace(0.05, 1, 20):
         now = evaluated(spread=spread)
-        kept = apartness(now.features, PROMPTS).mean() / was
+        kept = prompt_distances(now.features, PROMPTS).mean() / was
         if abs(kept - KEPT) > 0.03:
             assert bool(signs(BEFORE, now)) == (kept < KEPT)
 

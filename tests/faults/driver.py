@@ -22,15 +22,16 @@ from emulated_faults import WITNESS, Fault
 
 from actors.learner_group import LearnerGroup
 from actors.ray_runner import RayRunner
+from actors.rollouts import Rollouts
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
-from cluster.weights import WeightStore
-from learner import build, controller, open_run, run
-from learner.protocol.buffer import Pipeline
+from learner import build, controller, run
+from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
-from records import checkpoint, storage
+from records import checkpoint, lock, storage
 from records.run_folder import Records
 from records.storage import Storage
+from reports.views import RunViews
 
 STEP = "checkpoints/step-000004"  # epochs are 0, 1, 2; epoch 1 ends with this checkpoint
 Which = Callable[[tuple[Any, ...], dict[str, Any]], bool]
@@ -74,7 +75,7 @@ def _argument(place: int, value: Any) -> Which:
 
 
 def _of_epoch_1(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    return arguments[1][:2] == ("train", 1)
+    return (arguments[1].purpose, arguments[1].epoch) == ("train", 1)
 
 
 def _finished(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
@@ -87,8 +88,8 @@ def _old_folder(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
 
 BEFORE, AFTER = True, False
 POINTS = {
-    "before the lock": Point(open_run, "_lock", BEFORE),
-    "lock taken": Point(open_run, "_lock", AFTER),
+    "before the lock": Point(lock, "take", BEFORE),
+    "lock taken": Point(lock, "take", AFTER),
     "before run.json": Point(Records, "note", BEFORE),
     "run.json written": Point(Records, "note", AFTER),
     "actors up": Point(RayRunner, "_start", AFTER),
@@ -98,18 +99,18 @@ POINTS = {
     "before the first checkpoint": Point(checkpoint, "save", BEFORE),
     "first checkpoint": Point(checkpoint, "save", AFTER),
     "ledger opened": Point(Ledger, "open", AFTER, 1, _argument(1, 1)),
-    "chunks admitted": Point(Pipeline, "admit", AFTER, 2),
-    "chunk handed to a sampler": Point(Pipeline, "given", AFTER, 2, _of_epoch_1),
-    "chunk sampled": Point(Pipeline, "sampled", AFTER, 2, _of_epoch_1),
-    "chunk scored": Point(Pipeline, "scored", AFTER, 2, _of_epoch_1),
-    "epoch whole": Point(Pipeline, "take", BEFORE, 1, _argument(1, 1)),
+    "chunks admitted": Point(Buffer, "admit", AFTER, 2),
+    "chunk handed to a sampler": Point(Buffer, "given", AFTER, 2, _of_epoch_1),
+    "chunk sampled": Point(Buffer, "sampled", AFTER, 2, _of_epoch_1),
+    "chunk scored": Point(Buffer, "scored", AFTER, 2, _of_epoch_1),
+    "epoch whole": Point(Buffer, "take", BEFORE, 1, _argument(1, 1)),
     "before the fetch": Point(LearnerGroup, "fetch", BEFORE, 1, _argument(1, 1)),
     "fetched": Point(LearnerGroup, "fetch", AFTER, 1, _argument(1, 1)),
-    "training call sent": Point(LearnerGroup, "_answers", BEFORE, 1, _argument(3, "training of epoch 1")),
-    "training answered": Point(LearnerGroup, "_answers", AFTER, 1, _argument(3, "training of epoch 1")),
+    "training call sent": Point(LearnerGroup, "_answers", BEFORE, 1, _argument(2, "training of epoch 1")),
+    "training answered": Point(LearnerGroup, "_answers", AFTER, 1, _argument(2, "training of epoch 1")),
     "state files got": Point(LearnerGroup, "state_files", AFTER, 3),
-    "before the publication": Point(WeightStore, "publish", BEFORE, 3),
-    "published": Point(WeightStore, "publish", AFTER, 3),
+    "before the publication": Point(Rollouts, "publish", BEFORE, 3),
+    "published": Point(Rollouts, "publish", AFTER, 3),
     "ledger closed": Point(Ledger, "close", AFTER, 1, _argument(1, 1)),
     "before the trajectories": Point(Records, "save_trajectories", BEFORE, 1, _argument(1, 1)),
     "trajectories written": Point(Records, "save_trajectories", AFTER, 1, _argument(1, 1)),
@@ -121,8 +122,8 @@ POINTS = {
     "latest linked": Point(checkpoint, "_link", AFTER, 3),
     "half pruned": Point(storage.shutil, "rmtree", BEFORE, 1, _old_folder),
     "pruned": Point(checkpoint, "prune", AFTER, 3),
-    "pipeline closed": Point(RayRunner, "closed", AFTER, 2),
-    "before the report": Point(controller, "_report", BEFORE),
+    "buffer closed": Point(RayRunner, "closed", AFTER, 2),
+    "before the report": Point(RunViews, "_draw_report", BEFORE),
     "before the end": Point(controller, "finish", BEFORE),
     "noted as finished": Point(Records, "note", AFTER, 1, _finished),
     "after the end": Point(controller, "finish", AFTER),

@@ -9,6 +9,7 @@ and started again. Prints a line a fault, and a summary; exit status 1 if the en
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -27,8 +28,8 @@ os.environ |= {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}  # read when Ra
 import psutil
 from emulated_run import SETTINGS, lost, outcome
 from ray.cluster_utils import Cluster
+from ray_nodes import cluster_of
 
-from cluster.auth import ensure_token
 from learner.config import ROOT
 
 HERE = Path(__file__).parent
@@ -150,7 +151,6 @@ def main() -> int:
     begun, rng = time.monotonic(), random.Random(args.seed)
     place = Path(tempfile.mkdtemp(prefix="tr-", dir="/tmp"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
-    ensure_token()
     settings = [*SETTINGS, f"train.epochs={args.epochs}", "evaluation.every=8", "sampler.actors=3", "reward.actors=2"]
     settings += [*DEADLINES, "run.chunk_attempts=1000", "learner.attempts=1000"]
     unbroken = Driver(place / "unbroken", [*settings, "run.runner=inprocess"])
@@ -158,7 +158,8 @@ def main() -> int:
         print(unbroken.heard)
         return 1
     print(f"unbroken: {time.monotonic() - begun:.0f} s", flush=True)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "temp_dir": str(place / "ray")})
+    several = contextlib.ExitStack()
+    cluster = several.enter_context(cluster_of({"num_cpus": 2}))
     os.environ["RAY_ADDRESS"] = cluster.address
     soak = Soak(rng, cluster, Driver(place / "run", settings, SECONDS))
     driver, each = soak.driver, args.faults / args.epochs
@@ -177,7 +178,7 @@ def main() -> int:
     finally:
         if driver.process.poll() is None:
             driver.process.kill()
-        cluster.shutdown()
+        several.close()
     counts = Counter(f"{kind} {role}" for _, kind, role in soak.faults)
     print(f"{len(soak.faults)} faults: {', '.join(f'{count} x {name}' for name, count in counts.most_common())}")
     for name, seconds in soak.detection().items():

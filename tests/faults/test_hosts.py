@@ -18,6 +18,7 @@ from learner.run import main
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.faults,
+    pytest.mark.ray,
     pytest.mark.timeout(900),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]

@@ -18,7 +18,7 @@ from learner.process_group import GroupBroken
 from learner.update import NonFiniteGradient
 from rewards.scorer import BadReward
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 CHUNK_SECONDS, TRAIN_SECONDS = 2, 3  # deadlines of the cells with a stopped process
 PROCESSES = 4  # that must get their turn before a fault is noticed: raylet, control store, actor, driver
@@ -126,10 +126,9 @@ def break_a_run(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "say", lambda text: said.append((time.time(), text)))
     monkeypatch.setattr(run, "complain", lambda text: said.append((time.time(), f"complaint: {text}")))
 
-    def go(fault: Fault | None, *settings: str, train_seconds: float = 0.0):
+    def go(fault: Fault, *settings: str, train_seconds: float = 0.0):
         emulation = Emulation(train_seconds=train_seconds)
-        build = emulated.parts(emulation) if fault is None else emulated_faults.parts(emulation, fault)
-        monkeypatch.setattr(build, "parts", lambda config: build)
+        monkeypatch.setattr(build, "parts", lambda config: emulated_faults.parts(emulation, fault))
         status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
         print("\n".join(f"{when:.2f} {text}" for when, text in said))
         return status, said

@@ -10,7 +10,7 @@ from test_matrix import PROCESSES, Lateness, cells, noticed
 
 from learner import build, run
 
-pytestmark = pytest.mark.shapes
+pytestmark = [pytest.mark.shapes, pytest.mark.ray]
 
 CHUNK_SECONDS, TRAIN_SECONDS = 10, 20  # of the cells with a stopped process
 SMALLER = ("sampler.steps=4", "learner.micro_batch=16", "flow.warmup_steps=2", "flow.fit_steps=2", "flow.batch=8")

@@ -1,11 +1,11 @@
 """What a run stands on fails: node, raylet, disk, MLflow server. It ends as if nothing had been, or typed."""
 
+import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,15 +14,14 @@ import psutil
 import pytest
 from emulated_faults import WITNESS
 from emulated_run import SETTINGS, outcome
-from ray.cluster_utils import Cluster
+from ray_nodes import cluster_of
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
-from cluster.auth import ensure_token
 from learner import build, run
 from learner.config import ROOT
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 HERE = Path(__file__).parent
 
 
@@ -61,18 +60,14 @@ def after_the_first_epoch(monkeypatch):
 @pytest.fixture
 def two_nodes(tmp_path, monkeypatch):
     """A head and another node, each with raylet and workers of its own."""
-    ensure_token()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
-    folder = tempfile.mkdtemp(prefix="tr-", dir="/tmp")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "temp_dir": folder})
-    cluster.add_node(num_cpus=2)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster
-    cluster.shutdown()
+    with cluster_of({"num_cpus": 2}, {"num_cpus": 2}) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
 
 
 @pytest.mark.parametrize("kind", ["node", pytest.param("raylet", marks=pytest.mark.slow)])
@@ -105,6 +100,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+def assert_whole(folder: Path) -> None:
+    """Nothing is half-written: every line can be read, and every checkpoint has its manifest."""
+    assert list(folder.rglob("*.new")) == []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    whole = [path.parent for path in folder.glob("checkpoints/step-*/state.json")]
+    assert sorted(whole) == sorted(folder.glob("checkpoints/step-*")) and whole
+
+
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
     cluster, small_disk, unbroken, after_the_first_epoch, tmp_path
 ):
@@ -119,7 +123,7 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
     assert run.main([*SETTINGS, f"run.dir={small_disk / 'run'}"]) == 1 and filler.stat().st_size
     (complaint,) = [text for text in said if text.startswith("complaint: ")]
     assert "StorageError" in complaint and "no space left" in complaint and "the same command goes on" in complaint
-    assert [path for path in (small_disk / "run").rglob("*.new")] == []
+    assert_whole(small_disk / "run")
     after_the_first_epoch(lambda: None)
     filler.unlink()
     assert run.main([*SETTINGS, f"run.dir={small_disk / 'run'}"]) == 0

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from evaluation.intervals import paired_interval
+from evaluation.metrics import paired_interval
 from learner.run import main
 
 EPOCHS = 20

@@ -40,19 +40,12 @@ def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_o
 
 def new_learner(config: Config) -> Learner:
     learner = build.build_learner(config)
-    stir_all(learner)
-    return learner
-
-
-def stir_all(learner: Learner) -> None:
-    if learner.flow is None:
-        learner.flow_parameters = []
     stir(learner)
+    return learner
 
 
 def gradients(learner: Learner, scored) -> torch.Tensor:
     """What one update of this rank's `scored` hands to the optimizers, flattened."""
-    learner.flow_parameters = [] if learner.flow is None else learner.flow_parameters
     experiences = [Experience(*one) for one in scored]
     learner._prepare(experiences)
     if learner.config.objective.kind == "dag_kl":  # ratios away from 1, some clipped
@@ -81,21 +74,23 @@ def configured(small_config, settings_of):
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_micro_batches_do_not_change_the_gradient(kind, configured):
     """For dag_kl these are smaller than a group, a group and a half, and the whole."""
-    learner = build(configured(kind, "learner.micro_batch=12"))
+    learner = new_learner(configured(kind, "learner.micro_batch=12"))
     scored = scored_epoch(learner.config, learner.publish(1))
     whole = gradients(learner, scored)
     assert whole.abs().max() > 0
     for size in (2, 9):
-        smaller = build(configured(kind, f"learner.micro_batch={size}"))
+        smaller = new_learner(configured(kind, f"learner.micro_batch={size}"))
         smaller.publish(1)
-        torch.testing.assert_close(gradients(smaller, scored), whole, rtol=1e-3, atol=3e-4 * whole.abs().max().item())
+        # Convolution algorithms differ by batch size, so float accuracy relative to the largest entry.
+        close = {"rtol": 1e-3, "atol": (2e-4 if kind == "dag_db" else 3e-4) * whole.abs().max().item()}
+        torch.testing.assert_close(gradients(smaller, scored), whole, **close)
 
 
 def _rank(rank: int, count: int, configs: list[Config], address: str, epochs, queue) -> None:
     torch.set_num_threads(1)
     process_group.join(address, rank, count, 60, whole_gpu=False)
     for config, epoch in zip(configs, epochs, strict=True):
-        queue.put((config.objective.kind, rank, gradients(build(config), epoch[rank::count]).numpy()))
+        queue.put((config.objective.kind, rank, gradients(new_learner(config), epoch[rank::count]).numpy()))
     process_group.leave()
 
 
@@ -107,7 +102,7 @@ def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configu
     configs = [configured(kind, "sampler.chunk_size=2") for kind in kinds]
     ones, epochs = [], []
     for config in configs:
-        learner = build(config)
+        learner = new_learner(config)
         epochs.append(scored_epoch(config, learner.publish(1)))
         ones.append(gradients(learner, epochs[-1]).numpy())
     context = mp.get_context("spawn")
@@ -124,7 +119,7 @@ def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configu
         norm = np.linalg.norm(one)
         difference = np.abs(got[kind, 0] - one).max()
         print(f"{kind}: {count} ranks against 1: largest gradient difference {difference / norm:.1e} of the norm")
-        assert 0 < difference < 1e-5 * norm
+        assert 0 < difference < 1e-5 * (np.abs(one).max() if kind == "dag_db" else norm)
 
 
 @pytest.mark.parametrize("looking", ["base", "snapshot", "none"])
@@ -133,7 +128,7 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
     `none` only the clean prediction that counts as the end has one. The reward has kinks (a pixel's share of ink stops
     at 0 and 1): a pixel at one may fall on either side, by the last bit of a batch, so the whole field is compared, not
     each number."""
-    learner = build(configured("residual_nabla_db", f"objective.forward_looking={looking}"))
+    learner = new_learner(configured("residual_nabla_db", f"objective.forward_looking={looking}"))
     scored = scored_epoch(learner.config, learner.publish(1))
     one = Experience(*scored[0])
     batch = one.gather(np.arange(len(one)), learner.model, learner.config)
@@ -157,7 +152,7 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
 
 
 def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(configured):
-    learner = build(configured("dag_kl"))
+    learner = new_learner(configured("dag_kl"))
     one = Experience(*scored_epoch(learner.config, learner.publish(1))[0])
     other = Experience(replace(one.trajectories, chunk=replace(one.trajectories.chunk, index=1)), one.scores)
     orders = [list(each.order(6)) for each in (one, one, other)]
@@ -183,7 +178,9 @@ def test_replayed_updates_are_past_ones_and_counted(small_config):
 
 def test_the_learners_own_log_prob_replaces_the_samplers(configured):
     """In float32 the two are equal but for the batch's shape; a sampler's that is wrong no longer matters."""
-    learners = {who: build(configured("dag_kl", f"objective.old_log_prob={who}")) for who in ("sampler", "learner")}
+    learners = {
+        who: new_learner(configured("dag_kl", f"objective.old_log_prob={who}")) for who in ("sampler", "learner")
+    }
     scored = scored_epoch(learners["sampler"].config, learners["sampler"].publish(1))
     learners["learner"].publish(1)
     trajectories, scores = scored[0]
@@ -199,7 +196,7 @@ def test_the_learners_own_log_prob_replaces_the_samplers(configured):
 
 
 def test_ddpo_standardises_over_the_whole_epoch(configured):
-    objective = build(configured("ddpo", "objective.advantage=epoch")).objective
+    objective = new_learner(configured("ddpo", "objective.advantage=epoch")).objective
     objective.begin_epoch(Population((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0)))
     values = np.array([objective._advantages[i] for i in range(3)])
     np.testing.assert_allclose(values, (np.array([1, 2, 6]) - 3) / np.std([1, 2, 6]))
@@ -256,12 +253,12 @@ def test_ddpo_scores_the_images_alone(configured):
 
 
 def test_the_start_line_says_what_is_not_faithful():
-    from learner.controller import describe_objective
+    from learner.objectives.by_name import describe
 
     plain = Config.model_validate({"objective": {"setting": "faithful"}})
-    assert "(faithful): target" in describe_objective(plain, 4)
+    assert "(faithful): target" in describe(plain, 4)
     other = Config.model_validate({"objective": {"setting": "faithful", "penalty": "huber"}})
-    assert "(faithful, but penalty): target" in describe_objective(other, 4)
+    assert "(faithful, but penalty): target" in describe(other, 4)
 
 
 def test_faithful_sets_what_is_not_given():
@@ -280,10 +277,10 @@ def test_faithful_sets_what_is_not_given():
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_trying_a_micro_batch_changes_nothing(kind, configured):
     """What a GPU's memory is measured with: a forward and backward pass that leaves no trace."""
-    learner = build(configured(kind, "objective.advantage=prompt"))
+    learner = new_learner(configured(kind, "objective.advantage=prompt"))
     scored = scored_epoch(learner.config, learner.publish(1))
     expected = gradients(learner, scored)
-    other = build(configured(kind, "objective.advantage=prompt"))
+    other = new_learner(configured(kind, "objective.advantage=prompt"))
     other.publish(1)
     for size in (1, 2):
         other._try_micro_batch(size)
@@ -296,7 +293,9 @@ def test_trying_a_micro_batch_changes_nothing(kind, configured):
 def test_checkpointed_activations_give_the_same_gradient(kind, looking, configured):
     """Also of the frozen reference, whose backward pass comes when the adapter is on again."""
     more = ("flow.fit_steps=0", "flow.warmup_steps=0", f"objective.forward_looking={looking}")
-    whole, again = (build(configured(kind, f"learner.gradient_checkpointing={on}", *more)) for on in (False, True))
+    whole, again = (
+        new_learner(configured(kind, f"learner.gradient_checkpointing={on}", *more)) for on in (False, True)
+    )
     assert again.model.unet.is_gradient_checkpointing and not whole.model.unet.is_gradient_checkpointing
     scored = scored_epoch(whole.config, whole.publish(1))
     again.publish(1)

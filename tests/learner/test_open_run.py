@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
 
 from learner import controller
-from learner.config import CONFIG_VERSION, ConfigError
+from learner.config import CONFIG_VERSION, ConfigError, saved_config
 from learner.inprocess import InProcessRunner
 from learner.run import main
 from records import checkpoint
+from records.heartbeat import Heartbeat
 from records.run_folder import Records
 from records.storage import Storage, StorageError
-from reports import html
+from reports import html, summary
+from reports.progress import Bar
+from reports.tracking import Tracker
 
 TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds")
 
@@ -32,6 +36,19 @@ def unbroken(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
     assert main([*settings, f"run.dir={folder}"]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def two_epochs(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "two epochs"
+    assert main([*settings, "train.epochs=2", f"run.dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def stopped(two_epochs, tmp_path):
+    """A run of its own that has done two of three epochs."""
+    return shutil.copytree(two_epochs, tmp_path / "run", symlinks=True)
 
 
 def lines(folder) -> list[dict]:
@@ -59,6 +76,25 @@ def assert_same(one, other) -> None:
     assert totals == {"issued": 24, "sampled": 24, "scored": 24, "trained": 24, "quarantined": 0, "lost": 0}
 
 
+@contextmanager
+def killed(owner, name: str, count: int, after: bool = False):
+    """What is done within is killed before, or after, the `count`-th call of this function."""
+    real, calls = getattr(owner, name), []
+
+    def blow(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == count and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if len(calls) == count:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(owner, name, blow)
+        yield
+
+
 # (where the blow falls, at which call)
 BLOWS = [
     (InProcessRunner, "evaluate", 1),  # before anything is on disk
@@ -77,25 +113,10 @@ BLOWS = [
 
 @pytest.mark.parametrize(("owner", "name", "count"), BLOWS)
 @pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_run_killed_anywhere_ends_as_the_unbroken_one(
-    owner, name, count, after, settings, unbroken, tmp_path, monkeypatch
-):
-    real, calls = getattr(owner, name), []
-
-    def blow(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == count and not after:
-            raise Killed
-        result = real(*args, **kwargs)
-        if len(calls) == count:
-            raise Killed
-        return result
-
+def test_a_run_killed_anywhere_ends_as_the_unbroken_one(owner, name, count, after, settings, unbroken, tmp_path):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, blow)
-        with pytest.raises(Killed):
-            main([*settings, f"run.dir={folder}"])
+    with killed(owner, name, count, after):
+        main([*settings, f"run.dir={folder}"])
     assert main([*settings, f"run.dir={folder}"]) == 0
     assert_same(unbroken, folder)
 
@@ -110,21 +131,10 @@ def test_a_finished_run_is_left_alone(settings, unbroken, tmp_path, capsys):
     assert_same(unbroken, folder)
 
 
-def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(
-    settings, unbroken, tmp_path, monkeypatch, capsys
-):
-    real = InProcessRunner.train_epoch
-
-    def dies_in_epoch_1(self, epoch, *rest):
-        if epoch == 1:
-            raise Killed
-        return real(self, epoch, *rest)
-
+def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(settings, unbroken, tmp_path, capsys):
     arguments = [*settings, f"run.root={tmp_path}"]
-    with monkeypatch.context() as patched:
-        patched.setattr(InProcessRunner, "train_epoch", dies_in_epoch_1)
-        with pytest.raises(Killed):
-            main(arguments)
+    with killed(InProcessRunner, "train_epoch", 2):
+        main(arguments)
     assert main([*arguments, "run.seed=7"]) == 0  # other settings: another run
     assert main(arguments) == 0
     assert "going on from checkpoints/step-000001: 1 of 3 epochs" in capsys.readouterr().out
@@ -187,23 +197,19 @@ def test_a_checkpoint_becomes_the_beginning_of_another_run(settings, unbroken, t
     assert len(ids) == 2  # who made which
 
 
-def test_a_run_by_its_path(settings, unbroken, tmp_path, capsys):
-    folder = tmp_path / "run"
-    assert main([*settings, "train.epochs=2", f"run.dir={folder}"]) == 0
-    assert main([*settings, f"run.resume={folder}"]) == 0
-    assert lora(folder) == lora(unbroken)
+def test_a_run_by_its_path(settings, unbroken, stopped, tmp_path, capsys):
+    assert main([*settings, f"run.resume={stopped}"]) == 0
+    assert_same(unbroken, stopped)
     assert main([*settings, f"run.resume={tmp_path / 'nowhere'}"]) == 2
     assert "nowhere is neither a run nor a checkpoint" in capsys.readouterr().err
 
 
-def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(settings, unbroken, tmp_path, capsys):
-    folder = tmp_path / "run"
-    assert main([*settings, "train.epochs=2", f"run.dir={folder}"]) == 0
-    torn = folder / "checkpoints/step-000002/learner.pt"
+def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(settings, unbroken, stopped, capsys):
+    torn = stopped / "checkpoints/step-000002/learner.pt"
     torn.write_bytes(torn.read_bytes()[:1000])
-    assert main([*settings, f"run.dir={folder}"]) == 0
+    assert main([*settings, f"run.dir={stopped}"]) == 0
     assert "sha256 differs" in capsys.readouterr().err
-    assert lora(folder) == lora(unbroken) and rows(folder) == rows(unbroken)
+    assert_same(unbroken, stopped)
 
 
 @pytest.mark.parametrize(
@@ -238,24 +244,14 @@ def test_settings_that_may_change_are_those_of_the_newest_command(settings, unbr
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder, symlinks=True)
     assert main([*settings, f"run.dir={folder}", "mlflow.experiment=another"]) == 0
-    assert Records.open(Storage(str(folder))).config().mlflow.experiment == "another"
+    assert saved_config(Records.open(Storage(str(folder)))).mlflow.experiment == "another"
 
 
-def test_a_branch_that_was_cut_short_is_made_again(settings, unbroken, tmp_path, monkeypatch):
+def test_a_branch_that_was_cut_short_is_made_again(settings, unbroken, tmp_path):
     arguments = [*settings, f"run.resume={unbroken / 'checkpoints/step-000002'}", f"run.dir={tmp_path / 'branch'}"]
     for name, count in (("write", 3), ("write", 6), ("write_folder", 1)):
-        real, calls = getattr(Storage, name), []
-
-        def blow(self, *args, real=real, calls=calls, count=count):
-            calls.append(args[0])
-            if len(calls) == count:
-                raise Killed
-            return real(self, *args)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Storage, name, blow)
-            with pytest.raises(Killed):
-                main(arguments)
+        with killed(Storage, name, count):
+            main(arguments)
         assert not (tmp_path / "branch/run.json").exists()
     assert main(arguments) == 0
     assert lora(tmp_path / "branch") == lora(unbroken) and lines(tmp_path / "branch") == lines(unbroken)
@@ -275,11 +271,8 @@ def test_checkpoints_passed_over_do_not_crowd_out_the_new_ones(settings, unbroke
     assert (folder / "latest").resolve() == (folder / "step-000003").resolve()
 
 
-def test_a_copied_run_whose_latest_is_a_folder_goes_on(settings, unbroken, tmp_path):
-    folder = tmp_path / "run"
-    assert main([*settings, "train.epochs=2", f"run.dir={folder}"]) == 0
-    copied = tmp_path / "copied"
-    shutil.copytree(folder, copied)  # follows the link
+def test_a_copied_run_whose_latest_is_a_folder_goes_on(settings, unbroken, two_epochs, tmp_path):
+    copied = shutil.copytree(two_epochs, tmp_path / "copied")  # follows the link
     assert (copied / "checkpoints/latest").is_dir() and not (copied / "checkpoints/latest").is_symlink()
     assert main([*settings, f"run.resume={copied}"]) == 0
     assert lora(copied) == lora(unbroken)
@@ -329,31 +322,49 @@ def test_a_run_without_evaluation(settings, tmp_path):
     assert "3 of 3" in (tmp_path / "run/report.html").read_text()
 
 
-def test_a_report_or_an_old_checkpoint_that_fails_costs_a_warning(settings, unbroken, tmp_path, monkeypatch, capsys):
+def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(settings, unbroken, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise StorageError("busy")
 
-    monkeypatch.setattr(html, "render", fails)
+    views = [(Bar, "show", "progress bar"), (Heartbeat, "turn", "status.json"), (Tracker, "finish", "MLflow"),
+             (html, "render", "report.html"), (summary, "describe", "summary")]  # fmt: skip
+    for owner, name, _ in views:
+        monkeypatch.setattr(owner, name, fails)
     monkeypatch.setattr(checkpoint, "prune", fails)
     assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 0
     said = capsys.readouterr().out
-    assert "warning: no report.html" in said and "warning: an old checkpoint stays: busy" in said
+    assert all(said.count(f"warning: no {view}: StorageError: busy") == 1 for *_, view in views)
+    assert said.count("warning: an old checkpoint stays: busy") == 4
     assert lora(tmp_path / "run") == lora(unbroken)
 
 
-def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken, monkeypatch):
+def test_a_run_is_laid_out_as_format_5_says(unbroken):
+    """Runs of other versions of this code are gone on with only while this holds."""
+    files = "run.json", "checkpoints/latest/state.json"
+    about, manifest = (json.loads((unbroken / name).read_text()) for name in files)
+    assert set(about) == {
+        "format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256", "environment", "cluster",
+    }  # fmt: skip
+    assert set(manifest) == {
+        "format", "run_id", "mlflow_run_id", "step", "next_epoch", "prompts_drawn", "policy_version", "adapter_sha256",
+        "ranks", "batch_sizes", "ledger", "config_digest", "files", "sha256",
+    }  # fmt: skip
+    assert set(manifest["batch_sizes"]) == {"chunk", "flow_batch", "micro_batch", "score"}
+    adapter = {"lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"}
+    assert set(manifest["files"]) == {"learner.pt", "replay-0.pt", "config.yaml", *adapter}
+    assert {path.name for path in unbroken.iterdir()} == {
+        "run.json", "run.lock", "config.yaml", "metrics.jsonl", "status.json", "trajectories", "evaluation",
+        "checkpoints", "before.png", "after.png", "report.html",
+    }  # fmt: skip
+    names = {path.name for path in (unbroken / "evaluation").iterdir()}
+    epochs = ("epoch-before", "epoch-000001", "epoch-000002")
+    assert names == {f"{epoch}.{kind}" for epoch in epochs for kind in ("json", "parquet", "png")}
+
+
+def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken):
     url = "memory://bucket/run"
-    real = InProcessRunner.train_epoch
-
-    def dies_in_epoch_1(self, epoch, *rest):
-        if epoch == 1:
-            raise Killed
-        return real(self, epoch, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(InProcessRunner, "train_epoch", dies_in_epoch_1)
-        with pytest.raises(Killed):
-            main([*settings, f"run.dir={url}"])
+    with killed(InProcessRunner, "train_epoch", 2):
+        main([*settings, f"run.dir={url}"])
     assert main([*settings, f"run.dir={url}"]) == 0
     storage = Storage(url)
     newest = checkpoint.load(storage, 3, Records.open(storage).run_id)

@@ -14,22 +14,18 @@ PROMPTS = ["a red circle, large", 'a "quoted" ring', "ein grüner Würfel"]
 
 def write(folder, kind: str, column: str = "prompt"):
     file = folder / f"prompts.{kind}"
-    if kind == "txt":
-        file.write_text("# comment\n\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
-    elif kind == "json":
-        file.write_text(json.dumps([{column: prompt} for prompt in PROMPTS], indent=1), encoding="utf-8")
-    elif kind == "jsonl":
-        rows = [
-            json.dumps({column: PROMPTS[0], "id": 1}),
-            json.dumps({column: PROMPTS[1]}),
-            json.dumps({column: PROMPTS[2]}),
-        ]
-        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    elif kind == "csv":
-        quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS]
-        file.write_text(f"id,{column}\n" + "".join(f"{i},{q}\n" for i, q in enumerate(quoted)), encoding="utf-8")
-    else:
+    if kind == "parquet":
         pq.write_table(pa.table({column: PROMPTS, "id": [1, 2, 3]}), file)
+        return file
+    objects = [{column: prompt} for prompt in PROMPTS]
+    quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS]
+    text = {
+        "txt": "# comment\n\n" + "\n".join(PROMPTS) + "\n",
+        "json": json.dumps(objects, indent=1),
+        "jsonl": "".join(json.dumps(row | {"id": i} if i else row) + "\n" for i, row in enumerate(objects)),
+        "csv": f"id,{column}\n" + "".join(f"{i},{prompt}\n" for i, prompt in enumerate(quoted)),
+    }[kind]
+    file.write_text(text, encoding="utf-8")
     return file
 
 
@@ -69,7 +65,10 @@ def test_json_and_jsonl_may_hold_bare_strings(tmp_path):
         ("p.jsonl", b'{"prompt": "a"}\n{oops\n', "line 2 is not JSON"),
         ("p.jsonl", b'{"prompt": 3}\n', "line 1 has no text"),
         ("p.parquet", b"not parquet", "cannot read"),
-        ("p.csv", b"", "cannot read"),
+        ("p.csv", b"", "holds no prompt"),
+        ("p.csv", b"prompt\na red ring, large\n", "line 2 has more or fewer values"),
+        ("p.csv", b"id,prompt\n1,a\n2\n", "line 3 has more or fewer values"),
+        ("p.csv", b'prompt\n"no end\n', "unexpected end of data"),
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, said):

@@ -37,22 +37,26 @@ def test_the_printed_config_reads_back_as_the_same(tmp_path, capsys):
     assert set(yaml.safe_load(text)) == set(Config.model_fields)
 
 
-def test_all_faults_of_all_kinds_are_said_at_once(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (  # found before torch is imported
+            ("run.sed=1", "objective.beta=high", "prompts.path=/no/prompts.txt", "model.path=/no/model",
+             "reward.name=beauty"),
+            ("run.sed", "did you mean run.seed", "objective.beta", "/no/prompts.txt", "/no/model", "beauty"),
+        ),
+        (  # found after it
+            ("sampler.steps=999", "sampler.grid=dpm_solver", "reward.weights=/no/weights", "learner.gpus=64",
+             "evaluation.held_out=[nicer]"),
+            ("sampler.steps", "reward.weights", "128 GPUs", "nicer"),
+        ),
+    ],
+)  # fmt: skip
+def test_all_faults_are_said_at_once(settings, words, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert main([
-        "run.sed=1", "objective.beta=high", "prompts.path=/no/prompts.txt", "model.path=/no/model",
-        "reward.name=beauty", "learner.gpus=64", f"run.dir={tmp_path / 'run'}",
-    ]) == 2  # fmt: skip
+    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
-    for word in (
-        "run.sed",
-        "did you mean run.seed",
-        "objective.beta",
-        "/no/prompts.txt",
-        "/no/model",
-        "beauty",
-        "128 GPUs",
-    ):
+    for word in words:
         assert word in said
     assert "Traceback" not in said and not (tmp_path / "run").exists()
     assert all(line.startswith("learner.run: ") for line in said.splitlines())

@@ -1,16 +1,14 @@
-"""The learner: what each setting does to gradients, stale weights, and one rank against two."""
+"""The learner: what each setting does to gradients, and stale weights."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from scored_epochs import micro_batches, scored_epoch, stir
 
 from diffusion import lora
-from learner import build, process_group, state
-from learner.config import Config
+from learner import build, state
 from learner.objectives.base import Transitions
 from learner.protocol.receipts import StaleWeights
 from learner.update import Learner, NonFiniteGradient
@@ -83,25 +81,6 @@ def test_gradients_go_where_the_paper_says(prepared):
         parameter.grad = None
     learner.loss(batch, 5.0, flow_gradient=False)[0].backward()
     assert all(p.grad is None for p in learner.flow_parameters)
-
-
-def test_micro_batches_do_not_change_the_gradient(prepared, small_config):
-    learner, epoch = prepared
-    whole = gradient_of(learner, [batch_of(learner, epoch)])
-    parts = gradient_of(learner, micro_batches(learner, epoch))
-    # Convolution algorithms differ by batch size, so float accuracy relative to the largest entry.
-    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2e-4 * whole.abs().max().item())
-
-
-def gradient_of(learner: Learner, batches) -> torch.Tensor:
-    """The gradient an update hands to the optimizers, before clipping."""
-    grads = []
-    learner._step = lambda optimizer, parameters: grads.extend(p.grad.clone() for p in parameters) or 0.0  # type: ignore
-    learner.update(batches, sum(len(batch.t) for batch in batches), 5.0)
-    del learner._step
-    for parameter in [*learner.policy_parameters, *learner.flow_parameters]:
-        parameter.grad = None
-    return torch.cat([g.flatten() for g in grads])
 
 
 def test_trajectories_of_another_adapter_are_refused(prepared):
@@ -209,31 +188,3 @@ def test_a_restored_learner_goes_on_bitwise(small_config):
         assert np.array_equal(one.trajectories.states, other.trajectories.states)
         assert np.array_equal(one.scores.rewards, other.scores.rewards, equal_nan=True)
     assert again["lora/kohya.safetensors"] == learner.state_files()["lora/kohya.safetensors"]
-
-
-def _rank(rank: int, config: Config, address: str, epoch, queue) -> None:
-    torch.set_num_threads(1)
-    process_group.join(address, rank, 2, 60, whole_gpu=False)
-    learner = build.build_learner(config)
-    stir(learner)
-    queue.put((rank, gradient_of(learner, micro_batches(learner, epoch[rank::2])).numpy()))
-    process_group.leave()
-
-
-def test_two_ranks_agree_with_one_on_the_gradient(prepared):
-    learner, epoch = prepared
-    one = gradient_of(learner, micro_batches(learner, epoch))
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    address = process_group.free_address("127.0.0.1")
-    ranks = [context.Process(target=_rank, args=(r, learner.config, address, epoch, queue)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    got = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=30)
-    assert np.array_equal(got[0], got[1])
-    scale = one.abs().max().item()
-    difference = np.abs(got[0] - one.numpy()).max()
-    print(f"2 ranks against 1: max gradient difference {difference:.1e} of {scale:.1e}")
-    assert difference < 1e-5 * scale

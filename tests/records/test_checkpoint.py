@@ -178,8 +178,30 @@ def test_pruning_never_takes_the_last_whole_one(storage):
     assert newest(storage)[0].name == NEWEST
     for step in (0, 2, 4):
         storage.remove(f"checkpoints/step-{step:06d}/learner.pt")
-    prune(storage, 1)
+    with pytest.raises(CheckpointError, match="not whole"):
+        prune(storage, 1)
     assert checkpoint.steps(storage) == [4, 6, 8]  # none is whole: none goes
+
+
+def test_a_checkpoint_as_format_5_first_had_it_is_read(storage):
+    """Bytes that an earlier version of this code wrote."""
+    storage.write_folder(NEWEST, {"learner.pt": b"weights", "state.json": b"""{
+ "format": 5,
+ "run_id": "this run",
+ "step": 4,
+ "next_epoch": 2,
+ "batch_sizes": {
+  "chunk": 4
+ },
+ "files": {
+  "learner.pt": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+ },
+ "sha256": "b3cf1f050d8d439b7608e2c853088f85044df8fba40c7452c978ae3a3ced0af9"
+}
+"""})  # fmt: skip
+    found, warnings = newest(storage)
+    assert found.name == NEWEST and found.files == {"learner.pt": b"weights"} and not warnings
+    assert found.manifest["batch_sizes"] == {"chunk": 4}
 
 
 def test_latest_points_at_the_newest(tmp_path):

@@ -8,14 +8,20 @@ import pytest
 from PIL import Image
 
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
+from evaluation.fixed_images import image_rows, read_images
 from learner.protocol.runner import EpochResult
 from learner.protocol.training import Training
 from learner.run import main
 from records.run_folder import BEFORE, FORMAT, IMAGES, Records
 from records.storage import Storage, StorageError
-from reports.pictures import contact_sheet
 
 FACTS = {"config_digest": "c", "prompts_sha256": "p"}
+
+
+def save(records: Records, epoch: int, pixels: int = 64, **found) -> None:
+    """An evaluation as a run records it; `found` are fields of Scores."""
+    rows = image_rows([replace(part, **found) for part in scores()], pixels)
+    records.save_evaluation(epoch, rows, b"sheet")
 
 
 def scores(count: int = 4) -> list[Scores]:
@@ -33,9 +39,9 @@ def result(epoch: int) -> EpochResult:
 
 
 @pytest.fixture(params=["local", "memory"])
-def records(request, tmp_path, small_config):
+def records(request, tmp_path):
     url = str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run"
-    return Records.create(Storage(url), "run", small_config(), FACTS)
+    return Records.create(Storage(url), "run", b"", FACTS)
 
 
 def test_a_run_reads_back_as_written(records):
@@ -54,7 +60,7 @@ def test_a_run_reads_back_as_written(records):
 
 def test_trajectories_are_rows_of_a_parquet_dataset(records, tmp_path):
     for epoch in range(2):
-        records.save_trajectories(epoch, 30.0, result(epoch))
+        records.save_trajectories(epoch, result(epoch).rows(records.run_id, epoch, 30.0))
     assert records.storage.entries("trajectories") == ["epoch-000000.parquet", "epoch-000001.parquet"]
     file = tmp_path / "part.parquet"
     file.write_bytes(records.storage.read("trajectories/epoch-000001.parquet"))
@@ -71,9 +77,9 @@ def test_trajectories_are_rows_of_a_parquet_dataset(records, tmp_path):
 def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
     for epoch in (BEFORE, 0, 1, 2):
         records.append({"epoch": epoch})
-        records.save_evaluation(epoch, scores(), 64)
+        save(records, epoch)
         if epoch >= 0:
-            records.save_trajectories(epoch, 1.0, result(epoch))
+            records.save_trajectories(epoch, result(epoch).rows(records.run_id, epoch, 1.0))
     records.drop_after(1)
     assert [line["epoch"] for line in Records.open(records.storage).lines] == [-1, 0]
     assert records.storage.entries("trajectories") == ["epoch-000000.parquet"]
@@ -83,19 +89,15 @@ def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
 
 
 def test_evaluations_and_their_sheets(records):
-    records.save_evaluation(BEFORE, scores(), 64)
-    assert records.evaluation_rewards(BEFORE).tolist() == [0, 1, 2, 3]
-    assert records.sheet(BEFORE).startswith(b"\x89PNG")
+    save(records, BEFORE)
+    assert records.evaluation_rewards(BEFORE).tolist() == [0, 1, 2, 3] and records.sheet(BEFORE) == b"sheet"
+    assert records.evaluation_prompt(BEFORE) == scores()[0].chunk.prompts[0]
 
 
-def test_an_unwritable_directory_is_named(tmp_path, small_config):
+def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/run"):
-        Records.create(Storage(str(tmp_path / "file" / "run")), "run", small_config(), FACTS)
-
-
-def test_sheet_has_a_row_for_every_eight_images():
-    assert contact_sheet(scores(4), 32).height * 2 == contact_sheet(scores(12), 32).height
+        Records.create(Storage(str(tmp_path / "file" / "run")), "run", b"", FACTS)
 
 
 def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
@@ -120,13 +122,9 @@ def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
 
 def test_all_that_was_found_on_the_fixed_images_comes_back(records):
     features = np.arange(8, dtype=np.float32).reshape(4, 2)
-    given = [
-        replace(one, held_out={"other": np.array([1.0, np.nan, 3.0, 4.0], np.float32)}, features=features)
-        for one in scores()
-    ]
-    records.save_evaluation(0, given, 16)
-    found = records.evaluation(0)
-    assert found.rewards.tolist() == [0, 1, 2, 3] and list(found.prompts) == list(given[0].chunk.prompts)
+    save(records, 0, 16, held_out={"other": np.array([1.0, np.nan, 3.0, 4.0], np.float32)}, features=features)
+    found = read_images(records.images(0))
+    assert found.rewards.tolist() == [0, 1, 2, 3] and list(found.prompts) == list(scores()[0].chunk.prompts)
     np.testing.assert_array_equal(found.held_out["other"], [1, np.nan, 3, 4])
     np.testing.assert_array_equal(found.features, features)
     table = json.loads(records.storage.read("evaluation/epoch-000000.json"))
@@ -138,7 +136,7 @@ def test_all_that_was_found_on_the_fixed_images_comes_back(records):
 
 
 def test_figures_of_a_finished_adapter_are_no_evaluation_of_an_epoch(records):
-    records.save_evaluation(0, scores(), 0)
+    save(records, 0, 0)
     records.storage.write("evaluation/step-000002.json", b"{}")
     assert records.evaluated() == [0]
     rows = pq.read_table(io.BytesIO(records.storage.read("evaluation/epoch-000000.parquet")))

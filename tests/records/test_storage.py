@@ -158,7 +158,7 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
 def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     """A machine that loses power must not find a checkpoint's name over files that were never written."""
     storage, events = Storage(str(tmp_path)), []
-    real_sync, real_rename = os.fsync, Path.rename
+    real_sync, real_replace = os.fsync, Path.replace
 
     def sync(handle):
         events.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
@@ -166,10 +166,10 @@ def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monke
 
     def rename(path, target):
         events.append(("rename", str(path)))
-        return real_rename(path, target)
+        return real_replace(path, target)
 
     monkeypatch.setattr(storage_module.os, "fsync", sync)
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", rename)
     storage.write_folder("step-1", {"lora/weights": b"1", "manifest.json": b"2"})
     aside = tmp_path / ".step-1.new"
     named = events.index(("rename", str(aside)))

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffusion.trajectory import Chunk, Scores
-from learner.config import load_config
+from learner.config import config_yaml, load_config
 from records.run_folder import BEFORE, SCHEMA, Records
 from records.storage import Storage
 from reports import facts
@@ -88,7 +88,7 @@ def made_up_run(folder: Path, epochs: int = 12, settings: tuple[str, ...] = ()) 
         "prompts_sha256": "p" * 64,
         "environment": {"git_commit": "a1b2c3+", "gpu": ""},
     }
-    records = Records.create(Storage(str(folder)), folder.name, config, identity)
+    records = Records.create(Storage(str(folder)), folder.name, config_yaml(config), identity)
     rng = np.random.default_rng(0)
     before = rng.normal(0.5, 0.05, 20)
     save_evaluation(folder, BEFORE, [*before[:-1], None])

@@ -12,7 +12,7 @@ import pytest
 from made_up_run import COLLAPSE, LABEL, NASTY, made_up_run, save_evaluation, save_trajectories
 
 from commands import report
-from learner.config import load_config
+from learner.config import load_config, saved_config
 from records.run_folder import BEFORE, Records
 from records.storage import Storage
 from reports import facts, html
@@ -146,7 +146,7 @@ def test_how_to_make_it_again_and_how_to_load_the_lora(page, made_up):
     source = re.search(r'download="config.yaml" href="data:text/yaml;base64,([^"]+)"', page)[1]
     saved = made_up.parent / "saved.yaml"
     saved.write_bytes(base64.b64decode(source))
-    assert load_config(saved) == Records.open(Storage(str(made_up))).config()
+    assert load_config(saved) == saved_config(Records.open(Storage(str(made_up))))
     lora = f"{made_up}/checkpoints/latest/lora"
     assert f'pipe.load_lora_weights("{lora}")' in text and "num_inference_steps=10, eta=1.0, guidance_scale=3.0" in text
 

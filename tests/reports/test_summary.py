@@ -15,12 +15,14 @@ from learner.run import main, say
 from records.run_folder import BEFORE, Records
 from records.storage import Storage
 from reports import summary
+from reports.views import RunViews
 
 
 def said(copied, *settings) -> list[str]:
     """What a run says at its end, made-up figures and all."""
     records, lines = Records.open(Storage(str(copied))), []
-    controller.finish(records, load_config(overrides=["evaluation.images=16", *settings]), lines.append)
+    config = load_config(overrides=["evaluation.images=16", *settings])
+    controller.finish(records, RunViews(records, config, lines.append))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The package backend with workers that are not the packages: frames, deadlines, deaths."""
+"""The package backend with workers that are not the packages: what goes wrong, deadlines, deaths."""
 
 import os
 import signal
@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from diffusion.trajectory import Chunk, CleanPredictions
-from rewards import package_process, package_worker, registry
-from rewards.package import PackageReward
+from rewards import package, package_worker, registry
+from rewards.package import PackageFailed, PackageReward
 from rewards.package_environment import EnvironmentMissing
-from rewards.package_process import PackageFailed
 from rewards.scorer import BadReward, Scorer
 
 IMAGES = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 4, 6)
@@ -109,25 +108,32 @@ def test_scores_come_back_in_order_whatever_the_package_prints(make):
     assert gone(int(first), 0)
 
 
+def test_a_package_that_raises_is_shown_with_remedy_and_last_words(make):
+    said = r"raised ValueError: no such prompt; .*python -m rewards.package build hpsv2.*last words: .*Traceback"
+    with pytest.raises(PackageFailed, match=said):
+        make()(IMAGES, ["", "raise", ""])
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        (
-            "raise",
-            r"raised ValueError: no such prompt; .*python -m rewards.package build hpsv2.*last words: .*Traceback",
-        ),
         ("die", r"ended with status 3; .*about to go"),
         ("killed", r"was killed \(signal 9: out of memory\?\)"),
         ("sleep", r"did not answer within 1 s; .*reward\.options\.seconds"),
         ("few", r"2 scores for 3 images"),
+        ("stopped", r"did not answer within 1 s"),
     ],
 )
-def test_what_goes_wrong_is_said_in_one_line_and_leaves_no_process(make, prompt, said):
+def test_what_goes_wrong_is_said_in_one_line_and_leaves_no_process(make, monkeypatch, prompt, said):
     reward = make(seconds=1)
     pid = int(reward(IMAGES, ["pid", "", ""])[0])
-    begun = time.monotonic()
+    images, begun = IMAGES, time.monotonic()
+    if prompt == "stopped":  # so that not even the request can be written
+        monkeypatch.setattr(package, "SECONDS_TO_END", 0.1)
+        os.kill(pid, signal.SIGSTOP)
+        images = torch.zeros(3, 3, 512, 512)
     with pytest.raises(PackageFailed, match=said) as caught:
-        reward(IMAGES, ["", prompt, ""])
+        reward(images, ["", prompt, ""])
     assert time.monotonic() - begun < 5 and len(str(caught.value).splitlines()) == 1
     assert gone(pid, 0)
     assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]  # another process
@@ -138,23 +144,38 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_no_process(make, prompt,
     [("slow", r"within 1 s; .*reward\.options\.start_seconds"), ("broken", r"raised KeyError: 'blip\.mlp'")],
 )
 def test_a_model_that_does_not_load_is_named(make, weights, said):
-    reward = make(weights=weights, start_seconds=1)
     with pytest.raises(PackageFailed, match=said):
-        reward.start()
+        make(weights=weights, start_seconds=1).start()
+
+
+# Begins with an end of the socket; `send` writes one message to it.
+OTHER = """
+import os, sys, time
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[2]))
+send = connection.send_bytes
+{}
+time.sleep(60)
+"""
 
 
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("print('hello ' * 100, flush=True); import sys; sys.stdin.read()", "no answer"),
+        ("print('hello')", "ended with status 0; .*last words: hello"),
         ("import nothing_of_that_name", "ended with status 1; .*nothing_of_that_name"),
-        ("import os, time; os.close(1); os.close(0); time.sleep(60)", "closed its pipes"),
+        (OTHER.format("connection.close()"), "closed its end of the connection"),
+        (OTHER.format("send(b'garbage')"), r"sent what is no answer \(JSONDecodeError"),
+        (OTHER.format("send(b'[3]')"), r"sent what is no answer \(TypeError"),
+        (OTHER.format("send(b'{}')"), r"sent what is no answer \(KeyError"),
+        (OTHER.format("send(bytes(2 << 20))"), r"sent what is no answer \(OSError"),
+        (OTHER.format("os.write(connection.fileno(), bytes([0, 0, 0, 9]))"), "did not answer within"),
     ],
 )
 def test_an_interpreter_that_runs_something_else_is_said(make, monkeypatch, script, said):
-    monkeypatch.setattr(package_process, "SECONDS_TO_END", 0.3)
+    monkeypatch.setattr(package, "SECONDS_TO_END", 0.3)
     with pytest.raises(PackageFailed, match=said):
-        make(script)(IMAGES, PROMPTS)
+        make(script, seconds=0.5)(IMAGES, PROMPTS)
 
 
 def test_what_is_not_a_number_reaches_the_scorer_which_names_its_prompt(make):
@@ -168,7 +189,7 @@ def test_what_is_not_a_number_reaches_the_scorer_which_names_its_prompt(make):
 
 def test_a_forgotten_reward_ends_its_process(make):
     kept = make()
-    forgotten = PackageReward("hpsv2", kept.assets["weights"].source, python=str(kept._python))
+    forgotten = PackageReward("hpsv2", kept.assets["weights"].source, python=str(kept.python))
     pid = int(forgotten(IMAGES, ["pid", "", ""])[0])
     assert is_running(pid)
     del forgotten
@@ -197,7 +218,7 @@ for _ in range(3):
 
 
 def test_the_worker_ends_when_its_parent_is_killed(make, tmp_path):
-    command = [sys.executable, "-c", PARENTS, str(tmp_path / "weights.pt"), str(make()._python)]
+    command = [sys.executable, "-c", PARENTS, str(tmp_path / "weights.pt"), str(make().python)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         pairs = [[int(pid) for pid in launcher.stdout.readline().split()] for _ in range(3)]
         time.sleep(0.2)
@@ -209,7 +230,7 @@ def test_the_worker_ends_when_its_parent_is_killed(make, tmp_path):
 
 
 def test_wrong_settings_are_refused_before_anything_starts(make, tmp_path, monkeypatch):
-    python = str(make()._python)
+    python = str(make().python)
     for arguments, options, said in [
         (("beauty",), {}, "hpsv2, imagereward"),
         (("hpsv2",), {"version": "v3"}, r"reward\.options\.version: unknown 'v3'.*v2\.0, v2\.1"),
@@ -230,7 +251,7 @@ def test_wrong_settings_are_refused_before_anything_starts(make, tmp_path, monke
 def test_files_come_from_a_folder_or_the_hub(make, tmp_path, monkeypatch):
     import huggingface_hub
 
-    python = str(make()._python)
+    python = str(make().python)
     (tmp_path / "HPS_v2_compressed.pt").write_text("")
     reward = PackageReward("hpsv2", str(tmp_path), python=python, version="v2.0")
     assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
@@ -248,7 +269,7 @@ def test_files_come_from_a_folder_or_the_hub(make, tmp_path, monkeypatch):
 def test_the_backend_is_a_setting_of_the_reward(backend, make):
     """Found wanting before anything starts, and made by the name table."""
     made = make()
-    options = {"python": str(made._python)} if backend == "package" else {}
+    options = {"python": str(made.python)} if backend == "package" else {}
     weights = made.assets["weights"].source
     if backend == "package":
         registry.check("hpsv2", weights, options, PROMPTS, backend=backend)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import package_environment, package_worker, registry
+from commands.build_package import BPE, build
+from rewards import package_worker, registry
 from rewards.package import PackageReward
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -76,7 +77,7 @@ def made(request, folder):
     """(name, weights, options): an environment built from its lock file, and a checkpoint beside its companions."""
     name = request.param
     place = folder / name
-    python = package_environment.build(name, place / "environment")
+    python = build(name, place / "environment")
     files = {}
     if name == "imagereward":
         (place / "med_config.json").write_text(json.dumps(MED_CONFIG))
@@ -103,7 +104,7 @@ def word_pieces(folder: Path) -> None:
 
 def clip_tokenizer(environment: Path, folder: Path) -> Path:
     """transformers' files of the tokenizer that hpsv2 reads from open_clip_torch's vocabulary."""
-    [source] = environment.glob(f"lib/python*/site-packages/open_clip/{package_environment.BPE}")
+    [source] = environment.glob(f"lib/python*/site-packages/open_clip/{BPE}")
     merges = gzip.decompress(source.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(c) for c in shown] + [chr(256 + n) for n in range(256 - len(shown))]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from learner.config import load_config
-from learner.controller import training_prompts
+from learner.prompts import training_prompts
 from learner.run import main
 from rewards import prompt_sets
 from rewards.prompt_sets import PromptSetError

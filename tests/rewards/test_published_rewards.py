@@ -2,7 +2,6 @@
 
 import copy
 import gzip
-import inspect
 import json
 import os
 from pathlib import Path
@@ -16,10 +15,10 @@ from transformers import BlipTextConfig, BlipVisionConfig, CLIPTokenizer
 
 from diffusion.loading import load_decoder
 from diffusion.trajectory import Chunk, CleanPredictions
-from rewards import aesthetic, hpsv2, imagereward, preprocess, registry
-from rewards.network import fill, head_layout, on_meta
+from rewards import aesthetic, hpsv2, imagereward, registry
+from rewards.network import adopt, fill, layout, long_side, score_head, short_side
 from rewards.scorer import Scorer
-from rewards.weights import BadWeights
+from rewards.weights import HPS_FILES, BadWeights
 
 MODELS = sorted(WRITE)
 
@@ -50,10 +49,7 @@ def as_image(picture: np.ndarray) -> torch.Tensor:
 
 def native(reward, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """The network alone, from normalised pixels."""
-    if reward.name == "aesthetic":
-        return reward.network(pixels)
-    tokens = reward.tokens(prompts)
-    return reward.network(pixels, tokens) if reward.name == "hpsv2" else reward.network(pixels, *tokens)
+    return reward.network(pixels, *reward.tokens(prompts))
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("aesthetic", 1e-5), ("hpsv2", 1e-10), ("imagereward", 1e-10)])
@@ -88,7 +84,7 @@ def test_reported_scores_of_pictures_are_those_of_the_authors_score(name, made):
     np.testing.assert_allclose(scores, golden, atol=3e-6)
 
 
-@pytest.mark.parametrize(("name", "resize"), [("imagereward", preprocess.short_side), ("hpsv2", preprocess.long_side)])
+@pytest.mark.parametrize(("name", "resize"), [("imagereward", short_side), ("hpsv2", long_side)])
 def test_preprocessing_is_that_of_the_authors_transforms(name, resize):
     golden = inputs.golden(name)["preprocessed"]
     for picture, expected in zip(inputs.pictures(), golden, strict=True):
@@ -99,7 +95,7 @@ def test_preprocessing_is_that_of_the_authors_transforms(name, resize):
 def test_resizing_for_gradients_is_close_to_that_of_pictures():
     for picture in inputs.pictures():
         image = as_image(picture)
-        far = preprocess.short_side(image, 20) - preprocess.short_side(image.clone().requires_grad_(), 20)
+        far = short_side(image, 20) - short_side(image.clone().requires_grad_(), 20)
         # A step of 8 bits is 0.0146 here, and PIL rounds twice; it also cuts off what overshoots.
         assert far.abs().mean() < 0.006
         assert (far.abs().max() > 0) == (20 not in picture.shape)
@@ -108,35 +104,30 @@ def test_resizing_for_gradients_is_close_to_that_of_pictures():
 def test_without_a_graph_an_image_is_a_picture():
     image = as_image(inputs.pictures()[0])
     with torch.no_grad():
-        found = preprocess.short_side(image.clone().requires_grad_(), 20)
-    assert torch.equal(found, preprocess.short_side(image, 20))
+        found = short_side(image.clone().requires_grad_(), 20)
+    assert torch.equal(found, short_side(image, 20))
 
 
-def test_hps_tokens_are_those_of_openclip(made):
-    golden, found = inputs.golden("hpsv2")["tokens"], made("hpsv2").tokens(inputs.TRICKY)
-    for prompt, ids, expected in zip(inputs.TRICKY, found.tolist(), golden.tolist(), strict=True):
-        assert ids == expected, prompt
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
+def test_tokens_are_those_of_the_authors(name, made):
+    ids, *masks = made(name).tokens(inputs.TRICKY)
+    check_tokens(ids, inputs.golden(name)["tokens"])
+    for mask in masks:
+        assert torch.equal(mask, (ids != 0).long())
+
+
+def check_tokens(ids: torch.Tensor, golden: np.ndarray) -> None:
+    for prompt, found, expected in zip(inputs.TRICKY, ids.tolist(), golden.tolist(), strict=True):
+        assert found == expected, prompt
 
 
 @pytest.mark.skipif("CLIP_BPE" not in os.environ, reason="CLIP_BPE: bpe_simple_vocab_16e6.txt.gz of OpenCLIP")
 def test_hps_tokens_are_those_of_openclip_with_the_true_vocabulary(made, tmp_path):
     merges = gzip.decompress(Path(os.environ["CLIP_BPE"]).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    folder = inputs.write_clip_tokenizer(tmp_path / "true", merges)
     reward = copy.copy(made("hpsv2"))
-    reward.tokenizer = CLIPTokenizer.from_pretrained(folder)
+    reward.tokenizer = CLIPTokenizer.from_pretrained(inputs.write_clip_tokenizer(tmp_path / "true", merges))
     assert reward.tokenizer.eos_token_id == hpsv2.Size().vocabulary - 1
-    golden = inputs.golden("hpsv2_true_tokens")["tokens"]
-    for prompt, ids, expected in zip(
-        inputs.TRICKY, reward.tokens(inputs.TRICKY).tolist(), golden.tolist(), strict=True
-    ):
-        assert ids == expected, prompt
-
-
-def test_imagereward_tokens_are_those_of_the_authors(made):
-    golden, (found, mask) = inputs.golden("imagereward")["tokens"], made("imagereward").tokens(inputs.TRICKY)
-    assert torch.equal(mask, (found != 0).long())
-    for prompt, ids, expected in zip(inputs.TRICKY, found.tolist(), golden.tolist(), strict=True):
-        assert ids == expected, prompt
+    check_tokens(reward.tokens(inputs.TRICKY)[0], inputs.golden("hpsv2_true_tokens")["tokens"])
 
 
 def published_text(tmp_path) -> BlipTextConfig:
@@ -148,20 +139,19 @@ def published_text(tmp_path) -> BlipTextConfig:
 def test_every_published_key_is_known_and_loads_strictly_at_full_size(name, count, tmp_path):
     keys = inputs.published_keys(name)
     assert len(keys) == count
-    state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    if name == "aesthetic":
-        assert keys == head_layout("mlp.layers.", 768)
-        return
-    if name == "hpsv2":
-        assert keys == hpsv2.layout(hpsv2.Size())
-        network = on_meta(lambda: hpsv2.Network(hpsv2.Size().config()))
-        renamed = hpsv2.rename(state)
-    else:
+    with torch.device("meta"):
+        if name == "aesthetic":
+            assert keys == {f"mlp.layers.{key}": shape for key, shape in layout(score_head(768)).items()}
+            return
         size, text = imagereward.Vision(), published_text(tmp_path)
-        assert keys == imagereward.layout(size, text)
-        network = on_meta(lambda: imagereward.Network(size.config(), text))
-        renamed = imagereward.rename(state)
-    network.load_state_dict(renamed, strict=True, assign=True)
+        if name == "hpsv2":
+            network, published, unused = hpsv2.Network(hpsv2.Size().config()), hpsv2.published, {}
+        else:
+            network, published = imagereward.Network(size.config(), text), imagereward.published
+            unused = imagereward.unused(size, text)
+        assert keys == layout(network, published) | unused
+        state = {key: torch.empty(shape) for key, shape in keys.items()}
+    network.load_state_dict(adopt(network, state, published), strict=True, assign=True)
 
 
 def test_published_configurations(tmp_path):
@@ -177,7 +167,7 @@ def test_published_configurations(tmp_path):
     for tower, heads in ((clip.vision_config, 16), (clip.text_config, 16)):
         assert (tower.hidden_act, tower.layer_norm_eps, tower.num_attention_heads) == ("gelu", 1e-5, heads)
     assert (clip.text_config.eos_token_id, clip.text_config.max_position_embeddings) == (49407, 77)
-    assert hpsv2.FILES == {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+    assert HPS_FILES == {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 def test_defaults_are_the_published_ids():
@@ -190,9 +180,6 @@ def test_defaults_are_the_published_ids():
     assert [asset.source for asset in aesthetic.Aesthetic.assets()] == [
         "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", "openai/clip-vit-large-patch14",
     ]  # fmt: skip
-    for model in (hpsv2.HPSv2, imagereward.ImageReward, aesthetic.Aesthetic):
-        made, listed = inspect.signature(model.__init__), inspect.signature(model.assets)
-        assert set(made.parameters) - {"self", "device"} == set(listed.parameters)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -265,9 +252,10 @@ def test_buffers_that_no_checkpoint_holds_are_made_anew(made):
 
 
 def test_a_network_is_filled_whole_or_not_at_all():
-    network = on_meta(lambda: hpsv2.Network(HPS_SIZE.config()))
+    with torch.device("meta"):
+        network = hpsv2.Network(HPS_SIZE.config())
     with pytest.raises(BadWeights, match="logit_scale"):
-        fill(network, {}, "nothing")
+        fill(network, {}, "nothing", published=hpsv2.published)
 
 
 @pytest.mark.parametrize("name", MODELS)

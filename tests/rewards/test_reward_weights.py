@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -20,34 +21,37 @@ MODELS = sorted(WRITE)
 
 
 @pytest.fixture
-def no_hub(monkeypatch):
-    """Asking the hub for anything fails the test."""
-    monkeypatch.setattr(weights, "_ask", lambda *asked: pytest.fail(f"the hub was asked for {asked}"))
-    monkeypatch.setattr(weights, "_download", lambda *asked: pytest.fail(f"the hub was asked for {asked}"))
-
-
-@pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub of folders `owner--repository`; what was asked of it is listed."""
-    asked: list[tuple[str, str]] = []
+    """A hub of folders `owner--repository` and a cache of the hub's client beside it; what was asked is listed."""
+    asked: list[str] = []
+    cache = tmp_path / "cache"
 
-    def download(repository, name):
-        asked.append((repository, name))
-        path = tmp_path / "hub" / repository.replace("/", "--") / name
-        if not path.exists():
-            raise FileNotFoundError(f"404 {name}")
-        return path
+    def listed(repository):
+        asked.append(f"list {repository}")
+        folder = tmp_path / "hub" / repository.replace("/", "--")
+        return [str(path.relative_to(folder)) for path in folder.rglob("*")]
 
-    monkeypatch.setattr(weights, "_download", download)
-    monkeypatch.setattr(weights, "_ask", download)
+    def snapshot(repository, allow_patterns, dry_run=False):
+        asked.append(f"{'dry run' if dry_run else 'download'} {' '.join(allow_patterns)}")
+        place = cache / f"models--{repository.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / "main").write_text("abc")
+        for name in [] if dry_run else allow_patterns:
+            (place / "snapshots" / "abc").mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "hub" / repository.replace("/", "--") / name, place / "snapshots" / "abc" / name)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", listed)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr(weights, "_silent", lambda minute: "")
     return asked
 
 
-@pytest.fixture(autouse=True)
-def ask_anew():
-    weights._silent.cache_clear()
+@pytest.fixture
+def no_hub(hub):
+    """Asking the hub for anything fails the test."""
     yield
-    weights._silent.cache_clear()
+    assert hub == []
 
 
 def loaded(settings: dict):
@@ -191,6 +195,7 @@ def test_offline_the_message_says_what_to_fetch_from_where_and_which_key_to_set(
     """With the hub's own client, whose cache is empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    weights._silent.cache_clear()
     with pytest.raises(WeightsNotFound) as error:
         act({"name": name})
     message = str(error.value)
@@ -209,63 +214,54 @@ def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    weights._silent.cache_clear()
     for act in (checked, loaded):
         with pytest.raises(WeightsNotFound, match=r"no answer from https://\S+: no route to host"):
             act({"name": "imagereward"})
+    weights._silent.cache_clear()
     assert len(asked) <= 2  # a minute may have passed
 
 
-def cached(monkeypatch, tmp_path, repository: str, revision: str, *names: str):
-    """A cache of the hub's client that holds these files of a repository."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "cache" / f"models--{repository.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True, exist_ok=True)
-    (folder / "refs" / "main").write_text(revision)
-    snapshot = folder / "snapshots" / revision
-    snapshot.mkdir(parents=True, exist_ok=True)
-    for name in names:
+def test_what_the_cache_holds_needs_no_hub(tmp_path, hub):
+    snapshot = tmp_path / "cache" / "models--me--mine" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    for name in ("config.json", "pytorch_model.bin"):
         (snapshot / name).write_text("")
-    return snapshot
-
-
-def test_what_the_cache_holds_needs_no_hub(tmp_path, monkeypatch):
-    snapshot = cached(monkeypatch, tmp_path, "me/mine", "abc", "config.json", "pytorch_model.bin")
     asset = Asset("key", "me/mine", ("config.json", "model.safetensors|pytorch_model.bin"), folder=True)
-    monkeypatch.setattr(weights, "_silent", lambda minute: "it is silent")
     weights.check([asset])
-    assert weights.find([asset]) == [snapshot]
-    assert weights.find([Asset("key", "me/mine:config.json", ("other",))]) == [snapshot / "config.json"]
-    with pytest.raises(WeightsNotFound, match=r"vocab\.txt of https://huggingface\.co/me/mine .*\(it is silent\)"):
+    assert weights.find([asset, Asset("key", "me/mine:config.json", ("other",))]) == [
+        snapshot,
+        snapshot / "config.json",
+    ]
+    assert hub == []
+    with pytest.raises(WeightsNotFound, match=r"vocab\.txt of https://huggingface\.co/me/mine .*\(no vocab\.txt\)"):
         weights.check([Asset("key", "me/mine", ("vocab.txt",))])
 
 
-def test_files_of_several_revisions_are_not_mixed(tmp_path, monkeypatch):
-    asset = Asset("key", "me/mine", ("config.json", "model.safetensors"), folder=True)
-    monkeypatch.setattr(weights, "_download", lambda repository, name: tmp_path / name / name)
-    with pytest.raises(WeightsNotFound, match="several revisions of me/mine"):
-        weights.find([asset])
-
-
 def test_hub_ids_with_and_without_a_file(tmp_path, hub):
+    """Checking downloads nothing, loading once: then the cache has it."""
     held = tmp_path / "hub" / "me--mine"
     held.mkdir(parents=True)
     settings = write_hpsv2(held)
     (held / "other.pt").write_bytes((held / "HPS_v2.1_compressed.pt").read_bytes())
     for source, name in (("me/mine", "HPS_v2.1_compressed.pt"), ("me/mine:other.pt", "other.pt")):
         hub.clear()
-        for act in (checked, loaded):
+        for act in (checked, loaded, loaded):
             act({**settings, "weights": source})
-        assert hub == [("me/mine", name)] * 2
-    with pytest.raises(WeightsNotFound, match=r"third\.pt of https://huggingface\.co/me/mine .*404 third\.pt"):
+        assert hub == ["list me/mine", f"dry run {name}", "list me/mine", f"download {name}"]
+    with pytest.raises(WeightsNotFound, match=r"third\.pt of https://huggingface\.co/me/mine .*\(no third\.pt\)"):
         loaded({**settings, "weights": "me/mine:third.pt"})
 
 
 def test_one_of_several_file_names_will_do_and_optional_ones_may_be_absent(tmp_path, hub):
-    held = tmp_path / "hub" / "me--bert"
-    inputs.write_bert_tokenizer(held)
+    """Of a repository all that is needed is fetched at once, so that it is of one revision."""
+    inputs.write_bert_tokenizer(tmp_path / "hub" / "me--bert")
     asset = Asset("key", "me/bert", ("tokenizer.json|vocab.txt", "tokenizer_config.json?"), folder=True)
-    assert weights.find([asset]) == [held]
-    assert [name for _, name in hub] == ["tokenizer.json", "vocab.txt", "tokenizer_config.json"]
+    [folder] = weights.find([asset])
+    assert [path.name for path in folder.iterdir()] == ["vocab.txt"]
+    assert hub == ["list me/bert", "download vocab.txt"]
     with pytest.raises(WeightsNotFound, match="expected a repository or folder"):
         weights.find([Asset("key", "me/bert:vocab.txt", ("vocab.txt",), folder=True)])
 

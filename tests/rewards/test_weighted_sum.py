@@ -58,12 +58,8 @@ def test_it_is_differentiable_when_every_term_is():
 
 
 def test_a_prompt_that_a_term_refuses_is_named():
-    for refuse in (
-        lambda: registry.check("weighted_sum", None, {"terms": [JPEG, SHAPES]}, ["a cat"]),
-        lambda: registry.load("weighted_sum", terms=[JPEG, SHAPES]).check_prompts(["a cat"]),
-    ):
-        with pytest.raises(ValueError, match="a cat"):
-            refuse()
+    with pytest.raises(ValueError, match="a cat"):
+        registry.check("weighted_sum", None, {"terms": [JPEG, SHAPES]}, ["a cat"])
 
 
 def test_a_users_own_reward_is_a_term_too(tmp_path, monkeypatch):

@@ -10,39 +10,54 @@ import numpy as np
 import torch
 from golden import inputs
 from torch import Tensor
-from transformers import CLIPConfig
+from transformers import BlipTextConfig, CLIPConfig
+from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from rewards import hpsv2, imagereward
-from rewards.network import head_layout
+from rewards.network import adopt, layout, score_head
 
 VOCABULARY = len(inputs.bpe_vocabulary("<start>", "<end>"))
 HPS_SIZE = hpsv2.Size(**inputs.HPS_SIZE, vocabulary=VOCABULARY)
 
 
 def imagereward_state() -> dict[str, Tensor]:
-    folder_config = imagereward.BlipTextConfig(**{
-        key: value for key, value in inputs.MED_CONFIG.items() if key not in ("encoder_width", "add_cross_attention")
-    })  # fmt: skip
-    shapes = imagereward.layout(imagereward.Vision(**inputs.IMAGEREWARD_VISION), folder_config)
+    text = BlipTextConfig(**{**inputs.MED_CONFIG, "encoder_hidden_size": inputs.MED_CONFIG["encoder_width"]})
+    size = imagereward.Vision(**inputs.IMAGEREWARD_VISION)
+    with torch.device("meta"):
+        network = imagereward.Network(size.config(), text)
+    shapes = layout(network, imagereward.published) | imagereward.unused(size, text)
     return tensors(inputs.state(shapes, seed=1))
 
 
 def hpsv2_state() -> dict[str, Tensor]:
-    return tensors(inputs.state(hpsv2.layout(HPS_SIZE), seed=2))
+    with torch.device("meta"):
+        network = hpsv2.Network(HPS_SIZE.config())
+    return tensors(inputs.state(layout(network, hpsv2.published), seed=2))
+
+
+def clip_config(activation: str = "quick_gelu") -> CLIPConfig:
+    size = inputs.AESTHETIC_SIZE
+    vision = {
+        "hidden_size": size["width"], "intermediate_size": 4 * size["width"], "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["width"] // 64, "image_size": size["image"], "patch_size": size["patch"],
+        "hidden_act": activation, "projection_dim": size["embedding"],
+    }  # fmt: skip
+    return CLIPConfig(projection_dim=size["embedding"], vision_config=vision)
 
 
 def aesthetic_state() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Head, and image tower under transformers' names."""
-    size = inputs.AESTHETIC_SIZE
-    like = hpsv2.Size(
-        embedding=size["embedding"], image=size["image"], patch=size["patch"], vision_width=size["width"],
-        vision_layers=size["layers"], text_layers=0,
-    )  # fmt: skip
-    tower = {f"clip_model.{key}": shape for key, shape in hpsv2.layout(like).items() if key.startswith("visual.")}
-    made = tensors(inputs.state({**tower, **head_layout("mlp.layers.", size["embedding"])}, seed=3))
-    head = {key.removeprefix("mlp."): value.float() for key, value in made.items() if key.startswith("mlp.")}
-    seen = {key.removeprefix("clip_model."): value.float() for key, value in made.items() if "visual" in key}
-    return head, {key.removeprefix("clip."): value.contiguous() for key, value in hpsv2.rename(seen).items()}
+    """Head, and image tower under transformers' names; the golden values' authors have OpenCLIP's."""
+    with torch.device("meta"):
+        clip = CLIPVisionModelWithProjection(clip_config().vision_config)
+        head = score_head(inputs.AESTHETIC_SIZE["embedding"])
+    shapes = {f"clip_model.{key}": shape for key, shape in layout(clip, hpsv2.published).items()}
+    shapes |= {f"mlp.layers.{key}": shape for key, shape in layout(head).items()}
+    state = {key: value.float() for key, value in tensors(inputs.state(shapes, seed=3)).items()}
+    tower = adopt(clip, {key.removeprefix("clip_model."): value for key, value in state.items()}, hpsv2.published)
+    return (
+        {key.removeprefix("mlp."): value for key, value in state.items() if key.startswith("mlp.")},
+        {key: value.contiguous() for key, value in tower.items()},
+    )
 
 
 def tensors(made: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -75,19 +90,11 @@ def write_aesthetic(folder: Path, activation: str = "quick_gelu", **changed: Ten
     """As `write_imagereward`; `changed` are those of the head."""
     from safetensors.torch import save_file
 
-    size, (head, tower) = inputs.AESTHETIC_SIZE, aesthetic_state()
+    head, tower = aesthetic_state()
     torch.save(change(head, changed), folder / "aesthetic-model.pth")
     clip = folder / "clip"
     clip.mkdir(exist_ok=True)
-    config = CLIPConfig(
-        projection_dim=size["embedding"],
-        vision_config={
-            "hidden_size": size["width"], "intermediate_size": 4 * size["width"], "num_hidden_layers": size["layers"],
-            "num_attention_heads": size["width"] // 64, "image_size": size["image"], "patch_size": size["patch"],
-            "hidden_act": activation,
-        },
-    )  # fmt: skip
-    (clip / "config.json").write_text(config.to_json_string())
+    (clip / "config.json").write_text(clip_config(activation).to_json_string())
     # As the published file: the text tower is in it too.
     others = {"logit_scale": torch.ones(()), "text_projection.weight": torch.ones(2, 2),
               "vision_model.embeddings.position_ids": torch.arange(5)[None]}  # fmt: skip

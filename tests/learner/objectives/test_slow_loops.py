@@ -78,7 +78,7 @@ def setup(kind: str, **settings) -> Setup:
     clean_gradients = draw(COUNT, STEPS + 1, *SHAPE)
     step, row = torch.arange(STEPS).repeat(COUNT), torch.arange(COUNT).repeat_interleave(STEPS)
     times = torch.tensor([*kernel.timesteps.tolist(), 0])
-    x = states[row, step].requires_grad_(objective.reward_gradients)
+    x = states[row, step].requires_grad_(objective.needs.reward_gradients)
     batch = Transitions(
         x=x, x_next=states[row, step + 1], t=times[step], t_next=times[step + 1], trajectory_id=row,
         embeddings=torch.zeros(COUNT * STEPS, 0, 0), reward=rewards[row, step], reward_next=rewards[row, step + 1],
@@ -93,7 +93,7 @@ def setup(kind: str, **settings) -> Setup:
     objective.begin_epoch(Population(tuple(range(COUNT)), ("a",) * COUNT, tuple(rewards[:, -1].tolist())))
     policy = Policy(Model(), kernel, 1.0)
     batch.prepared.update(objective.prepare(policy, batch))
-    flow = {"log_flow": ScalarFlow(), "gradient": FieldFlow(), None: None}[objective.flow]
+    flow = {"log_flow": ScalarFlow(), "gradient": FieldFlow(), None: None}[objective.needs.flow]
     return Setup(objective, batch, output, flow, own.alphas_cumprod.double().tolist())
 
 

@@ -1,4 +1,5 @@
-"""Chunks on their way, in 10,000 random orders of everything that may happen to them, crashes and resumes included."""
+"""Chunks on their way, in 1,000 random orders (slow: 10,000) of everything that may happen to them, crashes and resumes
+included."""
 
 import random
 from collections import Counter
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffusion.snapshot import Snapshot
-from diffusion.trajectory import Chunk, Receipt, Verdict
-from learner.protocol.buffer import Pipeline, TooStale, key_of
+from diffusion.trajectory import Chunk, ChunkKey, Receipt, Verdict
+from learner.protocol.buffer import Buffer, TooStale
 from learner.protocol.ledger import Ledger, LedgerError
 from learner.protocol.receipts import StaleWeights
 
@@ -41,7 +42,7 @@ class Run:
         """From the last checkpoint: of what came after it, nothing is known any more."""
         self.ledger = Ledger(self.saved)
         done = self.ledger.epochs
-        self.pipeline = Pipeline(chunks_of, range(done, EPOCHS), self.staleness, self.ledger)
+        self.buffer = Buffer(chunks_of, range(done, EPOCHS), self.staleness, self.ledger)
         self.version, self.epoch = done, done
         self.waiting, self.sampling, self.scoring, self.scored = [], {}, [], []
         self.made_by = {}  # version that sampled each key, by our own account
@@ -50,10 +51,10 @@ class Run:
 
     def steps(self) -> dict[str, bool]:
         """What can happen now, of itself."""
-        whole = sum(key[1] == self.epoch for key in self.scored) == CHUNKS
+        whole = sum(key.epoch == self.epoch for key in self.scored) == CHUNKS
         return {
             "give": bool(self.waiting), "sample": bool(self.sampling), "score": bool(self.scoring),
-            "admit": self.pipeline._next < min(EPOCHS, self.epoch + self.staleness + 1) and not self.is_trained,
+            "admit": self.buffer._next < min(EPOCHS, self.epoch + self.staleness + 1) and not self.is_trained,
             "train": whole and not self.is_trained and self.epoch < EPOCHS, "close": self.is_trained,
         }  # fmt: skip
 
@@ -61,23 +62,23 @@ class Run:
         possible = [name for name, can in self.steps().items() if can]
         assert possible, f"nothing can happen in epoch {self.epoch}: a deadlock"
         getattr(self, self.rng.choice(possible))()
-        in_work = {key[1] for key in self.pipeline._work}
+        in_work = {key.epoch for key in self.buffer._work}
         assert len(in_work) <= self.staleness + 1
         for epoch in in_work:
-            assert self.pipeline.counts("train", epoch) == (sum(key[1] == epoch for key in self.scored), CHUNKS)
+            assert self.buffer.counts("train", epoch) == (sum(key.epoch == epoch for key in self.scored), CHUNKS)
         for key, version in self.made_by.items():
-            assert 0 <= key[1] - version <= self.staleness
+            assert 0 <= key.epoch - version <= self.staleness
 
     def admit(self) -> None:
-        self.waiting += [key_of(chunk) for chunk in self.pipeline.admit()]
+        self.waiting += [chunk.key for chunk in self.buffer.admit()]
 
     def give(self) -> None:
         key = self.waiting[self.rng.randrange(len(self.waiting))]
-        too_old = key[1] - self.staleness - 1
+        too_old = key.epoch - self.staleness - 1
         if too_old >= 0:
             with pytest.raises(TooStale, match=f"policy version {too_old}: train.max_staleness is {self.staleness}"):
-                self.pipeline.given(key, snapshot(too_old))
-        self.pipeline.given(key, snapshot(self.version))
+                self.buffer.given(key, snapshot(too_old))
+        self.buffer.given(key, snapshot(self.version))
         self.waiting.remove(key)
         self.sampling[key] = self.made_by[key] = self.version
 
@@ -85,13 +86,13 @@ class Run:
         key = self.rng.choice(list(self.sampling))
         held = snapshot(self.sampling.pop(key))
         with pytest.raises(StaleWeights):
-            self.pipeline.sampled(key, receipt(snapshot(held.version + 1)), "trajectories", "clean")
-        self.pipeline.sampled(key, receipt(held), "trajectories", "clean")
+            self.buffer.sampled(key, receipt(snapshot(held.version + 1)), "trajectories", "clean")
+        self.buffer.sampled(key, receipt(held), "trajectories", "clean")
         self.scoring.append(key)
 
     def score(self) -> None:
         key = self.scoring.pop(self.rng.randrange(len(self.scoring)))
-        self.pipeline.scored(key, Verdict((0.0,) * SIZE, (), 0.0), "scores")
+        self.buffer.scored(key, Verdict((0.0,) * SIZE, (), 0.0), "scores")
         self.scored.append(key)
 
     def lose(self) -> None:
@@ -105,14 +106,14 @@ class Run:
             if key in place:
                 place.remove(key)
         del self.made_by[key]
-        self.pipeline.lose(key)
+        self.buffer.lose(key)
         self.waiting.append(key)
 
     def train(self) -> None:
-        works = self.pipeline.take(self.epoch, self.version)
+        works = self.buffer.take(self.epoch, self.version)
         assert [work.chunk.index for work in works] == list(range(CHUNKS))
         for work in works:
-            assert work.receipt.policy_version == self.made_by[key_of(work.chunk)]
+            assert work.receipt.policy_version == self.made_by[work.chunk.key]
             assert work.trajectories == "trajectories" and work.scores == "scores"
             self.ledger.advance(self.epoch, work.chunk.trajectory_ids, "trained")
             self.trained.update((self.epoch, number) for number in work.chunk.trajectory_ids)
@@ -122,22 +123,23 @@ class Run:
     def close(self) -> None:
         self.ledger.close(self.epoch)
         self.saved = self.ledger.to_json()
-        self.pipeline.close(self.epoch)
-        self.scored = [key for key in self.scored if key[1] != self.epoch]
+        self.buffer.close(self.epoch)
+        self.scored = [key for key in self.scored if key.epoch != self.epoch]
         self.epoch += 1
         self.is_trained = False
 
 
+@pytest.mark.parametrize("orders", [250, pytest.param(2500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("staleness", [0, 1, 2, 3])
-def test_the_bound_holds_and_everything_is_trained_once_in_any_order(staleness):
+def test_the_bound_holds_and_everything_is_trained_once_in_any_order(staleness, orders):
     seen = Counter()
-    for seed in range(2500):
+    for seed in range(orders):
         run = Run(staleness, random.Random(f"{staleness} {seed}"))
         trouble = run.rng.choice([0.0, 0.02, 0.2])
         for _ in range(2000):
             if run.ledger.epochs == EPOCHS:
                 break
-            seen["most at once"] = max(seen["most at once"], len({key[1] for key in run.pipeline._work}))
+            seen["most at once"] = max(seen["most at once"], len({key.epoch for key in run.buffer._work}))
             if run.rng.random() < trouble:
                 event = run.rng.choices(["lose", "begin"], [4, 1])[0]
                 seen[event] += 1
@@ -152,23 +154,23 @@ def test_the_bound_holds_and_everything_is_trained_once_in_any_order(staleness):
         assert counted.pop("lost") >= 0 and counted.pop("quarantined") == 0 and set(counted.values()) == {total}, (
             f"seed {seed}"
         )
-        behind = max(key[1] - version for key, version in run.made_by.items() if key[1] == EPOCHS - 1)
+        behind = max(key.epoch - version for key, version in run.made_by.items() if key.epoch == EPOCHS - 1)
         seen["most behind"] = max(seen["most behind"], behind)
     # The orders that matter were among them.
     assert seen["most at once"] == staleness + 1 and seen["most behind"] == staleness
-    assert seen["lose"] > 1000 and seen["begin"] > 300
+    assert seen["lose"] > 0.4 * orders and seen["begin"] > 0.12 * orders
 
 
 @pytest.fixture
 def sampled():
     """With staleness 1, epoch 1 sampled and scored by version 0."""
     ledger = Ledger({"epochs": 0})
-    pipeline = Pipeline(chunks_of, range(2), 1, ledger)
-    for chunk in pipeline.admit():
-        pipeline.given(key_of(chunk), snapshot(0))
-        pipeline.sampled(key_of(chunk), receipt(snapshot(0)), "trajectories", "clean")
-        pipeline.scored(key_of(chunk), Verdict((0.0,) * SIZE, (), 0.0), "scores")
-    return pipeline
+    buffer = Buffer(chunks_of, range(2), 1, ledger)
+    for chunk in buffer.admit():
+        buffer.given(chunk.key, snapshot(0))
+        buffer.sampled(chunk.key, receipt(snapshot(0)), "trajectories", "clean")
+        buffer.scored(chunk.key, Verdict((0.0,) * SIZE, (), 0.0), "scores")
+    return buffer
 
 
 def test_the_bound_holds_when_trajectories_are_taken_too(sampled):
@@ -185,29 +187,30 @@ def test_an_epoch_is_trained_by_the_version_of_its_number_alone(sampled):
 
 
 def test_nothing_is_sampled_by_weights_of_its_future():
-    pipeline = Pipeline(chunks_of, range(2), 1, Ledger())
-    key = key_of(pipeline.admit()[0])
+    buffer = Buffer(chunks_of, range(2), 1, Ledger())
+    key = buffer.admit()[0].key
     with pytest.raises(TooStale):
-        pipeline.given(key, snapshot(1))
+        buffer.given(key, snapshot(1))
 
 
 def test_what_is_trained_on_cannot_be_made_again(sampled):
     sampled.ledger.advance(0, range(CHUNKS * SIZE), "trained")
     with pytest.raises(LedgerError, match="cannot be made again"):
-        sampled.lose(("train", 0, 1))
+        sampled.lose(ChunkKey("train", 0, 1))
 
 
 def test_an_evaluation_goes_through_without_the_ledger_and_leaves():
     ledger = Ledger()
-    pipeline = Pipeline(chunks_of, range(0), 0, ledger)
+    buffer = Buffer(chunks_of, range(0), 0, ledger)
     chunk = Chunk(0, "evaluate", 0, 0, ("a prompt",) * SIZE, (0, 1))
-    pipeline.add_evaluation([chunk])
-    pipeline.given(key_of(chunk), snapshot(3))
-    pipeline.lose(key_of(chunk))
-    pipeline.given(key_of(chunk), snapshot(3))
-    pipeline.sampled(key_of(chunk), receipt(snapshot(3)), "trajectories", "clean")
-    assert pipeline.counts("evaluate", 0) == (0, 1)
-    pipeline.scored(key_of(chunk), Verdict((0.0,) * SIZE, (), 0.0), "scores")
-    assert pipeline.counts("evaluate", 0) == (1, 1)
-    assert [work.scores for work in pipeline.take_evaluation()] == ["scores"]
-    assert pipeline.counts("evaluate", 0) == (0, 0) and not any(ledger.totals.values())
+    buffer.add_evaluation([chunk])
+    buffer.given(chunk.key, snapshot(3))
+    buffer.lose(chunk.key)
+    buffer.given(chunk.key, snapshot(3))
+    buffer.sampled(chunk.key, receipt(snapshot(3)), "trajectories", "clean")
+    assert buffer.counts("evaluate", 0) == (0, 1) and buffer.evaluated() == []
+    buffer.scored(chunk.key, Verdict((0.0,) * SIZE, (), 0.0), "scores")
+    assert buffer.counts("evaluate", 0) == (1, 1)
+    assert [work.scores for work in buffer.evaluated()] == ["scores"]
+    buffer.drop(chunk.key)
+    assert buffer.counts("evaluate", 0) == (0, 0) and not any(ledger.totals.values())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from scored_epochs import scored_epoch
+from test_open_run import killed
 from test_process_group import Ranks
 
 from learner import build, process_group
@@ -22,16 +23,13 @@ from rewards.scorer import Scorer
 EPOCH, BAD = 1, 5  # the trajectory that goes wrong
 
 
-class Killed(BaseException): ...
-
-
 @pytest.fixture
 def settings(small_settings):
     return [*small_settings, "run.runner=inprocess", "train.epochs=3", "evaluation.every=3"]
 
 
-def poison(monkeypatch, ids=(BAD,), epoch=EPOCH, purpose="train", kind="latents"):
-    """Those trajectories' latents come out of the sampler as NaN, or as what decodes to black."""
+def poison(monkeypatch, ids=(BAD,), epoch=EPOCH, purpose="train"):
+    """Those trajectories' latents come out of the sampler as NaN."""
     real = Scorer.score
 
     def score(self, clean):
@@ -83,19 +81,8 @@ def test_set_aside_it_is_counted_kept_and_not_trained_on(kind, settings, setting
     good = [row["reward"] for row in rows if row["epoch"] == EPOCH and row["reward"] is not None]
     assert lines[2]["reward_mean"] == pytest.approx(np.mean(good))
 
-    real = InProcessRunner.checkpoint_files  # killed with its files written and the epoch not closed, then resumed
-    calls = []
-
-    def blow(self):
-        calls.append(1)
-        if len(calls) == 3:
-            raise Killed
-        return real(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(InProcessRunner, "checkpoint_files", blow)
-        with pytest.raises(Killed):
-            main([*settings, f"run.dir={stopped}"])
+    with killed(InProcessRunner, "checkpoint_files", 3):  # its files are written, the epoch is not closed
+        main([*settings, f"run.dir={stopped}"])
     assert list((stopped / "quarantine").iterdir())
     stray = stopped / "quarantine/epoch-000001-trajectory-7.json"
     stray.write_text("{}")  # of the unclosed epoch: dropped

@@ -1,7 +1,10 @@
-"""`python -m rewards.score` and `python -m rewards.verify`, on tiny models."""
+"""`python -m rewards.score` on tiny models; its front door is light, as those of rewards.verify and rewards.package."""
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,11 +12,12 @@ import pytest
 import torch
 from golden import inputs
 from PIL import Image
-from tiny_models import WRITE, write_hpsv2
+from tiny_models import write_hpsv2
 
-from learner.prompts import read_prompts
-from rewards import registry, score, verify
-from rewards.weights import BadWeights
+from commands import score
+from rewards import registry
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -56,19 +60,13 @@ def test_a_folder_is_scored_in_sorted_order_with_a_prompt_each(folder, tmp_path,
 
 
 def test_mean_and_spread_are_said_beside_the_scores(folder, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("# as a run's own file begins\nthe cat\n")
+    (tmp_path / "prompts.txt").write_text("# as a run's own file begins\nthe cat\u2028 purrs\n")
     prompts = ["--prompts", str(tmp_path / "prompts.txt")]
     assert score.main(["--reward", "jpeg_incompressibility", *prompts, str(folder)]) == 0
     captured = capsys.readouterr()
     values = [value for _, value in table(captured.out)]
     assert captured.err.startswith(f"5 pictures: mean {np.mean(values):.4g}, standard deviation {np.std(values):.4g}, ")
     assert captured.err.endswith(f"from {min(values):.4g} to {max(values):.4g}\n")
-
-
-def test_a_prompt_file_is_read_as_a_run_reads_it(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("# what for\na cat\u2028or two\n\na dog\r\n".encode("utf-8-sig"))
-    found = score.read_prompts(str(tmp_path / "prompts.txt"), 2)
-    assert found == read_prompts(str(tmp_path / "prompts.txt")) == ["a cat\u2028or two", "a dog"]
 
 
 def test_one_prompt_for_all_files_by_name(folder, tmp_path, capsys):
@@ -121,77 +119,23 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, folder, tmp_path,
     assert said.count("\n") == 1 and (message in said or message == "not a prompt")
 
 
-@pytest.fixture(params=sorted(WRITE))
-def reward(request, tmp_path):
-    return registry.load(**WRITE[request.param](tmp_path))
+HEAVY = ("torch", "diffusers", "transformers", "ray", "mlflow", "pandas", "huggingface_hub")
 
 
-def sizes(reward) -> dict[str, int]:
-    return {reward.name: sum(parameter.numel() for parameter in reward.network.parameters())}
-
-
-def test_verify_finds_nothing_wrong_with_a_sound_reward(reward, capsys):
-    assert verify.report(reward.name, lambda: reward, sizes(reward)) == 0
-    assert capsys.readouterr().out.startswith(f"{reward.name}: ok (scores of three test pictures: ")
-
-
-def test_verify_sees_what_is_broken(reward, capsys):
-    known = sizes(reward)
-    assert verify.report(reward.name, lambda: reward) == 1
-    assert "parameters, expected" in capsys.readouterr().out
-    whole = type(reward).__call__
-    broken = {
-        "score differently a second time": lambda *given: whole(*given) + torch.rand(()),
-        "alone scores": lambda self, images, prompts: whole(self, images, prompts) + len(images),
-        "different pictures score alike": lambda self, images, prompts: 0 * whole(self, images, prompts),
-        "not raise the score": lambda self, images, prompts: whole(self, 2 * images.detach() - images, prompts),
-        "zero or not finite": lambda self, images, prompts: whole(self, images.detach(), prompts) + 0 * images.sum(),
-        "scores [nan": lambda *given: whole(*given) * float("nan"),
-    }
-    for said, call in broken.items():
-        wrong = object.__new__(type("Wrong", (type(reward),), {"__call__": call}))
-        wrong.__dict__.update(reward.__dict__)
-        assert verify.report(reward.name, lambda wrong=wrong: wrong, known) == 1, said
-        assert said in capsys.readouterr().out
-    with torch.no_grad():
-        next(reward.network.parameters()).view(-1)[0] = float("inf")
-    assert verify.report(reward.name, lambda: reward, known) == 1
-    assert "weights that are not finite" in capsys.readouterr().out
-
-
-def test_verify_says_what_is_wrong_with_weights(capsys):
-    def bad():
-        raise BadWeights("1 missing: logit_scale")
-
-    assert verify.report("hpsv2", bad) == 1
-    assert "hpsv2: FAILED: 1 missing: logit_scale" in capsys.readouterr().out
-
-
-def test_verify_offline_says_how_to_get_weights_and_returns_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert verify.main([]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(" of https")[0] for line in said] == [
-        "aesthetic: not verified: reward.weights: aesthetic-model.pth",
-        "hpsv2: not verified: reward.weights: HPS_v2.1_compressed.pt",
-        "imagereward: not verified: reward.weights: ImageReward.pt",
-    ]
-
-
-def test_verify_knows_its_names(capsys):
-    assert verify.main(["beauty"]) == 2
-    assert "beauty, expected aesthetic, hpsv2, imagereward" in capsys.readouterr().err
-
-
-def test_published_sizes():
-    """What verify expects, counted from the published keys: all of HPSv2's, ImageReward's without two projections."""
-    counted = {
-        name: sum(
-            int(np.prod(shape)) for key, shape in inputs.published_keys(name).items() if "_proj." not in key[5:17]
-        )
-        for name in ("hpsv2", "imagereward")
-    }
-    positions = 512
-    assert counted["hpsv2"] == verify.PARAMETERS["hpsv2"]
-    assert counted["imagereward"] - positions == verify.PARAMETERS["imagereward"]
+@pytest.mark.parametrize(
+    ("module", "arguments", "status"),
+    [
+        ("score", ["--help"], 0), ("score", ["--reward", "beauty", "."], 2), ("score", ["--no-such-option"], 2),
+        ("score", ["--reward", "hpsv2", "nowhere.png"], 2), ("verify", ["--help"], 0), ("verify", ["beauty"], 2),
+        ("package", ["--help"], 0), ("package", ["build", "beauty"], 2),
+    ],
+)  # fmt: skip
+def test_the_front_door_is_light(module, arguments, status):
+    code = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules]))\n"
+        f"sys.argv = ['rewards.{module}', *{arguments}]\n"
+        f"runpy.run_module('rewards.{module}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stdout.splitlines()[-1] == "[]", done.stderr

@@ -1,29 +1,75 @@
-"""Ray shell of learner.update.Learner: one rank of the data-parallel group."""
+"""Ray's shells around the compute: the sampler, the scorer and the learner in processes of their own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
 
 from cluster.waits import DeadlineExceeded, ObjectLost, get
 from diffusion.snapshot import Snapshot
-from learner import process_group
-from learner.protocol.training import Training
+from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Scores, Trajectories, Verdict
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a process imports what it builds alone: emulated parts (benchmarks/emulated.py) need no torch
+    from diffusion.rollout import Sampler
+    from learner.protocol.training import Training
     from learner.update import Learner, Scored
+    from rewards.scorer import Scorer
 
-ScoredRefs = tuple[ray.ObjectRef, ray.ObjectRef]
-Build = Callable[["dict[str, bytes] | None"], "Learner"]
+Build = Callable[["dict[str, bytes] | None"], "Learner"]  # from a checkpoint's files, if there are any
+ScoredRefs = tuple[ray.ObjectRef, ray.ObjectRef]  # trajectories, scores
+
+
+class SamplerActor:
+    def __init__(self, build: Callable[[], Sampler], shares_gpu: bool) -> None:
+        self.sampler, self.shares_gpu = build(), shares_gpu
+
+    def ready(self) -> bool:
+        return True
+
+    @ray.method(num_returns=3)
+    def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions, Receipt]:
+        """Trajectories for the learner, clean predictions for the scorer, and the receipt for the driver."""
+        start = time.perf_counter()
+        trajectories, clean = self.sampler.sample(chunk, snapshot)
+        if self.shares_gpu:
+            self.sampler.rest()
+        return trajectories, clean, trajectories.receipt(ray.util.get_node_ip_address(), time.perf_counter() - start)
+
+
+class RewardActor:
+    def __init__(self, build: Callable[[], Scorer], shares_gpu: bool) -> None:
+        self.scorer, self.shares_gpu = build(), shares_gpu
+
+    def ready(self) -> bool:
+        return True
+
+    def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float) -> int:
+        """Images at once that this actor's `share` of the free GPU memory holds."""
+        return self.scorer.batch or self.scorer.fitting_batch(latent, prompt, device, share)
+
+    @ray.method(num_returns=2)
+    def score(self, clean: CleanPredictions, batch: int) -> tuple[Scores, Verdict]:
+        """Scores for the learner; terminal rewards and thumbnails for the driver. `batch` images at once, the same in
+        every actor."""
+        start = time.perf_counter()
+        self.scorer.batch = batch
+        scores = self.scorer.score(clean)
+        if self.shares_gpu:
+            self.scorer.rest()
+        return replace(scores, thumbnails=()), scores.verdict(time.perf_counter() - start)
 
 
 class LearnerActor:
+    """One rank of the data-parallel group."""
+
+    learner: Learner
+
     def __init__(self, build: Build, rank: int, world_size: int, whole_gpu: bool) -> None:
         self.build, self.rank, self.world_size, self.whole_gpu = build, rank, world_size, whole_gpu
-        self.learner: Learner | None = None
         self.fetched: list[list[Scored]] = []
 
     def ready(self) -> bool:
@@ -31,6 +77,8 @@ class LearnerActor:
 
     def address(self) -> str:
         """A free port on this rank's node, where rank 0 will meet the others."""
+        from learner import process_group
+
         return process_group.free_address(ray.util.get_node_ip_address())
 
     def start(
@@ -38,24 +86,24 @@ class LearnerActor:
     ) -> tuple[Snapshot, tuple[int, int, int]]:
         """Join the group and build the networks, from a checkpoint's `files` if there are any. Returns the policy
         version to sample with and the shape of a latent."""
+        from learner import process_group
+
         process_group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
         self.learner = self.build(files)
         return self.learner.published, self.learner.model.latent_shape
 
     def fit_micro_batch(self, share: float) -> int:
         """Once all actors have their networks: transitions at once in this rank's share of the free GPU memory."""
-        assert self.learner is not None
         return self.learner.fit_micro_batch(share)
 
     def fetch(self, epoch: int, updates: Sequence[Sequence[ScoredRefs]], limit: float) -> list[tuple[int, int]]:
         """Get this rank's share of each update before any rank trains, within `limit` seconds. Returns (update, place)
         of what is lost, and, once something is, of what is not here by then."""
-        seconds = limit - min(0.5, limit / 10)  # the group waits for `limit`, and this rank's words are better
+        seconds = limit - min(0.5, limit / 10)  # the group waits for `limit`, and this rank's message says more
         deadline = time.monotonic() + seconds
-        refs = [ref for update in updates for pair in update for ref in pair]
         what, setting = f"fetching trajectories of epoch {epoch}", f"run.chunk_seconds={limit:g}"
         try:
-            values = iter(get(refs, seconds, what, setting))
+            values = iter(get([ref for update in updates for pair in update for ref in pair], seconds, what, setting))
         except ObjectLost:
             lost = []
             for i, update in enumerate(updates):
@@ -70,7 +118,6 @@ class LearnerActor:
 
     def train_epoch(self, epoch: int, beta: float) -> tuple[Training, str, Snapshot | None]:
         """Train on what was fetched, and make the next version: its hash, and from rank 0 itself."""
-        assert self.learner is not None
         fetched, self.fetched = self.fetched, []
         training = self.learner.train_epoch(epoch, beta, fetched)
         snapshot = self.learner.publish(self.learner.published.version + 1)
@@ -80,5 +127,4 @@ class LearnerActor:
 
     def state_files(self) -> dict[str, bytes]:
         """What this rank adds to a checkpoint."""
-        assert self.learner is not None
         return self.learner.state_files()

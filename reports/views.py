@@ -1,0 +1,142 @@
+"""All views of a run that is going on, told by the epoch loop: lines of output, progress bar, status.json, report.html,
+MLflow, last words. A view that fails warns; it never ends the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from learner.config import Config
+from learner.protocol.runner import Vitals
+from records import checkpoint
+from records.heartbeat import Heartbeat
+from records.run_folder import BEFORE, Records
+from reports import html, summary
+from reports.progress import Bar
+from reports.tracking import Tracker, tracking_uri
+
+ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}  # as MLflow says it, and status.json
+
+
+class RunViews:
+    """See learner/controller.py's Views."""
+
+    def __init__(self, records: Records, config: Config, say: Callable[[str], None]) -> None:
+        self._records, self._config, self._say = records, config, say
+        self._bar = Bar()
+        self._heartbeat: Heartbeat | None = None
+        self._tracker: Tracker | None = None
+        self._warned: set[str] = set()
+
+    def open(self) -> None:
+        """There is something to do: from here on MLflow and status.json follow the run, until `close`."""
+        config, storage = self._config, self._records.storage
+
+        def track() -> None:
+            self._tracker = Tracker(self._records, config, self.say)
+
+        def beat() -> None:
+            uri = tracking_uri(config, storage) if config.mlflow.enabled else None
+            quiet = config.run.ready_seconds if config.run.runner == "ray" else config.run.train_seconds
+            self._heartbeat = Heartbeat(storage, config.train.epochs, uri, quiet)
+
+        self._try("MLflow", track)
+        self._try("status.json", beat)
+
+    def say(self, text: str) -> None:
+        self._bar.around(self._say, text)
+
+    def event(self, text: str) -> None:
+        self.say(text)
+        self._beat(lambda heartbeat: heartbeat.event(text))
+
+    def running(self, vitals: Callable[[], Vitals]) -> None:
+        turns = self._config.run.runner == "ray"
+        self._beat(lambda heartbeat: heartbeat.running(lambda: asdict(vitals()), turns))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self._try("progress bar", lambda: self._bar.show(what, done, total))
+        self._beat(lambda heartbeat: heartbeat.progress(what, done, total))
+
+    def turn(self) -> None:
+        self._beat(Heartbeat.turn)
+
+    def epoch_closed(self, line: dict[str, Any], seconds: float) -> None:
+        self._beat(Heartbeat.closed)
+        last = line["epoch"] + 1 == self._config.train.epochs  # then it is drawn at the end
+        if line["epoch"] != BEFORE and line["eval_reward_mean"] is not None and not last:
+            self._draw_report()
+        self._track(Tracker.notify)
+        self._try("summary", lambda: self.say(_summary(self._config, line, seconds)))
+
+    def finished(self) -> None:
+        """Pictures, report, what changed in plain words, what to type next: from the records alone."""
+        storage, evaluated = self._records.storage, self._records.evaluated()
+        pictured = len(evaluated) > 1 and self._try("pictures", lambda: self._save_pictures(evaluated[-1]))
+        reported = self._draw_report()
+        self._try("summary", lambda: self._say_all(summary.describe))
+        if pictured:
+            self.say(f"pictures: {storage}/before.png, {storage}/after.png")
+        self.say(f"LoRA: {checkpoint.lora_folder(storage)}")
+        if reported:
+            self.say(f"report: {storage}/{html.FILE}")
+        self._try("summary", lambda: self._say_all(summary.next_commands))
+
+    def close(self, status: str, reason: str | None = None) -> None:
+        """`status` is FINISHED, FAILED or KILLED, `reason` why it failed."""
+        self._bar.close()
+        self._beat(lambda heartbeat: heartbeat.end(ENDS[status], reason))
+        self._track(lambda tracker: tracker.finish(status))
+
+    def _save_pictures(self, last: int) -> None:
+        for name, epoch in (("before", BEFORE), ("after", last)):
+            self._records.storage.write(f"{name}.png", self._records.sheet(epoch))
+
+    def _draw_report(self) -> bool:
+        def draw() -> None:
+            self._records.storage.write(html.FILE, html.render(self._records, self._config))
+
+        return self._try(html.FILE, draw, " (later: python -m learner.report RUN)")
+
+    def _say_all(self, words: Callable[[Records, Config], list[str]]) -> None:
+        for text in words(self._records, self._config):
+            self.say(text)
+
+    def _beat(self, call: Callable[[Heartbeat], None]) -> None:
+        if (heartbeat := self._heartbeat) is not None:
+            self._try("status.json", lambda: call(heartbeat))
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        if (tracker := self._tracker) is not None:
+            self._try("MLflow", lambda: call(tracker))
+
+    def _try(self, view: str, call: Callable[[], None], remedy: str = "") -> bool:
+        """Whether it could be shown. A warning is said once, however often a view fails."""
+        try:
+            call()
+        except Exception as error:
+            warning = f"warning: no {view}: {type(error).__name__}: {error}{remedy}"
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self.say(warning)
+            return False
+        return True
+
+
+def _summary(config: Config, line: dict[str, Any], seconds: float) -> str:
+    """The line of output of an epoch."""
+    if line["epoch"] == BEFORE:
+        images = config.evaluation.images
+        return f"before training: evaluated reward {line['eval_reward_mean']:.3f} on {images} fixed images"
+    text = (
+        f"epoch {line['epoch'] + 1}/{config.train.epochs}  "
+        f"reward {line['reward_mean']:.3f} +- {line['reward_std']:.3f}  "
+        f"loss {line['loss']:.4g}  beta {line['beta']:.3g}  {seconds:.1f} s "
+        f"(sample {line['sample_seconds']:.1f}, score {line['score_seconds']:.1f}, train {line['train_seconds']:.1f})"
+    )
+    if line.get("quarantined"):
+        text += f"  {line['quarantined']} set aside"
+    if line["eval_reward_mean"] is not None:
+        text += f"  evaluated {line['eval_reward_mean']:.3f}"
+    return f"{text}  COLLAPSE? {line['collapse']}" if line.get("collapse") else text

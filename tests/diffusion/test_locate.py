@@ -1,0 +1,44 @@
+"""A model's path is checked before anything slow is imported."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from diffusion.locate import BaseModelError, is_unconditional, locate, part
+
+CHECK = """
+import sys
+from diffusion.locate import is_unconditional, part
+assert not is_unconditional("models/shapes") and is_unconditional(sys.argv[1])
+assert part(sys.argv[1], "unet") == (sys.argv[1], "unet")
+print(*{"torch", "diffusers", "transformers", "huggingface_hub"} & set(sys.modules))
+"""
+
+
+def test_a_folder_is_looked_at_without_torch_or_diffusers(ddpm):
+    checked = subprocess.run([sys.executable, "-c", CHECK, ddpm], capture_output=True, text=True, timeout=60)
+    assert (checked.returncode, checked.stdout) == (0, "\n"), checked.stderr
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", json.dumps({"_class_name": ["a", 1]})])
+def test_a_damaged_index_is_named_in_one_line(index, tmp_path):
+    (tmp_path / "model_index.json").write_text(index)
+    if index.startswith('{"'):
+        assert not is_unconditional(str(tmp_path))  # flax pipelines name two classes
+        return
+    with pytest.raises(BaseModelError, match=f"model.path: {re.escape(str(tmp_path))} is neither") as caught:
+        is_unconditional(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_that_cannot_be_had_is_named_with_the_command_to_get_it():
+    assert locate("someone/model") == "someone/model"
+    with pytest.raises(
+        BaseModelError, match=re.escape("`hf download someone/model --local-dir FOLDER`, then set model.path=")
+    ):
+        is_unconditional("someone/model")
+    with pytest.raises(BaseModelError, match="reachable on the hub"):
+        part("someone/model", "unet")

@@ -1,0 +1,53 @@
+"""One entry: `python -m learner` and `tributary` list and run all verbs; modules that hide ours are named."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from learner.__main__ import PACKAGES, VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_all_verbs_are_listed_and_others_refused():
+    listed = call("-m", "learner")
+    assert listed.returncode == 0 and all(f"\n  {verb} " in listed.stdout for verb in VERBS)
+    wrong = call("-m", "learner", "trian")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("learner: there is no command 'trian'\n")
+
+
+@pytest.mark.parametrize("command", [("-m", "learner", "status"), ("-m", "learner.status")])
+def test_a_verb_runs_by_both_names(command, tmp_path):
+    done = call(*command, str(tmp_path / "none"))
+    assert done.returncode == 2 and done.stderr.startswith("learner.status: ")
+
+
+def test_the_console_script_finds_the_current_directory(tmp_path):
+    (tmp_path / "models.py").touch()
+    done = call("-c", "import sys; sys.argv = ['tributary', 'run', '--help'];"
+                "from learner.__main__ import console; console()", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2 and "models.py hides Tributary's own package 'models'" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["learner.run", "learner.status", "learner"])
+def test_a_users_module_that_hides_ours_is_named_with_the_remedy(command, tmp_path):
+    (tmp_path / "rewards.py").write_text("def score(images, prompts): ...\n")
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/__init__.py").touch()
+    verb = ["run"] if command == "learner" else []
+    done = call("-m", command, *verb, "--help", cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and not done.stdout and len(lines) == 2
+    assert f"{tmp_path / 'cluster'} hides Tributary's own package 'cluster': rename it" in lines[0]
+    assert f"{tmp_path / 'rewards.py'} hides Tributary's own package 'rewards': rename it" in lines[1]
+
+
+def test_every_package_is_guarded():
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"learner", "benchmarks"}
+    assert folders == set(PACKAGES)

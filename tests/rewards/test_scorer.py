@@ -1,0 +1,224 @@
+"""The scorer's layout and refusals."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from brightness import VALUES, Brightness, clean, latents, scorer
+from PIL import Image
+
+from diffusion.gpu_memory import OutOfMemory
+from diffusion.trajectory import Chunk, CleanPredictions, Scores
+from rewards.scorer import BadReward, Scorer
+
+
+def test_scorer_lays_rewards_out_by_trajectory_and_state():
+    scores = scorer().score(clean())
+    np.testing.assert_allclose(scores.rewards, np.array([[0.1, 0.2, 0.3], [0.4, np.nan, 0.5]], np.float32), rtol=1e-6)
+    assert scores.images is None
+    for batch in (1, 2, 3):  # every state has its own reward in any
+        np.testing.assert_array_equal(scorer(batch=batch).score(clean()).rewards, scores.rewards)
+
+
+def four(bad=None) -> CleanPredictions:
+    """Four trajectories of two steps; the latent `bad` is no number."""
+    made = latents(np.linspace(0.1, 0.9, 12))
+    if bad is not None:
+        made[bad] = np.nan
+    chunk = Chunk(0, "train", 4, 0, ("p",) * 4, (0, 1, 2, 3))
+    return CleanPredictions(chunk, 2, made, np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4), 2)
+
+
+def test_shuffled_rewards_are_a_permutation_of_whole_trajectories():
+    plain, shuffled = (scorer(shuffle=shuffle).score(four()).rewards for shuffle in (False, True))
+    assert (shuffled != plain).any()
+    np.testing.assert_array_equal(np.sort(shuffled[:, 0]), np.sort(plain[:, 0]))
+    assert {tuple(row) for row in shuffled} == {tuple(row) for row in plain}
+
+
+def test_bad_rows_are_no_part_of_the_shuffle():
+    plain, mixed = (scorer(quarantine=True, shuffle=shuffle).score(four(bad=4)).rewards for shuffle in (False, True))
+    assert np.isnan(mixed[1]).all()
+    good = [0, 2, 3]
+    assert (mixed[good] != plain[good]).all()
+    np.testing.assert_array_equal(np.sort(mixed[good], 0), np.sort(plain[good], 0))
+
+
+class RaisesOn(Brightness):
+    """On pictures brighter than `above`."""
+
+    def __init__(self, above):
+        self.above = above
+
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        if (scores > self.above).any():
+            raise KeyError("too bright")
+        return scores
+
+
+def test_a_bad_reward_is_named_with_its_prompts():
+    with pytest.raises(BadReward, match=r"brightness failed .*'first' to 'second': KeyError: 'too bright'"):
+        scorer(RaisesOn(0)).score(clean())
+    with pytest.raises(BadReward, match=r"'second', trajectory 11 of epoch 4, state 2"):
+        scorer().score(clean([0.1, 0.2, 0.3, 0.4, float("nan")]))
+
+
+def brightnesses(thumbnails) -> list[float]:
+    return [np.asarray(Image.open(io.BytesIO(file))).mean().round() for file in thumbnails]
+
+
+def test_thumbnails_are_small_pictures_of_the_images_of_training():
+    scores = scorer(thumbnail_pixels=8).score(clean())
+    assert [Image.open(io.BytesIO(file)).size for file in scores.thumbnails] == [(8, 8)] * 2
+    assert brightnesses(scores.thumbnails) == [76, 128]  # .3 and .5 of 255, in their order
+    assert scores.verdict(1.5).rewards == (pytest.approx(0.3), 0.5) and scores.verdict(1.5).seconds == 1.5
+    assert scorer().score(clean()).thumbnails == ()
+
+
+def test_a_tiny_decoder_serves_inner_states_and_never_the_end():
+    def tiny(latents):
+        return latents * 0 + 0.9
+
+    scores = scorer(tiny=tiny, thumbnail_pixels=4).score(clean())
+    np.testing.assert_allclose(scores.rewards, np.array([[0.9, 0.9, 0.3], [0.9, np.nan, 0.5]], np.float32), rtol=1e-6)
+    assert brightnesses(scores.thumbnails) == [76, 128]
+    skipping = scorer(tiny=tiny).score(replace(clean(), terminal=1))
+    np.testing.assert_allclose(skipping.rewards, np.array([[0.9, 0.2, 0.3], [0.9, np.nan, 0.5]], np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["reward", "gradient"])
+def test_a_gpu_that_is_too_small_is_no_bad_reward(where):
+    """Memory peaks in decoder and reward, and in the way back: the message names the setting."""
+
+    class Greedy(torch.autograd.Function):
+        @staticmethod
+        def forward(context, images):
+            if where == "reward":
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return images.mean((1, 2, 3))
+
+        @staticmethod
+        def backward(context, gradient):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Large(Brightness):
+        differentiable = True
+
+        def __call__(self, images, prompts):
+            return Greedy.apply(images)
+
+    with pytest.raises(OutOfMemory, match=r"reward\.batch=4 does not fit into GPU memory; make it smaller"):
+        scorer(Large(), gradients=True, batch=4).score(clean())
+
+
+class NotANumber(Brightness):
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        return torch.where(scores > 0.45, torch.inf, scores)
+
+
+class BadGradient(Brightness):
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        return scores + 0 * (0.5 - scores).sqrt()  # at 0.5 the slope is 0 x infinity
+
+
+@pytest.mark.parametrize(
+    ("values", "reward", "reason"),
+    [
+        ([0.1, 0.2, 0.3, 0.4, float("nan")], Brightness(), "latents that are not finite, state 2"),
+        ([0.1, 0.2, 0.3, float("inf"), 0.5], Brightness(), "latents that are not finite, state 0"),
+        ([0.1, 0.2, 0.3, 0.4, 0.001], Brightness(), "an all-black image"),
+        (VALUES, NotANumber(), "reward brightness returned inf, state 2"),
+        (VALUES, RaisesOn(0.45), "failed on 1 images with prompts from 'second'"),
+        (VALUES, BadGradient(), "the gradient of reward brightness is not finite"),
+    ],
+)
+def test_every_kind_of_bad_trajectory_is_set_aside_or_stops(values, reward, reason):
+    gradients = reward.differentiable
+    scores = scorer(reward, quarantine=True, thumbnail_pixels=4, gradients=gradients).score(clean(values))
+    assert list(scores.bad) == [1] and reason in scores.bad[1]
+    assert np.isnan(scores.rewards[1]).all()
+    np.testing.assert_allclose(scores.rewards[0], [0.1, 0.2, 0.3], rtol=1e-6)
+    assert scores.good_ids == (10,) and len(scores.thumbnails) == 2
+    assert (1 in scores.bad_images) == ("latents" not in reason)
+    assert scores.verdict(1.0).bad == scores.bad
+    if gradients:
+        assert (scores.gradient_row[1] == -1).all() and np.isfinite(scores.gradients[scores.gradient_row[0]]).all()
+    with pytest.raises(BadReward, match=r"reward\.on_bad_reward=quarantine"):
+        scorer(reward, gradients=gradients).score(clean(values))
+
+
+def test_a_decoder_that_makes_no_numbers_is_found():
+    def decoder(latents):
+        return torch.where(latents > 0.45, torch.nan, latents)
+
+    scores = Scorer(decoder, Brightness(), quarantine=True).score(clean())
+    assert scores.bad == {1: "an image that is not finite, state 2"} and not scores.bad_images
+
+
+def test_a_black_image_counts_only_at_the_end_and_may_be_allowed():
+    assert scorer(quarantine=True).score(clean([0.0, 0.0, 0.3, 0.0, 0.5])).bad == {}
+    black = clean([0.1, 0.2, 0.3, 0.4, 0.0])
+    assert scorer(quarantine=True, allow_black=True).score(black).bad == {}
+    with pytest.raises(BadReward, match=r"reward\.black_images=allow where black may be right"):
+        scorer().score(black)
+
+
+def test_a_reward_that_raises_on_everything_is_broken():
+    said = "all 2 trajectories of chunk 0 of epoch 4 are bad: reward brightness is broken"
+    with pytest.raises(BadReward, match=said):
+        scorer(RaisesOn(0.0), quarantine=True).score(clean())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_reward_that_raises_on_some_leaves_the_others_scores(batch):
+    """Scored alone they are what they are in a batch; the batches before and after go on."""
+    scores = scorer(RaisesOn(0.25), quarantine=True, batch=batch).score(clean([0.1, 0.2, 0.3, 0.15, 0.05]))
+    assert list(scores.bad) == [0]
+    np.testing.assert_allclose(scores.rewards[1], [0.15, np.nan, 0.05], rtol=1e-6)
+
+
+class Soft(Brightness):
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        return images.square().mean((1, 2, 3))  # a slope of its own for each
+
+
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_rows_scored_apart_join_to_the_whole_chunks_scores(purpose):
+    apart = scorer(Soft(), gradients=True, quarantine=True, thumbnail_pixels=4)
+    made = clean(purpose=purpose)
+    whole = apart.score(made)
+    joined = Scores.join({row: apart.score(made.only(row)) for row in (0, 1)}, {})
+    np.testing.assert_array_equal(joined.rewards, whole.rewards)
+    assert joined.thumbnails == whole.thumbnails and joined.bad == {}
+    if purpose == "train":
+        for row, step in ((0, 0), (0, 2), (1, 2)):
+            np.testing.assert_array_equal(
+                joined.gradients[joined.gradient_row[row, step]], whole.gradients[whole.gradient_row[row, step]]
+            )
+        assert joined.gradient_row[1, 1] == -1
+    else:
+        np.testing.assert_array_equal(joined.images, whole.images)
+    lost = Scores.join({1: apart.score(made.only(1))}, {0: "ends the scorer's process"})
+    assert lost.bad == {0: "ends the scorer's process"} and np.isnan(lost.rewards[0]).all()
+    np.testing.assert_array_equal(lost.rewards[1], whole.rewards[1])
+    assert len(lost.thumbnails) == len(whole.thumbnails)
+
+
+def test_rows_joined_have_the_labels_of_those_that_have_any():
+    """The reward raised on the first row, which has no parts."""
+    chunk = Chunk(0, "train", 0, 0, ("a", "b"), (0, 1))
+    first = np.full((2, 2), np.nan, np.float32)
+    second = first.copy()
+    second[1] = 0.5
+    parts = {0: Scores(chunk, first, bad={0: "raised"}), 1: Scores(chunk, second, parts={"sharp": second[:, 1]})}
+    joined = Scores.join(parts, {})
+    assert joined.bad == {0: "raised"} and np.isnan(joined.parts["sharp"][0]) and joined.parts["sharp"][1] == 0.5
