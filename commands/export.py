@@ -35,21 +35,16 @@ GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}  # Stable Diffusion's, by the width 
 
 
 class CannotExport(ValueError):
-    """A form that this model has not; the message says which it has."""
-
-
-class FolderTaken(ValueError):
-    """A folder with files that no export wrote; the message names it, one of them, and the remedy."""
+    """A form that this model has not, or a folder with files that no export wrote; the message names the remedy."""
 
 
 def export(trained: Trained, form: str, url: str, base_model: str | None = None) -> None:
     """Write the folder `url` in one piece. Where model.path is a folder, the card names `base_model`, a hub id.
 
     Raises:
-        CannotExport: the model has no such form.
+        CannotExport: the model has no such form, or `url` holds other files.
         BadAdapter, CheckpointError: the checkpoint's LoRA is not what it should be.
         BaseModelError: `fused`, and the base model is not there.
-        FolderTaken: `url` holds other files.
         StorageError, OSError: something cannot be read or written.
     """
     from diffusion import lora, lora_files
@@ -151,7 +146,7 @@ def write(url: str, content: Mapping[str, bytes], about: Mapping[str, Any]) -> N
     """Make `url` the folder of these files and of a manifest, in one piece; an earlier export is replaced.
 
     Raises:
-        FolderTaken: it holds other files.
+        CannotExport: it holds other files.
         StorageError: it cannot be read or written.
     """
     storage, name = _place(url)
@@ -165,7 +160,7 @@ def _place(url: str) -> tuple[Storage, str]:
     storage = Storage(url)
     folder = storage.local.resolve() if storage.local else None
     if folder and folder.is_file():
-        raise FolderTaken(f"{folder} is a file; give another --out")
+        raise CannotExport(f"{folder} is a file; give another --out")
     strange = _files(folder) if folder else storage.entries()
     if folder:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -175,7 +170,7 @@ def _place(url: str) -> tuple[Storage, str]:
     elif storage.exists(MANIFEST):
         strange = []
     if strange:
-        raise FolderTaken(
+        raise CannotExport(
             f"{storage} holds {strange[0]}, which is not as an export wrote it: give another --out, or empty the folder"
         )
     parent, _, name = str(folder or storage).rstrip("/").rpartition("/")

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from commands.export import MANIFEST, FolderTaken, write
+from commands.export import MANIFEST, CannotExport, write
 from records.storage import Storage, StorageError
 
 ABOUT = {"step": "2"}
@@ -44,7 +44,7 @@ def test_an_empty_folder_will_do_and_a_link_stays_one(out, tmp_path):
 @pytest.mark.parametrize("name", ["README.md", "notes.txt", "unet/.hidden"])
 def test_what_others_wrote_stays(out, name):
     (out / name).write_text("mine")
-    with pytest.raises(FolderTaken, match=f"holds {name}, which is not as an export wrote it: give another --out"):
+    with pytest.raises(CannotExport, match=f"holds {name}, which is not as an export wrote it: give another --out"):
         write(str(out), content("second"), ABOUT)
     assert (out / name).read_text() == "mine" and (out / "unet" / "weights").read_text() == "first"
 
@@ -54,14 +54,14 @@ def test_without_a_manifest_it_is_somebodys(out, manifest):
     (out / MANIFEST).unlink()
     if manifest:
         (out / MANIFEST).write_text(manifest)
-    with pytest.raises(FolderTaken):
+    with pytest.raises(CannotExport):
         write(str(out), content(), ABOUT)
     assert (out / "README.md").exists()
 
 
 def test_a_file_or_a_failure_leaves_all_as_it_was(out, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FolderTaken, match="is a file"):
+    with pytest.raises(CannotExport, match="is a file"):
         write(str(tmp_path / "file"), content(), ABOUT)
 
     def fail(*arguments):
@@ -93,5 +93,5 @@ def test_an_object_store_gets_the_manifest_last(tmp_path, monkeypatch):
         write(url, content("third"), ABOUT)
     assert named == ["out/README.md", "out/unet/weights"]
     monkeypatch.undo()
-    with pytest.raises(FolderTaken, match=r"README\.md"):  # not whole: somebody has to look
+    with pytest.raises(CannotExport, match=r"README\.md"):  # not whole: somebody has to look
         write(url, content(), ABOUT)
