@@ -20,11 +20,14 @@ END_SECONDS = 9.0  # for a clean end; then the process goes all the same
 
 _status = 0  # 128 + signal, once one has come
 _stage: Literal["starting", "running", "closing"] = "starting"
+_program = "learner.run"  # for messages
 
 
-def watch() -> None:
-    """From here on a signal ends this process with one line; after `running`, by raising KeyboardInterrupt in the
-    main thread. Only the first one counts: a second Ctrl-C does not interrupt the clean end."""
+def watch(program: str) -> None:
+    """From here on a signal ends this process, `program`, with one line; after `running`, by raising KeyboardInterrupt
+    in the main thread. Only the first one counts: a second Ctrl-C does not interrupt the clean end."""
+    global _program
+    _program = program
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -94,7 +97,7 @@ def _end(signum: int, frame: FrameType | None) -> None:
         return
     _status = 128 + signum
     if _stage == "starting":
-        os.write(2, b"learner.run: interrupted before anything was started\n")
+        os.write(2, f"{_program}: interrupted before anything was started\n".encode())
         os._exit(_status)
     if _stage == "running":
         raise KeyboardInterrupt
@@ -106,5 +109,5 @@ def _end_hard(reader: int) -> None:
     while (number := os.read(reader, 1)[0]) not in SIGNALS:
         continue
     time.sleep(END_SECONDS)
-    os.write(2, b"learner.run: no clean end in time; the same command goes on\n")
+    os.write(2, f"{_program}: no clean end in time; the same command goes on\n".encode())
     os._exit(128 + number)

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 from learner.config import Config, saved_config
 from records.checkpoint import CheckpointError
+from records.heartbeat import without_passwords
 from records.run_folder import Records
 from records.storage import Storage, StorageError
-from reports.tracking import tracking_uri, without_passwords
+from reports.tracking import tracking_uri
 
 if TYPE_CHECKING:
     from reports.mlflow_mirror import Mirror

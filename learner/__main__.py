@@ -48,7 +48,7 @@ def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
         sys.exit(2)
     from cluster import signals
 
-    signals.watch()  # now: what follows may take seconds to import
+    signals.watch(f"learner.{verb}")  # now: what follows may take seconds to import
     signals.leave(importlib.import_module(VERBS[verb][0]).main(arguments))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from learner.config import Config
+from records.heartbeat import without_passwords
 from records.run_folder import BEFORE, Records
 from records.storage import StorageError
 from reports import facts
@@ -66,7 +67,7 @@ def render(records: Records, config: Config) -> bytes:
     """
     evaluated, known = records.evaluated(), facts.state(records.storage)
     trained = [line for line in records.lines if line["epoch"] != BEFORE]
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    settings = without_passwords(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     figures = None
     with contextlib.suppress(StorageError):  # a damaged evaluation
         figures = facts.figures(records.storage)

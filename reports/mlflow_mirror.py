@@ -34,10 +34,10 @@ from PIL import Image
 from learner.config import Config, resolve, saved_config
 from records import checkpoint
 from records.checkpoint import CheckpointError
+from records.heartbeat import without_passwords
 from records.run_folder import BEFORE, CONFIG, EVALUATION, Records
 from records.storage import Storage, StorageError
 from reports import html
-from reports.tracking import without_passwords
 
 SENTINEL = "epochs_done"  # the last metric of an epoch's batch: where it is, the others are
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page opens as "Model training", not as "GenAI"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from cluster import signals
 from cluster.temp_folders import TemporaryFolder
 from learner.config import ROOT, Config
+from records.heartbeat import without_passwords
 from records.run_folder import Records
 from records.storage import Storage, StorageError
 
@@ -33,11 +33,6 @@ def tracking_uri(config: Config, storage: Storage) -> str:
         return config.mlflow.uri or os.environ["MLFLOW_TRACKING_URI"]
     folder = storage.local.parent if storage.local else Path.cwd() / "runs"
     return f"sqlite:///{folder.absolute()}/mlflow.db"
-
-
-def without_passwords(text: str) -> str:
-    """The text with its URLs' user names and passwords left out."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 class Tracker:
