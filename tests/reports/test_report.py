@@ -55,7 +55,7 @@ def test_it_needs_nothing_from_elsewhere(page):
 
 def test_no_password_is_on_the_page(made_up):
     records = Records.open(Storage(str(made_up)))
-    shown = html.render(records, load_config(overrides=["mlflow.uri=https://me:s3cret@tracking.example/x"]))
+    shown = html.render(records, load_config(overrides=["mlflow.uri=https://me:s3cret@tracking.example/x"])).decode()
     files = [base64.b64decode(data) for data in re.findall(r"data:text/yaml;base64,([^\"']+)", shown)]
     assert files and b"tracking.example" in files[0]
     assert "s3cret" not in shown and all(b"s3cret" not in file for file in files)
