@@ -10,7 +10,7 @@ from brightness import clean, scorer
 from PIL import Image
 
 from commands import score
-from models.shapes.world import Scene, Thing, draw
+from models.shapes.world import Scene, Thing, draw, parse
 from rewards import registry
 from rewards.scorer import BadReward
 
@@ -32,16 +32,23 @@ def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
     assert reward.name == name and not reward.differentiable and scores.dtype == torch.float32
 
 
-def test_alignment_prefers_what_the_prompt_says():
-    picture = draw(Scene((Thing("red", "circle", "small"),), "white"), np.random.default_rng(0))
-    prompts = [
-        "a small red circle on a white background",
-        "a small red circle on a black background",
-        "a small blue circle on a white background",
-        "a small red star on a white background",
-        "a large red circle on a white background",
-    ]
-    right, *wrong = registry.load("shapes_alignment")(as_images(*[picture] * 5), prompts).tolist()
+@pytest.mark.parametrize("name", ["shapes_alignment", "shapes_alignment_soft"])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [
+            "a small red circle on a white background",
+            "a small red circle on a black background",
+            "a small blue circle on a white background",
+            "a small red star on a white background",
+            "a large red circle on a white background",
+        ],
+        ["a red star at the right", "a red star at the left", "a red star at the top", "a red star at the bottom"],
+    ],
+)
+def test_alignment_prefers_what_the_prompt_says(name, prompts):
+    picture = draw(parse(prompts[0]), np.random.default_rng(0))
+    right, *wrong = registry.load(name)(as_images(*[picture] * len(prompts)), prompts).tolist()
     assert right > 0.8
     assert max(wrong) < right - 0.1
 
