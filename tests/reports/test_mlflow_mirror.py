@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from commands import upload
+from learner.config import config_yaml
 from learner.run import main
 from records.run_folder import Records
 from records.storage import Storage, StorageError
@@ -291,7 +292,7 @@ def member(tables, small_config, tmp_path):
     def make(name: str, group: str = "sweep") -> Mirror:
         storage = Storage(str(tmp_path / name))
         config = small_config(f"mlflow.group={group}")
-        Records.create(storage, name, config, {"config_digest": config.digest(), "prompts_sha256": ""})
+        Records.create(storage, name, config_yaml(config), {"config_digest": config.digest(), "prompts_sha256": ""})
         return Mirror(storage, f"sqlite:///{tmp_path}/mlflow.db", "tributary")
 
     return make
