@@ -3,7 +3,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all faults faults-shapes soak lint check docs
+.PHONY: setup demo test test-long test-all faults faults-shapes soak lint check docs
 
 setup: .venv/.ready
 
@@ -22,9 +22,13 @@ demo: setup
 test: setup
 	$(PYTEST)
 
-# The others: longer than a minute each, the kill matrix, hosts cut off. Not the two below.
+# Ordinary tests that take their time: in CI, beside those above.
+test-long: setup
+	$(PYTEST) -m 'long and not slow and not shapes'
+
+# All others: longer than a minute each, the kill matrix, hosts cut off. Not the two below.
 test-all: setup
-	$(PYTEST) -m 'slow and not shapes'
+	$(PYTEST) -m '(long or slow) and not shapes'
 
 # Of them those that break runs on purpose, beside their ordinary ones.
 faults: setup

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray_processes
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 REWARDS = """
 import time

@@ -15,7 +15,7 @@ from commands.evaluate import main
 from diffusion.snapshot import Snapshot, digest
 from learner.run import main as train
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 class DiesOnce(SamplerActor):

@@ -21,7 +21,7 @@ from learner import build
 from learner.protocol.receipts import StaleWeights
 from learner.run import main
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 TAGS = ("run", "role", "state", "stage", "outcome", "where", "error", "le")  # the others are the agent's
 
 

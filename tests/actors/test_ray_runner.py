@@ -25,7 +25,7 @@ def unbroken(small_settings, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("samplers", [1, 3])
+@pytest.mark.parametrize("samplers", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(
     cluster, unbroken, small_settings, tmp_path, samplers
 ):

@@ -22,6 +22,7 @@ def at(head, monkeypatch):
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["disabled"], indirect=True)
 def test_a_cluster_that_takes_any_token_is_found_open(at):
     said = auth.takes_any_token(at.address)
@@ -29,12 +30,14 @@ def test_a_cluster_that_takes_any_token_is_found_open(at):
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_locked_one_is_not(at):
     auth.require_answer(at.address)
     assert auth.takes_any_token(at.address) is None
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["disabled"], indirect=True)
 def test_a_plan_says_it_in_one_line(at, small_settings, tmp_path):

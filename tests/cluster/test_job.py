@@ -16,7 +16,7 @@ from learner.config import DEFAULT_CONFIG, ROOT
 from records.run_folder import Records
 from records.storage import Storage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 # The demo, small enough for a test. The job runs it without arguments.
 SMALLER = {

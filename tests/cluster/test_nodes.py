@@ -15,7 +15,7 @@ from cluster.placement import Share, Wish, place
 from cluster.readiness import Asked, in_group, ready, reserve
 from cluster.waits import DeadlineExceeded
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

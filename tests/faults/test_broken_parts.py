@@ -49,11 +49,13 @@ def test_a_push_of_base_only_weights_ends_the_run(named, run, monkeypatch):
     assert "StaleWeights" in complaint and "the new weights did not arrive" in complaint and "epoch 1/3" in said
 
 
+@pytest.mark.long
 def test_a_skipped_load_ends_the_run(run):
     complaint, _ = run(sampler=NeverLoads)
     assert "StaleWeights: chunk" in complaint and "epoch 1 was sampled by adapter" in complaint
 
 
+@pytest.mark.long
 def test_a_restarted_sampler_with_stale_weights_ends_the_run(run, tmp_path):
     complaint, said = run("sampler.actors=1", sampler=StaleAfterRestart)
     assert (tmp_path / "died").exists() and (tmp_path / "stale").exists()
@@ -76,6 +78,7 @@ def test_a_chunk_that_no_actor_survives_ends_the_run_naming_prompts_and_remedy(p
     assert remedy in complaint
 
 
+@pytest.mark.long
 def test_a_part_that_cannot_be_built_is_named_with_its_own_words(run):
     complaint, _ = run(scorer=Unbuildable)
     assert "ActorDied: starting 2 samplers" in complaint and "the reward's own words" in complaint

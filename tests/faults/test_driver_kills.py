@@ -15,7 +15,7 @@ from emulated_run import SETTINGS, outcome
 
 from learner.config import ROOT
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.long]
 
 ORDINARY = ("checkpoint aside",)
 # One rank, and old checkpoints pruned: the protocol is the same.

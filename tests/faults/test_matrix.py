@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 CHUNK_SECONDS, TRAIN_SECONDS = 2, 3  # deadlines of the cells with a stopped process
 PROCESSES = 4  # that must get their turn before a fault is noticed: raylet, control store, actor, driver
+SHORTEST = ("sampler-serving-kill", "rank_0-publishing-kill")  # in `make test`; of the others see `make test-long`
 ORDINARY = (
     "sampler-idle-kill", "sampler-idle-stop", "sampler-serving-kill", "sampler-serving-stop",
     "sampler-serving-OutOfMemory", "sampler-publishing-kill", "scorer-idle-kill", "scorer-serving-kill",
@@ -84,8 +85,8 @@ def cells():
                 kinds.append(GroupBroken("injected: a peer is gone"))
         for kind in kinds:
             cell = Cell(role, state, kind)
-            marks = [] if cell.name in ORDINARY else [pytest.mark.slow]
-            yield pytest.param(cell, id=cell.name, marks=marks)
+            marks = [pytest.mark.long] if cell.name in ORDINARY else [pytest.mark.slow]
+            yield pytest.param(cell, id=cell.name, marks=[] if cell.name in SHORTEST else marks)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,7 @@ def test_cell(cell, break_a_run, unbroken, tmp_path):
         assert lost(tmp_path / "run") == 0
 
 
+@pytest.mark.long
 def test_a_rank_lost_before_there_is_a_checkpoint(break_a_run, unbroken, tmp_path):
     status, _ = break_a_run(Fault("rank 1", "checkpointing", "kill", str(tmp_path), epoch=-1))
     assert (tmp_path / WITNESS).exists() and status == 0

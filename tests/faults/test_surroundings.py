@@ -21,7 +21,7 @@ from benchmarks.emulated import Emulation
 from learner import build, run
 from learner.config import ROOT
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.long]
 HERE = Path(__file__).parent
 
 

@@ -19,9 +19,10 @@ from learner.update import Learner
 from rewards import registry
 
 BETA = 5.0
+OTHERS = tuple(kind for kind in OBJECTIVES if kind != "dag_db")
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)])
 def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_of, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle at the right\n")  # 16 rewards of a prompt after two epochs
     settings = [
@@ -96,7 +97,11 @@ def _rank(rank: int, count: int, configs: list[Config], address: str, epochs, qu
 
 @pytest.mark.parametrize(
     ("count", "kinds"),
-    [(2, tuple(OBJECTIVES)), pytest.param(4, ("dag_db", "dag_kl", "nabla_db"), marks=pytest.mark.slow)],
+    [
+        (2, ("dag_db",)),
+        pytest.param(2, OTHERS, marks=pytest.mark.long),
+        pytest.param(4, ("dag_db", "dag_kl", "nabla_db"), marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configured):
     configs = [configured(kind, "sampler.chunk_size=2") for kind in kinds]
