@@ -352,7 +352,7 @@ class Mlflow(Section):
     group: str | None = Field(
         None,
         pattern=r"^[\w .:/=+-]{1,200}$",
-        description="name of a group, such as a sweep: MLflow nests its runs under a parent run of that name",
+        description="name of a group of runs that belong together: MLflow nests them under a parent run of that name",
     )
     registered_model: str | None = Field(
         None,

@@ -14,12 +14,17 @@ from learner.config import Config, ConfigError, load_config
 from learner.experience import Experience
 from learner.objectives.base import Population
 from learner.objectives.by_name import OBJECTIVES
+from learner.objectives.needs import NEEDS
 from learner.run import main
 from learner.update import Learner
 from rewards import registry
 
 BETA = 5.0
 OTHERS = tuple(kind for kind in OBJECTIVES if kind != "dag_db")
+
+
+def test_both_tables_of_objectives_name_the_same():
+    assert list(NEEDS) == list(OBJECTIVES) and all(kind.needs is NEEDS[name] for name, kind in OBJECTIVES.items())
 
 
 @pytest.mark.parametrize("kind", ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)])
