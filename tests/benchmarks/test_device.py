@@ -24,6 +24,7 @@ def report(tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.mark.long
 def test_every_part_is_measured_in_every_round(report):
     expected = {
         f"{CEILING} float32", parts.ROLLOUT, parts.ROLLOUT_BASE, parts.PIPELINE, parts.SCORE, parts.SCORE_CHEAP,
@@ -41,6 +42,7 @@ def test_every_part_is_measured_in_every_round(report):
     assert report["hardware"]["cpu"] and report["versions"]["torch"] and report["date"] and report["git_commit"]
 
 
+@pytest.mark.long
 def test_amounts_are_the_work_that_was_asked_for(report):
     amounts = {name: part["amount"] for name, part in report["parts"].items()}
     assert amounts[parts.ROLLOUT] == amounts[parts.PIPELINE] == amounts[parts.PUBLISHED_SAMPLE] == 2
@@ -48,6 +50,7 @@ def test_amounts_are_the_work_that_was_asked_for(report):
     assert (amounts[parts.SCORE], amounts[parts.SCORE_CHEAP]) == (2 * 4, 2 * 2)
 
 
+@pytest.mark.long
 def test_flops_are_those_of_the_passes(report):
     """Rollouts are guided: two passes a step; the base model's values cost a third."""
     flops = {name: part["flops"] for name, part in report["parts"].items()}
@@ -60,6 +63,7 @@ def test_flops_are_those_of_the_passes(report):
     assert flops[parts.PUBLISHED_LEARN] - flops[parts.LEARN] == pytest.approx(extra, rel=0.02)
 
 
+@pytest.mark.long
 def test_ratios_are_of_measured_seconds(report):
     assert set(report["ratios"]) == set(device.RATIOS)
     for name, (above, below) in device.RATIOS.items():
@@ -72,6 +76,7 @@ def test_ratios_are_of_measured_seconds(report):
         assert given["of_flops"] == pytest.approx(next(work) / next(work))
 
 
+@pytest.mark.long
 def test_the_table_has_what_was_measured_and_no_more(report):
     said = device.table(report)
     for name in [*report["parts"], *report["ratios"]]:

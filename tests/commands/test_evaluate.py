@@ -73,6 +73,7 @@ def test_a_run_is_judged(run, judge, capsys):
     assert (run / "evaluation/step-000002.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_the_runs_report_has_the_figures(run, judge, capsys, monkeypatch):
     before = (run / "report.html").read_text()
     assert judge() == 0 and capsys.readouterr().err == ""
@@ -107,6 +108,7 @@ def test_the_report_is_of_the_run_as_it_is_when_the_judging_is_done(run):
     assert "is without these figures" in said[0]
 
 
+@pytest.mark.long
 def test_the_same_figures_every_time_and_from_the_cache_at_once(run, judge, tmp_path, monkeypatch):
     assert judge(cache=tmp_path / "one") == 0
     first = figures_of(run)
@@ -117,6 +119,7 @@ def test_the_same_figures_every_time_and_from_the_cache_at_once(run, judge, tmp_
     assert figures_of(run) == first
 
 
+@pytest.mark.long
 def test_base_and_tuned_are_paired_by_noise_and_the_other_set_is_not(run, judge, tmp_path):
     assert judge(cache=tmp_path / "cache") == 0
     sets = [pq.read_table(folder).to_pylist() for folder in sorted((tmp_path / "cache/evaluation").iterdir())]
@@ -139,6 +142,7 @@ def test_the_training_runs_own_evaluation_is_the_same_pictures(run, tmp_path):
     assert now["prompt"].to_pylist() == then["prompt"] and now["reward"].to_pylist() == pytest.approx(then["reward"])
 
 
+@pytest.mark.long
 def test_a_stopped_judgement_goes_on(run, judge, tmp_path, monkeypatch, capsys):
     real, made = InProcessPools.judge, []
 
@@ -162,6 +166,7 @@ def test_a_stopped_judgement_goes_on(run, judge, tmp_path, monkeypatch, capsys):
     assert figures_of(run) == interrupted
 
 
+@pytest.mark.long
 def test_a_lora_of_its_own_is_judged_like_the_runs(run, judge, tmp_path):
     assert judge() == 0
     for source in (run / "checkpoints/latest/lora", run / "checkpoints/latest/lora/kohya.safetensors"):
@@ -173,6 +178,7 @@ def test_a_lora_of_its_own_is_judged_like_the_runs(run, judge, tmp_path):
             assert figures[name] == figures_of(run)[name]
 
 
+@pytest.mark.long
 def test_two_runs_share_their_base_models_pictures(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
     shutil.copytree(run, other, symlinks=True)

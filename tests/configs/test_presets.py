@@ -58,9 +58,10 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("sd15_*.yaml"))
 CASES = [
     (name, kind) for name in PRESETS for kind in ("residual_nabla_db",) * ("nabla" in name) or ("dag_db", "dag_kl")
 ]
+SHORTEST = (("sd15_incompressibility", "dag_db"), ("sd15_aesthetic_nabla", "residual_nabla_db"))  # in `make test`
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [PRESETS[0], *(pytest.param(name, marks=pytest.mark.long) for name in PRESETS[1:])])
 def test_the_plan_of_every_preset(name, settings_of_preset, tmp_path, capsys):
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *settings_of_preset(name), f"run.dir={tmp_path / 'run'}"]
     assert main([*arguments, "--plan"]) == 0
@@ -69,7 +70,10 @@ def test_the_plan_of_every_preset(name, settings_of_preset, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [case if case in SHORTEST else pytest.param(*case, marks=pytest.mark.long) for case in CASES],
+)
 def test_a_small_epoch_in_bfloat16(name, kind, settings_of_preset, sd15, tmp_path):
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *settings_of_preset(name), f"objective.kind={kind}"]
     assert load_config(CONFIGS / f"{name}.yaml").model.dtype == "bfloat16"
@@ -118,6 +122,7 @@ def test_a_just_sampled_trajectorys_ratio_is_one_in_bfloat16(settings_of_preset)
         assert parts["clipped"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_tiny_decoder_and_half_precision_states_serve_a_preset(precision, settings_of_preset, taesd, tmp_path):
     arguments = [

@@ -21,13 +21,15 @@ from rewards import registry
 
 BETA = 5.0
 OTHERS = tuple(kind for kind in OBJECTIVES if kind != "dag_db")
+KINDS = ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)]
+GRADIENTS = [kind for kind in OBJECTIVES if NEEDS[kind].reward_gradients]
 
 
 def test_both_tables_of_objectives_name_the_same():
     assert list(NEEDS) == list(OBJECTIVES) and all(kind.needs is NEEDS[name] for name, kind in OBJECTIVES.items())
 
 
-@pytest.mark.parametrize("kind", ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_of, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle at the right\n")  # 16 rewards of a prompt after two epochs
     settings = [
@@ -77,7 +79,7 @@ def configured(small_config, settings_of):
     return make
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_do_not_change_the_gradient(kind, configured):
     """For dag_kl these are smaller than a group, a group and a half, and the whole."""
     learner = new_learner(configured(kind, "learner.micro_batch=12"))
@@ -172,6 +174,7 @@ def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(config
     assert len(set(batch.trajectory_id.tolist())) > 2 and len(set(batch.t.tolist())) > 1
 
 
+@pytest.mark.long
 def test_replayed_updates_are_past_ones_and_counted(small_config):
     config = small_config("train.replay_updates=2", "train.replay_epochs=1", "flow.replay_epochs=1")
     learner = build.build_learner(config)
@@ -284,7 +287,7 @@ def test_faithful_sets_what_is_not_given():
     assert Config.model_validate({"objective": {"kind": "ddpo"}}).objective.regulariser == 0
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_trying_a_micro_batch_changes_nothing(kind, configured):
     """What a GPU's memory is measured with: a forward and backward pass that leaves no trace."""
     learner = new_learner(configured(kind, "objective.advantage=prompt"))
@@ -299,7 +302,7 @@ def test_trying_a_micro_batch_changes_nothing(kind, configured):
 
 
 @pytest.mark.parametrize("looking", ["base", "snapshot"])
-@pytest.mark.parametrize("kind", ["dag_db", "nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow"])
+@pytest.mark.parametrize("kind", ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in GRADIENTS)])
 def test_checkpointed_activations_give_the_same_gradient(kind, looking, configured):
     """Also of the frozen reference, whose backward pass comes when the adapter is on again."""
     more = ("flow.fit_steps=0", "flow.warmup_steps=0", f"objective.forward_looking={looking}")

@@ -111,7 +111,10 @@ BLOWS = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "count"), BLOWS)
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [*BLOWS[3:5], *(pytest.param(*blow, marks=pytest.mark.long) for blow in (*BLOWS[:3], *BLOWS[5:]))],
+)
 @pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_ends_as_the_unbroken_one(owner, name, count, after, settings, unbroken, tmp_path):
     folder = tmp_path / "run"
@@ -131,6 +134,7 @@ def test_a_finished_run_is_left_alone(settings, unbroken, tmp_path, capsys):
     assert_same(unbroken, folder)
 
 
+@pytest.mark.long
 def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(settings, unbroken, tmp_path, capsys):
     arguments = [*settings, f"run.root={tmp_path}"]
     with killed(InProcessRunner, "train_epoch", 2):
@@ -145,6 +149,7 @@ def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(
     assert_same(unbroken, folders[2])
 
 
+@pytest.mark.long
 def test_more_epochs_prolong_a_finished_run(settings, unbroken, tmp_path):
     folder = tmp_path / "run"
     assert main([*settings, "train.epochs=1", f"run.dir={folder}"]) == 0
@@ -257,6 +262,7 @@ def test_a_branch_that_was_cut_short_is_made_again(settings, unbroken, tmp_path)
     assert lora(tmp_path / "branch") == lora(unbroken) and lines(tmp_path / "branch") == lines(unbroken)
 
 
+@pytest.mark.long
 def test_checkpoints_passed_over_do_not_crowd_out_the_new_ones(settings, unbroken, tmp_path):
     arguments = [*settings, "run.keep_checkpoints=1", "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]
     assert main([*arguments, "train.epochs=2"]) == 0
@@ -316,6 +322,7 @@ def test_the_latest_checkpoint_by_its_link(settings, unbroken, tmp_path):
     assert lora(tmp_path / "branch") == lora(unbroken)
 
 
+@pytest.mark.long
 def test_a_run_without_evaluation(settings, tmp_path):
     assert main([*settings, "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]) == 0
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [0, 1, 2]
@@ -374,6 +381,7 @@ def test_a_run_lives_on_an_fsspec_url_too(settings, unbroken):
     assert storage.exists("report.html") and storage.entries("trajectories")[-1] == "epoch-000002.parquet"
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_the_batches_that_memory_once_had(small_settings, tmp_path, capsys):
     """Open in the config, they are found once, kept in the checkpoint, and may be made smaller by hand."""
     run = tmp_path / "run"

@@ -91,7 +91,7 @@ def test_trajectories_of_another_adapter_are_refused(prepared):
         learner.train_epoch(1, 1.0, [epoch])
 
 
-@pytest.mark.parametrize("bound", [0, 1, 2])
+@pytest.mark.parametrize("bound", [*(pytest.param(bound, marks=pytest.mark.long) for bound in (0, 2)), 1])
 def test_trajectories_may_lag_as_far_as_the_bound_also_after_a_resume(bound, small_config):
     config = small_config(f"train.max_staleness={bound}")
     learner = build.build_learner(config)

@@ -10,7 +10,7 @@ from brightness import VALUES, Brightness, clean, latents, scorer
 from PIL import Image
 
 from diffusion.gpu_memory import OutOfMemory
-from diffusion.trajectory import Chunk, CleanPredictions, Scores
+from diffusion.trajectory import Chunk, CleanPredictions
 from rewards.scorer import BadReward, Scorer
 
 
@@ -189,36 +189,3 @@ class Soft(Brightness):
 
     def __call__(self, images, prompts):
         return images.square().mean((1, 2, 3))  # a slope of its own for each
-
-
-@pytest.mark.parametrize("purpose", ["train", "evaluate"])
-def test_rows_scored_apart_join_to_the_whole_chunks_scores(purpose):
-    apart = scorer(Soft(), gradients=True, quarantine=True, thumbnail_pixels=4)
-    made = clean(purpose=purpose)
-    whole = apart.score(made)
-    joined = Scores.join({row: apart.score(made.only(row)) for row in (0, 1)}, {})
-    np.testing.assert_array_equal(joined.rewards, whole.rewards)
-    assert joined.thumbnails == whole.thumbnails and joined.bad == {}
-    if purpose == "train":
-        for row, step in ((0, 0), (0, 2), (1, 2)):
-            np.testing.assert_array_equal(
-                joined.gradients[joined.gradient_row[row, step]], whole.gradients[whole.gradient_row[row, step]]
-            )
-        assert joined.gradient_row[1, 1] == -1
-    else:
-        np.testing.assert_array_equal(joined.images, whole.images)
-    lost = Scores.join({1: apart.score(made.only(1))}, {0: "ends the scorer's process"})
-    assert lost.bad == {0: "ends the scorer's process"} and np.isnan(lost.rewards[0]).all()
-    np.testing.assert_array_equal(lost.rewards[1], whole.rewards[1])
-    assert len(lost.thumbnails) == len(whole.thumbnails)
-
-
-def test_rows_joined_have_the_labels_of_those_that_have_any():
-    """The reward raised on the first row, which has no parts."""
-    chunk = Chunk(0, "train", 0, 0, ("a", "b"), (0, 1))
-    first = np.full((2, 2), np.nan, np.float32)
-    second = first.copy()
-    second[1] = 0.5
-    parts = {0: Scores(chunk, first, bad={0: "raised"}), 1: Scores(chunk, second, parts={"sharp": second[:, 1]})}
-    joined = Scores.join(parts, {})
-    assert joined.bad == {0: "raised"} and np.isnan(joined.parts["sharp"][0]) and joined.parts["sharp"][1] == 0.5

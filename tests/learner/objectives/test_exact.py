@@ -60,6 +60,7 @@ def rough(clean: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("decoder", "start"), [(rough, 0), (None, 5), (rough, 5)])
+@pytest.mark.long
 def test_cheap_inner_values_leave_dag_dbs_target_as_it_is(decoder, start):
     """psi may be any function of the state: another decoder's, or 0 before some step, as long as both ends of a
     transition use it and the image's own reward is the true one."""
@@ -71,12 +72,14 @@ def test_cheap_inner_values_leave_dag_dbs_target_as_it_is(decoder, start):
     assert metrics["residual_squared"] < 1e-3
 
 
+@pytest.mark.long
 def test_a_cheap_value_at_the_image_itself_has_another_target():
     problem = replace(gaussian(10), decoder=rough, inner_decoder=rough)
     _, after, _, _ = learned("cheap image", problem, "dag_db", 3e-2, 1000, fresh(64), forward_looking="base")
     assert after > 0.2
 
 
+@pytest.mark.long
 def test_cheap_inner_gradients_leave_residual_nabla_dbs_target_as_it_is():
     problem = replace(tilted(20), inner_decoder=rough)
     assert learned("cheap", problem, "residual_nabla_db", 1e-2, 1000, fresh(64), True)[1] < 0.015
