@@ -52,7 +52,7 @@ def train(config: Config) -> lora.Snapshot:
                 output = model.predict(batch.x, batch.t, batch.embeddings, config.sampler.guidance)[0]
                 log_pf = kernel.log_pf(output, batch.t, batch.x, batch.x_next, "mean")
                 log_pb = kernel.log_pb(batch.t, batch.x, batch.x_next, "mean")
-                f, f_next = both_ends(flow, batch)
+                f, f_next = both_ends(flow, batch, gradient=True)
                 log_flow = db.log_flow(f, psi=beta * batch.reward)
                 log_reward, psi_next = beta * batch.reward_terminal, beta * batch.reward_next
                 log_flow_next = db.next_log_flow(f_next, psi_next, log_reward, batch.terminal, detach=True)

@@ -60,7 +60,7 @@ def test_the_page_has_the_columns_that_the_files_have(rows):
 
 def test_the_page_is_of_the_format_that_is_written(found):
     assert found["version"] == FORMAT
-    assert f"this page is of {FORMAT}." in PAGE
+    assert f"this page describes {FORMAT}." in PAGE
 
 
 def test_what_it_says_of_columns_is_so(run, rows):
