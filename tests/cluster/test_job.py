@@ -70,9 +70,9 @@ def test_a_bare_submission_runs_and_its_results_are_where_the_log_says(head, wor
     lora = Path(re.search(r"LoRA: (\S+)", said)[1])
     assert sorted(file.name for file in lora.iterdir()) == ["kohya.safetensors", "pytorch_lora_weights.safetensors"]
     # A bad setting is one message in the log, and the job fails.
-    said = submit(head, working_dir, "python", "-m", "learner.run", "train.epoch=3", "learner.gpus=1")
-    assert "failed" in said and "did you mean train.epochs" in said and "the cluster has 0" in said
-    assert "Traceback" not in said
+    for setting, complaint in (("train.epoch=3", "did you mean train.epochs"), ("learner.gpus=1", "the cluster has 0")):
+        said = submit(head, working_dir, "python", "-m", "learner.run", setting)
+        assert "failed" in said and complaint in said and "Traceback" not in said
 
 
 LEFT = """
