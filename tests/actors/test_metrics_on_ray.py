@@ -134,9 +134,9 @@ def test_a_run_is_measured_and_its_actors_have_names(run, cluster, tmp_path):
     assert lost >= 1
 
     def measured(found) -> bool:
-        return of(found, "trajectories_total", "mine", stage="trained") == 48 and of(
-            found, "actors", "mine", role="learner"
-        )
+        """All is trained, and the gauges of the end have come too: Ray sends them apart from the counters."""
+        trained = of(found, "trajectories_total", "mine", stage="trained")
+        return (trained, of(found, "policy_version", "mine")) == (48, 3) and of(found, "actors", "mine", role="learner")
 
     found = wait_for(measured)
     assert of(found, "trajectories_total", "mine", stage="scored") == 48 + 8  # with two evaluations
