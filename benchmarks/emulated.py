@@ -140,7 +140,7 @@ class EmulatedLearner:
     """An update adds the sum of its trajectories' rewards to parameters that remember all updates before."""
 
     def __init__(self, emulation: Emulation, group: Group, files: dict[str, bytes] | None) -> None:
-        self.emulation, self.group = emulation, group
+        self.emulation, self.group, self.rank = emulation, group, group.rank
         self.model = SimpleNamespace(latent_shape=emulation.latent)
         self.dimensions = int(np.prod(emulation.latent))
         blank = {"version": 0, "momentum": [0] * emulation.parameters, "known": []}
@@ -155,19 +155,20 @@ class EmulatedLearner:
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
         time.sleep(self.emulation.train_seconds)
-        rows = []
-        for index, update in enumerate(updates):
-            for made, _ in update:
-                if (made.policy_version, made.adapter_sha256) not in self.known:
-                    raise receipts.StaleWeights(f"chunk {made.chunk.index} of epoch {epoch} is of no known version")
-                made.states.sum(), made.model_output.sum()  # all of it is read, as training would
-            rewards = sum(int((scores.rewards[:, -1].astype(np.float64) * SCALE).sum()) for _, scores in update)
-            total = int(self.group.sum(np.array([rewards], np.int64))[0])
-            places = np.arange(len(self.momentum)) + 7 * index + 1
-            self.momentum = np.roll(self.momentum, 1) + places * (total % 65_521 + 1) % (2**40)
-            rows.append({"loss": total / SCALE})
+        rows = [self._train(epoch, index, update) for index, update in enumerate(updates)]
         ids = tuple(number for update in updates for made, _ in update for number in made.chunk.trajectory_ids)
         return Training({"loss": sum(row["loss"] for row in rows)}, rows, ids)
+
+    def _train(self, epoch: int, index: int, update: Sequence[Scored]) -> dict[str, float]:
+        for made, _ in update:
+            if (made.policy_version, made.adapter_sha256) not in self.known:
+                raise receipts.StaleWeights(f"chunk {made.chunk.index} of epoch {epoch} is of no known version")
+            made.states.sum(), made.model_output.sum()  # all of it is read, as training would
+        rewards = sum(int((scores.rewards[:, -1].astype(np.float64) * SCALE).sum()) for _, scores in update)
+        total = int(self.group.sum(np.array([rewards], np.int64))[0])
+        places = np.arange(len(self.momentum)) + 7 * index + 1
+        self.momentum = np.roll(self.momentum, 1) + places * (total % 65_521 + 1) % (2**40)
+        return {"loss": total / SCALE}
 
     def publish(self, version: int) -> Snapshot:
         fresh = self._snapshot(version)

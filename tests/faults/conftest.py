@@ -1,19 +1,86 @@
-"""One local Ray for the runs of a module that need none of their own."""
+"""One local Ray for the runs of a module that need none of their own, and a run on it that suffers a fault."""
 
 import os
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import injected
 import pytest
+from emulated_run import SETTINGS
+from injected import WITNESS
 
 from cluster.session import Session
+from learner import build, run
 from learner.config import ROOT
+
+PROCESSES = 4  # that must get their turn before a fault is noticed: raylet, control store, actor, driver
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Each run kills its own actors. Workers find emulated_faults.py and benchmarks/."""
+    """Each run kills its own actors. Workers find injected.py and benchmarks/."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), prepend=os.pathsep)
         session = Session(1)
         yield session
         session.close()
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A run that suffered a fault, which has struck."""
+
+    status: int
+    said: list[tuple[float, str]]  # when, what
+    struck: float
+    lateness: float  # of this machine at most, in doing what it is asked to do at a time: others may be at work on it
+
+    @property
+    def complaints(self) -> list[str]:
+        return [text.removeprefix("complaint: ") for _, text in self.said if text.startswith("complaint: ")]
+
+    def assert_noticed(self, limit: float) -> None:
+        """Within so many seconds on a machine that is in time."""
+        words = ("replacing", "anew", "complaint: ")
+        seconds = next(when for when, text in self.said if any(word in text for word in words)) - self.struck
+        print(f"noticed after {seconds:.2f} s of {limit:g} s, on a machine {self.lateness:.2f} s late")
+        assert seconds < limit + PROCESSES * self.lateness
+
+
+@pytest.fixture
+def break_a_run(cluster, tmp_path, monkeypatch):
+    """Run on Ray, in tmp_path/run, with a fault injected into these parts."""
+    said = []
+    monkeypatch.setattr(run, "say", lambda text: said.append((time.time(), text)))
+    monkeypatch.setattr(run, "complain", lambda text: said.append((time.time(), f"complaint: {text}")))
+
+    def go(parts, fault, *settings: str) -> Broken:
+        monkeypatch.setattr(build, "parts", lambda config, own_reward=None: injected.parts(parts, fault))
+        with Lateness() as lateness:
+            status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
+        print("\n".join(f"{when:.2f} {text}" for when, text in said))
+        return Broken(status, said, (tmp_path / WITNESS).stat().st_mtime, lateness.most)
+
+    return go
+
+
+class Lateness:
+    def __init__(self) -> None:
+        self.most, self._over = 0.0, threading.Event()
+        self._watch = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "Lateness":
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._watch.join(5)
+
+    def _sample(self) -> None:
+        while not self._over.is_set():
+            then = time.monotonic() + 0.05
+            time.sleep(0.05)
+            self.most = max(self.most, time.monotonic() - then)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import emulated_faults
-from emulated_faults import WITNESS, Fault
+import injected
+from injected import WITNESS, Fault
 
 from actors.learner_group import LearnerGroup
 from actors.ray_runner import RayRunner
@@ -147,7 +147,7 @@ def main() -> int:
 
     parts = emulated.parts(emulation)
     if args.fault:
-        parts = emulated_faults.parts(emulation, Fault(*args.fault, str(args.folder)))
+        parts = injected.parts(parts, Fault(*args.fault, str(args.folder)))
     build.parts = lambda config, own_reward=None: parts
     if args.point:
         POINTS[args.point].arm(strike)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import ray_processes
 from driver import POINTS
-from emulated_faults import WITNESS
 from emulated_run import SETTINGS, outcome
+from injected import WITNESS
 
 from learner.config import ROOT
 

@@ -1,14 +1,11 @@
 """The kill matrix: role x state x kind of fault. Each cell ends as if nothing had been, or in a typed error; each has a
 witness that the fault struck, and a deadline for its being noticed."""
 
-import threading
-import time
 from dataclasses import dataclass
 
-import emulated_faults
 import pytest
-from emulated_faults import WITNESS, Fault
 from emulated_run import SETTINGS, lost, outcome
+from injected import Fault
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
@@ -21,7 +18,6 @@ from rewards.scorer import BadReward
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 CHUNK_SECONDS, TRAIN_SECONDS = 2, 3  # deadlines of the cells with a stopped process
-PROCESSES = 4  # that must get their turn before a fault is noticed: raylet, control store, actor, driver
 SHORTEST = ("sampler-serving-kill", "rank_0-publishing-kill")  # in `make test`; of the others see `make test-long`
 ORDINARY = (
     "sampler-idle-kill", "sampler-idle-stop", "sampler-serving-kill", "sampler-serving-stop",
@@ -98,72 +94,21 @@ def unbroken(tmp_path_factory):
     return outcome(folder)
 
 
-class Lateness:
-    """How late this machine is at most in doing what it is asked to do at a time: others may be at work on it."""
-
-    def __init__(self) -> None:
-        self.most, self._over = 0.0, threading.Event()
-        self._watch = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> "Lateness":
-        self._watch.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._over.set()
-        self._watch.join(5)
-
-    def _sample(self) -> None:
-        while not self._over.is_set():
-            then = time.monotonic() + 0.05
-            time.sleep(0.05)
-            self.most = max(self.most, time.monotonic() - then)
-
-
-@pytest.fixture
-def break_a_run(cluster, tmp_path, monkeypatch):
-    """Run with a fault, on Ray: (exit status, [(time, line)] of what was said)."""
-    said = []
-    monkeypatch.setattr(run, "say", lambda text: said.append((time.time(), text)))
-    monkeypatch.setattr(run, "complain", lambda text: said.append((time.time(), f"complaint: {text}")))
-
-    def go(fault: Fault, *settings: str, train_seconds: float = 0.0):
-        emulation = Emulation(train_seconds=train_seconds)
-        monkeypatch.setattr(build, "parts", lambda config, own_reward=None: emulated_faults.parts(emulation, fault))
-        status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
-        print("\n".join(f"{when:.2f} {text}" for when, text in said))
-        return status, said
-
-    return go
-
-
-def noticed(said, witness) -> float:
-    """Seconds from the fault until the driver said so."""
-    struck = witness.stat().st_mtime
-    words = ("replacing", "anew", "complaint: ")
-    return next(when for when, text in said if any(word in text for word in words)) - struck
-
-
 @pytest.mark.parametrize("cell", cells())
 def test_cell(cell, break_a_run, unbroken, tmp_path):
     fault = Fault(cell.role, cell.state, cell.kind, str(tmp_path))
-    slow_training = cell.state == "idle" and not cell.role.startswith("rank")
-    with Lateness() as lateness:
-        if slow_training:  # so that the idle are asked meanwhile
-            status, said = break_a_run(fault, *cell.settings, "run.train_seconds=30", train_seconds=4.0)
-        else:
-            status, said = break_a_run(fault, *cell.settings)
-    assert (tmp_path / WITNESS).exists()
-    seconds = noticed(said, tmp_path / WITNESS)
-    print(f"{cell.name}: noticed after {seconds:.2f} s of {cell.limit:g} s, on a machine {lateness.most:.2f} s late")
-    assert seconds < cell.limit + PROCESSES * lateness.most
+    if cell.state == "idle" and not cell.role.startswith("rank"):  # a long training: the idle are asked meanwhile
+        emulation, settings = Emulation(train_seconds=4.0), [*cell.settings, "run.train_seconds=30"]
+    else:
+        emulation, settings = Emulation(), cell.settings
+    broken = break_a_run(emulated.parts(emulation), fault, *settings)
+    broken.assert_noticed(cell.limit)
     if cell.typed:
-        complaints = [text for _, text in said if text.startswith("complaint: ")]
-        assert status == 1 and len(complaints) == 1 and "\n" not in complaints[0]
-        assert complaints[0].startswith(f"complaint: {cell.typed}: injected")
-        assert "the same command goes on" in complaints[0]
+        (complaint,) = broken.complaints
+        assert broken.status == 1 and complaint.startswith(f"{cell.typed}: injected") and "\n" not in complaint
+        assert "the same command goes on" in complaint
         return
-    assert status == 0
+    assert broken.status == 0
     assert outcome(tmp_path / "run") == unbroken
     if cell.role == "sampler" and cell.kind == "kill" and cell.state != "idle":
         # The chunk of four that it was at, and perhaps the one that was queued with it.
@@ -174,6 +119,6 @@ def test_cell(cell, break_a_run, unbroken, tmp_path):
 
 @pytest.mark.long
 def test_a_rank_lost_before_there_is_a_checkpoint(break_a_run, unbroken, tmp_path):
-    status, _ = break_a_run(Fault("rank 1", "checkpointing", "kill", str(tmp_path), epoch=-1))
-    assert (tmp_path / WITNESS).exists() and status == 0
+    fault = Fault("rank 1", "checkpointing", "kill", str(tmp_path), epoch=-1)
+    assert break_a_run(emulated.parts(Emulation()), fault).status == 0
     assert outcome(tmp_path / "run") == unbroken

@@ -1,14 +1,12 @@
 """The cells of the kill matrix once more, around the embedded model's own parts: `make faults-shapes`."""
 
-import time
-
 import pytest
-import real_faults
-from emulated_faults import WITNESS, Fault
 from emulated_run import SETTINGS, outcome
-from test_matrix import PROCESSES, Lateness, cells, noticed
+from injected import Fault
+from test_matrix import cells
 
 from learner import build, run
+from learner.config import load_config
 
 pytestmark = [pytest.mark.shapes, pytest.mark.ray]
 
@@ -19,42 +17,33 @@ SMALLER = ("sampler.steps=4", "learner.micro_batch=16", "flow.warmup_steps=2", "
 @pytest.fixture(scope="module")
 def unbroken(cluster, tmp_path_factory):
     """By number of ranks: theirs have other last bits."""
-    found = {}
+    outcomes = {}
 
     def go(ranks):
-        if ranks not in found:
+        if ranks not in outcomes:
             folder = tmp_path_factory.mktemp("runs") / "unbroken"
             assert run.main([*SETTINGS, *SMALLER, f"learner.ranks={ranks}", f"run.dir={folder}"]) == 0
-            found[ranks] = outcome(folder)
-        return found[ranks]
+            outcomes[ranks] = outcome(folder)
+        return outcomes[ranks]
 
     return go
 
 
-@pytest.mark.parametrize("cell", [pytest.param(*one.values, id=one.id) for one in cells()])
-def test_cell(cell, cluster, unbroken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cell", [pytest.param(*cell.values, id=cell.id) for cell in cells()])
+def test_cell(cell, break_a_run, unbroken, tmp_path):
     ranks = 2 if cell.role.startswith("rank") else 1
     expected = None if cell.typed else unbroken(ranks)
-    said = []
-    monkeypatch.setattr(run, "say", lambda text: said.append((time.time(), text)))
-    monkeypatch.setattr(run, "complain", lambda text: said.append((time.time(), f"complaint: {text}")))
-    fault = Fault(cell.role, cell.state, cell.kind, str(tmp_path))
-    monkeypatch.setattr(build, "parts", lambda config, own_reward=None: real_faults.parts(config, fault))
-    settings, limit = [f"learner.ranks={ranks}"], 2.0
+    settings, limit = [*SMALLER, f"learner.ranks={ranks}"], 2.0
     if cell.kind == "stop":
         settings += [f"run.chunk_seconds={CHUNK_SECONDS}", f"run.train_seconds={TRAIN_SECONDS}"]
         in_training = cell.role.startswith("rank") and cell.state != "idle"
         limit = 1.0 + (TRAIN_SECONDS if in_training else CHUNK_SECONDS)
-    with Lateness() as lateness:
-        status = run.main([*SETTINGS, *SMALLER, f"run.dir={tmp_path / 'run'}", *settings])
-    print("\n".join(f"{when:.2f} {text}" for when, text in said))
-    assert (tmp_path / WITNESS).exists()
+    config = load_config(overrides=[*SETTINGS, *settings])
+    broken = break_a_run(build.parts(config), Fault(cell.role, cell.state, cell.kind, str(tmp_path)), *settings)
     if cell.typed:
-        assert status == 1 and any(f"{cell.typed}: injected" in text for _, text in said)
+        assert broken.status == 1 and any(text.startswith(f"{cell.typed}: injected") for text in broken.complaints)
         return
-    assert status == 0 and outcome(tmp_path / "run") == expected
+    assert broken.status == 0 and outcome(tmp_path / "run") == expected
     if cell.kind == "stop" and cell.state == "idle" and cell.role in ("sampler", "scorer"):
         return  # the epoch may be over before its deadline: it is replaced in the next one, or never missed
-    seconds = noticed(said, tmp_path / WITNESS)
-    print(f"{cell.name}: noticed after {seconds:.2f} s of {limit:g} s, on a machine {lateness.most:.2f} s late")
-    assert seconds < limit + PROCESSES * lateness.most
+    broken.assert_noticed(limit)

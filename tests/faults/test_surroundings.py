@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from emulated_faults import WITNESS
 from emulated_run import SETTINGS, outcome
+from injected import WITNESS
 from ray_nodes import cluster_of
 
 from benchmarks import emulated
