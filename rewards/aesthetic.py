@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from rewards.network import NetworkReward, Published, fill, score_head
-from rewards.weights import Asset, BadWeights, find, pick, read
+from rewards.weights import Asset, BadWeights, find, read
 
 HEAD, CLIP = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", "openai/clip-vit-large-patch14"
 SAVED = "model.safetensors|pytorch_model.bin"  # as transformers saves CLIP
@@ -40,14 +40,12 @@ class Aesthetic(NetworkReward):
 
     @staticmethod
     def assets(weights: str | None = None, *, clip: str = CLIP) -> list[Asset]:
-        """What `__init__` reads."""
-        return [
-            Asset("reward.weights", weights or HEAD, ("aesthetic-model.pth",)),
-            clip_asset("reward.options.clip", clip),
-        ]
+        """What is read: the head's file, and the folder or hub id of OpenAI's CLIP as transformers saves it."""
+        head = Asset("reward.weights", weights or HEAD, ("aesthetic-model.pth",))
+        return [head, clip_asset("reward.options.clip", clip)]
 
     def __init__(self, weights: str | None = None, device: str = "cpu", *, clip: str = CLIP) -> None:
-        """`weights`: the head's file; `clip`: the folder or hub id of OpenAI's CLIP as transformers saves it.
+        """`weights` and `clip`: as `assets`.
 
         Raises:
             WeightsNotFound, BadWeights: see there.
@@ -77,12 +75,11 @@ def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
     except Exception as error:  # json, and transformers' own validation
         raise BadWeights(f"{file} is no configuration of a CLIP model: {type(error).__name__}: {error}") from error
     config = whole.vision_config
-    config.projection_dim = whole.projection_dim
-    config._attn_implementation = "sdpa"
+    config.projection_dim, config._attn_implementation = whole.projection_dim, "sdpa"
     if config.hidden_act != "quick_gelu":
         raise BadWeights(f"{file}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
     with torch.device("meta"):
         tower = CLIPVisionModelWithProjection(config)
-    saved = folder / pick([SAVED], lambda name: (folder / name).is_file())[0]
+    saved = next(path for name in SAVED.split("|") if (path := folder / name).is_file())
     state = {key: tensor for key, tensor in read(saved).items() if not key.startswith(OTHERS)}
     return fill(tower, state, f"{saved}: no CLIP image tower", device)

@@ -8,8 +8,7 @@ is one resize for reports, one for gradients. Weights are never initialised, alw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -68,8 +67,8 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Through 8-bit pictures; float32."""
-    pixels = images.detach().to(torch.promote_types(images.dtype, torch.float32)).clamp(0, 1)
-    pixels = pixels.mul(255).round().to(torch.uint8)
+    images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
     if tuple(images.shape[-2:]) != size:
         pictures = [
             np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
@@ -108,8 +107,7 @@ class NetworkReward:
             return self.network(pixels, *tokens)
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """Where a network's tensor is in its authors' checkpoint."""
 
     key: str
@@ -128,67 +126,49 @@ def layout(network: nn.Module, published: Callable[[str], Published] = Published
     return shapes
 
 
-def adopt(
-    network: nn.Module, state: Mapping[str, Tensor], published: Callable[[str], Published] = Published
-) -> dict[str, Tensor]:
-    """The network's state dict from its checkpoint's."""
-    adopted = {}
-    for key in network.state_dict():
-        origin = published(key)
-        tensor = state[origin.key]
-        if origin.third is not None:
-            tensor = tensor.chunk(3)[origin.third]
-        adopted[key] = tensor.T if origin.transposed else tensor
-    return adopted
-
-
 def fill(
     network: Module, state: Mapping[str, Tensor], what: str, device: str = "cpu",
     published: Callable[[str], Published] = Published, unused: Shapes = NOTHING,
 ) -> Module:  # fmt: skip
     """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
 
-    `state` holds the checkpoint's tensors: `layout`'s, and perhaps `unused` ones. Buffers that no checkpoint holds are
-    made anew: of these models that is `position_ids`, [1, length] from 0.
+    `state` holds the checkpoint's tensors: `layout`'s, and perhaps `unused` ones. The one buffer that no
+    checkpoint holds, `position_ids`, [1, length] from 0, is made anew.
 
     Raises:
-        BadWeights: names `what` and the keys.
+        BadWeights: names `what`, and the keys that are missing, extra or of another shape.
     """
-    check_keys(state, layout(network, published), what, unused)
-    adopted = {key: tensor.float() for key, tensor in adopt(network, state, published).items()}
-    network.load_state_dict(adopted, strict=True, assign=True)
+    wanted = layout(network, published)
+    known = {**wanted, **unused}
+    faults = {
+        "missing": [key for key in wanted if key not in state],
+        "extra": [key for key in state if key not in known],
+        "of another shape": [
+            f"{key} {list(tensor.shape)} (expected {list(known[key])})"
+            for key, tensor in state.items()
+            if key in known and tuple(tensor.shape) != known[key]
+        ],
+    }
+    if any(faults.values()):
+        named = [
+            f"{len(keys)} {kind}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
+            for kind, keys in faults.items()
+            if keys
+        ]
+        raise BadWeights(f"{what}, of {len(known)} keys {'; '.join(named)}")
+    tensors = {}
+    for key in network.state_dict():
+        origin = published(key)
+        tensor = state[origin.key].float()
+        if origin.third is not None:
+            tensor = tensor.chunk(3)[origin.third]
+        tensors[key] = tensor.T if origin.transposed else tensor
+    network.load_state_dict(tensors, strict=True, assign=True)
     for part in network.modules():
         ids = getattr(part, "position_ids", None)
         if isinstance(ids, Tensor):
             part.position_ids = torch.arange(ids.shape[-1])[None]
-    left = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
-    if left:
-        raise BadWeights(f"{what}: no weights for {', '.join(left)}")
     return network.eval().requires_grad_(False).to(device)
-
-
-def check_keys(state: Mapping[str, Tensor], wanted: Shapes, what: str, unused: Shapes = NOTHING) -> None:
-    """
-    Raises:
-        BadWeights: `state` lacks keys of `wanted`, has others than those and the `unused`, or other shapes.
-    """
-    known = {**wanted, **unused}
-    extra = [key for key in state if key not in known]
-    misshapen = [
-        f"{key} {list(tensor.shape)} (expected {list(known[key])})"
-        for key, tensor in state.items()
-        if key in known and tuple(tensor.shape) != tuple(known[key])
-    ]
-    faults = [
-        f"{len(keys)} {kind}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
-        for kind, keys in (
-            ("missing", [key for key in wanted if key not in state]), ("extra", extra),
-            ("of another shape", misshapen),
-        )
-        if keys
-    ]  # fmt: skip
-    if faults:
-        raise BadWeights(f"{what}, of {len(known)} keys {'; '.join(faults)}")
 
 
 def score_head(width: int) -> nn.Sequential:
@@ -199,3 +179,9 @@ def score_head(width: int) -> nn.Sequential:
         nn.Linear(width, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64), nn.Identity(),
         nn.Linear(64, 16), nn.Linear(16, 1),
     )  # fmt: skip
+
+
+def tower(width: int, layers: int, heads: int) -> dict[str, int]:
+    """A transformer's part of its configuration; the MLPs are four times as wide."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width}
+    return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads}

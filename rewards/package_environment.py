@@ -3,13 +3,11 @@ them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
 NAMES = ("hpsv2", "imagereward")
-MARKER = "tributary.json"
+MARKER = "tributary-lock.txt"  # in a whole environment: the lock file that it was built from
 
 
 class EnvironmentMissing(ValueError):
@@ -29,10 +27,10 @@ def lock(name: str) -> Path:
     return Path(__file__).resolve().parent / "locks" / f"{name}.txt"
 
 
-def pins(name: str) -> dict[str, str]:
-    """Package -> `package==version`, in the lock file's order."""
-    lines = (line.strip() for line in lock(name).read_text(encoding="utf-8").splitlines())
-    return {line.partition("==")[0]: line for line in lines if line and not line.startswith("#")}
+def fits(name: str, folder: Path) -> bool:
+    """Whether the folder holds a whole environment. An interpreter that was removed since leaves a link to nowhere."""
+    marker = folder / MARKER
+    return marker.is_file() and marker.read_bytes() == lock(name).read_bytes() and interpreter(folder).exists()
 
 
 def find(name: str, python: str | None = None) -> Path:
@@ -50,25 +48,10 @@ def find(name: str, python: str | None = None) -> Path:
             )
         return path.absolute()  # not resolve(): the link is what tells python its environment
     folder = default_folder(name)
-    if not interpreter(folder).exists() or not (folder / MARKER).exists():
-        raise EnvironmentMissing(
-            f"reward.backend: there is no environment for {name} in {folder}; `{command}` builds it (some minutes, "
-            "1.2 GB), on every machine that scores; or name an interpreter that has the package: reward.options.python"
-        )
     if not fits(name, folder):
         raise EnvironmentMissing(
-            f"reward.backend: the environment in {folder} was built for another Tributary; `{command}` renews it"
+            f"reward.backend: there is no environment for {name} in {folder}, or one of another Tributary; `{command}` "
+            "builds it (some minutes, 1.2 GB), on every machine that scores; or name an interpreter that has the "
+            "package: reward.options.python"
         )
     return interpreter(folder)
-
-
-def marker(name: str) -> str:
-    """What the MARKER of a whole environment holds."""
-    digest = hashlib.sha256("\n".join(pins(name).values()).encode()).hexdigest()
-    return json.dumps({"package": name, "lock_sha256": digest})
-
-
-def fits(name: str, folder: Path) -> bool:
-    """Whether the folder holds a whole environment. An interpreter that was removed since leaves a link to nowhere."""
-    file = folder / MARKER
-    return file.is_file() and file.read_bytes() == marker(name).encode() and interpreter(folder).exists()

@@ -7,19 +7,20 @@ library. package.py starts it with one end of a socket, whose closing ends it, a
 from __future__ import annotations
 
 import json
+import math
 import os
-import select
 import signal
+import socket
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SECONDS_BETWEEN_LOOKS = 2
+SECONDS_BETWEEN_LOOKS = 1
 KEPT: list[Any] = []  # a torch library's declarations go with it
 
 # One call of a scorer: uint8 pictures [B, H, W, 3] and B prompts -> B floats.
@@ -27,14 +28,13 @@ Score = Callable[[Any, list[str]], list[float]]
 
 
 def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
-    """Load what the first request names, then score. A request is JSON and raw pixels, an answer is JSON."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us by closing the connection
-    connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
-    threading.Thread(target=_end_with, args=(connection.fileno(), parent), daemon=True).start()
+    """Load what the first request names, then score. A request is a line of JSON and raw pixels, an answer a line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
     score: Score | None = None
-    while True:
-        request, pixels = json.loads(connection.recv_bytes()), connection.recv_bytes()
-        answer: dict[str, Any] = {"scores": []}
+    while line := stream.readline():
+        request, answer = json.loads(line), {"scores": []}
         try:
             if score is None:
                 make = (models or MODELS)[request["package"]]
@@ -42,21 +42,20 @@ def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
             else:
                 import numpy as np
 
+                pixels = stream.read(math.prod(request["shape"]))
                 pictures = np.frombuffer(pixels, np.uint8).reshape(request["shape"])
-                answer["scores"] = score(pictures, request["prompts"])
+                answer = {"scores": score(pictures, request["prompts"])}
         except Exception as error:  # the packages' code, and what they call, may raise anything
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        connection.send_bytes(json.dumps(answer).encode())
+        stream.write(json.dumps(answer).encode() + b"\n")
+        stream.flush()
 
 
-def _end_with(descriptor: int, parent: int) -> None:
-    """End this process as soon as the other end of the socket is closed, also in the midst of scoring; or, where a
-    fork of the parent still holds it, when the parent is gone."""
-    poll = select.poll()
-    poll.register(descriptor, 0)  # POLLHUP is always told
-    while not poll.poll(SECONDS_BETWEEN_LOOKS * 1000) and os.getppid() == parent:
-        pass
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, also in the midst of scoring, or where a fork holds the socket."""
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     os._exit(0)
 
 
@@ -91,8 +90,7 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
 
 
 def hps(files: dict[str, str], device: str, threads: int) -> Score:
-    """hpsv2 1.2.0: `files` has weights. Its `score()` reads them anew at every call; this is that function's body
-    around one load, for a batch."""
+    """hpsv2 1.2.0: `files` has weights. The body of its `score()`, which reads them anew at every call, for a batch."""
     torch = _torch(threads)
     _without_init("hpsv2")  # which imports a progress bar and the benchmark's code
     # A stray import in its factory, which needs Tk.

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion.failures import RunFailure
 from rewards.names import Backend
-from rewards.weights import check as check_assets
+from rewards.weights import find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,18 +34,22 @@ class UnknownReward(RunFailure, ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 
-SIZES = {"jpeg_compressibility": -1, "jpeg_incompressibility": 1}
+class BadReward(RunFailure, ValueError):
+    """A reward that failed, or is not finite: a data failure, never retried. Names reward, prompt and trajectory."""
+
+
 # Those with neither weights nor a device.
 PLAIN = {
-    **dict.fromkeys(SIZES, "jpeg:JpegSize"),
+    "jpeg_compressibility": "jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
     "shapes_accuracy": "shapes_accuracy:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment_soft:ShapesAlignmentSoft",
 }
 MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
 SUM = "weighted_sum"
-OWN_SETTINGS = ("name", "weights", "device", "backend")
 NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
+OWN_SETTINGS = ("name", "weights", "device", "backend")
 
 
 def load(
@@ -56,30 +59,19 @@ def load(
 
     `weights` is a path or hub id for rewards that have weights; `options` go to the reward's constructor. `backend`
     package: imagereward and hpsv2 as their authors' packages compute them (rewards/package.py), without gradients.
-    A user's callable takes (images, prompts) and returns [B]; with options it is first called with them.
+    A user's callable takes (images, prompts) and returns [B]; a class, or with options a function, is called first.
 
     Raises:
         UnknownReward: see there.
         ValueError: weights or options that this reward does not take; for a reward model also `WeightsNotFound` and
             `BadWeights` of rewards/weights.py.
     """
-    if weights is not None and name not in MODELS and backend == "native":
-        raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
-    if ":" in name and backend == "native":
-        return UserReward.named(name, **options)
-    reward_class = _class(name, backend)
-    if backend == "package":
-        options = {"name": name, "weights": weights, "device": device, **options}
-    elif name in SIZES:
-        options = {"sign": SIZES[name], **options}
-    elif name in MODELS:
-        options = {"weights": weights, "device": device, **options}
-    elif name == SUM:
-        options = {"device": device, **options}
-    try:
-        return reward_class(**options)
-    except TypeError as error:
-        raise ValueError(f"reward.options: {name}: {error}") from error
+    make, settings = _class(name, weights, backend), {"name": name, "weights": weights, "device": device}
+    taken: tuple[str, ...] = () if name in PLAIN else ("device",) if name == SUM else ("weights", "device")
+    if backend == "package" or make is UserReward:
+        taken = ("name", "weights", "device") if backend == "package" else ("name",)
+    with _named_options(name, options):
+        return getattr(make, "named", make)(**{key: settings[key] for key in taken}, **options)
 
 
 def check(
@@ -94,30 +86,25 @@ def check(
         ValueError: as `load`, or naming the prompt, or reward and objective.
     """
     check_options(options)
-    own = ":" in name and weights is None and backend == "native"
-    reward: Any
-    if backend == "package":
-        reward = load(name, weights, backend=backend, **options)
-        check_assets(list(reward.assets.values()))
-    elif own:
+    reward: Any = _class(name, weights, backend)
+    if reward is UserReward:
         reward = _import(name)
+        if (isinstance(reward, type) or options) and not hasattr(reward, "differentiable"):
+            return  # what it makes may say so itself: the scorer asks again
+    elif backend == "package":
+        reward = load(name, weights, backend=backend, **options)
+        find(list(reward.assets.values()), fetch=False)
     elif name in MODELS:
-        reward = _class(name)
-        try:
-            check_assets(reward.assets(weights, **options))
-        except TypeError as error:
-            raise ValueError(f"reward.options: {name}: {error}") from error
-    elif name == SUM and weights is None:
-        _class(name).check_terms(options, prompts, objective)
-        return
+        with _named_options(name, options):
+            find(reward.assets(weights, **options), fetch=False)
+    elif name == SUM:
+        with _named_options(name, options):
+            return reward.check(prompts, objective, **options)
     else:
-        reward = load(name, weights, **options)
-    # What a class or a factory makes may say so itself: the scorer asks again.
-    if not (own and (isinstance(reward, type) or options) and not hasattr(reward, "differentiable")):
-        check_gradient(reward, name, objective)
-    check_prompts = getattr(reward, "check_prompts", None)
-    if check_prompts is not None:
-        check_prompts(prompts)
+        reward = load(name, **options)
+    check_gradient(reward, name, objective)
+    if hasattr(reward, "check_prompts") and not isinstance(reward, type):
+        reward.check_prompts(prompts)
 
 
 def check_name(name: str, backend: Backend = "native") -> None:
@@ -169,19 +156,10 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device: {device}: {str(error).splitlines()[0]}") from error
 
 
-def describe(error: BaseException, reward: Any) -> str:
-    """Type and text of what a reward raised; of a user's own, or one in a sum, also the lines of its file that the
-    exception went through."""
-    files = {file for term in getattr(reward, "rewards", [reward]) for file in getattr(term, "files", ())}
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
-    lines = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
-    return f"{type(error).__name__}: {error}" + (f" (at {lines})" if lines else "")
-
-
 @contextlib.contextmanager
 def named_failure(kind: type[Exception], text: str, reward: Any) -> Iterator[None]:
-    """What a reward's code raises, and it may raise anything, becomes `kind`: `text`, then as `describe` says it. But
-    for a lack of GPU memory, which is not the reward's fault."""
+    """What a reward's code raises, and it may raise anything, becomes `kind`: `text`, type and message; of a user's
+    own, or one in a sum, also the lines of its file. But for a lack of GPU memory, which is not the reward's fault."""
     import torch
 
     try:
@@ -189,18 +167,39 @@ def named_failure(kind: type[Exception], text: str, reward: Any) -> Iterator[Non
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise kind(f"{text}: {describe(error, reward)}") from error
+        rewards = getattr(reward, "rewards", {"": reward}).values()
+        modules = {term.module for term in rewards if isinstance(term, UserReward)}
+        trace = error.__traceback__
+        lines = "; ".join(
+            f"{at.filename}:{at.lineno} in {at.name}: {at.line}"
+            for (frame, _), at in zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True)
+            if frame.f_globals.get("__name__") in modules
+        )
+        raise kind(f"{text}: {type(error).__name__}: {error}" + (f" (at {lines})" if lines else "")) from error
 
 
-def _class(name: str, backend: Backend = "native") -> Any:
-    """Imported only when asked for: the reward models need transformers."""
+@contextlib.contextmanager
+def _named_options(name: str, options: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"reward.options: {name}: {error}; got {', '.join(options) or 'none'}") from error
+
+
+def _class(name: str, weights: str | None, backend: Backend) -> Any:
+    """Imported only when asked for: the reward models need transformers.
+
+    Raises:
+        UnknownReward: see there.
+        ValueError: `weights` of a reward that has none.
+    """
+    check_name(name, backend)
     if backend == "package":
         place = "package:PackageReward"
-    elif name == SUM:
-        place = "weighted_sum:WeightedSum"
+    elif weights is not None and name not in MODELS:
+        raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
     else:
-        check_name(name)
-        place = (PLAIN | MODELS)[name]
+        place = (PLAIN | MODELS | {SUM: "weighted_sum:WeightedSum"}).get(name, "registry:UserReward")
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(f"rewards.{module}"), attribute)
 
@@ -224,10 +223,7 @@ class UserReward:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name, self._function = name, function
         self.differentiable = bool(getattr(function, "differentiable", False))
-        # The files of a function, of a class, or of an object's class.
-        parts = (function, *vars(function if isinstance(function, type) else type(function)).values())
-        codes = [getattr(inspect.unwrap(part), "__code__", None) for part in parts]
-        self.files = {code.co_filename for code in codes if code is not None}
+        self.module = getattr(function, "__module__", "")
 
     @classmethod
     def named(cls, name: str, **options: Any) -> UserReward:
@@ -236,16 +232,12 @@ class UserReward:
         Raises:
             UnknownReward: it cannot be imported or made.
         """
-        function = made = _import(name)
-        try:
-            if options or isinstance(function, type):
-                made = function(**options)
-        except Exception as error:  # a user's code may raise anything
-            raise UnknownReward(
-                f"reward.name: {name} cannot be made: {describe(error, cls(name, function))}"
-            ) from error
-        reward = cls(name, made)
-        reward.differentiable = bool(getattr(made, "differentiable", getattr(function, "differentiable", False)))
+        function = _import(name)
+        reward = cls(name, function)
+        if options or isinstance(function, type):
+            with named_failure(UnknownReward, f"reward.name: {name} cannot be made", reward):
+                reward._function = function(**options)
+            reward.differentiable = bool(getattr(reward._function, "differentiable", reward.differentiable))
         return reward
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

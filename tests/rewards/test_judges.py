@@ -37,7 +37,7 @@ def test_pixels_tell_place_and_colour_apart():
     scenes[1, 1:, 8:24, 8:24] = 0
     scenes[2, 1:, 8:24, 40:56] = 0  # at the right
     scenes[3, :2, 8:24, 8:24] = 0  # blue
-    found = torch.nn.functional.normalize(features.Pixels()(scenes), dim=1)
+    found = torch.nn.functional.normalize(features.pixels(scenes), dim=1)
     cosines = found @ found.T
     assert found.shape == (4, 195) and found.dtype == torch.float32
     assert cosines[0, 1] == pytest.approx(1) and cosines[0, 2] < 0.8 and cosines[0, 3] < 0.8
@@ -69,7 +69,7 @@ def test_a_folder_that_is_no_clip_is_refused(clip, tmp_path):
 
 
 def test_every_judge_sees_every_picture_in_batches():
-    judge = Judges({"bright": Brightness()}, features.Pixels())
+    judge = Judges({"bright": Brightness()}, features.pixels)
     whole = judge(PICTURES, ["a"] * 5, 5)
     parts = judge(PICTURES, ["a"] * 5, 2)
     np.testing.assert_allclose(whole[0]["bright"], PICTURES.mean((1, 2, 3)) / 255, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_held_out_rewards_are_named_or_spelt_out():
             [{"name": "jpeg_compressibility", "weight": 2}],
             r"evaluation\.held_out\[0\]: a held-out reward has no weight",
         ),
-        ([{"reward": "jpeg_compressibility"}], r"evaluation\.held_out\[0\]: expected"),
+        ([{"reward": "jpeg_compressibility"}], r"evaluation\.held_out\[0\]\.name: Field required"),
         (["shapes_alignment"], r"evaluation\.held_out\[0\] \(shapes_alignment\)"),
     ],
 )
@@ -102,7 +102,7 @@ def test_what_cannot_judge_is_said_with_its_place(given, said):
 
 
 def judging(reward=None, **options):
-    return scorer(judges=Judges({"mine": reward or Brightness()}, features.Pixels()), **options)
+    return scorer(judges=Judges({"mine": reward or Brightness()}, features.pixels), **options)
 
 
 def test_evaluation_images_alone_are_judged_further():

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from golden import inputs
-from tiny_models import HPS_SIZE, WRITE
-from transformers import BlipTextConfig, BlipVisionConfig, CLIPTokenizer
+from tiny_models import WRITE
+from transformers import BlipVisionConfig, CLIPTokenizer
 
 from diffusion.loading import load_decoder
 from diffusion.trajectory import Chunk, CleanPredictions
 from rewards import aesthetic, hpsv2, imagereward, registry
-from rewards.network import adopt, fill, layout, long_side, score_head, short_side
+from rewards.network import fill, layout, long_side, score_head, short_side
 from rewards.scorer import Scorer
-from rewards.weights import HPS_FILES, BadWeights
+from rewards.weights import HPS_FILES
 
 MODELS = sorted(WRITE)
 
@@ -126,44 +126,45 @@ def test_hps_tokens_are_those_of_openclip_with_the_true_vocabulary(made, tmp_pat
     merges = gzip.decompress(Path(os.environ["CLIP_BPE"]).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     reward = copy.copy(made("hpsv2"))
     reward.tokenizer = CLIPTokenizer.from_pretrained(inputs.write_clip_tokenizer(tmp_path / "true", merges))
-    assert reward.tokenizer.eos_token_id == hpsv2.Size().vocabulary - 1
+    assert reward.tokenizer.eos_token_id == hpsv2.clip_config().text_config.eos_token_id
     check_tokens(reward.tokens(inputs.TRICKY)[0], inputs.golden("hpsv2_true_tokens")["tokens"])
 
 
-def published_text(tmp_path) -> BlipTextConfig:
-    (tmp_path / "med_config.json").write_text(json.dumps(inputs.PUBLISHED_MED_CONFIG))
-    return imagereward.text_config(tmp_path / "med_config.json", imagereward.Vision().width)
+def published_network(name: str, tmp_path):
+    """On the meta device, of the published size."""
+    with torch.device("meta"):
+        if name == "hpsv2":
+            return hpsv2.Network(hpsv2.clip_config())
+        (tmp_path / "med_config.json").write_text(json.dumps(inputs.PUBLISHED_MED_CONFIG))
+        vision = imagereward.vision_config()
+        return imagereward.Network(vision, imagereward.text_config(tmp_path / "med_config.json", vision.hidden_size))
 
 
 @pytest.mark.parametrize(("name", "count"), [("aesthetic", 10), ("hpsv2", 686), ("imagereward", 625)])
 def test_every_published_key_is_known_and_loads_strictly_at_full_size(name, count, tmp_path):
     keys = inputs.published_keys(name)
     assert len(keys) == count
-    with torch.device("meta"):
-        if name == "aesthetic":
-            assert keys == {f"mlp.layers.{key}": shape for key, shape in layout(score_head(768)).items()}
-            return
-        size, text = imagereward.Vision(), published_text(tmp_path)
-        if name == "hpsv2":
-            network, published, unused = hpsv2.Network(hpsv2.Size().config()), hpsv2.published, {}
-        else:
-            network, published = imagereward.Network(size.config(), text), imagereward.published
-            unused = imagereward.unused(size, text)
-        assert keys == layout(network, published) | unused
-        state = {key: torch.empty(shape) for key, shape in keys.items()}
-    network.load_state_dict(adopt(network, state, published), strict=True, assign=True)
+    if name == "aesthetic":
+        assert keys == {f"mlp.layers.{key}": shape for key, shape in layout(score_head(768)).items()}
+        return
+    network, module = published_network(name, tmp_path), {"hpsv2": hpsv2, "imagereward": imagereward}[name]
+    unused = imagereward.unused(network) if name == "imagereward" else {}
+    state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+    assert not set(unused) - set(keys)
+    fill(network, state, name, "meta", module.published, unused)
 
 
 def test_published_configurations(tmp_path):
     """What weights cannot show, or barely: the wrong epsilon shifts an ImageReward by less than one would notice."""
-    vision, text = imagereward.Vision().config(), published_text(tmp_path)
+    network = published_network("imagereward", tmp_path)
+    vision, text = network.vision.config, network.text.config
     assert vision.layer_norm_eps == 1e-6 != BlipVisionConfig().layer_norm_eps
     assert (vision.hidden_act, vision.num_attention_heads, vision.num_hidden_layers) == ("gelu", 16, 24)
     assert (vision.hidden_size, vision.intermediate_size, vision.patch_size, vision.image_size) == (1024, 4096, 16, 224)
     assert (text.vocab_size, text.encoder_hidden_size, text.is_decoder) == (30524, 1024, True)
     assert (text.num_attention_heads, text.hidden_act, text.layer_norm_eps) == (12, "gelu", 1e-12)
     assert (imagereward.MEAN, imagereward.STD) == (0.16717362830052426, 1.0333394966054072)
-    clip = hpsv2.Size().config()
+    clip = hpsv2.clip_config()
     for tower, heads in ((clip.vision_config, 16), (clip.text_config, 16)):
         assert (tower.hidden_act, tower.layer_norm_eps, tower.num_attention_heads) == ("gelu", 1e-5, heads)
     assert (clip.text_config.eos_token_id, clip.text_config.max_position_embeddings) == (49407, 77)
@@ -249,13 +250,6 @@ def test_buffers_that_no_checkpoint_holds_are_made_anew(made):
     clip = made("hpsv2").network.clip
     assert clip.text_model.embeddings.position_ids.tolist() == [list(range(77))]
     assert clip.vision_model.embeddings.position_ids.tolist() == [list(range(5))]
-
-
-def test_a_network_is_filled_whole_or_not_at_all():
-    with torch.device("meta"):
-        network = hpsv2.Network(HPS_SIZE.config())
-    with pytest.raises(BadWeights, match="logit_scale"):
-        fill(network, {}, "nothing", published=hpsv2.published)
 
 
 @pytest.mark.parametrize("name", MODELS)

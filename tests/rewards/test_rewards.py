@@ -98,9 +98,6 @@ def test_unknown_names_options_and_weights_are_refused(arguments, options, kind,
 def test_options_that_no_reward_can_have_are_named(options):
     with pytest.raises(ValueError, match=r"reward\.options: .* cannot be an option"):
         registry.check("jpeg_compressibility", None, options, [])
-    with pytest.raises(ValueError, match=r"terms\[0\]: reward\.options: .* cannot be an option"):
-        terms = [{"name": "jpeg_compressibility", "weight": 1, "options": options}]
-        registry.check("weighted_sum", None, {"terms": terms}, [])
 
 
 OWN = """
