@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -41,20 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build(name: str, folder: Path | None = None) -> Path:
-    """The interpreter of a whole environment in `folder`, which is built where it is not there.
-
-    It is made aside and renamed at the end, so that half of one is never found; builds at once wait for each other.
-
-    Raises:
-        BuildFailed: see there.
-    """
+    """The interpreter of a whole environment in `folder`, which is built where it is not there: aside, and renamed at
+    the end, so that half of one is never found; builds at once wait for each other. Raises BuildFailed."""
     folder = (folder or default_folder(name)).expanduser().absolute()
     aside = folder.parent / f".{folder.name}.building"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock", timeout=BUILD_SECONDS):
             if fits(name, folder):
-                print(f"{name}: {folder} is there already", file=sys.stderr)
                 return interpreter(folder)
             if folder.exists() and not (folder / MARKER).exists():
                 raise BuildFailed(f"{folder} is something else; remove it, or choose another folder with --dir")
@@ -88,12 +83,9 @@ def _install(name: str, folder: Path) -> None:
 def _run(command: list[str]) -> None:
     # A pip or python setting of the caller's own environment has no business in this one.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=BUILD_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise BuildFailed(f"`{' '.join(command)}` took longer than {BUILD_SECONDS} s") from error
-    if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise BuildFailed(f"`{' '.join(command)}` failed:\n  " + "\n  ".join(lines[-5:]))
+        subprocess.run(command, check=True, env=environment, timeout=BUILD_SECONDS, **streams)
+    except subprocess.SubprocessError as error:  # it failed, or took too long
+        lines = str(error.stderr or error.stdout or "").strip().splitlines()  # type: ignore[attr-defined]
+        raise BuildFailed("\n  ".join([str(error), *lines[-5:]])) from error

@@ -16,7 +16,7 @@ from rewards.network import NetworkReward, Published, fill, score_head
 from rewards.weights import Asset, BadWeights, find, read
 
 HEAD, CLIP = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", "openai/clip-vit-large-patch14"
-SAVED = "model.safetensors|pytorch_model.bin"  # as transformers saves CLIP
+SAVED = "model.safetensors"  # as transformers saves CLIP
 OTHERS = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")  # not needed
 
 
@@ -45,11 +45,7 @@ class Aesthetic(NetworkReward):
         return [head, clip_asset("reward.options.clip", clip)]
 
     def __init__(self, weights: str | None = None, device: str = "cpu", *, clip: str = CLIP) -> None:
-        """`weights` and `clip`: as `assets`.
-
-        Raises:
-            WeightsNotFound, BadWeights: see there.
-        """
+        """Raises WeightsNotFound, BadWeights."""
         head, folder = find(self.assets(weights, clip=clip))
         tower = clip_tower(folder, device)
         with torch.device("meta"):
@@ -64,11 +60,8 @@ def clip_asset(key: str, source: str) -> Asset:
 
 
 def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
-    """The image tower of OpenAI's CLIP, from the folder that `clip_asset` names.
-
-    Raises:
-        BadWeights: not CLIP's, or not with OpenAI's activation, which the aesthetic head was trained on.
-    """
+    """The image tower of OpenAI's CLIP, from the folder that `clip_asset` names. Raises BadWeights where it is not
+    CLIP's, or not with OpenAI's activation, which the aesthetic head was trained on."""
     file = folder / "config.json"
     try:
         whole = CLIPConfig.from_json_file(file)
@@ -80,6 +73,5 @@ def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
         raise BadWeights(f"{file}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
     with torch.device("meta"):
         tower = CLIPVisionModelWithProjection(config)
-    saved = next(path for name in SAVED.split("|") if (path := folder / name).is_file())
-    state = {key: tensor for key, tensor in read(saved).items() if not key.startswith(OTHERS)}
-    return fill(tower, state, f"{saved}: no CLIP image tower", device)
+    state = {key: tensor for key, tensor in read(folder / SAVED).items() if not key.startswith(OTHERS)}
+    return fill(tower, state, f"{folder / SAVED}: no CLIP image tower", device)

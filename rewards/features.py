@@ -14,9 +14,6 @@ from rewards.names import FeatureKind
 from rewards.network import short_side
 from rewards.weights import WeightsNotFound, find
 
-CLIP_KEY = "evaluation.clip"
-
-
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F] float32
 SIDE = 8  # of the grid of cells
 OF_MEAN = 2.0  # weight of the mean colour beside the 64 cells
@@ -30,52 +27,37 @@ def pixels(images: Tensor) -> Tensor:
     return torch.cat([(cells - mean[..., None]).flatten(1), OF_MEAN * mean], 1)
 
 
-def clip_embedding(source: str, device: str) -> Features:
-    """Image embedding of OpenAI's CLIP, of length 1. `source`: folder or hub id, as transformers saves it."""
-    [folder] = find([clip_asset(CLIP_KEY, source)])
-    tower = clip_tower(folder, device)
-
-    def embed(images: Tensor) -> Tensor:
-        seen = short_side(images, tower.config.image_size).to(device, torch.float32)
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            return F.normalize(tower(pixel_values=seen).image_embeds, dim=-1)
-
-    return embed
-
-
-def dreamsim_embedding(device: str) -> Features:
-    """DreamSim's embedding (arXiv 2306.09344), tuned to people's judgement of similarity, of the package `dreamsim`,
-    which downloads its weights itself; never run in development."""
-    from dreamsim import dreamsim
-
-    model, _ = dreamsim(pretrained=True, device=device)
-
-    def embed(images: Tensor) -> Tensor:
-        resized = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
-        with torch.no_grad():
-            return model.embed(resized.to(device)).float()
-
-    return embed
-
-
 def load(kind: FeatureKind, clip: str | None = None, device: str = "cpu") -> Features:
-    """
-    Raises:
-        WeightsNotFound, BadWeights: see there.
+    """`clip`: OpenAI's CLIP, a folder or hub id as transformers saves it; its image embedding has length 1. dreamsim:
+    that package's embedding (arXiv 2306.09344), tuned to people's judgement of similarity; never run in development.
+
+    Raises WeightsNotFound, BadWeights.
     """
     if kind == "pixels":
         return pixels
     require(kind, clip)
-    return clip_embedding(clip or CLIP, device) if kind == "clip" else dreamsim_embedding(device)
+    if kind == "dreamsim":
+        from dreamsim import dreamsim
+
+        model, _ = dreamsim(pretrained=True, device=device)  # it downloads its weights itself
+    else:
+        [folder] = find([clip_asset("evaluation.clip", clip or CLIP)])
+        model = clip_tower(folder, device)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            if kind == "dreamsim":
+                resized = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
+                return model.embed(resized.to(device)).float()
+            seen = short_side(images, model.config.image_size).to(device, torch.float32)
+            return F.normalize(model(pixel_values=seen).image_embeds, dim=-1)
+
+    return embed
 
 
 def require(kind: FeatureKind, clip: str | None = None) -> None:
-    """Is all there that `load` reads? Nothing is downloaded.
-
-    Raises:
-        WeightsNotFound: it is not.
-    """
+    """Raises WeightsNotFound where not all is there that `load` reads. Nothing is downloaded."""
     if kind == "dreamsim" and importlib.util.find_spec("dreamsim") is None:
         raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
     if kind == "clip":
-        find([clip_asset(CLIP_KEY, clip or CLIP)], fetch=False)
+        find([clip_asset("evaluation.clip", clip or CLIP)], fetch=False)

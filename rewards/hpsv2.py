@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPModel
 
-from rewards.network import NetworkReward, Published, fill, long_side, tower
+from rewards.network import NetworkReward, Published, Sizes, fill, long_side, tower
 from rewards.weights import HPS_FILES, Asset, BadWeights, find, read
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # OpenCLIP uses the same vocabulary
@@ -44,8 +44,8 @@ def clip_config(
     vision_heads: int = 16, text_width: int = 1024, text_layers: int = 24, text_heads: int = 16,
     vocabulary: int = 49408, context: int = 77,
 ) -> CLIPConfig:  # fmt: skip
-    """OpenCLIP's ViT-H/14, or of other sizes. Its gelu is the exact one, not OpenAI's quick_gelu. A prompt is read off at
-    the highest token id."""
+    """OpenCLIP's ViT-H/14, or of other sizes. Its gelu is the exact one, not OpenAI's quick_gelu. A prompt is read off
+    at the highest token id."""
     both = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": embedding}
     vision = tower(vision_width, vision_layers, vision_heads) | {"image_size": image, "patch_size": patch}
     text = tower(text_width, text_layers, text_heads)
@@ -77,36 +77,23 @@ class HPSv2(NetworkReward):
 
     @staticmethod
     def assets(
-        weights: str | None = None,
-        *,
-        version: str = "v2.1",
-        tokenizer: str = TOKENIZER,
-        size: dict[str, int] | None = None,
+        weights: str | None = None, *, version: str = "v2.1", tokenizer: str = TOKENIZER, size: Sizes = None
     ) -> list[Asset]:
         """What is read: `weights`, the checkpoint, by default that of `version`, and `tokenizer`, CLIP's, a folder or
         hub id. `size`: of `clip_config`, where it is not the published one.
 
-        Raises:
-            ValueError: no such version.
-            TypeError: `size` has other keys.
+        Raises ValueError for another version, TypeError for other keys of `size`.
         """
         clip_config(**size or {})
         if version not in HPS_FILES:
             raise ValueError(f"reward.options.version: {version!r}, expected {' or '.join(HPS_FILES)}")
-        words = ("tokenizer.json|vocab.json", "merges.txt?", "tokenizer_config.json?")
         return [
             Asset("reward.weights", weights or f"xswu/HPSv2:{HPS_FILES[version]}", (HPS_FILES[version],)),
-            Asset("reward.options.tokenizer", tokenizer, words, folder=True),
+            Asset("reward.options.tokenizer", tokenizer, ("vocab.json", "merges.txt"), folder=True),
         ]
 
-    def __init__(
-        self, weights: str | None = None, device: str = "cpu", *, size: dict[str, int] | None = None, **options: Any
-    ) -> None:
-        """`weights` and `options`: those of `assets`, with its errors.
-
-        Raises:
-            WeightsNotFound, BadWeights: see there.
-        """
+    def __init__(self, weights: str | None = None, device: str = "cpu", *, size: Sizes = None, **options: Any) -> None:
+        """`weights` and `options`: those of `assets`, with its errors. Raises WeightsNotFound, BadWeights."""
         file, folder = find(self.assets(weights, size=size, **options))
         config = clip_config(**size or {})
         with torch.device("meta"):

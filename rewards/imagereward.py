@@ -16,7 +16,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from rewards.network import NetworkReward, Published, Shapes, fill, score_head, tower
+from rewards.network import NetworkReward, Published, Shapes, Sizes, fill, score_head, tower
 from rewards.weights import Asset, BadWeights, find, read
 
 WEIGHTS, MED_CONFIG = "THUDM/ImageReward:ImageReward.pt", "THUDM/ImageReward:med_config.json"
@@ -70,34 +70,22 @@ class ImageReward(NetworkReward):
 
     @staticmethod
     def assets(
-        weights: str | None = None,
-        *,
-        tokenizer: str = TOKENIZER,
-        med_config: str = MED_CONFIG,
-        vision: dict[str, int] | None = None,
+        weights: str | None = None, *, tokenizer: str = TOKENIZER, med_config: str = MED_CONFIG, vision: Sizes = None
     ) -> list[Asset]:
         """What is read: `weights`, ImageReward.pt, `med_config`, its text tower's configuration, and `tokenizer`,
-        BERT's, a folder or hub id. `vision`: of `vision_config`, where it is not the published one.
-
-        Raises:
-            TypeError: `vision` has other keys.
-        """
+        BERT's, a folder or hub id. `vision`: of `vision_config`, where it is not the published one; TypeError for its
+        other keys."""
         vision_config(**vision or {})
-        words = ("tokenizer.json|vocab.txt", "tokenizer_config.json?")
         return [
             Asset("reward.weights", weights or WEIGHTS, ("ImageReward.pt",)),
             Asset("reward.options.med_config", med_config, ("med_config.json",)),
-            Asset("reward.options.tokenizer", tokenizer, words, folder=True),
+            Asset("reward.options.tokenizer", tokenizer, ("vocab.txt",), folder=True),
         ]
 
     def __init__(
-        self, weights: str | None = None, device: str = "cpu", *, vision: dict[str, int] | None = None, **options: Any
+        self, weights: str | None = None, device: str = "cpu", *, vision: Sizes = None, **options: Any
     ) -> None:
-        """`weights` and `options`: those of `assets`, with its errors.
-
-        Raises:
-            WeightsNotFound, BadWeights: see there.
-        """
+        """`weights` and `options`: those of `assets`, with its errors. Raises WeightsNotFound, BadWeights."""
         file, med, folder = find(self.assets(weights, vision=vision, **options))
         config = vision_config(**vision or {})
         text = text_config(med, config.hidden_size)
@@ -115,11 +103,7 @@ class ImageReward(NetworkReward):
 
 
 def text_config(path: Path, vision_width: int) -> BlipTextConfig:
-    """The text tower's, from its authors' med_config.json.
-
-    Raises:
-        BadWeights: no such configuration.
-    """
+    """The text tower's, from its authors' med_config.json. Raises BadWeights where it is none."""
     try:
         published = json.loads(path.read_text())
         fields: dict[str, Any] = {key: published[key] for key in MED_KEYS}

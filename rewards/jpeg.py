@@ -9,19 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-QUALITY = 95
-
 
 class JpegIncompressibility:
-    """Bytes / 1000 of each image saved as JPEG."""
-
     name, sign, differentiable = "jpeg_incompressibility", 1, False
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         sizes = []
         for picture in pixels:
-            Image.fromarray(picture).save(file := io.BytesIO(), "JPEG", quality=QUALITY)
+            Image.fromarray(picture).save(file := io.BytesIO(), "JPEG", quality=95)
             sizes.append(self.sign * file.tell() / 1000)
         return torch.tensor(sizes, dtype=torch.float32)
 

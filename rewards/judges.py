@@ -15,7 +15,7 @@ from rewards.names import FeatureKind
 from rewards.weighted_sum import Term, check_terms, load_terms, read_terms
 
 WHERE = "evaluation.held_out"
-HeldOut = Sequence[str | dict[str, Any]]
+HeldOut = Sequence[str | dict[str, Any]]  # names, or {name, weights?, options?}
 
 
 @dataclass
@@ -29,11 +29,7 @@ class Judges:
         self, pictures: np.ndarray, prompts: Sequence[str], batch: int
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """pictures [B, H, W, 3] uint8, as they would be saved -> each held-out reward's scores [B] by label, and
-        features [B, F], float32. `batch` pictures at once.
-
-        Raises:
-            BadReward: a reward raised.
-        """
+        features [B, F], float32. `batch` pictures at once. Raises BadReward where a reward raised."""
         scores: dict[str, list[np.ndarray]] = {label: [] for label in self.held_out}
         vectors: list[np.ndarray] = []
         for start in range(0, len(pictures), batch):
@@ -48,19 +44,13 @@ class Judges:
 
 
 def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -> Judges:
-    """
-    Raises:
-        ValueError: as `check`, and what a reward that cannot be made says.
-    """
+    """Raises ValueError as `check` does, and for a reward that cannot be made."""
     return Judges(load_terms(_terms(held_out), device, WHERE), features.load(kind, clip, device))
 
 
 def check(held_out: HeldOut, kind: FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
-    """Would `build` fail, or a reward refuse a prompt?
-
-    Raises:
-        ValueError: names the entry of evaluation.held_out, or evaluation.features.
-    """
+    """Raises ValueError naming the entry of evaluation.held_out, or evaluation.features, where `build` would fail, or a
+    reward refuse a prompt."""
     check_terms(_terms(held_out), prompts, where=WHERE)
     features.require(kind, clip)
 
@@ -71,9 +61,7 @@ def labels(held_out: HeldOut) -> list[str]:
 
 
 def _terms(held_out: HeldOut) -> dict[str, Term]:
-    """Each a name, or {name, weights?, options?}."""
     entries = [{"name": entry} if isinstance(entry, str) else entry for entry in held_out]
-    for index, entry in enumerate(entries):
-        if "weight" in entry:
-            raise ValueError(f"{WHERE}[{index}]: a held-out reward has no weight")
+    if weighted := [index for index, entry in enumerate(entries) if "weight" in entry]:
+        raise ValueError(f"{WHERE}[{weighted[0]}]: a held-out reward has no weight")
     return read_terms([{**entry, "weight": 1.0} for entry in entries], WHERE) if entries else {}

@@ -20,17 +20,15 @@ from rewards.weights import BadWeights
 
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
-NAMED = 5  # keys of each kind that a message names
+Sizes = dict[str, int] | None  # that differ from the published model's
 NOTHING: Shapes = {}
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def short_side(images: Tensor, side: int) -> Tensor:
-    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP.
-
-    images [B, 3, H, W] in [0, 1] -> [B, 3, side, side]. By PIL, as its authors do, unless the images need a gradient.
-    """
+    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP. By PIL, as their authors do, unless the
+    images need a gradient. [B, 3, H, W] in [0, 1] -> [B, 3, side, side]."""
     height, width = images.shape[-2:]
     longer = int(side * max(height, width) / min(height, width))
     size = (longer, side) if height > width else (side, longer)
@@ -41,10 +39,7 @@ def short_side(images: Tensor, side: int) -> Tensor:
 
 
 def long_side(images: Tensor, side: int) -> Tensor:
-    """The long side to `side`, padded with black to a square, normalised: HPSv2, which resizes tensors itself.
-
-    images [B, 3, H, W] in [0, 1] -> [B, 3, side, side].
-    """
+    """The long side to `side`, padded with black to a square, normalised: HPSv2, which resizes tensors itself."""
     scale = side / max(images.shape[-2:])
     height, width = (round(length * scale) for length in images.shape[-2:])
     resized = _resize(images, (height, width))
@@ -53,8 +48,7 @@ def long_side(images: Tensor, side: int) -> Tensor:
 
 
 def _normalise(images: Tensor) -> Tensor:
-    mean, std = images.new_tensor(MEAN)[:, None, None], images.new_tensor(STD)[:, None, None]
-    return (images - mean) / std
+    return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -79,25 +73,20 @@ def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class NetworkReward:
-    """A reward that is one network over a picture's pixels and its prompt's tokens."""
+    """One network, normalised pixels [B, 3, side, side] and what `tokens` returns -> scores [B]."""
 
     differentiable = True
     resize = staticmethod(short_side)
 
     def __init__(self, network: nn.Module, side: int) -> None:
-        """`network`: normalised pixels [B, 3, side, side] and what `tokens` returns -> scores [B]."""
         self.network, self.side = network, side
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """What the network takes beside the pixels, [B, length] each; nothing where prompts do not matter."""
+        """[B, length] each; nothing where prompts do not matter."""
         return ()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B prompts -> [B] float32, with autograd to the images.
-
-        Raises:
-            ValueError: not [B, 3, H, W] with B prompts.
-        """
+        """images [B, 3, H, W] in [0, 1], B prompts -> [B] float32, with autograd to the images."""
         if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
             raise ValueError(f"expected images [B, 3, H, W] and B prompts, got {list(images.shape)} and {len(prompts)}")
         weight = next(self.network.parameters())
@@ -116,7 +105,7 @@ class Published(NamedTuple):
 
 
 def layout(network: nn.Module, published: Callable[[str], Published] = Published) -> dict[str, tuple[int, ...]]:
-    """Every key of the checkpoint and its shape, by where `published` says that a key of the network is."""
+    """Every key of the checkpoint and its shape."""
     shapes = {}
     for key, tensor in network.state_dict().items():
         origin, shape = published(key), tuple(tensor.shape)
@@ -132,11 +121,9 @@ def fill(
 ) -> Module:  # fmt: skip
     """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
 
-    `state` holds the checkpoint's tensors: `layout`'s, and perhaps `unused` ones. The one buffer that no
-    checkpoint holds, `position_ids`, [1, length] from 0, is made anew.
-
-    Raises:
-        BadWeights: names `what`, and the keys that are missing, extra or of another shape.
+    `state` holds the checkpoint's tensors: `layout`'s, and perhaps `unused` ones. The one buffer that no checkpoint
+    holds, `position_ids`, [1, length] from 0, is made anew. Raises BadWeights, which names `what`, and the keys that
+    are missing, extra or of another shape.
     """
     wanted = layout(network, published)
     known = {**wanted, **unused}
@@ -151,7 +138,7 @@ def fill(
     }
     if any(faults.values()):
         named = [
-            f"{len(keys)} {kind}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
+            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
             for kind, keys in faults.items()
             if keys
         ]
@@ -173,12 +160,9 @@ def fill(
 
 def score_head(width: int) -> nn.Sequential:
     """The linear stack width-1024-128-64-16-1 of aesthetic predictor and ImageReward: keys 0, 2, 4, 6 and 7, for its
-    authors trained it with dropout in between. float32 always.
-    """
-    return nn.Sequential(
-        nn.Linear(width, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64), nn.Identity(),
-        nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
+    authors trained it with dropout in between."""
+    first = [nn.Linear(width, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64)]
+    return nn.Sequential(*first, nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
 
 
 def tower(width: int, layers: int, heads: int) -> dict[str, int]:

@@ -14,11 +14,10 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rewards import package_environment, package_worker
-from rewards.weights import HPS_FILES, Asset, find
+from rewards.weights import Asset, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,31 +31,13 @@ class PackageFailed(RuntimeError):
     """The worker raised, ended, answered nonsense or nothing in time; the message has its last words and the remedy."""
 
 
-def hpsv2_assets(weights: str | None, *, version: str = "v2.1") -> dict[str, Asset]:
-    """What package_worker.py reads, by its names of them."""
-    if version not in HPS_FILES:
-        raise ValueError(f"reward.options.version: {version!r}, expected {' or '.join(HPS_FILES)}")
-    return {"weights": Asset("reward.weights", weights or "xswu/HPSv2", (HPS_FILES[version],))}
-
-
-def imagereward_assets(
-    weights: str | None, *, med_config: str = "THUDM/ImageReward", tokenizer: str = "bert-base-uncased"
-) -> dict[str, Asset]:
-    return {
-        "weights": Asset("reward.weights", weights or "THUDM/ImageReward", ("ImageReward.pt",)),
-        "med_config": Asset("reward.options.med_config", med_config, ("med_config.json",)),
-        "tokenizer": Asset("reward.options.tokenizer", tokenizer, ("vocab.txt",), folder=True),
-    }
-
-
-ASSETS = {"hpsv2": hpsv2_assets, "imagereward": imagereward_assets}
-
-
 class PackageReward:
     """`imagereward` or `hpsv2` as its package computes it; scores without gradients.
 
-    The process that does so starts at the first call, reads the weights once and ends with this object. Pictures
-    reach it in 8 bits, as the packages read them from files.
+    A process that runs package_worker.py does so, at the other end of a socket without a name. It starts at the first
+    call, reads the weights once and ends with this object, or after an error. A request is a line of JSON and raw
+    8-bit pixels, as the packages read them from files; an answer is a line of JSON: nothing is pickled. What the worker
+    prints goes to a file without a name, so that it never waits for a reader; its last lines are in every error.
     """
 
     differentiable = False
@@ -66,89 +47,62 @@ class PackageReward:
         seconds: float = 300.0, **options: Any,
     ) -> None:  # fmt: skip
         """`python`: the interpreter of the package's environment, by default that of `build`. `seconds`: the deadline
-        for loading, and for one call. `options`: hpsv2's version; imagereward's med_config and tokenizer (paths or hub
-        ids).
+        for loading, and for one call. `options`: those of the native model's `assets`.
 
-        Raises:
-            EnvironmentMissing: (a ValueError) no environment.
-            ValueError, TypeError: an unknown name or version, an option of the other package.
+        Raises ValueError or TypeError for an unknown name or option, EnvironmentMissing (a ValueError).
         """
-        if name not in ASSETS:
-            raise ValueError(f"reward.backend: {name} has no package; there are {', '.join(ASSETS)}")
+        from rewards.hpsv2 import HPSv2
+        from rewards.imagereward import ImageReward
+
+        models: dict[str, Any] = {"hpsv2": HPSv2, "imagereward": ImageReward}
+        if name not in models:
+            raise ValueError(f"reward.backend: {name} has no package; there are {', '.join(models)}")
         self.name, self.device, self.seconds = name, device, seconds
-        self.assets = ASSETS[name](weights, **options)
+        self.assets: list[Asset] = models[name].assets(weights, **options)
+        if name == "hpsv2":
+            self.assets = self.assets[:1]  # the package brings its tokenizer
         self.python = package_environment.find(name, python)
-        self._worker: _Worker | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B] float32 on the CPU. What is not finite is passed on: the scorer names its prompt.
 
-        Raises:
-            PackageFailed: the process failed, or did not answer in time. It is gone; another call starts another.
-            WeightsNotFound: (a ValueError) a file that is neither here nor at the hub.
+        Raises PackageFailed, after which the process is gone and another call starts another; WeightsNotFound.
         """
         import torch
 
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images, {len(prompts)} prompts")
-        if not len(images):
-            return torch.empty(0)
-        worker, self._worker = self._worker, None
-        if worker is None:
-            paths = find(list(self.assets.values()))
-            files = {role: str(path.absolute()) for role, path in zip(self.assets, paths, strict=True)}
-            request = {"package": self.name, "files": files, "device": self.device, "threads": torch.get_num_threads()}
-            worker = _Worker(self.name, self.python, self.seconds)
-            worker.ask(request, b"", 0)
+        if self._process is None:
+            self._start(torch.get_num_threads())
         pixels = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
         array = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        scores = worker.ask({"shape": array.shape, "prompts": list(prompts)}, array.tobytes(), len(images))
-        self._worker = worker  # it is sound
+        scores = self._ask({"shape": array.shape, "prompts": list(prompts)}, array.tobytes(), len(images))
         return torch.tensor(scores, dtype=torch.float32)
 
     def close(self) -> None:
         """End the process. Another call would start it again."""
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None
+        if self._process is not None:
+            self._end()
+        self._process = None
 
-
-class _Worker:
-    """A process that runs package_worker.py, at the other end of a socket without a name. After an error it is gone.
-
-    A request is a line of JSON and raw pixels, an answer a line of JSON: nothing is pickled. What the worker prints
-    goes to a file without a name, so that it never waits for a reader; its last lines are in every error.
-    """
-
-    def __init__(self, name: str, python: Path, seconds: float) -> None:
-        """
-        Raises:
-            PackageFailed: the interpreter cannot be started.
-        """
-        self.name, self.label, self.seconds = name, f"{name} (package, {python})", seconds
+    def _start(self, threads: int) -> None:
+        roles = [asset.key.rpartition(".")[2] for asset in self.assets]  # weights, med_config, tokenizer
+        files = {role: str(path.absolute()) for role, path in zip(roles, find(self.assets), strict=True)}
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(seconds)
+        self._socket.settimeout(self.seconds)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         # -I: neither PYTHONPATH nor this folder, whose modules have names that the packages' own may have. Nothing of
         # ours may be looked up on a hub in there: it is handed local files.
-        command = [str(python), "-I", package_worker.__file__, str(theirs.fileno()), str(os.getpid())]
+        command = [str(self.python), "-I", package_worker.__file__, str(theirs.fileno()), str(os.getpid())]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self._output, "stderr": self._output}
-        try:
+        with theirs:
             self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **streams)
-        except OSError as error:
-            raise PackageFailed(f"{self.label}: cannot start {python}: {error.strerror}") from error
-        finally:
-            theirs.close()
         # Also when this object is forgotten, or the interpreter ends.
-        self.close = weakref.finalize(self, _end, self._process, self._socket, self._output)
+        self._end = weakref.finalize(self, _end, self._process, self._socket, self._output)
+        self._ask({"package": self.name, "files": files, "device": self.device, "threads": threads}, b"", 0)
 
-    def ask(self, request: dict[str, Any], pixels: bytes, count: int) -> list[float]:
-        """The `count` scores of the worker's answer.
-
-        Raises:
-            PackageFailed: see there. The process has been ended.
-        """
+    def _ask(self, request: dict[str, Any], pixels: bytes, count: int) -> list[float]:
+        """The `count` scores of the worker's answer."""
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n" + pixels)
             with self._socket.makefile("rb") as stream:
@@ -172,13 +126,15 @@ class _Worker:
             self.close()  # an answer may be under way: the next question would get it
             raise
         message = (
-            f"{self.label}: its process {fault}; if its environment is at fault, `python -m rewards.package build "
-            f"{self.name}` makes a sound one; if it is slow, raise reward.options.seconds{self._last_words()}"
+            f"{self.name} (package, {self.python}): its process {fault}; if its environment is at fault, `python -m "
+            f"rewards.package build {self.name}` makes a sound one; if it is slow, raise reward.options.seconds"
+            f"{self._last_words()}"
         )
         self.close()
         raise PackageFailed(message)
 
     def _how_it_ended(self) -> str:
+        assert self._process is not None
         try:
             status = self._process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:

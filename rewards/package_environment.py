@@ -34,24 +34,21 @@ def fits(name: str, folder: Path) -> bool:
 
 
 def find(name: str, python: str | None = None) -> Path:
-    """The interpreter for a package: a user's own choice, or that of the environment `build` makes.
-
-    Raises:
-        EnvironmentMissing: it is not there, or was built from another lock file.
-    """
+    """The interpreter for a package: a user's own choice, or that of the environment `build` makes. Raises
+    EnvironmentMissing where it is not there, or was built from another lock file."""
     command = f"python -m rewards.package build {name}"
     if python is not None:
-        path = Path(python).expanduser()
-        if not os.access(path, os.X_OK) or path.is_dir():
-            raise EnvironmentMissing(
-                f"reward.options.python: {path} is no interpreter; `{command}` makes an environment and prints its own"
-            )
-        return path.absolute()  # not resolve(): the link is what tells python its environment
-    folder = default_folder(name)
-    if not fits(name, folder):
+        path = Path(python).expanduser().absolute()  # not resolve(): the link is what tells python its environment
+        if path.is_file() and os.access(path, os.X_OK):
+            return path
         raise EnvironmentMissing(
-            f"reward.backend: there is no environment for {name} in {folder}, or one of another Tributary; `{command}` "
-            "builds it (some minutes, 1.2 GB), on every machine that scores; or name an interpreter that has the "
-            "package: reward.options.python"
+            f"reward.options.python: {path} is no interpreter; `{command}` builds and prints its own"
         )
-    return interpreter(folder)
+    folder = default_folder(name)
+    if fits(name, folder):
+        return interpreter(folder)
+    raise EnvironmentMissing(
+        f"reward.backend: there is no environment for {name} in {folder}, or one of another Tributary; `{command}` "
+        "builds it (some minutes, 1.2 GB), on every machine that scores; or name an interpreter that has the package: "
+        "reward.options.python"
+    )

@@ -1,11 +1,9 @@
-"""Runs inside an environment of a package's own and scores pictures with the package's own code.
-
-A script for that environment's interpreter: it imports nothing of this project, and at first only the standard
-library. package.py starts it with one end of a socket, whose closing ends it, and the parent's process id.
-"""
+"""Scores pictures with a package's own code, in the package's own environment: it imports nothing of this project, and
+at first only the standard library. package.py starts it with one end of a socket and its own process id."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -17,10 +15,8 @@ import time
 import traceback
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-SECONDS_BETWEEN_LOOKS = 1
 KEPT: list[Any] = []  # a torch library's declarations go with it
 
 # One call of a scorer: uint8 pictures [B, H, W, 3] and B prompts -> B floats.
@@ -55,7 +51,7 @@ def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
 def _end_with(parent: int) -> None:
     """End this process when its parent is gone, also in the midst of scoring, or where a fork holds the socket."""
     while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(1)
     os._exit(0)
 
 
@@ -78,15 +74,13 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
     if wrong:
         raise ValueError(f"{files['weights']} does not fit image-reward's model: {len(wrong)} keys, such as {wrong[0]}")
     model = model.to(device).eval()
+    words = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
 
-    def score(pictures: Any, prompts: list[str]) -> list[float]:
-        with torch.no_grad():
-            images = torch.stack([model.preprocess(picture) for picture in _pil(pictures)]).to(device)
-            words = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
-            text = model.blip.tokenizer(prompts, **words).to(device)
-            return model.score_gard(text.input_ids, text.attention_mask, images).squeeze(1).cpu().tolist()
+    def score(images: Any, prompts: list[str]) -> Any:
+        text = model.blip.tokenizer(prompts, **words).to(device)
+        return model.score_gard(text.input_ids, text.attention_mask, images).squeeze(1)
 
-    return score
+    return _of_pictures(torch, device, model.preprocess, score)
 
 
 def hps(files: dict[str, str], device: str, threads: int) -> Score:
@@ -99,19 +93,17 @@ def hps(files: dict[str, str], device: str, threads: int) -> Score:
     from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer
 
     # `score()` names a pretrained tag here, which downloads 4 GB only to replace them by the checkpoint.
-    model, _, preprocess = create_model_and_transforms(
-        "ViT-H-14", None, precision="amp", device=device, light_augmentation=True, output_dict=True,
-    )  # fmt: skip
+    options = {"precision": "amp", "device": device, "light_augmentation": True, "output_dict": True}
+    model, _, preprocess = create_model_and_transforms("ViT-H-14", None, **options)
     model.load_state_dict(torch.load(files["weights"], map_location="cpu", weights_only=True)["state_dict"])
     model, tokenizer = model.to(device).eval(), get_tokenizer("ViT-H-14")
 
-    def score(pictures: Any, prompts: list[str]) -> list[float]:
-        with torch.no_grad(), torch.autocast("cuda", enabled=device.startswith("cuda")):
-            images = torch.stack([preprocess(picture) for picture in _pil(pictures)]).to(device)
+    def score(images: Any, prompts: list[str]) -> Any:
+        with torch.autocast("cuda", enabled=device.startswith("cuda")):
             out = model(images, tokenizer(prompts).to(device))
-            return torch.diagonal(out["image_features"] @ out["text_features"].T).float().cpu().tolist()
+            return torch.diagonal(out["image_features"] @ out["text_features"].T)
 
-    return score
+    return _of_pictures(torch, device, preprocess, score)
 
 
 MODELS: dict[str, Callable[..., Score]] = {"imagereward": image_reward, "hpsv2": hps}
@@ -127,10 +119,10 @@ def _torch(threads: int) -> Any:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
         # A CPU torch cannot load its compiled operators, and its Python code wants these two declared. Its transforms,
         # which is all that is used, are plain torch.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
         KEPT.append(library := torch.library.Library("torchvision", "DEF"))
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -141,17 +133,20 @@ def _torch(threads: int) -> Any:
 def _without_init(*names: str) -> None:
     """Make a package's modules importable without running its __init__.py."""
     for name in names:
-        [folder] = {
-            str(path) for at in sys.path if (path := Path(at, *name.split("."))).joinpath("__init__.py").is_file()
-        }
+        spec = importlib.util.find_spec(name)
         sys.modules[name] = module = types.ModuleType(name)
-        module.__path__ = [folder]
+        module.__path__ = spec.submodule_search_locations  # type: ignore[union-attr, assignment]
 
 
-def _pil(pictures: Any) -> list[Any]:
+def _of_pictures(torch: Any, device: str, preprocess: Callable[[Any], Any], score: Callable[..., Any]) -> Score:
     from PIL import Image
 
-    return [Image.fromarray(picture) for picture in pictures]
+    def score_pictures(pictures: Any, prompts: list[str]) -> list[float]:
+        with torch.no_grad():
+            images = torch.stack([preprocess(Image.fromarray(picture)) for picture in pictures]).to(device)
+            return score(images, prompts).float().cpu().tolist()
+
+    return score_pictures
 
 
 if __name__ == "__main__":

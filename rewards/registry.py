@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 
 class Reward(Protocol):
-    """A reward model. `differentiable` says whether autograd reaches the images."""
-
     name: str
-    differentiable: bool
+    differentiable: bool  # autograd reaches the images
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] float in [0, 1], B prompts -> raw scores [B] float32."""
@@ -49,7 +47,6 @@ PLAIN = {
 MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
 SUM = "weighted_sum"
 NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
-OWN_SETTINGS = ("name", "weights", "device", "backend")
 
 
 def load(
@@ -59,19 +56,13 @@ def load(
 
     `weights` is a path or hub id for rewards that have weights; `options` go to the reward's constructor. `backend`
     package: imagereward and hpsv2 as their authors' packages compute them (rewards/package.py), without gradients.
-    A user's callable takes (images, prompts) and returns [B]; a class, or with options a function, is called first.
 
-    Raises:
-        UnknownReward: see there.
-        ValueError: weights or options that this reward does not take; for a reward model also `WeightsNotFound` and
-            `BadWeights` of rewards/weights.py.
+    Raises UnknownReward, ValueError for weights or options that this reward does not take; of a reward model also
+    WeightsNotFound and BadWeights.
     """
-    make, settings = _class(name, weights, backend), {"name": name, "weights": weights, "device": device}
-    taken: tuple[str, ...] = () if name in PLAIN else ("device",) if name == SUM else ("weights", "device")
-    if backend == "package" or make is UserReward:
-        taken = ("name", "weights", "device") if backend == "package" else ("name",)
+    make, settings = _maker(name, weights, device, backend)
     with _named_options(name, options):
-        return getattr(make, "named", make)(**{key: settings[key] for key in taken}, **options)
+        return make(**settings, **options)
 
 
 def check(
@@ -82,46 +73,37 @@ def check(
     learns from its gradient find none. A user's own reward is only imported, not made: it may need the actor's device.
     Of a reward model nothing is read or downloaded: its files are looked for here, in the hub's cache and at the hub.
 
-    Raises:
-        ValueError: as `load`, or naming the prompt, or reward and objective.
+    Raises ValueError as `load` does, or naming the prompt, or reward and objective.
     """
     check_options(options)
-    reward: Any = _class(name, weights, backend)
-    if reward is UserReward:
-        reward = _import(name)
-        if (isinstance(reward, type) or options) and not hasattr(reward, "differentiable"):
-            return  # what it makes may say so itself: the scorer asks again
-    elif backend == "package":
-        reward = load(name, weights, backend=backend, **options)
-        find(list(reward.assets.values()), fetch=False)
-    elif name in MODELS:
-        with _named_options(name, options):
-            find(reward.assets(weights, **options), fetch=False)
-    elif name == SUM:
-        with _named_options(name, options):
+    reward, settings = _maker(name, weights, "cpu", backend)
+    with _named_options(name, options):
+        if reward is user_reward:
+            reward = _import(name)
+            if (isinstance(reward, type) or options) and not hasattr(reward, "differentiable"):
+                return  # what it makes may say so itself: the scorer asks again
+        elif name == SUM:
             return reward.check(prompts, objective, **options)
-    else:
-        reward = load(name, **options)
+        elif backend == "native" and name in MODELS:
+            find(reward.assets(weights, **options), fetch=False)
+        else:
+            reward = reward(**settings, **options)
+    if backend == "package":
+        find(reward.assets, fetch=False)
     check_gradient(reward, name, objective)
     if hasattr(reward, "check_prompts") and not isinstance(reward, type):
         reward.check_prompts(prompts)
 
 
 def check_name(name: str, backend: Backend = "native") -> None:
-    """
-    Raises:
-        UnknownReward: no reward has this name. A user's own (module:callable) is not imported here.
-    """
+    """Raises UnknownReward where no reward has this name. A user's own (module:callable) is not imported here."""
     if name not in NAMES and ":" not in name and backend == "native":
         known = ", ".join(NAMES)
         raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
 
 
 def check_gradient(reward: Any, name: str, objective: str | None) -> None:
-    """
-    Raises:
-        ValueError: `objective` learns from the gradient of the reward, and this one has none.
-    """
+    """Raises ValueError where `objective` learns from the gradient of the reward, and this one has none."""
     if objective and not getattr(reward, "differentiable", False):
         raise ValueError(
             f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
@@ -131,29 +113,13 @@ def check_gradient(reward: Any, name: str, objective: str | None) -> None:
 
 
 def check_options(options: dict[Any, Any]) -> None:
-    """
-    Raises:
-        ValueError: a key that cannot be a reward's own.
-    """
+    """Raises ValueError for a key that cannot be a reward's own."""
+    own = ("name", "weights", "device", "backend")
     for key in options:
-        if not isinstance(key, str) or not key.isidentifier() or key in OWN_SETTINGS:
+        if not isinstance(key, str) or not key.isidentifier() or key in own:
             raise ValueError(
-                f"reward.options: {key!r} cannot be an option of a reward; those of every reward, "
-                f"{', '.join(OWN_SETTINGS)}, are settings beside reward.options"
+                f"reward.options: {key!r} cannot be one; {', '.join(own)} are settings beside reward.options"
             )
-
-
-def check_device(device: str) -> None:
-    """
-    Raises:
-        ValueError: torch does not know it, or has none here.
-    """
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {device}: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
@@ -186,20 +152,21 @@ def _named_options(name: str, options: dict[str, Any]) -> Iterator[None]:
         raise ValueError(f"reward.options: {name}: {error}; got {', '.join(options) or 'none'}") from error
 
 
-def _class(name: str, weights: str | None, backend: Backend) -> Any:
-    """Imported only when asked for: the reward models need transformers.
-
-    Raises:
-        UnknownReward: see there.
-        ValueError: `weights` of a reward that has none.
-    """
+def _maker(name: str, weights: str | None, device: str, backend: Backend) -> tuple[Any, dict[str, Any]]:
+    """What makes the reward, imported only now (the reward models need transformers), and what it takes but options."""
     check_name(name, backend)
     if backend == "package":
-        place = "package:PackageReward"
-    elif weights is not None and name not in MODELS:
+        return _class("package:PackageReward"), {"name": name, "weights": weights, "device": device}
+    if name in MODELS:
+        return _class(MODELS[name]), {"weights": weights, "device": device}
+    if weights is not None:
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
-    else:
-        place = (PLAIN | MODELS | {SUM: "weighted_sum:WeightedSum"}).get(name, "registry:UserReward")
+    if name == SUM:
+        return _class("weighted_sum:WeightedSum"), {"device": device}
+    return (_class(PLAIN[name]), {}) if name in PLAIN else (user_reward, {"name": name})
+
+
+def _class(place: str) -> Any:
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(f"rewards.{module}"), attribute)
 
@@ -209,9 +176,8 @@ def _import(name: str) -> Any:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UnknownReward(
-            f"reward.name: cannot import {name!r}: {error} (looked in the current directory and PYTHONPATH)"
-        ) from error
+        looked = "looked in the current directory and PYTHONPATH"
+        raise UnknownReward(f"reward.name: cannot import {name!r}: {error} ({looked})") from error
     if not callable(function):
         raise UnknownReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
     return function
@@ -221,29 +187,26 @@ class UserReward:
     """A user's own function, named in the config as `module:callable` or given as a Python object."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name, self._function = name, function
+        self.name, self.function = name, function
         self.differentiable = bool(getattr(function, "differentiable", False))
         self.module = getattr(function, "__module__", "")
-
-    @classmethod
-    def named(cls, name: str, **options: Any) -> UserReward:
-        """The callable `module:callable`; a class, or a function where there are options, is called with them first.
-
-        Raises:
-            UnknownReward: it cannot be imported or made.
-        """
-        function = _import(name)
-        reward = cls(name, function)
-        if options or isinstance(function, type):
-            with named_failure(UnknownReward, f"reward.name: {name} cannot be made", reward):
-                reward._function = function(**options)
-            reward.differentiable = bool(getattr(reward._function, "differentiable", reward.differentiable))
-        return reward
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         import torch
 
-        scores = torch.as_tensor(self._function(images, prompts)).float()
+        scores = torch.as_tensor(self.function(images, prompts)).float()
         if scores.shape != (len(images),):
             raise ValueError(f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images")
         return scores
+
+
+def user_reward(name: str, **options: Any) -> UserReward:
+    """The callable `module:callable`, (images, prompts) -> [B]; a class, or a function where there are options, is
+    called with them first. Raises UnknownReward where it cannot be imported or made."""
+    function = _import(name)
+    reward = UserReward(name, function)
+    if options or isinstance(function, type):
+        with named_failure(UnknownReward, f"reward.name: {name} cannot be made", reward):
+            reward.function = function(**options)
+        reward.differentiable = bool(getattr(reward.function, "differentiable", reward.differentiable))
+    return reward

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffusion import gpu_memory, noise
-from diffusion.trajectory import Chunk, CleanPredictions, Scores
+from diffusion.trajectory import CleanPredictions, Scores
 from rewards.judges import Judges
 from rewards.package import PackageReward
 from rewards.registry import BadReward, Reward, named_failure
 from rewards.weighted_sum import WeightedSum
 
-Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
+Decode = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
 SCORE_BATCH = 32  # on a CPU
 GRADIENT_BATCH = 16  # there; decoding with a graph to go back keeps every layer
 MOST, PACKAGE_MOST = 256, 16
@@ -38,7 +39,6 @@ class _Judgement:
 
     def __init__(self, clean: CleanPredictions, gradients: bool, quarantine: bool) -> None:
         self.clean, self.chunk, self.quarantine = clean, clean.chunk, quarantine
-        self.at_end = clean.step == clean.num_steps  # [M]
         self.rewards = np.full(len(clean.row), np.nan, np.float32)  # [M]
         # [M, C, h, w] of each latent's own score.
         self.gradients = np.zeros(clean.latents.shape, np.float32) if gradients else None
@@ -47,11 +47,7 @@ class _Judgement:
         self.bad: dict[int, str] = {}  # by trajectory, the first reason
 
     def add_bad(self, position: int, reason: str) -> None:
-        """The trajectory of the latent at `position` must not be used.
-
-        Raises:
-            BadReward: bad trajectories are not set aside.
-        """
+        """The trajectory of the latent at `position` must not be used. Raises BadReward unless such are set aside."""
         row, step, chunk = int(self.clean.row[position]), self.clean.step[position], self.chunk
         if not self.quarantine:
             raise BadReward(
@@ -61,15 +57,12 @@ class _Judgement:
         self.bad.setdefault(row, f"{reason}, state {step}")
 
     def require_some_good(self, reward: str) -> None:
-        """
-        Raises:
-            BadReward: nothing of the chunk, where it is a whole one and not one row of it, can be used.
-        """
+        """Raises BadReward where nothing of the chunk, a whole one and not one row of it, can be used."""
         if len(self.bad) == len(self.chunk.prompts) == len(set(self.clean.row.tolist())):
-            raised = all(" failed on " in reason for reason in self.bad.values())
+            broken = f": reward {reward} is broken" if all(" failed on " in why for why in self.bad.values()) else ""
             raise BadReward(
-                f"all {len(self.bad)} trajectories of chunk {self.chunk.index} of {self.chunk.where} are bad"
-                f"{f': reward {reward} is broken' if raised else ''}; the first: {self.bad[min(self.bad)]}"
+                f"all {len(self.bad)} trajectories of chunk {self.chunk.index} of {self.chunk.where} are bad{broken}; "
+                f"the first: {self.bad[min(self.bad)]}"
             )
 
     def by_trajectory(self, values: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -82,11 +75,7 @@ class _Judgement:
 
 @dataclass
 class Scorer:
-    """A decoder and a reward. Plain Python; actors/ wraps it.
-
-    Raises:
-        BadReward: `gradients` of a reward that is not differentiable.
-    """
+    """A decoder and a reward. Plain Python; actors/ wraps it. Raises BadReward for `gradients` of a reward without."""
 
     decoder: Decode
     reward: Reward
@@ -108,13 +97,11 @@ class Scorer:
     def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0) -> int:
         """Images that decoder and reward hold at once in this process's `share` of the free GPU memory: the largest
         power of two. Rewards depend on it in their last bits, so it is found once a run. Elsewhere a constant."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device != "cuda":
+        if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
             return GRADIENT_BATCH if self.gradients else SCORE_BATCH
 
         def trial(size: int) -> None:
-            latents = torch.zeros(size, *latent, device=device, requires_grad=self.gradients)
+            latents = torch.zeros(size, *latent, device="cuda", requires_grad=self.gradients)
             with torch.set_grad_enabled(self.gradients):
                 scores, _ = self._judge(self.decoder(latents), [prompt] * size)
             if self.gradients:
@@ -123,7 +110,7 @@ class Scorer:
         # A package has its memory in a process of its own, where it is not seen from here.
         most = PACKAGE_MOST if isinstance(self.reward, PackageReward) else MOST
         with gpu_memory.smaller("reward.batch", 1):
-            return gpu_memory.largest_batch(trial, torch.device(device), most, share)
+            return gpu_memory.largest_batch(trial, torch.device("cuda"), most, share)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
@@ -137,7 +124,7 @@ class Scorer:
                 are not numbers; where bad trajectories are set aside, only if none of the chunk is good.
             OutOfMemory: the batch is too large for the GPU.
         """
-        chunk, row, step = clean.chunk, clean.row, clean.step
+        chunk, row, step, at_end = clean.chunk, clean.row, clean.step, clean.step == clean.num_steps
         judged = _Judgement(clean, self.gradients and chunk.purpose == "train", self.quarantine)
         inner = step < clean.terminal if self.tiny else np.zeros(len(step), bool)
         size = self.batch or (SCORE_BATCH if judged.gradients is None else GRADIENT_BATCH)
@@ -155,17 +142,16 @@ class Scorer:
             index[row, step] = np.arange(len(row))
             index[list(judged.bad)] = -1
             further |= {"gradients": judged.gradients, "gradient_row": index}
-        if self.thumbnail_pixels and chunk.purpose == "train":
+        if chunk.purpose == "train" and self.thumbnail_pixels:
             further["thumbnails"] = tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures.values())
-        ends = {label: part[judged.at_end] for label, part in judged.parts.items()}
-        return Scores(
-            chunk, self._shuffled(chunk, rewards, judged.bad), bad=judged.bad,
-            parts={label: judged.by_trajectory(part, row[judged.at_end]) for label, part in ends.items()},
-            bad_images={
-                at: _png(judged.pictures[at]) for at, why in judged.bad.items() if not why.startswith(UNDECODABLE)
-            },
-            **further,
-        )  # fmt: skip
+        if chunk.purpose == "train" and self.shuffle:
+            good = np.array([row for row in range(len(rewards)) if row not in judged.bad])
+            order = noise.generator(chunk.seed, noise.SHUFFLE, chunk.epoch, chunk.index).permutation(len(good))
+            rewards[good[order]] = rewards[good[np.roll(order, 1)]]  # nobody keeps their own
+        parts = {label: judged.by_trajectory(part[at_end], row[at_end]) for label, part in judged.parts.items()}
+        shown = [row for row, reason in judged.bad.items() if not reason.startswith(UNDECODABLE)]
+        bad_images = {row: _png(judged.pictures[row]) for row in shown}
+        return Scores(chunk, rewards, parts=parts, bad=judged.bad, bad_images=bad_images, **further)
 
     def _judge_further(self, judged: _Judgement) -> dict[str, Any]:
         """An evaluation chunk's images, and what the other judges say of them."""
@@ -220,17 +206,7 @@ class Scorer:
             whole = judged.parts.setdefault(label, np.full_like(judged.rewards, np.nan))
             whole[positions] = part.detach().float().cpu().numpy()
 
-    def _shuffled(self, chunk: Chunk, rewards: np.ndarray, bad: Mapping[int, str]) -> np.ndarray:
-        """With train.shuffle_rewards, every good trajectory's rewards are another good one's."""
-        if not self.shuffle or chunk.purpose != "train":
-            return rewards
-        good = np.array([row for row in range(len(rewards)) if row not in bad])
-        order = noise.generator(chunk.seed, noise.SHUFFLE, chunk.epoch, chunk.index).permutation(len(good))
-        shuffled = rewards.copy()
-        shuffled[good[order]] = rewards[good[np.roll(order, 1)]]  # nobody keeps their own
-        return shuffled
-
-    def _differentiate(self, scores: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def _differentiate(self, scores: Tensor, latents: Tensor) -> Tensor:
         """[b, C, H, W] of each latent's own score, through reward and decoder."""
         name, gradients = self.reward.name, None
         if scores.requires_grad:
@@ -244,7 +220,7 @@ class Scorer:
             )
         return gradients
 
-    def _judge(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _judge(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores [B], and of a sum of rewards each one's own [B]."""
         about = f"{len(images)} images with prompts from {prompts[0]!r} to {prompts[-1]!r}"
         with named_failure(RewardRaised, f"reward {self.reward.name} failed on {about}", self.reward):
@@ -254,7 +230,7 @@ class Scorer:
             return self.reward(images, prompts), {}
 
 
-def _not_finite(values: torch.Tensor) -> list[int]:
+def _not_finite(values: Tensor) -> list[int]:
     """Rows of [b, ...] that hold a NaN or an infinity."""
     return torch.nonzero(~values.flatten(1).isfinite().all(1)).flatten().tolist()
 

@@ -18,8 +18,6 @@ WHERE = "reward.options.terms"
 
 
 class Term(BaseModel, extra="forbid", strict=True):
-    """One reward of a list."""
-
     name: str
     weight: FiniteFloat
     weights: str | None = None
@@ -39,22 +37,14 @@ class WeightedSum:
 
     def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu") -> None:
         """`terms`: [{"name": ..., "weight": ..., "weights": ..., "options": {...}}, ...], the last two as `load` takes
-        them, where there are any.
-
-        Raises:
-            ValueError: names the term that is wrong, or whose reward cannot be made.
-        """
+        them, where there are any. Raises ValueError, which names the term that is wrong or cannot be made."""
         self.terms = read_terms(terms)
         self.rewards = load_terms(self.terms, device)
         self.differentiable = all(reward.differentiable for reward in self.rewards.values())
 
     @staticmethod
     def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None) -> None:
-        """As `registry.check`, of every term.
-
-        Raises:
-            ValueError: names the term.
-        """
+        """As `registry.check`, of every term; the ValueError names it."""
         check_terms(read_terms(terms), prompts, objective)
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -71,11 +61,7 @@ class WeightedSum:
 
 
 def read_terms(terms: Any, where: str = WHERE) -> dict[str, Term]:
-    """By label. `where`: the setting that they are of.
-
-    Raises:
-        ValueError: no list of terms, or one without name, with a weight that is not a number, or with other keys.
-    """
+    """By label. Raises ValueError, which names the term of the setting `where`, for what is no list of terms."""
     if not isinstance(terms, Sequence) or isinstance(terms, str) or not terms:
         raise ValueError(f"{where}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
     by_label: dict[str, Term] = {}
@@ -83,9 +69,8 @@ def read_terms(terms: Any, where: str = WHERE) -> dict[str, Term]:
         try:
             term = Term.model_validate(values)
         except ValidationError as error:
-            fault = error.errors()[0]
-            place = ".".join(str(part) for part in (f"{where}[{index}]", *fault["loc"]))
-            known = ", ".join(Term.model_fields)
+            fault, known = error.errors()[0], ", ".join(Term.model_fields)
+            place = ".".join(map(str, (f"{where}[{index}]", *fault["loc"])))
             raise ValueError(f"{place}: {fault['msg']}, got {fault['input']!r}; a term has {known}") from error
         if term.name == WeightedSum.name:
             raise ValueError(f"{where}[{index}]: a sum of sums; list its terms here instead")

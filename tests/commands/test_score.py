@@ -1,4 +1,4 @@
-"""`python -m rewards.score` on tiny models; its front door is light, as those of rewards.verify and rewards.package."""
+"""`python -m learner score` on tiny models; its arguments are checked fast, as those of verify and rewards.package."""
 
 import csv
 import json
@@ -125,17 +125,18 @@ HEAVY = ("torch", "diffusers", "transformers", "ray", "mlflow", "pandas", "huggi
 @pytest.mark.parametrize(
     ("module", "arguments", "status"),
     [
-        ("score", ["--help"], 0), ("score", ["--reward", "beauty", "."], 2), ("score", ["--no-such-option"], 2),
-        ("score", ["--reward", "hpsv2", "nowhere.png"], 2), ("verify", ["--help"], 0), ("verify", ["beauty"], 2),
-        ("package", ["--help"], 0), ("package", ["build", "beauty"], 2),
+        ("commands.score", ["--reward", "beauty", "."], 2), ("commands.score", ["--reward", "hpsv2", "nowhere.png"], 2),
+        ("commands.verify", ["beauty"], 2), ("rewards.package", ["build", "beauty"], 2),
     ],
 )  # fmt: skip
-def test_the_front_door_is_light(module, arguments, status):
+def test_wrong_arguments_are_said_at_once(module, arguments, status):
+    """Beside what tests/commands/test_light.py shows of every command."""
     code = (
         "import atexit, runpy, sys\n"
         f"atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules]))\n"
-        f"sys.argv = ['rewards.{module}', *{arguments}]\n"
-        f"runpy.run_module('rewards.{module}', run_name='__main__')"
+        f"sys.argv = [{module!r}, *{arguments}]\n"
+        f"module = runpy.run_module({module!r}, run_name='__main__' if {module!r} == 'rewards.package' else 'm')\n"
+        "sys.exit(module['main']())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == status and done.stdout.splitlines()[-1] == "[]", done.stderr

@@ -186,10 +186,10 @@ def test_a_folder_stands_for_the_published_file_in_it(act, tmp_path, no_hub):
         ("aesthetic", ["reward.weights: aesthetic-model.pth of https://huggingface.co/trl-lib/ddpo-aesthetic-predictor",
                        "reward.options.clip: config.json, model.safetensors of https://huggingface.co/openai/clip-vit-l"]),
         ("imagereward", ["reward.weights: ImageReward.pt of https://huggingface.co/THUDM/ImageReward",
-                         "reward.options.med_config: med_config.json of", "reward.options.tokenizer: tokenizer.json"]),
+                         "reward.options.med_config: med_config.json of", "reward.options.tokenizer: vocab.txt"]),
         ("hpsv2", ["reward.weights: HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2",
                    "`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir FOLDER`, then set reward.weights=",
-                   "reward.options.tokenizer: tokenizer.json"]),
+                   "reward.options.tokenizer: vocab.json, merges.txt"]),
     ],
 )  # fmt: skip
 def test_offline_the_message_says_what_to_fetch_from_where_and_which_key_to_set(name, said, act, tmp_path, monkeypatch):
@@ -224,17 +224,17 @@ def test_what_the_cache_holds_needs_no_hub(tmp_path, hub):
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    for name in ("config.json", "pytorch_model.bin"):
+    for name in ("config.json", "model.safetensors"):
         (snapshot / name).write_text("")
-    asset = Asset("key", "me/mine", ("config.json", "model.safetensors|pytorch_model.bin"), folder=True)
+    asset = Asset("key", "me/mine", ("config.json", "model.safetensors"), folder=True)
     weights.find([asset], fetch=False)
-    assert weights.find([asset, Asset("key", "me/mine:config.json", ("other",))]) == [
-        snapshot,
-        snapshot / "config.json",
-    ]
+    file = snapshot / "config.json"
+    assert weights.find([asset, Asset("key", "me/mine:config.json", ("other",))]) == [snapshot, file]
     assert hub == []
     with pytest.raises(WeightsNotFound, match=r"vocab\.txt of https://huggingface\.co/me/mine .*\(no vocab\.txt\)"):
         weights.find([Asset("key", "me/mine", ("vocab.txt",))], fetch=False)
+    with pytest.raises(WeightsNotFound, match="expected the folder or repository of vocab"):
+        weights.find([Asset("key", "me/mine:vocab.txt", ("vocab.txt",), folder=True)])
 
 
 def test_hub_ids_with_and_without_a_file(tmp_path, hub):
@@ -250,17 +250,6 @@ def test_hub_ids_with_and_without_a_file(tmp_path, hub):
         assert hub == ["list me/mine", f"dry run {name}", "list me/mine", f"download {name}"]
     with pytest.raises(WeightsNotFound, match=r"third\.pt of https://huggingface\.co/me/mine .*\(no third\.pt\)"):
         loaded({**settings, "weights": "me/mine:third.pt"})
-
-
-def test_one_of_several_file_names_will_do_and_optional_ones_may_be_absent(tmp_path, hub):
-    """Of a repository all that is needed is fetched at once, so that it is of one revision."""
-    inputs.write_bert_tokenizer(tmp_path / "hub" / "me--bert")
-    asset = Asset("key", "me/bert", ("tokenizer.json|vocab.txt", "tokenizer_config.json?"), folder=True)
-    [folder] = weights.find([asset])
-    assert [path.name for path in folder.iterdir()] == ["vocab.txt"]
-    assert hub == ["list me/bert", "download vocab.txt"]
-    with pytest.raises(WeightsNotFound, match="expected a repository or folder"):
-        weights.find([Asset("key", "me/bert:vocab.txt", ("vocab.txt",), folder=True)])
 
 
 @pytest.mark.parametrize("name", MODELS)

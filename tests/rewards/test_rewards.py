@@ -96,7 +96,7 @@ def test_unknown_names_options_and_weights_are_refused(arguments, options, kind,
 
 @pytest.mark.parametrize("options", [{"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}])
 def test_options_that_no_reward_can_have_are_named(options):
-    with pytest.raises(ValueError, match=r"reward\.options: .* cannot be an option"):
+    with pytest.raises(ValueError, match=r"reward\.options: .* cannot be one; name, weights"):
         registry.check("jpeg_compressibility", None, options, [])
 
 
