@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
 import sys
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-OUTPUTS = (".csv", ".jsonl", ".parquet")
 BATCH = 16
 
 
@@ -31,11 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="of the reward; JSON or text")
     add("--prompts", help="prompts in the sorted order of the images, or one: as prompts.path of a run")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--output", type=Path, help="also write image, prompt and score to this .csv, .jsonl or .parquet")
+    add("--output", type=Path, metavar="FILE.csv", help="also write image, prompt and score")
     args = parser.parse_args(arguments)
     try:
-        if args.output and args.output.suffix not in OUTPUTS:
-            raise ValueError(f"--output: {args.output}, expected {', '.join(OUTPUTS)}")
+        if args.output and args.output.suffix != ".csv":
+            raise ValueError(f"--output: {args.output}, expected a .csv")
         registry.check_name(args.reward)
         options = dict(_option(text) for text in args.option)
         registry.check_options(options)
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reward = registry.load(args.reward, args.weights, args.device, **options)  # the first that imports torch
         scores = score(reward, files, prompts, args.device)
         if args.output:
-            write(args.output, files, prompts, scores)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            with args.output.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("image", "prompt", "score"), *zip(files, prompts, scores, strict=True)])
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: a device that is not here
         print(f"learner.score: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,20 +60,18 @@ def find_images(names: Sequence[str]) -> list[Path]:
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
         inside = [path] if path.is_file() else path.iterdir()
-        pictures = [file for file in inside if file.is_file() and file.suffix.lower() in SUFFIXES]
+        pictures = {file for file in inside if file.is_file() and file.suffix.lower() in SUFFIXES}
         if not pictures:
             raise ValueError(f"{path}: no {', '.join(SUFFIXES)}")
-        images.update(pictures)
+        images |= pictures
     return sorted(images)
 
 
 def read_prompts(name: str | None, count: int) -> list[str]:
     """One for each image; all empty when there is no file. Raises ValueError for neither one prompt nor `count`."""
-    if name is None:
-        return [""] * count
     from learner import prompts
 
-    lines = prompts.read_prompts(name, key="--prompts")
+    lines = [""] if name is None else prompts.read_prompts(name, key="--prompts")
     if len(lines) not in (1, count):
         raise ValueError(f"--prompts: {name} has {len(lines)} prompts for {count} images, expected {count} or 1")
     return lines if len(lines) == count else lines * count
@@ -79,9 +79,7 @@ def read_prompts(name: str | None, count: int) -> list[str]:
 
 def score(reward: registry.Reward, files: Sequence[Path], prompts: Sequence[str], device: str) -> list[float]:
     """Prints each file's score as it is known, then their mean and spread. At most BATCH pictures of one size at once.
-
-    Raises ValueError for a file that cannot be read, or that the reward raised on.
-    """
+    Raises ValueError for a file that cannot be read, or that the reward raised on."""
     import numpy as np
     import torch
 
@@ -110,17 +108,6 @@ def _picture(file: Path) -> np.ndarray:
             return np.asarray(opened.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def write(path: Path, files: Sequence[Path], prompts: Sequence[str], scores: Sequence[float]) -> None:
-    import pandas as pd  # type: ignore[import-untyped]
-
-    table = pd.DataFrame({"image": [str(file) for file in files], "prompt": list(prompts), "score": list(scores)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        table.to_json(path, orient="records", lines=True, force_ascii=False, double_precision=15)
-    else:
-        (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path, index=False)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -48,10 +48,12 @@ def report(name: str, make: Callable[[], Any], sizes: dict[str, int] = PARAMETER
     except (ValueError, RuntimeError, AssertionError) as error:  # no weights, no such device
         print(f"{name}: not verified: {error}", file=sys.stderr)
         return 2
-    broken = list(failures(reward, sizes[name]))
+    broken = "; ".join(failures(reward, sizes[name]))
     scores = ", ".join(f"{score:.4f}" for score in reward(pictures(), PROMPTS).tolist())
-    verdict = f"FAILED: {'; '.join(broken)}" if broken else "ok"
-    print(f"{name}: {verdict} (scores of three test pictures: {scores}; {time.monotonic() - start:.0f} s)")
+    seconds = time.monotonic() - start
+    print(
+        f"{name}: {f'FAILED: {broken}' if broken else 'ok'} (scores of three test pictures: {scores}; {seconds:.0f} s)"
+    )
     return 1 if broken else 0
 
 

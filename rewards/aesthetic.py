@@ -73,5 +73,4 @@ def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
         raise BadWeights(f"{file}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
     with torch.device("meta"):
         tower = CLIPVisionModelWithProjection(config)
-    state = {key: tensor for key, tensor in read(folder / SAVED).items() if not key.startswith(OTHERS)}
-    return fill(tower, state, f"{folder / SAVED}: no CLIP image tower", device)
+    return fill(tower, read(folder / SAVED), f"{folder / SAVED}: no CLIP image tower", device, unused=OTHERS)

@@ -16,14 +16,14 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from rewards.network import NetworkReward, Published, Shapes, Sizes, fill, score_head, tower
+from rewards.network import NetworkReward, Published, Sizes, fill, score_head, tower
 from rewards.weights import Asset, BadWeights, find, read
 
 WEIGHTS, MED_CONFIG = "THUDM/ImageReward:ImageReward.pt", "THUDM/ImageReward:med_config.json"
 TOKENIZER = "bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, by its authors
 TOKENS = 35
-PROJECTED = 256
+UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")  # published too
 MED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "hidden_act", "layer_norm_eps",
@@ -91,7 +91,7 @@ class ImageReward(NetworkReward):
         text = text_config(med, config.hidden_size)
         with torch.device("meta"):
             network = Network(config, text)
-        fill(network, read(file), f"{file}: no ImageReward", device, published, unused(network))
+        fill(network, read(file), f"{file}: no ImageReward", device, published, UNUSED)
         super().__init__(network, config.image_size)
         self.tokenizer = BertTokenizer.from_pretrained(folder)
 
@@ -120,12 +120,3 @@ def published(key: str) -> Published:
     for ours, theirs in NAMES:
         key = key.replace(ours, theirs)
     return Published(key)
-
-
-def unused(network: Network) -> Shapes:
-    """Published too, but no part of the score."""
-    vision, text = network.vision.config.hidden_size, network.text.config
-    shapes = {"blip.text_encoder.embeddings.position_ids": (1, text.max_position_embeddings)}
-    for name, width in (("blip.vision_proj", vision), ("blip.text_proj", text.hidden_size)):
-        shapes |= {f"{name}.weight": (PROJECTED, width), f"{name}.bias": (PROJECTED,)}
-    return shapes

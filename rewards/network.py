@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from rewards.weights import BadWeights
 
 Module = TypeVar("Module", bound=nn.Module)
-Shapes = Mapping[str, tuple[int, ...]]
 Sizes = dict[str, int] | None  # that differ from the published model's
-NOTHING: Shapes = {}
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -117,23 +115,23 @@ def layout(network: nn.Module, published: Callable[[str], Published] = Published
 
 def fill(
     network: Module, state: Mapping[str, Tensor], what: str, device: str = "cpu",
-    published: Callable[[str], Published] = Published, unused: Shapes = NOTHING,
+    published: Callable[[str], Published] = Published, unused: tuple[str, ...] = (),
 ) -> Module:  # fmt: skip
     """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
 
-    `state` holds the checkpoint's tensors: `layout`'s, and perhaps `unused` ones. The one buffer that no checkpoint
-    holds, `position_ids`, [1, length] from 0, is made anew. Raises BadWeights, which names `what`, and the keys that
-    are missing, extra or of another shape.
+    `state` holds the checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. The one buffer that
+    no checkpoint holds, `position_ids`, [1, length] from 0, is made anew. Raises BadWeights, which names `what`, and
+    the keys that are missing, extra or of another shape.
     """
     wanted = layout(network, published)
-    known = {**wanted, **unused}
+    held = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
     faults = {
-        "missing": [key for key in wanted if key not in state],
-        "extra": [key for key in state if key not in known],
+        "missing": [key for key in wanted if key not in held],
+        "extra": [key for key in held if key not in wanted],
         "of another shape": [
-            f"{key} {list(tensor.shape)} (expected {list(known[key])})"
-            for key, tensor in state.items()
-            if key in known and tuple(tensor.shape) != known[key]
+            f"{key} {list(held[key].shape)} (expected {list(shape)})"
+            for key, shape in wanted.items()
+            if key in held and tuple(held[key].shape) != shape
         ],
     }
     if any(faults.values()):
@@ -142,11 +140,11 @@ def fill(
             for kind, keys in faults.items()
             if keys
         ]
-        raise BadWeights(f"{what}, of {len(known)} keys {'; '.join(named)}")
+        raise BadWeights(f"{what}, of {len(wanted)} keys {'; '.join(named)}")
     tensors = {}
     for key in network.state_dict():
         origin = published(key)
-        tensor = state[origin.key].float()
+        tensor = held[origin.key].float()
         if origin.third is not None:
             tensor = tensor.chunk(3)[origin.third]
         tensors[key] = tensor.T if origin.transposed else tensor

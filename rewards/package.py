@@ -88,7 +88,6 @@ class PackageReward:
         roles = [asset.key.rpartition(".")[2] for asset in self.assets]  # weights, med_config, tokenizer
         files = {role: str(path.absolute()) for role, path in zip(roles, find(self.assets), strict=True)}
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(self.seconds)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         # -I: neither PYTHONPATH nor this folder, whose modules have names that the packages' own may have. Nothing of
         # ours may be looked up on a hub in there: it is handed local files.
@@ -104,6 +103,7 @@ class PackageReward:
     def _ask(self, request: dict[str, Any], pixels: bytes, count: int) -> list[float]:
         """The `count` scores of the worker's answer."""
         try:
+            self._socket.settimeout(self.seconds)
             self._socket.sendall(json.dumps(request).encode() + b"\n" + pixels)
             with self._socket.makefile("rb") as stream:
                 line = stream.readline(ANSWER_LIMIT)

@@ -30,7 +30,7 @@ def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
     stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
     score: Score | None = None
     while line := stream.readline():
-        request, answer = json.loads(line), {"scores": []}
+        request, answer = json.loads(line), dict[str, Any](scores=[])
         try:
             if score is None:
                 make = (models or MODELS)[request["package"]]

@@ -53,15 +53,12 @@ def test_clip_features_are_the_models_own_embedding(clip):
     torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-5)
 
 
-def test_features_that_cannot_be_had_are_named_before_anything_starts(tmp_path):
+def test_features_that_cannot_be_had_are_named(clip, tmp_path):
     with pytest.raises(WeightsNotFound, match="dreamsim: no such package"):
         features.require("dreamsim")
     with pytest.raises(WeightsNotFound, match=r"evaluation\.clip"):
         features.require("clip", str(tmp_path / "nowhere"))
     features.require("pixels")
-
-
-def test_a_folder_that_is_no_clip_is_refused(clip, tmp_path):
     (tmp_path / "config.json").write_text((clip / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(BadWeights):
@@ -88,10 +85,7 @@ def test_held_out_rewards_are_named_or_spelt_out():
     ("given", "said"),
     [
         (["beauty"], r"evaluation\.held_out\[0\] \(beauty\): .*unknown reward 'beauty'"),
-        (
-            [{"name": "jpeg_compressibility", "weight": 2}],
-            r"evaluation\.held_out\[0\]: a held-out reward has no weight",
-        ),
+        ([{"name": "jpeg_compressibility", "weight": 2}], r"held_out\[0\]: a held-out reward has no weight"),
         ([{"reward": "jpeg_compressibility"}], r"evaluation\.held_out\[0\]\.name: Field required"),
         (["shapes_alignment"], r"evaluation\.held_out\[0\] \(shapes_alignment\)"),
     ],
@@ -101,24 +95,18 @@ def test_what_cannot_judge_is_said_with_its_place(given, said):
         judges.check(given, "pixels", None, ["a photo of a dog"])
 
 
-def judging(reward=None, **options):
-    return scorer(judges=Judges({"mine": reward or Brightness()}, features.pixels), **options)
-
-
-def test_evaluation_images_alone_are_judged_further():
-    evaluated = judging().score(clean(purpose="evaluate"))
+def test_evaluation_images_alone_are_judged_further_and_bad_rows_are_not():
+    judging = scorer(judges=Judges({"mine": Brightness()}, features.pixels), quarantine=True)
+    evaluated = judging.score(clean(purpose="evaluate"))
     np.testing.assert_allclose(evaluated.held_out["mine"], evaluated.rewards[:, -1], atol=2e-3)
     assert evaluated.features.shape == (2, 195)
-    trained = judging().score(clean())
+    trained = judging.score(clean())
     assert trained.held_out == {} and trained.features is None
-
-
-def test_bad_rows_have_no_judgement():
-    scores = judging(quarantine=True).score(clean([0.1, 0.2, 0.3, 0.4, np.nan], "evaluate"))
+    scores = judging.score(clean([0.1, 0.2, 0.3, 0.4, np.nan], "evaluate"))
     assert list(scores.bad) == [1] and np.isnan(scores.features[1]).all() and np.isnan(scores.held_out["mine"][1])
     assert np.isfinite(scores.features[0]).all()
 
 
 def test_a_held_out_reward_that_raises_is_named():
     with pytest.raises(BadReward, match=r"evaluation\.held_out: mine: RuntimeError: no such luck"):
-        judging(Broken()).score(clean(purpose="evaluate"))
+        scorer(judges=Judges({"mine": Broken()}, features.pixels)).score(clean(purpose="evaluate"))

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -74,18 +74,14 @@ def make(tmp_path):
         reward.close()
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def gone(pid: int, seconds: float = 10) -> bool:
+    """Within that time; a zombie is."""
     end = time.monotonic() + seconds
-    while is_running(pid) and time.monotonic() < end:
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() >= end:
+            return False
         time.sleep(0.02)
-    return not is_running(pid)
+    return True
 
 
 def test_scores_come_back_in_order_whatever_the_package_prints(make):
@@ -119,26 +115,25 @@ def test_scores_come_back_in_order_whatever_the_package_prints(make):
     ],
 )
 def test_what_goes_wrong_is_said_in_one_line_and_leaves_no_process(make, prompt, said):
-    reward = make(seconds=1)
+    reward = make()
     pid = int(reward(IMAGES, ["pid", "", ""])[0])
-    images, begun = IMAGES, time.monotonic()
+    images, begun, reward.seconds = IMAGES, time.monotonic(), 1 if "within" in said else 20
     if prompt == "stopped":  # so that not even the request can be written
         os.kill(pid, signal.SIGSTOP)
         images = torch.zeros(3, 3, 512, 512)
     with pytest.raises(PackageFailed, match=said) as caught:
         reward(images, ["", prompt, ""])
-    assert time.monotonic() - begun < 5 and len(str(caught.value).splitlines()) == 1
+    assert time.monotonic() - begun < 15 and len(str(caught.value).splitlines()) == 1
     assert gone(pid, 0)
+    reward.seconds = 20
     assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]  # another process
 
 
-@pytest.mark.parametrize(
-    ("weights", "said"),
-    [("slow", r"within 0\.5 s; .*reward\.options\.seconds"), ("broken", r"raised KeyError: 'blip\.mlp'")],
-)
-def test_a_model_that_does_not_load_is_named(make, weights, said):
-    with pytest.raises(PackageFailed, match=said):
-        make(weights=weights, seconds=0.5 if weights == "slow" else 30)(IMAGES, PROMPTS)
+def test_a_model_that_does_not_load_is_named(make):
+    with pytest.raises(PackageFailed, match=r"within 0\.5 s; .*reward\.options\.seconds"):
+        make(weights="slow", seconds=0.5)(IMAGES, PROMPTS)
+    with pytest.raises(PackageFailed, match=r"raised KeyError: 'blip\.mlp'"):
+        make(weights="broken")(IMAGES, PROMPTS)
 
 
 # Begins with an end of the socket.
@@ -167,14 +162,14 @@ time.sleep(60)
 def test_an_interpreter_that_runs_something_else_is_said(make, monkeypatch, script, said):
     monkeypatch.setattr(package, "SECONDS_TO_END", 0.3)
     with pytest.raises(PackageFailed, match=said):
-        make(script, seconds=0.5)(IMAGES, PROMPTS)
+        make(script, seconds=0.5 if "within" in said else 20)(IMAGES, PROMPTS)
 
 
 def test_a_forgotten_reward_ends_its_process(make):
     kept = make()
     forgotten = PackageReward("hpsv2", kept.assets[0].source, python=str(kept.python))
     pid = int(forgotten(IMAGES, ["pid", "", ""])[0])
-    assert is_running(pid)
+    assert not gone(pid, 0)
     del forgotten
     assert gone(pid, 0)
 
@@ -206,7 +201,7 @@ def test_the_worker_ends_when_its_parent_is_killed(make, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         pairs = [[int(pid) for pid in launcher.stdout.readline().split()] for _ in range(3)]
         time.sleep(0.2)
-        assert all(is_running(worker) for _, worker in pairs)
+        assert not any(gone(worker, 0) for _, worker in pairs)
         for parent, _ in pairs:
             os.kill(parent, signal.SIGKILL)
         assert all(gone(worker) for _, worker in pairs)
@@ -232,28 +227,18 @@ def test_wrong_settings_are_refused_before_anything_starts(make, tmp_path, monke
         registry.check("hpsv2", None, {"python": "x"}, PROMPTS)
 
 
-def test_files_come_from_a_folder_or_the_hub(make, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    python = str(make().python)
+def test_the_backend_is_a_setting_and_files_come_from_a_folder_or_the_hub(make, tmp_path, monkeypatch):
+    options = {"python": str(make().python)}
     (tmp_path / "HPS_v2_compressed.pt").write_text("")
     cached = {("someone/copy", "other.pt"): str(tmp_path / "weights.pt")}
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *place: cached.get(place))
-    for weights, options in ((str(tmp_path), {"version": "v2.0"}), ("someone/copy:other.pt", {})):
-        reward = PackageReward("hpsv2", weights, python=python, **options)
-        assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *place: cached.get(place))
+    for weights, version in ((str(tmp_path), {"version": "v2.0"}), ("someone/copy:other.pt", {})):
+        registry.check("hpsv2", weights, options | version, PROMPTS, backend="package")
+        reward = registry.load("hpsv2", weights, backend="package", **options, **version)
+        assert isinstance(reward, PackageReward) and reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
         reward.close()
     with pytest.raises(ValueError, match=r"hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt.*set reward\.weights="):
-        PackageReward("hpsv2", python=python)(IMAGES, PROMPTS)
-
-
-def test_the_backend_is_a_setting_of_the_reward(make):
-    own = make()
-    weights, options = own.assets[0].source, {"python": str(own.python)}
-    registry.check("hpsv2", weights, options, PROMPTS, backend="package")
-    reward = registry.load("hpsv2", weights, backend="package", **options)
-    assert isinstance(reward, PackageReward) and reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
-    reward.close()
+        PackageReward("hpsv2", **options)(IMAGES, PROMPTS)
     with pytest.raises(ValueError, match=r"residual_nabla_db learns from the gradient .* not differentiable"):
         registry.check("hpsv2", weights, options, PROMPTS, "residual_nabla_db", "package")
 

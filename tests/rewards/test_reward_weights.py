@@ -103,20 +103,16 @@ def test_a_wrong_clip_tower_is_named(tmp_path):
         loaded(settings)
 
 
-def test_half_precision_checkpoints_are_computed_in_float32(tmp_path):
-    settings = write_hpsv2(tmp_path, **{key.replace(".", "__"): value.half() for key, value in hpsv2_state().items()})
-    reward = loaded(settings)
-    assert {parameter.dtype for parameter in reward.network.parameters()} == {torch.float32}
-
-
-def test_safetensors_are_read_too(tmp_path):
+def test_half_precision_is_computed_in_float32_and_safetensors_are_read_too(tmp_path):
     from safetensors.torch import save_file
 
-    settings = write_hpsv2(tmp_path)
-    save_file({key: value.contiguous() for key, value in hpsv2_state().items()}, tmp_path / "hps.safetensors")
-    other = loaded({**settings, "weights": str(tmp_path / "hps.safetensors")})
+    half = {key: value.half() for key, value in hpsv2_state().items()}
+    settings = write_hpsv2(tmp_path, **{key.replace(".", "__"): value for key, value in half.items()})
+    save_file({key: value.contiguous() for key, value in half.items()}, tmp_path / "hps.safetensors")
+    reward, other = loaded(settings), loaded({**settings, "weights": str(tmp_path / "hps.safetensors")})
+    assert {parameter.dtype for parameter in reward.network.parameters()} == {torch.float32}
     images = torch.rand(1, 3, 30, 20, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(other(images, ["the cat"]), loaded(settings)(images, ["the cat"]))
+    assert torch.equal(other(images, ["the cat"]), reward(images, ["the cat"]))
 
 
 class Code:
@@ -166,17 +162,15 @@ def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_pat
         act({**settings, companion: settings["weights"]})
 
 
-def test_a_wrong_path_is_said_before_another_asset_is_sought_at_the_hub(no_hub):
-    with pytest.raises(WeightsNotFound, match=r"^reward\.weights: no such file or folder: gone\.pt$"):
-        registry.load("hpsv2", "gone.pt")
-
-
 @pytest.mark.parametrize("act", [loaded, checked])
 def test_a_folder_stands_for_the_published_file_in_it(act, tmp_path, no_hub):
     settings = {**write_hpsv2(tmp_path), "weights": str(tmp_path)}
     act(settings)
     with pytest.raises(WeightsNotFound, match=r"holds no HPS_v2_compressed\.pt"):
         act({**settings, "version": "v2.0"})
+    # Before another asset is sought at the hub.
+    with pytest.raises(WeightsNotFound, match=r"^reward\.weights: no such file or folder: gone\.pt$"):
+        act({"name": "hpsv2", "weights": "gone.pt"})
 
 
 @pytest.mark.parametrize("act", [loaded, checked])

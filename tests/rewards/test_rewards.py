@@ -37,15 +37,13 @@ def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
     "prompts",
     [
         [
-            "a small red circle on a white background",
-            "a small red circle on a black background",
-            "a small blue circle on a white background",
-            "a small red star on a white background",
-            "a large red circle on a white background",
+            f"a {thing} background"
+            for thing in ("small red circle on a white", "small red circle on a black", "small blue circle on a white",
+                          "small red star on a white", "large red circle on a white")
         ],
-        ["a red star at the right", "a red star at the left", "a red star at the top", "a red star at the bottom"],
+        [f"a red star at the {place}" for place in ("right", "left", "top", "bottom")],
     ],
-)
+)  # fmt: skip
 def test_alignment_prefers_what_the_prompt_says(name, prompts):
     picture = draw(parse(prompts[0]), np.random.default_rng(0))
     right, *wrong = registry.load(name)(as_images(*[picture] * len(prompts)), prompts).tolist()

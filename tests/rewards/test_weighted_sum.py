@@ -97,14 +97,14 @@ def test_bad_terms_are_refused(terms, message, act):
 
 
 def test_failures_of_a_term_keep_their_kind():
-    for act in (
-        lambda term: registry.load("weighted_sum", terms=[term]),
-        lambda term: registry.check("weighted_sum", None, {"terms": [term]}, []),
+    for term, kind, said in (
+        ({"name": "beauty", "weight": 1}, registry.UnknownReward, r"terms\[0\] \(beauty\): .*unknown reward 'beauty'"),
+        ({"name": "hpsv2", "weight": 1, "weights": "gone.pt"}, WeightsNotFound, r"terms\[0\] \(hpsv2\): .* gone\.pt"),
     ):
-        with pytest.raises(registry.UnknownReward, match=r"terms\[0\] \(beauty\): .*unknown reward 'beauty'"):
-            act({"name": "beauty", "weight": 1})
-        with pytest.raises(WeightsNotFound, match=r"terms\[0\] \(hpsv2\): reward\.weights: .* gone\.pt"):
-            act({"name": "hpsv2", "weight": 1, "weights": "gone.pt"})
+        with pytest.raises(kind, match=said):
+            registry.load("weighted_sum", terms=[term])
+        with pytest.raises(kind, match=said):
+            registry.check("weighted_sum", None, {"terms": [term]}, [])
     with pytest.raises(ValueError, match=r"reward\.options: weighted_sum: .*'colour'"):
         registry.check("weighted_sum", None, {"terms": [JPEG], "colour": 1}, [])
     with pytest.raises(ValueError, match="weights"):

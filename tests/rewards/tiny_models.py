@@ -24,7 +24,8 @@ def imagereward_state() -> dict[str, Tensor]:
     text = BlipTextConfig(**{**inputs.MED_CONFIG, "encoder_hidden_size": inputs.MED_CONFIG["encoder_width"]})
     with torch.device("meta"):
         network = imagereward.Network(imagereward.vision_config(**inputs.IMAGEREWARD_VISION), text)
-    return tensors(inputs.state(layout(network, imagereward.published) | imagereward.unused(network), seed=1))
+    unused = {name: (2, 3) for name in imagereward.UNUSED}
+    return tensors(inputs.state(layout(network, imagereward.published) | unused, seed=1))
 
 
 def hpsv2_state() -> dict[str, Tensor]:
