@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from rewards.package_environment import MARKER, NAMES, default_folder, fits, interpreter, lock
+from rewards.package_environment import MARKER, NAMES, EnvironmentMissing, find, lock, place
 
 BUILD_SECONDS = 3600  # of one step, and for another's build
 BPE = "bpe_simple_vocab_16e6.txt.gz"
@@ -28,31 +29,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rewards.package", description=__doc__)
     parser.add_argument("command", choices=["build"], help="make the environment that a package runs in")
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--dir", type=Path, help="where; default ~/.cache/tributary/packages/NAME")
-    options = parser.parse_args(arguments)
+    name = parser.parse_args(arguments).name
     try:
-        python = build(options.name, options.dir)
+        build(name)
     except BuildFailed as error:
-        print(f"{options.name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
-    print(f"reward.name={options.name}\nreward.backend=package")
-    if options.dir is not None:
-        print(f"reward.options.python={python}")
+    print(f"reward.name={name}\nreward.backend=package")
     return 0
 
 
-def build(name: str, folder: Path | None = None) -> Path:
-    """The interpreter of a whole environment in `folder`, which is built where it is not there: aside, and renamed at
-    the end, so that half of one is never found; builds at once wait for each other. Raises BuildFailed."""
-    folder = (folder or default_folder(name)).expanduser().absolute()
-    aside = folder.parent / f".{folder.name}.building"
+def build(name: str) -> Path:
+    """The interpreter of a whole environment, which is built where it is not there: aside, and renamed at the end, so
+    that half of one is never found; builds at once wait for each other. Raises BuildFailed."""
+    folder = place(name)
+    aside = folder.with_name(f".{name}.building")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=BUILD_SECONDS):
-            if fits(name, folder):
-                return interpreter(folder)
-            if folder.exists() and not (folder / MARKER).exists():
-                raise BuildFailed(f"{folder} is something else; remove it, or choose another folder with --dir")
+        with FileLock(folder.with_name(f".{name}.lock"), timeout=BUILD_SECONDS):
+            with contextlib.suppress(EnvironmentMissing):
+                return find(name)
             print(f"{name}: building in {folder} (some minutes)", file=sys.stderr)
             shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed
             try:
@@ -63,11 +59,11 @@ def build(name: str, folder: Path | None = None) -> Path:
                 shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise BuildFailed(str(error)) from error
-    return interpreter(folder)
+    return find(name)
 
 
 def _install(name: str, folder: Path) -> None:
-    pip = [str(interpreter(folder)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([sys.executable, "-m", "venv", str(folder)])
     # torch with its dependencies: they differ by machine (CUDA's libraries, or none).
     _run([*pip, "--constraint", str(lock(name)), "torch", "setuptools", "wheel"])

@@ -1,4 +1,4 @@
-"""JPEG size in kB at quality 95: plus (incompressibility) or minus (compressibility) that. Prompts do not matter."""
+"""JPEG size in kB (1000 bytes) at quality 95: plus (incompressibility) or minus that. Prompts do not matter."""
 
 from __future__ import annotations
 

@@ -43,11 +43,9 @@ class PackageReward:
     differentiable = False
 
     def __init__(
-        self, name: str, weights: str | None = None, device: str = "cpu", *, python: str | None = None,
-        seconds: float = 300.0, **options: Any,
-    ) -> None:  # fmt: skip
-        """`python`: the interpreter of the package's environment, by default that of `build`. `seconds`: the deadline
-        for loading, and for one call. `options`: those of the native model's `assets`.
+        self, name: str, weights: str | None = None, device: str = "cpu", *, seconds: float = 300.0, **options: Any
+    ) -> None:
+        """`seconds`: the deadline for loading, and for one call. `options`: those of the native model's `assets`.
 
         Raises ValueError or TypeError for an unknown name or option, EnvironmentMissing (a ValueError).
         """
@@ -61,7 +59,7 @@ class PackageReward:
         self.assets: list[Asset] = models[name].assets(weights, **options)
         if name == "hpsv2":
             self.assets = self.assets[:1]  # the package brings its tokenizer
-        self.python = package_environment.find(name, python)
+        self.python = package_environment.find(name)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -117,9 +117,7 @@ def check_options(options: dict[Any, Any]) -> None:
     own = ("name", "weights", "device", "backend")
     for key in options:
         if not isinstance(key, str) or not key.isidentifier() or key in own:
-            raise ValueError(
-                f"reward.options: {key!r} cannot be one; {', '.join(own)} are settings beside reward.options"
-            )
+            raise ValueError(f"reward.options: {key!r} cannot be one; {', '.join(own)} are settings beside options")
 
 
 @contextlib.contextmanager

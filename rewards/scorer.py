@@ -119,10 +119,8 @@ class Scorer:
     def score(self, clean: CleanPredictions) -> Scores:
         """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient.
 
-        Raises:
-            BadReward: the reward raised, or it or its gradient is NaN or infinite somewhere, an image is black, latents
-                are not numbers; where bad trajectories are set aside, only if none of the chunk is good.
-            OutOfMemory: the batch is too large for the GPU.
+        Raises BadReward where the reward raised, or it or its gradient is NaN or infinite somewhere, an image is black,
+        latents are not numbers (where bad trajectories are set aside, only if none is good); OutOfMemory.
         """
         chunk, row, step, at_end = clean.chunk, clean.row, clean.step, clean.step == clean.num_steps
         judged = _Judgement(clean, self.gradients and chunk.purpose == "train", self.quarantine)

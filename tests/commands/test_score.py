@@ -49,9 +49,8 @@ def test_a_folder_is_scored_in_sorted_order_with_a_prompt_each(folder, tmp_path,
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
     assert score.main([*hps_arguments(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), str(folder)]) == 0
     found = table(capsys.readouterr().out)
-    assert [path for path, _ in found] == [
-        str(folder / name) for name in ("a.png", "b.jpeg", "c.PNG", "d.webp", "e.png")
-    ]
+    names = ["a.png", "b.jpeg", "c.PNG", "d.webp", "e.png"]
+    assert [path for path, _ in found] == [str(folder / name) for name in names]
     reward = registry.load(**write_hpsv2(tmp_path))
     for (path, value), prompt in zip(found, prompts, strict=True):
         image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255

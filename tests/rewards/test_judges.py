@@ -1,10 +1,13 @@
 """Held-out rewards and features of evaluation images."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from brightness import Brightness, clean, scorer
-from transformers import CLIPConfig, CLIPModel
+from tiny_models import write_aesthetic
+from transformers import CLIPVisionModelWithProjection
 
 from rewards import features, judges
 from rewards.judges import Judges
@@ -20,15 +23,9 @@ class Broken(Brightness):
         raise RuntimeError("no such luck")
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    torch.manual_seed(0)
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    vision = {**small, "image_size": 32, "patch_size": 8, "projection_dim": 8, "hidden_act": "quick_gelu"}
-    config = CLIPConfig(text_config={**small, "projection_dim": 8}, vision_config=vision, projection_dim=8)
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def clip(tmp_path):
+    return Path(write_aesthetic(tmp_path)["clip"])
 
 
 def test_pixels_tell_place_and_colour_apart():
@@ -45,12 +42,11 @@ def test_pixels_tell_place_and_colour_apart():
 
 def test_clip_features_are_the_models_own_embedding(clip):
     images = torch.from_numpy(PICTURES).permute(0, 3, 1, 2).float() / 255
-    found = features.load("clip", str(clip))(images)
-    model = CLIPModel.from_pretrained(clip).eval()
+    model = CLIPVisionModelWithProjection.from_pretrained(clip)
     with torch.no_grad():
-        expected = model.get_image_features(pixel_values=short_side(images, 32))
-    expected = getattr(expected, "pooler_output", expected)
-    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-5)
+        expected = model(pixel_values=short_side(images, model.config.image_size)).image_embeds
+    embedded = features.load("clip", str(clip))(images)
+    torch.testing.assert_close(embedded, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-5)
 
 
 def test_features_that_cannot_be_had_are_named(clip, tmp_path):

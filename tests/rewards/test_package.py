@@ -1,6 +1,7 @@
 """The package backend with workers that are not the packages: what goes wrong, deadlines, deaths."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from rewards import package, package_worker, registry
+from rewards import package, package_environment, package_worker, registry
 from rewards.package import PackageFailed, PackageReward
 from rewards.package_environment import EnvironmentMissing
 
@@ -55,18 +56,22 @@ worker.main({"hpsv2": make})
 
 
 @pytest.fixture
-def make(tmp_path):
-    """make(script=FAKE, weights="", **options) -> a PackageReward whose interpreter runs the script."""
+def make(tmp_path, monkeypatch):
+    """make(script=FAKE, weights="", **options) -> a PackageReward whose environment's interpreter runs the script."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rewards = []
 
     def maker(script: str = FAKE, weights: str = "", **options):
         (tmp_path / "fake.py").write_text(script)
         (tmp_path / "weights.pt").write_text(weights)
-        python = tmp_path / "python"
-        # -I and the worker's file are what a real interpreter would be given; -I is kept from the fake.
-        python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
-        python.chmod(0o755)
-        rewards.append(PackageReward("hpsv2", str(tmp_path / "weights.pt"), python=str(python), **options))
+        for name in ("hpsv2", "imagereward"):
+            python = package_environment.place(name) / "bin" / "python"
+            python.parent.mkdir(parents=True, exist_ok=True)
+            # -I and the worker's file are what a real interpreter would be given; -I is kept from the fake.
+            python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
+            python.chmod(0o755)
+            shutil.copy(package_environment.lock(name), python.parents[1] / package_environment.MARKER)
+        rewards.append(PackageReward("hpsv2", str(tmp_path / "weights.pt"), **options))
         return rewards[-1]
 
     yield maker
@@ -166,8 +171,7 @@ def test_an_interpreter_that_runs_something_else_is_said(make, monkeypatch, scri
 
 
 def test_a_forgotten_reward_ends_its_process(make):
-    kept = make()
-    forgotten = PackageReward("hpsv2", kept.assets[0].source, python=str(kept.python))
+    forgotten = PackageReward("hpsv2", make().assets[0].source)
     pid = int(forgotten(IMAGES, ["pid", "", ""])[0])
     assert not gone(pid, 0)
     del forgotten
@@ -177,11 +181,10 @@ def test_a_forgotten_reward_ends_its_process(make):
 PARENTS = """
 import os, sys, time, torch
 from rewards.package import PackageReward
-weights, python = sys.argv[1:]
 images = torch.zeros(3, 3, 4, 4)
 for case in ("idle", "busy", "forked"):
     if os.fork() == 0:
-        reward = PackageReward("hpsv2", weights, python=python)
+        reward = PackageReward("hpsv2", sys.argv[1])
         worker = int(reward(images, ["pid", "", ""])[0])
         if case == "forked" and os.fork() == 0:  # it holds the other end of the socket
             reward.close()  # and has no say
@@ -196,8 +199,8 @@ for _ in range(3):
 """
 
 
-def test_the_worker_ends_when_its_parent_is_killed(make, tmp_path):
-    command = [sys.executable, "-c", PARENTS, str(tmp_path / "weights.pt"), str(make().python)]
+def test_the_worker_ends_when_its_parent_is_killed(make):
+    command = [sys.executable, "-c", PARENTS, make().assets[0].source]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         pairs = [[int(pid) for pid in launcher.stdout.readline().split()] for _ in range(3)]
         time.sleep(0.2)
@@ -209,38 +212,38 @@ def test_the_worker_ends_when_its_parent_is_killed(make, tmp_path):
 
 
 def test_wrong_settings_are_refused_before_anything_starts(make, tmp_path, monkeypatch):
-    python = str(make().python)
+    make()
     for name, weights, options, said in [
         ("aesthetic", None, {}, r"reward\.backend: aesthetic has no package; there are hpsv2, imagereward"),
         ("hpsv2", None, {"version": "v3"}, r"reward\.options\.version: 'v3', expected v2\.0 or v2\.1"),
         ("imagereward", None, {"version": "v2.1"}, r"reward\.options: imagereward: .*'version'"),
         ("hpsv2", "/no/such.pt", {}, r"reward\.weights: no such file or folder: /no/such\.pt"),
         ("imagereward", None, {"med_config": "./no.json"}, r"reward\.options\.med_config: no such file"),
-        ("hpsv2", None, {"python": "/no/python"}, r"reward\.options\.python: /no/python"),
+        ("hpsv2", None, {"colour": 3}, r"reward\.options: hpsv2: .*'colour'"),
     ]:
         with pytest.raises(ValueError, match=said):
-            registry.check(name, weights, {"python": python, **options}, PROMPTS, backend="package")
+            registry.check(name, weights, options, PROMPTS, backend="package")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(EnvironmentMissing, match=r"no environment for hpsv2 in .*cache.*rewards\.package build hpsv2"):
         PackageReward("hpsv2")
-    with pytest.raises(ValueError, match="python"):  # an option of the package backend alone
-        registry.check("hpsv2", None, {"python": "x"}, PROMPTS)
+    with pytest.raises(ValueError, match="seconds"):  # an option of the package backend alone
+        registry.check("hpsv2", None, {"seconds": 3}, PROMPTS)
 
 
 def test_the_backend_is_a_setting_and_files_come_from_a_folder_or_the_hub(make, tmp_path, monkeypatch):
-    options = {"python": str(make().python)}
+    make()
     (tmp_path / "HPS_v2_compressed.pt").write_text("")
     cached = {("someone/copy", "other.pt"): str(tmp_path / "weights.pt")}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *place: cached.get(place))
     for weights, version in ((str(tmp_path), {"version": "v2.0"}), ("someone/copy:other.pt", {})):
-        registry.check("hpsv2", weights, options | version, PROMPTS, backend="package")
-        reward = registry.load("hpsv2", weights, backend="package", **options, **version)
+        registry.check("hpsv2", weights, version, PROMPTS, backend="package")
+        reward = registry.load("hpsv2", weights, backend="package", **version)
         assert isinstance(reward, PackageReward) and reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]
         reward.close()
     with pytest.raises(ValueError, match=r"hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt.*set reward\.weights="):
-        PackageReward("hpsv2", **options)(IMAGES, PROMPTS)
+        PackageReward("hpsv2")(IMAGES, PROMPTS)
     with pytest.raises(ValueError, match=r"residual_nabla_db learns from the gradient .* not differentiable"):
-        registry.check("hpsv2", weights, options, PROMPTS, "residual_nabla_db", "package")
+        registry.check("hpsv2", weights, {}, PROMPTS, "residual_nabla_db", "package")
 
 
 def test_the_worker_imports_nothing_of_ours_and_no_package_by_itself():

@@ -20,18 +20,11 @@ from PIL import Image
 from commands.build_package import BPE, build
 from rewards import package_worker, registry
 from rewards.package import PackageReward
+from rewards.package_environment import place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PROMPTS = ["a cat", "a red cube on a table", "a very long sentence " * 12, "été, 2 dogs!"]
-MED_CONFIG = {
-    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
-    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "pad_token_id": 0, "add_type_embeddings": False, "vocab_size": 30524,
-    "encoder_width": 1024, "add_cross_attention": True,
-}  # fmt: skip
-
 # Run by the isolated interpreter: argv is the worker's file, the model, the checkpoint, and files as JSON.
 MAKE = """
 import importlib.util, json, sys, types
@@ -75,7 +68,7 @@ def folder():
 
 def imagereward(folder: Path) -> tuple[dict, dict]:
     """What package and native model take beside the checkpoint. Vocabulary of BERT's size and special tokens."""
-    (folder / "med_config.json").write_text(json.dumps(MED_CONFIG))
+    (folder / "med_config.json").write_text(json.dumps(inputs.PUBLISHED_MED_CONFIG))
     special = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(33, 127)]
     words = list(
@@ -90,7 +83,7 @@ def imagereward(folder: Path) -> tuple[dict, dict]:
 
 def hpsv2(folder: Path) -> tuple[dict, dict]:
     """With fewer layers, and the tokenizer's vocabulary from open_clip_torch, for the native model."""
-    [packages] = (folder / "environment").glob("lib/python*/site-packages")
+    [packages] = place("hpsv2").glob("lib/python*/site-packages")
     file = packages / "hpsv2/src/open_clip/model_configs/ViT-H-14.json"
     config = json.loads(file.read_text())
     config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 4
@@ -109,12 +102,13 @@ def pictures() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["imagereward", "hpsv2"])
-def test_a_package_scores_in_its_own_environment_and_as_the_native_model_does(name, folder):
-    python, images, weights = build(name, folder / "environment"), pictures(), str(folder / "weights.pt")
+def test_a_package_scores_in_its_own_environment_and_as_the_native_model_does(name, folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    python, images, weights = build(name), pictures(), str(folder / "weights.pt")
     files, native_options = {"imagereward": imagereward, "hpsv2": hpsv2}[name](folder)
     command = [str(python), "-I", "-c", MAKE, package_worker.__file__, name, weights, json.dumps(files)]
     subprocess.run(command, check=True, timeout=600)
-    reward = PackageReward(name, weights, python=str(python), **files)
+    reward = PackageReward(name, weights, **files)
     together = reward(images, PROMPTS)
     apart = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
     other = reward(images, PROMPTS[::-1])

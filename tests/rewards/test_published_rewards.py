@@ -30,19 +30,13 @@ def made(tmp_path_factory):
     return load
 
 
-def images(*, gradient: bool = False, dtype=torch.float32) -> tuple[torch.Tensor, list[str]]:
+def images(dtype=torch.float32) -> tuple[torch.Tensor, list[str]]:
     """[3, 3, 37, 29]: neither square nor of any model's size."""
-    values = inputs.rng("images").uniform(0, 1, (3, 3, 37, 29))
-    return torch.from_numpy(values).to(dtype).requires_grad_(gradient), inputs.TRICKY[:3]
+    return torch.from_numpy(inputs.rng("images").uniform(0, 1, (3, 3, 37, 29))).to(dtype), inputs.TRICKY[:3]
 
 
 def as_image(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
-
-
-def native(reward, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """The network alone, from normalised pixels."""
-    return reward.network(pixels, *reward.tokens(prompts))
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("aesthetic", 1e-5), ("hpsv2", 1e-10), ("imagereward", 1e-10)])
@@ -54,7 +48,7 @@ def test_scores_and_gradients_are_those_of_the_authors_code(name, tolerance, mad
     else:
         pixels = pixels.float()
     pixels.requires_grad_()
-    scores = native(reward, pixels, inputs.PROMPTS)
+    scores = reward.network(pixels, *reward.tokens(inputs.PROMPTS))
     gradients = torch.autograd.grad(scores.sum(), pixels)[0]
     far = [
         np.abs(found.detach().numpy() - golden[key]).max()
@@ -151,7 +145,8 @@ def test_gradient_reaches_the_images_and_is_that_of_finite_differences(name, mad
     """Through the resize too."""
     reward = made(name)
     reward.network.double()
-    pictures, prompts = images(gradient=True, dtype=torch.float64)
+    pictures, prompts = images(torch.float64)
+    pictures.requires_grad_()
     gradient = torch.autograd.grad(reward(pictures, prompts).sum(), pictures)[0]
     assert (gradient.abs().amax((1, 2, 3)) > 1e-6).all()
     generator = torch.Generator().manual_seed(1)
@@ -178,11 +173,3 @@ def test_the_callers_autocast_and_half_precision_stay_outside(name, made):
     scores = reward(half, prompts)
     assert scores.dtype == torch.float32
     assert torch.autograd.grad(scores.sum(), half)[0].isfinite().all()
-
-
-def test_buffers_that_no_checkpoint_holds_are_made_anew(made):
-    positions = made("imagereward").network.text.embeddings.position_ids
-    assert positions.tolist() == [list(range(inputs.MED_CONFIG["max_position_embeddings"]))]
-    clip = made("hpsv2").network.clip
-    assert clip.text_model.embeddings.position_ids.tolist() == [list(range(77))]
-    assert clip.vision_model.embeddings.position_ids.tolist() == [list(range(5))]
