@@ -179,8 +179,12 @@ def test_a_forgotten_reward_ends_its_process(make):
 
 
 PARENTS = """
-import os, sys, time, torch
+import os, sys, time, torch, types
 from rewards.package import PackageReward
+from rewards.weights import Asset
+model = types.SimpleNamespace(assets=lambda weights: [Asset("reward.weights", weights, ())])
+for module in ("rewards.hpsv2", "rewards.imagereward"):  # which import transformers
+    sys.modules[module] = types.SimpleNamespace(HPSv2=model, ImageReward=model)
 images = torch.zeros(3, 3, 4, 4)
 for case in ("idle", "busy", "forked"):
     if os.fork() == 0:
