@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from rewards.package_environment import MARKER, NAMES, default_folder, fits, interpreter, lock, marker, pins
+from rewards.package_environment import MARKER, NAMES, EnvironmentMissing, find, lock, place
 
 BUILD_SECONDS = 3600  # of one step, and for another's build
-BUILDERS = ("setuptools", "wheel")  # what source distributions are built with
 BPE = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -28,87 +29,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rewards.package", description=__doc__)
     parser.add_argument("command", choices=["build"], help="make the environment that a package runs in")
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--dir", type=Path, help="where; default ~/.cache/tributary/packages/NAME")
-    options = parser.parse_args(arguments)
+    name = parser.parse_args(arguments).name
     try:
-        python = build(options.name, options.dir, lambda line: print(line, file=sys.stderr))
+        build(name)
     except BuildFailed as error:
-        print(f"{options.name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
-    print(f"reward.name={options.name}\nreward.backend=package")
-    if options.dir is not None:
-        print(f"reward.options.python={python}")
+    print(f"reward.name={name}\nreward.backend=package")
     return 0
 
 
-def build(name: str, folder: Path | None = None, say: Callable[[str], None] = print) -> Path:
-    """The interpreter of a whole environment in `folder`, which is built where it is not there.
-
-    It is made aside and renamed at the end, so that half of one is never found; builds at once wait for each other.
-
-    Raises:
-        BuildFailed: see there.
-    """
-    folder = (folder or default_folder(name)).expanduser().absolute()
+def build(name: str) -> Path:
+    """The interpreter of a whole environment, which is built where it is not there: aside, and renamed at the end, so
+    that half of one is never found; builds at once wait for each other. Raises BuildFailed."""
+    folder = place(name)
+    aside = folder.with_name(f".{name}.building")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=BUILD_SECONDS):
-            if fits(name, folder):
-                say(f"{name}: {folder} is there already")
-            else:
-                _build(name, folder, say)
-    except Timeout as error:
-        raise BuildFailed(f"another build has had {error.lock_file} for {BUILD_SECONDS} s") from error
+        with FileLock(folder.with_name(f".{name}.lock"), timeout=BUILD_SECONDS):
+            with contextlib.suppress(EnvironmentMissing):
+                return find(name)
+            print(f"{name}: building in {folder} (some minutes)", file=sys.stderr)
+            shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed
+            try:
+                _install(name, aside)
+                shutil.rmtree(folder, ignore_errors=True)  # of another lock file
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise BuildFailed(f"cannot write {error.filename or folder}: {error.strerror}") from error
-    return interpreter(folder)
+        raise BuildFailed(str(error)) from error
+    return find(name)
 
 
-def _build(name: str, folder: Path, say: Callable[[str], None]) -> None:
-    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BuildFailed(f"{folder} is something else; remove it, or choose another folder with --dir")
-    aside = folder.parent / f".{folder.name}.building"  # what is left of a build that was killed goes
-    shutil.rmtree(aside, ignore_errors=True)
-    pinned, locked = pins(name), str(lock(name))
-    pip = [str(interpreter(aside)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    try:
-        say(f"{name}: building in {folder} (some minutes)")
-        _run([sys.executable, "-m", "venv", str(aside)])
-        # torch with its dependencies: they differ by machine (CUDA's libraries, or none).
-        say(f"{name}: torch")
-        builders = [pinned[builder] for builder in BUILDERS if builder in pinned]
-        _run([*pip, "--constraint", locked, *builders, pinned["torch"]])
-        # The packages' own pins contradict each other, hence --no-deps; and a source distribution is built with the
-        # pinned tools, not with the newest.
-        say(f"{name}: the rest")
-        _run([*pip, "--no-deps", "--no-build-isolation", "--requirement", locked])
-        if name == "hpsv2":
-            _complete_hps(aside)
-        (aside / MARKER).write_text(marker(name), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # of another lock file, or empty
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _complete_hps(folder: Path) -> None:
-    """hpsv2's wheel lacks the vocabulary of its tokenizer, which open_clip_torch's has."""
-    [packages] = folder.glob("lib/python*/site-packages")
-    source, target = packages / "open_clip" / BPE, packages / "hpsv2" / "src" / "open_clip" / BPE
-    if not source.exists():
-        raise BuildFailed(f"open_clip_torch no longer has {BPE}, which hpsv2's tokenizer needs")
-    shutil.copyfile(source, target)
+def _install(name: str, folder: Path) -> None:
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    _run([sys.executable, "-m", "venv", str(folder)])
+    # torch with its dependencies: they differ by machine (CUDA's libraries, or none).
+    _run([*pip, "--constraint", str(lock(name)), "torch", "setuptools", "wheel"])
+    # The packages' own pins contradict each other, hence --no-deps; and a source distribution is built with the pinned
+    # tools, not with the newest.
+    _run([*pip, "--no-deps", "--no-build-isolation", "--requirement", str(lock(name))])
+    if name == "hpsv2":  # its wheel lacks the vocabulary of its tokenizer, which open_clip_torch's has
+        [packages] = folder.glob("lib/python*/site-packages")
+        shutil.copyfile(packages / "open_clip" / BPE, packages / "hpsv2" / "src" / "open_clip" / BPE)
+    shutil.copyfile(lock(name), folder / MARKER)
 
 
 def _run(command: list[str]) -> None:
     # A pip or python setting of the caller's own environment has no business in this one.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=BUILD_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise BuildFailed(f"`{' '.join(command)}` took longer than {BUILD_SECONDS} s") from error
-    if done.returncode:
-        last = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-5:]
-        raise BuildFailed(f"`{' '.join(command)}` failed:\n  " + "\n  ".join(last))
+        subprocess.run(command, check=True, env=environment, timeout=BUILD_SECONDS, **streams)
+    except subprocess.SubprocessError as error:  # it failed, or took too long
+        lines = str(error.stderr or error.stdout or "").strip().splitlines()  # type: ignore[attr-defined]
+        raise BuildFailed("\n  ".join([str(error), *lines[-5:]])) from error

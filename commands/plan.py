@@ -264,24 +264,24 @@ def _aesthetic() -> tuple[Any, ...]:
 
 
 def _hpsv2() -> tuple[Any, ...]:
-    from rewards.hpsv2 import Network, Size
+    from rewards.hpsv2 import Network, clip_config
 
-    ids = torch.zeros(1, Size.context, dtype=torch.int64)
-    return Network(Size().config()), torch.zeros(1, 3, Size.image, Size.image), ids
+    ids = torch.zeros(1, 77, dtype=torch.int64)
+    return Network(clip_config()), torch.zeros(1, 3, 224, 224), ids
 
 
 def _imagereward() -> tuple[Any, ...]:
     from transformers import BlipTextConfig
 
-    from rewards.imagereward import TOKENS, Network, Vision
+    from rewards.imagereward import TOKENS, Network, vision_config
 
     text = BlipTextConfig(
         vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        encoder_hidden_size=Vision.width, is_decoder=True,
+        encoder_hidden_size=1024, is_decoder=True,
     )  # fmt: skip
     text._attn_implementation = "eager"
-    ids, pixels = torch.zeros(1, TOKENS, dtype=torch.int64), torch.zeros(1, 3, Vision.image, Vision.image)
-    return Network(Vision().config(), text), pixels, ids, None  # a mask would be looked into
+    ids, pixels = torch.zeros(1, TOKENS, dtype=torch.int64), torch.zeros(1, 3, 224, 224)
+    return Network(vision_config(), text), pixels, ids, None  # a mask would be looked into
 
 
 def _count(forward: Callable[[], torch.Tensor], backward: bool = False) -> float:

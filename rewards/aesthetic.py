@@ -13,10 +13,10 @@ from transformers import CLIPConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from rewards.network import NetworkReward, Published, fill, score_head
-from rewards.weights import Asset, BadWeights, find, pick, read
+from rewards.weights import Asset, BadWeights, find, read
 
 HEAD, CLIP = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", "openai/clip-vit-large-patch14"
-SAVED = "model.safetensors|pytorch_model.bin"  # as transformers saves CLIP
+SAVED = "model.safetensors"  # as transformers saves CLIP
 OTHERS = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")  # not needed
 
 
@@ -40,18 +40,12 @@ class Aesthetic(NetworkReward):
 
     @staticmethod
     def assets(weights: str | None = None, *, clip: str = CLIP) -> list[Asset]:
-        """What `__init__` reads."""
-        return [
-            Asset("reward.weights", weights or HEAD, ("aesthetic-model.pth",)),
-            clip_asset("reward.options.clip", clip),
-        ]
+        """What is read: the head's file, and the folder or hub id of OpenAI's CLIP as transformers saves it."""
+        head = Asset("reward.weights", weights or HEAD, ("aesthetic-model.pth",))
+        return [head, clip_asset("reward.options.clip", clip)]
 
     def __init__(self, weights: str | None = None, device: str = "cpu", *, clip: str = CLIP) -> None:
-        """`weights`: the head's file; `clip`: the folder or hub id of OpenAI's CLIP as transformers saves it.
-
-        Raises:
-            WeightsNotFound, BadWeights: see there.
-        """
+        """Raises WeightsNotFound, BadWeights."""
         head, folder = find(self.assets(weights, clip=clip))
         tower = clip_tower(folder, device)
         with torch.device("meta"):
@@ -66,23 +60,17 @@ def clip_asset(key: str, source: str) -> Asset:
 
 
 def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
-    """The image tower of OpenAI's CLIP, from the folder that `clip_asset` names.
-
-    Raises:
-        BadWeights: not CLIP's, or not with OpenAI's activation, which the aesthetic head was trained on.
-    """
+    """The image tower of OpenAI's CLIP, from the folder that `clip_asset` names. Raises BadWeights where it is not
+    CLIP's, or not with OpenAI's activation, which the aesthetic head was trained on."""
     file = folder / "config.json"
     try:
         whole = CLIPConfig.from_json_file(file)
     except Exception as error:  # json, and transformers' own validation
         raise BadWeights(f"{file} is no configuration of a CLIP model: {type(error).__name__}: {error}") from error
     config = whole.vision_config
-    config.projection_dim = whole.projection_dim
-    config._attn_implementation = "sdpa"
+    config.projection_dim, config._attn_implementation = whole.projection_dim, "sdpa"
     if config.hidden_act != "quick_gelu":
         raise BadWeights(f"{file}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
     with torch.device("meta"):
         tower = CLIPVisionModelWithProjection(config)
-    saved = folder / pick([SAVED], lambda name: (folder / name).is_file())[0]
-    state = {key: tensor for key, tensor in read(saved).items() if not key.startswith(OTHERS)}
-    return fill(tower, state, f"{saved}: no CLIP image tower", device)
+    return fill(tower, read(folder / SAVED), f"{folder / SAVED}: no CLIP image tower", device, unused=OTHERS)

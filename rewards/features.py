@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,87 +12,52 @@ from torch import Tensor
 from rewards.aesthetic import CLIP, clip_asset, clip_tower
 from rewards.names import FeatureKind
 from rewards.network import short_side
-from rewards.weights import WeightsNotFound, check, find
+from rewards.weights import WeightsNotFound, find
+
+Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F] float32
+SIDE = 8  # of the grid of cells
+OF_MEAN = 2.0  # weight of the mean colour beside the 64 cells
 
 
-class Features(Protocol):
-    def __call__(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B, F] float32."""
-        ...
-
-
-class Pixels:
+def pixels(images: Tensor) -> Tensor:
     """Colours of an 8 x 8 grid as they differ from the picture's mean colour, and that: F = 195. For plain pictures
     such as the embedded model's; on photographs it sees layout and colour alone."""
-
-    SIDE = 8
-    OF_MEAN = 2.0  # weight beside the 64 cells
-
-    def __call__(self, images: Tensor) -> Tensor:
-        cells = F.adaptive_avg_pool2d(images.float(), self.SIDE).flatten(2) * 2 - 1
-        mean = cells.mean(2)
-        return torch.cat([(cells - mean[..., None]).flatten(1), self.OF_MEAN * mean], 1)
-
-
-class Clip:
-    """Image embedding of OpenAI's CLIP, of length 1."""
-
-    def __init__(self, source: str, device: str) -> None:
-        """`source`: folder or hub id, as transformers saves it.
-
-        Raises:
-            WeightsNotFound, BadWeights: see there.
-        """
-        [folder] = find([clip_asset("evaluation.clip", source)])
-        self.network = clip_tower(folder, device)
-        self.side = self.network.config.image_size
-
-    def __call__(self, images: Tensor) -> Tensor:
-        weight = next(self.network.parameters())
-        pixels = short_side(images, self.side).to(weight.device, weight.dtype)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            return F.normalize(self.network(pixel_values=pixels).image_embeds, dim=-1)
-
-
-class DreamSim:
-    """DreamSim's embedding (arXiv 2306.09344), which was tuned to people's judgement of similarity. Of the package
-    `dreamsim`, which downloads its weights itself; never run in development."""
-
-    def __init__(self, device: str) -> None:
-        """
-        Raises:
-            WeightsNotFound: the package is not here.
-        """
-        try:
-            from dreamsim import dreamsim
-        except ImportError as error:
-            raise WeightsNotFound(f"evaluation.features: dreamsim: {error}; pip install dreamsim") from error
-        self.model, _ = dreamsim(pretrained=True, device=device)
-        self.device = device
-
-    def __call__(self, images: Tensor) -> Tensor:
-        resized = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
-        with torch.no_grad():
-            return self.model.embed(resized.to(self.device)).float()
+    cells = F.adaptive_avg_pool2d(images.float(), SIDE).flatten(2) * 2 - 1
+    mean = cells.mean(2)
+    return torch.cat([(cells - mean[..., None]).flatten(1), OF_MEAN * mean], 1)
 
 
 def load(kind: FeatureKind, clip: str | None = None, device: str = "cpu") -> Features:
-    """
-    Raises:
-        WeightsNotFound, BadWeights: see there.
+    """`clip`: OpenAI's CLIP, a folder or hub id as transformers saves it; its image embedding has length 1. dreamsim:
+    that package's embedding (arXiv 2306.09344), tuned to people's judgement of similarity; never run in development.
+
+    Raises WeightsNotFound, BadWeights.
     """
     if kind == "pixels":
-        return Pixels()
-    return Clip(clip or CLIP, device) if kind == "clip" else DreamSim(device)
+        return pixels
+    require(kind, clip)
+    if kind == "dreamsim":
+        from dreamsim import dreamsim
+
+        model, _ = dreamsim(pretrained=True, device=device)  # it downloads its weights itself
+    else:
+        [folder] = find([clip_asset("evaluation.clip", clip or CLIP)])
+        model = clip_tower(folder, device)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            if kind == "dreamsim":
+                resized = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
+                return model.embed(resized.to(device)).float()
+            seen = short_side(images, model.config.image_size).to(device, torch.float32)
+            return F.normalize(model(pixel_values=seen).image_embeds, dim=-1)
+
+    return embed
 
 
 def require(kind: FeatureKind, clip: str | None = None) -> None:
-    """Is all there that `load` reads? Nothing is downloaded.
-
-    Raises:
-        WeightsNotFound: it is not.
-    """
+    """Raises WeightsNotFound where not all is there that `load` reads. Nothing is downloaded."""
     if kind == "dreamsim" and importlib.util.find_spec("dreamsim") is None:
         raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
     if kind == "clip":
-        check([clip_asset("evaluation.clip", clip or CLIP)])
+        find([clip_asset("evaluation.clip", clip or CLIP)], fetch=False)

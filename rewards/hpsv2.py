@@ -7,38 +7,25 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPModel
 
-from rewards.network import NetworkReward, Published, fill, long_side
+from rewards.network import NetworkReward, Published, Sizes, fill, long_side, tower
 from rewards.weights import HPS_FILES, Asset, BadWeights, find, read
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # OpenCLIP uses the same vocabulary
-
-# What ftfy.fix_text does to a prompt before OpenCLIP reads it, but for mending wrongly decoded text.
-STRAIGHT = str.maketrans(
-    dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
-)
-WIDE_OR_JOINED = (
-    [0x3000, 0x132, 0x133], range(0x1C4, 0x1CD), range(0x1F1, 0x1F4), range(0xFB00, 0xFB07), range(0xFF01, 0xFFF0),
-)  # fmt: skip
-PLAIN = {code: unicodedata.normalize("NFKC", chr(code)) for codes in WIDE_OR_JOINED for code in codes}
-PLAIN |= {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
-PLAIN |= {0x149: "\u02bcn", 0xFB05: "\u017ft"}
 # What begins and ends a text is written in another way by OpenCLIP, to which transformers' way is mere letters.
 MARKS = (
     ("<|startoftext|>", "<| startoftext |>"), ("<|endoftext|>", "<| endoftext |>"),
     ("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>"),
 )  # fmt: skip
-UNSEEN = re.compile("\033\\[[\\d;]*[a-zA-Z]|[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 # From the names of `Network`'s tensors to OpenCLIP's, in this order.
 NAMES = (
     ("clip.", ""), ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.patch_embedding.", "conv1."),
@@ -52,40 +39,21 @@ NAMES = (
 QKV = re.compile(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
-@dataclass(frozen=True)
-class Size:
-    """OpenCLIP's ViT-H/14; the MLPs are four times as wide."""
-
-    embedding: int = 1024
-    image: int = 224
-    patch: int = 14
-    vision_width: int = 1280
-    vision_layers: int = 32
-    vision_heads: int = 16
-    text_width: int = 1024
-    text_layers: int = 24
-    text_heads: int = 16
-    vocabulary: int = 49408
-    context: int = 77
-
-    def config(self) -> CLIPConfig:
-        """OpenCLIP's gelu is the exact one, not OpenAI's quick_gelu. A prompt is read off at the highest token id."""
-        vision = {
-            "hidden_size": self.vision_width, "intermediate_size": 4 * self.vision_width,
-            "num_hidden_layers": self.vision_layers, "num_attention_heads": self.vision_heads,
-            "image_size": self.image, "patch_size": self.patch,
-        }  # fmt: skip
-        text = {
-            "hidden_size": self.text_width, "intermediate_size": 4 * self.text_width,
-            "num_hidden_layers": self.text_layers, "num_attention_heads": self.text_heads,
-            "vocab_size": self.vocabulary, "max_position_embeddings": self.context,
-            "bos_token_id": self.vocabulary - 2, "eos_token_id": self.vocabulary - 1, "pad_token_id": 0,
-        }  # fmt: skip
-        both = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": self.embedding}
-        return CLIPConfig(
-            text_config=text | both, vision_config=vision | both, projection_dim=self.embedding,
-            attn_implementation="sdpa",  # the eager one takes its softmax in float32
-        )  # fmt: skip
+def clip_config(
+    *, embedding: int = 1024, image: int = 224, patch: int = 14, vision_width: int = 1280, vision_layers: int = 32,
+    vision_heads: int = 16, text_width: int = 1024, text_layers: int = 24, text_heads: int = 16,
+    vocabulary: int = 49408, context: int = 77,
+) -> CLIPConfig:  # fmt: skip
+    """OpenCLIP's ViT-H/14, or of other sizes. Its gelu is the exact one, not OpenAI's quick_gelu. A prompt is read off
+    at the highest token id."""
+    both = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": embedding}
+    vision = tower(vision_width, vision_layers, vision_heads) | {"image_size": image, "patch_size": patch}
+    text = tower(text_width, text_layers, text_heads)
+    text |= {"vocab_size": vocabulary, "max_position_embeddings": context, "pad_token_id": 0}
+    text |= {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
+    config = CLIPConfig(text_config=text | both, vision_config=vision | both, projection_dim=embedding)
+    config._attn_implementation = "sdpa"  # the eager one takes its softmax in float32
+    return config
 
 
 class Network(nn.Module):
@@ -109,59 +77,44 @@ class HPSv2(NetworkReward):
 
     @staticmethod
     def assets(
-        weights: str | None = None, *, version: str = "v2.1", tokenizer: str = TOKENIZER,
-        size: dict[str, int] | None = None,
-    ) -> list[Asset]:  # fmt: skip
+        weights: str | None = None, *, version: str = "v2.1", tokenizer: str = TOKENIZER, size: Sizes = None
+    ) -> list[Asset]:
         """What is read: `weights`, the checkpoint, by default that of `version`, and `tokenizer`, CLIP's, a folder or
-        hub id. `size` changes fields of `Size`, for other sizes than the published one.
+        hub id. `size`: of `clip_config`, where it is not the published one.
 
-        Raises:
-            ValueError: no such version.
-            TypeError: `size` has other fields.
+        Raises ValueError for another version, TypeError for other keys of `size`.
         """
-        Size(**size or {})
+        clip_config(**size or {})
         if version not in HPS_FILES:
             raise ValueError(f"reward.options.version: {version!r}, expected {' or '.join(HPS_FILES)}")
-        words = ("tokenizer.json|vocab.json", "merges.txt?", "tokenizer_config.json?")
         return [
             Asset("reward.weights", weights or f"xswu/HPSv2:{HPS_FILES[version]}", (HPS_FILES[version],)),
-            Asset("reward.options.tokenizer", tokenizer, words, folder=True),
+            Asset("reward.options.tokenizer", tokenizer, ("vocab.json", "merges.txt"), folder=True),
         ]
 
-    def __init__(self, weights: str | None = None, device: str = "cpu", **options: Any) -> None:
-        """`weights` and `options`: those of `assets`.
-
-        Raises:
-            WeightsNotFound, BadWeights: see there.
-            ValueError, TypeError: as `assets`.
-        """
-        file, folder = find(self.assets(weights, **options))
-        self.size = Size(**options.get("size") or {})
+    def __init__(self, weights: str | None = None, device: str = "cpu", *, size: Sizes = None, **options: Any) -> None:
+        """`weights` and `options`: those of `assets`, with its errors. Raises WeightsNotFound, BadWeights."""
+        file, folder = find(self.assets(weights, size=size, **options))
+        config = clip_config(**size or {})
         with torch.device("meta"):
-            network = Network(self.size.config())
+            network = Network(config)
         fill(network, read(file, inside="state_dict"), f"{file}: no HPSv2", device, published)
-        super().__init__(network, self.size.image)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        if (last := self.tokenizer.eos_token_id) != self.size.vocabulary - 1:
-            raise BadWeights(
-                f"{folder}: this tokenizer's last token is {last}, expected CLIP's, with {self.size.vocabulary - 1}"
-            )
+        super().__init__(network, config.vision_config.image_size)
+        self.tokenizer, self.context = CLIPTokenizer.from_pretrained(folder), config.text_config.max_position_embeddings
+        if (last := self.tokenizer.eos_token_id) != (eos := config.text_config.eos_token_id):
+            raise BadWeights(f"{folder}: this tokenizer's last token is {last}, expected CLIP's, with {eos}")
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor]:
         """Ids [B, 77] as OpenCLIP makes them: begin, prompt, end, zeros; a long prompt is cut before its end."""
-        cut = self.tokenizer(
-            [clean(prompt) for prompt in prompts], truncation=True, max_length=self.size.context
-        ).input_ids
-        return (torch.tensor([ids + [0] * (self.size.context - len(ids)) for ids in cut]),)
+        cleaned = [clean(prompt) for prompt in prompts]
+        cut = self.tokenizer(cleaned, truncation=True, max_length=self.context).input_ids
+        return (torch.tensor([ids + [0] * (self.context - len(ids)) for ids in cut]),)
 
 
 def clean(prompt: str) -> str:
-    """A prompt as OpenCLIP cleans it before tokenizing: plain quotes, widths and ligatures, no html entities, lower
-    case, single spaces.
-    """
-    text = UNSEEN.sub("", prompt if "<" in prompt else html.unescape(prompt))
-    text = unicodedata.normalize("NFC", text.translate(PLAIN).translate(STRAIGHT))
-    text = re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).strip().lower()
+    """A prompt as OpenCLIP cleans it before tokenizing: mended by ftfy, no html entities, single spaces, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    text = re.sub(r"\s+", " ", text).strip().lower()
     for written, meant in MARKS:
         text = text.replace(written, meant)
     return text

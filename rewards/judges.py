@@ -12,14 +12,10 @@ import torch
 from rewards import features, registry
 from rewards.features import Features
 from rewards.names import FeatureKind
-from rewards.weighted_sum import Term, naming, read_terms
+from rewards.weighted_sum import Term, check_terms, load_terms, read_terms
 
 WHERE = "evaluation.held_out"
-HeldOut = Sequence[str | dict[str, Any]]
-
-
-class HeldOutRaised(ValueError):
-    """A held-out reward's own code raised, or returned nothing usable."""
+HeldOut = Sequence[str | dict[str, Any]]  # names, or {name, weights?, options?}
 
 
 @dataclass
@@ -33,18 +29,14 @@ class Judges:
         self, pictures: np.ndarray, prompts: Sequence[str], batch: int
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """pictures [B, H, W, 3] uint8, as they would be saved -> each held-out reward's scores [B] by label, and
-        features [B, F], float32. `batch` pictures at once.
-
-        Raises:
-            HeldOutRaised: a reward raised.
-        """
+        features [B, F], float32. `batch` pictures at once. Raises BadReward where a reward raised."""
         scores: dict[str, list[np.ndarray]] = {label: [] for label in self.held_out}
         vectors: list[np.ndarray] = []
         for start in range(0, len(pictures), batch):
             images = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():
                 for label, reward in self.held_out.items():
-                    with registry.named_failure(HeldOutRaised, f"{WHERE}: {label}", reward):
+                    with registry.named_failure(registry.BadReward, f"{WHERE}: {label}", reward):
                         values = reward(images, list(prompts[start : start + batch]))
                     scores[label].append(values.detach().float().cpu().numpy())
                 vectors.append(self.features(images).float().cpu().numpy())
@@ -52,39 +44,24 @@ class Judges:
 
 
 def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -> Judges:
-    """
-    Raises:
-        ValueError: as `check`, and what a reward that cannot be made says.
-    """
-    by_label = {}
-    for index, term in enumerate(_terms(held_out)):
-        with naming(index, term, WHERE):
-            by_label[term.label] = registry.load(term.name, term.weights, device, **term.options)
-    return Judges(by_label, features.load(kind, clip, device))
+    """Raises ValueError as `check` does, and for a reward that cannot be made."""
+    return Judges(load_terms(_terms(held_out), device, WHERE), features.load(kind, clip, device))
 
 
 def check(held_out: HeldOut, kind: FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
-    """Would `build` fail, or a reward refuse a prompt?
-
-    Raises:
-        ValueError: names the entry of evaluation.held_out, or evaluation.features.
-    """
-    for index, term in enumerate(_terms(held_out)):
-        with naming(index, term, WHERE):
-            registry.check(term.name, term.weights, term.options, prompts)
+    """Raises ValueError naming the entry of evaluation.held_out, or evaluation.features, where `build` would fail, or a
+    reward refuse a prompt."""
+    check_terms(_terms(held_out), prompts, where=WHERE)
     features.require(kind, clip)
 
 
 def labels(held_out: HeldOut) -> list[str]:
     """What the scores will be called."""
-    return [term.label for term in _terms(held_out)]
+    return list(_terms(held_out))
 
 
-def _terms(held_out: HeldOut) -> list[Term]:
-    """Each a name, or {name, weights?, options?}."""
+def _terms(held_out: HeldOut) -> dict[str, Term]:
     entries = [{"name": entry} if isinstance(entry, str) else entry for entry in held_out]
-    for index, entry in enumerate(entries):
-        if isinstance(entry, dict) and "weight" in entry:
-            raise ValueError(f"{WHERE}[{index}]: a held-out reward has no weight")
-    weighted = [{**entry, "weight": 1.0} if isinstance(entry, dict) else entry for entry in entries]
-    return read_terms(weighted, WHERE) if weighted else []
+    if weighted := [index for index, entry in enumerate(entries) if "weight" in entry]:
+        raise ValueError(f"{WHERE}[{weighted[0]}]: a held-out reward has no weight")
+    return read_terms([{**entry, "weight": 1.0} for entry in entries], WHERE) if entries else {}

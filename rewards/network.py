@@ -8,8 +8,7 @@ is one resize for reports, one for gradients. Weights are never initialised, alw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,18 +19,14 @@ from torch import Tensor, nn
 from rewards.weights import BadWeights
 
 Module = TypeVar("Module", bound=nn.Module)
-Shapes = Mapping[str, tuple[int, ...]]
-NAMED = 5  # keys of each kind that a message names
-NOTHING: Shapes = {}
+Sizes = dict[str, int] | None  # that differ from the published model's
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def short_side(images: Tensor, side: int) -> Tensor:
-    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP.
-
-    images [B, 3, H, W] in [0, 1] -> [B, 3, side, side]. By PIL, as its authors do, unless the images need a gradient.
-    """
+    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP. By PIL, as their authors do, unless the
+    images need a gradient. [B, 3, H, W] in [0, 1] -> [B, 3, side, side]."""
     height, width = images.shape[-2:]
     longer = int(side * max(height, width) / min(height, width))
     size = (longer, side) if height > width else (side, longer)
@@ -42,10 +37,7 @@ def short_side(images: Tensor, side: int) -> Tensor:
 
 
 def long_side(images: Tensor, side: int) -> Tensor:
-    """The long side to `side`, padded with black to a square, normalised: HPSv2, which resizes tensors itself.
-
-    images [B, 3, H, W] in [0, 1] -> [B, 3, side, side].
-    """
+    """The long side to `side`, padded with black to a square, normalised: HPSv2, which resizes tensors itself."""
     scale = side / max(images.shape[-2:])
     height, width = (round(length * scale) for length in images.shape[-2:])
     resized = _resize(images, (height, width))
@@ -54,8 +46,7 @@ def long_side(images: Tensor, side: int) -> Tensor:
 
 
 def _normalise(images: Tensor) -> Tensor:
-    mean, std = images.new_tensor(MEAN)[:, None, None], images.new_tensor(STD)[:, None, None]
-    return (images - mean) / std
+    return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -68,8 +59,8 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Through 8-bit pictures; float32."""
-    pixels = images.detach().to(torch.promote_types(images.dtype, torch.float32)).clamp(0, 1)
-    pixels = pixels.mul(255).round().to(torch.uint8)
+    images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
     if tuple(images.shape[-2:]) != size:
         pictures = [
             np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
@@ -80,25 +71,20 @@ def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class NetworkReward:
-    """A reward that is one network over a picture's pixels and its prompt's tokens."""
+    """One network, normalised pixels [B, 3, side, side] and what `tokens` returns -> scores [B]."""
 
     differentiable = True
     resize = staticmethod(short_side)
 
     def __init__(self, network: nn.Module, side: int) -> None:
-        """`network`: normalised pixels [B, 3, side, side] and what `tokens` returns -> scores [B]."""
         self.network, self.side = network, side
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """What the network takes beside the pixels, [B, length] each; nothing where prompts do not matter."""
+        """[B, length] each; nothing where prompts do not matter."""
         return ()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B prompts -> [B] float32, with autograd to the images.
-
-        Raises:
-            ValueError: not [B, 3, H, W] with B prompts.
-        """
+        """images [B, 3, H, W] in [0, 1], B prompts -> [B] float32, with autograd to the images."""
         if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
             raise ValueError(f"expected images [B, 3, H, W] and B prompts, got {list(images.shape)} and {len(prompts)}")
         weight = next(self.network.parameters())
@@ -108,8 +94,7 @@ class NetworkReward:
             return self.network(pixels, *tokens)
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """Where a network's tensor is in its authors' checkpoint."""
 
     key: str
@@ -118,7 +103,7 @@ class Published:
 
 
 def layout(network: nn.Module, published: Callable[[str], Published] = Published) -> dict[str, tuple[int, ...]]:
-    """Every key of the checkpoint and its shape, by where `published` says that a key of the network is."""
+    """Every key of the checkpoint and its shape."""
     shapes = {}
     for key, tensor in network.state_dict().items():
         origin, shape = published(key), tuple(tensor.shape)
@@ -128,74 +113,57 @@ def layout(network: nn.Module, published: Callable[[str], Published] = Published
     return shapes
 
 
-def adopt(
-    network: nn.Module, state: Mapping[str, Tensor], published: Callable[[str], Published] = Published
-) -> dict[str, Tensor]:
-    """The network's state dict from its checkpoint's."""
-    adopted = {}
-    for key in network.state_dict():
-        origin = published(key)
-        tensor = state[origin.key]
-        if origin.third is not None:
-            tensor = tensor.chunk(3)[origin.third]
-        adopted[key] = tensor.T if origin.transposed else tensor
-    return adopted
-
-
 def fill(
     network: Module, state: Mapping[str, Tensor], what: str, device: str = "cpu",
-    published: Callable[[str], Published] = Published, unused: Shapes = NOTHING,
+    published: Callable[[str], Published] = Published, unused: tuple[str, ...] = (),
 ) -> Module:  # fmt: skip
     """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
 
-    `state` holds the checkpoint's tensors: `layout`'s, and perhaps `unused` ones. Buffers that no checkpoint holds are
-    made anew: of these models that is `position_ids`, [1, length] from 0.
-
-    Raises:
-        BadWeights: names `what` and the keys.
+    `state` holds the checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. The one buffer that
+    no checkpoint holds, `position_ids`, [1, length] from 0, is made anew. Raises BadWeights, which names `what`, and
+    the keys that are missing, extra or of another shape.
     """
-    check_keys(state, layout(network, published), what, unused)
-    adopted = {key: tensor.float() for key, tensor in adopt(network, state, published).items()}
-    network.load_state_dict(adopted, strict=True, assign=True)
+    wanted = layout(network, published)
+    held = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
+    faults = {
+        "missing": [key for key in wanted if key not in held],
+        "extra": [key for key in held if key not in wanted],
+        "of another shape": [
+            f"{key} {list(held[key].shape)} (expected {list(shape)})"
+            for key, shape in wanted.items()
+            if key in held and tuple(held[key].shape) != shape
+        ],
+    }
+    if any(faults.values()):
+        named = [
+            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            for kind, keys in faults.items()
+            if keys
+        ]
+        raise BadWeights(f"{what}, of {len(wanted)} keys {'; '.join(named)}")
+    tensors = {}
+    for key in network.state_dict():
+        origin = published(key)
+        tensor = held[origin.key].float()
+        if origin.third is not None:
+            tensor = tensor.chunk(3)[origin.third]
+        tensors[key] = tensor.T if origin.transposed else tensor
+    network.load_state_dict(tensors, strict=True, assign=True)
     for part in network.modules():
         ids = getattr(part, "position_ids", None)
         if isinstance(ids, Tensor):
             part.position_ids = torch.arange(ids.shape[-1])[None]
-    left = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
-    if left:
-        raise BadWeights(f"{what}: no weights for {', '.join(left)}")
     return network.eval().requires_grad_(False).to(device)
-
-
-def check_keys(state: Mapping[str, Tensor], wanted: Shapes, what: str, unused: Shapes = NOTHING) -> None:
-    """
-    Raises:
-        BadWeights: `state` lacks keys of `wanted`, has others than those and the `unused`, or other shapes.
-    """
-    known = {**wanted, **unused}
-    extra = [key for key in state if key not in known]
-    misshapen = [
-        f"{key} {list(tensor.shape)} (expected {list(known[key])})"
-        for key, tensor in state.items()
-        if key in known and tuple(tensor.shape) != tuple(known[key])
-    ]
-    faults = [
-        f"{len(keys)} {kind}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
-        for kind, keys in (
-            ("missing", [key for key in wanted if key not in state]), ("extra", extra),
-            ("of another shape", misshapen),
-        )
-        if keys
-    ]  # fmt: skip
-    if faults:
-        raise BadWeights(f"{what}, of {len(known)} keys {'; '.join(faults)}")
 
 
 def score_head(width: int) -> nn.Sequential:
     """The linear stack width-1024-128-64-16-1 of aesthetic predictor and ImageReward: keys 0, 2, 4, 6 and 7, for its
-    authors trained it with dropout in between. float32 always.
-    """
-    return nn.Sequential(
-        nn.Linear(width, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64), nn.Identity(),
-        nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
+    authors trained it with dropout in between."""
+    first = [nn.Linear(width, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64)]
+    return nn.Sequential(*first, nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
+
+
+def tower(width: int, layers: int, heads: int) -> dict[str, int]:
+    """A transformer's part of its configuration; the MLPs are four times as wide."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width}
+    return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads}

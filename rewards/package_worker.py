@@ -1,25 +1,22 @@
-"""Runs inside an environment of a package's own and scores pictures with the package's own code.
-
-A script for that environment's interpreter: it imports nothing of this project, and at first only the standard
-library. package.py starts it with one end of a socket, whose closing ends it, and the parent's process id.
-"""
+"""Scores pictures with a package's own code, in the package's own environment: it imports nothing of this project, and
+at first only the standard library. package.py starts it with one end of a socket and its own process id."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
-import select
 import signal
+import socket
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-SECONDS_BETWEEN_LOOKS = 2
 KEPT: list[Any] = []  # a torch library's declarations go with it
 
 # One call of a scorer: uint8 pictures [B, H, W, 3] and B prompts -> B floats.
@@ -27,14 +24,13 @@ Score = Callable[[Any, list[str]], list[float]]
 
 
 def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
-    """Load what the first request names, then score. A request is JSON and raw pixels, an answer is JSON."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us by closing the connection
-    connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
-    threading.Thread(target=_end_with, args=(connection.fileno(), parent), daemon=True).start()
+    """Load what the first request names, then score. A request is a line of JSON and raw pixels, an answer a line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
     score: Score | None = None
-    while True:
-        request, pixels = json.loads(connection.recv_bytes()), connection.recv_bytes()
-        answer: dict[str, Any] = {"scores": []}
+    while line := stream.readline():
+        request, answer = json.loads(line), dict[str, Any](scores=[])
         try:
             if score is None:
                 make = (models or MODELS)[request["package"]]
@@ -42,21 +38,20 @@ def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
             else:
                 import numpy as np
 
+                pixels = stream.read(math.prod(request["shape"]))
                 pictures = np.frombuffer(pixels, np.uint8).reshape(request["shape"])
-                answer["scores"] = score(pictures, request["prompts"])
+                answer = {"scores": score(pictures, request["prompts"])}
         except Exception as error:  # the packages' code, and what they call, may raise anything
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        connection.send_bytes(json.dumps(answer).encode())
+        stream.write(json.dumps(answer).encode() + b"\n")
+        stream.flush()
 
 
-def _end_with(descriptor: int, parent: int) -> None:
-    """End this process as soon as the other end of the socket is closed, also in the midst of scoring; or, where a
-    fork of the parent still holds it, when the parent is gone."""
-    poll = select.poll()
-    poll.register(descriptor, 0)  # POLLHUP is always told
-    while not poll.poll(SECONDS_BETWEEN_LOOKS * 1000) and os.getppid() == parent:
-        pass
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, also in the midst of scoring, or where a fork holds the socket."""
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(0)
 
 
@@ -79,20 +74,17 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
     if wrong:
         raise ValueError(f"{files['weights']} does not fit image-reward's model: {len(wrong)} keys, such as {wrong[0]}")
     model = model.to(device).eval()
+    words = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
 
-    def score(pictures: Any, prompts: list[str]) -> list[float]:
-        with torch.no_grad():
-            images = torch.stack([model.preprocess(picture) for picture in _pil(pictures)]).to(device)
-            words = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
-            text = model.blip.tokenizer(prompts, **words).to(device)
-            return model.score_gard(text.input_ids, text.attention_mask, images).squeeze(1).cpu().tolist()
+    def score(images: Any, prompts: list[str]) -> Any:
+        text = model.blip.tokenizer(prompts, **words).to(device)
+        return model.score_gard(text.input_ids, text.attention_mask, images).squeeze(1)
 
-    return score
+    return _of_pictures(torch, device, model.preprocess, score)
 
 
 def hps(files: dict[str, str], device: str, threads: int) -> Score:
-    """hpsv2 1.2.0: `files` has weights. Its `score()` reads them anew at every call; this is that function's body
-    around one load, for a batch."""
+    """hpsv2 1.2.0: `files` has weights. The body of its `score()`, which reads them anew at every call, for a batch."""
     torch = _torch(threads)
     _without_init("hpsv2")  # which imports a progress bar and the benchmark's code
     # A stray import in its factory, which needs Tk.
@@ -101,19 +93,17 @@ def hps(files: dict[str, str], device: str, threads: int) -> Score:
     from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer
 
     # `score()` names a pretrained tag here, which downloads 4 GB only to replace them by the checkpoint.
-    model, _, preprocess = create_model_and_transforms(
-        "ViT-H-14", None, precision="amp", device=device, light_augmentation=True, output_dict=True,
-    )  # fmt: skip
+    options = {"precision": "amp", "device": device, "light_augmentation": True, "output_dict": True}
+    model, _, preprocess = create_model_and_transforms("ViT-H-14", None, **options)
     model.load_state_dict(torch.load(files["weights"], map_location="cpu", weights_only=True)["state_dict"])
     model, tokenizer = model.to(device).eval(), get_tokenizer("ViT-H-14")
 
-    def score(pictures: Any, prompts: list[str]) -> list[float]:
-        with torch.no_grad(), torch.autocast("cuda", enabled=device.startswith("cuda")):
-            images = torch.stack([preprocess(picture) for picture in _pil(pictures)]).to(device)
+    def score(images: Any, prompts: list[str]) -> Any:
+        with torch.autocast("cuda", enabled=device.startswith("cuda")):
             out = model(images, tokenizer(prompts).to(device))
-            return torch.diagonal(out["image_features"] @ out["text_features"].T).float().cpu().tolist()
+            return torch.diagonal(out["image_features"] @ out["text_features"].T)
 
-    return score
+    return _of_pictures(torch, device, preprocess, score)
 
 
 MODELS: dict[str, Callable[..., Score]] = {"imagereward": image_reward, "hpsv2": hps}
@@ -129,10 +119,10 @@ def _torch(threads: int) -> Any:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
         # A CPU torch cannot load its compiled operators, and its Python code wants these two declared. Its transforms,
         # which is all that is used, are plain torch.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
         KEPT.append(library := torch.library.Library("torchvision", "DEF"))
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -143,17 +133,20 @@ def _torch(threads: int) -> Any:
 def _without_init(*names: str) -> None:
     """Make a package's modules importable without running its __init__.py."""
     for name in names:
-        [folder] = {
-            str(path) for at in sys.path if (path := Path(at, *name.split("."))).joinpath("__init__.py").is_file()
-        }
+        spec = importlib.util.find_spec(name)
         sys.modules[name] = module = types.ModuleType(name)
-        module.__path__ = [folder]
+        module.__path__ = spec.submodule_search_locations  # type: ignore[union-attr, assignment]
 
 
-def _pil(pictures: Any) -> list[Any]:
+def _of_pictures(torch: Any, device: str, preprocess: Callable[[Any], Any], score: Callable[..., Any]) -> Score:
     from PIL import Image
 
-    return [Image.fromarray(picture) for picture in pictures]
+    def score_pictures(pictures: Any, prompts: list[str]) -> list[float]:
+        with torch.no_grad():
+            images = torch.stack([preprocess(Image.fromarray(picture)) for picture in pictures]).to(device)
+            return score(images, prompts).float().cpu().tolist()
+
+    return score_pictures
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Prompt sets by name: short lists that are here, and benchmarks that are fetched, since others wrote them.
-
-DrawBench and HPDv2's four styles are read from the HPDv2 dataset on the hub, through the hub client's own cache.
-Nothing is kept in memory: two calls read the same files and give equal lists.
-"""
+"""Prompt sets by name: short lists that are here, and DrawBench and HPDv2's four styles, which others wrote and which
+are read from the HPDv2 dataset on the hub, through the hub client's own cache."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "prompts"
@@ -27,19 +25,11 @@ def is_name(name: str) -> bool:
 
 def fetch(name: str) -> list[str]:
     """The prompts of `animals`, `imagenet_classes`, `drawbench` or `hpdv2:STYLE+STYLE...`, in the order of their files.
-
-    Raises:
-        PromptSetError: see there.
-    """
+    Raises PromptSetError."""
     if name in LISTS:
-        try:
-            lines = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise PromptSetError(f"{name}: cannot read {FOLDER / name}.txt: {error.strerror}") from error
-        return [line for line in lines if not line.startswith("#")]
+        return _read(FOLDER / f"{name}.txt", name)
     files = ["drawbench"] if name == "drawbench" else name.removeprefix("hpdv2:").split("+")
-    unknown = [file for file in files if name != "drawbench" and file not in STYLES]
-    if unknown or not is_name(name) or len(set(files)) < len(files):
+    if name != "drawbench" and not (is_name(name) and set(files) <= set(STYLES) and len(set(files)) == len(files)):
         raise PromptSetError(
             f"{name!r} is no prompt set; there are {', '.join(NAMES)}, and several styles at once as "
             "hpdv2:photo+paintings"
@@ -67,7 +57,8 @@ def _download(name: str, file: str) -> Path:
 
 def _read(path: Path, name: str) -> list[str]:
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        prompts = json.loads(text) if path.suffix == ".json" else re.findall(r"^[^#\n].*", text, re.MULTILINE)
     except (OSError, ValueError) as error:
         raise PromptSetError(f"{name}: cannot read {path}: {error}; remove it, and it is fetched anew") from error
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):

@@ -1,8 +1,6 @@
 """Strict prompt accuracy for the shapes model: 1 where a picture shows what its prompt says, else 0. For judging; a
 reward of two values is a poor one to train on (shapes_alignment is graded)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from models.shapes.measure import correct

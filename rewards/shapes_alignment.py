@@ -42,10 +42,7 @@ class ShapesAlignment:
             parse(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """
-        Raises:
-            ValueError: a prompt that is not of the shapes world, naming it.
-        """
+        """Raises ValueError for a prompt that is not of the shapes world, naming it."""
         pixels = images.detach().clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).cpu().numpy()
         scores = [self.score(picture, parse(prompt)) for picture, prompt in zip(pixels, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)

@@ -26,20 +26,14 @@ class ShapesAlignmentSoft(graded.ShapesAlignment):
     differentiable = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """
-        Raises:
-            ValueError: a prompt that is not of the shapes world, naming it.
-        """
         scores = []
         for picture, prompt in zip(images * 255, prompts, strict=True):
             scene = parse(prompt)
             middle = picture.shape[2] // 2
             pair = len(scene.things) == 2
             parts = [picture[:, :, :middle], picture[:, :, middle:]] if pair else [picture]
-            values = [
-                _score(part, thing, scene.background, pair) for part, thing in zip(parts, scene.things, strict=True)
-            ]
-            scores.append(torch.stack(values).mean())
+            things = zip(parts, scene.things, strict=True)
+            scores.append(torch.stack([_score(part, thing, scene.background, pair) for part, thing in things]).mean())
         return torch.stack(scores)
 
 

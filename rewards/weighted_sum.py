@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, FiniteFloat, ValidationError, field_validator
 from torch import Tensor
 
 from diffusion.failures import RunFailure
 from rewards import registry
 
-KEYS = ("name", "weight", "weights", "options")
+Result = TypeVar("Result")
 WHERE = "reward.options.terms"
 
 
-@dataclass(frozen=True)
-class Term:
-    """One reward of a sum. `label` is its name, made unique within the sum."""
-
-    label: str
+class Term(BaseModel, extra="forbid", strict=True):
     name: str
-    weight: float
+    weight: FiniteFloat
     weights: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _keywords(cls, options: dict[str, Any]) -> dict[str, Any]:
+        registry.check_options(options)
+        return options
 
 
 class WeightedSum:
@@ -37,21 +37,19 @@ class WeightedSum:
 
     def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu") -> None:
         """`terms`: [{"name": ..., "weight": ..., "weights": ..., "options": {...}}, ...], the last two as `load` takes
-        them, where there are any.
-
-        Raises:
-            ValueError: names the term that is wrong, or whose reward cannot be made.
-        """
+        them, where there are any. Raises ValueError, which names the term that is wrong or cannot be made."""
         self.terms = read_terms(terms)
-        self.rewards = []
-        for index, term in enumerate(self.terms):
-            with naming(index, term):
-                self.rewards.append(registry.load(term.name, term.weights, device, **term.options))
-        self.differentiable = all(reward.differentiable for reward in self.rewards)
+        self.rewards = load_terms(self.terms, device)
+        self.differentiable = all(reward.differentiable for reward in self.rewards.values())
+
+    @staticmethod
+    def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None) -> None:
+        """As `registry.check`, of every term; the ValueError names it."""
+        check_terms(read_terms(terms), prompts, objective)
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Raw scores [B] of each term, unweighted, by label: its name, with _2, _3 and so on where that is taken."""
-        return {term.label: reward(images, prompts) for term, reward in zip(self.terms, self.rewards, strict=True)}
+        return {label: reward(images, prompts) for label, reward in self.rewards.items()}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B prompts -> [B] on the images' device."""
@@ -59,62 +57,45 @@ class WeightedSum:
 
     def total(self, parts: dict[str, Tensor], device: torch.device) -> Tensor:
         """The sum [B] of `parts`."""
-        return torch.stack([term.weight * parts[term.label].to(device) for term in self.terms]).sum(0)
-
-    @staticmethod
-    def check_terms(options: dict[str, Any], prompts: Sequence[str], objective: str | None) -> None:
-        """As `registry.check`, of every term.
-
-        Raises:
-            ValueError: names the term.
-        """
-        if extra := set(options) - {"terms"}:
-            raise ValueError(f"reward.options: weighted_sum takes terms alone, got {', '.join(sorted(extra))}")
-        for index, term in enumerate(read_terms(options.get("terms"))):
-            with naming(index, term):
-                registry.check(term.name, term.weights, term.options, prompts, objective)
+        return torch.stack([term.weight * parts[label].to(device) for label, term in self.terms.items()]).sum(0)
 
 
-@contextlib.contextmanager
-def naming(index: int, term: Term, where: str = WHERE) -> Iterator[None]:
-    """Says in a ValueError from which term it came."""
-    try:
-        yield
-    except ValueError as error:
-        kind = type(error) if isinstance(error, RunFailure) else ValueError
-        raise kind(f"{where}[{index}] ({term.name}): {error}") from error
-
-
-def read_terms(terms: Any, key: str = WHERE) -> list[Term]:
-    """
-    Raises:
-        ValueError: no list of terms, or one without name, with a weight that is not a number, or with other keys.
-    """
+def read_terms(terms: Any, where: str = WHERE) -> dict[str, Term]:
+    """By label. Raises ValueError, which names the term of the setting `where`, for what is no list of terms."""
     if not isinstance(terms, Sequence) or isinstance(terms, str) or not terms:
-        raise ValueError(f"{key}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
-    read: list[Term] = []
-    for index, term in enumerate(terms):
-        where = f"{key}[{index}]"
-        if not isinstance(term, dict) or not isinstance(name := term.get("name"), str):
-            raise ValueError(f"{where}: expected {{name, weight, weights?, options?}}, got {term!r}")
-        if extra := [str(key) for key in term if key not in KEYS]:
-            raise ValueError(f"{where}: unknown keys {', '.join(extra)}; known: {', '.join(KEYS)}")
-        weight, weights, options = term.get("weight"), term.get("weights"), term.get("options") or {}
-        number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
-        for field_name, fits, expected in (
-            ("weight", number, "a number"),
-            ("weights", weights is None or isinstance(weights, str), "a path or hub id"),
-            ("options", isinstance(options, dict), "keyword arguments"),
-        ):
-            if not fits:
-                raise ValueError(f"{where}.{field_name}: expected {expected}, got {term.get(field_name)!r}")
+        raise ValueError(f"{where}: expected a list like [{{name: hpsv2, weight: 1.0}}], got {terms!r}")
+    by_label: dict[str, Term] = {}
+    for index, values in enumerate(terms):
         try:
-            registry.check_options(options)
+            term = Term.model_validate(values)
+        except ValidationError as error:
+            fault, known = error.errors()[0], ", ".join(Term.model_fields)
+            place = ".".join(map(str, (f"{where}[{index}]", *fault["loc"])))
+            raise ValueError(f"{place}: {fault['msg']}, got {fault['input']!r}; a term has {known}") from error
+        if term.name == WeightedSum.name:
+            raise ValueError(f"{where}[{index}]: a sum of sums; list its terms here instead")
+        names = itertools.chain([term.name], (f"{term.name}_{n}" for n in itertools.count(2)))
+        by_label[next(label for label in names if label not in by_label)] = term
+    return by_label
+
+
+def each_term(terms: dict[str, Term], act: Callable[[Term], Result], where: str = WHERE) -> dict[str, Result]:
+    """What `act` makes of each term, by label. A ValueError says from which term it came."""
+    results = {}
+    for index, (label, term) in enumerate(terms.items()):
+        try:
+            results[label] = act(term)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        if name == WeightedSum.name:
-            raise ValueError(f"{where}: a sum of sums; list its terms here instead")
-        taken = {other.label for other in read}
-        label = next(label for n in itertools.count(1) if (label := name if n == 1 else f"{name}_{n}") not in taken)
-        read.append(Term(label, name, float(term["weight"]), weights, options))
-    return read
+            kind = type(error) if isinstance(error, RunFailure) else ValueError
+            raise kind(f"{where}[{index}] ({term.name}): {error}") from error
+    return results
+
+
+def load_terms(terms: dict[str, Term], device: str, where: str = WHERE) -> dict[str, registry.Reward]:
+    return each_term(terms, lambda term: registry.load(term.name, term.weights, device, **term.options), where)
+
+
+def check_terms(
+    terms: dict[str, Term], prompts: Sequence[str], objective: str | None = None, where: str = WHERE
+) -> None:
+    each_term(terms, lambda term: registry.check(term.name, term.weights, term.options, prompts, objective), where)

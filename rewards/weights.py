@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,165 +20,102 @@ HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  
 
 
 class WeightsNotFound(RunFailure, ValueError):
-    """Something a reward is read from is neither here nor to be had; the message says what, from where, which key."""
+    """What a reward is read from is neither here nor to be had; the message says what, from where, which setting."""
 
 
 class BadWeights(RunFailure, ValueError):
-    """A file that was found, but does not hold what the reward needs; the message names file and keys."""
+    """A file that is there, but does not hold what the reward needs; the message names file and keys."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Something a reward is read from.
+    """Something a reward is read from: a file, or, as `folder`, the folder that holds `files`."""
 
-    `key` is the setting that says where; `source` a path, or a hub id `owner/repository`, also with `:file`. `files`
-    are the names it has in a folder or repository, `a|b` where either will do, `a?` where it may be absent. `folder`:
-    the reward is handed the folder, not the file.
-    """
-
-    key: str
-    source: str
-    files: tuple[str, ...]
+    key: str  # the setting that says where
+    source: str  # a path, or a hub id `owner/repository`, also with `:file`
+    files: tuple[str, ...]  # its names in a folder or repository
     folder: bool = False
 
 
-def check(assets: Sequence[Asset], hub: bool = True) -> None:
-    """Is everything there? The hub is asked, unless not even that is wanted, but nothing is downloaded.
+def find(assets: Sequence[Asset], fetch: bool = True) -> list[Any]:
+    """The local path of each, downloaded where need be. Without `fetch` nothing is: the hub is only asked whether it
+    would give what is not here, and that has None for a path.
 
-    Raises:
-        WeightsNotFound: names all that is missing at once, wrong paths before any hub is asked.
+    Raises WeightsNotFound, which names all that is missing at once, wrong paths before any hub is asked.
     """
-    _each(assets, _local)
-    if hub:
-        _each(assets, lambda asset: _local(asset) or _from_hub(asset, fetch=False))
-
-
-def find(assets: Sequence[Asset]) -> list[Path]:
-    """The local path of each, downloaded where need be: a folder, or a file.
-
-    Raises:
-        WeightsNotFound: as `check`.
-    """
-    _each(assets, _local)
-    return _each(assets, lambda asset: _local(asset) or _from_hub(asset, fetch=True))
-
-
-def _each(assets: Sequence[Asset], look: Callable[[Asset], Path | None]) -> list[Any]:
-    paths, missing = [], []
-    for asset in assets:
-        try:
-            paths.append(look(asset))
-        except WeightsNotFound as error:
-            missing.append(str(error))
-    if missing:
-        raise WeightsNotFound("; ".join(missing))
+    paths: list[Path | None] = []
+    for look in (_local, lambda asset: _local(asset) or _from_hub(asset, fetch)):
+        paths, missing = [], []
+        for asset in assets:
+            try:
+                paths.append(look(asset))
+            except FileNotFoundError as error:
+                missing.append(f"{asset.key}: {error}")
+        if missing:
+            raise WeightsNotFound("; ".join(missing))
     return paths
-
-
-def pick(files: Sequence[str], has: Callable[[str], bool]) -> list[str]:
-    """Of `Asset.files` the names to read, where `has` says which a place has.
-
-    Raises:
-        FileNotFoundError: it has none of a file's names.
-    """
-    names = []
-    for alternatives in files:
-        name = next(filter(has, alternatives.rstrip("?").split("|")), None)
-        if name is not None:
-            names.append(name)
-        elif not alternatives.endswith("?"):
-            raise FileNotFoundError(f"no {alternatives.replace('|', ' or ')}")
-    return names
 
 
 def _local(asset: Asset) -> Path | None:
     """None: the source is no path here, but reads like a hub id."""
     path = Path(asset.source).expanduser()
     if path.is_dir():
-        try:
-            names = pick(asset.files, lambda name: (path / name).is_file())
-        except FileNotFoundError as error:
-            raise WeightsNotFound(f"{asset.key}: {path} holds {error}") from error
-        return path if asset.folder else path / names[0]
+        if missing := [name for name in asset.files if not (path / name).is_file()]:
+            raise FileNotFoundError(f"{path} holds no {missing[0]}")
+        return path if asset.folder else path / asset.files[0]
+    if asset.folder and (path.is_file() or ":" in asset.source):
+        raise FileNotFoundError(f"{asset.source} is a file, expected the folder or repository of {asset.files[0]}")
     if path.is_file():
-        if asset.folder:
-            raise WeightsNotFound(f"{asset.key}: {path} is a file, expected the folder that holds {asset.files[0]}")
         return path
     written_as_path = asset.source.startswith((".", "~", "/")) or asset.source.endswith(SUFFIXES)
     if not HUB_ID.fullmatch(asset.source) or (written_as_path and ":" not in asset.source):
-        raise WeightsNotFound(f"{asset.key}: no such file or folder: {asset.source}")
+        raise FileNotFoundError(f"no such file or folder: {asset.source}")
     return None
 
 
 def _from_hub(asset: Asset, fetch: bool) -> Path | None:
-    """The path in the hub's cache, after a download if that is needed; None where it is, and `fetch` is False."""
-    from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
 
     repository, _, file = asset.source.partition(":")
-    if file and asset.folder:
-        raise WeightsNotFound(f"{asset.key}: {asset.source} is one file, expected a repository or folder")
-    files = (file,) if file else asset.files
-
-    def cached(name: str) -> bool:
-        return isinstance(try_to_load_from_cache(repository, name), str)
-
+    names = [file] if file else list(asset.files)
     try:
-        try:
-            names = pick(files, cached)
-        except FileNotFoundError:
-            if silent := _silent(int(time.monotonic() // 60)):
-                raise ConnectionError(silent) from None
-            names = pick(files, set(list_repo_files(repository)).__contains__)
+        if not all(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
+            offered = [entry.rfilename for entry in model_info(repository, timeout=HUB_SECONDS).siblings or ()]
+            if missing := [name for name in names if name not in offered]:
+                raise FileNotFoundError(f"no {missing[0]}")
+            # Of one revision; a dry run fails where the hub would not give them.
+            snapshot_download(repository, allow_patterns=names, dry_run=not fetch)
             if not fetch:
-                snapshot_download(repository, allow_patterns=names, dry_run=True)  # fails where it would not give them
                 return None
-            snapshot_download(repository, allow_patterns=names)  # of one revision
         path = Path(str(try_to_load_from_cache(repository, names[0])))
         return path.parent if asset.folder else path
     except Exception as error:  # of the hub's client, or its http library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        names = [file] if file else [names.rstrip("?").split("|")[0] for names in asset.files]
         target = "/path/to/folder" if asset.folder else f"/path/to/{Path(names[0]).name}"
-        raise WeightsNotFound(
-            f"{asset.key}: {', '.join(names)} of https://huggingface.co/{repository} is not in the hub's cache, and "
-            f"the hub did not give it ({reason}); where there is a network: `hf download {repository} "
-            f"{' '.join(names)} --local-dir FOLDER`, then set {asset.key}={target}"
+        raise FileNotFoundError(
+            f"{', '.join(names)} of https://huggingface.co/{repository} is not in the hub's cache, and the hub did not "
+            f"give it ({reason}); where there is a network: `hf download {repository} {' '.join(names)} --local-dir "
+            f"FOLDER`, then set {asset.key}={target}"
         ) from error
-
-
-@functools.lru_cache(1)
-def _silent(minute: int) -> str:
-    """Why the hub does not answer; empty when it does. Asked once a minute: its client tries six times a file."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of its http library
-        return f"no answer from {constants.ENDPOINT}: {error}"
-    return ""
 
 
 def read(path: Path, inside: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file or torch checkpoint, under the key `inside` where there is one.
 
-    Raises:
-        BadWeights: unreadable, code instead of tensors, or not tensors by name.
+    Raises BadWeights where it is unreadable, code instead of tensors, or not tensors by name.
     """
     import torch
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
-            held: Any = load_file(path)
+            state: Any = load_file(path)
         else:
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, safetensors and torch have one each
         raise BadWeights(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
-    if inside and isinstance(held, dict) and inside in held:
-        held = held[inside]
-    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+    if inside and isinstance(state, dict) and inside in state:
+        state = state[inside]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BadWeights(f"{path} holds no tensors by name")
-    return held
+    return state

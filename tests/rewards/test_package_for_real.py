@@ -1,6 +1,7 @@
-"""The packages' own code in environments built for it, on random checkpoints of full size in the published layout.
+"""The packages' own code in environments built for it, on random checkpoints in the published layout: ImageReward's of
+full size, HPSv2's of fewer layers.
 
-Needs a package index, some 6 GB of disk in the temporary directory and 9 GB of memory.
+Needs a package index, some 4 GB of disk in the temporary directory and 5 GB of memory.
 """
 
 import gzip
@@ -13,23 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden import inputs
 from PIL import Image
 
 from commands.build_package import BPE, build
 from rewards import package_worker, registry
 from rewards.package import PackageReward
+from rewards.package_environment import place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PROMPTS = ["a cat", "a red cube on a table", "a very long sentence " * 12, "été, 2 dogs!"]
-MED_CONFIG = {
-    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
-    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "pad_token_id": 0, "add_type_embeddings": False, "vocab_size": 30524,
-    "encoder_width": 1024, "add_cross_attention": True,
-}  # fmt: skip
-
 # Run by the isolated interpreter: argv is the worker's file, the model, the checkpoint, and files as JSON.
 MAKE = """
 import importlib.util, json, sys, types
@@ -60,11 +55,10 @@ with torch.no_grad():  # at their initial values pictures and prompts hardly mat
             weight.normal_(0, 0.02)
 state = model.state_dict()
 torch.save(state if sys.argv[2] == "imagereward" else {"state_dict": state}, sys.argv[3])
-print(len(state))
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def folder():
     """Not tmp_path, which pytest keeps: this holds gigabytes."""
     path = Path(tempfile.mkdtemp(prefix="packages-"))
@@ -72,48 +66,31 @@ def folder():
     shutil.rmtree(path)
 
 
-@pytest.fixture(params=["imagereward", "hpsv2"])
-def made(request, folder):
-    """(name, weights, options): an environment built from its lock file, and a checkpoint beside its companions."""
-    name = request.param
-    place = folder / name
-    python = build(name, place / "environment")
-    files = {}
-    if name == "imagereward":
-        (place / "med_config.json").write_text(json.dumps(MED_CONFIG))
-        word_pieces(place / "tokenizer")
-        files = {"med_config": str(place / "med_config.json"), "tokenizer": str(place / "tokenizer")}
-    weights = place / ("ImageReward.pt" if name == "imagereward" else "HPS_v2.1_compressed.pt")
-    command = [str(python), "-I", "-c", MAKE, package_worker.__file__, name, str(weights), json.dumps(files)]
-    keys = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout.split()[-1]
-    assert int(keys) == {"imagereward": 625, "hpsv2": 686}[name]  # as published
-    yield name, weights, {"python": str(python), **files, **({"version": "v2.1"} if name == "hpsv2" else {})}
-    shutil.rmtree(place)  # one at a time
-
-
-def word_pieces(folder: Path) -> None:
-    """A vocabulary of BERT's size and special tokens, without its words."""
+def imagereward(folder: Path) -> tuple[dict, dict]:
+    """What package and native model take beside the checkpoint. Vocabulary of BERT's size and special tokens."""
+    (folder / "med_config.json").write_text(json.dumps(inputs.PUBLISHED_MED_CONFIG))
     special = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(33, 127)]
-    known = special + letters + [f"##{letter}" for letter in letters] + ["cat", "red", "table", "dog", "##s"]
-    words = list(dict.fromkeys(known))
+    words = list(
+        dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), "cat", "red", "dog", "##s"])
+    )
     words += [f"[filler{i}]" for i in range(30522 - len(words))]
-    folder.mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    files = {"med_config": str(folder / "med_config.json"), "tokenizer": str(folder / "tokenizer")}
+    return files, files
 
 
-def clip_tokenizer(environment: Path, folder: Path) -> Path:
-    """transformers' files of the tokenizer that hpsv2 reads from open_clip_torch's vocabulary."""
-    [source] = environment.glob(f"lib/python*/site-packages/open_clip/{BPE}")
-    merges = gzip.decompress(source.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(c) for c in shown] + [chr(256 + n) for n in range(256 - len(shown))]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return folder
+def hpsv2(folder: Path) -> tuple[dict, dict]:
+    """With fewer layers, and the tokenizer's vocabulary from open_clip_torch, for the native model."""
+    [packages] = place("hpsv2").glob("lib/python*/site-packages")
+    file = packages / "hpsv2/src/open_clip/model_configs/ViT-H-14.json"
+    config = json.loads(file.read_text())
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 4
+    file.write_text(json.dumps(config))
+    merges = gzip.decompress((packages / "open_clip" / BPE).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    tokenizer = inputs.write_clip_tokenizer(folder / "tokenizer", merges)
+    return {}, {"tokenizer": str(tokenizer), "size": {"vision_layers": 4, "text_layers": 4}}
 
 
 def pictures() -> torch.Tensor:
@@ -124,34 +101,25 @@ def pictures() -> torch.Tensor:
     return torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2).float() / 255
 
 
-def native(name: str, weights: Path, options: dict[str, str]) -> registry.Reward:
-    """COMPARISON WITH THE NATIVE MODELS: the reward of the same name that needs no package, on the same checkpoint."""
-    if name == "hpsv2":
-        tokenizer = clip_tokenizer(Path(options["python"]).parents[1], weights.parent / "tokenizer")
-        own = {"version": "v2.1", "tokenizer": str(tokenizer)}
-    else:
-        own = {key: options[key] for key in ("tokenizer", "med_config")}
-    try:
-        return registry.load(name, weights=str(weights), **own)
-    except (registry.UnknownReward, ValueError) as error:
-        if name in registry.NAMES:
-            raise
-        pytest.skip(f"the package scores; no native {name} to compare with yet: {error}")
-
-
-def test_a_package_scores_in_its_own_environment_and_as_the_native_model_does(made):
-    name, weights, options = made
-    images = pictures()
-    reward = PackageReward(name, str(weights), **options)
-    try:
-        together = reward(images, PROMPTS)
-        apart = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
-        other = reward(images, PROMPTS[::-1])
-    finally:
-        reward.close()
+@pytest.mark.parametrize("name", ["imagereward", "hpsv2"])
+def test_a_package_scores_in_its_own_environment_and_as_the_native_model_does(name, folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    python, images, weights = build(name), pictures(), str(folder / "weights.pt")
+    files, native_options = {"imagereward": imagereward, "hpsv2": hpsv2}[name](folder)
+    command = [str(python), "-I", "-c", MAKE, package_worker.__file__, name, weights, json.dumps(files)]
+    subprocess.run(command, check=True, timeout=600)
+    reward = PackageReward(name, weights, **files)
+    together = reward(images, PROMPTS)
+    apart = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
+    other = reward(images, PROMPTS[::-1])
+    reward.close()
     assert together.shape == (4,) and together.isfinite().all() and together.std() > 1e-3
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     assert (together - other).abs().max() > 1e-3  # prompts matter
-    ours = native(name, weights, options)(images, PROMPTS).cpu()
+    native = registry.load(name, weights, **native_options)
+    ours = native(images, PROMPTS)
     print(f"{name}: {together.tolist()} by the package, the native model is off by {(ours - together).abs().max():.1e}")
     torch.testing.assert_close(ours, together, atol=1e-4, rtol=1e-4)
+    if name == "hpsv2":  # with the true vocabulary
+        tokens = inputs.golden("hpsv2_true_tokens")["tokens"]
+        assert native.tokens(inputs.TRICKY)[0].tolist() == tokens.tolist()

@@ -37,15 +37,13 @@ def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
     "prompts",
     [
         [
-            "a small red circle on a white background",
-            "a small red circle on a black background",
-            "a small blue circle on a white background",
-            "a small red star on a white background",
-            "a large red circle on a white background",
+            f"a {thing} background"
+            for thing in ("small red circle on a white", "small red circle on a black", "small blue circle on a white",
+                          "small red star on a white", "large red circle on a white")
         ],
-        ["a red star at the right", "a red star at the left", "a red star at the top", "a red star at the bottom"],
+        [f"a red star at the {place}" for place in ("right", "left", "top", "bottom")],
     ],
-)
+)  # fmt: skip
 def test_alignment_prefers_what_the_prompt_says(name, prompts):
     picture = draw(parse(prompts[0]), np.random.default_rng(0))
     right, *wrong = registry.load(name)(as_images(*[picture] * len(prompts)), prompts).tolist()
@@ -96,11 +94,8 @@ def test_unknown_names_options_and_weights_are_refused(arguments, options, kind,
 
 @pytest.mark.parametrize("options", [{"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}])
 def test_options_that_no_reward_can_have_are_named(options):
-    with pytest.raises(ValueError, match=r"reward\.options: .* cannot be an option"):
+    with pytest.raises(ValueError, match=r"reward\.options: .* cannot be one; name, weights"):
         registry.check("jpeg_compressibility", None, options, [])
-    with pytest.raises(ValueError, match=r"terms\[0\]: reward\.options: .* cannot be an option"):
-        terms = [{"name": "jpeg_compressibility", "weight": 1, "options": options}]
-        registry.check("weighted_sum", None, {"terms": terms}, [])
 
 
 OWN = """

@@ -14,24 +14,23 @@ from transformers import BlipTextConfig, CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from rewards import hpsv2, imagereward
-from rewards.network import adopt, layout, score_head
+from rewards.network import fill, layout, score_head
 
 VOCABULARY = len(inputs.bpe_vocabulary("<start>", "<end>"))
-HPS_SIZE = hpsv2.Size(**inputs.HPS_SIZE, vocabulary=VOCABULARY)
+HPS_SIZE = {**inputs.HPS_SIZE, "vocabulary": VOCABULARY}
 
 
 def imagereward_state() -> dict[str, Tensor]:
     text = BlipTextConfig(**{**inputs.MED_CONFIG, "encoder_hidden_size": inputs.MED_CONFIG["encoder_width"]})
-    size = imagereward.Vision(**inputs.IMAGEREWARD_VISION)
     with torch.device("meta"):
-        network = imagereward.Network(size.config(), text)
-    shapes = layout(network, imagereward.published) | imagereward.unused(size, text)
-    return tensors(inputs.state(shapes, seed=1))
+        network = imagereward.Network(imagereward.vision_config(**inputs.IMAGEREWARD_VISION), text)
+    unused = {name: (2, 3) for name in imagereward.UNUSED}
+    return tensors(inputs.state(layout(network, imagereward.published) | unused, seed=1))
 
 
 def hpsv2_state() -> dict[str, Tensor]:
     with torch.device("meta"):
-        network = hpsv2.Network(HPS_SIZE.config())
+        network = hpsv2.Network(hpsv2.clip_config(**HPS_SIZE))
     return tensors(inputs.state(layout(network, hpsv2.published), seed=2))
 
 
@@ -53,11 +52,10 @@ def aesthetic_state() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     shapes = {f"clip_model.{key}": shape for key, shape in layout(clip, hpsv2.published).items()}
     shapes |= {f"mlp.layers.{key}": shape for key, shape in layout(head).items()}
     state = {key: value.float() for key, value in tensors(inputs.state(shapes, seed=3)).items()}
-    tower = adopt(clip, {key.removeprefix("clip_model."): value for key, value in state.items()}, hpsv2.published)
-    return (
-        {key.removeprefix("mlp."): value for key, value in state.items() if key.startswith("mlp.")},
-        {key: value.contiguous() for key, value in tower.items()},
-    )
+    saved = {key.removeprefix("clip_model."): value for key, value in state.items() if key.startswith("clip_model.")}
+    tower = fill(clip, saved, "CLIP", published=hpsv2.published).state_dict()
+    head = {key.removeprefix("mlp."): value for key, value in state.items() if key.startswith("mlp.")}
+    return head, {key: value.contiguous() for key, value in tower.items()}
 
 
 def tensors(made: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -82,7 +80,7 @@ def write_hpsv2(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
     return {
         "name": "hpsv2", "weights": str(folder / "HPS_v2.1_compressed.pt"),
         "tokenizer": str(inputs.write_clip_tokenizer(folder / "bpe")),
-        "size": {**inputs.HPS_SIZE, "vocabulary": VOCABULARY},
+        "size": HPS_SIZE,
     }  # fmt: skip
 
 
