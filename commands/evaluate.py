@@ -85,7 +85,7 @@ def _start(config: Config, say: Callable[[str], None]) -> Pools:
         from learner.inprocess import InProcessPools
 
         return InProcessPools(config)
-    from actors.evaluation_pools import EvaluationPools
+    from actors.rollouts import EvaluationPools
 
     return EvaluationPools(config, say)
 

@@ -1,7 +1,8 @@
 """Actors that never were, for a pool: references are done when the test says so, and time stands still."""
 
-from actors.pool import Limits, Listener, Pool
+from actors.pool import Pool
 from cluster.waits import ActorDied
+from learner.config import load_config
 
 
 class FakeActor:
@@ -73,22 +74,26 @@ class World:
         for actor in self.spawned:
             actor.up = True
 
-    def pool(self, actors, seconds=10.0, ready=10.0, attempts=3, in_flight=2):
-        limits = Limits(seconds, ready, attempts)
-        listener = Listener(self.said.append, self.lost.append)
-        return Pool("sampling", list(actors), self.spawn, limits, listener, in_flight)
+    def pool(self, actors, seconds=10.0, ready=10.0, attempts=3, call=lambda actor, key: actor.work.remote(key)):
+        limits = {"chunk_seconds": seconds, "ready_seconds": ready, "chunk_attempts": attempts}
+        config = load_config(overrides=[f"run.{name}={limit}" for name, limit in limits.items()])
+        first = iter(actors)
+        return Pool(
+            "sampling", len(actors), lambda: next(first, None) or self.spawn(), call, config,
+            lambda error, way_on: self.said.append(f"{error}: {way_on}"), self.lost.append, "remedy {}".format,
+        )  # fmt: skip
 
 
-def submit(pool, *numbers) -> None:
-    for number in numbers:
-        pool.submit(number, "work", lambda number=number: (number,))
+def submit(pool, *keys) -> None:
+    for key in keys:
+        pool.submit(key)
 
 
 def finish(world, pool, rounds=200) -> list:
     """Let everything that was handed out be done until the pool is idle; the keys that came back."""
     seen = []
     for _ in range(rounds):
-        if not pool.busy:
+        if pool.load() == (0, 0):
             return seen
         for actor in pool.actors:
             if not actor.silent:

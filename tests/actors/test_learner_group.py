@@ -1,13 +1,16 @@
 """The ranks as one, over fake actors: who gets which chunks, whose failure counts, and by when."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from actors import learner_group as module
-from actors import shells
-from actors.learner_group import LearnerGroup, RanksLost, Shape
+from actors import pool, shells
+from actors.learner_group import LearnerGroup, RanksLost
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.snapshot import Snapshot
+from learner.config import load_config
 from learner.process_group import GroupBroken
 from learner.protocol.receipts import RanksDiverged
 from learner.protocol.training import Training
@@ -39,14 +42,20 @@ class Method:
 
 class World:
     def __init__(self) -> None:
-        self.now, self.spawned, self.meanwhile, self.failed = 0.0, [], 0, []
+        self.now, self.spawned, self.silent, self.meanwhile, self.failed = 0.0, [], {}, 0, []
 
-    def group(self, ranks=2, updates=2, spawn=None, meanwhile=None) -> LearnerGroup:
-        shape = Shape(ranks, updates, train_seconds=5.0, chunk_seconds=3.0, ready_seconds=10.0)
-        return LearnerGroup(spawn or self.spawn, shape, meanwhile or self.wait, self.failed.append)
+    def group(self, ranks=2, meanwhile=None) -> LearnerGroup:
+        limits = ("run.train_seconds=5", "run.chunk_seconds=3", "run.ready_seconds=10")
+        crew = SimpleNamespace(
+            config=load_config(overrides=[*limits, "train.updates_per_epoch=2"]), room=None, spawn=self.spawn,
+            placement=SimpleNamespace(ranks=SimpleNamespace(count=ranks, gpus=0)),
+            failed=lambda role, error: self.failed.append(error),
+        )  # fmt: skip
+        return LearnerGroup(crew, "build", meanwhile or self.wait)
 
-    def spawn(self, rank: int) -> FakeRank:
+    def spawn(self, role, shell, options, build, rank, *_) -> FakeRank:
         self.spawned.append(FakeRank(rank))
+        self.spawned[-1].silent |= self.silent.get(rank, set())
         return self.spawned[-1]
 
     def wait(self, refs) -> None:
@@ -66,9 +75,11 @@ class World:
 @pytest.fixture
 def world(monkeypatch):
     world = World()
-    monkeypatch.setattr(module, "done", world.done)
-    monkeypatch.setattr(module, "get", world.get)
-    monkeypatch.setattr(module.ray, "put", lambda value: value)
+    for either in (module, pool):
+        monkeypatch.setattr(either, "done", world.done)
+        monkeypatch.setattr(either, "get", world.get)
+    monkeypatch.setattr(module, "put", lambda value, what: value)
+    monkeypatch.setattr(module, "in_group", lambda placement, room: [{}] * placement.ranks.count)
     monkeypatch.setattr(module.ray, "kill", lambda actor: setattr(actor, "killed", True))
     monkeypatch.setattr(module.time, "monotonic", lambda: world.now)
     return world
@@ -86,21 +97,15 @@ def called(rank: FakeRank, name: str) -> tuple:
 
 
 def test_all_are_up_before_any_is_told_to_meet_the_others(world):
-    slow = {}
-    real = world.wait
+    world.silent[1], asked_to_start = {"address"}, []
 
     def wait(refs):
-        real(refs)
-        slow.setdefault("asked to start meanwhile", any(c[0] == "start" for r in world.spawned for c in r.calls))
+        world.wait(refs)
+        asked_to_start.append(any(call[0] == "start" for rank in world.spawned for call in rank.calls))
         world.spawned[1].silent.clear()
 
-    def spawn(rank):
-        actor = world.spawn(rank)
-        actor.silent = {"address"} if rank else set()
-        return actor
-
-    held, latent = world.group(2, 1, spawn, wait).start(None, deadline=10.0)
-    assert slow == {"asked to start meanwhile": False} and held.sha256 == "first" and latent == (1, 2, 2)
+    held, latent = world.group(meanwhile=wait).start(None, deadline=10.0)
+    assert asked_to_start == [False] and held.sha256 == "first" and latent == (1, 2, 2)
     assert [called(rank, "start") for rank in world.spawned] == [("tcp://0", 5.0, None)] * 2
 
 
@@ -143,7 +148,7 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
     def wait(refs):
         raise ActorDied("no sampler is left")
 
-    group = world.group(1, 1, meanwhile=wait)
+    group = world.group(1, meanwhile=wait)
     group.start(None, deadline=10.0)
     world.spawned[0].silent = {"train_epoch"}
     with pytest.raises(ActorDied, match="no sampler"):
@@ -223,7 +228,6 @@ def test_a_group_that_starts_anew_is_of_other_actors_and_asks_those(group, world
     world.spawned[0].silent = {"ready"}
     look(group, world, 1.0)
     old = list(world.spawned)
-    group.stop()
     group.start(None, deadline=world.now + 10.0)
     look(group, world, 20.0)
     assert all(rank.killed for rank in old) and not any(rank.killed for rank in world.spawned[2:])

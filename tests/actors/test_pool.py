@@ -12,7 +12,7 @@ def test_work_goes_to_the_least_busy_actor_and_never_more_than_the_limit(world):
     pool = world.pool(actors)
     submit(pool, *range(6))
     assert pool.pump() == []
-    assert [len(actor.calls) for actor in actors] == [2, 2] and pool.busy
+    assert [len(actor.calls) for actor in actors] == [2, 2]
     world.done.add(actors[1].calls[0])
     ((key, outputs, summary),) = pool.pump()
     assert (key, summary) == (1, "summary of 1") and outputs == [("big", ("b", 1))]
@@ -75,7 +75,7 @@ def test_the_last_actor_may_die_too(world):
 
 def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
     (hung,) = world.actors("hung")
-    pool = world.pool([hung], in_flight=1)
+    pool = world.pool([hung])
     submit(pool, 7)
     pool.pump()
     world.now = 11.0
@@ -85,9 +85,9 @@ def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
 
 
 def test_a_chunk_that_kills_every_actor_ends_the_run_naming_it(world):
-    pool = world.pool(world.actors("a"), attempts=3, in_flight=1)
-    pool.submit(7, "work", lambda: (7,), remedy="its prompts: 'a'; leave it out")
-    with pytest.raises(ActorDied, match=r"\(tried 3 times, run\.chunk_attempts\); its prompts: 'a'; leave it out"):
+    pool = world.pool(world.actors("a"), attempts=3)
+    submit(pool, 7)
+    with pytest.raises(ActorDied, match=r"\(tried 3 times, run\.chunk_attempts\); remedy 7"):
         for _ in range(20):
             pool.pump()
             for actor in pool.actors:
@@ -97,7 +97,7 @@ def test_a_chunk_that_kills_every_actor_ends_the_run_naming_it(world):
 
 
 def test_a_chunk_that_hangs_every_actor_ends_the_run_with_its_deadline(world):
-    pool = world.pool(world.actors("a"), attempts=2, in_flight=1)
+    pool = world.pool(world.actors("a"), attempts=2)
     submit(pool, 7)
     with pytest.raises(DeadlineExceeded, match=r"sampling 7 .*run\.chunk_seconds"):
         for _ in range(20):
@@ -129,7 +129,7 @@ def test_work_whose_input_is_gone_is_handed_back(world):
     submit(pool, 3)
     pool.pump()
     world.failed[actor.calls[0]] = ObjectLost("the node went")
-    assert pool.pump() == [] and pool.inputs_lost == [3] and not pool.busy and pool.actors == [actor]
+    assert pool.pump() == [] and pool.inputs_lost == [3] and pool.load() == (0, 0) and pool.actors == [actor]
 
 
 def test_what_remote_code_raises_is_never_tried_again(world):
@@ -145,24 +145,23 @@ def test_what_remote_code_raises_is_never_tried_again(world):
 
 def test_work_submitted_first_is_given_first(world):
     (actor,) = world.actors("a")
-    pool = world.pool([actor], in_flight=1)
+    pool = world.pool([actor])
     submit(pool, 0, 1)
-    pool.submit(2, "work", lambda: (2,), first=True)
+    pool.submit(2, first=True)
     assert finish(world, pool) == [2, 0, 1]
 
 
 def test_arguments_are_found_when_an_actor_is_free_also_the_second_time(world):
     (dead,) = world.actors("dead")
-    pool = world.pool([dead], in_flight=1)
     weights = ["old"]
-    pool.submit(0, "work", lambda: (weights[0],))
-    pool.submit(1, "work", lambda: (weights[0],))
+    pool = world.pool([dead], call=lambda actor, key: actor.work.remote(f"{key} {weights[0]}"))
+    submit(pool, 0, 1, 2)
     pool.pump()
     weights[0] = "new"
     world.die(dead)
-    assert sorted(finish(world, pool)) == [0, 1]
-    assert dead.calls == [("dead", "old")]
-    assert [ref[1] for ref in world.spawned[0].calls] == ["new", "new"]
+    assert sorted(finish(world, pool)) == [0, 1, 2]
+    assert [ref[1] for ref in dead.calls] == ["0 old", "1 old"]
+    assert [ref[1] for ref in world.spawned[0].calls] == ["0 new", "1 new", "2 new"]
 
 
 def test_an_actor_that_cannot_be_reached_is_killed_and_all_it_had_goes_elsewhere(world):
@@ -195,7 +194,7 @@ def test_replacements_that_came_up_during_a_long_silence_are_all_taken(world):
 
 def test_a_driver_that_was_stopped_does_not_blame_its_actors(world):
     actors = world.actors("a", "b", "c")
-    pool = world.pool(actors, in_flight=1)
+    pool = world.pool(actors)
     submit(pool, *range(3))
     pool.pump()
     world.done.update(ref for actor in actors for ref in actor.calls)
