@@ -35,24 +35,16 @@ class Crew:
         self._namespace = f"tributary-{uuid.uuid4().hex}"
 
     def place(self, learner: bool = True) -> None:
-        """Find out which actors the cluster has room for, and keep that of the learner ranks free.
-
-        Raises:
-            DeadlineExceeded: no room was free within run.ready_seconds.
-            PlacementError: the cluster's resources do not fit the config.
-        """
+        """Find room for the actors, and reserve that of the learner ranks. Raises PlacementError if the cluster's
+        resources do not fit the config, DeadlineExceeded if they are not free within run.ready_seconds."""
         self.placement = place_for(self.config, alive_nodes(), learner)
         self.description = f"on Ray: {self.placement.describe()}"
         if learner:
             self.room = reserve(self.placement, self.config.run.ready_seconds)
 
     def spawn(self, role: str, shell: type, options: dict[str, Any], *arguments: Any) -> Any:
-        """Start an actor of a shell class; one that takes another's place has the next number.
-
-        Raises:
-            DeadlineExceeded: the cluster's control store is silent, and creating an actor would wait for it.
-        """
-        alive_nodes()
+        """Start an actor of a shell class; one that takes another's place has the next number."""
+        alive_nodes()  # raises DeadlineExceeded if the control store is silent, for which creating an actor would wait
         self._numbers[role] += 1
         name = f"{self.name}/{role}-{self._numbers[role]}"
         actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)

@@ -34,26 +34,21 @@ class RanksLost(RuntimeError):
 
 
 class LearnerGroup:
-    """Dispatches to the ranks and waits for all of them. The first rank's failure is the group's: others would only
-    notice it later, in the collective that they wait in."""
+    """Dispatches to the ranks and waits for all of them. The first rank's failure is the group's (RanksLost, from every
+    method): others would only notice it later, in the collective that they wait in."""
 
     def __init__(self, crew: Crew, build: Build, meanwhile: Callable[[list[ray.ObjectRef]], None]) -> None:
-        """`meanwhile` is called while an answer is awaited: it waits for one of the references it gets, for a second at
-        most, and may do other work."""
+        """`meanwhile` is called while an answer is awaited: it waits a little for one of these, and does other work."""
         self.crew, self.build, self.ranks = crew, build, crew.placement.ranks.count
         self._run, self._meanwhile = crew.config.run, meanwhile
         self.actors: list[Any] = []
         self._idle = Probes("an idle learner rank", "run.chunk_seconds", self._run.chunk_seconds)
 
     def start(self, files: dict[str, bytes] | None, deadline: float) -> tuple[Snapshot, tuple[int, int, int]]:
-        """Start the ranks, in the place of others if there are any, from a checkpoint's files or afresh, until
-        `deadline` (of time.monotonic). Returns the policy version that the group holds and the shape of a latent.
-
-        Raises:
-            RanksLost: not all were up in time, or one could not start.
-        """
+        """Start the ranks, or others in their place, from a checkpoint's files if there are any, until `deadline` (of
+        time.monotonic). Returns the policy version that they hold and the shape of a latent."""
         for actor in self.actors:
-            self._idle.forget(actor)
+            self._idle.open.pop(actor, None)
             ray.kill(actor)
         self.actors, what = [], f"starting {self.ranks} learner ranks"
         for rank, options in enumerate(in_group(self.crew.placement, self.crew.room)):
@@ -61,7 +56,7 @@ class LearnerGroup:
             self.actors.append(self.crew.spawn("learner", LearnerActor, options, *arguments))
         state = put(files, "sharing the checkpoint")
         # All are up before any looks for the others: that has the shorter deadline of a collective.
-        calls = [actor.address.remote() for actor in self.actors]
+        calls = [actor.ready.remote() for actor in self.actors]
         address = self._answers(calls, what, "ready_seconds", deadline)[0]
         calls = [actor.start.remote(address, self._run.train_seconds, state) for actor in self.actors]
         return self._answers(calls, what, "ready_seconds", deadline)[0]
@@ -87,28 +82,19 @@ class LearnerGroup:
 
     def train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Train on what was fetched: each rank's account, the next policy version, and the files of a checkpoint.
-
-        Raises:
-            RanksLost: start, fetch and train again.
-            RanksDiverged: the ranks hold different adapters.
-        """
+        Raises RanksDiverged if the ranks hold different adapters."""
         calls = [actor.train_epoch.remote(epoch, beta) for actor in self.actors]
         answers = self._answers(calls, f"training of epoch {epoch}", "train_seconds")
         receipts.check_ranks([sha256 for _, sha256, _ in answers])
         return [training for training, _, _ in answers], answers[0][2], self.state_files()
 
     def state_files(self) -> dict[str, bytes]:
-        """What all ranks add to a checkpoint. They pass through the driver, which writes them: the ranks' nodes need
-        not see the run directory."""
+        """What all ranks add to a checkpoint. The driver writes it: the ranks' nodes need not see the run directory."""
         parts = self._answers([actor.state_files.remote() for actor in self.actors], "a checkpoint", "train_seconds")
         return {name: content for part in parts for name, content in part.items()}
 
     def look(self) -> None:
-        """Ask the idle ranks now and then whether they live; takes no time.
-
-        Raises:
-            RanksLost: one does not, or has not answered for run.chunk_seconds.
-        """
+        """Ask the idle ranks now and then whether they live; takes no time."""
         self._listen()
         self._idle.ask(self.actors, PING_SECONDS)
 

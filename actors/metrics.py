@@ -37,7 +37,7 @@ METRICS: dict[str, tuple[Any, ...]] = {  # by name: kind, meaning, tags beside t
 
 
 class Metrics:
-    """The metrics of one run, tagged with its name. Nothing here waits for anything."""
+    """Of one run, tagged with its name. Nothing here waits for anything."""
 
     def __init__(self, run: str) -> None:
         self._metrics: dict[str, Any] = {}
@@ -53,12 +53,11 @@ class Metrics:
         {Gauge: Gauge.set, Counter: Counter.inc, Histogram: Histogram.observe}[type(metric)](metric, value, tags)
 
     def turn(self, vitals: Callable[[], Vitals]) -> None:
-        """Set every gauge, if it is time to."""
         if time.monotonic() >= self._due:
             self.show(vitals())
 
     def show(self, vitals: Vitals) -> None:
-        """Set every gauge now."""
+        """Set every gauge."""
         self._due = time.monotonic() + SECONDS
         mean, most = vitals.staleness
         values = {"policy_version": vitals.policy_version, "epochs_in_work": vitals.epochs_in_work}
@@ -71,7 +70,6 @@ class Metrics:
                 self.record("chunks", count, role=role, state=state)
 
     def sampled(self, receipt: Receipt) -> None:
-        """A sampler's chunk has come, and its receipt is verified."""
         self.record("receipts", 1, outcome="verified")
         self.record("trajectories", len(receipt.log_pf_sum), stage="sampled")
         self.record("chunk_seconds", receipt.seconds, role="sampler")

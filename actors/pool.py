@@ -1,7 +1,7 @@
 """Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline, the dead replaced.
 
-A chunk of work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another
-one. Idle actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
+Work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another one. Idle
+actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,22 +28,21 @@ class Probes:
     """Questions to actors whether they are up, each under a deadline."""
 
     def __init__(self, what: str, setting: str, limit: float, idle: bool = True) -> None:
-        """`what` the actors are and the name of the setting with their limit in seconds are for messages. One that is
-        `idle` may have fallen silent up to PING_SECONDS before it was asked, and the limit is for its silence."""
+        """`limit` in seconds; an `idle` actor may have fallen silent up to PING_SECONDS before it was asked."""
         self.what, self.setting, self.limit = what, f"{setting}={limit:g}", limit
         self.open: dict[Any, ray.ObjectRef] = {}  # by actor: the answer that is awaited
         self._seconds = limit - min(PING_SECONDS, limit / 2) if idle else limit
         self._asked: dict[Any, float] = {}
 
     def ask(self, actors: Iterable[Any], every: float = 0.0) -> None:
-        """Those that owe no answer and were asked last `every` seconds ago or earlier."""
+        """Those that owe no answer, and were not asked for `every` seconds."""
         now = time.monotonic()
         for actor in actors:
             if actor not in self.open and now - self._asked.get(actor, -math.inf) >= every:
                 self.open[actor], self._asked[actor] = actor.ready.remote(), now
 
     def answers(self) -> Iterator[tuple[Any, Exception | None]]:
-        """Actors that have answered, and with the error those that died or did not answer in time; without waiting."""
+        """Actors that have answered by now and, with the error, those that are dead or did not answer in time."""
         answered = set(done(list(self.open.values())))
         for actor, ref in list(self.open.items()):
             error: Exception | None = None
@@ -63,15 +62,9 @@ class Probes:
         """Seconds that the actor has owed an answer."""
         return time.monotonic() - self._asked[actor] if actor in self.open else 0.0
 
-    def forget(self, actor: Any) -> None:
-        self.open.pop(actor, None)
-        self._asked.pop(actor, None)
-
 
 @dataclass
 class _Call:
-    """Work that an actor has."""
-
     key: Any
     outputs: list[ray.ObjectRef]  # the last one is the small summary that is waited on
     since: float  # when its actor was free for it
@@ -85,10 +78,9 @@ class Pool:
         config: Config, failed: Callable[[Exception, str], None], lost: Callable[[Any], None],
         remedy: Callable[[Any], str],
     ) -> None:  # fmt: skip
-        """Starts `count` actors with `spawn`; they have a method `ready`, and are to be up before `pump`. `call(actor,
-        key)` has one do a key's work: with several returns, the last of them small, and arguments that are the newest
-        when it is free. `doing` is for messages. `failed` hears of every failure, with the way on if it is survived;
-        `lost` of every call that will be made again; `remedy` ends the message if a key has cost all its attempts."""
+        """Spawns `count` actors; they have a method `ready`, and are to be up before `pump`. `call(actor, key)` has
+        one do a key's work, with several returns, the last of them small. `failed` hears of every failure, with the way
+        on if it is survived; `lost` of every call to be made again; `remedy` is for a key that cost all attempts."""
         self.doing, self.run, limit = doing, config.run, config.run.chunk_seconds
         self.inputs_lost: list[Any] = []  # keys whose arguments are gone: the owner must make them again
         self._spawn, self._call, self._failed, self._lost, self._remedy = spawn, call, failed, lost, remedy
@@ -96,17 +88,15 @@ class Pool:
         self._idle = Probes(f"an idle actor for {doing}", "run.chunk_seconds", limit)
         self._joining = Probes(f"a replacement for {doing}", "run.ready_seconds", self.run.ready_seconds, idle=False)
         self._queue: deque[Any] = deque()
-        self._finished: list[tuple[Any, list[ray.ObjectRef], Any]] = []
         self._attempts: Counter[Any] = Counter()
         self._failed_starts = 0
 
     def submit(self, key: Any, first: bool = False) -> None:
-        """Queue work. `first`: before all that waits."""
+        """`first`: before all that waits."""
         (self._queue.appendleft if first else self._queue.append)(key)
 
     @property
     def actors(self) -> list[Any]:
-        """Those that are up."""
         return list(self._calls)
 
     @property
@@ -124,33 +114,31 @@ class Pool:
             ActorDied, DeadlineExceeded: a key cost run.chunk_attempts actors, or no actor is left and none starts.
             Exception: what the remote code raised; such work is never tried again.
         """
+        finished: list[tuple[Any, list[ray.ObjectRef], Any]] = []
         answered, limit = set(done(self._summaries())), self.run.chunk_seconds
         for actor in list(self._calls):
             calls = self._calls.get(actor, [])
-            error: Exception | None = self._take_in(calls, answered)
+            error: Exception | None = self._take_in(calls, answered, finished)
             if calls and error is None and time.monotonic() - calls[0].since > limit:
                 what = f"{self.doing} {calls[0].key} took longer than run.chunk_seconds={limit:g} s"
                 error = DeadlineExceeded(what)
             if error is not None:
                 self._discard(actor, error)
         self._check_joining()
-        self._check_idle()
-        self._ask_idle(PING_SECONDS)
+        self._check_idle(PING_SECONDS)
         while self._queue and (actor := self._least_busy()) is not None:
             key = self._queue.popleft()
             self._calls[actor].append(_Call(key, self._call(actor, key), time.monotonic()))
-        finished, self._finished = self._finished, []
         return finished
 
     def resize(self, wanted: int) -> None:
-        """As many actors as the cluster has room for now: more, or fewer, the idle going first. A key that one of
-        those has in hand goes to another."""
+        """As many actors as there is room for now: more, or fewer, the idle going first."""
         self._failed_starts = 0
         self._sweep()
         for _ in range(wanted - len(self._calls) - len(self._joining.open)):
             self._start_another()
         for actor in list(self._joining.open)[max(0, wanted - len(self._calls)) :]:
-            self._joining.forget(actor)
+            del self._joining.open[actor]
             ray.kill(actor)
         idle_first = sorted(self._calls, key=lambda actor: bool(self._calls[actor]))
         for actor in idle_first[: max(0, len(self._calls) - wanted)]:
@@ -159,12 +147,8 @@ class Pool:
     def _summaries(self) -> list[ray.ObjectRef]:
         return [call.outputs[-1] for calls in self._calls.values() for call in calls]
 
-    def _take_in(self, calls: list[_Call], answered: Collection[ray.ObjectRef]) -> ActorDied | None:
-        """What an actor has finished, also if it died after that.
-
-        Raises:
-            Exception: what its work raised.
-        """
+    def _take_in(self, calls: list[_Call], answered: set[ray.ObjectRef], finished: list[Any]) -> ActorDied | None:
+        """What an actor has finished, also if it died after that."""
         death = None
         for call in [call for call in calls if call.outputs[-1] in answered]:
             what = f"{self.doing} {call.key}"
@@ -180,7 +164,7 @@ class Pool:
                 self._failed(error, "")
                 raise
             else:
-                self._finished.append((call.key, call.outputs[:-1], summary))
+                finished.append((call.key, call.outputs[:-1], summary))
                 self._attempts.pop(call.key, None)
             calls.remove(call)
             for behind in calls[:1]:
@@ -204,9 +188,8 @@ class Pool:
         self._start_another()
 
     def _remove(self, actor: Any) -> None:
-        """For good: killed even if it only cannot be reached, lest it keep its share of the machine. What it has in
-        hand goes to others."""
-        self._idle.forget(actor)
+        """Killed even if it only cannot be reached, lest it keep its share of the machine. Its work goes to others."""
+        self._idle.open.pop(actor, None)
         ray.kill(actor)
         for call in reversed(self._calls.pop(actor)):
             self._lost(call.key)
@@ -214,20 +197,17 @@ class Pool:
 
     def _sweep(self) -> None:
         """Find the idle that died at the same time, of a node say, before a key is given to one after the other."""
-        self._check_idle()
-        self._ask_idle(0.0)
+        self._check_idle(0.0)
         done(list(self._idle.open.values()), SWEEP_SECONDS)
-        self._check_idle()
+        self._check_idle(PING_SECONDS)
 
-    def _ask_idle(self, every: float) -> None:
-        self._idle.ask((actor for actor, calls in self._calls.items() if not calls), every)
-
-    def _check_idle(self) -> None:
-        """Replace idle actors that are dead, or silent for too long, at no key's cost."""
+    def _check_idle(self, every: float) -> None:
+        """Replace idle actors that are dead or silent for too long, at no key's cost; ask those that are there."""
         for actor, error in self._idle.answers():
             busy = bool(self._calls[actor])
             if error is not None and not (busy and isinstance(error, ActorDied)):  # its calls say so too
                 self._replace(actor, error)
+        self._idle.ask((actor for actor, calls in self._calls.items() if not calls), every)
 
     def _start_another(self) -> None:
         self._joining.ask([self._spawn()])

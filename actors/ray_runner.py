@@ -47,7 +47,6 @@ from learner import build
 from learner.config import Config
 from learner.protocol.buffer import Buffer, Work
 from learner.protocol.ledger import Ledger
-from learner.protocol.receipts import StaleWeights
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from learner.protocol.training import Training
 from rewards.registry import Reward
@@ -63,13 +62,8 @@ class RayRunner:
         self, config: Config, files: dict[str, bytes] | None = None, hooks: Hooks | None = None, name: str = "run",
         own_reward: Reward | None = None,
     ) -> None:  # fmt: skip
-        """`name` is the run's, in the Ray dashboard and on its metrics.
-
-        Raises:
-            DeadlineExceeded: not all actors were up within run.ready_seconds.
-            PlacementError: the cluster's resources do not fit the config.
-            ActorDied: an actor could not start; the message has its error.
-        """
+        """`name` is the run's, in the Ray dashboard and on its metrics. Raises DeadlineExceeded, PlacementError and
+        ActorDied: as Crew.place, Rollouts.await_ready and LearnerGroup.start do."""
         self.config, self.hooks = config, hooks or Hooks()
         self.crew = Crew(config, name, self.hooks.say)
         self._begun = False
@@ -103,18 +97,16 @@ class RayRunner:
         learner = config.learner.model_copy(update={"micro_batch": micro_batch})
         self._group.build = build.parts(config.model_copy(update={"learner": learner})).learner
 
+    def close(self) -> None:
+        self.crew.close()
+
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
         self.ledger, self._begun = ledger, True
         self.buffer = self.rollouts.buffer = Buffer(chunks_of, epochs, self.config.train.max_staleness, ledger)
         self.rollouts.publish(self.snapshot)
 
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
-        """As the contract says.
-
-        Raises:
-            StaleWeights: a sampler, or a learner's trajectories, had another adapter than a published one.
-            ActorDied, DeadlineExceeded, GroupBroken: learner ranks were lost too often, or no actor could do its work.
-        """
+        """As the contract says. Raises what Rollouts.pump does and, if learner ranks were lost too often, why."""
         start = time.perf_counter()
         self.rollouts.submit(self.buffer.admit())
         self._await_epoch(epoch)
@@ -126,10 +118,9 @@ class RayRunner:
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.rollouts.publish(self.snapshot)
-        works = self.buffer.take(epoch, epoch)
         sample_seconds, score_seconds = max(0.0, self.rollouts.sampled_at - start), training_start - start
         seconds = sample_seconds, score_seconds, time.perf_counter() - training_start
-        result = EpochResult.of(works, trainings[0], set_aside, *seconds)
+        result = EpochResult.of(self.buffer.take(epoch, epoch), trainings[0], set_aside, *seconds)
         behind = self.buffer.staleness(epoch)
         self._staleness = mean(behind), max(behind)
         self.crew.metrics.trained(result)
@@ -161,9 +152,6 @@ class RayRunner:
         self.rollouts.made_again.clear()
         self.crew.metrics.show(self.vitals())
 
-    def close(self) -> None:
-        self.crew.close()
-
     def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Fetch and train; what turns out to be lost is made again first."""
         works = self._await_epoch(epoch)
@@ -179,8 +167,9 @@ class RayRunner:
         attempts = 0
         while True:
             try:
-                if attempts:
-                    self._restart_group()
+                if attempts:  # the files of an epoch that is not closed are about to be the last checkpoint
+                    files = self._files or self.hooks.last_checkpoint()
+                    self._group.start(files, time.monotonic() + self.config.run.ready_seconds)
                 return work()
             except RanksLost as lost:
                 attempts += 1
@@ -188,15 +177,6 @@ class RayRunner:
                     tried = f"(tried {attempts} times, learner.attempts)"
                     raise type(lost.cause)(f"{lost} {tried}") from lost.cause
                 self.hooks.say(f"{lost}: starting the learner ranks anew from the last checkpoint")
-
-    def _restart_group(self) -> None:
-        files = self.hooks.last_checkpoint() if self._files is None else self._files  # those are about to be one
-        held, _ = self._group.start(files, time.monotonic() + self.config.run.ready_seconds)
-        if held.sha256 != self.snapshot.sha256:
-            raise StaleWeights(
-                f"the restarted learner holds adapter {held.sha256[:12]} (as version {held.version}), but version "
-                f"{self.snapshot.version} is {self.snapshot.sha256[:12]}"
-            )
 
     def _await_epoch(self, epoch: int) -> list[Work]:
         self._await("sampling and scoring", partial(self.buffer.counts, "train", epoch))
@@ -238,9 +218,11 @@ class RayRunner:
         except DeadlineExceeded:
             return  # the next call to an actor will say more
         before, now = ({node.id: node.address for node in each} for each in (self._nodes, nodes))
-        for verb, ids in (("joined", now.keys() - before.keys()), ("left", before.keys() - now.keys())):
-            for key in ids:
-                self.hooks.say(f"node {(before | now)[key]} has {verb} the cluster")
-        if before.keys() != now.keys():
-            self._nodes = nodes
-            self.rollouts.resize(*counts_now(self.config, self.crew.placement, nodes))
+        if before.keys() == now.keys():
+            return
+        for key in before.keys() ^ now.keys():
+            self.hooks.say(f"node {(before | now)[key]} has {'joined' if key in now else 'left'} the cluster")
+        self._nodes = nodes
+        wanted = zip(self.rollouts.pools.values(), counts_now(self.config, self.crew.placement, nodes), strict=True)
+        for pool, count in sorted(wanted, key=lambda change: change[1] - len(change[0].actors)):
+            pool.resize(count)  # the one that gives room first

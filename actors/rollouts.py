@@ -25,7 +25,6 @@ from cluster.waits import ObjectLost, get, put, wait_any
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
 from learner import build
-from learner.build import Parts
 from learner.config import Config
 from learner.prompts import example_prompt
 from learner.protocol.buffer import Buffer
@@ -45,64 +44,58 @@ REMEDIES = {
 class Rollouts:
     """Not a thread: the owner drives it with `pump`."""
 
-    def __init__(self, crew: Crew, parts: Parts) -> None:
-        """Starts the actors, where the crew has placed them; they are up after `await_ready`."""
-        self.crew, self.config = crew, crew.config
+    def __init__(self, crew: Crew, parts: build.Parts) -> None:
+        """Starts the actors; `await_ready` comes first."""
+        self.crew, self.config, self.description, self.close = crew, crew.config, crew.description, crew.close
         self.buffer = Buffer(lambda epoch: [], range(0), 0, Ledger())  # without a learner nothing is trained
-        # Not what free memory holds, if nobody asks for that: the same figures everywhere. A chunk is mostly smaller.
+        # Without `fit_score_batch` not what free memory holds: the same figures everywhere.
         self.score_batch = self.config.reward.batch or SCORE_BATCH
         self.made_again: Counter[ChunkKey] = Counter()
         self.sampled_at = 0.0  # when the last training chunk came from a sampler
-        self.pools: dict[str, Pool] = {}
-        shares = crew.placement.samplers, crew.placement.scorers
-        shares_gpu = any(share.gpus % 1 > 0 for share in shares)
-        for role, doing, share, shell, part, call in (
-            ("sampler", "sampling", shares[0], SamplerActor, parts.sampler, self._sample),
-            ("scorer", "scoring", shares[1], RewardActor, parts.scorer, self._score),
-        ):
-            spawn = partial(crew.spawn, role, shell, share.spread, part, shares_gpu)
-            hears = partial(crew.failed, role), partial(self._lost, role), partial(self._remedy, role)
-            self.pools[role] = Pool(doing, share.count, spawn, call, self.config, *hears)
-        self.samplers, self.scorers = self.pools.values()
+        self.shares = {"sampler": crew.placement.samplers, "scorer": crew.placement.scorers}
+        self.samplers = self._pool("sampler", "sampling", SamplerActor, parts.sampler, self._sample)
+        self.scorers = self._pool("scorer", "scoring", RewardActor, parts.scorer, self._score)
+        self.pools = {"sampler": self.samplers, "scorer": self.scorers}
+
+    def _pool(self, role: str, doing: str, shell: type, part: Callable[[], Any], call: Callable[..., Any]) -> Pool:
+        shares_gpu = any(share.gpus % 1 > 0 for share in self.shares.values())
+        spawn = partial(self.crew.spawn, role, shell, self.shares[role].spread, part, shares_gpu)
+        hears = partial(self.crew.failed, role), partial(self._lost, role), partial(self._remedy, role)
+        return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears)
 
     def await_ready(self, deadline: float) -> None:
         """Until all actors are up. `deadline` is of time.monotonic.
 
         Raises:
-            DeadlineExceeded: they are not; says who is missing, and what the cluster has.
-            ActorDied: an actor could not start; the message has its error.
+            DeadlineExceeded, ActorDied: as cluster.readiness.ready does.
         """
-        ready([self._ask("sampler", "ready"), self._ask("scorer", "ready")], deadline, self.config.run.ready_seconds)
+        self._answers("ready", deadline, ["sampler", "scorer"])
 
     def fit_score_batch(self, latent: tuple[int, int, int], deadline: float) -> int:
         """Images at once that every reward actor's share of its free GPU memory holds: what they score from now on."""
-        share = min(1.0, self.crew.placement.scorers.gpus or 1.0)
+        share = min(1.0, self.shares["scorer"].gpus or 1.0)
         arguments = latent, example_prompt(self.config), self.config.model.device, share
-        asked = self._ask("scorer", "fitting_batch", *arguments)
-        self.score_batch = min(ready([asked], deadline, self.config.run.ready_seconds)[0])
+        self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments)[0])
         return self.score_batch
 
-    def _ask(self, role: str, method: str, *arguments: Any) -> Asked:
-        calls = [getattr(actor, method).remote(*arguments) for actor in self.pools[role].actors]
-        return Asked(f"{role}s", getattr(self.crew.placement, f"{role}s"), calls)
+    def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[list[Any]]:
+        calls = [[getattr(actor, method).remote(*arguments) for actor in self.pools[role].actors] for role in roles]
+        asked = [Asked(f"{role}s", self.shares[role], refs) for role, refs in zip(roles, calls, strict=True)]
+        return ready(asked, deadline, self.config.run.ready_seconds)
 
     def publish(self, snapshot: Snapshot) -> None:
-        """The weights for what no sampler has yet, one object that all samplers read. It is the driver's, so it
-        outlives whoever made it; older ones are freed once no call uses them.
-
-        Raises:
-            ObjectLost: the object store has no room for it.
-        """
+        """The weights for what no sampler has yet: one object of the driver's, which outlives whoever made it. Older
+        ones are freed once no call uses them. Raises ObjectLost if the object store has no room."""
         self._ref = put(snapshot, f"publishing policy version {snapshot.version}")
         self._snapshot = snapshot
 
     def submit(self, chunks: Sequence[Chunk]) -> None:
-        """Chunks of the buffer, behind all that wait."""
+        """Of the buffer's chunks, to be done after all that wait."""
         for chunk in chunks:
             self.samplers.submit(chunk.key)
 
     def evaluate(self, chunks: Sequence[Chunk]) -> None:
-        """Before all that wait; `evaluated` gives them back."""
+        """To be done before all that wait; `evaluated` gives them back."""
         self.buffer.add_evaluation(chunks)
         for chunk in reversed(chunks):
             self.samplers.submit(chunk.key, first=True)
@@ -135,11 +128,7 @@ class Rollouts:
                 self.make_again(pool.inputs_lost.pop())
 
     def make_again(self, key: ChunkKey) -> None:
-        """What was made of a chunk is gone.
-
-        Raises:
-            ObjectLost: for the run.chunk_attempts-th time.
-        """
+        """What was made of a chunk is gone. Raises ObjectLost if it is for the run.chunk_attempts-th time."""
         self.made_again[key] += 1
         self._lost("object store", key)
         if (times := self.made_again[key]) >= self.config.run.chunk_attempts:
@@ -159,19 +148,22 @@ class Rollouts:
                 self.buffer.drop(key)
                 yield work.chunk, scores
 
+    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
+        """As evaluation/image_sets.py's Pools say; raises what `pump` does."""
+        self.publish(snapshot)
+        self.made_again.clear()
+        self.evaluate(chunks)
+        left = len(chunks)
+        while left:
+            self.pump()
+            for chunk, scores in self.evaluated():
+                left -= 1
+                done(chunk, scores)
+            self.wait()
+
     def wait(self, also: Sequence[ray.ObjectRef] = ()) -> None:
         """A little, for an actor's answer or one of these."""
-        refs = [*also, *(ref for pool in self.pools.values() for ref in pool.waiting_on)]
-        if refs:
-            wait_any(refs, POLL_SECONDS)
-        else:
-            time.sleep(POLL_SECONDS)
-
-    def resize(self, samplers: int, scorers: int) -> None:
-        """As many actors as there is room for now."""
-        changes = [(self.samplers, samplers), (self.scorers, scorers)]
-        for pool, wanted in sorted(changes, key=lambda change: change[1] - len(change[0].actors)):
-            pool.resize(wanted)  # the one that gives room first
+        wait_any([*also, *self.samplers.waiting_on, *self.scorers.waiting_on], POLL_SECONDS)
 
     def _sample(self, sampler: Any, key: ChunkKey) -> list[ray.ObjectRef]:
         self.buffer.given(key, self._snapshot)
@@ -181,52 +173,25 @@ class Rollouts:
         return scorer.score.remote(self.buffer.work(key).clean, self.score_batch)
 
     def _lost(self, where: str, key: ChunkKey) -> None:
-        """A chunk was lost with an actor, or what was made of it with the object store."""
         self.crew.metrics.record("lost_chunks", 1, where=where)
-        if where != "scorer":  # the next one gets the clean predictions once more
+        if where != "scorer":  # the next scorer gets the same clean predictions
             self.buffer.lose(key)
 
     def _remedy(self, role: str, key: ChunkKey) -> str:
-        """Against a chunk that costs every actor of the role its process."""
-        prompts = list(dict.fromkeys(self.buffer.work(key).chunk.prompts))
-        more = f" and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else ""
-        return f"its prompts: {', '.join(map(repr, prompts[:SHOWN_PROMPTS]))}{more}; {REMEDIES[role]}"
+        prompts = list(map(repr, dict.fromkeys(self.buffer.work(key).chunk.prompts)))
+        more = [f"{len(prompts) - SHOWN_PROMPTS} more"] if len(prompts) > SHOWN_PROMPTS else []
+        return f"its prompts: {', '.join(prompts[:SHOWN_PROMPTS] + more)}; {REMEDIES[role]}"
 
 
-class EvaluationPools:
-    """Samplers and reward actors without a learner: see evaluation/image_sets.py's Pools."""
-
-    def __init__(self, config: Config, say: Callable[[str], None], name: str = "evaluation") -> None:
-        """
-        Raises:
-            DeadlineExceeded, PlacementError, ActorDied: as Crew.place and Rollouts.await_ready do.
-        """
-        self.crew = Crew(config, name, say)
-        try:
-            self.crew.place(learner=False)
-            self.description = self.crew.description
-            self.rollouts = Rollouts(self.crew, build.parts(config))
-            self.rollouts.await_ready(time.monotonic() + config.run.ready_seconds)
-        except BaseException:
-            self.close()
-            raise
-
-    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
-        """As the protocol says.
-
-        Raises:
-            StaleWeights, BadReward, ActorDied, DeadlineExceeded, ObjectLost: as Rollouts.pump does.
-        """
-        self.rollouts.publish(snapshot)
-        self.rollouts.made_again.clear()
-        self.rollouts.evaluate(chunks)
-        left = len(chunks)
-        while left:
-            self.rollouts.pump()
-            for chunk, scores in self.rollouts.evaluated():
-                left -= 1
-                done(chunk, scores)
-            self.rollouts.wait()
-
-    def close(self) -> None:
-        self.crew.close()
+def evaluation_pools(config: Config, say: Callable[[str], None]) -> Rollouts:
+    """Samplers and reward actors without a learner, for adapters that are finished. Raises PlacementError, ActorDied
+    and DeadlineExceeded, as Crew.place and Rollouts.await_ready do."""
+    crew = Crew(config, "evaluation", say)
+    try:
+        crew.place(learner=False)
+        rollouts = Rollouts(crew, build.parts(config))
+        rollouts.await_ready(time.monotonic() + config.run.ready_seconds)
+        return rollouts
+    except BaseException:
+        crew.close()
+        raise

@@ -36,7 +36,7 @@ class SamplerActor(_Shell):
 
     @ray.method(num_returns=3)
     def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions, Receipt]:
-        """Trajectories for the learner, clean predictions for the scorer, and the receipt for the driver."""
+        """For the learner, the scorer and the driver."""
         start = time.perf_counter()
         trajectories, clean = self.part.sample(chunk, snapshot)
         if self.shares_gpu:
@@ -48,13 +48,11 @@ class RewardActor(_Shell):
     part: Scorer
 
     def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float) -> int:
-        """Images at once that this actor's `share` of the free GPU memory holds."""
         return self.part.batch or self.part.fitting_batch(latent, prompt, device, share)
 
     @ray.method(num_returns=2)
     def score(self, clean: CleanPredictions, batch: int) -> tuple[Scores, Verdict]:
-        """Scores for the learner; terminal rewards and thumbnails for the driver. `batch` images at once, the same in
-        every actor."""
+        """For the learner and the driver. `batch` images at once, the same in every actor."""
         start = time.perf_counter()
         self.part.batch = batch
         scores = self.part.score(clean)
@@ -63,15 +61,15 @@ class RewardActor(_Shell):
         return replace(scores, thumbnails=()), scores.verdict(time.perf_counter() - start)
 
 
-class LearnerActor(_Shell):
+class LearnerActor:
     """One rank of the data-parallel group. Its networks are built once it has joined the group."""
 
     def __init__(self, build: Build, rank: int, world_size: int, whole_gpu: bool) -> None:
         self.build, self.rank, self.world_size, self.whole_gpu = build, rank, world_size, whole_gpu
         self.fetched: list[list[Scored]] = []
 
-    def address(self) -> str:
-        """A free port on this rank's node, where rank 0 will meet the others."""
+    def ready(self) -> str:
+        """A free address on its node, where it could meet the others."""
         from learner import process_group
 
         return process_group.free_address(ray.util.get_node_ip_address())
@@ -79,8 +77,7 @@ class LearnerActor(_Shell):
     def start(
         self, address: str, seconds: float, files: dict[str, bytes] | None
     ) -> tuple[Snapshot, tuple[int, int, int]]:
-        """Join the group and build the networks, from a checkpoint's `files` if there are any. Returns the policy
-        version to sample with and the shape of a latent."""
+        """Join the group and build the networks. Returns the policy version and the shape of a latent."""
         from learner import process_group
 
         process_group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
@@ -88,7 +85,6 @@ class LearnerActor(_Shell):
         return self.learner.published, self.learner.model.latent_shape
 
     def fit_micro_batch(self, share: float) -> int:
-        """Once all actors have their networks: transitions at once in this rank's share of the free GPU memory."""
         return self.learner.fit_micro_batch(share)
 
     def fetch(self, epoch: int, updates: Sequence[Sequence[ScoredRefs]], limit: float) -> list[tuple[int, int]]:
@@ -120,5 +116,4 @@ class LearnerActor(_Shell):
         return training, snapshot.sha256, snapshot if self.rank == 0 else None
 
     def state_files(self) -> dict[str, bytes]:
-        """What this rank adds to a checkpoint."""
         return self.learner.state_files()

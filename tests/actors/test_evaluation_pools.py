@@ -9,7 +9,7 @@ import pytest
 from faulty import EmulatedDiesOnce
 
 from actors import rollouts
-from actors.rollouts import EvaluationPools
+from actors.rollouts import evaluation_pools
 from benchmarks import emulated
 from commands.evaluate import main
 from diffusion.snapshot import Snapshot, digest
@@ -34,7 +34,7 @@ def judge(cluster, monkeypatch):
         parts = build.Parts(sampler, partial(emulated.EmulatedScorer, EMULATION), None)
         monkeypatch.setattr(build, "parts", lambda config: parts)
         config = load_config(overrides=[f"sampler.actors={samplers}", "reward.actors=1"])
-        pools = EvaluationPools(config, said.append)
+        pools = evaluation_pools(config, said.append)
         try:
             pools.judge(SNAPSHOT, CHUNKS, lambda chunk, scores: rewards.update({chunk.index: scores.rewards[:, -1]}))
         finally:

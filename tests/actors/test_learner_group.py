@@ -22,7 +22,7 @@ class FakeRank:
     def __init__(self, rank: int) -> None:
         self.rank, self.silent, self.killed, self.calls = rank, set(), False, []
         self.answers = {
-            "ready": True, "address": f"tcp://{rank}", "start": (Snapshot(0, np.zeros(1), "first"), (1, 2, 2)),
+            "ready": f"tcp://{rank}", "start": (Snapshot(0, np.zeros(1), "first"), (1, 2, 2)),
             "fit_micro_batch": 8 - rank, "fetch": [], "state_files": {f"rank-{rank}": b"state"},
             "train_epoch": (Training({}, [], (rank,)), "hash", Snapshot(1, np.zeros(1), "hash") if rank == 0 else None),
         }  # fmt: skip
@@ -97,7 +97,7 @@ def called(rank: FakeRank, name: str) -> tuple:
 
 
 def test_all_are_up_before_any_is_told_to_meet_the_others(world):
-    world.silent[1], asked_to_start = {"address"}, []
+    world.silent[1], asked_to_start = {"ready"}, []
 
     def wait(refs):
         world.wait(refs)
