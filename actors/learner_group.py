@@ -25,12 +25,8 @@ HEAR_SECONDS = 1.0  # between a rank's failure and the others' noticing it
 
 
 class RanksLost(RuntimeError):
-    """The group is of no use any more. Its own type, because while the ranks work the pools do too (`meanwhile`), and
-    fail in the same ways."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
+    """The group is of no use any more; its argument is the error that says why. Its own type, because while the ranks
+    work the pools do too (`meanwhile`), and fail in the same ways."""
 
 
 class LearnerGroup:
@@ -104,9 +100,7 @@ class LearnerGroup:
             if error is not None:
                 raise self._lost(error)
 
-    def _answers(
-        self, calls: list[ray.ObjectRef], what: str, setting: str, deadline: float | None = None
-    ) -> list[Any]:  # fmt: skip
+    def _answers(self, calls: list[Any], what: str, setting: str, deadline: float | None = None) -> list[Any]:
         """Of all ranks, within the seconds of the config's run.`setting` or until `deadline`."""
         limit, waiting, answers = getattr(self._run, setting), list(calls), {}
         deadline = time.monotonic() + limit if deadline is None else deadline

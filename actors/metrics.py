@@ -14,7 +14,6 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from diffusion.trajectory import Receipt, Verdict
 from learner.protocol.runner import EpochResult, Vitals
 
 SECONDS = 1.0  # between two settings of the gauges
@@ -69,14 +68,9 @@ class Metrics:
             for role, count in chunks.items():
                 self.record("chunks", count, role=role, state=state)
 
-    def sampled(self, receipt: Receipt) -> None:
-        self.record("receipts", 1, outcome="verified")
-        self.record("trajectories", len(receipt.log_pf_sum), stage="sampled")
-        self.record("chunk_seconds", receipt.seconds, role="sampler")
-
-    def scored(self, verdict: Verdict) -> None:
-        self.record("trajectories", len(verdict.rewards), stage="scored")
-        self.record("chunk_seconds", verdict.seconds, role="scorer")
+    def chunk(self, role: str, stage: str, trajectories: int, seconds: float) -> None:
+        self.record("trajectories", trajectories, stage=stage)
+        self.record("chunk_seconds", seconds, role=role)
 
     def trained(self, result: EpochResult) -> None:
         self.record("trajectories", len(result.rewards), stage="trained")

@@ -84,7 +84,7 @@ class Pool:
         self.doing, self.run, limit = doing, config.run, config.run.chunk_seconds
         self.inputs_lost: list[Any] = []  # keys whose arguments are gone: the owner must make them again
         self._spawn, self._call, self._failed, self._lost, self._remedy = spawn, call, failed, lost, remedy
-        self._calls: dict[Any, list[_Call]] = {spawn(): [] for _ in range(count)}  # of those up, in the order of work
+        self.calls: dict[Any, list[_Call]] = {spawn(): [] for _ in range(count)}  # by actor that is up, in their order
         self._idle = Probes(f"an idle actor for {doing}", "run.chunk_seconds", limit)
         self._joining = Probes(f"a replacement for {doing}", "run.ready_seconds", self.run.ready_seconds, idle=False)
         self._queue: deque[Any] = deque()
@@ -96,10 +96,6 @@ class Pool:
         (self._queue.appendleft if first else self._queue.append)(key)
 
     @property
-    def actors(self) -> list[Any]:
-        return list(self._calls)
-
-    @property
     def waiting_on(self) -> list[ray.ObjectRef]:
         return [*self._summaries(), *(self._joining.open.values() if self._queue else ())]
 
@@ -108,16 +104,13 @@ class Pool:
         return len(self._queue), len(self._summaries())
 
     def pump(self) -> list[tuple[Any, list[ray.ObjectRef], Any]]:
-        """Start what there is room for; return (key, outputs, summary) of every finished call, without blocking.
-
-        Raises:
-            ActorDied, DeadlineExceeded: a key cost run.chunk_attempts actors, or no actor is left and none starts.
-            Exception: what the remote code raised; such work is never tried again.
-        """
+        """Start what there is room for; return (key, outputs, summary) of every finished call, without blocking. Raises
+        ActorDied or DeadlineExceeded if a key cost run.chunk_attempts actors, or no actor is left and none starts, and
+        what the remote code raised; such work is never tried again."""
         finished: list[tuple[Any, list[ray.ObjectRef], Any]] = []
         answered, limit = set(done(self._summaries())), self.run.chunk_seconds
-        for actor in list(self._calls):
-            calls = self._calls.get(actor, [])
+        for actor in list(self.calls):
+            calls = self.calls.get(actor, [])
             error: Exception | None = self._take_in(calls, answered, finished)
             if calls and error is None and time.monotonic() - calls[0].since > limit:
                 what = f"{self.doing} {calls[0].key} took longer than run.chunk_seconds={limit:g} s"
@@ -128,24 +121,24 @@ class Pool:
         self._check_idle(PING_SECONDS)
         while self._queue and (actor := self._least_busy()) is not None:
             key = self._queue.popleft()
-            self._calls[actor].append(_Call(key, self._call(actor, key), time.monotonic()))
+            self.calls[actor].append(_Call(key, self._call(actor, key), time.monotonic()))
         return finished
 
     def resize(self, wanted: int) -> None:
         """As many actors as there is room for now: more, or fewer, the idle going first."""
         self._failed_starts = 0
         self._sweep()
-        for _ in range(wanted - len(self._calls) - len(self._joining.open)):
+        for _ in range(wanted - len(self.calls) - len(self._joining.open)):
             self._start_another()
-        for actor in list(self._joining.open)[max(0, wanted - len(self._calls)) :]:
+        for actor in list(self._joining.open)[max(0, wanted - len(self.calls)) :]:
             del self._joining.open[actor]
             ray.kill(actor)
-        idle_first = sorted(self._calls, key=lambda actor: bool(self._calls[actor]))
-        for actor in idle_first[: max(0, len(self._calls) - wanted)]:
+        idle_first = sorted(self.calls, key=lambda actor: bool(self.calls[actor]))
+        for actor in idle_first[: max(0, len(self.calls) - wanted)]:
             self._remove(actor)
 
     def _summaries(self) -> list[ray.ObjectRef]:
-        return [call.outputs[-1] for calls in self._calls.values() for call in calls]
+        return [call.outputs[-1] for calls in self.calls.values() for call in calls]
 
     def _take_in(self, calls: list[_Call], answered: set[ray.ObjectRef], finished: list[Any]) -> ActorDied | None:
         """What an actor has finished, also if it died after that."""
@@ -173,7 +166,7 @@ class Pool:
 
     def _discard(self, actor: Any, error: Exception) -> None:
         """Replace an actor that failed at its work: the key that it was at has cost an attempt."""
-        key = self._calls[actor][0].key
+        key = self.calls[actor][0].key
         self._replace(actor, error)
         self._attempts[key] += 1
         if (tried := self._attempts[key]) >= self.run.chunk_attempts:
@@ -191,7 +184,7 @@ class Pool:
         """Killed even if it only cannot be reached, lest it keep its share of the machine. Its work goes to others."""
         self._idle.open.pop(actor, None)
         ray.kill(actor)
-        for call in reversed(self._calls.pop(actor)):
+        for call in reversed(self.calls.pop(actor)):
             self._lost(call.key)
             self._queue.appendleft(call.key)
 
@@ -204,10 +197,10 @@ class Pool:
     def _check_idle(self, every: float) -> None:
         """Replace idle actors that are dead or silent for too long, at no key's cost; ask those that are there."""
         for actor, error in self._idle.answers():
-            busy = bool(self._calls[actor])
+            busy = bool(self.calls[actor])
             if error is not None and not (busy and isinstance(error, ActorDied)):  # its calls say so too
                 self._replace(actor, error)
-        self._idle.ask((actor for actor, calls in self._calls.items() if not calls), every)
+        self._idle.ask((actor for actor, calls in self.calls.items() if not calls), every)
 
     def _start_another(self) -> None:
         self._joining.ask([self._spawn()])
@@ -215,24 +208,24 @@ class Pool:
     def _check_joining(self) -> None:
         for actor, error in self._joining.answers():
             if error is None:
-                self._calls[actor], self._failed_starts = [], 0
+                self.calls[actor], self._failed_starts = [], 0
                 continue
             ray.kill(actor)
             self._failed_starts += 1
             if self._failed_starts < self.run.chunk_attempts:
                 self._failed(error, "trying another")
                 self._start_another()
-            elif self._calls or self._joining.open:
-                self._failed(error, f"going on with {len(self._calls)}")
+            elif self.calls or self._joining.open:
+                self._failed(error, f"going on with {len(self.calls)}")
             else:
                 self._failed(error, "")
                 raise error
 
     def _least_busy(self) -> Any:
         """An actor with room, or None. One that leaves a question unanswered is the last to be given work."""
-        silent = [actor for actor in self._calls if self._idle.silence(actor) > PATIENCE]
-        free = [actor for actor, calls in self._calls.items() if len(calls) < IN_FLIGHT]
+        silent = [actor for actor in self.calls if self._idle.silence(actor) > PATIENCE]
+        free = [actor for actor, calls in self.calls.items() if len(calls) < IN_FLIGHT]
         answering = [actor for actor in free if actor not in silent]
-        if not answering and len(silent) < len(self._calls):
+        if not answering and len(silent) < len(self.calls):
             return None  # those that answer have their hands full, but will be free
-        return min(answering or free, key=lambda actor: len(self._calls[actor]), default=None)
+        return min(answering or free, key=lambda actor: len(self.calls[actor]), default=None)

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from statistics import mean
-from typing import TypeVar
+from typing import Any
 
 import ray
 
@@ -52,7 +52,6 @@ from learner.protocol.training import Training
 from rewards.registry import Reward
 
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
-T = TypeVar("T")
 
 
 class RayRunner:
@@ -66,16 +65,16 @@ class RayRunner:
         ActorDied: as Crew.place, Rollouts.await_ready and LearnerGroup.start do."""
         self.config, self.hooks = config, hooks or Hooks()
         self.crew = Crew(config, name, self.hooks.say)
+        self.close = self.crew.close
         self._begun = False
         self._staleness = (0.0, 0)
         self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
         try:
             self._start(files, own_reward)
-        except RanksLost as lost:
+        except BaseException as error:
             self.close()
-            raise lost.cause from lost
-        except BaseException:
-            self.close()
+            if isinstance(error, RanksLost):
+                raise error.args[0] from error
             raise
 
     def _start(self, files: dict[str, bytes] | None, own_reward: Reward | None) -> None:
@@ -88,17 +87,13 @@ class RayRunner:
         self._group = LearnerGroup(crew, parts.learner, self._turn)
         self.snapshot, latent = self._group.start(files, deadline)
         self.dimensions = prod(latent)
-        self.rollouts.await_ready(deadline)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
-        score_batch = self.rollouts.fit_score_batch(latent, deadline)
+        self.rollouts.await_ready(deadline, latent)
         micro_batch = self._group.fit_micro_batch(deadline)
-        self.batch_sizes = {"score": score_batch, "micro_batch": micro_batch}
+        self.batch_sizes = {"score": self.rollouts.score_batch, "micro_batch": micro_batch}
         # A restarted group keeps the batches that this one found.
         learner = config.learner.model_copy(update={"micro_batch": micro_batch})
         self._group.build = build.parts(config.model_copy(update={"learner": learner})).learner
-
-    def close(self) -> None:
-        self.crew.close()
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
         self.ledger, self._begun = ledger, True
@@ -143,7 +138,7 @@ class RayRunner:
 
     def vitals(self) -> Vitals:
         pools = self.rollouts.pools
-        actors = {role: len(pool.actors) for role, pool in pools.items()} | {"learner": len(self._group.actors)}
+        actors = {role: len(pool.calls) for role, pool in pools.items()} | {"learner": len(self._group.actors)}
         waiting, running = ({role: pool.load()[i] for role, pool in pools.items()} for i in range(2))
         return Vitals(self.snapshot.version, self.buffer.in_work, self._staleness, actors, waiting, running)
 
@@ -162,7 +157,7 @@ class RayRunner:
             works = self._await_epoch(epoch)
         return self._group.train(epoch, beta)
 
-    def _with_ranks(self, work: Callable[[], T]) -> T:
+    def _with_ranks(self, work: Callable[[], Any]) -> Any:
         """Have the learner ranks do something; if they are lost on the way, again from the last checkpoint."""
         attempts = 0
         while True:
@@ -174,8 +169,8 @@ class RayRunner:
             except RanksLost as lost:
                 attempts += 1
                 if attempts >= self.config.learner.attempts:
-                    tried = f"(tried {attempts} times, learner.attempts)"
-                    raise type(lost.cause)(f"{lost} {tried}") from lost.cause
+                    (cause,) = lost.args
+                    raise type(cause)(f"{cause} (tried {attempts} times, learner.attempts)") from cause
                 self.hooks.say(f"{lost}: starting the learner ranks anew from the last checkpoint")
 
     def _await_epoch(self, epoch: int) -> list[Work]:
@@ -224,5 +219,5 @@ class RayRunner:
             self.hooks.say(f"node {(before | now)[key]} has {'joined' if key in now else 'left'} the cluster")
         self._nodes = nodes
         wanted = zip(self.rollouts.pools.values(), counts_now(self.config, self.crew.placement, nodes), strict=True)
-        for pool, count in sorted(wanted, key=lambda change: change[1] - len(change[0].actors)):
+        for pool, count in sorted(wanted, key=lambda change: change[1] - len(change[0].calls)):
             pool.resize(count)  # the one that gives room first

@@ -48,8 +48,7 @@ class Rollouts:
         """Starts the actors; `await_ready` comes first."""
         self.crew, self.config, self.description, self.close = crew, crew.config, crew.description, crew.close
         self.buffer = Buffer(lambda epoch: [], range(0), 0, Ledger())  # without a learner nothing is trained
-        # Without `fit_score_batch` not what free memory holds: the same figures everywhere.
-        self.score_batch = self.config.reward.batch or SCORE_BATCH
+        self.score_batch = self.config.reward.batch or SCORE_BATCH  # in evaluations: the same figures everywhere
         self.made_again: Counter[ChunkKey] = Counter()
         self.sampled_at = 0.0  # when the last training chunk came from a sampler
         self.shares = {"sampler": crew.placement.samplers, "scorer": crew.placement.scorers}
@@ -63,23 +62,18 @@ class Rollouts:
         hears = partial(self.crew.failed, role), partial(self._lost, role), partial(self._remedy, role)
         return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears)
 
-    def await_ready(self, deadline: float) -> None:
-        """Until all actors are up. `deadline` is of time.monotonic.
-
-        Raises:
-            DeadlineExceeded, ActorDied: as cluster.readiness.ready does.
-        """
+    def await_ready(self, deadline: float, latent: tuple[int, int, int] | None = None) -> None:
+        """Until all actors are up. Given the shape of a latent, then find out how many images at once every reward
+        actor's share of its free GPU memory holds. `deadline` is of time.monotonic. Raises DeadlineExceeded and
+        ActorDied, as cluster.readiness.ready does."""
         self._answers("ready", deadline, ["sampler", "scorer"])
-
-    def fit_score_batch(self, latent: tuple[int, int, int], deadline: float) -> int:
-        """Images at once that every reward actor's share of its free GPU memory holds: what they score from now on."""
-        share = min(1.0, self.shares["scorer"].gpus or 1.0)
-        arguments = latent, example_prompt(self.config), self.config.model.device, share
-        self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments)[0])
-        return self.score_batch
+        if latent is not None:
+            share = min(1.0, self.shares["scorer"].gpus or 1.0)
+            arguments = latent, example_prompt(self.config), self.config.model.device, share
+            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments)[0])
 
     def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[list[Any]]:
-        calls = [[getattr(actor, method).remote(*arguments) for actor in self.pools[role].actors] for role in roles]
+        calls = [[getattr(actor, method).remote(*arguments) for actor in self.pools[role].calls] for role in roles]
         asked = [Asked(f"{role}s", self.shares[role], refs) for role, refs in zip(roles, calls, strict=True)]
         return ready(asked, deadline, self.config.run.ready_seconds)
 
@@ -101,13 +95,9 @@ class Rollouts:
             self.samplers.submit(chunk.key, first=True)
 
     def pump(self) -> None:
-        """Hand out what there is room for and take in what is done, without blocking.
-
-        Raises:
-            StaleWeights: a sampler had another adapter than it was given.
-            ActorDied, DeadlineExceeded, ObjectLost: a chunk was lost run.chunk_attempts times, or no actor is left.
-            BadReward: a reward failed.
-        """
+        """Hand out what there is room for and take in what is done, without blocking. Raises StaleWeights if a sampler
+        had another adapter than it was given, ActorDied, DeadlineExceeded or ObjectLost if a chunk was lost
+        run.chunk_attempts times or no actor is left, BadReward and whatever else a part raised."""
         metrics = self.crew.metrics
         for key, (trajectories, clean), receipt in self.samplers.pump():
             try:
@@ -116,13 +106,14 @@ class Rollouts:
                 metrics.record("receipts", 1, outcome="failed")
                 self.crew.failed("sampler", error)
                 raise
-            metrics.sampled(receipt)
+            metrics.record("receipts", 1, outcome="verified")
+            metrics.chunk("sampler", "sampled", len(receipt.log_pf_sum), receipt.seconds)
             if key.purpose == "train":
                 self.sampled_at = time.perf_counter()
             self.scorers.submit(key, first=key.purpose == "evaluate")
         for key, (scores,), verdict in self.scorers.pump():
             self.buffer.scored(key, verdict, scores)
-            metrics.scored(verdict)
+            metrics.chunk("scorer", "scored", len(verdict.rewards), verdict.seconds)
         for pool in self.pools.values():  # the weights could not be fetched; a node went with its objects
             while pool.inputs_lost:
                 self.make_again(pool.inputs_lost.pop())

@@ -1,6 +1,6 @@
-"""`kill -9` of the driver in mid-epoch 2 of 4, then the same command: as if nothing had been."""
+"""`kill -9` of the driver in mid-epoch 2 of 4, then the same command: as if nothing had been. With a real model;
+tests/faults/test_driver_kills.py has all other moments, over emulated parts."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 
-import pyarrow.parquet as pq
 import pytest
 import ray_processes
+from emulated_run import outcome
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -21,7 +21,6 @@ def brightness(images, prompts):
     time.sleep(0.5)
     return images.mean((1, 2, 3))
 """
-TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds")
 
 
 @pytest.fixture
@@ -42,35 +41,19 @@ def start(small_settings, tmp_path):
     return go
 
 
-def done(process) -> str:
+def done(process, temporary) -> str:
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
+    assert ray_processes.all_gone(temporary)
     return said
-
-
-def lines(folder) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
-
-
-def rows(folder) -> list[tuple]:
-    columns = ["epoch", "trajectory_id", "policy_version", "adapter_sha256", "prompt", "reward", "log_pf_sum", "beta"]
-    return [tuple(row.values()) for row in pq.read_table(folder / "trajectories", columns=columns).to_pylist()]
-
-
-def lora(folder) -> list[bytes]:
-    return [file.read_bytes() for file in sorted((folder / "checkpoints/latest/lora").iterdir())]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_same_command_goes_on_bitwise(ranks, start, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     # With one rank the in-process run is the same, bit by bit, and starts faster.
-    process, temporary = start(
-        unbroken, f"learner.ranks={ranks}", "run.runner=" + ("inprocess" if ranks == 1 else "ray")
-    )
-    done(process)
-    assert ray_processes.all_gone(temporary)
+    runner = "run.runner=" + ("inprocess" if ranks == 1 else "ray")
+    done(*start(unbroken, f"learner.ranks={ranks}", runner))
 
     process, temporary = start(killed, f"learner.ranks={ranks}")
     deadline = time.monotonic() + 200
@@ -82,16 +65,12 @@ def test_the_same_command_goes_on_bitwise(ranks, start, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=10)
     assert ray_processes.all_gone(temporary, 60)  # Ray's own doing: its agents look for their parent now and then
-    assert [line["epoch"] for line in lines(killed)] == [-1, 0, 1]
+    assert [line["epoch"] for line in outcome(killed)["metrics"]] == [-1, 0, 1]
     earlier = {file: file.stat().st_mtime_ns for file in (killed / "trajectories").iterdir()}
 
-    process, temporary = start(killed, f"learner.ranks={ranks}")
-    said = done(process)
+    said = done(*start(killed, f"learner.ranks={ranks}"))
     assert "going on from checkpoints/step-000002: 2 of 4 epochs are done" in said
     assert "epoch 1/4" not in said and "epoch 2/4" not in said and "epoch 3/4" in said
-    assert ray_processes.all_gone(temporary)
     assert all(file.stat().st_mtime_ns == then for file, then in earlier.items())
-    assert lora(killed) == lora(unbroken)
-    assert lines(killed) == lines(unbroken)
-    assert rows(killed) == rows(unbroken)
-    assert [(row[0], row[1]) for row in rows(killed)] == [(epoch, i) for epoch in range(4) for i in range(8)]
+    assert outcome(killed) == outcome(unbroken)
+    assert [row[:2] for row in outcome(killed)["rows"]] == [(epoch, i) for epoch in range(4) for i in range(8)]

@@ -52,7 +52,7 @@ def made(monkeypatch):
     share = SimpleNamespace(gpus=0, count=0, spread={})
     crew = SimpleNamespace(
         config=Config(), placement=SimpleNamespace(samplers=share, scorers=share), metrics=Quiet(), said=[],
-        spawn=print, failed=print,
+        spawn=print, failed=print, description="", close=print,
     )  # fmt: skip
     crew.say = crew.said.append
     monkeypatch.setattr(rollouts, "Pool", FakePool)
