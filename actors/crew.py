@@ -22,11 +22,10 @@ from learner.config import Config
 class Crew:
     """Starts actors, and keeps count of them and of their failures."""
 
-    room: PlacementGroup | None = None  # for the learner ranks
-
     def __init__(self, config: Config, name: str, say: Callable[[str], None]) -> None:
         """`name` is the run's: in the dashboard an actor is NAME/ROLE-NUMBER. `say` hears of faults survived."""
         self.config, self.name, self.say = config, name, say
+        self.room: PlacementGroup | None = None  # for the learner ranks
         self.session = Session(config.run.cpu_threads)
         self.metrics = Metrics(name)
         self._actors: list[Any] = []
@@ -51,11 +50,10 @@ class Crew:
         self._actors.append(actor)
         return actor
 
-    def failed(self, role: str, error: Exception, way_on: str = "") -> None:
-        """An actor's failure; if it is survived, the way on is said."""
+    def failed(self, role: str, error: Exception, way_on: str) -> None:
+        """A failure that is survived."""
         self.metrics.record("failures", 1, role=role, error=type(error).__name__)
-        if way_on:
-            self.say(f"{error}: {way_on}")
+        self.say(f"{error}: {way_on}")
 
     def close(self) -> None:
         """A Ray of our own ends with us, actors and all; of another's, what is ours is taken away."""

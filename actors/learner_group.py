@@ -98,7 +98,7 @@ class LearnerGroup:
         """To those that were asked while idle: what they are told to do since then comes after their answer."""
         for _, error in self._idle.answers():
             if error is not None:
-                raise self._lost(error)
+                raise RanksLost(error)
 
     def _answers(self, calls: list[Any], what: str, setting: str, deadline: float | None = None) -> list[Any]:
         """Of all ranks, within the seconds of the config's run.`setting` or until `deadline`."""
@@ -111,26 +111,17 @@ class LearnerGroup:
             if not waiting:
                 return [answers[ref] for ref in calls]
             if time.monotonic() > deadline:
-                raise self._lost(DeadlineExceeded(f"{what} took longer than run.{setting}={limit:g} s"))
+                raise RanksLost(DeadlineExceeded(f"{what} took longer than run.{setting}={limit:g} s"))
             self._listen()
             self._meanwhile(waiting)
 
     def _get(self, ref: ray.ObjectRef, what: str, calls: list[ray.ObjectRef]) -> Any:
-        """What a rank has answered. If the group broke, the failure that broke it comes first, if it is the data's or
-        the code's: that would be so again."""
+        """What a rank has answered. If the group broke, a defect of another rank comes first: it would be so again."""
         seconds, setting = self._run.chunk_seconds, "run.chunk_seconds"
         try:
             return get(ref, seconds, what, setting)
         except GONE as error:
-            lost = self._lost(error)
             for other in done(calls, HEAR_SECONDS) if isinstance(error, GroupBroken) else ():
                 with contextlib.suppress(*GONE):
                     get(other, seconds, what, setting)
-            raise lost from error
-        except Exception as error:
-            self.crew.failed("learner", error)
-            raise
-
-    def _lost(self, cause: Exception) -> RanksLost:
-        self.crew.failed("learner", cause)
-        return RanksLost(cause)
+            raise RanksLost(error) from error

@@ -29,9 +29,9 @@ METRICS: dict[str, tuple[Any, ...]] = {  # by name: kind, meaning, tags beside t
     "train_seconds": (Gauge, "Seconds that the learner took for the epoch trained last"),
     "trajectories": (Counter, "Trajectories sampled, scored, trained", "stage"),
     "chunk_seconds": (partial(Histogram, boundaries=CHUNK_SECONDS), "Seconds that an actor took for a chunk", "role"),
-    "receipts": (Counter, "Adapters as samplers had them: verified or failed", "outcome"),
+    "receipts": (Counter, "Adapters as samplers had them, verified", "outcome"),
     "lost_chunks": (Counter, "Chunks to be made again, by whom they were lost with", "where"),
-    "failures": (Counter, "Failures, survived or not, by the error's class", "role", "error"),
+    "failures": (Counter, "Failures survived, by the error's class", "role", "error"),
 }
 
 

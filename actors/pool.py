@@ -20,7 +20,6 @@ from learner.config import Config
 
 IN_FLIGHT = 2  # calls of an actor: the one that it is at, and one behind it
 PING_SECONDS = 0.5  # between two questions to an idle actor
-SWEEP_SECONDS = 0.5  # for the idle to answer when one has died: others may have gone with it
 PATIENCE = 2.0  # an idle actor that has not answered for so long gets no work while others do
 
 
@@ -79,8 +78,8 @@ class Pool:
         remedy: Callable[[Any], str],
     ) -> None:  # fmt: skip
         """Spawns `count` actors; they have a method `ready`, and are to be up before `pump`. `call(actor, key)` has
-        one do a key's work, with several returns, the last of them small. `failed` hears of every failure, with the way
-        on if it is survived; `lost` of every call to be made again; `remedy` is for a key that cost all attempts."""
+        one do a key's work, with several returns, the last of them small. `failed` hears of every failure survived and
+        the way on; `lost` of every call to be made again; `remedy` is for a key that cost all attempts."""
         self.doing, self.run, limit = doing, config.run, config.run.chunk_seconds
         self.inputs_lost: list[Any] = []  # keys whose arguments are gone: the owner must make them again
         self._spawn, self._call, self._failed, self._lost, self._remedy = spawn, call, failed, lost, remedy
@@ -129,7 +128,7 @@ class Pool:
         self._failed_starts = 0
         self._sweep()
         for _ in range(wanted - len(self.calls) - len(self._joining.open)):
-            self._start_another()
+            self._joining.ask([self._spawn()])
         for actor in list(self._joining.open)[max(0, wanted - len(self.calls)) :]:
             del self._joining.open[actor]
             ray.kill(actor)
@@ -153,9 +152,6 @@ class Pool:
             except ObjectLost as error:
                 self._failed(error, "will be made again")
                 self.inputs_lost.append(call.key)
-            except Exception as error:
-                self._failed(error, "")
-                raise
             else:
                 finished.append((call.key, call.outputs[:-1], summary))
                 self._attempts.pop(call.key, None)
@@ -178,7 +174,7 @@ class Pool:
     def _replace(self, actor: Any, error: Exception) -> None:
         self._failed(error, "replacing the actor")
         self._remove(actor)
-        self._start_another()
+        self._joining.ask([self._spawn()])
 
     def _remove(self, actor: Any) -> None:
         """Killed even if it only cannot be reached, lest it keep its share of the machine. Its work goes to others."""
@@ -191,7 +187,7 @@ class Pool:
     def _sweep(self) -> None:
         """Find the idle that died at the same time, of a node say, before a key is given to one after the other."""
         self._check_idle(0.0)
-        done(list(self._idle.open.values()), SWEEP_SECONDS)
+        done(list(self._idle.open.values()), PING_SECONDS)
         self._check_idle(PING_SECONDS)
 
     def _check_idle(self, every: float) -> None:
@@ -202,9 +198,6 @@ class Pool:
                 self._replace(actor, error)
         self._idle.ask((actor for actor, calls in self.calls.items() if not calls), every)
 
-    def _start_another(self) -> None:
-        self._joining.ask([self._spawn()])
-
     def _check_joining(self) -> None:
         for actor, error in self._joining.answers():
             if error is None:
@@ -214,11 +207,10 @@ class Pool:
             self._failed_starts += 1
             if self._failed_starts < self.run.chunk_attempts:
                 self._failed(error, "trying another")
-                self._start_another()
+                self._joining.ask([self._spawn()])
             elif self.calls or self._joining.open:
                 self._failed(error, f"going on with {len(self.calls)}")
             else:
-                self._failed(error, "")
                 raise error
 
     def _least_busy(self) -> Any:

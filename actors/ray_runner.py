@@ -8,16 +8,14 @@
 
     who waits                for what                             what ends the wait
     -----------------------  -----------------------------------  ---------------------------------------------------
-    an epoch                 train.max_staleness: epochs before   `closed` (the controller, after its checkpoint)
-                             it that are not closed
+    an epoch                 train.max_staleness: open epochs     `closed` (the controller, after its checkpoint)
     a chunk in a pool        a sampler or reward actor with room  an answer; run.chunk_seconds: who has it is replaced
     `train_epoch`            every chunk of the epoch, scored     the pools; run.chunk_attempts losses of one: an error
     a learner rank           the other ranks, in a collective     they come; run.train_seconds: all start anew
     `_with_ranks`            the ranks' answers                   they come, or one is lost: all start anew from the
                                                                   last checkpoint; learner.attempts times: an error
     `evaluate`               its chunks, scored                   the pools: they go before training chunks
-    a role with too few      a node                               `_follow_nodes` finds one that has joined
-    actors
+    a role short of actors   a node                               `_follow_nodes` finds one that has joined
 
 One thread drives it all: whatever is waited for, `_turn` meanwhile hands out work, takes in what is done and replaces
 the dead. Which chunk may be sampled when, and what it is behind, is learner/protocol/buffer.py's business.
@@ -61,8 +59,7 @@ class RayRunner:
         self, config: Config, files: dict[str, bytes] | None = None, hooks: Hooks | None = None, name: str = "run",
         own_reward: Reward | None = None,
     ) -> None:  # fmt: skip
-        """`name` is the run's, in the Ray dashboard and on its metrics. Raises DeadlineExceeded, PlacementError and
-        ActorDied: as Crew.place, Rollouts.await_ready and LearnerGroup.start do."""
+        """`name` is the run's, for Ray. Raises DeadlineExceeded, PlacementError or ActorDied if it cannot start."""
         self.config, self.hooks = config, hooks or Hooks()
         self.crew = Crew(config, name, self.hooks.say)
         self.close = self.crew.close
@@ -103,18 +100,18 @@ class RayRunner:
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
         """As the contract says. Raises what Rollouts.pump does and, if learner ranks were lost too often, why."""
         start = time.perf_counter()
-        self.rollouts.submit(self.buffer.admit())
+        for chunk in self.buffer.admit():
+            self.rollouts.samplers.submit(chunk.key)
         self._await_epoch(epoch)
         self.hooks.progress("training", 0, 1)
-        training_start = time.perf_counter()
+        scored = time.perf_counter()
         trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         set_aside = [bad for training in trainings for bad in training.set_aside]
         self.ledger.set_aside(epoch, (bad.facts["trajectory_id"] for bad in set_aside))
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.rollouts.publish(self.snapshot)
-        sample_seconds, score_seconds = max(0.0, self.rollouts.sampled_at - start), training_start - start
-        seconds = sample_seconds, score_seconds, time.perf_counter() - training_start
+        seconds = max(0.0, self.rollouts.sampled_at - start), scored - start, time.perf_counter() - scored
         result = EpochResult.of(self.buffer.take(epoch, epoch), trainings[0], set_aside, *seconds)
         behind = self.buffer.staleness(epoch)
         self._staleness = mean(behind), max(behind)
@@ -122,14 +119,14 @@ class RayRunner:
         return result
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        self.rollouts.evaluate(chunks)
         scores: dict[int, Scores] = {}
 
-        def counts() -> tuple[int, int]:
-            scores.update((chunk.index, chunk_scores) for chunk, chunk_scores in self.rollouts.evaluated())
-            return len(scores), len(chunks)
+        def done(chunk: Chunk, chunk_scores: Scores) -> None:
+            scores[chunk.index] = chunk_scores
+            self.hooks.progress("evaluating", len(scores), len(chunks))
 
-        self._await("evaluating", counts)
+        self.hooks.progress("evaluating", 0, len(chunks))
+        self.rollouts.evaluate(chunks, done, self._pump_and_look)
         return [scores[chunk.index] for chunk in chunks]
 
     def checkpoint_files(self) -> dict[str, bytes]:
@@ -167,43 +164,37 @@ class RayRunner:
                     self._group.start(files, time.monotonic() + self.config.run.ready_seconds)
                 return work()
             except RanksLost as lost:
-                attempts += 1
+                attempts, (cause,) = attempts + 1, lost.args
                 if attempts >= self.config.learner.attempts:
-                    (cause,) = lost.args
                     raise type(cause)(f"{cause} (tried {attempts} times, learner.attempts)") from cause
-                self.hooks.say(f"{lost}: starting the learner ranks anew from the last checkpoint")
+                self.crew.failed("learner", cause, "starting the learner ranks anew from the last checkpoint")
 
     def _await_epoch(self, epoch: int) -> list[Work]:
-        self._await("sampling and scoring", partial(self.buffer.counts, "train", epoch))
-        return self.buffer.take(epoch, self.snapshot.version)
-
-    def _await(self, what: str, counts: Callable[[], tuple[int, int]]) -> None:
-        """Take turns until all chunks are scored, by `counts` of those that are and of all."""
-        before = -1
-        self._pump()
+        """Take turns until every chunk of the epoch is scored."""
         while True:
-            self._with_ranks(self._group.look)
-            scored, total = counts()
-            if scored != before:
-                self.hooks.progress(what, scored, total)
+            self._pump_and_look()
+            scored, total = self.buffer.counts("train", epoch)
+            self.hooks.progress("sampling and scoring", scored, total)
             if scored == total:
-                return
-            before = scored
-            self._turn()
+                return self.buffer.take(epoch, self.snapshot.version)
+            self.rollouts.wait()
 
-    def _turn(self, waiting_on: Sequence[ray.ObjectRef] = ()) -> None:
+    def _pump_and_look(self) -> None:
+        self._pump()
+        self._with_ranks(self._group.look)
+
+    def _turn(self, waiting_on: Sequence[ray.ObjectRef]) -> None:
         """Wait a little for one of these, or for an actor; then take in what is done, and hand out work."""
         self.rollouts.wait(waiting_on)
         self._pump()
 
     def _pump(self) -> None:
         self.hooks.turn()
-        if not self._begun:  # the group starts before there is any other work
-            return
-        self.rollouts.pump()
-        self.crew.metrics.turn(self.vitals)
-        if time.monotonic() - self._looked > NODES_SECONDS:
-            self._follow_nodes()
+        if self._begun:  # the group starts before there is any other work
+            self.rollouts.pump()
+            self.crew.metrics.turn(self.vitals)
+            if time.monotonic() - self._looked > NODES_SECONDS:
+                self._follow_nodes()
 
     def _follow_nodes(self) -> None:
         """Use nodes that have joined; do without those that have left."""

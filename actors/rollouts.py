@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,11 @@ from learner.config import Config
 from learner.prompts import example_prompt
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
-from learner.protocol.receipts import StaleWeights
 from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25
 SHOWN_PROMPTS = 8
+Done = Callable[[Chunk, Scores], None]
 REMEDIES = {
     "sampler": "a smaller sampler.chunk_size takes less memory",
     "scorer": "leave out the one that ends the reward's process, or have the reward raise an error for it "
@@ -63,9 +63,8 @@ class Rollouts:
         return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears)
 
     def await_ready(self, deadline: float, latent: tuple[int, int, int] | None = None) -> None:
-        """Until all actors are up. Given the shape of a latent, then find out how many images at once every reward
-        actor's share of its free GPU memory holds. `deadline` is of time.monotonic. Raises DeadlineExceeded and
-        ActorDied, as cluster.readiness.ready does."""
+        """Until all actors are up. Given the shape of a latent, then finds how many images at once every reward actor's
+        share of its free GPU memory holds. Raises DeadlineExceeded and ActorDied, as cluster.readiness.ready does."""
         self._answers("ready", deadline, ["sampler", "scorer"])
         if latent is not None:
             share = min(1.0, self.shares["scorer"].gpus or 1.0)
@@ -83,29 +82,12 @@ class Rollouts:
         self._ref = put(snapshot, f"publishing policy version {snapshot.version}")
         self._snapshot = snapshot
 
-    def submit(self, chunks: Sequence[Chunk]) -> None:
-        """Of the buffer's chunks, to be done after all that wait."""
-        for chunk in chunks:
-            self.samplers.submit(chunk.key)
-
-    def evaluate(self, chunks: Sequence[Chunk]) -> None:
-        """To be done before all that wait; `evaluated` gives them back."""
-        self.buffer.add_evaluation(chunks)
-        for chunk in reversed(chunks):
-            self.samplers.submit(chunk.key, first=True)
-
     def pump(self) -> None:
-        """Hand out what there is room for and take in what is done, without blocking. Raises StaleWeights if a sampler
-        had another adapter than it was given, ActorDied, DeadlineExceeded or ObjectLost if a chunk was lost
-        run.chunk_attempts times or no actor is left, BadReward and whatever else a part raised."""
+        """Hand out what there is room for and take in what is done, without blocking. Raises StaleWeights; ActorDied,
+        DeadlineExceeded or ObjectLost for a chunk lost run.chunk_attempts times; BadReward and what else parts raise."""
         metrics = self.crew.metrics
         for key, (trajectories, clean), receipt in self.samplers.pump():
-            try:
-                self.buffer.sampled(key, receipt, trajectories, clean)
-            except StaleWeights as error:
-                metrics.record("receipts", 1, outcome="failed")
-                self.crew.failed("sampler", error)
-                raise
+            self.buffer.sampled(key, receipt, trajectories, clean)
             metrics.record("receipts", 1, outcome="verified")
             metrics.chunk("sampler", "sampled", len(receipt.log_pf_sum), receipt.seconds)
             if key.purpose == "train":
@@ -126,31 +108,32 @@ class Rollouts:
             raise ObjectLost(f"{key} was made and lost {times} times (run.chunk_attempts)")
         self.samplers.submit(key, first=True)
 
-    def evaluated(self) -> Iterator[tuple[Chunk, Scores]]:
-        """The evaluation's chunks that are scored by now; they leave the buffer."""
-        for work in self.buffer.evaluated():
-            key = work.chunk.key
-            try:
-                scores = get(work.scores, self.config.run.chunk_seconds, f"images of {key}", "run.chunk_seconds")
-            except ObjectLost as error:  # with the node of the reward actor that made them
-                self.crew.say(f"{error}: will be made again")
-                self.make_again(key)
-            else:
-                self.buffer.drop(key)
-                yield work.chunk, scores
+    def evaluate(self, chunks: Sequence[Chunk], done: Done, pump: Callable[[], None]) -> None:
+        """Before all that wait. `done` gets each chunk as it is scored; `pump` is this object's or calls that."""
+        self.buffer.add_evaluation(chunks)
+        for chunk in reversed(chunks):
+            self.samplers.submit(chunk.key, first=True)
+        while True:
+            pump()
+            for work in self.buffer.evaluated():
+                key = work.chunk.key
+                try:
+                    scores = get(work.scores, self.config.run.chunk_seconds, f"images of {key}", "run.chunk_seconds")
+                except ObjectLost as error:  # with the node of the reward actor that made them
+                    self.crew.say(f"{error}: will be made again")
+                    self.make_again(key)
+                else:
+                    self.buffer.drop(key)
+                    done(work.chunk, scores)
+            if self.buffer.counts("evaluate", 0)[1] == 0:
+                return
+            self.wait()
 
-    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
+    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Done) -> None:
         """As evaluation/image_sets.py's Pools say; raises what `pump` does."""
         self.publish(snapshot)
         self.made_again.clear()
-        self.evaluate(chunks)
-        left = len(chunks)
-        while left:
-            self.pump()
-            for chunk, scores in self.evaluated():
-                left -= 1
-                done(chunk, scores)
-            self.wait()
+        self.evaluate(chunks, done, self.pump)
 
     def wait(self, also: Sequence[ray.ObjectRef] = ()) -> None:
         """A little, for an actor's answer or one of these."""
@@ -175,8 +158,7 @@ class Rollouts:
 
 
 def evaluation_pools(config: Config, say: Callable[[str], None]) -> Rollouts:
-    """Samplers and reward actors without a learner, for adapters that are finished. Raises PlacementError, ActorDied
-    and DeadlineExceeded, as Crew.place and Rollouts.await_ready do."""
+    """Without a learner. Raises PlacementError, ActorDied or DeadlineExceeded if they cannot start."""
     crew = Crew(config, "evaluation", say)
     try:
         crew.place(learner=False)

@@ -37,14 +37,13 @@ class FakeRank:
 
 class World:
     def __init__(self) -> None:
-        self.now, self.spawned, self.silent, self.meanwhile, self.failed = 0.0, [], {}, 0, []
+        self.now, self.spawned, self.silent, self.meanwhile = 0.0, [], {}, 0
 
     def group(self, ranks=2, meanwhile=None) -> LearnerGroup:
         limits = ("run.train_seconds=5", "run.chunk_seconds=3", "run.ready_seconds=10")
         crew = SimpleNamespace(
             config=load_config(overrides=[*limits, "train.updates_per_epoch=2"]), room=None, spawn=self.spawn,
             placement=SimpleNamespace(ranks=SimpleNamespace(count=ranks, gpus=0)),
-            failed=lambda role, error: self.failed.append(error),
         )  # fmt: skip
         return LearnerGroup(crew, "build", meanwhile or self.wait)
 
@@ -130,7 +129,7 @@ def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, 
     world.spawned[1 - rank].silent = {"train_epoch"}
     with pytest.raises(RanksLost) as lost:
         group.train(1, 0.5)
-    assert lost.value.args == (failure,) and world.now == 0.0 and world.failed == [failure]
+    assert lost.value.args == (failure,) and world.now == 0.0
 
 
 def test_what_others_fail_with_meanwhile_is_not_the_groups(world):

@@ -12,11 +12,9 @@ from emulated_run import SETTINGS
 from ray.util import list_named_actors
 from test_metrics import VITALS, exported, without_ending
 
-from actors import rollouts
 from actors.metrics import Metrics
 from actors.ray_runner import RayRunner
 from benchmarks import emulated
-from diffusion.snapshot import Snapshot, digest
 from learner import build
 from learner.run import main
 
@@ -72,20 +70,6 @@ def test_gauges_appear_and_each_run_has_its_own(settings):
     assert of(values, "chunks", "first", role="sampler", state="running") == 3
     assert of(values, "staleness_mean", "first") == 0.5 and of(values, "staleness_max", "first") == 1
     assert of(values, "reward_mean", "first") is None  # nothing is trained yet
-
-
-def test_a_receipt_that_fails_is_counted_and_ends_the_run_all_the_same(settings, tmp_path, monkeypatch):
-    real = rollouts.put
-
-    def base_only(snapshot, what):
-        return real(Snapshot(snapshot.version, snapshot.flat + 1, digest(snapshot.flat + 1)), what)
-
-    monkeypatch.setattr(rollouts, "put", base_only)
-    assert main([*settings, f"run.dir={tmp_path / 'stale'}"]) == 1
-    values = wait_for(lambda values: of(values, "receipts_total", "stale", outcome="failed"))
-    assert of(values, "failures_total", "stale", role="sampler", error="StaleWeights") == 1
-    assert of(values, "receipts_total", "stale", outcome="verified") is None
-    assert of(values, "trajectories_total", "stale", stage="sampled") is None
 
 
 class Stranger:

@@ -22,7 +22,7 @@ class FakePool:
 
     def __init__(self, doing, count, spawn, call, config, failed, lost, remedy) -> None:
         self.call, self.remedy, self.scoring = call, remedy, doing == "scoring"
-        self.queue, self.inputs_lost, self.asked = [], [], []
+        self.queue, self.inputs_lost, self.asked, self.waiting_on = [], [], [], []
 
     def submit(self, key, first=False) -> None:
         self.queue.append(key)
@@ -59,17 +59,15 @@ def made(monkeypatch):
     monkeypatch.setattr(rollouts, "put", lambda snapshot, what: "weights")
     made = Rollouts(crew, SimpleNamespace(sampler=None, scorer=None))
     made.publish(Snapshot(3, None, "adapter"))
-    made.evaluate([CHUNK])
+    made.buffer.add_evaluation([CHUNK])
     return made
 
 
 def evaluated(made) -> list:
-    """Until the chunk is scored, as the runners do."""
-    for _ in range(20):
-        made.pump()
-        if scored := list(made.evaluated()):
-            return scored
-    raise AssertionError("never scored")
+    """Until the chunk is scored."""
+    scored = []
+    made.evaluate([CHUNK], lambda *chunk_and_scores: scored.append(chunk_and_scores), made.pump)
+    return scored
 
 
 def test_evaluation_images_that_went_with_their_node_are_made_again(made, monkeypatch):
@@ -98,7 +96,6 @@ def test_images_that_are_lost_every_time_end_the_run(made, monkeypatch):
 @pytest.mark.parametrize("pool", ["samplers", "scorers"])
 def test_a_chunk_whose_inputs_are_gone_is_sampled_again(pool, made):
     """The weights for a sampler, or the clean predictions for a reward actor."""
-    made.samplers.queue.clear()
     getattr(made, pool).inputs_lost.append(CHUNK.key)
     made.pump()
     assert made.samplers.queue == [CHUNK.key] and made.made_again[CHUNK.key] == 1
