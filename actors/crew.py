@@ -26,8 +26,7 @@ class Crew:
         """`name` is the run's: in the dashboard an actor is NAME/ROLE-NUMBER. `say` hears of faults survived."""
         self.config, self.name, self.say = config, name, say
         self.room: PlacementGroup | None = None  # for the learner ranks
-        self.session = Session(config.run.cpu_threads)
-        self.metrics = Metrics(name)
+        self.session, self.metrics = Session(config.run.cpu_threads), Metrics(name)
         self._actors: list[Any] = []
         self._numbers: Counter[str] = Counter()  # actors of each role so far
         # Actors' names are looked up by nobody, and must not clash with those of another run of the same name.

@@ -112,8 +112,7 @@ class Pool:
             calls = self.calls.get(actor, [])
             error: Exception | None = self._take_in(calls, answered, finished)
             if calls and error is None and time.monotonic() - calls[0].since > limit:
-                what = f"{self.doing} {calls[0].key} took longer than run.chunk_seconds={limit:g} s"
-                error = DeadlineExceeded(what)
+                error = DeadlineExceeded(f"{self.doing} {calls[0].key} took longer than run.chunk_seconds={limit:g} s")
             if error is not None:
                 self._discard(actor, error)
         self._check_joining()

@@ -63,8 +63,7 @@ class RayRunner:
         self.config, self.hooks = config, hooks or Hooks()
         self.crew = Crew(config, name, self.hooks.say)
         self.close = self.crew.close
-        self._begun = False
-        self._staleness = (0.0, 0)
+        self._begun, self._staleness = False, (0.0, 0)
         self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
         try:
             self._start(files, own_reward)

@@ -84,7 +84,7 @@ class Rollouts:
 
     def pump(self) -> None:
         """Hand out what there is room for and take in what is done, without blocking. Raises StaleWeights; ActorDied,
-        DeadlineExceeded or ObjectLost for a chunk lost run.chunk_attempts times; BadReward and what else parts raise."""
+        DeadlineExceeded or ObjectLost of a chunk lost run.chunk_attempts times; BadReward, and what parts raise."""
         metrics = self.crew.metrics
         for key, (trajectories, clean), receipt in self.samplers.pump():
             self.buffer.sampled(key, receipt, trajectories, clean)

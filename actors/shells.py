@@ -36,7 +36,6 @@ class SamplerActor(_Shell):
 
     @ray.method(num_returns=3)
     def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions, Receipt]:
-        """For the learner, the scorer and the driver."""
         start = time.perf_counter()
         trajectories, clean = self.part.sample(chunk, snapshot)
         if self.shares_gpu:
