@@ -18,8 +18,16 @@ from learner.config import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
-# Half a second to score a chunk.
-EMULATED = [str(ROOT / "tests/faults/driver.py"), "--seconds", "0", "0.5", "0", "--", *SETTINGS, "learner.ranks=1"]
+# As `python -m learner.run` does, over emulated parts that take half a second to score a chunk.
+LAUNCH = """
+from cluster import signals
+
+signals.watch("learner.run")
+import driver
+
+signals.leave(driver.main())
+"""
+EMULATED = ["-c", LAUNCH, "--seconds", "0", "0.5", "0", "--", *SETTINGS, "learner.ranks=1"]
 SECRETS = {"RAY_AUTH_TOKEN": "c0ffee" * 10 + "abcd", "HF_TOKEN": "hf_nobodysTokenAtAll"}
 STOPS = {
     "ctrl-c": ([signal.SIGINT], 130),
