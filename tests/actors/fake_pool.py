@@ -36,12 +36,11 @@ class World:
         self.now = 0.0
 
     def done_of(self, refs, seconds=0.0):
-        return [ref for ref in refs if self.is_done(ref)]
+        def answers(actor) -> bool:
+            return actor.dead or (actor.up and not actor.silent)
 
-    def is_done(self, ref) -> bool:
-        if ref[0] == "ready":
-            return ref[1].dead or (ref[1].up and not ref[1].silent)
-        return ref in self.done or ref in self.failed
+        known = self.done | self.failed.keys()
+        return [ref for ref in refs if (answers(ref[1]) if ref[0] == "ready" else ref in known)]
 
     def get(self, ref, *_):
         if ref[0] == "ready" and ref[1].dead:

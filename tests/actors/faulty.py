@@ -18,29 +18,32 @@ def first_time(mark: Path) -> bool:
     return True
 
 
-class DiesOnce(SamplerActor):
-    """Its process is gone in the middle of epoch 1's chunk 1. The marks are beside the run's folder."""
+def strike(build, name: str, chunk, chunks=(0, 1)) -> None:
+    """The process is gone, once, in the middle of one of epoch 1's chunks. The mark is beside the run's folder."""
+    struck = (chunk.purpose, chunk.epoch) == ("train", 1) and chunk.index in chunks
+    if struck and first_time(Path(build.args[0].run.dir).with_name(name)):
+        os._exit(1)
 
+
+class DiesOnce(SamplerActor):
     def __init__(self, build, shares_gpu):
         super().__init__(build, shares_gpu)
-        self.mark = Path(build.args[0].run.dir).with_name("died")
+        self.build = build
 
     @ray.method(num_returns=3)
     def sample(self, chunk, snapshot):
-        if chunk.purpose == "train" and (chunk.epoch, chunk.index) == (1, 1) and first_time(self.mark):
-            os._exit(1)
+        strike(self.build, "died", chunk, chunks=(1,))
         return super().sample(chunk, snapshot)
 
 
 class ScorerDiesOnce(RewardActor):
     def __init__(self, build, shares_gpu):
         super().__init__(build, shares_gpu)
-        self.mark = Path(build.args[0].run.dir).with_name("scorer-died")
+        self.build = build
 
     @ray.method(num_returns=2)
     def score(self, clean, batch):
-        if clean.chunk.purpose == "train" and clean.chunk.epoch == 1 and first_time(self.mark):
-            os._exit(1)
+        strike(self.build, "scorer-died", clean.chunk)
         return super().score(clean, batch)
 
 

@@ -122,11 +122,11 @@ def test_training_gives_all_accounts_and_all_files(group):
     assert files == {"rank-0": b"state", "rank-1": b"state"}
 
 
-@pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone")])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, failure, group, world):
-    world.spawned[rank].answers["train_epoch"] = failure
-    world.spawned[1 - rank].silent = {"train_epoch"}
+@pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone"), ObjectLost("with its node")])
+@pytest.mark.parametrize(("rank", "method"), [(0, "train_epoch"), (1, "train_epoch"), (1, "state_files")])
+def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, method, failure, group, world):
+    world.spawned[rank].answers[method] = failure
+    world.spawned[1 - rank].silent = {method}
     with pytest.raises(RanksLost) as lost:
         group.train(1, 0.5)
     assert lost.value.args == (failure,) and world.now == 0.0
@@ -140,13 +140,6 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
     group.start(None, deadline=10.0)
     world.spawned[0].silent = {"train_epoch"}
     with pytest.raises(ActorDied, match="no sampler"):
-        group.train(1, 0.5)
-
-
-@pytest.mark.parametrize("method", ["train_epoch", "state_files"])
-def test_an_answer_that_went_with_its_node_is_a_lost_rank(method, group, world):
-    world.spawned[1].answers[method] = ObjectLost("with its node")
-    with pytest.raises(RanksLost):
         group.train(1, 0.5)
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import pyarrow.parquet as pq
 import pytest
 import tiny_models
 from emulated_run import SETTINGS, outcome
@@ -15,8 +14,8 @@ from learner.run import main
 pytestmark = pytest.mark.ray
 
 
-def lora(folder) -> list[bytes]:
-    return [file.read_bytes() for file in sorted((folder / "checkpoints/latest/lora").iterdir())]
+def lora(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "checkpoints/latest/lora").iterdir()}
 
 
 def assert_same_bits(settings: list[str], folder, **ways: str) -> None:
@@ -40,7 +39,7 @@ def test_any_number_of_samplers_and_ranks_gives_the_outcome_of_the_inprocess_run
 @pytest.mark.long
 def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(cluster, small_settings, tmp_path):
     assert_same_bits(small_settings, tmp_path, one="sampler.actors=1", three="sampler.actors=3")
-    lines = [json.loads(line) for line in (tmp_path / "three/metrics.jsonl").read_text().splitlines()]
+    lines = outcome(tmp_path / "three")["metrics"]
     assert [line["epoch"] for line in lines] == [-1, 0, 1]
     assert [line["policy_version"] for line in lines] == [0, 1, 2]
     assert [line["trajectories"] for line in lines] == [0, 8, 8]
@@ -61,7 +60,7 @@ def test_every_objective_gives_the_same_bits_in_process_and_with_2_samplers(
 
 @pytest.mark.slow
 def test_stable_diffusion_in_bfloat16_with_a_sum_of_rewards_gives_the_same_bits_on_ray(cluster, tmp_path):
-    """A paper's preset over tiny networks of its classes; each reward of the sum is recorded alone."""
+    """A paper's preset over tiny networks of its classes."""
     (tmp_path / "prompts.txt").write_text("a fox\na green chair\n")
     hps = tiny_models.write_hpsv2(tmp_path)
     judged = {"name": hps.pop("name"), "weight": 10, "weights": hps.pop("weights"), "options": hps}
@@ -74,10 +73,3 @@ def test_stable_diffusion_in_bfloat16_with_a_sum_of_rewards_gives_the_same_bits_
         "mlflow.enabled=false", "objective.kind=dag_kl", "evaluation.images=0",
     ]  # fmt: skip
     assert_same_bits(settings, tmp_path, two="sampler.actors=2")
-    lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
-    rows = pq.read_table(tmp_path / "two/trajectories/epoch-000001.parquet").to_pylist()
-    for row in rows:
-        parts = dict(row["reward_parts"])
-        assert row["reward"] == pytest.approx(10 * parts["hpsv2"] + parts["jpeg_compressibility"], abs=1e-5)
-    mean = sum(dict(row["reward_parts"])["hpsv2"] for row in rows) / len(rows)
-    assert lines[-1]["reward_mean/hpsv2"] == pytest.approx(mean, rel=1e-5)
