@@ -88,7 +88,9 @@ def files_with_secrets(*folders) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("how", STOPS)
+@pytest.mark.parametrize(
+    "how", ["ctrl-c twice", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ctrl-c", "sigterm", "hang-up"))]
+)
 def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
     (signals, status), run = STOPS[how], tmp_path / "run"
     process, temporary = start(run, *EMULATED, "mlflow.enabled=true")
