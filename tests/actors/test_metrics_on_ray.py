@@ -13,7 +13,7 @@ from ray.util import list_named_actors
 from test_metrics import VITALS, exported, without_ending
 
 from actors.metrics import Metrics
-from actors.ray_runner import RayRunner
+from actors.rollouts import Rollouts
 from benchmarks import emulated
 from learner import build
 from learner.run import main
@@ -83,18 +83,17 @@ def names() -> set[str]:
 
 def test_a_run_is_measured_and_its_actors_have_names(settings, tmp_path, monkeypatch):
     """The second epoch costs a sampler with work in hand."""
-    real, before, end = RayRunner._turn, set(), set()
+    real, before, end = Rollouts.wait, set(), set()
 
-    def turn(self, waiting_on=()):
-        version = self.snapshot.version if self._begun else 0
-        if version == 1 and not before and self.rollouts.samplers.load()[1]:
+    def wait(self, also=()):
+        if self.buffer.closed == 1 and not before and self.samplers.load()[1]:
             before.update(names())
-            ray.kill(next(actor for actor, calls in self.rollouts.samplers.calls.items() if calls))
-        if version == 3:
+            ray.kill(next(actor for actor, calls in self.samplers.calls.items() if calls))
+        if self.buffer.closed == 2:
             end.update(names())
-        real(self, waiting_on)
+        real(self, also)
 
-    monkeypatch.setattr(RayRunner, "_turn", turn)
+    monkeypatch.setattr(Rollouts, "wait", wait)
     stranger = ray.remote(Stranger).options(name="mine/sampler-1", num_cpus=0).remote()
     assert main(settings) == 0
     assert names() == set()
