@@ -8,16 +8,14 @@
 
     who waits                for what                             what ends the wait
     -----------------------  -----------------------------------  ---------------------------------------------------
-    an epoch                 train.max_staleness: epochs before   `closed` (the controller, after its checkpoint)
-                             it that are not closed
+    an epoch                 train.max_staleness: open epochs     `closed` (the controller, after its checkpoint)
     a chunk in a pool        a sampler or reward actor with room  an answer; run.chunk_seconds: who has it is replaced
     `train_epoch`            every chunk of the epoch, scored     the pools; run.chunk_attempts losses of one: an error
     a learner rank           the other ranks, in a collective     they come; run.train_seconds: all start anew
     `_with_ranks`            the ranks' answers                   they come, or one is lost: all start anew from the
                                                                   last checkpoint; learner.attempts times: an error
     `evaluate`               its chunks, scored                   the pools: they go before training chunks
-    a role with too few      a node                               `_follow_nodes` finds one that has joined
-    actors
+    a role short of actors   a node                               `_follow_nodes` finds one that has joined
 
 One thread drives it all: whatever is waited for, `_turn` meanwhile hands out work, takes in what is done and replaces
 the dead. Which chunk may be sampled when, and what it is behind, is learner/protocol/buffer.py's business.
@@ -30,34 +28,27 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
 from actors.crew import Crew
-from actors.learner_group import LearnerGroup, RanksLost, Shape
+from actors.learner_group import LearnerGroup, RanksLost
 from actors.pool import PATIENCE
 from actors.rollouts import Rollouts
-from actors.shells import LearnerActor
 from cluster.nodes import alive_nodes
-from cluster.placement import counts_now, place_for
-from cluster.readiness import in_group, ready, reserve
-from cluster.session import Session
-from cluster.waits import DeadlineExceeded, wait_any
+from cluster.placement import counts_now
+from cluster.waits import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import build
 from learner.config import Config
-from learner.prompts import example_prompt
 from learner.protocol.buffer import Buffer, Work
 from learner.protocol.ledger import Ledger
-from learner.protocol.receipts import StaleWeights
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from learner.protocol.training import Training
 from rewards.registry import Reward
 
-POLL_SECONDS = 0.25
-T = TypeVar("T")
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
 
 
@@ -65,147 +56,92 @@ class RayRunner:
     """Starts the actors of a run and drives them. See learner/protocol/runner.py for the contract."""
 
     def __init__(
-        self,
-        config: Config,
-        files: dict[str, bytes] | None = None,
-        hooks: Hooks | None = None,
-        name: str = "run",
+        self, config: Config, files: dict[str, bytes] | None = None, hooks: Hooks | None = None, name: str = "run",
         own_reward: Reward | None = None,
-    ) -> None:
-        """`name` is the run's, in the Ray dashboard and on its metrics.
-
-        Raises:
-            DeadlineExceeded: not all actors were up within run.ready_seconds.
-            PlacementError: the cluster's resources do not fit the config.
-            ActorDied: an actor could not start; the message has its error.
-        """
+    ) -> None:  # fmt: skip
+        """`name` is the run's, for Ray. Raises DeadlineExceeded, PlacementError or ActorDied if it cannot start."""
         self.config, self.hooks = config, hooks or Hooks()
-        self.rollouts: Rollouts | None = None  # from `begin` on
-        self._staleness = (0.0, 0)
-        self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
-        self.session = Session(config.run.cpu_threads)
         self.crew = Crew(config, name, self.hooks.say)
-        self.metrics = self.crew.metrics
+        self.close = self.crew.close
+        self._begun, self._staleness = False, (0.0, 0)
+        self._files: dict[str, bytes] | None = None  # of the checkpoint that is not written yet
         try:
             self._start(files, own_reward)
-        except RanksLost as lost:
+        except BaseException as error:
             self.close()
-            raise lost.cause from lost
-        except BaseException:
-            self.close()
+            if isinstance(error, RanksLost):
+                raise error.args[0] from error
             raise
 
     def _start(self, files: dict[str, bytes] | None, own_reward: Reward | None) -> None:
-        config, run = self.config, self.config.run
-        self._placement = placement = place_for(config, alive_nodes())
-        self._nodes, self._looked = placement.nodes, time.monotonic()
-        self.description, self.ranks = f"on Ray: {placement.describe()}", placement.ranks.count
-        parts, deadline = build.parts(config, own_reward), time.monotonic() + run.ready_seconds
-        self.crew.room = reserve(placement, run.ready_seconds)
-        self.crew.start(placement, parts)
-        self._build_learner = parts.learner
-        shape = Shape(
-            placement.ranks.count,
-            config.train.updates_per_epoch,
-            run.train_seconds,
-            run.chunk_seconds,
-            run.ready_seconds,
-        )
-        self._group = LearnerGroup(self._new_rank, shape, self._turn, partial(self.metrics.failed, "learner"))
+        config, crew, parts = self.config, self.crew, build.parts(self.config, own_reward)
+        crew.place()
+        self.description, self.ranks = crew.description, crew.placement.ranks.count
+        self._nodes, self._looked = crew.placement.nodes, time.monotonic()
+        deadline = time.monotonic() + config.run.ready_seconds
+        self.rollouts = Rollouts(crew, parts)
+        self._group = LearnerGroup(crew, parts.learner, self._turn)
         self.snapshot, latent = self._group.start(files, deadline)
         self.dimensions = prod(latent)
-        self.crew.await_ready(deadline)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
-        share = min(1.0, placement.scorers.gpus or 1.0)
-        fitting = self.crew.scorers.ask("fitting_batch", latent, example_prompt(config), config.model.device, share)
-        score_batch = min(ready([fitting], deadline, run.ready_seconds)[0])
-        share = min(1.0, max(placement.ranks.gpus or 1.0, 1 / self.ranks))
-        self.batch_sizes = {"score": score_batch, "micro_batch": self._group.fit_micro_batch(share, deadline)}
+        self.rollouts.await_ready(deadline, latent)
+        micro_batch = self._group.fit_micro_batch(deadline)
+        self.batch_sizes = {"score": self.rollouts.score_batch, "micro_batch": micro_batch}
         # A restarted group keeps the batches that this one found.
-        learner = config.learner.model_copy(update={"micro_batch": self.batch_sizes["micro_batch"]})
-        self._build_learner = build.parts(config.model_copy(update={"learner": learner})).learner
+        learner = config.learner.model_copy(update={"micro_batch": micro_batch})
+        self._group.build = build.parts(config.model_copy(update={"learner": learner})).learner
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
-        self.ledger = ledger
-        self.buffer = Buffer(chunks_of, epochs, self.config.train.max_staleness, ledger)
-        self.rollouts = Rollouts(self.crew, self.buffer, self.batch_sizes["score"])
+        self.ledger, self._begun = ledger, True
+        self.buffer = self.rollouts.buffer = Buffer(chunks_of, epochs, self.config.train.max_staleness, ledger)
         self.rollouts.publish(self.snapshot)
 
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
-        """As the contract says.
-
-        Raises:
-            StaleWeights: a sampler, or a learner's trajectories, had another adapter than a published one.
-            ActorDied, DeadlineExceeded, GroupBroken: learner ranks were lost too often, or no actor could do its work.
-        """
-        start, rollouts = time.perf_counter(), self._rollouts
-        rollouts.submit(self.buffer.admit())
+        """As the contract says. Raises what Rollouts.pump does and, if learner ranks were lost too often, why."""
+        start = time.perf_counter()
+        for chunk in self.buffer.admit():
+            self.rollouts.samplers.submit(chunk.key)
         self._await_epoch(epoch)
         self.hooks.progress("training", 0, 1)
-        training_start = time.perf_counter()
+        scored = time.perf_counter()
         trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         set_aside = [bad for training in trainings for bad in training.set_aside]
         self.ledger.set_aside(epoch, (bad.facts["trajectory_id"] for bad in set_aside))
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
-        rollouts.publish(self.snapshot)
-        works = self.buffer.take(epoch, epoch)
-        sample_seconds, score_seconds = max(0.0, rollouts.sampled_at - start), training_start - start
-        seconds = sample_seconds, score_seconds, time.perf_counter() - training_start
-        result = EpochResult.of(works, trainings[0], set_aside, *seconds)
+        self.rollouts.publish(self.snapshot)
+        seconds = max(0.0, self.rollouts.sampled_at - start), scored - start, time.perf_counter() - scored
+        result = EpochResult.of(self.buffer.take(epoch, epoch), trainings[0], set_aside, *seconds)
         behind = self.buffer.staleness(epoch)
         self._staleness = mean(behind), max(behind)
-        self.metrics.trained(result)
+        self.crew.metrics.trained(result)
         return result
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        self.buffer.add_evaluation(chunks)
-        self._rollouts.submit(chunks, first=True)
         scores: dict[int, Scores] = {}
-        while True:
-            self._pump()
-            scores |= {chunk.index: chunk_scores for chunk, chunk_scores in self._rollouts.evaluated()}
-            self._with_ranks(self._group.look)
+
+        def done(chunk: Chunk, chunk_scores: Scores) -> None:
+            scores[chunk.index] = chunk_scores
             self.hooks.progress("evaluating", len(scores), len(chunks))
-            if len(scores) == len(chunks):
-                return [scores[chunk.index] for chunk in chunks]
-            self._wait([])
+
+        self.hooks.progress("evaluating", 0, len(chunks))
+        self.rollouts.evaluate(chunks, done, self._pump_and_look)
+        return [scores[chunk.index] for chunk in chunks]
 
     def checkpoint_files(self) -> dict[str, bytes]:
-        if self._files is None:
-            self._files = self._with_ranks(self._group.state_files)
         files, self._files = self._files, None
-        return files
+        return files or self._with_ranks(self._group.state_files)
 
     def vitals(self) -> Vitals:
-        pools = {"sampler": self._rollouts.samplers, "scorer": self._rollouts.scorers}
-        actors = {role: len(pool.actors) for role, pool in pools.items()}
-        return Vitals(
-            self.snapshot.version, self.buffer.in_work, self._staleness, {**actors, "learner": self._group.alive},
-            {role: pool.waiting for role, pool in pools.items()}, {role: pool.running for role, pool in pools.items()},
-        )  # fmt: skip
+        pools = self.rollouts.pools
+        actors = {role: len(pool.calls) for role, pool in pools.items()} | {"learner": len(self._group.actors)}
+        waiting, running = ({role: pool.load()[i] for role, pool in pools.items()} for i in range(2))
+        return Vitals(self.snapshot.version, self.buffer.in_work, self._staleness, actors, waiting, running)
 
     def closed(self, epoch: int) -> None:
         self.buffer.close(epoch)
-        self._rollouts.made_again.clear()
-        self.metrics.show(self.vitals())
-
-    def close(self) -> None:
-        """A Ray of our own ends with us, actors and all; of another's, what is ours is taken away."""
-        if ray.is_initialized() and not self.session.own:
-            self.crew.dismiss()
-        self.session.close()
-
-    @property
-    def _rollouts(self) -> Rollouts:
-        assert self.rollouts is not None, "begin() comes first"
-        return self.rollouts
-
-    def _new_rank(self, rank: int) -> Any:
-        assert self.crew.room is not None
-        options = in_group(self._placement, self.crew.room)[rank]
-        whole_gpu = options.get("num_gpus") == 1
-        return self.crew.spawn("learner", LearnerActor, options, self._build_learner, rank, self.ranks, whole_gpu)
+        self.rollouts.made_again.clear()
+        self.crew.metrics.show(self.vitals())
 
     def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Fetch and train; what turns out to be lost is made again first."""
@@ -213,70 +149,51 @@ class RayRunner:
         while lost := self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works]):
             self.hooks.say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
             for place in lost:
-                self._rollouts.make_again(works[place].chunk.key)
+                self.rollouts.make_again(works[place].chunk.key)
             works = self._await_epoch(epoch)
         return self._group.train(epoch, beta)
 
-    def _with_ranks(self, work: Callable[[], T]) -> T:
+    def _with_ranks(self, work: Callable[[], Any]) -> Any:
         """Have the learner ranks do something; if they are lost on the way, again from the last checkpoint."""
         attempts = 0
         while True:
             try:
-                if attempts:
-                    self._restart_group()
+                if attempts:  # the files of an epoch that is not closed are about to be the last checkpoint
+                    files = self._files or self.hooks.last_checkpoint()
+                    self._group.start(files, time.monotonic() + self.config.run.ready_seconds)
                 return work()
             except RanksLost as lost:
-                attempts += 1
+                attempts, (cause,) = attempts + 1, lost.args
                 if attempts >= self.config.learner.attempts:
-                    tried = f"(tried {attempts} times, learner.attempts)"
-                    raise type(lost.cause)(f"{lost} {tried}") from lost.cause
-                self.hooks.say(f"{lost}: starting the learner ranks anew from the last checkpoint")
-
-    def _restart_group(self) -> None:
-        self._group.stop()
-        files = self.hooks.last_checkpoint() if self._files is None else self._files  # those are about to be one
-        held, _ = self._group.start(files, time.monotonic() + self.config.run.ready_seconds)
-        if held.sha256 != self.snapshot.sha256:
-            raise StaleWeights(
-                f"the restarted learner holds adapter {held.sha256[:12]} (as version {held.version}), but version "
-                f"{self.snapshot.version} is {self.snapshot.sha256[:12]}"
-            )
+                    raise type(cause)(f"{cause} (tried {attempts} times, learner.attempts)") from cause
+                self.crew.failed("learner", cause, "starting the learner ranks anew from the last checkpoint")
 
     def _await_epoch(self, epoch: int) -> list[Work]:
         """Take turns until every chunk of the epoch is scored."""
-        before = -1
         while True:
-            self._pump()
-            self._with_ranks(self._group.look)
-            done, total = self.buffer.counts("train", epoch)
-            if done != before:
-                self.hooks.progress("sampling and scoring", done, total)
-            if done == total:
+            self._pump_and_look()
+            scored, total = self.buffer.counts("train", epoch)
+            self.hooks.progress("sampling and scoring", scored, total)
+            if scored == total:
                 return self.buffer.take(epoch, self.snapshot.version)
-            before = done
-            self._wait([])
+            self.rollouts.wait()
+
+    def _pump_and_look(self) -> None:
+        self._pump()
+        self._with_ranks(self._group.look)
 
     def _turn(self, waiting_on: Sequence[ray.ObjectRef]) -> None:
-        """Hand out work and take in what is done, then wait a little for one of these, or for an actor."""
+        """Wait a little for one of these, or for an actor; then take in what is done, and hand out work."""
+        self.rollouts.wait(waiting_on)
         self._pump()
-        self._wait(waiting_on)
-
-    def _wait(self, waiting_on: Sequence[ray.ObjectRef]) -> None:
-        if self.rollouts is not None:
-            waiting_on = [*waiting_on, *self.rollouts.waiting_on]
-        if waiting_on:
-            wait_any(waiting_on, POLL_SECONDS)
-        else:
-            time.sleep(POLL_SECONDS)
 
     def _pump(self) -> None:
         self.hooks.turn()
-        if self.rollouts is None:  # the group starts before there is any other work
-            return
-        self.rollouts.pump()
-        self.metrics.turn(self.vitals)
-        if time.monotonic() - self._looked > NODES_SECONDS:
-            self._follow_nodes()
+        if self._begun:  # the group starts before there is any other work
+            self.rollouts.pump()
+            self.crew.metrics.turn(self.vitals)
+            if time.monotonic() - self._looked > NODES_SECONDS:
+                self._follow_nodes()
 
     def _follow_nodes(self) -> None:
         """Use nodes that have joined; do without those that have left."""
@@ -285,14 +202,12 @@ class RayRunner:
             nodes = tuple(alive_nodes(PATIENCE))
         except DeadlineExceeded:
             return  # the next call to an actor will say more
-        before, now = ({node.id: node for node in each} for each in (self._nodes, nodes))
+        before, now = ({node.id: node.address for node in each} for each in (self._nodes, nodes))
         if before.keys() == now.keys():
             return
-        for verb, these, others in (("joined", now, before), ("left", before, now)):
-            for key in these.keys() - others.keys():
-                self.hooks.say(f"node {these[key].address} has {verb} the cluster")
+        for key in before.keys() ^ now.keys():
+            self.hooks.say(f"node {(before | now)[key]} has {'joined' if key in now else 'left'} the cluster")
         self._nodes = nodes
-        samplers, scorers = counts_now(self.config, self._placement, nodes)
-        changes = [(self._rollouts.samplers, samplers), (self._rollouts.scorers, scorers)]
-        for pool, wanted in sorted(changes, key=lambda change: change[1] - len(change[0].actors)):
-            pool.resize(wanted)  # the one that gives room first
+        wanted = zip(self.rollouts.pools.values(), counts_now(self.config, self.crew.placement, nodes), strict=True)
+        for pool, count in sorted(wanted, key=lambda change: change[1] - len(change[0].calls)):
+            pool.resize(count)  # the one that gives room first

@@ -11,121 +11,160 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import ray
 
 from actors.crew import Crew
-from cluster.waits import ObjectLost, get, put
+from actors.pool import Pool
+from actors.shells import RewardActor, SamplerActor
+from cluster.readiness import Asked, ready
+from cluster.waits import ObjectLost, get, put, wait_any
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
+from learner import build
+from learner.config import Config
+from learner.prompts import example_prompt
 from learner.protocol.buffer import Buffer
+from learner.protocol.ledger import Ledger
+from rewards.scorer import SCORE_BATCH
 
+POLL_SECONDS = 0.25
 SHOWN_PROMPTS = 8
+Done = Callable[[Chunk, Scores], None]
+REMEDIES = {
+    "sampler": "a smaller sampler.chunk_size takes less memory",
+    "scorer": "leave out the one that ends the reward's process, or have the reward raise an error for it "
+    "(reward.on_bad_reward=quarantine sets such trajectories aside)",
+}
 
 
 class Rollouts:
     """Not a thread: the owner drives it with `pump`."""
 
-    def __init__(self, crew: Crew, buffer: Buffer, score_batch: int) -> None:
-        """Of a crew that is up. `score_batch` images at once in every reward actor."""
-        self.buffer, self.score_batch = buffer, score_batch
-        self.metrics, self._say, self._run = crew.metrics, crew.say, crew.config.run
-        self.samplers = crew.pool(crew.samplers, self._sampling_lost)
-        self.scorers = crew.pool(crew.scorers, lambda key: self.metrics.lost("scorer"))
+    def __init__(self, crew: Crew, parts: build.Parts) -> None:
+        """Starts the actors; `await_ready` comes first."""
+        self.crew, self.config, self.description, self.close = crew, crew.config, crew.description, crew.close
+        self.buffer = Buffer(lambda epoch: [], range(0), 0, Ledger())  # without a learner nothing is trained
+        self.score_batch = self.config.reward.batch or SCORE_BATCH  # in evaluations: the same figures everywhere
         self.made_again: Counter[ChunkKey] = Counter()
         self.sampled_at = 0.0  # when the last training chunk came from a sampler
+        self.shares = {"sampler": crew.placement.samplers, "scorer": crew.placement.scorers}
+        self.samplers = self._pool("sampler", "sampling", SamplerActor, parts.sampler, self._sample)
+        self.scorers = self._pool("scorer", "scoring", RewardActor, parts.scorer, self._score)
+        self.pools = {"sampler": self.samplers, "scorer": self.scorers}
+
+    def _pool(self, role: str, doing: str, shell: type, part: Callable[[], Any], call: Callable[..., Any]) -> Pool:
+        shares_gpu = any(share.gpus % 1 > 0 for share in self.shares.values())
+        spawn = partial(self.crew.spawn, role, shell, self.shares[role].spread, part, shares_gpu)
+        hears = partial(self.crew.failed, role), partial(self._lost, role), partial(self._remedy, role)
+        return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears)
+
+    def await_ready(self, deadline: float, latent: tuple[int, int, int] | None = None) -> None:
+        """Until all actors are up. Given the shape of a latent, then finds how many images at once every reward actor's
+        share of its free GPU memory holds. Raises DeadlineExceeded and ActorDied, as cluster.readiness.ready does."""
+        self._answers("ready", deadline, ["sampler", "scorer"])
+        if latent is not None:
+            share = min(1.0, self.shares["scorer"].gpus or 1.0)
+            arguments = latent, example_prompt(self.config), self.config.model.device, share
+            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments)[0])
+
+    def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[list[Any]]:
+        calls = [[getattr(actor, method).remote(*arguments) for actor in self.pools[role].calls] for role in roles]
+        asked = [Asked(f"{role}s", self.shares[role], refs) for role, refs in zip(roles, calls, strict=True)]
+        return ready(asked, deadline, self.config.run.ready_seconds)
 
     def publish(self, snapshot: Snapshot) -> None:
-        """The weights for what no sampler has yet, one object that all samplers read. It is the driver's, so it
-        outlives whoever made it; older ones are freed once no call uses them.
-
-        Raises:
-            ObjectLost: the object store has no room for it.
-        """
+        """The weights for what no sampler has yet: one object of the driver's, which outlives whoever made it. Older
+        ones are freed once no call uses them. Raises ObjectLost if the object store has no room."""
         self._ref = put(snapshot, f"publishing policy version {snapshot.version}")
         self._snapshot = snapshot
 
-    def submit(self, chunks: Sequence[Chunk], first: bool = False) -> None:
-        """Chunks of the buffer. `first`: before all that waits."""
-        for chunk in reversed(chunks) if first else chunks:
-            self._sample(chunk.key, first)
-
     def pump(self) -> None:
-        """Hand out what there is room for and take in what is done, without blocking.
-
-        Raises:
-            StaleWeights: a sampler had another adapter than it was given.
-            ActorDied, DeadlineExceeded, ObjectLost: a chunk was lost run.chunk_attempts times, or no actor is left.
-            BadReward: a reward failed.
-        """
+        """Hand out what there is room for and take in what is done, without blocking. Raises StaleWeights; ActorDied,
+        DeadlineExceeded or ObjectLost of a chunk lost run.chunk_attempts times; BadReward, and what parts raise."""
+        metrics = self.crew.metrics
         for key, (trajectories, clean), receipt in self.samplers.pump():
-            with self.metrics.sampled(receipt):
-                self.buffer.sampled(key, receipt, trajectories, clean)
+            self.buffer.sampled(key, receipt, trajectories, clean)
+            metrics.record("receipts", 1, outcome="verified")
+            metrics.chunk("sampler", "sampled", len(receipt.log_pf_sum), receipt.seconds)
             if key.purpose == "train":
                 self.sampled_at = time.perf_counter()
-            remedy = (
-                f"{self._prompts(key)}; leave out the one that ends the reward's process, or have the reward raise an "
-                "error for it (reward.on_bad_reward=quarantine sets such trajectories aside)"
-            )
-            arguments = partial(_arguments, clean, self.score_batch)
-            self.scorers.submit(key, "score", arguments, remedy, first=key.purpose == "evaluate")
+            self.scorers.submit(key, first=key.purpose == "evaluate")
         for key, (scores,), verdict in self.scorers.pump():
             self.buffer.scored(key, verdict, scores)
-            self.metrics.scored(verdict)
-        for pool in (self.samplers, self.scorers):  # the weights could not be fetched; a node went with its objects
+            metrics.chunk("scorer", "scored", len(verdict.rewards), verdict.seconds)
+        for pool in self.pools.values():  # the weights could not be fetched; a node went with its objects
             while pool.inputs_lost:
                 self.make_again(pool.inputs_lost.pop())
 
     def make_again(self, key: ChunkKey) -> None:
-        """What was made of a chunk is gone.
-
-        Raises:
-            ObjectLost: for the run.chunk_attempts-th time.
-        """
+        """What was made of a chunk is gone. Raises ObjectLost if it is for the run.chunk_attempts-th time."""
         self.made_again[key] += 1
-        self.metrics.lost("object store")
-        if (times := self.made_again[key]) >= self._run.chunk_attempts:
+        self._lost("object store", key)
+        if (times := self.made_again[key]) >= self.config.run.chunk_attempts:
             raise ObjectLost(f"{key} was made and lost {times} times (run.chunk_attempts)")
-        self.buffer.lose(key)
-        self._sample(key, first=True)
+        self.samplers.submit(key, first=True)
 
-    def evaluated(self) -> Iterator[tuple[Chunk, Scores]]:
-        """The evaluation's chunks that are scored by now; they leave the buffer."""
-        for work in self.buffer.evaluated():
-            key = work.chunk.key
-            try:
-                scores = get(work.scores, self._run.chunk_seconds, f"images of {key}", "run.chunk_seconds")
-            except ObjectLost as error:  # with the node of the reward actor that made them
-                self._say(f"{error}: will be made again")
-                self.make_again(key)
-            else:
-                self.buffer.drop(key)
-                yield work.chunk, scores
+    def evaluate(self, chunks: Sequence[Chunk], done: Done, pump: Callable[[], None]) -> None:
+        """Before all that wait. `done` gets each chunk as it is scored; `pump` is this object's or calls that."""
+        self.buffer.add_evaluation(chunks)
+        for chunk in reversed(chunks):
+            self.samplers.submit(chunk.key, first=True)
+        while True:
+            pump()
+            for work in self.buffer.evaluated():
+                key = work.chunk.key
+                try:
+                    scores = get(work.scores, self.config.run.chunk_seconds, f"images of {key}", "run.chunk_seconds")
+                except ObjectLost as error:  # with the node of the reward actor that made them
+                    self.crew.say(f"{error}: will be made again")
+                    self.make_again(key)
+                else:
+                    self.buffer.drop(key)
+                    done(work.chunk, scores)
+            if self.buffer.counts("evaluate", 0)[1] == 0:
+                return
+            self.wait()
 
-    @property
-    def waiting_on(self) -> list[ray.ObjectRef]:
-        return [*self.samplers.waiting_on, *self.scorers.waiting_on]
+    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Done) -> None:
+        """As evaluation/image_sets.py's Pools say; raises what `pump` does."""
+        self.publish(snapshot)
+        self.made_again.clear()
+        self.evaluate(chunks, done, self.pump)
 
-    def _sample(self, key: ChunkKey, first: bool) -> None:
-        remedy = f"{self._prompts(key)}; a smaller sampler.chunk_size takes less memory"
-        self.samplers.submit(key, "sample", partial(self._to_sample, key), remedy, first)
+    def wait(self, also: Sequence[ray.ObjectRef] = ()) -> None:
+        """A little, for an actor's answer or one of these."""
+        wait_any([*also, *self.samplers.waiting_on, *self.scorers.waiting_on], POLL_SECONDS)
 
-    def _to_sample(self, key: ChunkKey) -> tuple[Chunk, ray.ObjectRef]:
+    def _sample(self, sampler: Any, key: ChunkKey) -> list[ray.ObjectRef]:
         self.buffer.given(key, self._snapshot)
-        return self.buffer.work(key).chunk, self._ref
+        return sampler.sample.remote(self.buffer.work(key).chunk, self._ref)
 
-    def _sampling_lost(self, key: ChunkKey) -> None:
-        self.metrics.lost("sampler")
-        self.buffer.lose(key)
+    def _score(self, scorer: Any, key: ChunkKey) -> list[ray.ObjectRef]:
+        return scorer.score.remote(self.buffer.work(key).clean, self.score_batch)
 
-    def _prompts(self, key: ChunkKey) -> str:
-        """Of a chunk, for messages."""
-        prompts = list(dict.fromkeys(self.buffer.work(key).chunk.prompts))
-        more = f" and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else ""
-        return f"its prompts: {', '.join(map(repr, prompts[:SHOWN_PROMPTS]))}{more}"
+    def _lost(self, where: str, key: ChunkKey) -> None:
+        self.crew.metrics.record("lost_chunks", 1, where=where)
+        if where != "scorer":  # the next scorer gets the same clean predictions
+            self.buffer.lose(key)
+
+    def _remedy(self, role: str, key: ChunkKey) -> str:
+        prompts = list(map(repr, dict.fromkeys(self.buffer.work(key).chunk.prompts)))
+        more = [f"{len(prompts) - SHOWN_PROMPTS} more"] if len(prompts) > SHOWN_PROMPTS else []
+        return f"its prompts: {', '.join(prompts[:SHOWN_PROMPTS] + more)}; {REMEDIES[role]}"
 
 
-def _arguments(clean: ray.ObjectRef, batch: int) -> tuple[ray.ObjectRef, int]:
-    return clean, batch
+def evaluation_pools(config: Config, say: Callable[[str], None]) -> Rollouts:
+    """Without a learner. Raises PlacementError, ActorDied or DeadlineExceeded if they cannot start."""
+    crew = Crew(config, "evaluation", say)
+    try:
+        crew.place(learner=False)
+        rollouts = Rollouts(crew, build.parts(config))
+        rollouts.await_ready(time.monotonic() + config.run.ready_seconds)
+        return rollouts
+    except BaseException:
+        crew.close()
+        raise

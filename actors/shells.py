@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -23,60 +23,52 @@ Build = Callable[["dict[str, bytes] | None"], "Learner"]  # from a checkpoint's 
 ScoredRefs = tuple[ray.ObjectRef, ray.ObjectRef]  # trajectories, scores
 
 
-class SamplerActor:
-    def __init__(self, build: Callable[[], Sampler], shares_gpu: bool) -> None:
-        self.sampler, self.shares_gpu = build(), shares_gpu
+class _Shell:
+    def __init__(self, build: Callable[[], Any], shares_gpu: bool) -> None:
+        self.part, self.shares_gpu = build(), shares_gpu
 
     def ready(self) -> bool:
         return True
+
+
+class SamplerActor(_Shell):
+    part: Sampler
 
     @ray.method(num_returns=3)
     def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions, Receipt]:
-        """Trajectories for the learner, clean predictions for the scorer, and the receipt for the driver."""
         start = time.perf_counter()
-        trajectories, clean = self.sampler.sample(chunk, snapshot)
+        trajectories, clean = self.part.sample(chunk, snapshot)
         if self.shares_gpu:
-            self.sampler.rest()
+            self.part.rest()
         return trajectories, clean, trajectories.receipt(ray.util.get_node_ip_address(), time.perf_counter() - start)
 
 
-class RewardActor:
-    def __init__(self, build: Callable[[], Scorer], shares_gpu: bool) -> None:
-        self.scorer, self.shares_gpu = build(), shares_gpu
-
-    def ready(self) -> bool:
-        return True
+class RewardActor(_Shell):
+    part: Scorer
 
     def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float) -> int:
-        """Images at once that this actor's `share` of the free GPU memory holds."""
-        return self.scorer.batch or self.scorer.fitting_batch(latent, prompt, device, share)
+        return self.part.batch or self.part.fitting_batch(latent, prompt, device, share)
 
     @ray.method(num_returns=2)
     def score(self, clean: CleanPredictions, batch: int) -> tuple[Scores, Verdict]:
-        """Scores for the learner; terminal rewards and thumbnails for the driver. `batch` images at once, the same in
-        every actor."""
+        """For the learner and the driver. `batch` images at once, the same in every actor."""
         start = time.perf_counter()
-        self.scorer.batch = batch
-        scores = self.scorer.score(clean)
+        self.part.batch = batch
+        scores = self.part.score(clean)
         if self.shares_gpu:
-            self.scorer.rest()
+            self.part.rest()
         return replace(scores, thumbnails=()), scores.verdict(time.perf_counter() - start)
 
 
 class LearnerActor:
-    """One rank of the data-parallel group."""
-
-    learner: Learner
+    """One rank of the data-parallel group. Its networks are built once it has joined the group."""
 
     def __init__(self, build: Build, rank: int, world_size: int, whole_gpu: bool) -> None:
         self.build, self.rank, self.world_size, self.whole_gpu = build, rank, world_size, whole_gpu
         self.fetched: list[list[Scored]] = []
 
-    def ready(self) -> bool:
-        return True
-
-    def address(self) -> str:
-        """A free port on this rank's node, where rank 0 will meet the others."""
+    def ready(self) -> str:
+        """A free address on its node, where it could meet the others."""
         from learner import process_group
 
         return process_group.free_address(ray.util.get_node_ip_address())
@@ -84,8 +76,7 @@ class LearnerActor:
     def start(
         self, address: str, seconds: float, files: dict[str, bytes] | None
     ) -> tuple[Snapshot, tuple[int, int, int]]:
-        """Join the group and build the networks, from a checkpoint's `files` if there are any. Returns the policy
-        version to sample with and the shape of a latent."""
+        """Join the group and build the networks. Returns the policy version and the shape of a latent."""
         from learner import process_group
 
         process_group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
@@ -93,7 +84,6 @@ class LearnerActor:
         return self.learner.published, self.learner.model.latent_shape
 
     def fit_micro_batch(self, share: float) -> int:
-        """Once all actors have their networks: transitions at once in this rank's share of the free GPU memory."""
         return self.learner.fit_micro_batch(share)
 
     def fetch(self, epoch: int, updates: Sequence[Sequence[ScoredRefs]], limit: float) -> list[tuple[int, int]]:
@@ -106,12 +96,11 @@ class LearnerActor:
             values = iter(get([ref for update in updates for pair in update for ref in pair], seconds, what, setting))
         except ObjectLost:
             lost = []
-            for i, update in enumerate(updates):
-                for j, pair in enumerate(update):
-                    try:
-                        get(list(pair), max(0.0, deadline - time.monotonic()), what, setting)
-                    except (ObjectLost, DeadlineExceeded):
-                        lost.append((i, j))
+            for i, j, pair in ((i, j, pair) for i, update in enumerate(updates) for j, pair in enumerate(update)):
+                try:
+                    get(list(pair), max(0.0, deadline - time.monotonic()), what, setting)
+                except (ObjectLost, DeadlineExceeded):
+                    lost.append((i, j))
             return lost
         self.fetched = [[(next(values), next(values)) for _ in update] for update in updates]
         return []
@@ -126,5 +115,4 @@ class LearnerActor:
         return training, snapshot.sha256, snapshot if self.rank == 0 else None
 
     def state_files(self) -> dict[str, bytes]:
-        """What this rank adds to a checkpoint."""
         return self.learner.state_files()

@@ -85,9 +85,9 @@ def _start(config: Config, say: Callable[[str], None]) -> Pools:
         from learner.inprocess import InProcessPools
 
         return InProcessPools(config)
-    from actors.evaluation_pools import EvaluationPools
+    from actors.rollouts import evaluation_pools
 
-    return EvaluationPools(config, say)
+    return evaluation_pools(config, say)
 
 
 def table(target: Target, figures: dict[str, Any]) -> str:

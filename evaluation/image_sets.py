@@ -40,7 +40,7 @@ Figure = dict[str, float | None]
 
 
 class Pools(Protocol):
-    """Whoever samples and scores: in process (learner/inprocess.py) or on Ray (actors/evaluation_pools.py)."""
+    """Whoever samples and scores: in process (learner/inprocess.py) or on Ray (actors/rollouts.py)."""
 
     description: str
 

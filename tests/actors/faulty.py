@@ -1,4 +1,4 @@
-"""Actors that fail in one way each, on cue: what test_faults.py injects. Config.run.dir is where they leave a mark."""
+"""Parts that fail in one way each, on cue: what test_faults.py and test_evaluation_pools.py inject."""
 
 import os
 from pathlib import Path
@@ -6,58 +6,58 @@ from pathlib import Path
 import ray
 
 from actors.shells import RewardActor, SamplerActor
-from diffusion import rollout
-from learner.config import Config
+from benchmarks.emulated import EmulatedSampler, Emulation
 
 
-def first_time(config: Config, name: str) -> bool:
+def first_time(mark: Path) -> bool:
     """True once over all processes: the mark left behind is the proof that the fault fired."""
     try:
-        Path(config.run.dir).with_name(name).touch(exist_ok=False)
+        mark.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
 
 
-class SkipsLoad(SamplerActor):
-    """New weights come, and are never copied into the module."""
-
-    def __init__(self, build, shares_gpu):
-        super().__init__(build, shares_gpu)
-        rollout.lora.load = lambda unet, flat: None
+def strike(build, name: str, chunk, chunks=(0, 1)) -> None:
+    """The process is gone, once, in the middle of one of epoch 1's chunks. The mark is beside the run's folder."""
+    struck = (chunk.purpose, chunk.epoch) == ("train", 1) and chunk.index in chunks
+    if struck and first_time(Path(build.args[0].run.dir).with_name(name)):
+        os._exit(1)
 
 
 class DiesOnce(SamplerActor):
-    """Its process is gone in the middle of epoch 1's chunk 1."""
-
     def __init__(self, build, shares_gpu):
         super().__init__(build, shares_gpu)
-        self.config = build.args[0]
+        self.build = build
 
     @ray.method(num_returns=3)
     def sample(self, chunk, snapshot):
-        if chunk.purpose == "train" and (chunk.epoch, chunk.index) == (1, 1) and first_time(self.config, "died"):
-            os._exit(1)
+        strike(self.build, "died", chunk, chunks=(1,))
         return super().sample(chunk, snapshot)
 
 
 class ScorerDiesOnce(RewardActor):
     def __init__(self, build, shares_gpu):
         super().__init__(build, shares_gpu)
-        self.config = build.args[0]
+        self.build = build
 
     @ray.method(num_returns=2)
     def score(self, clean, batch):
-        if clean.chunk.purpose == "train" and clean.chunk.epoch == 1 and first_time(self.config, "scorer-died"):
-            os._exit(1)
+        strike(self.build, "scorer-died", clean.chunk)
         return super().score(clean, batch)
 
 
-class Raises:
-    """A user's reward that fails."""
+class EmulatedDiesOnce(EmulatedSampler):
+    """At chunk 1."""
 
-    def __call__(self, images, prompts):
-        raise RuntimeError("the reward's own words")
+    def __init__(self, mark: Path) -> None:
+        super().__init__(Emulation())
+        self.mark = mark
+
+    def sample(self, chunk, snapshot):
+        if chunk.index == 1 and first_time(self.mark):
+            os._exit(1)
+        return super().sample(chunk, snapshot)
 
 
 class NanForRings:

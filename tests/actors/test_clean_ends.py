@@ -1,5 +1,5 @@
-"""Runs on Ray that cannot go on, or shall not: one clear message, nothing half-written, nothing left, and the way on
-works."""
+"""Runs on Ray that shall not go on: one clear message, nothing half-written, nothing left. Or killed at once, and the
+same command goes on as if nothing had been (tests/faults/test_driver_kills.py: at all other moments)."""
 
 import json
 import os
@@ -13,60 +13,50 @@ from pathlib import Path
 
 import pytest
 import ray_processes
+from emulated_run import SETTINGS, outcome
+
+from learner.config import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
-REWARDS = """
+# As `python -m learner.run` does, over emulated parts that take half a second to score a chunk.
+LAUNCH = """
+from cluster import signals
+
+signals.watch("learner.run")
+import driver
+
+signals.leave(driver.main())
+"""
+EMULATED = ["-c", LAUNCH, "--seconds", "0", "0.5", "0", "--", *SETTINGS, "learner.ranks=1", "train.epochs=50"]
+SLOW_REWARD = """
 import time
 
-def nan_for_rings(images, prompts):
-    scores = images.mean((1, 2, 3))
-    if "ring" in " ".join(prompts):
-        scores[0] = float("nan")
-    return scores
-
-def slow(images, prompts):
+def brightness(images, prompts):
     time.sleep(0.5)
     return images.mean((1, 2, 3))
 """
 SECRETS = {"RAY_AUTH_TOKEN": "c0ffee" * 10 + "abcd", "HF_TOKEN": "hf_nobodysTokenAtAll"}
+STOPS = {
+    "ctrl-c": ([signal.SIGINT], 130),
+    "ctrl-c twice": ([signal.SIGINT, signal.SIGINT], 130),
+    "sigterm": ([signal.SIGTERM], 143),
+    "hang-up": ([signal.SIGHUP], 129),
+}
 
 
 @pytest.fixture
-def run(small_settings, tmp_path):
-    """Run in a process of its own with a Ray of its own; checks exit status and that no process outlives it by 10 s."""
-    (tmp_path / "mine.py").write_text(REWARDS)
-
-    def go(folder, *overrides, expect):
-        temporary = tempfile.mkdtemp(prefix="tr-", dir="/tmp")
-        settings = [*small_settings, "sampler.actors=1", "reward.actors=1", f"run.dir={folder}", *overrides]
-        done = subprocess.run(
-            [sys.executable, "-m", "learner.run", *settings], capture_output=True, text=True, timeout=300,
-            cwd=tmp_path, env={**os.environ, "RAY_TMPDIR": temporary},
-        )  # fmt: skip
-        assert done.returncode == expect, done.stderr[-3000:]
-        assert "Traceback" not in done.stderr
-        assert ray_processes.all_gone(temporary)
-        assert not os.listdir(temporary)
-        return [line for line in done.stderr.splitlines() if line.startswith("learner.run:")]
-
-    return go
-
-
-@pytest.fixture
-def start(small_settings, tmp_path):
-    """Start a run with known tokens in a session of its own, like a terminal: start() -> (process, Ray's folder)."""
-    (tmp_path / "mine.py").write_text(REWARDS)
+def start(tmp_path):
+    """Start a run with known tokens in a session of its own, like a terminal, and with a Ray of its own:
+    start(folder, command) -> (process, Ray's folder)."""
     started = []
 
-    def go():
-        temporary = tempfile.mkdtemp(prefix="tr-", dir="/tmp")
-        settings = [*small_settings, "train.epochs=50", "sampler.actors=1", "reward.actors=1", "mlflow.enabled=true",
-                    "reward.name=mine:slow", f"run.dir={tmp_path / 'run'}"]  # fmt: skip
+    def go(folder, *command):
+        temporary = tempfile.mkdtemp(prefix="tr-", dir="/tmp")  # short: sockets' paths are limited
         process = subprocess.Popen(
-            [sys.executable, "-m", "learner.run", *settings], cwd=tmp_path, text=True, start_new_session=True,
-            stdout=(tmp_path / "out").open("w"), stderr=(tmp_path / "err").open("w"),
-            env={**os.environ, **SECRETS, "RAY_TMPDIR": temporary},
+            [sys.executable, *command, f"run.dir={folder}"], cwd=tmp_path, text=True, start_new_session=True,
+            stdout=folder.with_suffix(".out").open("w"), stderr=folder.with_suffix(".err").open("w"),
+            env={**os.environ, **SECRETS, "RAY_TMPDIR": temporary, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/faults'}"},
         )  # fmt: skip
         started.append(process)
         return process, temporary
@@ -78,102 +68,88 @@ def start(small_settings, tmp_path):
             process.wait(10)
 
 
-def wait_for(there, process, seconds=150):
+def said(folder) -> tuple[str, list[str]]:
+    """What a run said, and its last words."""
+    out, err = (folder.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    assert "Traceback" not in out + err and not any(secret in out + err for secret in SECRETS.values())
+    return out, [line for line in err.splitlines() if line.startswith("learner.run:")]
+
+
+def wait_for(there, process, seconds=200):
     deadline = time.monotonic() + seconds
     while not there():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def files_with(text, *folders) -> list[str]:
-    found = subprocess.run(["grep", "-rlasF", text, *map(str, folders)], capture_output=True, text=True, timeout=60)
-    return found.stdout.split()
-
-
-STOPS = {
-    "ctrl-c": ([signal.SIGINT], 130),
-    "ctrl-c twice": ([signal.SIGINT, signal.SIGINT], 130),
-    "sigterm": ([signal.SIGTERM], 143),
-    "hang-up": ([signal.SIGHUP], 129),
-}
+def files_with_secrets(*folders) -> list[str]:
+    patterns = [part for secret in SECRETS.values() for part in ("-e", secret)]
+    done = subprocess.run(["grep", "-rlasF", *patterns, *map(str, folders)], capture_output=True, text=True, timeout=60)
+    return done.stdout.split()
 
 
 @pytest.mark.parametrize(
-    "how",
-    [name if name == "ctrl-c twice" else pytest.param(name, marks=pytest.mark.slow) for name in STOPS],
+    "how", ["ctrl-c twice", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ctrl-c", "sigterm", "hang-up"))]
 )
 def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
-    signals, status = STOPS[how]
-    process, temporary = start()
-    wait_for((tmp_path / "run/checkpoints/step-000001/state.json").exists, process)
-    wait_for(lambda: "mlflow_run_id" in json.loads((tmp_path / "run/run.json").read_text()), process)
+    (signals, status), run = STOPS[how], tmp_path / "run"
+    process, temporary = start(run, *EMULATED, "mlflow.enabled=true")
+    wait_for((run / "checkpoints/step-000002/state.json").exists, process)
+    wait_for(lambda: "mlflow_run_id" in json.loads((run / "run.json").read_text()), process)
     time.sleep(0.3)  # an epoch takes at least a second
     traces = ray_processes.traces(temporary)
-    assert [mode & 0o077 for mode in (path.stat().st_mode for path in Path(temporary).iterdir())] == [
-        0,
-        0,
-    ]  # Ray, MLflow
+    assert [path.stat().st_mode & 0o077 for path in Path(temporary).iterdir()] == [0, 0]  # Ray, MLflow
     assert any("learner.upload" in line for line in ray_processes.of(temporary))
-    for secret in SECRETS.values():
-        assert files_with(secret, temporary, tmp_path) == []
-    for one in signals:
-        os.killpg(process.pid, one)  # as a terminal does
+    assert files_with_secrets(temporary, tmp_path) == []
+    for number in signals:
+        os.killpg(process.pid, number)  # as a terminal does
         time.sleep(0.2)
     assert process.wait(10) == status
-    out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
-    said = [line for line in err.splitlines() if line.startswith("learner.run:")]
-    assert said == [f"learner.run: interrupted; the same command goes on from what is done in {tmp_path / 'run'}"]
-    assert "Traceback" not in out + err
+    assert said(run)[1] == [f"learner.run: interrupted; the same command goes on from what is done in {run}"]
     traces.assert_nothing_left()
-    assert not half_written(tmp_path / "run")
-    for secret in SECRETS.values():
-        assert files_with(secret, tmp_path) == [] and secret not in out + err
+    assert not list(run.rglob("*.new")) and files_with_secrets(tmp_path) == []
 
 
-@pytest.mark.parametrize("after", [0.5, pytest.param(2, marks=pytest.mark.slow), *(
-    pytest.param(seconds, marks=pytest.mark.slow) for seconds in (4, 6, 8, 10, 12, 14, 17)
-)])  # fmt: skip
-@pytest.mark.parametrize("one", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_while_it_starts_leaves_nothing(one, after, start, tmp_path):
+@pytest.mark.parametrize("after", [0.5, *(pytest.param(2 * i, marks=pytest.mark.slow) for i in range(1, 9))])
+def test_a_signal_while_it_starts_leaves_nothing(after, start, small_settings, tmp_path):
     """While torch is imported, the input checked, Ray started, the actors."""
-    process, temporary = start()
+    settings = [*small_settings, "train.epochs=50", "sampler.actors=1", "reward.actors=1", "mlflow.enabled=true"]
+    process, temporary = start(tmp_path / "run", "-m", "learner.run", *settings)
     time.sleep(after)
     # Ctrl-C is for the whole group, `kill` for one. (Ray's own servers, told to end in mid-start, abort the driver.)
-    (os.killpg if one == signal.SIGINT else os.kill)(process.pid, one)
-    assert process.wait(10) == 128 + one
-    err = (tmp_path / "err").read_text()
-    assert "Traceback" not in (tmp_path / "out").read_text() + err
-    (said,) = [line for line in err.splitlines() if line.startswith("learner.run:")]
-    assert re.search("interrupted before anything was started|the same command goes on", said)
+    send, number = (os.killpg, signal.SIGINT) if after % 4 else (os.kill, signal.SIGTERM)
+    send(process.pid, number)
+    assert process.wait(10) == 128 + number
+    (line,) = said(tmp_path / "run")[1]
+    assert re.search("interrupted before anything was started|the same command goes on", line)
     assert ray_processes.all_gone(temporary) and not os.listdir(temporary)
 
 
-def half_written(folder) -> list:
-    return [path for path in folder.rglob("*.new")]
-
-
 @pytest.mark.slow
-def test_a_nan_reward_names_prompt_and_trajectory(run, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red ring\n")
-    (said,) = run(tmp_path / "run", "reward.name=mine:nan_for_rings", "prompts.path=prompts.txt", expect=1)
-    assert "BadReward" in said and "nan for prompt 'a red ring'" in said and "trajectory 0" in said
-    assert not half_written(tmp_path / "run")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB, smaller than a run."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.slow  # tests/faults/test_surroundings.py has one in the ordinary tests
-def test_a_full_disk_is_said(run, small_disk):
-    (said,) = run(small_disk / "run", expect=1)
-    assert "StorageError" in said and "no space left" in said and str(small_disk / "run") in said
-    assert not half_written(small_disk / "run")
+def test_after_kill_9_of_the_driver_the_same_command_goes_on_bitwise(start, small_settings, tmp_path):
+    """In mid-epoch 2 of 4, with a real model and 2 ranks."""
+    (tmp_path / "mine.py").write_text(SLOW_REWARD)
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    command = [
+        "-m", "learner.run", *small_settings, "train.epochs=4", "evaluation.every=2", "flow.replay_epochs=2",
+        "sampler.actors=1", "reward.actors=1", "learner.ranks=2", "reward.name=mine:brightness",
+    ]  # fmt: skip
+    process, _ = start(unbroken, *command)
+    assert process.wait(240) == 0
+    process, temporary = start(killed, *command)
+    wait_for((killed / "checkpoints/step-000002/state.json").exists, process)
+    time.sleep(0.3)  # epochs 0 and 1 are closed, and an epoch takes at least a second
+    process.kill()
+    process.wait(10)
+    assert ray_processes.all_gone(temporary, 60)  # Ray's own doing: its agents look for their parent now and then
+    assert [line["epoch"] for line in outcome(killed)["metrics"]] == [-1, 0, 1]
+    earlier = {file: file.stat().st_mtime_ns for file in (killed / "trajectories").iterdir()}
+    process, temporary = start(killed, *command)
+    assert process.wait(240) == 0
+    assert ray_processes.all_gone(temporary)
+    out, _ = said(killed)
+    assert "going on from checkpoints/step-000002: 2 of 4 epochs are done" in out
+    assert "epoch 1/4" not in out and "epoch 2/4" not in out and "epoch 3/4" in out
+    assert all(file.stat().st_mtime_ns == then for file, then in earlier.items())
+    assert outcome(killed) == outcome(unbroken)
+    assert [row[:2] for row in outcome(killed)["rows"]] == [(epoch, i) for epoch in range(4) for i in range(8)]

@@ -1,86 +1,72 @@
-"""Judging on Ray: the same figures with 1 and 3 samplers as in process, and with one that dies on the way."""
+"""Judging on Ray: the same figures with any number of samplers, and with one that dies on the way."""
 
 import json
-import os
 import shutil
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
-import ray
+from faulty import EmulatedDiesOnce
 
-from actors import crew, rollouts
-from actors.shells import SamplerActor
+from actors import rollouts
+from actors.rollouts import evaluation_pools
+from benchmarks import emulated
 from commands.evaluate import main
 from diffusion.snapshot import Snapshot, digest
-from learner.run import main as train
+from diffusion.trajectory import Chunk
+from learner import build
+from learner.config import load_config
+from learner.protocol.receipts import StaleWeights
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
-
-
-class DiesOnce(SamplerActor):
-    """At chunk 1; the mark is where evaluation.clip says, which nothing else reads here."""
-
-    def __init__(self, build, shares_gpu):
-        super().__init__(build, shares_gpu)
-        self.mark = Path(build.args[0].evaluation.clip)
-
-    @ray.method(num_returns=3)
-    def sample(self, chunk, snapshot):
-        if chunk.index == 1 and not self.mark.exists():
-            self.mark.touch()
-            os._exit(1)
-        return super().sample(chunk, snapshot)
-
-
-@pytest.fixture(scope="module")
-def finished(small_settings, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    settings = [*small_settings, "run.runner=inprocess", f"run.dir={folder}", "train.epochs=1",
-                "learner.learning_rate=0.3", "prompts.path=configs/prompts/shapes_common.txt"]  # fmt: skip
-    assert train(settings) == 0
-    return folder
+pytestmark = pytest.mark.ray
+EMULATION = emulated.Emulation()
+SAMPLER = partial(emulated.EmulatedSampler, EMULATION)
+SNAPSHOT = Snapshot(0, np.ones(64, np.float32), digest(np.ones(64, np.float32)))
+CHUNKS = [Chunk(i, "evaluate", 0, 0, ("a ring", "a star"), (2 * i, 2 * i + 1)) for i in range(6)]
 
 
 @pytest.fixture
-def judge(cluster, finished, tmp_path):
-    """Judge a copy of the run with these settings and a cache of its own; (exit status, figures)."""
+def judge(cluster, monkeypatch):
+    """Rewards of CHUNKS by emulated parts on Ray, and what was said."""
 
-    def go(name, *settings):
-        run = tmp_path / name
-        shutil.copytree(finished, run)
-        status = main([str(run), "--images", "12", "--cache", str(tmp_path / f"{name}-cache"), *settings])
-        files = list((run / "evaluation").glob("step-*.json"))
-        return status, json.loads(files[0].read_text()) if files else None
+    def go(samplers: int, sampler=SAMPLER):
+        said, rewards = [], {}
+        parts = build.Parts(sampler, partial(emulated.EmulatedScorer, EMULATION), None)
+        monkeypatch.setattr(build, "parts", lambda config: parts)
+        config = load_config(overrides=[f"sampler.actors={samplers}", "reward.actors=1"])
+        pools = evaluation_pools(config, said.append)
+        try:
+            pools.judge(SNAPSHOT, CHUNKS, lambda chunk, scores: rewards.update({chunk.index: scores.rewards[:, -1]}))
+        finally:
+            pools.close()
+        return [rewards[chunk.index].tolist() for chunk in CHUNKS], said
 
     return go
 
 
-def test_any_number_of_samplers_gives_the_figures_of_the_inprocess_judgement(judge):
-    status, expected = judge("inprocess", "run.runner=inprocess")
-    assert status == 0
-    for samplers in (1, 3):
-        settings = ("run.runner=ray", f"sampler.actors={samplers}", "reward.actors=1")
-        assert judge(f"{samplers}-samplers", *settings) == (0, expected)
+def test_any_number_of_samplers_gives_the_same_figures_and_one_that_dies_changes_none(judge, tmp_path):
+    sampler, scorer = SAMPLER(), emulated.EmulatedScorer(EMULATION)
+    expected = [scorer.score(sampler.sample(chunk, SNAPSHOT)[1]).rewards[:, -1].tolist() for chunk in CHUNKS]
+    assert judge(1) == judge(3) == (expected, [])
+    figures, said = judge(2, partial(EmulatedDiesOnce, tmp_path / "died"))
+    assert figures == expected and (tmp_path / "died").exists() and any("replacing the actor" in text for text in said)
 
 
-@pytest.mark.slow
-def test_a_sampler_that_dies_changes_no_figure(judge, tmp_path, monkeypatch, capfd):
-    mark = tmp_path / "died"
-    _, expected = judge("unbroken", "run.runner=inprocess", f"evaluation.clip={mark}")
-    monkeypatch.setattr(crew, "SamplerActor", DiesOnce)
-    settings = ("run.runner=ray", "sampler.actors=2", "reward.actors=1", f"evaluation.clip={mark}")
-    assert judge("broken", *settings) == (0, expected)
-    assert mark.exists() and "replacing the actor" in capfd.readouterr().out
+def test_weights_that_do_not_arrive_end_it(judge, monkeypatch):
+    real, flat = rollouts.put, np.zeros_like(SNAPSHOT.flat)
+    monkeypatch.setattr(rollouts, "put", lambda snapshot, what: real(Snapshot(0, flat, digest(flat)), what))
+    with pytest.raises(StaleWeights):
+        judge(1)
 
 
-def test_weights_that_do_not_arrive_end_it(judge, monkeypatch, capfd):
-    real = rollouts.put
-
-    def base_only(snapshot, what):
-        flat = np.zeros_like(snapshot.flat)
-        return real(Snapshot(snapshot.version, flat, digest(flat)), what)
-
-    monkeypatch.setattr(rollouts, "put", base_only)
-    status, figures = judge("stale", "run.runner=ray", "sampler.actors=1", "reward.actors=1")
-    assert (status, figures) == (1, None) and "StaleWeights" in capfd.readouterr().err
+@pytest.mark.long
+def test_the_command_judges_on_ray_as_in_process(cluster, finished_run, tmp_path):
+    figures = {}
+    for name, *settings in (("inprocess",), ("ray", "sampler.actors=2", "reward.actors=1")):
+        run = tmp_path / name
+        shutil.copytree(finished_run, run)
+        arguments = [str(run), "--images", "12", "--cache", str(tmp_path / f"{name}-cache"), f"run.runner={name}"]
+        assert main([*arguments, *settings]) == 0
+        (file,) = (run / "evaluation").glob("step-*.json")
+        figures[name] = json.loads(file.read_text())
+    assert figures["ray"] == figures["inprocess"]

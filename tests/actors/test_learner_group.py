@@ -1,13 +1,16 @@
 """The ranks as one, over fake actors: who gets which chunks, whose failure counts, and by when."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from actors import learner_group as module
-from actors import shells
-from actors.learner_group import LearnerGroup, RanksLost, Shape
+from actors import pool, shells
+from actors.learner_group import LearnerGroup, RanksLost
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.snapshot import Snapshot
+from learner.config import load_config
 from learner.process_group import GroupBroken
 from learner.protocol.receipts import RanksDiverged
 from learner.protocol.training import Training
@@ -19,34 +22,34 @@ class FakeRank:
     def __init__(self, rank: int) -> None:
         self.rank, self.silent, self.killed, self.calls = rank, set(), False, []
         self.answers = {
-            "ready": True, "address": f"tcp://{rank}", "start": (Snapshot(0, np.zeros(1), "first"), (1, 2, 2)),
+            "ready": f"tcp://{rank}", "start": (Snapshot(0, np.zeros(1), "first"), (1, 2, 2)),
             "fit_micro_batch": 8 - rank, "fetch": [], "state_files": {f"rank-{rank}": b"state"},
             "train_epoch": (Training({}, [], (rank,)), "hash", Snapshot(1, np.zeros(1), "hash") if rank == 0 else None),
         }  # fmt: skip
 
     def __getattr__(self, name: str):
-        return Method(self, name)
+        def remote(*arguments):
+            self.calls.append((name, *arguments))
+            return (self, name, len(self.calls))
 
-
-class Method:
-    def __init__(self, rank: FakeRank, name: str) -> None:
-        self.rank, self.name = rank, name
-
-    def remote(self, *arguments):
-        self.rank.calls.append((self.name, *arguments))
-        return (self.rank, self.name, len(self.rank.calls))
+        return SimpleNamespace(remote=remote)
 
 
 class World:
     def __init__(self) -> None:
-        self.now, self.spawned, self.meanwhile, self.failed = 0.0, [], 0, []
+        self.now, self.spawned, self.silent, self.meanwhile = 0.0, [], {}, 0
 
-    def group(self, ranks=2, updates=2, spawn=None, meanwhile=None) -> LearnerGroup:
-        shape = Shape(ranks, updates, train_seconds=5.0, chunk_seconds=3.0, ready_seconds=10.0)
-        return LearnerGroup(spawn or self.spawn, shape, meanwhile or self.wait, self.failed.append)
+    def group(self, ranks=2, meanwhile=None) -> LearnerGroup:
+        limits = ("run.train_seconds=5", "run.chunk_seconds=3", "run.ready_seconds=10")
+        crew = SimpleNamespace(
+            config=load_config(overrides=[*limits, "train.updates_per_epoch=2"]), room=None, spawn=self.spawn,
+            placement=SimpleNamespace(ranks=SimpleNamespace(count=ranks, gpus=0)),
+        )  # fmt: skip
+        return LearnerGroup(crew, "build", meanwhile or self.wait)
 
-    def spawn(self, rank: int) -> FakeRank:
+    def spawn(self, role, shell, options, build, rank, *_) -> FakeRank:
         self.spawned.append(FakeRank(rank))
+        self.spawned[-1].silent |= self.silent.get(rank, set())
         return self.spawned[-1]
 
     def wait(self, refs) -> None:
@@ -66,9 +69,11 @@ class World:
 @pytest.fixture
 def world(monkeypatch):
     world = World()
-    monkeypatch.setattr(module, "done", world.done)
-    monkeypatch.setattr(module, "get", world.get)
-    monkeypatch.setattr(module.ray, "put", lambda value: value)
+    for either in (module, pool):
+        monkeypatch.setattr(either, "done", world.done)
+        monkeypatch.setattr(either, "get", world.get)
+    monkeypatch.setattr(module, "put", lambda value, what: value)
+    monkeypatch.setattr(module, "in_group", lambda placement, room: [{}] * placement.ranks.count)
     monkeypatch.setattr(module.ray, "kill", lambda actor: setattr(actor, "killed", True))
     monkeypatch.setattr(module.time, "monotonic", lambda: world.now)
     return world
@@ -86,35 +91,29 @@ def called(rank: FakeRank, name: str) -> tuple:
 
 
 def test_all_are_up_before_any_is_told_to_meet_the_others(world):
-    slow = {}
-    real = world.wait
+    world.silent[1], asked_to_start = {"ready"}, []
 
     def wait(refs):
-        real(refs)
-        slow.setdefault("asked to start meanwhile", any(c[0] == "start" for r in world.spawned for c in r.calls))
+        world.wait(refs)
+        asked_to_start.append(any(call[0] == "start" for rank in world.spawned for call in rank.calls))
         world.spawned[1].silent.clear()
 
-    def spawn(rank):
-        actor = world.spawn(rank)
-        actor.silent = {"address"} if rank else set()
-        return actor
-
-    held, latent = world.group(2, 1, spawn, wait).start(None, deadline=10.0)
-    assert slow == {"asked to start meanwhile": False} and held.sha256 == "first" and latent == (1, 2, 2)
+    held, latent = world.group(meanwhile=wait).start(None, deadline=10.0)
+    assert asked_to_start == [False] and held.sha256 == "first" and latent == (1, 2, 2)
     assert [called(rank, "start") for rank in world.spawned] == [("tcp://0", 5.0, None)] * 2
 
 
+PAIRS = [(f"t{i}", f"s{i}") for i in range(8)]
+
+
 def test_every_update_is_the_same_chunks_whatever_the_ranks(group, world):
-    pairs = [(f"t{i}", f"s{i}") for i in range(8)]
-    assert group.fetch(1, pairs) == []
+    """What is lost is named by its place in the epoch."""
+    assert group.fetch(1, PAIRS) == []
     first, second = (called(rank, "fetch")[1] for rank in world.spawned)
-    assert first == [[pairs[0], pairs[2]], [pairs[4], pairs[6]]]
-    assert second == [[pairs[1], pairs[3]], [pairs[5], pairs[7]]]
-
-
-def test_what_is_lost_is_named_by_its_place_in_the_epoch(group, world):
+    assert first == [[PAIRS[0], PAIRS[2]], [PAIRS[4], PAIRS[6]]]
+    assert second == [[PAIRS[1], PAIRS[3]], [PAIRS[5], PAIRS[7]]]
     world.spawned[0].answers["fetch"], world.spawned[1].answers["fetch"] = [(0, 1)], [(1, 0)]
-    assert group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)]) == [2, 5]
+    assert group.fetch(1, PAIRS) == [2, 5]
 
 
 def test_training_gives_all_accounts_and_all_files(group):
@@ -123,59 +122,48 @@ def test_training_gives_all_accounts_and_all_files(group):
     assert files == {"rank-0": b"state", "rank-1": b"state"}
 
 
-@pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone")])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, failure, group, world):
-    world.spawned[rank].answers["train_epoch"] = failure
-    world.spawned[1 - rank].silent = {"train_epoch"}
+@pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone"), ObjectLost("with its node")])
+@pytest.mark.parametrize(("rank", "method"), [(0, "train_epoch"), (1, "train_epoch"), (1, "state_files")])
+def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, method, failure, group, world):
+    world.spawned[rank].answers[method] = failure
+    world.spawned[1 - rank].silent = {method}
     with pytest.raises(RanksLost) as lost:
         group.train(1, 0.5)
-    assert lost.value.cause is failure and world.now == 0.0 and world.failed == [failure]
-
-
-def test_a_defect_is_no_loss(group, world):
-    world.spawned[1].answers["train_epoch"] = ZeroDivisionError("a defect")
-    with pytest.raises(ZeroDivisionError):
-        group.train(1, 0.5)
+    assert lost.value.args == (failure,) and world.now == 0.0
 
 
 def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
     def wait(refs):
         raise ActorDied("no sampler is left")
 
-    group = world.group(1, 1, meanwhile=wait)
+    group = world.group(1, meanwhile=wait)
     group.start(None, deadline=10.0)
     world.spawned[0].silent = {"train_epoch"}
     with pytest.raises(ActorDied, match="no sampler"):
         group.train(1, 0.5)
 
 
-@pytest.mark.parametrize("method", ["train_epoch", "state_files"])
-def test_an_answer_that_went_with_its_node_is_a_lost_rank(method, group, world):
-    world.spawned[1].answers[method] = ObjectLost("with its node")
-    with pytest.raises(RanksLost):
-        group.train(1, 0.5)
-
-
-def test_a_ranks_own_failure_comes_before_the_group_that_it_broke(group, world):
-    world.spawned[0].answers["train_epoch"] = GroupBroken("closed by peer")
+@pytest.mark.parametrize("others", [{}, {"train_epoch": GroupBroken("closed by peer")}])
+def test_a_defect_is_no_loss_and_comes_before_the_group_that_it_broke(others, group, world):
+    world.spawned[0].answers.update(others)
     world.spawned[1].answers["train_epoch"] = ZeroDivisionError("why")
     with pytest.raises(ZeroDivisionError, match="why"):
         group.train(1, 0.5)
 
 
-def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(group, world):
-    world.spawned[1].silent = {"train_epoch"}
-    with pytest.raises(RanksLost, match=r"training of epoch 1 took longer than run\.train_seconds=5 s"):
+@pytest.mark.parametrize(
+    ("method", "words", "seconds"),
+    [
+        ("train_epoch", r"training of epoch 1 took longer than run\.train_seconds=5 s", 5.0),
+        ("fetch", r"fetching epoch 1 took longer than run\.chunk_seconds=3 s", 3.0),
+    ],
+)
+def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(method, words, seconds, group, world):
+    world.spawned[1].silent = {method}
+    with pytest.raises(RanksLost, match=words):
+        group.fetch(1, PAIRS)
         group.train(1, 0.5)
-    assert 5.0 < world.now <= 5.5 and world.meanwhile == 11
-
-
-def test_a_rank_that_does_not_answer_a_fetch_is_noticed_at_the_deadline(group, world):
-    world.spawned[0].silent = {"fetch"}
-    with pytest.raises(RanksLost, match=r"fetching epoch 1 took longer than run\.chunk_seconds=3 s"):
-        group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)])
-    assert 3.0 < world.now <= 3.5
+    assert seconds < world.now <= seconds + 0.5
 
 
 def test_ranks_that_hold_different_adapters_end_the_run(group, world):
@@ -201,21 +189,15 @@ def test_an_idle_rank_that_dies_is_noticed(group, world):
     assert world.now - then <= 1.0
 
 
-def test_an_idle_rank_that_is_silent_is_noticed_at_its_deadline(group, world):
-    look(group, world, 5.0)
-    world.spawned[0].silent, then = {"ready"}, world.now
-    with pytest.raises(RanksLost, match=r"an idle learner rank did not answer in run\.chunk_seconds=3 s"):
-        look(group, world, 9.0)
-    assert 2.5 < world.now - then <= 3.5  # PING_SECONDS after the last answer it is asked, 2.5 s later it is lost
-
-
-def test_what_it_is_told_to_do_meanwhile_gives_a_silent_rank_no_more_time(group, world):
+@pytest.mark.parametrize("told", [False, True])
+def test_an_idle_rank_that_is_silent_is_noticed_at_its_deadline(told, group, world):
+    """What it is told to do meanwhile gives it no more time."""
     look(group, world, 5.0)
     world.spawned[0].silent, then = {"ready", "fetch"}, world.now
-    look(group, world, 2.0)
     with pytest.raises(RanksLost, match=r"an idle learner rank did not answer in run\.chunk_seconds=3 s"):
-        group.fetch(1, [(f"t{i}", f"s{i}") for i in range(8)])
-    assert 2.5 < world.now - then <= 4.0
+        look(group, world, 2.0 if told else 9.0)
+        group.fetch(1, PAIRS)
+    assert 2.5 < world.now - then <= 4.0  # PING_SECONDS after the last answer it is asked, 2.5 s later it is lost
 
 
 def test_a_group_that_starts_anew_is_of_other_actors_and_asks_those(group, world):
@@ -223,7 +205,6 @@ def test_a_group_that_starts_anew_is_of_other_actors_and_asks_those(group, world
     world.spawned[0].silent = {"ready"}
     look(group, world, 1.0)
     old = list(world.spawned)
-    group.stop()
     group.start(None, deadline=world.now + 10.0)
     look(group, world, 20.0)
     assert all(rank.killed for rank in old) and not any(rank.killed for rank in world.spawned[2:])

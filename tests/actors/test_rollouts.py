@@ -12,71 +12,62 @@ from cluster.waits import ObjectLost
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Verdict
 from learner.config import Config
-from learner.protocol.buffer import Buffer
-from learner.protocol.ledger import Ledger
 
 CHUNK = Chunk(0, "evaluate", 0, 0, ("a ring", "a star", "a ring"), (0, 1, 2))
-SNAPSHOT = Snapshot(3, None, "adapter")
+RECEIPT = Receipt(3, "adapter", (0.0,), (0.0,), "here", 0.0)
 
 
 class FakePool:
-    """Finishes what it is given at once, with what `answer` says."""
+    """Finishes what it is given at once; scores are numbered as they are made."""
 
-    def __init__(self, answer) -> None:
-        self.answer, self.queue, self.inputs_lost, self.asked, self.remedies = answer, [], [], [], []
-        self.waiting_on: list = []
+    def __init__(self, doing, count, spawn, call, config, failed, lost, remedy) -> None:
+        self.call, self.remedy, self.scoring = call, remedy, doing == "scoring"
+        self.queue, self.inputs_lost, self.asked, self.waiting_on = [], [], [], []
 
-    def submit(self, key, method, arguments, remedy="", first=False) -> None:
-        self.queue.append((key, arguments))
-        self.remedies.append(remedy)
+    def submit(self, key, first=False) -> None:
+        self.queue.append(key)
 
     def pump(self):
-        given, self.queue = self.queue, []
-        self.asked += [(key, *arguments()) for key, arguments in given]
-        return [(key, *self.answer()) for key, _ in given]
+        keys, self.queue = self.queue, []
+        actor = SimpleNamespace(sample=SimpleNamespace(remote=self.do), score=SimpleNamespace(remote=self.do))
+        return [(key, *self.call(actor, key)) for key in keys]
+
+    def do(self, *arguments):
+        self.asked.append(arguments)
+        if self.scoring:
+            return [f"scores {len(self.asked) - 1}"], Verdict((0.0,), (), 0.0)
+        return ["trajectories", "clean"], RECEIPT
 
 
 class Quiet:
     """A stand-in for the metrics: whatever is told, nothing comes of it."""
 
     def __getattr__(self, name):
-        return lambda *_: self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
+        return lambda *_, **__: None
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """Rollouts in the middle of their work, of one evaluation chunk; scores are numbered as they are made."""
-    numbers = iter(range(100))
-    receipt = Receipt(3, "adapter", (0.0,), (0.0,), "here", 0.0)
-    pools = {
-        "samplers": FakePool(lambda: (["trajectories", "clean"], receipt)),
-        "scorers": FakePool(lambda: ([f"scores {next(numbers)}"], Verdict((0.0,), (), 0.0))),
-    }
-    said: list[str] = []
-    crew = SimpleNamespace(metrics=Quiet(), say=said.append, config=Config(), samplers="samplers", scorers="scorers")
-    crew.pool = lambda role, lost: pools[role]
-    made = Rollouts(crew, Buffer(lambda epoch: [], range(0), 0, Ledger()), 4)
-    made.said = said
+    """Rollouts in the middle of their work, of one evaluation chunk."""
+    share = SimpleNamespace(gpus=0, count=0, spread={})
+    crew = SimpleNamespace(
+        config=Config(), placement=SimpleNamespace(samplers=share, scorers=share), metrics=Quiet(), said=[],
+        spawn=print, failed=print, description="", close=print,
+    )  # fmt: skip
+    crew.say = crew.said.append
+    monkeypatch.setattr(rollouts, "Pool", FakePool)
     monkeypatch.setattr(rollouts, "put", lambda snapshot, what: "weights")
-    made.publish(SNAPSHOT)
+    made = Rollouts(crew, SimpleNamespace(sampler=None, scorer=None))
+    made.publish(Snapshot(3, None, "adapter"))
     made.buffer.add_evaluation([CHUNK])
     return made
 
 
-def evaluate(made) -> list:
-    """Until the chunk is scored, as the runners do."""
-    made.submit([CHUNK])
-    for _ in range(20):
-        made.pump()
-        if evaluated := list(made.evaluated()):
-            return evaluated
-    raise AssertionError("never scored")
+def evaluated(made) -> list:
+    """Until the chunk is scored."""
+    scored = []
+    made.evaluate([CHUNK], lambda *chunk_and_scores: scored.append(chunk_and_scores), made.pump)
+    return scored
 
 
 def test_evaluation_images_that_went_with_their_node_are_made_again(made, monkeypatch):
@@ -86,9 +77,9 @@ def test_evaluation_images_that_went_with_their_node_are_made_again(made, monkey
         return f"the {ref}"
 
     monkeypatch.setattr(rollouts, "get", get)
-    assert evaluate(made) == [(CHUNK, "the scores 1")]
-    assert made.samplers.asked == [(CHUNK.key, CHUNK, "weights")] * 2
-    assert made.said == ["images of chunk 0 of the evaluation set: gone: will be made again"]
+    assert evaluated(made) == [(CHUNK, "the scores 1")]
+    assert made.samplers.asked == [(CHUNK, "weights")] * 2
+    assert made.crew.said == ["images of chunk 0 of the evaluation set: gone: will be made again"]
     assert made.buffer.counts("evaluate", 0) == (0, 0)
 
 
@@ -99,7 +90,7 @@ def test_images_that_are_lost_every_time_end_the_run(made, monkeypatch):
     monkeypatch.setattr(rollouts, "get", get)
     words = r"chunk 0 of the evaluation set was made and lost 3 times \(run\.chunk_attempts\)"
     with pytest.raises(ObjectLost, match=words):
-        evaluate(made)
+        evaluated(made)
 
 
 @pytest.mark.parametrize("pool", ["samplers", "scorers"])
@@ -107,16 +98,14 @@ def test_a_chunk_whose_inputs_are_gone_is_sampled_again(pool, made):
     """The weights for a sampler, or the clean predictions for a reward actor."""
     getattr(made, pool).inputs_lost.append(CHUNK.key)
     made.pump()
-    assert [key for key, _ in made.samplers.queue] == [CHUNK.key] and made.made_again[CHUNK.key] == 1
+    assert made.samplers.queue == [CHUNK.key] and made.made_again[CHUNK.key] == 1
     made.pump()
-    assert made.samplers.asked == [(CHUNK.key, CHUNK, "weights")]
+    assert made.samplers.asked == [(CHUNK, "weights")] and made.scorers.asked == [("clean", made.score_batch)]
 
 
 def test_whoever_costs_every_actor_its_process_is_named_with_its_prompts_and_the_remedy(made):
     """Which ends the error that the pool raises."""
-    made.submit([CHUNK])
-    made.pump()
-    (sampling,), (scoring,) = made.samplers.remedies, made.scorers.remedies
+    sampling, scoring = made.samplers.remedy(CHUNK.key), made.scorers.remedy(CHUNK.key)
     assert sampling.startswith("its prompts: 'a ring', 'a star'; ") and "sampler.chunk_size" in sampling
     assert scoring.startswith("its prompts: 'a ring', 'a star'; ") and "reward.on_bad_reward=quarantine" in scoring
 
@@ -128,8 +117,7 @@ def test_ranks_that_cannot_start_are_said_as_what_they_died_of(monkeypatch):
         raise RanksLost(cause)
 
     monkeypatch.setattr(RayRunner, "_start", start)
-    monkeypatch.setattr(RayRunner, "close", lambda self: closed.append(self))
-    monkeypatch.setattr(ray_runner, "Session", lambda *_: None)
+    monkeypatch.setattr(ray_runner, "Crew", lambda *_: SimpleNamespace(close=lambda: closed.append(True)))
     with pytest.raises(ObjectLost) as raised:
         RayRunner(Config())
     assert raised.value is cause and closed
