@@ -47,31 +47,24 @@ class Views(Protocol):
 
     def say(self, text: str) -> None:
         """A line of the run's output."""
-        ...
 
     def event(self, text: str) -> None:
         """As `say`, of a fault that was survived, a node that came or went."""
-        ...
 
     def running(self, vitals: Callable[[], Vitals]) -> None:
         """The runner is up; `vitals` says how it stands."""
-        ...
 
     def progress(self, what: str, done: int, total: int) -> None:
         """`done` of `total` chunks of what is being done."""
-        ...
 
     def turn(self) -> None:
         """Called again and again, whatever the runner waits for."""
-        ...
 
     def epoch_closed(self, line: dict[str, Any], seconds: float) -> None:
         """Its line of metrics.jsonl; `seconds` with its recording."""
-        ...
 
     def finished(self) -> None:
         """All records are written."""
-        ...
 
 
 def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
@@ -127,22 +120,11 @@ def collapsed(records: Records) -> str | None:
     return signs[-1] if signs else None
 
 
-def last_files(records: Records, say: Callable[[str], None]) -> dict[str, bytes] | None:
-    """The learner's files of the newest whole checkpoint, to start ranks anew with.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is whole.
-    """
-    newest = checkpoint.load_newest(records.storage, records.run_id, lambda text: say(f"warning: {text}"))
-    return newest.files if newest else None
-
-
 def _evaluate(runner: Runner, fixed: Sequence[Chunk], epoch: int, judge: Judge, views: Views) -> dict[str, Any]:
     scores = runner.evaluate(fixed)
-    bad = [reason for part in scores for reason in part.bad.values()]
-    if bad:
-        views.event(f"warning: {len(bad)} evaluation images are bad and left out of the evaluated reward; the first: "
-                    f"{bad[0]}")  # fmt: skip
+    if bad := [reason for part in scores for reason in part.bad.values()]:
+        where = "are bad and left out of the evaluated reward"
+        views.event(f"warning: {len(bad)} evaluation images {where}; the first: {bad[0]}")
     return judge(epoch, scores)
 
 
@@ -158,21 +140,14 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
         "policy_version": runner.snapshot.version,
         "adapter_sha256": runner.snapshot.sha256,
         "ranks": runner.ranks,
-        "batch_sizes": {
-            "chunk": config.sampler.chunk_size,
-            "flow_batch": config.flow.batch,
-            **runner.batch_sizes,
-        },
+        "batch_sizes": {"chunk": config.sampler.chunk_size, "flow_batch": config.flow.batch, **runner.batch_sizes},
         "ledger": ledger.to_json(),
         "config_digest": config.digest(),
     }
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: config_yaml(config)})
-    always = {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
+    keep, always = config.run.keep_checkpoints, {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
-        checkpoint.prune(
-            records.storage, config.run.keep_checkpoints, always, records.run_id,
-            lambda text: views.say(f"warning: {text}"),
-        )  # fmt: skip
+        checkpoint.prune(records.storage, keep, always, records.run_id, lambda text: views.say(f"warning: {text}"))
     except (StorageError, CheckpointError) as error:  # the new one is there: that matters
         views.say(f"warning: an old checkpoint stays: {error}")
 

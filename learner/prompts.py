@@ -1,11 +1,11 @@
-"""Prompts: files (.txt, .json, .jsonl, .csv and .parquet), and sets by name."""
+"""Prompts: files (.txt, .json, .jsonl, .csv and .parquet), sets by name, and lists."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,33 @@ from learner.config import Config, ConfigError, resolve
 from rewards import prompt_sets
 
 
-def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -> list[str]:
+def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str = "prompts.path") -> list[str]:
     """Prompts in file order, stripped; empty ones are skipped, and in .txt lines that start with #.
 
     .json holds a list and .jsonl lines of strings or objects with the key `column`; .csv (with a header) and .parquet
-    a column of that name. A file with another ending is read as .txt. Where there is no file `path`, it may be the
+    a column of that name. A file with another ending is read as .txt. Where there is no file `source`, it may be the
     name of a set (rewards/prompt_sets.py).
 
     Raises:
         ConfigError: the file or set cannot be read, is not UTF-8, has no such column, or holds no prompt; names `key`.
     """
-    file = Path(resolve(path))
+    file = Path(resolve(source)) if isinstance(source, str) else "the list"
     try:
-        if prompt_sets.is_name(path) and not file.is_file():
-            texts = prompt_sets.fetch(path)
-        elif file.suffix.lower() == ".parquet":
-            texts = _parquet(file, column)
+        if not isinstance(source, str):
+            texts = list(source)
+        elif prompt_sets.is_name(source) and not Path(file).is_file():
+            texts = prompt_sets.fetch(source)
         else:
-            items = _items(file.read_text(encoding="utf-8-sig"), file.suffix.lower())
-            texts = [_prompt(item, column, place) for place, item in items]
+            texts = [_prompt(item, column, place) for place, item in _items(Path(file), column)]
     except UnicodeDecodeError as error:
         text = f"{key}: {file} is not UTF-8 (byte {error.start}); convert it, or name another file"
         raise ConfigError(text) from error
     except prompt_sets.PromptSetError as error:
         raise ConfigError(f"{key}: {error}") from error
     except FileNotFoundError as error:
-        sets = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if not file.suffix else ""
+        sets = "" if "." in str(source) else f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})"
         raise ConfigError(f"{key}: cannot read {file}: no such file{sets}") from error
-    except (OSError, csv.Error, ValueError) as error:
+    except (OSError, csv.Error, ValueError, NotImplementedError) as error:  # the last two of pyarrow, too
         raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}") from error
     prompts = [text.strip() for text in texts if text.strip()]
     if not prompts:
@@ -64,8 +63,18 @@ def example_prompt(config: Config) -> str:
     return training_prompts(config)[0]
 
 
-def _items(text: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """What a file of this ending holds, each with its place in the file."""
+def _items(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """Strings or objects that a file holds, each with its place; of Parquet only the column, if it is there."""
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        import pyarrow.parquet  # here: other files are read without it
+
+        table = pyarrow.parquet.read_table(file)
+        there = column in table.column_names
+        cells = table[column].to_pylist() if there else [dict.fromkeys(table.column_names)]
+        yield from ((f"row {number}", "" if cell is None else cell) for number, cell in enumerate(cells, 1))
+        return
+    text = file.read_text(encoding="utf-8-sig")
     lines = text.split("\n")  # not splitlines(), which also splits at characters that a prompt may hold
     if kind == ".json":
         items = _json(text, "it")
@@ -97,18 +106,3 @@ def _prompt(item: Any, column: str, place: str) -> str:
         keys = f"; its keys: {', '.join(item)}" if isinstance(item, dict) else ""
         raise ValueError(f"{place} has no text under {column!r} (prompts.column){keys}")
     return prompt
-
-
-def _parquet(file: Path, column: str) -> list[str]:
-    import pyarrow.parquet  # here: other files are read without it
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
-    if column not in table.column_names:
-        raise ValueError(f"no column {column!r} (prompts.column); its columns: {', '.join(table.column_names)}")
-    values = table[column].to_pylist()
-    if not all(isinstance(value, str | None) for value in values):
-        raise ValueError(f"column {column!r} (prompts.column) is {table.schema.field(column).type}, not text")
-    return [value or "" for value in values]
