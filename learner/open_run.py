@@ -172,17 +172,18 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
             "wrote it, or choose another run.dir"
         )
     saved = saved_config(records)
-    if about["config_digest"] != wanted["config_digest"]:
-        pairs = [(key, value, saved.binding()[key]) for key, value in config.binding().items()]
-        raise_faults([
-            f"{key}: the run in {storage} has {_short(theirs)}, not {_short(ours)}; use that, or another run.dir"
-            for key, ours, theirs in pairs if ours != theirs
-        ] or [f"run.dir: {storage} was begun with other settings"])  # fmt: skip
-    if about["prompts_sha256"] != wanted["prompts_sha256"]:
-        raise ConfigError(
+    ours, theirs = config.binding(), saved.binding()
+    faults = [
+        f"{key}: the run in {storage} has {_short(theirs[key])}, not {_short(ours[key])}; use that, or another run.dir"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    if not faults and about["prompts_sha256"] != wanted["prompts_sha256"]:
+        faults = [
             f"prompts.path: {_short(config.prompts.path)} (or evaluation.prompts) is not what the run in {storage} "
             "began with; put the old file back, or choose another run.dir"
-        )
+        ]
+    raise_faults(faults)
     return saved
 
 
@@ -191,14 +192,12 @@ def _short(value: Any) -> str:
 
 
 def _warn_of_changes(saved: Config, config: Config, manifest: dict[str, Any], warn: Warn) -> None:
-    """Of what may be set anew and changes the result."""
-    then, now, sizes = saved.train.epochs, config.train.epochs, manifest["batch_sizes"]
-    if manifest["next_epoch"] and now != then and config.objective.anneal_fraction:
-        schedule = "beta's schedule (objective.anneal_fraction) spans the new number from here on"
-        warn(f"train.epochs is {now} now, it was {then}: {schedule}")
-    batches = (("learner", "micro_batch", "micro_batch"), ("reward", "batch", "score"))
-    for section, key, name in batches:
-        size = getattr(getattr(config, section), key)
-        if size and size != sizes.get(name, size):
-            changed = f"{section}.{key} is {size} now, it was {sizes[name]}"
-            warn(f"{changed}: last bits differ from here on from an unbroken run's")
+    """Of what may be set anew and changes the result: batches by their last bits, epochs by beta's schedule."""
+    sizes, annealed = manifest["batch_sizes"], manifest["next_epoch"] and config.objective.anneal_fraction
+    for key, now, then in (
+        ("learner.micro_batch", config.learner.micro_batch, sizes["micro_batch"]),
+        ("reward.batch", config.reward.batch, sizes.get("score")),
+        ("train.epochs", annealed and config.train.epochs, saved.train.epochs),
+    ):
+        if now and then and now != then:
+            warn(f"{key} is {now} now, it was {then}: from here on the result differs from an unbroken run's")
