@@ -23,6 +23,7 @@ def run(small_settings, tmp_path_factory) -> Path:
     """Three epochs of eight trajectories, one of them bad."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     settings = ["run.runner=inprocess", "train.epochs=3", "reward.on_bad_reward=quarantine", "evaluation.images=0"]
+    settings += ["flow.widths=[8,16]"]
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, (BAD,), BAD_EPOCH)
         assert main([*small_settings, *settings, f"run.dir={folder}"]) == 0
