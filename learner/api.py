@@ -74,30 +74,29 @@ def train(
         ConfigError: bad settings; a line for each fault.
         RunFailure: the run cannot be begun or ended early; the same call goes on from its last closed epoch.
     """
-    own = reward if callable(reward) else None
-    arguments = {
-        "run.runner": runner,
-        "run.dir": None if run_dir is None else str(run_dir),
-        "reward.name": _name_of(own) if own else reward,
-        "prompts.path": None if prompts is None else list(prompts),
-    }
+    own, overrides = reward if callable(reward) else None, dict(settings or {})
+    if reward is not None:
+        overrides["reward.name"] = _name_of(own) if own else reward
+    if prompts is not None:
+        overrides["prompts.path"] = list(prompts)
+    if runner is not None:
+        overrides["run.runner"] = runner
+    if run_dir is not None:
+        overrides["run.dir"] = str(run_dir)
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
-    overrides = {**(settings or {}), **{key: value for key, value in arguments.items() if value is not None}}
-    built, name = load_config(source, overrides), "run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG
+    built = load_config(source, overrides)
 
     def warn(text: str) -> None:
         say(f"warning: {text}")
 
     texts, _, resources = check(built, warn, own)
-    opened = open_run(built, Path(name), texts, warn)
+    opened = open_run(built, Path("run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG), texts, warn)
     run(opened, resources, say, own_reward=own)
     storage = opened.records.storage
     return TrainedRun(str(storage), opened.records.lines, str(checkpoint.lora_folder(storage)))
 
 
-def check(
-    config: Config, warn: Say, own_reward: Reward | None = None
-) -> tuple[list[str], Placement, dict[str, float]]:  # fmt: skip
+def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[list[str], Placement, dict[str, float]]:
     """Everything that would otherwise fail only after actors are up, all of it said at once: the prompts, what would
     run where, and the cluster's resources. `own_reward`: a function in place of the reward that the config names.
 
@@ -107,21 +106,14 @@ def check(
     """
     faults: list[str] = []
 
-    def attempt(step: Callable[[], Any], prefix: str = "") -> Any:
+    def attempt(step: Callable[[], Any], prefix: str = "") -> Any:  # None where it fails
         try:
             return step()
-        except RunFailure as error:
-            faults.append(str(error))
-        except ValueError as error:
-            faults.append(f"{prefix}{error}")
-        return None
+        except (RunFailure, ValueError) as error:
+            faults.append(str(error) if isinstance(error, RunFailure) else f"{prefix}{error}")
 
-    sampler, reward, evaluation, path = (
-        config.sampler,
-        config.reward,
-        config.evaluation,
-        str(resolve(config.model.path)),
-    )
+    sampler, reward, evaluation = config.sampler, config.reward, config.evaluation
+    path, in_process = str(resolve(config.model.path)), config.run.runner == "inprocess"
     prompts = attempt(lambda: [*training_prompts(config), *evaluation_prompts(config)]) or []
     unconditional = attempt(lambda: is_unconditional(path))
     if unconditional and (config.prompts.path is not None or evaluation.prompts is not None):
@@ -141,7 +133,6 @@ def check(
     else:
         attempt(lambda: registry.check(reward.name, reward.weights, reward.options, prompts, needing, reward.backend))
     attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
-    in_process = config.run.runner == "inprocess"
     if in_process and config.model.device == "cuda" and not torch.cuda.is_available():
         faults.append("model.device: cuda was asked for, but torch finds none here")
     nodes = nodes_at_hand(config.run.cpu_threads, warn, local=in_process)
@@ -178,7 +169,9 @@ def run(
             records.note(finished=False, environment=environment.facts(), cluster=resources)
             views.open()
             if done < config.train.epochs:
-                runner = _start(opened, views, own_reward)
+                runner, begun = _start(opened, views, own_reward), opened.checkpoint
+                if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
+                    raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
                 judge = Judge(records, config.run.thumbnail_pixels, lambda scores: png(contact_sheet(scores)))
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
@@ -200,10 +193,6 @@ def run(
 
 
 def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runner:
-    """
-    Raises:
-        CheckpointError: the adapter that it restored is not the checkpoint's.
-    """
     config, begun, records = opened.as_begun, opened.checkpoint, opened.records
 
     def last_files() -> dict[str, bytes] | None:
@@ -213,15 +202,10 @@ def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runne
     files, hooks = begun.files if begun else None, Hooks(views.event, views.progress, views.turn, last_files)
     reward = UserReward(config.reward.name, own_reward) if own_reward else None
     if config.run.runner == "inprocess":
-        runner: Runner = InProcessRunner(config, files, hooks, reward)
-    else:
-        from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
+        return InProcessRunner(config, files, hooks, reward)
+    from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
 
-        runner = RayRunner(config, files, hooks, records.about["name"], reward)
-    if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
-        runner.close()
-        raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
-    return runner
+    return RayRunner(config, files, hooks, records.about["name"], reward)
 
 
 def _name_of(reward: Reward) -> str:

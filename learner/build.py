@@ -35,16 +35,16 @@ class Parts:
 
 def parts(config: Config, own_reward: Reward | None = None) -> Parts:
     """`own_reward`: a Python object in place of the reward that the config names."""
-    scorer = partial(build_scorer, config, own_reward)
-    return Parts(partial(build_sampler, config), scorer, partial(build_learner, config))
+    return Parts(
+        partial(build_sampler, config), partial(build_scorer, config, own_reward), partial(build_learner, config)
+    )
 
 
 def prepare_process(config: Config) -> None:
     """Thread count of this process (results depend on it), and an allocator that keeps its pages."""
     torch.set_num_threads(config.run.cpu_threads)
-    # glibc hands every freed tensor above 128 kB back to the kernel and faults it in again; keeping the pages
-    # cut the shapes model's scoring to 0.65 of its time on a CPU. Elsewhere than on glibc nothing happens.
-    with contextlib.suppress(OSError, AttributeError):
+    # glibc returns every freed tensor above 128 kB to the kernel: keeping the pages saves a third of scoring on a CPU.
+    with contextlib.suppress(OSError, AttributeError):  # another libc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
@@ -72,24 +72,23 @@ def build_sampler(config: Config) -> Sampler:
 
 def build_scorer(config: Config, own_reward: Reward | None = None) -> Scorer:
     prepare_process(config)
-    where, judge, evaluation, gradients = (
-        device(config),
-        config.reward,
-        config.evaluation,
-        config.needs.reward_gradients,
-    )
+    where, judge, evaluation = device(config), config.reward, config.evaluation
     reward = own_reward or registry.load(judge.name, judge.weights, where, judge.backend, **judge.options)
     # Gradients in float32: beta multiplies them by up to 1e4.
-    dtype = torch.float32 if gradients else getattr(torch, config.model.dtype)
-    tiny = None
-    if config.objective.forward_looking_decoder == "tiny":
-        tiny = Decoder(str(resolve(config.model.tiny_decoder)), where, dtype, tiny=True)
+    dtype = torch.float32 if config.needs.reward_gradients else getattr(torch, config.model.dtype)
+    tiny = config.objective.forward_looking_decoder == "tiny"
     return Scorer(
-        load_decoder(str(resolve(config.model.path)), where, dtype), reward, config.train.shuffle_rewards,
-        config.run.thumbnail_pixels, gradients, tiny, judge.batch, judge.on_bad_reward == "quarantine",
+        load_decoder(str(resolve(config.model.path)), where, dtype),
+        reward,
+        config.train.shuffle_rewards,
+        config.run.thumbnail_pixels,
+        config.needs.reward_gradients,
+        Decoder(str(resolve(config.model.tiny_decoder)), where, dtype, tiny=True) if tiny else None,
+        judge.batch,
+        judge.on_bad_reward == "quarantine",
         judge.black_images == "allow",
         judges.build(evaluation.held_out, evaluation.features, evaluation.clip, where) if evaluation.images else None,
-    )  # fmt: skip
+    )
 
 
 def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_width: int | None) -> nn.Module | None:

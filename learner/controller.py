@@ -45,26 +45,13 @@ Judge = Callable[[int, Sequence[Scores]], dict[str, Any]]  # records an evaluati
 class Views(Protocol):
     """Whoever shows the run, and is told how it goes. A view that fails warns; it never ends the run."""
 
-    def say(self, text: str) -> None:
-        """A line of the run's output."""
-
-    def event(self, text: str) -> None:
-        """As `say`, of a fault that was survived, a node that came or went."""
-
-    def running(self, vitals: Callable[[], Vitals]) -> None:
-        """The runner is up; `vitals` says how it stands."""
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` chunks of what is being done."""
-
-    def turn(self) -> None:
-        """Called again and again, whatever the runner waits for."""
-
-    def epoch_closed(self, line: dict[str, Any], seconds: float) -> None:
-        """Its line of metrics.jsonl; `seconds` with its recording."""
-
-    def finished(self) -> None:
-        """All records are written."""
+    def say(self, text: str) -> None: ...  # a line of the run's output
+    def event(self, text: str) -> None: ...  # the same, of a fault that was survived, a node that came or went
+    def running(self, vitals: Callable[[], Vitals]) -> None: ...  # the runner is up; how it stands
+    def progress(self, what: str, done: int, total: int) -> None: ...  # chunks of what is being done
+    def turn(self) -> None: ...  # again and again, whatever the runner waits for
+    def epoch_closed(self, line: dict[str, Any], seconds: float) -> None: ...  # of metrics.jsonl; with its recording
+    def finished(self) -> None: ...  # all records are written
 
 
 def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
@@ -79,14 +66,12 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
     if opened.checkpoint is None:
-        line = None
-        if fixed:
-            evaluated = _evaluate(runner, fixed, BEFORE, judge, views)
-            line = _line(config, BEFORE, runner, None, None, evaluated, 0.0, ledger)
-            records.append(line)
+        first = fixed and _line(config, BEFORE, runner, ledger, _evaluate(runner, fixed, BEFORE, judge, views))
+        if first:
+            records.append(first)
         _save(opened, runner, ledger, 0, views)
-        if line:
-            views.epoch_closed(line, 0.0)
+        if first:
+            views.epoch_closed(first, 0.0)
     for epoch in epochs:
         start = time.perf_counter()
         beta = anneal(config.objective.beta, epoch, config.train.epochs, config.objective.anneal_fraction)
@@ -97,7 +82,7 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         quarantine.check_limit(records.storage, ledger.totals["quarantined"], config.reward.quarantine_limit)
         due = fixed and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
         evaluated = _evaluate(runner, fixed, epoch, judge, views) if due else {}
-        line = _line(config, epoch, runner, beta, result, evaluated, time.perf_counter() - start, ledger)
+        line = _line(config, epoch, runner, ledger, evaluated, result, beta, time.perf_counter() - start)
         line["lost_trajectories"] = lost
         records.append(line)
         _save(opened, runner, ledger, epoch + 1, views)
@@ -153,13 +138,12 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
 
 
 def _line(
-    config: Config, epoch: int, runner: Runner, beta: float | None, result: EpochResult | None,
-    evaluated: dict[str, Any], seconds: float, ledger: Ledger,
+    config: Config, epoch: int, runner: Runner, ledger: Ledger, evaluated: dict[str, Any],
+    result: EpochResult | None = None, beta: float | None = None, seconds: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; `step`
     counts policy updates; epoch -1, before training, has neither loss nor training rewards."""
-    rewards = np.asarray(result.rewards if result else [])
-    quarantining = config.reward.on_bad_reward == "quarantine"
+    rewards, quarantining = np.asarray(result.rewards if result else []), config.reward.on_bad_reward == "quarantine"
     return {
         "epoch": epoch,
         "step": (epoch + 1) * config.steps_per_epoch,

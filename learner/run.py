@@ -76,7 +76,7 @@ def _faults_seen_at_once(config: Config) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Print; what the terminal's encoding lacks, a prompt's characters say, is escaped, not a reason to fail."""
+    """Print, with what the terminal's encoding lacks escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
