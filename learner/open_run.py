@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from learner.config import Config, ConfigError, config_yaml, raise_faults, saved_config
 from records import checkpoint, environment, lock
@@ -28,12 +25,12 @@ Warn = Callable[[str], None]
 
 @dataclass
 class OpenRun:
-    """A run that this process alone may write, and the checkpoint to go on from (None: from the beginning)."""
+    """A run that this process alone may write until it is closed, and the checkpoint to go on from, if any."""
 
     records: Records
     config: Config
     checkpoint: Checkpoint | None
-    lock: FileLock | None
+    close: Callable[[], None]
 
     @property
     def as_begun(self) -> Config:
@@ -51,10 +48,6 @@ class OpenRun:
     def epochs_done(self) -> int:
         return int(self.checkpoint.manifest["next_epoch"]) if self.checkpoint else 0
 
-    def close(self) -> None:
-        if self.lock:
-            self.lock.release()
-
 
 def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
     """Where the run lives or will live; nothing is made. `source` is the config file, which names new runs.
@@ -69,8 +62,7 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
         if storage.local and storage.local.is_file():
             raise ConfigError(f"run.dir: {storage} is a file")
         if storage.exists(METRICS) and not storage.exists(RUN):
-            old = "holds a run of an older Tributary, which cannot be resumed; choose another"
-            raise ConfigError(f"run.dir: {storage} {old}")
+            raise ConfigError(f"run.dir: {storage} holds a run of an older Tributary; choose another")
         if storage.exists(RUN) and config.run.resume == "never":
             raise ConfigError(f"run.dir: {storage} already holds a run; choose another, or run.resume=auto to go on")
     else:
@@ -102,14 +94,12 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
         records = Records.open(storage)
         saved = _settings_of(records, config, wanted)
         newest = checkpoint.load_newest(storage, records.run_id, warn)
-        opened = OpenRun(records, config, newest, held)
         if newest:
             _warn_of_changes(saved, config, newest.manifest, warn)
             checkpoint.drop_after(storage, newest.manifest["step"])
-        records.drop_after(opened.epochs_done if newest else BEFORE)
+        records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
         storage.write(CONFIG, config_yaml(config))  # what may change may have
-        undo.pop_all()
-        return opened
+        return OpenRun(records, config, newest, undo.pop_all().close)
 
 
 def whereabouts(config: Config, source: Path, prompts: Sequence[str]) -> str:
@@ -140,15 +130,14 @@ def _absolute(url: str, config: Config) -> str:
 
 def _newest_unfinished(config: Config, wanted: dict[str, Any]) -> Storage | None:
     """Of the runs in runs/ with these very settings and prompts, the newest that is not done and not in use."""
-    folder, newest = Storage(_absolute("runs", config)), None
+    folder, runs = Storage(_absolute("runs", config)), []
     for name in folder.entries():
         storage = Storage(f"{folder}/{name}")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run, or not ours
             about = json.loads(storage.read(RUN))
-            same = {**wanted, "finished": False}.items() <= about.items()
-            if same and not lock.in_use(storage) and (not newest or about["created"] > newest[0]):
-                newest = about["created"], storage
-    return newest[1] if newest else None
+            if {**wanted, "finished": False}.items() <= about.items() and not lock.in_use(storage):
+                runs.append((float(about["created"]), name))
+    return Storage(f"{folder}/{max(runs)[1]}") if runs else None
 
 
 def _new_folder(config: Config, source: Path) -> Storage:
@@ -174,21 +163,17 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
     saved = saved_config(records)
     ours, theirs = config.binding(), saved.binding()
     faults = [
-        f"{key}: the run in {storage} has {_short(theirs[key])}, not {_short(ours[key])}; use that, or another run.dir"
+        f"{key}: the run in {storage} has {theirs[key]!r:.200}, not {ours[key]!r:.200}; use that, or another run.dir"
         for key in ours
         if ours[key] != theirs[key]
     ]
     if not faults and about["prompts_sha256"] != wanted["prompts_sha256"]:
         faults = [
-            f"prompts.path: {_short(config.prompts.path)} (or evaluation.prompts) is not what the run in {storage} "
+            f"prompts.path: {config.prompts.path!r:.200} (or evaluation.prompts) is not what the run in {storage} "
             "began with; put the old file back, or choose another run.dir"
         ]
     raise_faults(faults)
     return saved
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 200, placeholder=" ...")
 
 
 def _warn_of_changes(saved: Config, config: Config, manifest: dict[str, Any], warn: Warn) -> None:

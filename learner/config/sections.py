@@ -89,8 +89,7 @@ class SamplerConfig(Section):
     transitions: Selection = key("all", "which transitions to train on: all, random or low_variance")
     transition_fraction: float = key(1.0, "share of transitions for random and low_variance", gt=0, le=1)
     state_precision: StatePrecision = key(
-        "float32",
-        "of stored states and model outputs; float16 halves the object store: rounded in the rollout, log p_F is exact",
+        "float32", "of stored states and model outputs; float16 halves the object store, log p_F stays exact"
     )
 
 
@@ -107,9 +106,7 @@ class RewardConfig(Section):
     )
     options: dict[str, Any] = key({}, "the reward's keyword arguments; a callable of yours is called with them first")
     batch: int | None = key(
-        None,
-        "images scored at once; default: what free GPU memory holds, once a run (CPU: 32, with gradients 16)",
-        ge=1,
+        None, "images scored at once; default: what free GPU memory holds (on a CPU 32, with gradients 16)", ge=1
     )
     on_bad_reward: Literal["stop", "quarantine"] = key(
         "stop",
@@ -118,8 +115,7 @@ class RewardConfig(Section):
     )
     quarantine_limit: int = key(16, "trajectories that a run may set aside before it ends", ge=0)
     black_images: Literal["bad", "allow"] = key(
-        "bad",
-        "an all-black image is the mark of NaN latents or a safety checker; allow where it may be right (JPEG rewards)",
+        "bad", "an all-black image is the mark of NaN latents or a safety checker; allow where it may be right"
     )
 
 
@@ -133,9 +129,7 @@ class FlowConfig(Section):
     stem_stride: int = key(1, "stride of its first convolution, not of nabla-DB's; 2 is four times cheaper", ge=1, le=4)
     learning_rate: float = key(3e-4, "AdamW learning rate of the flow network", gt=0)
     weight_decay: float | None = key(None, "AdamW weight decay; default: learner.weight_decay", ge=0)
-    fit_steps: int = key(
-        0, "flow-only steps before each policy step, which holds the flow fixed; 0: one joint loss", ge=0
-    )
+    fit_steps: int = key(0, "flow-only steps before each policy step, the flow then fixed; 0: one joint loss", ge=0)
     warmup_steps: int = key(0, "flow-only steps before the first policy step: an unfitted flow is noise to it", ge=0)
     batch: int = key(128, "transitions a flow-only step and rank", ge=4)
     replay_epochs: int = key(1, "epochs of rollouts the flow-only steps draw from", ge=1)
@@ -169,13 +163,10 @@ class Objective(Section):
     log_prob_reduction: Reduction = key("mean", "dag_db, dag_kl, ddpo: over dimensions, mean or sum")
     forward_looking: ForwardLooking = key("base", "weights of psi's clean predictions: base, snapshot, none")
     forward_looking_decay: Decay = key("none", "weight of psi by timestep: none (the paper), sqrt_abar or abar")
-    reward_offset: float = key(
-        0.0, "subtracted from rewards: shifts log Z alone; near their mean it spares the flow work"
-    )
+    reward_offset: float = key(0.0, "subtracted from rewards: shifts log Z alone; near their mean f has less to do")
     forward_looking_from: int = key(0, "psi is 0 before this step, and nothing is decoded there", ge=0)
     forward_looking_decoder: Literal["full", "tiny"] = key(
-        "full",
-        "decoder of psi's clean predictions: full (the VAE, which decodes images always), or tiny (model.tiny_decoder)",
+        "full", "of psi's clean predictions: full (the VAE, images' always), or tiny (model.tiny_decoder)"
     )
     clean_prediction: CleanPrediction = key(
         "conditional", "model output behind psi: conditional (DAG's code), or guided (nabla's; foretells better)"
@@ -195,8 +186,7 @@ class Objective(Section):
         gt=0,
     )
     old_log_prob: Literal["sampler", "learner"] = key(
-        "sampler",
-        "dag_kl, ddpo: whose log p_F of the rollout policy; learner computes it anew, in its own precision and batches",
+        "sampler", "dag_kl, ddpo: whose log p_F of the rollout policy; the learner's is of its own precision"
     )
     group_size: int = key(8, "dag_kl: transitions that are compared with each other, of one chunk", ge=2)
     kl_weight: float | None = key(None, "dag_kl: weight of the policy loss; default: the final beta (the paper)", ge=0)
@@ -244,8 +234,7 @@ class Evaluation(Section):
     )
     features: FeatureKind = key(
         "pixels",
-        "what diversity and drift are measured by: pixels (mean colours of an 8 x 8 grid, for plain pictures), clip "
-        "(evaluation.clip), or dreamsim (the package of that name)",
+        "measure of diversity and drift: pixels (mean colours of an 8 x 8 grid), clip, or dreamsim (a package)",
     )
     clip: str | None = key(None, "for features=clip: folder or hub id; default: openai/clip-vit-large-patch14")
 
