@@ -24,7 +24,7 @@ def light_parts():
 
 
 @pytest.fixture
-def emulated_settings():
+def light():
     with light_parts() as settings:
         yield settings
 

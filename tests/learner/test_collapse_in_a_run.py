@@ -44,8 +44,8 @@ def test_it_is_said_and_recorded_and_the_run_goes_on(small_settings, signs, tmp_
     assert len(before.rewards) == len(now.rewards) == 4 and set(now.held_out) == {"jpeg_incompressibility"}
 
 
-def test_asked_to_it_ends_there_in_good_order_and_goes_on_when_told(emulated_settings, signs, tmp_path, capsys):
-    settings = [*emulated_settings, "evaluation.every=1", f"run.dir={tmp_path / 'run'}"]
+def test_asked_to_it_ends_there_in_good_order_and_goes_on_when_told(light, signs, tmp_path, capsys):
+    settings = [*light, "evaluation.every=1", f"run.dir={tmp_path / 'run'}"]
     assert main([*settings, "train.stop_on_collapse=true"]) == 0
     said = capsys.readouterr().out
     assert "stopped after epoch 2: diversity fell" in said and "report: " in said and "LoRA: " in said
@@ -57,7 +57,7 @@ def test_asked_to_it_ends_there_in_good_order_and_goes_on_when_told(emulated_set
     assert sorted(lines(tmp_path)) == [-1, 0, 1, 2]
 
 
-def test_without_an_evaluation_before_training_there_is_nothing_to_compare(emulated_settings, signs, tmp_path):
-    assert main([*emulated_settings, "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]) == 0
+def test_without_an_evaluation_before_training_there_is_nothing_to_compare(light, signs, tmp_path):
+    assert main([*light, "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]) == 0
     assert list(lines(tmp_path)) == [0, 1, 2]
     assert signs == [] and all("collapse" not in line for line in lines(tmp_path).values())

@@ -23,13 +23,13 @@ THEIRS = "theirs_named_code"
 
 
 @pytest.fixture
-def settings(emulated_settings, tmp_path, monkeypatch):
+def settings(light, tmp_path, monkeypatch):
     """Of a run with a reward of one's own; another module, beside it, leaves a witness when it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_named_code.py").write_text(OWN)
     (tmp_path / f"{THEIRS}.py").write_text(WITNESS)
-    yield [*emulated_settings, "reward.name=own_named_code:score", "train.epochs=1", "run.dir=run"]
+    yield [*light, "reward.name=own_named_code:score", "train.epochs=1", "run.dir=run"]
     for name in (THEIRS, "own_named_code"):
         sys.modules.pop(name, None)
 

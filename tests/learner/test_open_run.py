@@ -25,6 +25,12 @@ from reports.progress import Bar
 from reports.tracking import Tracker
 
 
+@pytest.fixture
+def go(light):
+    """go(folder, "key=value", ...): the command's exit status."""
+    return lambda folder, *settings: main([*light, f"run.dir={folder}", *settings])
+
+
 class Killed(BaseException):
     """Nothing of ours catches it: as sudden as a test in one process can be."""
 
@@ -78,13 +84,11 @@ def killed(owner, name: str, count: int, after: bool = False):
         (controller, "finish", 1),  # all done but the end
     ],
 )
-def test_a_run_killed_anywhere_ends_as_the_unbroken_one(
-    emulated_settings, owner, name, count, after, unbroken, tmp_path
-):
+def test_a_run_killed_anywhere_ends_as_the_unbroken_one(go, owner, name, count, after, unbroken, tmp_path):
     folder = tmp_path / "run"
     with killed(owner, name, count, after):
-        main([*emulated_settings, f"run.dir={folder}"])
-    assert main([*emulated_settings, f"run.dir={folder}"]) == 0
+        go(folder)
+    assert go(folder) == 0
     assert outcome(folder) == outcome(unbroken)
     totals = json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
     assert totals == {"issued": 48, "sampled": 48, "scored": 48, "trained": 48, "quarantined": 0, "lost": 0}
@@ -92,18 +96,16 @@ def test_a_run_killed_anywhere_ends_as_the_unbroken_one(
         assert (folder / picture).read_bytes() == (unbroken / picture).read_bytes()
 
 
-def test_a_finished_run_is_left_alone(emulated_settings, unbroken, finished, capsys):
+def test_a_finished_run_is_left_alone(go, unbroken, finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
-    assert main([*emulated_settings, f"run.dir={finished}"]) == 0
+    assert go(finished) == 0
     assert "nothing is left to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
     assert outcome(finished) == outcome(unbroken)
 
 
-def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(
-    emulated_settings, unbroken, tmp_path, capsys
-):
-    arguments = [*emulated_settings, f"run.root={tmp_path}"]
+def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(light, unbroken, tmp_path, capsys):
+    arguments = [*light, f"run.root={tmp_path}"]
     with killed(InProcessRunner, "train_epoch", 2):
         main(arguments)
     assert main([*arguments, "run.seed=7"]) == 0  # other settings: another run
@@ -115,10 +117,9 @@ def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(
     assert outcome(folders[0]) == outcome(folders[2]) == outcome(unbroken)
 
 
-def test_more_epochs_prolong_a_finished_run_with_what_may_be_changed(emulated_settings, unbroken, tmp_path):
+def test_more_epochs_prolong_a_finished_run_with_what_may_be_changed(go, unbroken, tmp_path):
     folder = tmp_path / "run"
-    assert main([*emulated_settings, "train.epochs=1", f"run.dir={folder}"]) == 0
-    assert main([*emulated_settings, "mlflow.experiment=another", f"run.dir={folder}"]) == 0
+    assert go(folder, "train.epochs=1") == 0 and go(folder, "mlflow.experiment=another") == 0
     assert saved_config(Records.open(Storage(str(folder)))).mlflow.experiment == "another"
     # The shorter run was evaluated after its last epoch; otherwise nothing differs (the preset does not anneal).
     for key in ("LoRA", "learner", "cursor", "ledger", "rows"):
@@ -137,35 +138,30 @@ def test_more_epochs_prolong_a_finished_run_with_what_may_be_changed(emulated_se
     ],
 )
 def test_what_a_run_cannot_go_on_with_is_refused_key_by_key_and_by_a_plan(
-    emulated_settings, overrides, said, unbroken, tmp_path, capsys
+    go, overrides, said, unbroken, tmp_path, capsys
 ):
     (tmp_path / "file").write_text("")
-    arguments = [
-        *emulated_settings,
-        f"run.dir={unbroken}",
-        *(text.replace("FILE", f"{tmp_path}/file") for text in overrides),
-    ]
-    assert main([*arguments, "--plan"]) == (2 if said else 0)
+    overrides = [text.replace("FILE", f"{tmp_path}/file") for text in overrides]
+    assert go(unbroken, *overrides, "--plan") == (2 if said else 0)
     planned = capsys.readouterr()
     if not said:
         assert planned.out == f"{unbroken}, going on from checkpoints/step-000006\n"
         return
-    assert main(arguments) == 2 and capsys.readouterr().err == planned.err
+    assert go(unbroken, *overrides) == 2 and capsys.readouterr().err == planned.err
     assert all(words in planned.err for words in said)
 
 
-def test_a_prompt_file_that_has_changed_is_refused(emulated_settings, tmp_path, capsys):
+def test_a_prompt_file_that_has_changed_is_refused(go, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    arguments = [*emulated_settings, f"run.dir={tmp_path / 'run'}", f"prompts.path={prompts}", "train.epochs=1"]
     prompts.write_text("a red ring\na blue ring\n")
-    assert main(arguments) == 0
+    assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == 0
     prompts.write_text("a red ring\n")
-    assert main(arguments) == 2
+    assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == 2
     assert "prompts.path" in capsys.readouterr().err
 
 
-def test_a_run_in_use_is_refused(emulated_settings, tmp_path):
-    config = load_config(overrides=[*emulated_settings, f"run.dir={tmp_path / 'run'}"])
+def test_a_run_in_use_is_refused(light, tmp_path):
+    config = load_config(overrides=[*light, f"run.dir={tmp_path / 'run'}"])
     opened = open_run(config, tmp_path, ["a"], print)
     with pytest.raises(StorageError, match="in use by process"):
         open_run(config, tmp_path, ["a"], print)
@@ -173,10 +169,10 @@ def test_a_run_in_use_is_refused(emulated_settings, tmp_path):
     open_run(config, tmp_path, ["a"], print).close()
 
 
-def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(emulated_settings, unbroken, stopped, capsys):
+def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(go, unbroken, stopped, capsys):
     torn = stopped / "checkpoints/step-000004/learner.json"
     torn.write_bytes(torn.read_bytes()[:100])
-    assert main([*emulated_settings, f"run.dir={stopped}"]) == 0
+    assert go(stopped) == 0
     said = capsys.readouterr()
     assert "sha256 differs" in said.err and "going on from checkpoints/step-000002" in said.out
     assert outcome(stopped) == outcome(unbroken)
@@ -192,37 +188,35 @@ def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(emulated_setti
         ("config.yaml", "steps: 10", "steps: ten", "config.yaml is damaged"),
     ],
 )
-def test_a_run_of_another_version_or_damaged_is_refused(emulated_settings, file, before, after, said, finished, capsys):
+def test_a_run_of_another_version_or_damaged_is_refused(go, file, before, after, said, finished, capsys):
     text = (finished / file).read_text()
     assert before in text
     (finished / file).write_text(text.replace(before, after))
-    assert main([*emulated_settings, f"run.dir={finished}"]) == 2
+    assert go(finished) == 2
     error = capsys.readouterr().err
     assert said in error and str(finished) in error and "Traceback" not in error
 
 
-def test_checkpoints_passed_over_do_not_crowd_out_the_new_ones(emulated_settings, stopped, tmp_path):
+def test_checkpoints_passed_over_do_not_crowd_out_the_new_ones(go, stopped, tmp_path):
     folder, storage = stopped / "checkpoints", Storage(str(stopped))
     shutil.copytree(folder / "step-000004", folder / "step-000009")
     (folder / "step-000009/learner.json").write_bytes(b"torn")
     for evaluation in (stopped / "evaluation").iterdir():  # so that no checkpoint is kept for it
         evaluation.unlink()
-    assert main([*emulated_settings, "run.keep_checkpoints=1", "train.epochs=4", f"run.dir={stopped}"]) == 0
+    assert go(stopped, "run.keep_checkpoints=1", "train.epochs=4") == 0
     assert checkpoint.steps(storage) == [8] and (folder / "latest").resolve() == (folder / "step-000008").resolve()
 
 
-def test_a_copied_run_whose_latest_is_a_folder_goes_on(emulated_settings, unbroken, stopped, tmp_path):
+def test_a_copied_run_whose_latest_is_a_folder_goes_on(go, unbroken, stopped, tmp_path):
     (stopped / "checkpoints/latest").unlink()
     (stopped / "checkpoints/latest").symlink_to("step-000004")
     copied = shutil.copytree(stopped, tmp_path / "copied")  # follows the link
     assert (copied / "checkpoints/latest").is_dir() and not (copied / "checkpoints/latest").is_symlink()
-    assert main([*emulated_settings, f"run.dir={copied}"]) == 0
+    assert go(copied) == 0
     assert outcome(copied) == outcome(unbroken)
 
 
-def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(
-    emulated_settings, unbroken, tmp_path, monkeypatch, capsys
-):
+def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(go, unbroken, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise StorageError("busy")
 
@@ -233,28 +227,28 @@ def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(
     monkeypatch.setattr(Tracker, "__init__", lambda *_: None)
     monkeypatch.setattr(Tracker, "notify", lambda _: None)
     monkeypatch.setattr(checkpoint, "prune", fails)
-    assert main([*emulated_settings, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert go(tmp_path / "run", "mlflow.enabled=true") == 0
     said = capsys.readouterr().out
     assert all(said.count(f"warning: no {view}: StorageError: busy") == 1 for *_, view in views)
     assert said.count("warning: an old checkpoint stays: busy") == 4
     assert outcome(tmp_path / "run")["LoRA"] == outcome(unbroken)["LoRA"]
 
 
-def test_a_run_lives_on_an_fsspec_url_too(emulated_settings, unbroken):
+def test_a_run_lives_on_an_fsspec_url_too(go, unbroken):
     url = "memory://bucket/run"
     with killed(InProcessRunner, "train_epoch", 2):
-        main([*emulated_settings, f"run.dir={url}"])
-    assert main([*emulated_settings, f"run.dir={url}"]) == 0
+        go(url)
+    assert go(url) == 0
     storage = Storage(url)
     newest = checkpoint.load(storage, 6, Records.open(storage).run_id)
     assert newest.files["lora/flat.bin"] == outcome(unbroken)["LoRA"]["flat.bin"]
     assert storage.exists("report.html") and storage.entries("trajectories")[-1] == "epoch-000002.parquet"
 
 
-def test_a_resumed_run_keeps_the_ranks_and_batches_that_it_began_with(emulated_settings, tmp_path):
+def test_a_resumed_run_keeps_the_ranks_and_batches_that_it_began_with(light, tmp_path):
     """Open in the config, they are found once, kept in the checkpoint, and may be made smaller by hand."""
     said: list[str] = []
-    settings = [*emulated_settings, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null"]
+    settings = [*light, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null"]
     settings += [f"run.dir={tmp_path / 'run'}"]
     assert main(settings) == 0
     storage = Storage(str(tmp_path / "run"))

@@ -82,9 +82,7 @@ def test_a_cluster_that_does_not_answer_is_said_before_anything_starts(tmp_path,
     assert "no Ray cluster answers at 127.0.0.1:1 within 1 s" in said and not (tmp_path / "run").exists()
 
 
-def test_presets_and_model_are_found_and_a_run_is_placed_from_any_directory(
-    emulated_settings, tmp_path, monkeypatch, capsys
-):
+def test_presets_and_model_are_found_and_a_run_is_placed_from_any_directory(light, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--plan"]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path}/runs/shapes_alignment-")
@@ -102,13 +100,11 @@ def test_presets_and_model_are_found_and_a_run_is_placed_from_any_directory(
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_log_has_one_plain_line_an_epoch_and_a_terminal_a_bar(
-    terminal, emulated_settings, tmp_path, monkeypatch, capsys
-):
+def test_a_log_has_one_plain_line_an_epoch_and_a_terminal_a_bar(terminal, light, tmp_path, monkeypatch, capsys):
     error = io.StringIO()
     monkeypatch.setattr(error, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", error)
-    assert main([*emulated_settings, f"run.dir={tmp_path / 'run'}"]) == 0
+    assert main([*light, f"run.dir={tmp_path / 'run'}"]) == 0
     plain = capsys.readouterr().out
     assert "\r" not in plain and len([line for line in plain.splitlines() if line.startswith("epoch ")]) == 3
     assert ("sampling and scoring: 4/4" in error.getvalue()) == ("\r" in error.getvalue()) == terminal
