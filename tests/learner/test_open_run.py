@@ -169,12 +169,14 @@ def test_a_run_in_use_is_refused(light, tmp_path):
     open_run(config, tmp_path, ["a"], print).close()
 
 
-def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(go, unbroken, stopped, capsys):
+def test_torn_checkpoints_are_passed_over_and_dropped_and_the_end_is_the_same(go, unbroken, stopped, capsys):
     torn = stopped / "checkpoints/step-000004/learner.json"
     torn.write_bytes(torn.read_bytes()[:100])
+    shutil.copytree(torn.parent, stopped / "checkpoints/step-000005")
     assert go(stopped) == 0
     said = capsys.readouterr()
-    assert "sha256 differs" in said.err and "going on from checkpoints/step-000002" in said.out
+    assert "step-000005 is not its own" in said.err and "sha256 differs" in said.err
+    assert "going on from checkpoints/step-000002" in said.out
     assert outcome(stopped) == outcome(unbroken)
 
 
@@ -195,16 +197,6 @@ def test_a_run_of_another_version_or_damaged_is_refused(go, file, before, after,
     assert go(finished) == 2
     error = capsys.readouterr().err
     assert said in error and str(finished) in error and "Traceback" not in error
-
-
-def test_checkpoints_passed_over_do_not_crowd_out_the_new_ones(go, stopped, tmp_path):
-    folder, storage = stopped / "checkpoints", Storage(str(stopped))
-    shutil.copytree(folder / "step-000004", folder / "step-000009")
-    (folder / "step-000009/learner.json").write_bytes(b"torn")
-    for evaluation in (stopped / "evaluation").iterdir():  # so that no checkpoint is kept for it
-        evaluation.unlink()
-    assert go(stopped, "run.keep_checkpoints=1", "train.epochs=4") == 0
-    assert checkpoint.steps(storage) == [8] and (folder / "latest").resolve() == (folder / "step-000008").resolve()
 
 
 def test_a_copied_run_whose_latest_is_a_folder_goes_on(go, unbroken, stopped, tmp_path):
