@@ -74,23 +74,17 @@ def train(
         ConfigError: bad settings; a line for each fault.
         RunFailure: the run cannot be begun or ended early; the same call goes on from its last closed epoch.
     """
-    own, overrides = reward if callable(reward) else None, dict(settings or {})
-    if reward is not None:
-        overrides["reward.name"] = _name_of(own) if own else reward
-    if prompts is not None:
-        overrides["prompts.path"] = list(prompts)
-    if runner is not None:
-        overrides["run.runner"] = runner
-    if run_dir is not None:
-        overrides["run.dir"] = str(run_dir)
+    own, name = (reward, _name_of(reward)) if callable(reward) else (None, reward)
+    texts, folder = None if prompts is None else list(prompts), None if run_dir is None else str(run_dir)
+    given = {"reward.name": name, "prompts.path": texts, "run.runner": runner, "run.dir": folder}
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
-    built = load_config(source, overrides)
+    built = load_config(source, {**(settings or {}), **{key: it for key, it in given.items() if it is not None}})
 
     def warn(text: str) -> None:
         say(f"warning: {text}")
 
-    texts, _, resources = check(built, warn, own)
-    opened = open_run(built, Path("run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG), texts, warn)
+    read, _, resources = check(built, warn, own)
+    opened = open_run(built, Path("run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG), read, warn)
     run(opened, resources, say, own_reward=own)
     storage = opened.records.storage
     return TrainedRun(str(storage), opened.records.lines, str(checkpoint.lora_folder(storage)))

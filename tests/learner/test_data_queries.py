@@ -1,5 +1,6 @@
 """docs/data.md: its columns are the dataset's, and its queries give what a plain loop over the rows gives."""
 
+import itertools
 import json
 import os
 import re
@@ -66,26 +67,24 @@ def test_what_it_says_of_columns_is_so(run, rows):
     assert [(row["epoch"], row["trajectory_id"]) for row in rows if row["bad"]] == [(BAD_EPOCH, BAD)]
     assert all((row["reward"] is None) == (row["bad"] is not None) for row in rows)
     assert all(row["reward_parts"] == [] for row in rows)
-    for epoch in range(3):
-        for chunk in range(2):
-            mine = [row for row in rows if (row["epoch"], row["chunk"]) == (epoch, chunk)]
-            assert len(mine) == 4 and len({(row["sample_seconds"], row["score_seconds"]) for row in mine}) == 1
+    for place in itertools.product(range(3), range(2)):
+        mine = [row for row in rows if (row["epoch"], row["chunk"]) == place]
+        assert len(mine) == 4 and len({(row["sample_seconds"], row["score_seconds"]) for row in mine}) == 1
 
 
 def test_the_best_images_of_each_prompt(run, rows, found):
-    by_prompt: dict[str, list[dict]] = {}
-    for row in good(rows):
-        by_prompt.setdefault(row["prompt"], []).append(row)
-    best = found["best"].to_dict("records")
-    for prompt, some in by_prompt.items():
-        some.sort(key=lambda row: (-row["reward"], row["epoch"], row["trajectory_id"]))
+    best, prompts = found["best"].to_dict("records"), {row["prompt"] for row in good(rows)}
+    for prompt in prompts:
+        order = sorted(
+            (row for row in good(rows) if row["prompt"] == prompt),
+            key=lambda row: (-row["reward"], row["epoch"], row["trajectory_id"]),
+        )
         mine = [row for row in best if row["prompt"] == prompt]
-        assert mine == [{key: row[key] for key in mine[0]} for row in some[:3]]
-    assert {row["prompt"] for row in best} == set(by_prompt)
+        assert mine == [{key: row[key] for key in mine[0]} for row in order[:3]]
+    assert {row["prompt"] for row in best} == prompts
     written = {path.name: path.read_bytes() for path in (run / "best").iterdir()}
-    assert written == {
-        f"epoch-{row['epoch']:06d}-trajectory-{row['trajectory_id']}.png": row["thumbnail_png"] for row in best
-    }
+    names = [f"epoch-{row['epoch']:06d}-trajectory-{row['trajectory_id']}.png" for row in best]
+    assert written == dict(zip(names, (row["thumbnail_png"] for row in best), strict=True))
     assert written and all(content.startswith(b"\x89PNG") for content in written.values())
 
 

@@ -1,12 +1,10 @@
 """Code of a user's own runs where the command's config names it, never because a file of a run or a data file does."""
 
-import json
 import sys
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
+from test_prompts import write
 
 from commands import report, upload
 from learner.run import main
@@ -59,19 +57,8 @@ def test_a_runs_own_files_import_nothing(with_upload, settings, ran, tmp_path, c
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet"])
 def test_prompts_are_words_whatever_they_say(settings, ran, tmp_path, kind):
     said = f"{THEIRS}:score"
-    tag = "!!python/object/apply:importlib.import_module"
-    file, rows = tmp_path / f"prompts.{kind}", {"prompt": [said, f"{tag} [{THEIRS}]"], "reward.name": [said, said]}
-    table = [{key: values[i] for key, values in rows.items()} for i in range(2)]
-    if kind == "parquet":
-        pq.write_table(pa.table(rows), file)
-    else:
-        file.write_text({
-            "txt": "\n".join(rows["prompt"]),
-            "jsonl": "\n".join(map(json.dumps, table)),
-            "json": json.dumps(table),
-            "csv": "prompt,reward.name\n" + "\n".join(f'"{row["prompt"]}",{said}' for row in table),
-        }[kind])  # fmt: skip
-    assert main([*settings, f"prompts.path={file}", "prompts.column=prompt", "--plan"]) == 0
+    file = write(tmp_path, kind, prompts=[said, f"!!python/object/apply:importlib.import_module [{THEIRS}]"])
+    assert main([*settings, f"prompts.path={file}", "--plan"]) == 0
     assert not ran() and THEIRS not in sys.modules
 
 

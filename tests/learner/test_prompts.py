@@ -12,15 +12,15 @@ from learner.prompts import read_prompts
 PROMPTS = ["a red circle, large", 'a "quoted" ring', "ein grüner Würfel"]
 
 
-def write(folder, kind: str, column: str = "prompt"):
+def write(folder, kind: str, column: str = "prompt", prompts=PROMPTS):
     file = folder / f"prompts.{kind}"
     if kind == "parquet":
-        pq.write_table(pa.table({column: PROMPTS, "id": [1, 2, 3]}), file)
+        pq.write_table(pa.table({column: prompts, "id": [1] * len(prompts)}), file)
         return file
-    objects = [{column: prompt} for prompt in PROMPTS]
-    quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS]
+    objects = [{column: prompt} for prompt in prompts]
+    quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in prompts]
     text = {
-        "txt": "# comment\n\n" + "\n".join(PROMPTS) + "\n",
+        "txt": "# comment\n\n" + "\n".join(prompts) + "\n",
         "json": json.dumps(objects, indent=1),
         "jsonl": "".join(json.dumps(row | {"id": i} if i else row) + "\n" for i, row in enumerate(objects)),
         "csv": f"id,{column}\n" + "".join(f"{i},{prompt}\n" for i, prompt in enumerate(quoted)),
