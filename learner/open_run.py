@@ -169,7 +169,7 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
     ]
     if not faults and about["prompts_sha256"] != wanted["prompts_sha256"]:
         faults = [
-            f"prompts.path: {config.prompts.path!r:.200} (or evaluation.prompts) is not what the run in {storage} "
+            f"prompts.path: {config.prompts.path!s:.200} (or evaluation.prompts) is not what the run in {storage} "
             "began with; put the old file back, or choose another run.dir"
         ]
     raise_faults(faults)
