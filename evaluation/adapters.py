@@ -17,7 +17,7 @@ import numpy as np
 from diffusion.snapshot import Snapshot, digest
 from evaluation.finished_run import open_trained
 from evaluation.image_sets import ACCURACY, ImageSet
-from learner.config import Config, ConfigError, build_config, read_config, resolve
+from learner.config import Config, ConfigError, read_config, resolve
 from learner.config.sections import LoraConfig, SamplerConfig
 from learner.prompts import evaluation_prompts
 from records.run_folder import EVALUATION, RUN, Records
@@ -93,7 +93,7 @@ def _of_run(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
         raise ConfigError(f"no run is here ({RUN} is missing), nor a LoRA (*.safetensors)")
     trained = open_trained(name, args.step, lambda text: print(text, file=sys.stderr))
     tree, records = trained.config.model_dump(mode="json"), trained.records
-    config = _settings(partial(build_config, tree, source="the config"), overrides, args)
+    config = _settings(partial(read_config, tree), overrides, args)
     lines = [line for line in records.lines if 0 <= line["epoch"] < trained.epochs]
     cluster = records.about.get("cluster", {})
     facts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,8 @@ __all__ = ["Config", "ConfigError", "TrainedRun", "load_config", "train"]
 
 def __getattr__(name: str) -> Any:
     """Public names, imported when they are asked for: commands that need none of them start fast."""
-    if name in ("train", "TrainedRun"):
-        from learner import api
-
-        return getattr(api, name)
-    if name in __all__:
-        from learner import config
-
-        return getattr(config, name)
-    raise AttributeError(f"module 'learner' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'learner' has no attribute {name!r}")
+    return getattr(
+        importlib.import_module("learner.api" if name in ("train", "TrainedRun") else "learner.config"), name
+    )

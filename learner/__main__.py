@@ -22,29 +22,21 @@ VERBS = {
     "score": ("commands.score", "score pictures that you have with any reward"),
     "verify": ("commands.verify", "check the real weights of a reward model"),
 }
-PACKAGES = (
-    "actors", "cluster", "commands", "diffusion", "evaluation", "models", "records", "reports", "rewards",
-)  # fmt: skip
+PACKAGES = ("actors", "cluster", "commands", "diffusion", "evaluation", "models", "records", "reports", "rewards")
 
 
-def hidden_packages() -> list[str]:
-    """A line for each file or folder on sys.path, such as a user's own rewards.py, that hides a package of ours."""
-    faults = []
+def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and leave the process with its exit status; 2 if a file or folder on sys.path, such as a user's
+    own rewards.py, hides a package of ours."""
+    hidden = False
     for name in PACKAGES:
         spec = importlib.machinery.PathFinder.find_spec(name)
         places = [] if spec is None else list(spec.submodule_search_locations or [spec.origin or ""])
         if places and all(Path(place).resolve() != ROOT / name for place in places):
-            faults.append(
-                f"{places[0]} hides Tributary's own package {name!r}: rename it, or start from another directory"
-            )
-    return faults
-
-
-def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
-    """Run one command and leave the process with its exit status."""
-    if faults := hidden_packages():
-        for line in faults:
-            print(f"learner.{verb}: {line}", file=sys.stderr)
+            remedy = "rename it, or start from another directory"
+            print(f"learner.{verb}: {places[0]} hides Tributary's own package {name!r}: {remedy}", file=sys.stderr)
+            hidden = True
+    if hidden:
         sys.exit(2)
     from cluster import signals
 
@@ -53,13 +45,13 @@ def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] in VERBS:
-        enter(arguments[0], arguments[1:])
-    lines = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    verb, *arguments = sys.argv[1:] or ["--help"]
+    if verb in VERBS:
+        enter(verb, arguments)
+    lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items())
     text = f"usage: python -m learner VERB ...   (or: tributary VERB ...; VERB --help says more)\n\n{lines}"
-    if arguments and arguments[0] not in ("-h", "--help"):
-        print(f"learner: there is no command {arguments[0]!r}\n{text}", file=sys.stderr)
+    if verb not in ("-h", "--help"):
+        print(f"learner: there is no command {verb!r}\n{text}", file=sys.stderr)
         sys.exit(2)
     print(text)
 

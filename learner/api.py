@@ -1,21 +1,41 @@
-"""For notebooks and scripts: `learner.train(config, reward=my_function)` trains and returns metrics and the LoRA."""
+"""The job, for the command and for Python: `learner.train(config, reward=my_function)`.
+
+The composition root: here the epoch loop meets its runner, its records and its views.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from learner.config import DEFAULT_CONFIG, Config, ConfigError, build_config, read_tree
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from cluster import signals
+from cluster.nodes import totals
+from cluster.placement import Placement, Share, place_for
+from cluster.session import nodes_at_hand
+from diffusion.failures import RunFailure
+from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
+from diffusion.locate import is_unconditional
+from evaluation.fixed_images import Judge
+from learner import controller
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
+from learner.inprocess import InProcessRunner
+from learner.open_run import OpenRun, open_run
+from learner.prompts import evaluation_prompts, training_prompts
+from learner.protocol.runner import Hooks, Runner
+from records import checkpoint, environment
+from records.checkpoint import CheckpointError
+from reports.pictures import contact_sheet, png
+from reports.views import RunViews
+from rewards import judges, registry
+from rewards.registry import UserReward
 
-PROMPTS = "prompts.json"  # in the run directory: prompts that were given as Python objects
-Reward = Callable[["Tensor", Sequence[str]], "Tensor"]
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,7 @@ def train(
     prompts: Sequence[str] | None = None,
     runner: Literal["ray", "inprocess"] | None = None,
     run_dir: str | Path | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> TrainedRun:
     """Train to the end, or go on with the run in `run_dir`; the same as `python -m learner.run`.
 
@@ -45,89 +65,144 @@ def train(
         reward: a function `(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, or a reward's name. With an
             attribute `differentiable = True` it serves the nabla objectives. On Ray it is sent to the reward actors.
             Commands that read the run later, such as learner.evaluate, find it only if it can be imported.
-        prompts: in place of prompts.path; kept in the run directory.
+        prompts: in place of prompts.path.
         runner: run.runner; `inprocess` needs no Ray.
         run_dir: run.dir.
         say: gets each line of progress.
 
     Raises:
         ConfigError: bad settings; a line for each fault.
-        RunFailure: the run ended early; the same call goes on from its last closed epoch.
+        RunFailure: the run cannot be begun or ended early; the same call goes on from its last closed epoch.
     """
-    source, tree = _tree(config)
-    given = dict(settings or {})
-    if runner is not None:
-        given["run.runner"] = runner
-    if run_dir is not None:
-        given["run.dir"] = str(run_dir)
-    own = reward if callable(reward) else None
-    if reward is not None:
-        given["reward.name"] = _name_of(own) if own else reward
-    for key, value in given.items():
-        section, _, leaf = key.partition(".")
-        node = tree.setdefault(section, {}) if leaf else None
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key}: expected section.key")
-        node[leaf] = value
-    if prompts is not None:
-        tree.setdefault("prompts", {})["path"] = PROMPTS  # its folder is known when the rest is sound
-    built, faults = build_config(tree, (), str(source))
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-    from learner import job, open_run  # here: they import torch
-    from learner.prompts import evaluation_prompts, training_prompts
-    from records import checkpoint
-    from rewards.registry import UserReward
+    own, name = (reward, _name_of(reward)) if callable(reward) else (None, reward)
+    texts, folder = None if prompts is None else list(prompts), None if run_dir is None else str(run_dir)
+    given = {"reward.name": name, "prompts.path": texts, "run.runner": runner, "run.dir": folder}
+    source = config.model_dump(mode="json") if isinstance(config, Config) else config
+    built = load_config(source, {**(settings or {}), **{key: it for key, it in given.items() if it is not None}})
 
     def warn(text: str) -> None:
         say(f"warning: {text}")
 
-    with contextlib.ExitStack() as undo:  # nothing is left of a call that is refused
-        if prompts is not None:
-            built = _with_prompts(built, source, prompts, undo)
-        texts = [*training_prompts(built), *evaluation_prompts(built)]
-        _, resources = job.check(built, warn, own)
-        opened = open_run.open_run(built, source, texts, warn)
-        undo.pop_all()
+    read, _, resources = check(built, warn, own)
+    opened = open_run(built, Path("run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG), read, warn)
+    run(opened, resources, say, own_reward=own)
+    storage = opened.records.storage
+    return TrainedRun(str(storage), opened.records.lines, str(checkpoint.lora_folder(storage)))
+
+
+def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[list[str], Placement, dict[str, float]]:
+    """Everything that would otherwise fail only after actors are up, all of it said at once: the prompts, what would
+    run where, and the cluster's resources. `own_reward`: a function in place of the reward that the config names.
+
+    Raises:
+        ConfigError: a line for each fault.
+        ClusterUnreachable: see there.
+    """
+    faults: list[str] = []
+
+    def attempt(step: Callable[[], Any], prefix: str = "") -> Any:  # None where it fails
+        try:
+            return step()
+        except (RunFailure, ValueError) as error:
+            faults.append(str(error) if isinstance(error, RunFailure) else f"{prefix}{error}")
+
+    sampler, reward, evaluation = config.sampler, config.reward, config.evaluation
+    path, in_process = str(resolve(config.model.path)), config.run.runner == "inprocess"
+    prompts = attempt(lambda: [*training_prompts(config), *evaluation_prompts(config)]) or []
+    unconditional = attempt(lambda: is_unconditional(path))
+    if unconditional and (config.prompts.path is not None or evaluation.prompts is not None):
+        faults.append(f"prompts.path, evaluation.prompts: {path} takes no prompts; set prompts.path=null")
+    if unconditional and sampler.guidance != 1:
+        faults.append(f"sampler.guidance: {path} takes no prompts, so there is nothing to guide; set it to 1")
+    if unconditional is False and config.prompts.path is None:
+        faults.append(f"prompts.path: {path} takes prompts; name a file of them")
+    if unconditional is not None:  # there is a pipeline
+        attempt(lambda: check_parts(path))
+        attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid), "sampler.steps: ")
+        if config.objective.forward_looking_decoder == "tiny":
+            attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
+    needing = config.objective.kind if config.needs.reward_gradients else None
+    if own_reward:
+        attempt(lambda: registry.check_gradient(own_reward, reward.name, needing))
+    else:
+        attempt(lambda: registry.check(reward.name, reward.weights, reward.options, prompts, needing, reward.backend))
+    attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
+    if in_process and config.model.device == "cuda" and not torch.cuda.is_available():
+        faults.append("model.device: cuda was asked for, but torch finds none here")
+    nodes = nodes_at_hand(config.run.cpu_threads, warn, local=in_process)
+    placement = Placement(Share(1), Share(1), Share(1)) if in_process else attempt(lambda: place_for(config, nodes))
+    raise_faults(faults)
+    return prompts, placement, totals(nodes)
+
+
+def run(
+    opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None,
+    own_reward: Reward | None = None,
+) -> None:  # fmt: skip
+    """Train an opened run to its end, and close it. `complain` is told why it ends early, before what was started is
+    stopped.
+
+    Raises:
+        RunFailure: see there; the same run can be gone on with.
+        KeyboardInterrupt: the same.
+    """
+    records, config, done = opened.records, opened.config, opened.epochs_done
+    views = RunViews(records, config, say)
+    runner: Runner | None = None
+    status, reason = "FAILED", None
     try:
-        job.run(opened, resources, say, own_reward=UserReward(built.reward.name, own) if own else None)
+        say(f"run directory: {records.storage}")
+        if opened.checkpoint:
+            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
+                "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
+        if records.about["finished"] and done >= config.train.epochs:
+            say("nothing is left to do")
+        elif config.train.stop_on_collapse and (signs := controller.collapsed(records)):
+            say(f"stopped before: {signs} (train.stop_on_collapse=false goes on)")
+        else:
+            records.note(finished=False, environment=environment.facts(), cluster=resources)
+            views.open()
+            if done < config.train.epochs:
+                runner, begun = _start(opened, views, own_reward), opened.checkpoint
+                if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
+                    raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
+                judge = Judge(records, config.run.thumbnail_pixels, lambda scores: png(contact_sheet(scores)))
+                controller.run(opened, runner, judge, views)
+        controller.finish(records, views)
+        status = "FINISHED"
+    except (RunFailure, ConfigError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        complain(f"{reason} (once that is mended, the same command goes on from what is done in {records.storage})")
+        raise
+    except KeyboardInterrupt:
+        status = "KILLED"
+        complain(f"interrupted; the same command goes on from what is done in {records.storage}")
+        raise
     finally:
+        signals.closing()
+        if runner is not None:
+            runner.close()
+        views.close(status, reason)
         opened.close()
-    records = opened.records
-    return TrainedRun(str(records.storage), records.lines, checkpoint.lora_folder(records.storage))
 
 
-def _tree(config: Config | Mapping[str, Any] | str | Path | None) -> tuple[Path, dict[str, Any]]:
-    """What names a new run, and the config as sections of keys."""
-    if config is None or isinstance(config, str | Path):
-        source = Path(config or DEFAULT_CONFIG)
-        return source, read_tree(source)
-    tree = config.model_dump(mode="json") if isinstance(config, Config) else json.loads(json.dumps(dict(config)))
-    return Path("run.yaml"), tree
+def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runner:
+    config, begun, records = opened.as_begun, opened.checkpoint, opened.records
+
+    def last_files() -> dict[str, bytes] | None:
+        newest = checkpoint.load_newest(records.storage, records.run_id, lambda text: views.say(f"warning: {text}"))
+        return newest.files if newest else None
+
+    files, hooks = begun.files if begun else None, Hooks(views.event, views.progress, views.turn, last_files)
+    reward = UserReward(config.reward.name, own_reward) if own_reward else None
+    if config.run.runner == "inprocess":
+        return InProcessRunner(config, files, hooks, reward)
+    from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
+
+    return RayRunner(config, files, hooks, records.about["name"], reward)
 
 
 def _name_of(reward: Reward) -> str:
     """As reward.name has it: where the function can be imported from, if it can."""
     kind = reward if hasattr(reward, "__qualname__") else type(reward)
     return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _with_prompts(config: Config, source: Path, prompts: Sequence[str], undo: contextlib.ExitStack) -> Config:
-    """The config with the prompts as a file of the run directory: whoever reads the run later finds them."""
-    from learner import open_run
-
-    folder = open_run.directory(config, source)
-    if "://" in folder:
-        raise ConfigError("prompts: given as a list they need a local run.dir; or write a file and set prompts.path")
-    file, content = Path(folder) / PROMPTS, json.dumps(list(prompts), ensure_ascii=False, indent=1)
-    if file.exists() and file.read_text(encoding="utf-8") != content:
-        raise ConfigError(f"prompts: the run in {folder} began with others; give those, or choose another run.dir")
-    if not file.exists():
-        for missing in [parent for parent in reversed(file.parents) if not parent.exists()]:
-            undo.callback(missing.rmdir)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
-        undo.callback(file.unlink)
-    run = config.run.model_copy(update={"dir": folder})
-    return config.model_copy(update={"run": run, "prompts": config.prompts.model_copy(update={"path": str(file)})})

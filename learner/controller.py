@@ -45,33 +45,13 @@ Judge = Callable[[int, Sequence[Scores]], dict[str, Any]]  # records an evaluati
 class Views(Protocol):
     """Whoever shows the run, and is told how it goes. A view that fails warns; it never ends the run."""
 
-    def say(self, text: str) -> None:
-        """A line of the run's output."""
-        ...
-
-    def event(self, text: str) -> None:
-        """As `say`, of a fault that was survived, a node that came or went."""
-        ...
-
-    def running(self, vitals: Callable[[], Vitals]) -> None:
-        """The runner is up; `vitals` says how it stands."""
-        ...
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` chunks of what is being done."""
-        ...
-
-    def turn(self) -> None:
-        """Called again and again, whatever the runner waits for."""
-        ...
-
-    def epoch_closed(self, line: dict[str, Any], seconds: float) -> None:
-        """Its line of metrics.jsonl; `seconds` with its recording."""
-        ...
-
-    def finished(self) -> None:
-        """All records are written."""
-        ...
+    def say(self, text: str) -> None: ...  # a line of the run's output
+    def event(self, text: str) -> None: ...  # the same, of a fault that was survived, a node that came or went
+    def running(self, vitals: Callable[[], Vitals]) -> None: ...  # the runner is up; how it stands
+    def progress(self, what: str, done: int, total: int) -> None: ...  # chunks of what is being done
+    def turn(self) -> None: ...  # again and again, whatever the runner waits for
+    def epoch_closed(self, line: dict[str, Any], seconds: float) -> None: ...  # of metrics.jsonl; with its recording
+    def finished(self) -> None: ...  # all records are written
 
 
 def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
@@ -86,14 +66,12 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
     if opened.checkpoint is None:
-        line = None
-        if fixed:
-            evaluated = _evaluate(runner, fixed, BEFORE, judge, views)
-            line = _line(config, BEFORE, runner, None, None, evaluated, 0.0, ledger)
-            records.append(line)
+        first = fixed and _line(config, BEFORE, runner, ledger, _evaluate(runner, fixed, BEFORE, judge, views))
+        if first:
+            records.append(first)
         _save(opened, runner, ledger, 0, views)
-        if line:
-            views.epoch_closed(line, 0.0)
+        if first:
+            views.epoch_closed(first, 0.0)
     for epoch in epochs:
         start = time.perf_counter()
         beta = anneal(config.objective.beta, epoch, config.train.epochs, config.objective.anneal_fraction)
@@ -104,7 +82,7 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         quarantine.check_limit(records.storage, ledger.totals["quarantined"], config.reward.quarantine_limit)
         due = fixed and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
         evaluated = _evaluate(runner, fixed, epoch, judge, views) if due else {}
-        line = _line(config, epoch, runner, beta, result, evaluated, time.perf_counter() - start, ledger)
+        line = _line(config, epoch, runner, ledger, evaluated, result, beta, time.perf_counter() - start)
         line["lost_trajectories"] = lost
         records.append(line)
         _save(opened, runner, ledger, epoch + 1, views)
@@ -127,22 +105,11 @@ def collapsed(records: Records) -> str | None:
     return signs[-1] if signs else None
 
 
-def last_files(records: Records, say: Callable[[str], None]) -> dict[str, bytes] | None:
-    """The learner's files of the newest whole checkpoint, to start ranks anew with.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is whole.
-    """
-    newest = checkpoint.load_newest(records.storage, records.run_id, lambda text: say(f"warning: {text}"))
-    return newest.files if newest else None
-
-
 def _evaluate(runner: Runner, fixed: Sequence[Chunk], epoch: int, judge: Judge, views: Views) -> dict[str, Any]:
     scores = runner.evaluate(fixed)
-    bad = [reason for part in scores for reason in part.bad.values()]
-    if bad:
-        views.event(f"warning: {len(bad)} evaluation images are bad and left out of the evaluated reward; the first: "
-                    f"{bad[0]}")  # fmt: skip
+    if bad := [reason for part in scores for reason in part.bad.values()]:
+        where = "are bad and left out of the evaluated reward"
+        views.event(f"warning: {len(bad)} evaluation images {where}; the first: {bad[0]}")
     return judge(epoch, scores)
 
 
@@ -158,33 +125,25 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
         "policy_version": runner.snapshot.version,
         "adapter_sha256": runner.snapshot.sha256,
         "ranks": runner.ranks,
-        "batch_sizes": {
-            "chunk": config.sampler.chunk_size,
-            "flow_batch": config.flow.batch,
-            **runner.batch_sizes,
-        },
+        "batch_sizes": {"chunk": config.sampler.chunk_size, "flow_batch": config.flow.batch, **runner.batch_sizes},
         "ledger": ledger.to_json(),
         "config_digest": config.digest(),
     }
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: config_yaml(config)})
-    always = {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
+    keep, always = config.run.keep_checkpoints, {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
-        checkpoint.prune(
-            records.storage, config.run.keep_checkpoints, always, records.run_id,
-            lambda text: views.say(f"warning: {text}"),
-        )  # fmt: skip
+        checkpoint.prune(records.storage, keep, always, records.run_id, lambda text: views.say(f"warning: {text}"))
     except (StorageError, CheckpointError) as error:  # the new one is there: that matters
         views.say(f"warning: an old checkpoint stays: {error}")
 
 
 def _line(
-    config: Config, epoch: int, runner: Runner, beta: float | None, result: EpochResult | None,
-    evaluated: dict[str, Any], seconds: float, ledger: Ledger,
+    config: Config, epoch: int, runner: Runner, ledger: Ledger, evaluated: dict[str, Any],
+    result: EpochResult | None = None, beta: float | None = None, seconds: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; `step`
     counts policy updates; epoch -1, before training, has neither loss nor training rewards."""
-    rewards = np.asarray(result.rewards if result else [])
-    quarantining = config.reward.on_bad_reward == "quarantine"
+    rewards, quarantining = np.asarray(result.rewards if result else []), config.reward.on_bad_reward == "quarantine"
     return {
         "epoch": epoch,
         "step": (epoch + 1) * config.steps_per_epoch,

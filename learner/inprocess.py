@@ -88,8 +88,7 @@ class InProcessRunner:
     def closed(self, epoch: int) -> None:
         self.buffer.close(epoch)
 
-    def close(self) -> None:
-        """Nothing to stop."""
+    def close(self) -> None: ...
 
 
 class InProcessPools:
@@ -104,8 +103,7 @@ class InProcessPools:
         for chunk in chunks:
             done(chunk, _judged(self.sampler, self.scorer, chunk, snapshot))
 
-    def close(self) -> None:
-        """Nothing to stop."""
+    def close(self) -> None: ...
 
 
 def _judged(sampler: Sampler, scorer: Scorer, chunk: Chunk, snapshot: Snapshot) -> Scores:

@@ -1,11 +1,11 @@
-"""Prompts: files (.txt, .json, .jsonl, .csv and .parquet), and sets by name."""
+"""Prompts: files (.txt, .json, .jsonl, .csv and .parquet), sets by name, and lists."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,32 @@ from learner.config import Config, ConfigError, resolve
 from rewards import prompt_sets
 
 
-def read_prompts(path: str, column: str = "prompt", key: str = "prompts.path") -> list[str]:
+def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str = "prompts.path") -> list[str]:
     """Prompts in file order, stripped; empty ones are skipped, and in .txt lines that start with #.
 
     .json holds a list and .jsonl lines of strings or objects with the key `column`; .csv (with a header) and .parquet
-    a column of that name. A file with another ending is read as .txt. Where there is no file `path`, it may be the
+    a column of that name. A file with another ending is read as .txt. Where there is no file `source`, it may be the
     name of a set (rewards/prompt_sets.py).
 
     Raises:
         ConfigError: the file or set cannot be read, is not UTF-8, has no such column, or holds no prompt; names `key`.
     """
-    file = Path(resolve(path))
+    file = resolve(source) if isinstance(source, str) else None
     try:
-        if prompt_sets.is_name(path) and not file.is_file():
-            texts = prompt_sets.fetch(path)
-        elif file.suffix.lower() == ".parquet":
-            texts = _parquet(file, column)
+        if file is None:
+            texts = list(source)
+        elif prompt_sets.is_name(str(source)) and not file.is_file():
+            texts = prompt_sets.fetch(str(source))
         else:
-            items = _items(file.read_text(encoding="utf-8-sig"), file.suffix.lower())
-            texts = [_prompt(item, column, place) for place, item in items]
-    except UnicodeDecodeError as error:
-        text = f"{key}: {file} is not UTF-8 (byte {error.start}); convert it, or name another file"
-        raise ConfigError(text) from error
+            texts = [_text(item, column, number) for number, item in enumerate(_items(file, column), 1)]
     except prompt_sets.PromptSetError as error:
         raise ConfigError(f"{key}: {error}") from error
-    except FileNotFoundError as error:
-        sets = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if not file.suffix else ""
-        raise ConfigError(f"{key}: cannot read {file}: no such file{sets}") from error
-    except (OSError, csv.Error, ValueError) as error:
-        raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}") from error
+    except (OSError, csv.Error, ValueError, NotImplementedError) as error:  # pyarrow raises all but one of these
+        sets = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}{sets}") from error
     prompts = [text.strip() for text in texts if text.strip()]
     if not prompts:
-        raise ConfigError(f"{key}: {file} holds no prompt")
+        raise ConfigError(f"{key}: {file or 'the list'} holds no prompt")
     return prompts
 
 
@@ -64,51 +58,38 @@ def example_prompt(config: Config) -> str:
     return training_prompts(config)[0]
 
 
-def _items(text: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """What a file of this ending holds, each with its place in the file."""
+def _items(file: Path, column: str) -> list[Any]:
+    """Strings or objects that a file holds; of Parquet the column alone, if it is there."""
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        import pyarrow.parquet  # here: other files are read without it
+
+        table = pyarrow.parquet.read_table(file)
+        if column not in table.column_names:
+            return [dict.fromkeys(table.column_names)]
+        return ["" if cell is None else cell for cell in table[column].to_pylist()]
+    text = file.read_text(encoding="utf-8-sig")
     lines = text.split("\n")  # not splitlines(), which also splits at characters that a prompt may hold
-    if kind == ".json":
-        items = _json(text, "it")
-        if not isinstance(items, list):
-            raise ValueError(f"holds a JSON {type(items).__name__}, expected a list")
-        yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
-    elif kind == ".jsonl":
-        places = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
-        yield from ((place, _json(line, place)) for place, line in places)
-    elif kind == ".csv":
+    if kind == ".csv":
+        rows = []
         for row in (table := csv.DictReader(io.StringIO(text), strict=True)):
             if None in row or None in row.values():
                 raise ValueError(f"line {table.line_num} has more or fewer values than the header names; quote commas")
-            yield f"line {table.line_num}", row
-    else:
-        yield from (("", line) for line in lines if not line.lstrip().startswith("#"))
+            rows.append(row)
+        return rows
+    if kind not in (".json", ".jsonl"):
+        return [line for line in lines if not line.lstrip().startswith("#")]
+    if kind == ".jsonl":
+        text = "[" + ",\n".join(line for line in lines if line.strip()) + "]"
+    items = json.loads(text)
+    if not isinstance(items, list):
+        raise ValueError(f"holds a JSON {type(items).__name__}, expected a list")
+    return items
 
 
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-
-
-def _prompt(item: Any, column: str, place: str) -> str:
-    prompt = item.get(column) if isinstance(item, dict) else item
-    if not isinstance(prompt, str):
+def _text(item: Any, column: str, number: int) -> str:
+    text = item.get(column) if isinstance(item, dict) else item
+    if not isinstance(text, str):
         keys = f"; its keys: {', '.join(item)}" if isinstance(item, dict) else ""
-        raise ValueError(f"{place} has no text under {column!r} (prompts.column){keys}")
-    return prompt
-
-
-def _parquet(file: Path, column: str) -> list[str]:
-    import pyarrow.parquet  # here: other files are read without it
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
-    if column not in table.column_names:
-        raise ValueError(f"no column {column!r} (prompts.column); its columns: {', '.join(table.column_names)}")
-    values = table[column].to_pylist()
-    if not all(isinstance(value, str | None) for value in values):
-        raise ValueError(f"column {column!r} (prompts.column) is {table.schema.field(column).type}, not text")
-    return [value or "" for value in values]
+        raise ValueError(f"item {number} has no text under {column!r} (prompts.column){keys}")
+    return text

@@ -1,6 +1,6 @@
 """The main job: `python -m learner.run [--config FILE] [section.key=value ...]`.
 
-This file is the front door: it imports neither torch nor Ray before the settings are sound. The job is learner/job.py.
+This file is the front door: it imports neither torch nor Ray before the settings are sound. The job is learner/api.py.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal, get_args, get_origin
 
 from cluster import signals
 from diffusion.failures import RunFailure
 from diffusion.locate import locate
-from learner.config import DEFAULT_CONFIG, Config, ConfigError, known_keys, read_config, resolve
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, config_yaml, known_keys, raise_faults, read_config
+from learner.config.load import resolve
 from learner.prompts import evaluation_prompts, training_prompts
 from rewards import registry
 
@@ -30,63 +29,54 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C;
     143: SIGTERM."""
     args = _parser().parse_intermixed_args(arguments)
-    source = args.config or DEFAULT_CONFIG
+    source, opened = args.config or DEFAULT_CONFIG, None
     signals.running()
     try:
         config, faults = read_config(source, args.overrides)
         if args.print_config:
-            _raise(faults)
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            raise_faults(faults)
+            print(config_yaml(config).decode(), end="")
             return 0
-        _raise([*faults, *faults_seen_at_once(config)])
+        raise_faults([*faults, *_faults_seen_at_once(config)])
 
-        from learner import job, open_run  # here: they import torch
+        from learner import api, open_run  # here: they import torch
 
-        placement, resources = job.check(config, warn)
-        prompts = [*training_prompts(config), *evaluation_prompts(config)]
+        prompts, placement, resources = api.check(config, warn)
         if args.plan:
             from commands import plan
 
             print(plan.describe(config, placement, resources, open_run.whereabouts(config, source, prompts)))
             return 0
         opened = open_run.open_run(config, source, prompts, warn)
+        api.run(opened, resources, say, complain)
+        return 0
     except (ConfigError, RunFailure) as error:
+        if opened:  # it has been said
+            return 1
         for line in str(error).splitlines():
             complain(line)
         return 2
     except KeyboardInterrupt:
-        complain("interrupted before anything was started")
+        if not opened:
+            complain("interrupted before anything was started")
         return signals.status()
-    try:
-        job.run(opened, resources, say, complain)
-        return 0
-    except RunFailure:
-        return 1
-    except KeyboardInterrupt:
-        return signals.status()
-    finally:
-        opened.close()
 
 
-def faults_seen_at_once(config: Config) -> list[str]:
+def _faults_seen_at_once(config: Config) -> list[str]:
     """What can be found to be wrong without torch: prompt files, the model's folder, a reward of no known name."""
+    prompts = partial(training_prompts, config), partial(evaluation_prompts, config)
+    model = partial(locate, str(resolve(config.model.path)))
     faults = []
-    steps: tuple[Callable[[], Any], ...] = (
-        lambda: training_prompts(config),
-        lambda: evaluation_prompts(config) if config.evaluation.prompts else None,
-        lambda: locate(str(resolve(config.model.path))),
-        lambda: registry.check_name(config.reward.name, config.reward.backend),
-    )
-    for step in steps:
+    for step in (*prompts, model, partial(registry.check_name, config.reward.name, config.reward.backend)):
         try:
             step()
         except ValueError as error:
             faults.append(str(error))
-    return faults
+    return list(dict.fromkeys(faults))
 
 
 def say(text: str) -> None:
-    """Print; what the terminal's encoding lacks, a prompt's characters say, is escaped, not a reason to fail."""
+    """Print, with what the terminal's encoding lacks escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
@@ -99,15 +89,9 @@ def warn(text: str) -> None:
     complain(f"warning: {text}")
 
 
-def _raise(faults: Sequence[str]) -> None:
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
 def _parser() -> argparse.ArgumentParser:
     keys = "\n".join(
-        f"  {key:<30} {_kind(field.annotation):<12} {field.description} "
-        f"(default: {field.get_default(call_default_factory=True)})"
+        f"  {key:<30} {_kind(field.annotation):<12} {field.description} (default: {field.default})"
         for key, field in known_keys().items()
     )
     parser = argparse.ArgumentParser(
@@ -124,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kind(annotation: Any) -> str:
-    """Name of a key's type: int, float, str, bool, list, dict; `|none` where it may be left out."""
-    text = str(getattr(annotation, "__name__", annotation)) if isinstance(annotation, type) else str(annotation)
-    for word, name in (("Literal", "choice"), ("tuple", "list"), ("dict", "dict")):
-        if word in text:
-            return name
-    return text.replace(" | None", "|none")
+    """Name of a key's type: int, float, str, bool, list, dict, choice; `|none` where it may be left out."""
+    origin = get_origin(annotation)
+    if origin in (Literal, tuple, dict):
+        return {Literal: "choice", tuple: "list", dict: "dict"}[origin]
+    parts = map(_kind, get_args(annotation))
+    return "|".join(parts) or {type(None): "none"}.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -1,13 +1,13 @@
 """The learner's state as the files of a checkpoint: all that a resumed run needs to go on bitwise.
 
-`learner.pt` is the same on every rank; `replay-RANK.pt` holds the rollouts that a rank may still
-train on. Both hold only tensors, numbers and strings, and are read with `weights_only=True`.
+`learner.pt` is the same on every rank; `replay-RANK.pt` holds the rollouts that a rank may still train on. Both hold
+only tensors, numbers and strings, and are read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,6 @@ from diffusion.trajectory import Chunk, Scores, Trajectories
 from learner.experience import Experience
 
 LEARNER_FILE = "learner.pt"
-ARRAYS = ("timesteps", "states", "log_pf", "log_pb", "selected", "model_output")
 
 
 def replay_file(rank: int) -> str:
@@ -45,23 +44,18 @@ def parse_replay(content: bytes) -> list[list[list[Experience]]]:
 
 
 def _pack(experience: Experience) -> dict[str, Any]:
-    trajectories = experience.trajectories
-    arrays = {name: getattr(trajectories, name) for name in ARRAYS} | {"rewards": experience.scores.rewards}
-    return {
-        "chunk": asdict(trajectories.chunk),
-        "policy_version": trajectories.policy_version,
-        "adapter_sha256": trajectories.adapter_sha256,
-        "prepared": _tensors(experience.prepared),
-        **_tensors(arrays),
-    }
-
-
-def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+    fields = asdict(experience.trajectories) | {"rewards": experience.scores.rewards, "prepared": experience.prepared}
+    return _converted(fields, np.ndarray, lambda array: torch.from_numpy(np.array(array)))
 
 
 def _unpack(packed: dict[str, Any]) -> Experience:
-    chunk, arrays = Chunk(**packed["chunk"]), {name: packed[name].numpy() for name in ARRAYS}
-    trajectories = Trajectories(chunk, packed["policy_version"], packed["adapter_sha256"], **arrays)
-    prepared = {name: values.numpy() for name, values in packed["prepared"].items()}
-    return Experience(trajectories, Scores(chunk, packed["rewards"].numpy()), prepared)
+    fields = _converted(packed, torch.Tensor, torch.Tensor.numpy)
+    chunk, rewards, prepared = Chunk(**fields.pop("chunk")), fields.pop("rewards"), fields.pop("prepared")
+    return Experience(Trajectories(chunk, **fields), Scores(chunk, rewards), prepared)
+
+
+def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """With whatever is of this kind, in dicts within dicts, converted."""
+    if isinstance(value, dict):
+        return {name: _converted(item, kind, convert) for name, item in value.items()}
+    return convert(value) if isinstance(value, kind) else value

@@ -76,11 +76,8 @@ class Records:
         self.lines: list[dict[str, Any]] = []  # metrics.jsonl
 
     @classmethod
-    def create(
-        cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any], whole: bool = True
-    ) -> Records:
+    def create(cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any]) -> Records:
         """Begin a run here: `settings` become config.yaml, `facts` (config_digest, prompts_sha256 ...) go to run.json.
-        If it is not `whole` yet, the first `note` writes run.json: until then there is no run here.
 
         Raises:
             StorageError: the folder cannot be made or written.
@@ -89,8 +86,7 @@ class Records:
         identity = {"format": FORMAT, "run_id": uuid.uuid4().hex, "name": name}
         records.about = {**identity, "created": time.time(), "finished": False, **facts}
         storage.write(CONFIG, settings)
-        if whole:
-            records.note()
+        records.note()
         return records
 
     @classmethod

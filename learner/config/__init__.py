@@ -4,17 +4,16 @@ from learner.config.load import (
     DEFAULT_CONFIG,
     ROOT,
     ConfigError,
-    build_config,
     config_yaml,
     load_config,
+    raise_faults,
     read_config,
-    read_tree,
     resolve,
     saved_config,
 )
 from learner.config.schema import CONFIG_VERSION, Config, known_keys
 
 __all__ = [
-    "CONFIG_VERSION", "DEFAULT_CONFIG", "ROOT", "Config", "ConfigError", "build_config", "config_yaml", "known_keys",
-    "load_config", "read_config", "read_tree", "resolve", "saved_config",
+    "CONFIG_VERSION", "DEFAULT_CONFIG", "ROOT", "Config", "ConfigError", "config_yaml", "known_keys", "load_config",
+    "raise_faults", "read_config", "resolve", "saved_config",
 ]  # fmt: skip

@@ -11,16 +11,15 @@ from learner.objectives.needs import NEEDS
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """What no single key can show to be wrong."""
+    """A line for each; the config's keys are sound one by one."""
     ranks = (config.learner.ranks or 1) if config.run.runner == "ray" else 1
     chunk, epoch, updates = config.sampler.chunk_size, config.train.trajectories, config.train.updates_per_epoch
     if epoch % chunk:
         yield f"sampler.chunk_size: {chunk} does not divide train.trajectories {epoch}"
     elif (epoch // chunk) % (updates * ranks):
         yield (
-            f"train.updates_per_epoch: the epoch's {epoch // chunk} chunks (of sampler.chunk_size {chunk}) "
-            f"do not divide evenly among {updates} updates of {ranks} learner ranks; "
-            f"make train.trajectories a multiple of {chunk * updates * ranks}"
+            f"train.updates_per_epoch: the epoch's {epoch // chunk} chunks do not divide evenly among {updates} "
+            f"updates of {ranks} learner ranks; make train.trajectories a multiple of {chunk * updates * ranks}"
         )
     if chunk % config.prompts.per_prompt:
         yield f"prompts.per_prompt: {config.prompts.per_prompt} does not divide sampler.chunk_size {chunk}"
@@ -30,21 +29,16 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "train.shuffle_rewards: only with sampler.transitions=all (other states have no reward to swap)"
     if config.train.shuffle_rewards and chunk == 1:
         yield "train.shuffle_rewards: needs a sampler.chunk_size above 1"
-    yield from _of_objective(config)
     if config.evaluation.images % chunk:
         yield f"evaluation.images: {config.evaluation.images} is not a multiple of sampler.chunk_size {chunk}"
-
-
-def _of_objective(config: Config) -> Iterator[str]:
-    given, needs = config.objective, config.needs
+    given, needs, widths = config.objective, config.needs, config.flow.widths
     for key in ("replay_updates", "max_staleness"):
         if getattr(config.train, key) and not needs.off_policy:
             allowed = ", ".join(kind for kind, other in NEEDS.items() if other.off_policy)
             yield (
-                f"train.{key}: {given.kind} learns from the ratio of the current policy to the one that "
-                f"sampled, which gives no gradient outside 1 +- objective.clip_range {given.clip_range:g} and does "
-                f"not weigh the states that were met: trajectories of earlier policies are out of its reach; use "
-                f"train.{key}=0, or one of {allowed}"
+                f"train.{key}: {given.kind} learns from the ratio of the current policy to the one that sampled, which "
+                f"has no gradient outside 1 +- objective.clip_range {given.clip_range:g}: it cannot use trajectories "
+                f"of earlier policies; use train.{key}=0, or one of {allowed}"
             )
     if (config.flow.fit_steps or config.flow.warmup_steps) and not needs.fits_flow:
         allowed = ", ".join(kind for kind, other in NEEDS.items() if other.fits_flow)
@@ -52,7 +46,6 @@ def _of_objective(config: Config) -> Iterator[str]:
             f"flow.fit_steps, flow.warmup_steps: {given.kind} has no flow network that could be fitted alone; "
             f"set both to 0, or use one of {allowed}"
         )
-    widths = config.flow.widths
     if needs.flow and not _groups_fit(widths):
         yield f"flow.widths: {list(widths)} cannot be normalised in groups; use widths such as [32, 64]"
     if needs.flow == "gradient" and config.flow.stem_stride != 1:
@@ -62,15 +55,12 @@ def _of_objective(config: Config) -> Iterator[str]:
     if needs.reward_gradients and config.train.shuffle_rewards:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
     if needs.compares_groups:
-        first = select(
-            config.sampler.transitions, config.sampler.transition_fraction,
-            config.sampler.steps - (given.last_transition == "skip"), 0, 0, [0],
-        )  # fmt: skip
-        each = config.sampler.chunk_size * first.shape[1]
-        if each % given.group_size:
+        sampler, end = config.sampler, config.sampler.steps - (given.last_transition == "skip")
+        each = select(sampler.transitions, sampler.transition_fraction, end, 0, 0, [0]).shape[1]
+        if chunk * each % given.group_size:
             yield (
-                f"objective.group_size: {given.group_size} does not divide the {each} transitions of a chunk "
-                f"(sampler.chunk_size {config.sampler.chunk_size} times {first.shape[1]})"
+                f"objective.group_size: {given.group_size} does not divide the {chunk * each} transitions of a chunk "
+                f"(sampler.chunk_size {chunk} times {each})"
             )
 
 

@@ -1,12 +1,13 @@
 """How YAML and `key=value` become a configuration. The keys are in sections.py, contradictions in checks.py.
 
-Errors are collected and reported together, each naming its key and, for a misspelt one, the nearest known key.
+Faults are collected and reported together, each naming its key and, for a misspelt one, the nearest known key.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,69 +22,61 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
+Source = Path | str | Mapping[str, Any] | None  # a YAML file, or sections of keys; default: the demo's preset
+Overrides = Sequence[str] | Mapping[str, Any]  # "section.key=value", or {"section.key": value}
 
 
 class ConfigError(ValueError):
     """Everything wrong with a configuration, one line a fault."""
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (default: the demo's preset) and apply `section.key=value` overrides.
+def raise_faults(faults: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: there are some.
+    """
+    if faults:
+        raise ConfigError("\n".join(faults))
 
+
+def load_config(source: Source = None, overrides: Overrides = ()) -> Config:
+    """
     Raises:
         ConfigError: an unreadable file, any number of unknown keys and wrong values, or, where there are none, any
             number of contradictions.
     """
-    config, faults = read_config(path, overrides)
-    if faults:
-        raise ConfigError("\n".join(faults))
+    config, faults = read_config(source, overrides)
+    raise_faults(faults)
     return config
 
 
-def read_config(path: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+def read_config(source: Source = None, overrides: Overrides = (), name: str = "the config") -> tuple[Config, list[str]]:
     """As load_config, but returns the faults, a line each, with the config that the sound settings make: so that
-    whatever else is wrong can be said along with them.
+    whatever else is wrong can be said along with them. Messages call sections of keys `name`.
 
     Raises:
-        ConfigError: nothing can be made of the file.
+        ConfigError: nothing can be made of the file, or it is of another version.
     """
-    path = path or DEFAULT_CONFIG
-    return build_config(read_tree(path), overrides, str(path))
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """The sections of keys in a YAML file.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"--config: {path} holds {type(tree).__name__}, expected sections of keys")
-    return tree
-
-
-def build_config(tree: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[Config, list[str]]:
-    """The config that sections of keys and overrides make, with the faults; `tree`, read from `source`, is changed.
-
-    Raises:
-        ConfigError: it is of another version.
-    """
-    faults = [fault for override in overrides if (fault := _apply(tree, override))]
-    if tree.get("config_version", CONFIG_VERSION) != CONFIG_VERSION:
+    if isinstance(source, Mapping):
+        tree = copy.deepcopy(dict(source))
+    else:
+        path, name = Path(source or DEFAULT_CONFIG), str(source or DEFAULT_CONFIG)
+        try:
+            tree = _parse(path.read_bytes(), f"--config: cannot read {path}")
+        except OSError as error:
+            raise ConfigError(f"--config: cannot read {path}: {error}") from error
+    faults = _override(tree, overrides)
+    if (version := tree.get("config_version", CONFIG_VERSION)) != CONFIG_VERSION:
         raise ConfigError(
-            f"config_version: {source} is of version {tree['config_version']!r}, this Tributary reads "
-            f"{CONFIG_VERSION}: use the version that wrote it, or start from a preset in configs/"
+            f"config_version: {name} is of version {version!r}, this Tributary reads {CONFIG_VERSION}: use the version "
+            "that wrote it, or start from a preset in configs/"
         )
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         faults += [_describe(item) for item in error.errors()]
         for item in error.errors():
-            _leave_out(tree, item["loc"])
+            _leave_out(tree, *item["loc"])
         return Config.model_validate(tree), faults
     return config, faults + list(contradictions(config))
 
@@ -100,68 +93,76 @@ def saved_config(records: Records) -> Config:
         ConfigError: they are of another version, or damaged.
     """
     place = f"{records.storage}/config.yaml"
+    tree = _parse(records.storage.read("config.yaml"), f"run.dir: {place} is damaged")
+    config, faults = read_config(tree, name=place)
+    raise_faults([f"run.dir: {place} is damaged: {fault}" for fault in faults])
+    return config
+
+
+def resolve(path: str) -> Path:
+    """A path of the config: as given if it exists, else relative to the project, so that presets hold from
+    any working directory."""
+    local = Path(path).expanduser()
+    return ROOT / local if not local.exists() and (ROOT / local).exists() else local
+
+
+def _parse(content: bytes, fault: str) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: `fault`, and why: no YAML, or no sections of keys.
+    """
     try:
-        tree = yaml.safe_load(records.settings())
-        version = tree.get("config_version") if isinstance(tree, dict) else None
-        if version == CONFIG_VERSION:
-            return Config.model_validate(tree)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"run.dir: {place} is damaged: {' '.join(str(error).split())}") from error
-    raise ConfigError(
-        f"config_version: the settings in {place} are of version {version!r}, this Tributary reads {CONFIG_VERSION}: "
-        "use the version that wrote them, or choose another run.dir"
-    )
+        tree = yaml.safe_load(content) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{fault}: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{fault}: it holds {type(tree).__name__}, expected sections of keys")
+    return tree
 
 
-def _leave_out(tree: dict[str, Any], location: Sequence[Any]) -> None:
-    """Remove a faulty setting: `section.key`, or a section that is none."""
-    section, *key = location
+def _override(tree: dict[str, Any], overrides: Overrides) -> list[str]:
+    """Put them into the tree; the faults."""
+    faults = []
+    if not isinstance(overrides, Mapping):
+        faults = [f"{text}: expected key=value" for text in overrides if "=" not in text]
+        pairs = (text.partition("=") for text in overrides if "=" in text)
+        overrides = {key.strip(): _value(text) for key, _, text in pairs}
+    for key, value in overrides.items():
+        *sections, leaf = key.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.setdefault(section, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node[leaf] = value
+        else:
+            faults.append(f"{key}: {'.'.join(sections)} holds a single value in the file, expected a section of keys")
+    return faults
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _leave_out(tree: dict[str, Any], section: Any, *key: Any) -> None:
+    """Remove a faulty setting, or a section that is none."""
     if key and isinstance(tree.get(section), dict):
         tree[section].pop(key[0], None)
     else:
         tree.pop(section, None)
 
 
-def resolve(path: str) -> Path:
-    """A path of the config: as given if it exists, else relative to the project, so that presets hold from
-    any working directory."""
-    given = Path(path).expanduser()
-    return given if given.exists() or given.is_absolute() else (ROOT / given if (ROOT / given).exists() else given)
-
-
-def _apply(tree: dict[str, Any], override: str) -> str | None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        return f"{override}: expected key=value"
-    *sections, leaf = key.strip().split(".")
-    node: Any = tree
-    for section in sections:
-        node = node.setdefault(section, {}) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        return f"{key}: {'.'.join(sections)} holds a single value in the file, expected a section of keys"
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        node[leaf] = text
-    return None
-
-
 def _describe(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"][:2])
-    if item["type"] == "extra_forbidden" and "." not in key:
-        close = difflib.get_close_matches(key, section_types(), 1)
-        return f"{key}: unknown section" + (
-            f"; did you mean {close[0]}?" if close else f"; there are {', '.join(section_types())}"
-        )
-    if item["type"] == "extra_forbidden":
-        return f"{key}: {_nearest(key)}"
     if item["type"] == "model_type":
         return f"{key}: expected a section of keys, got {item['input']!r}"
-    return f"{key}: {item['msg']}, got {item['input']!r}"
-
-
-def _nearest(key: str) -> str:
-    keys = known_keys()
-    by_leaf = [known for known in keys if known.split(".")[1] == key.split(".")[-1]]
-    close = difflib.get_close_matches(key, keys, 1, 0.5) or by_leaf
-    return "unknown key" + (f"; did you mean {close[0]}?" if close else f"; sections: {', '.join(section_types())}")
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {item['msg']}, got {item['input']!r}"
+    kind, known = ("key", [*known_keys()]) if "." in key else ("section", [*section_types()])
+    same_leaf = [other for other in known_keys() if other.split(".")[1] == key.split(".")[-1]]
+    close = difflib.get_close_matches(key, known, 1, 0.5) or same_leaf
+    return f"{key}: unknown {kind}; " + (
+        f"did you mean {close[0]}?" if close else f"sections: {', '.join(section_types())}"
+    )

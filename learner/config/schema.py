@@ -6,11 +6,9 @@ import hashlib
 import json
 from typing import Any
 
-from pydantic import Field
-
 from diffusion.settings import RolloutSettings
 from learner.config import sections
-from learner.config.sections import Section
+from learner.config.sections import Section, key
 from learner.objectives.needs import NEEDS, Needs
 
 CONFIG_VERSION = 2  # of the keys and their meaning
@@ -28,7 +26,7 @@ FREE = (
 
 
 class Config(Section):
-    config_version: int = Field(CONFIG_VERSION, description="version of these keys; set only by the program")
+    config_version: int = key(CONFIG_VERSION, "version of these keys; set only by the program")
     run: sections.Run = sections.Run()
     model: sections.Model = sections.Model()
     prompts: sections.Prompts = sections.Prompts()
@@ -57,7 +55,6 @@ class Config(Section):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Policy optimizer steps."""
         return self.train.updates_per_epoch + self.train.replay_updates
 
     @property
@@ -90,14 +87,11 @@ class Config(Section):
 
 def known_keys() -> dict[str, Any]:
     """Every `section.key` with its field."""
-    return {
-        f"{section}.{key}": field
-        for section, outer in section_types().items()
-        for key, field in outer.model_fields.items()
-    }
+    sections = section_types().items()
+    return {f"{name}.{leaf}": field for name, section in sections for leaf, field in section.model_fields.items()}
 
 
 def section_types() -> dict[str, type[Section]]:
     """Every section by name."""
-    found = ((name, field.annotation) for name, field in Config.model_fields.items())
-    return {name: kind for name, kind in found if isinstance(kind, type) and issubclass(kind, Section)}
+    kinds = ((name, field.annotation) for name, field in Config.model_fields.items())
+    return {name: kind for name, kind in kinds if isinstance(kind, type) and issubclass(kind, Section)}

@@ -7,14 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from diffusion.settings import (
-    CleanPrediction,
-    ForwardLooking,
-    Grid,
-    Reduction,
-    Selection,
-    StatePrecision,
-)
+from diffusion.settings import CleanPrediction, ForwardLooking, Grid, Reduction, Selection, StatePrecision
 from learner.objectives.needs import NEEDS, Decay, Kind, Penalty, Weighting
 from rewards.names import Backend, FeatureKind
 
@@ -31,264 +24,184 @@ def _selector(value: str) -> str:
 Labels = dict[str, Annotated[str, AfterValidator(_selector)]]
 
 
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """A key of a section; `limits` as pydantic's Field has them (ge, gt, le, pattern)."""
+    return Field(default, description=description, **limits)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class Run(Section):
-    dir: str | None = Field(
-        None, description="run directory or fsspec URL; default runs/NAME-DATE-TIME, NAME from the config file"
-    )
-    root: str | None = Field(
-        None, description="what a relative run.dir is relative to; default: here, or ~/tributary in a submitted Ray job"
-    )
-    resume: str = Field(
+    dir: str | None = key(None, "run directory or fsspec URL; default runs/NAME-DATE-TIME, NAME from the config file")
+    root: str | None = key(None, "where a relative run.dir is; default: here, or ~/tributary in a submitted Ray job")
+    resume: Literal["auto", "never"] = key(
         "auto",
-        description="auto: go on with the run in run.dir, or without run.dir with the newest unfinished run of "
-        "the same settings; never: start afresh; or the path of a run or checkpoint to go on from",
+        "auto: go on with the run in run.dir, or without run.dir with the newest unfinished run of the same settings; "
+        "never: start afresh",
     )
-    keep_checkpoints: int = Field(
-        3, ge=0, description="newest checkpoints kept, beside those of evaluated epochs; 0: all"
-    )
-    thumbnail_pixels: int = Field(64, ge=0, description="side of the pictures in trajectories/*.parquet; 0: none")
-    chunk_attempts: int = Field(
-        3, ge=1, description="times a chunk is tried on another actor when its actor dies or hangs"
-    )
-    seed: int = Field(0, ge=0, description="seed of all randomness in the run")
-    runner: Literal["ray", "inprocess"] = Field(
-        "ray", description="ray: actors; inprocess: the same parts in one process"
-    )
-    cpu_threads: int = Field(1, ge=1, description="torch threads of each process (results depend on it)")
-    ready_seconds: float = Field(300, gt=0, description="deadline for all actors to be up")
-    autoscale: bool = Field(
-        False, description="nodes that are not there yet will come: wait for them (ready_seconds) instead of refusing"
-    )
-    chunk_seconds: float = Field(600, gt=0, description="deadline for sampling or scoring one chunk")
-    train_seconds: float = Field(1800, gt=0, description="deadline for the learner's part of an epoch")
+    keep_checkpoints: int = key(3, "newest checkpoints kept, beside those of evaluated epochs; 0: all", ge=0)
+    thumbnail_pixels: int = key(64, "side of the pictures in trajectories/*.parquet; 0: none", ge=0)
+    chunk_attempts: int = key(3, "times a chunk is tried on another actor when its actor dies or hangs", ge=1)
+    seed: int = key(0, "seed of all randomness in the run", ge=0)
+    runner: Literal["ray", "inprocess"] = key("ray", "ray: actors; inprocess: the same parts in one process")
+    cpu_threads: int = key(1, "torch threads of each process (results depend on it)", ge=1)
+    ready_seconds: float = key(300, "deadline for all actors to be up", gt=0)
+    autoscale: bool = key(False, "nodes that are not there yet will come: wait for them (ready_seconds)")
+    chunk_seconds: float = key(600, "deadline for sampling or scoring one chunk", gt=0)
+    train_seconds: float = key(1800, "deadline for the learner's part of an epoch", gt=0)
 
 
 class Model(Section):
-    path: str = Field("models/shapes", description="diffusers pipeline folder, or hub id")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (cuda if there), cpu or cuda")
-    dtype: Precision = Field(
-        "float32",
-        description="of U-Net and VAE: float32 or bfloat16; LoRA, flow network, schedule, log-probabilities, reward "
-        "models and reward gradients are float32 always",
-    )
-    channels_last: bool = Field(False, description="memory layout that convolutions in bfloat16 on a GPU prefer")
-    compile: bool = Field(False, description="torch.compile the U-Net's transformer blocks; minutes at the start")
-    tiny_decoder: str = Field(
-        "madebyollin/taesd", description="AutoencoderTiny for objective.forward_looking_decoder=tiny: folder or hub id"
-    )
+    path: str = key("models/shapes", "diffusers pipeline folder, or hub id")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto (cuda if there), cpu or cuda")
+    dtype: Precision = key("float32", "of U-Net and VAE, float32 or bfloat16; everything else is float32 always")
+    channels_last: bool = key(False, "memory layout that convolutions in bfloat16 on a GPU prefer")
+    compile: bool = key(False, "torch.compile the U-Net's transformer blocks; minutes at the start")
+    tiny_decoder: str = key("madebyollin/taesd", "folder or hub id, for objective.forward_looking_decoder=tiny")
 
 
 class Prompts(Section):
-    path: str | None = Field(
+    path: str | tuple[str, ...] | None = key(
         "configs/prompts/shapes_placed.txt",
-        description="prompts: a file, .txt (one a line), .json, .jsonl, .csv or .parquet; or, where no file has that "
-        "name, a set: animals, imagenet_classes, and from the hub drawbench and hpdv2:STYLE (photo, paintings, anime, "
-        "concept-art, also several as photo+paintings); null for models that take none",
+        "a file, .txt (a prompt a line), .json, .jsonl, .csv or .parquet; or, where no file has that name, a set: "
+        "animals, imagenet_classes, and from the hub drawbench and hpdv2:STYLE (photo, paintings, anime, concept-art, "
+        "also several as photo+paintings); or a list of prompts; null for models that take none",
     )
-    column: str = Field("prompt", description="column or key that holds the prompt in .json, .jsonl, .csv and .parquet")
-    per_prompt: int = Field(4, ge=1, description="trajectories drawn for each prompt of an epoch, side by side")
+    column: str = key("prompt", "column or key that holds the prompt in .json, .jsonl, .csv and .parquet")
+    per_prompt: int = key(4, "trajectories drawn for each prompt of an epoch, side by side", ge=1)
 
 
 class SamplerConfig(Section):
-    actors: int | None = Field(None, ge=1, description="sampler actors; default from the resources found")
-    gpus: float | None = Field(None, ge=0, description="GPUs of a sampler actor; default: what the ranks leave, shared")
-    labels: Labels = Field(
-        default_factory=dict,
-        description="labels of the nodes for sampler actors; values as Ray's: x, !x, in(x, y), !in(x)",
-    )
-    chunk_size: int = Field(16, ge=1, description="trajectories rolled out together")
-    steps: int = Field(50, ge=2, le=1000, description="DDIM steps N")
-    guidance: float = Field(5.0, ge=1, description="classifier-free guidance scale w, in rollout and training; 1: off")
-    eta: float = Field(1.0, gt=0, description="noise scale of DDIM; 1 is the papers'")
-    grid: Grid = Field(
+    actors: int | None = key(None, "sampler actors; default from the resources found", ge=1)
+    gpus: float | None = key(None, "GPUs of a sampler actor; default: what the ranks leave, shared", ge=0)
+    labels: Labels = key({}, "labels of the nodes for sampler actors; values as Ray's: x, !x, in(x, y), !in(x)")
+    chunk_size: int = key(16, "trajectories rolled out together", ge=1)
+    steps: int = key(50, "DDIM steps N", ge=2, le=1000)
+    guidance: float = key(5.0, "classifier-free guidance scale w, in rollout and training; 1: off", ge=1)
+    eta: float = key(1.0, "noise scale of DDIM; 1 is the papers'", gt=0)
+    grid: Grid = key(
         "ddim",
-        description="timesteps: ddim (the scheduler's own spacing), or dpm_solver: those of first-order "
-        "SDE-DPM-Solver++ with final_sigmas_type=sigma_min, which with eta 1 is that sampler",
+        "timesteps: ddim (the scheduler's own spacing), or dpm_solver: of first-order SDE-DPM-Solver++ with "
+        "final_sigmas_type=sigma_min, which with eta 1 is that sampler",
     )
-    transitions: Selection = Field("all", description="which transitions to train on: all, random or low_variance")
-    transition_fraction: float = Field(1.0, gt=0, le=1, description="share of transitions for random and low_variance")
-    state_precision: StatePrecision = Field(
-        "float32",
-        description="of stored states and model outputs; float16 halves the object store: states are rounded inside "
-        "the rollout, so log p_F stays exact",
+    transitions: Selection = key("all", "which transitions to train on: all, random or low_variance")
+    transition_fraction: float = key(1.0, "share of transitions for random and low_variance", gt=0, le=1)
+    state_precision: StatePrecision = key(
+        "float32", "of stored states and model outputs; float16 halves the object store, log p_F stays exact"
     )
 
 
 class RewardConfig(Section):
-    actors: int | None = Field(None, ge=1, description="reward actors; default from the resources found")
-    gpus: float | None = Field(None, ge=0, description="GPUs of a reward actor; default: what the ranks leave, shared")
-    labels: Labels = Field(
-        default_factory=dict,
-        description="labels of the nodes for reward actors; values as Ray's: x, !x, in(x, y), !in(x)",
-    )
-    name: str = Field("shapes_alignment", description="reward by name, or your own as module:callable")
-    weights: str | None = Field(None, description="weights of the reward model: path or hub id")
-    backend: Backend = Field(
+    actors: int | None = key(None, "reward actors; default from the resources found", ge=1)
+    gpus: float | None = key(None, "GPUs of a reward actor; default: what the ranks leave, shared", ge=0)
+    labels: Labels = key({}, "labels of the nodes for reward actors; values as Ray's: x, !x, in(x, y), !in(x)")
+    name: str = key("shapes_alignment", "reward by name, or your own as module:callable")
+    weights: str | None = key(None, "weights of the reward model: path or hub id")
+    backend: Backend = key(
         "native",
-        description="native: our own code, differentiable; package: imagereward's and hpsv2's packages in an "
-        "environment of their own (python -m rewards.package build NAME), without gradients",
+        "native: our own code, differentiable; package: imagereward's and hpsv2's packages in an environment of "
+        "their own (python -m rewards.package build NAME), without gradients",
     )
-    options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="keyword arguments of the reward; your own callable is then called with them first and returns it",
+    options: dict[str, Any] = key({}, "the reward's keyword arguments; a callable of yours is called with them first")
+    batch: int | None = key(
+        None, "images scored at once; default: what free GPU memory holds (on a CPU 32, with gradients 16)", ge=1
     )
-    batch: int | None = Field(
-        None,
-        ge=1,
-        description="images decoded and scored at once; default: what free GPU memory holds, chosen once a run (on a "
-        "CPU 32, with gradients 16)",
-    )
-
-    on_bad_reward: Literal["stop", "quarantine"] = Field(
+    on_bad_reward: Literal["stop", "quarantine"] = key(
         "stop",
-        description="what a NaN or infinite reward, one that raises, a black image or latents that are not numbers do: "
-        "stop ends the run; quarantine sets the trajectory aside in quarantine/ and trains on another of its chunk",
+        "what a NaN or infinite reward, one that raises, a black image or latents that are not numbers do: stop "
+        "ends the run; quarantine sets the trajectory aside in quarantine/ and trains on another of its chunk",
     )
-    quarantine_limit: int = Field(16, ge=0, description="trajectories that a run may set aside before it ends")
-    black_images: Literal["bad", "allow"] = Field(
-        "bad",
-        description="an all-black image is the mark of NaN latents or of a safety checker; allow where black may be "
-        "right (jpeg_compressibility)",
+    quarantine_limit: int = key(16, "trajectories that a run may set aside before it ends", ge=0)
+    black_images: Literal["bad", "allow"] = key(
+        "bad", "an all-black image is the mark of NaN latents or a safety checker; allow where it may be right"
     )
 
 
 class LoraConfig(Section):
-    rank: int = Field(4, ge=1, description="LoRA rank")
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: rank")
+    rank: int = key(4, "LoRA rank", ge=1)
+    alpha: float | None = key(None, "LoRA alpha; default: rank", gt=0)
 
 
 class FlowConfig(Section):
-    widths: tuple[int, ...] = Field((64, 128, 256, 256), description="channels of the flow network's blocks")
-    stem_stride: int = Field(
-        1, ge=1, le=4, description="stride of its first convolution, not of nabla-DB's; 2 is four times cheaper"
-    )
-    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the flow network")
-    weight_decay: float | None = Field(None, ge=0, description="AdamW weight decay; default: learner.weight_decay")
-    fit_steps: int = Field(
-        0,
-        ge=0,
-        description="flow-only steps before each policy step, which then holds the flow fixed; 0: one joint loss",
-    )
-    warmup_steps: int = Field(
-        0, ge=0, description="flow-only steps before the very first policy step: an unfitted flow is all noise to it"
-    )
-    batch: int = Field(128, ge=4, description="transitions a flow-only step and rank")
-    replay_epochs: int = Field(1, ge=1, description="epochs of rollouts the flow-only steps draw from")
+    widths: tuple[int, ...] = key((64, 128, 256, 256), "channels of the flow network's blocks")
+    stem_stride: int = key(1, "stride of its first convolution, not of nabla-DB's; 2 is four times cheaper", ge=1, le=4)
+    learning_rate: float = key(3e-4, "AdamW learning rate of the flow network", gt=0)
+    weight_decay: float | None = key(None, "AdamW weight decay; default: learner.weight_decay", ge=0)
+    fit_steps: int = key(0, "flow-only steps before each policy step, the flow then fixed; 0: one joint loss", ge=0)
+    warmup_steps: int = key(0, "flow-only steps before the first policy step: an unfitted flow is noise to it", ge=0)
+    batch: int = key(128, "transitions a flow-only step and rank", ge=4)
+    replay_epochs: int = key(1, "epochs of rollouts the flow-only steps draw from", ge=1)
 
 
 class LearnerConfig(Section):
-    ranks: int | None = Field(
-        None, ge=1, description="data-parallel learner processes; default from the resources found"
+    ranks: int | None = key(None, "data-parallel learner processes; default from the resources found", ge=1)
+    gpus: float | None = key(None, "GPUs of a learner rank; default: a whole one, if there are enough", ge=0)
+    attempts: int = key(
+        3, "times an epoch's training is tried: when ranks die or hang, all start anew from the last checkpoint", ge=1
     )
-    gpus: float | None = Field(
-        None, ge=0, description="GPUs of a learner rank; default: a whole one, if there are enough"
+    labels: Labels = key({}, "labels of the nodes for learner ranks; values as Ray's: x, !x, in(x, y), !in(x)")
+    learning_rate: float = key(3e-4, "AdamW learning rate of the LoRA", gt=0)
+    weight_decay: float = key(1e-4, "AdamW weight decay of the LoRA", ge=0)
+    max_grad_norm: float = key(1.0, "gradient norm clip, for LoRA and flow network separately", gt=0)
+    micro_batch: int | None = key(
+        8, "transitions a forward and backward pass; null: what free GPU memory holds, once a run (CPU: 8)", ge=1
     )
-    attempts: int = Field(
-        3,
-        ge=1,
-        description="times an epoch's training is tried when learner ranks die or hang; each but the first starts "
-        "all ranks anew from the last checkpoint",
-    )
-    labels: Labels = Field(
-        default_factory=dict,
-        description="labels of the nodes for learner ranks; values as Ray's: x, !x, in(x, y), !in(x)",
-    )
-    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate of the LoRA")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of the LoRA")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip, for LoRA and flow network separately")
-    micro_batch: int | None = Field(
-        8,
-        ge=1,
-        description="transitions a forward and backward pass; null: what free GPU memory holds, chosen once a run (on "
-        "a CPU 8)",
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="compute the U-Net's activations again in the backward pass: less memory, a third more work"
-    )
+    gradient_checkpointing: bool = key(False, "compute activations twice: less memory, a third more work")
 
 
 class Objective(Section):
     """What is minimised. `setting` changes the defaults of other keys, objective by objective (learner/objectives/)."""
 
-    kind: Kind = Field("dag_db", description=", ".join(NEEDS))
-    setting: Literal["corrected", "faithful"] = Field(
-        "corrected",
-        description="defaults of the keys below: faithful is the published code, with its defects (docs/algorithms.md)",
+    kind: Kind = key("dag_db", ", ".join(NEEDS))
+    setting: Literal["corrected", "faithful"] = key(
+        "corrected", "defaults of the keys below: faithful is the published code, with its defects (docs/algorithms.md)"
     )
-    beta: float = Field(100.0, ge=0, description="reward exponent (per dimension when log_prob_reduction is mean)")
-    anneal_fraction: float = Field(0.5, ge=0, le=1, description="beta rises linearly over this share of the epochs")
-    log_prob_reduction: Reduction = Field(
-        "mean", description="dag_db, dag_kl, ddpo: log-probabilities summed or averaged over dimensions"
+    beta: float = key(100.0, "reward exponent (per dimension when log_prob_reduction is mean)", ge=0)
+    anneal_fraction: float = key(0.5, "beta rises linearly over this share of the epochs", ge=0, le=1)
+    log_prob_reduction: Reduction = key("mean", "dag_db, dag_kl, ddpo: over dimensions, mean or sum")
+    forward_looking: ForwardLooking = key("base", "weights of psi's clean predictions: base, snapshot, none")
+    forward_looking_decay: Decay = key("none", "weight of psi by timestep: none (the paper), sqrt_abar or abar")
+    reward_offset: float = key(0.0, "subtracted from rewards: shifts log Z alone; near their mean f has less to do")
+    forward_looking_from: int = key(0, "psi is 0 before this step, and nothing is decoded there", ge=0)
+    forward_looking_decoder: Literal["full", "tiny"] = key(
+        "full", "of psi's clean predictions: full (the VAE, images' always), or tiny (model.tiny_decoder)"
     )
-    forward_looking: ForwardLooking = Field(
-        "base", description="weights of psi's clean predictions: base, snapshot, none"
+    clean_prediction: CleanPrediction = key(
+        "conditional", "model output behind psi: conditional (DAG's code), or guided (nabla's; foretells better)"
     )
-    forward_looking_decay: Decay = Field(
-        "none", description="weight of psi by timestep: none (the paper), sqrt_abar or abar (1 at the image)"
+    detach_next_flow: bool = key(True, "no gradient into f(x_t'), h(x_t'); false is the published code")
+    penalty: Penalty = key("squared", "dag_db, dag_kl: of the residual, squared or huber")
+    huber_width: float = key(1.0, "residual in nats where huber turns linear", gt=0)
+    transition_weight: Weighting = key("uniform", "uniform, or variance: weight sigma_t^2 over its mean")
+    last_transition: Literal["train", "skip"] = key(
+        "train", "skip: not trained on, the state before it counts as terminal (its 1/sigma^2 drowns the rest)"
     )
-    reward_offset: float = Field(
-        0.0,
-        description="subtracted from every reward: shifts log Z alone; near the mean reward it spares the flow work",
-    )
-    forward_looking_from: int = Field(
-        0, ge=0, description="psi is 0 before this step (nothing is decoded there); at 0 it is used everywhere"
-    )
-    forward_looking_decoder: Literal["full", "tiny"] = Field(
-        "full",
-        description="decoder of psi's clean predictions: full (the VAE), or tiny (model.tiny_decoder); the image "
-        "itself is always decoded by the VAE",
-    )
-    clean_prediction: CleanPrediction = Field(
-        "conditional",
-        description="model output behind psi: conditional (DAG's code), or guided (nabla's; foretells better)",
-    )
-    detach_next_flow: bool = Field(True, description="no gradient into f(x_t'), h(x_t'); false is the published code")
-    penalty: Penalty = Field("squared", description="dag_db, dag_kl: of the residual, squared or huber")
-    huber_width: float = Field(1.0, gt=0, description="residual in nats where huber turns linear")
-    transition_weight: Weighting = Field("uniform", description="uniform, or variance: weight sigma_t^2 over its mean")
-    last_transition: Literal["train", "skip"] = Field(
-        "train",
-        description="skip: not trained on, the state before it counts as terminal (its 1/sigma^2 drowns the rest)",
-    )
-    regulariser: float = Field(
-        1.0, ge=0, description="weight of the squared change of the model output since before the epoch's updates"
-    )
-    clip_range: float = Field(
+    regulariser: float = key(1.0, "weight of the squared change of the model output within an epoch's updates", ge=0)
+    clip_range: float = key(
         1e-4,
+        "dag_kl, ddpo: how far the ratio to the rollout policy may leave 1; under mean log-probabilities 1e-4 is "
+        "D x 1e-4 nats (1.64 at D = 16384), under sum 1e-4 nats",
         gt=0,
-        description="dag_kl, ddpo: how far the ratio to the rollout policy may leave 1; under mean log-probabilities "
-        "1e-4 is D x 1e-4 nats (1.64 at D = 16384), under sum 1e-4 nats",
     )
-    old_log_prob: Literal["sampler", "learner"] = Field(
-        "sampler",
-        description="dag_kl, ddpo: whose log p_F of the rollout policy; learner computes it anew, in its own precision "
-        "and batches",
+    old_log_prob: Literal["sampler", "learner"] = key(
+        "sampler", "dag_kl, ddpo: whose log p_F of the rollout policy; the learner's is of its own precision"
     )
-    group_size: int = Field(8, ge=2, description="dag_kl: transitions that are compared with each other, of one chunk")
-    kl_weight: float | None = Field(
-        None, ge=0, description="dag_kl: weight of the policy loss; default: the final beta, as in the paper"
+    group_size: int = key(8, "dag_kl: transitions that are compared with each other, of one chunk", ge=2)
+    kl_weight: float | None = key(None, "dag_kl: weight of the policy loss; default: the final beta (the paper)", ge=0)
+    advantage: Literal["epoch", "prompt"] = key(
+        "epoch", "ddpo: rewards are compared with the epoch's, or the prompt's last 16 once it has 16"
     )
-    advantage: Literal["epoch", "prompt"] = Field(
-        "epoch",
-        description="ddpo: rewards are compared with the epoch's, or the prompt's last 16 once it has 16",
+    pretrained_strength: float = key(1.0, "residual nabla-DB: exponent eta_p of the base model's density", ge=0)
+    flow_start: Literal["zero", "reference"] = key(
+        "zero", "nabla_db: what h_phi is added to, nothing (the paper) or the frozen model's own score"
     )
-    pretrained_strength: float = Field(
-        1.0, ge=0, description="residual nabla-DB: exponent eta_p of the base model's density in the target"
+    reverse_weight: float = key(1.0, "nabla-DB: weight of the reverse loss", ge=0)
+    reverse_transitions: Literal["all", "inner"] = key(
+        "all", "nabla-DB: reverse loss on every transition, or (published) on all but the last"
     )
-    flow_start: Literal["zero", "reference"] = Field(
-        "zero", description="nabla_db: what h_phi is added to, nothing (the paper) or the frozen model's own score"
-    )
-    reverse_weight: float = Field(1.0, ge=0, description="nabla-DB: weight of the reverse loss")
-    reverse_transitions: Literal["all", "inner"] = Field(
-        "all", description="nabla-DB: reverse loss on every transition, or (published) on all but the last"
-    )
-    decay_terminal: bool = Field(
-        False, description="nabla-DB: the reward's gradient at the image fades by abar_0 too (published), not by 1"
-    )
+    decay_terminal: bool = key(False, "nabla-DB: the image's reward gradient fades by abar_0 too (published), not by 1")
 
     @model_validator(mode="before")
     @classmethod
@@ -296,69 +209,48 @@ class Objective(Section):
         """What the objective's kind and setting say, where a key is not given."""
         if not isinstance(given, dict):
             return given
-        kind, setting = given.get("kind", "dag_db"), given.get("setting", "corrected")
-        if not isinstance(kind, str) or not isinstance(setting, str) or kind not in NEEDS:
-            return given  # pydantic says what is wrong
-        return {**NEEDS[kind].defaults.get(setting, {}), **given}
+        kind, setting = str(given.get("kind", "dag_db")), str(given.get("setting", "corrected"))
+        return {**(NEEDS[kind].defaults.get(setting, {}) if kind in NEEDS else {}), **given}  # pydantic names a bad one
 
 
 class Train(Section):
-    epochs: int = Field(100, ge=1, description="epochs")
-    trajectories: int = Field(512, ge=1, description="trajectories an epoch")
-    updates_per_epoch: int = Field(2, ge=1, description="policy optimizer steps an epoch on its own trajectories")
-    replay_updates: int = Field(
-        0, ge=0, description="more policy steps an epoch, each on an update's trajectories of an earlier epoch"
-    )
-    replay_epochs: int = Field(4, ge=1, description="earlier epochs that replay_updates draw from")
-    max_staleness: int = Field(
-        0,
-        ge=0,
-        description="published versions that trajectories may lag behind the learner's; 0: synchronous, as the papers",
-    )
-    stop_on_collapse: bool = Field(
-        False, description="end the run, in good order, where an evaluation shows collapse (evaluation/collapse.py)"
-    )
-    shuffle_rewards: bool = Field(
-        False, description="control experiment: permute each trajectory's rewards among the trajectories of a chunk"
-    )
+    epochs: int = key(100, "epochs", ge=1)
+    trajectories: int = key(512, "trajectories an epoch", ge=1)
+    updates_per_epoch: int = key(2, "policy optimizer steps an epoch on its own trajectories", ge=1)
+    replay_updates: int = key(0, "more policy steps an epoch, each on an update's trajectories of an earlier one", ge=0)
+    replay_epochs: int = key(4, "earlier epochs that replay_updates draw from", ge=1)
+    max_staleness: int = key(0, "policy versions that trajectories may lag behind; 0: synchronous, as the papers", ge=0)
+    stop_on_collapse: bool = key(False, "end the run where an evaluation shows collapse (evaluation/collapse.py)")
+    shuffle_rewards: bool = key(False, "control experiment: permute rewards among the trajectories of a chunk")
 
 
 class Evaluation(Section):
-    prompts: str | None = Field(None, description="file or set of fixed evaluation prompts; default: prompts.path")
-    images: int = Field(128, ge=0, description="images of the fixed evaluation set")
-    every: int = Field(10, ge=1, description="epochs between evaluations (before the first and after the last always)")
-    seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same for every run.seed")
-    held_out: tuple[str | dict[str, Any], ...] = Field(
-        (),
-        description="rewards that judge evaluation images and are never trained on: names, or {name, weights, options}",
+    prompts: str | None = key(None, "file or set of fixed evaluation prompts; default: prompts.path")
+    images: int = key(128, "images of the fixed evaluation set", ge=0)
+    every: int = key(10, "epochs between evaluations (before the first and after the last always)", ge=1)
+    seed: int = key(0, "seed of the evaluation noise, the same for every run.seed", ge=0)
+    held_out: tuple[str | dict[str, Any], ...] = key(
+        (), "rewards that judge evaluation images and are never trained on: names, or {name, weights, options}"
     )
-    features: FeatureKind = Field(
+    features: FeatureKind = key(
         "pixels",
-        description="what diversity and drift are measured by: pixels (mean colours of an 8 x 8 grid, for plain "
-        "pictures), clip (evaluation.clip), or dreamsim (the package of that name)",
+        "measure of diversity and drift: pixels (mean colours of an 8 x 8 grid), clip, or dreamsim (a package)",
     )
-    clip: str | None = Field(
-        None, description="CLIP for evaluation.features=clip: folder or hub id; default: openai/clip-vit-large-patch14"
-    )
+    clip: str | None = key(None, "for features=clip: folder or hub id; default: openai/clip-vit-large-patch14")
 
 
 class Mlflow(Section):
-    enabled: bool = Field(True, description="show the run in MLflow; the run directory is complete without it")
-    uri: str | None = Field(
+    enabled: bool = key(True, "show the run in MLflow; the run directory is complete without it")
+    uri: str | None = key(None, "server; default MLFLOW_TRACKING_URI, else mlflow.db beside the run directory")
+    experiment: str = key("tributary", "MLflow experiment")
+    group: str | None = key(
         None,
-        description="tracking server; default MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the run directory",
-    )
-    experiment: str = Field("tributary", description="MLflow experiment")
-    group: str | None = Field(
-        None,
+        "name of a group of runs: MLflow nests them under a parent run of that name",
         pattern=r"^[\w .:/=+-]{1,200}$",
-        description="name of a group of runs that belong together: MLflow nests them under a parent run of that name",
     )
-    registered_model: str | None = Field(
+    registered_model: str | None = key(
         None,
+        "name in MLflow's model registry for the finished run's LoRA; default: not registered",
         pattern=r"^[\w .=+-]{0,199}[\w=+-]$",
-        description="name in MLflow's model registry for the finished run's LoRA; default: not registered",
     )
-    finish_seconds: float = Field(
-        30, ge=0, description="longest wait for a last upload; `python -m learner.upload RUN` does the rest"
-    )
+    finish_seconds: float = key(30, "longest wait for a last upload; `python -m learner.upload` does the rest", ge=0)

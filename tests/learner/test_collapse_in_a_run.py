@@ -9,14 +9,6 @@ from learner.run import main
 
 
 @pytest.fixture
-def settings(small_settings, tmp_path):
-    return [
-        *small_settings, "run.runner=inprocess", "train.epochs=3", "evaluation.every=1", f"run.dir={tmp_path / 'run'}",
-        "evaluation.held_out=[jpeg_incompressibility]", "prompts.path=configs/prompts/shapes_common.txt",
-    ]  # fmt: skip
-
-
-@pytest.fixture
 def signs(monkeypatch):
     """From the second epoch's evaluation on; counts those that were compared."""
     seen = []
@@ -33,22 +25,27 @@ def lines(tmp_path) -> dict[int, dict]:
     return {line["epoch"]: line for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())}
 
 
-def test_it_is_said_and_recorded_and_the_run_goes_on(settings, signs, tmp_path, capsys):
+def test_it_is_said_and_recorded_and_the_run_goes_on(small_settings, signs, tmp_path, capsys):
+    settings = [
+        *small_settings, "run.runner=inprocess", "evaluation.every=1", "evaluation.held_out=[jpeg_incompressibility]",
+        "prompts.path=configs/prompts/shapes_common.txt", "flow.widths=[8,16]", f"run.dir={tmp_path / 'run'}",
+    ]  # fmt: skip
     assert main(settings) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "COLLAPSE?" in line]
-    assert [line.split()[1] for line in said] == ["2/3", "3/3"]
+    assert [line.split()[1] for line in said] == ["2/2"]
     both = "diversity fell to 3%; held-out other fell"
     assert said[0].endswith(f"COLLAPSE? {both}")
-    found = lines(tmp_path)
-    assert [found[epoch].get("collapse") for epoch in (-1, 0, 1)] == [None, None, both]
-    for line in found.values():
+    recorded = lines(tmp_path)
+    assert [recorded[epoch].get("collapse") for epoch in (-1, 0, 1)] == [None, None, both]
+    for line in recorded.values():
         assert line["eval_vendi"] >= 1 and line["eval_distance"] > 0
         assert "eval_reward_mean/jpeg_incompressibility" in line
     before, now = signs[-1]
     assert len(before.rewards) == len(now.rewards) == 4 and set(now.held_out) == {"jpeg_incompressibility"}
 
 
-def test_asked_to_it_ends_there_in_good_order_and_goes_on_when_told(settings, signs, tmp_path, capsys):
+def test_asked_to_it_ends_there_in_good_order_and_goes_on_when_told(light, signs, tmp_path, capsys):
+    settings = [*light, "evaluation.every=1", f"run.dir={tmp_path / 'run'}"]
     assert main([*settings, "train.stop_on_collapse=true"]) == 0
     said = capsys.readouterr().out
     assert "stopped after epoch 2: diversity fell" in said and "report: " in said and "LoRA: " in said
@@ -56,10 +53,11 @@ def test_asked_to_it_ends_there_in_good_order_and_goes_on_when_told(settings, si
     assert main([*settings, "train.stop_on_collapse=true"]) == 0
     assert "stopped before: diversity fell" in capsys.readouterr().out and sorted(lines(tmp_path)) == [-1, 0, 1]
     assert main(settings) == 0
-    assert "going on from checkpoints/step-000002" in capsys.readouterr().out
+    assert "going on from checkpoints/step-000004" in capsys.readouterr().out
     assert sorted(lines(tmp_path)) == [-1, 0, 1, 2]
 
 
-def test_without_an_evaluation_before_training_there_is_nothing_to_compare(settings, signs, tmp_path):
-    assert main([*settings, "evaluation.images=0"]) == 0
+def test_without_an_evaluation_before_training_there_is_nothing_to_compare(light, signs, tmp_path):
+    assert main([*light, "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert list(lines(tmp_path)) == [0, 1, 2]
     assert signs == [] and all("collapse" not in line for line in lines(tmp_path).values())

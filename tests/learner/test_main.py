@@ -22,10 +22,10 @@ def test_all_verbs_are_listed_and_others_refused():
     assert wrong.returncode == 2 and wrong.stderr.startswith("learner: there is no command 'trian'\n")
 
 
-@pytest.mark.parametrize("command", [("-m", "learner", "status"), ("-m", "learner.status")])
-def test_a_verb_runs_by_both_names(command, tmp_path):
-    done = call(*command, str(tmp_path / "none"))
-    assert done.returncode == 2 and done.stderr.startswith("learner.status: ")
+def test_a_verb_runs_by_both_names(tmp_path):
+    for command in (("-m", "learner", "status"), ("-m", "learner.status")):
+        done = call(*command, str(tmp_path / "none"))
+        assert done.returncode == 2 and done.stderr.startswith("learner.status: ")
 
 
 def test_the_console_script_finds_the_current_directory(tmp_path):
@@ -35,13 +35,12 @@ def test_the_console_script_finds_the_current_directory(tmp_path):
     assert done.returncode == 2 and "models.py hides Tributary's own package 'models'" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["learner.run", "learner.status", "learner"])
+@pytest.mark.parametrize("command", ["learner.run", "learner.status"])
 def test_a_users_module_that_hides_ours_is_named_with_the_remedy(command, tmp_path):
     (tmp_path / "rewards.py").write_text("def score(images, prompts): ...\n")
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster/__init__.py").touch()
-    verb = ["run"] if command == "learner" else []
-    done = call("-m", command, *verb, "--help", cwd=tmp_path)
+    done = call("-m", command, "--help", cwd=tmp_path)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and not done.stdout and len(lines) == 2
     assert f"{tmp_path / 'cluster'} hides Tributary's own package 'cluster': rename it" in lines[0]

@@ -1,12 +1,10 @@
 """Code of a user's own runs where the command's config names it, never because a file of a run or a data file does."""
 
-import json
 import sys
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
+from test_prompts import write
 
 from commands import report, upload
 from learner.run import main
@@ -23,13 +21,13 @@ THEIRS = "theirs_named_code"
 
 
 @pytest.fixture
-def settings(small_settings, tmp_path, monkeypatch):
+def settings(light, tmp_path, monkeypatch):
     """Of a run with a reward of one's own; another module, beside it, leaves a witness when it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_named_code.py").write_text(OWN)
     (tmp_path / f"{THEIRS}.py").write_text(WITNESS)
-    yield [*small_settings, "run.runner=inprocess", "reward.name=own_named_code:score", "train.epochs=1", "run.dir=run"]
+    yield [*light, "reward.name=own_named_code:score", "train.epochs=1", "run.dir=run"]
     for name in (THEIRS, "own_named_code"):
         sys.modules.pop(name, None)
 
@@ -39,53 +37,28 @@ def ran(tmp_path):
     return (tmp_path / f"{THEIRS}.ran").exists
 
 
-def tamper(folder, digest: str | None = None):
-    """Name the other module in every config of the run."""
-    for file in (folder / "config.yaml", *folder.glob("checkpoints/step-*/config.yaml")):
+@pytest.mark.parametrize("with_upload", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_runs_own_files_import_nothing(with_upload, settings, ran, tmp_path, capsys):
+    """Not even one that names the other module in every config."""
+    run = tmp_path / "run"
+    assert main(settings) == 0
+    for file in (run / "config.yaml", *run.glob("checkpoints/step-*/config.yaml")):
         tree = yaml.safe_load(file.read_text())
         tree["reward"] |= {"name": f"{THEIRS}:score"}
         file.write_text(yaml.safe_dump(tree))
-    if digest:
-        about = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps(about | {"config_digest": digest}))
-
-
-def test_a_runs_own_files_import_nothing(settings, ran, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert main(settings) == 0
-    tamper(run)
     assert report.main([str(run)]) == 0
-    assert upload.main([str(run), "--uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 0
-    assert main([*settings, "--plan"]) == 0 and main([*settings, "--plan", f"run.resume={run}"]) == 0
-    assert main([*settings, "train.epochs=2"]) == 2
-    assert "config.yaml is not what was written" in capsys.readouterr().err
+    assert not with_upload or upload.main([str(run), "--uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 0
+    for more in (["--plan"], ["train.epochs=2"]):
+        assert main([*settings, *more]) == 2
+        assert f"reward.name: the run in {run} has '{THEIRS}:score'" in capsys.readouterr().err
     assert not ran() and THEIRS not in sys.modules
-
-
-def test_a_run_that_was_begun_with_other_code_is_refused(settings, ran, tmp_path, capsys):
-    assert main(settings) == 0
-    tamper(tmp_path / "run", digest="0" * 64)
-    assert main([*settings, "train.epochs=2"]) == 2
-    assert f"reward.name: the run in {tmp_path / 'run'} has '{THEIRS}:score'" in capsys.readouterr().err
-    assert not ran()
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet"])
 def test_prompts_are_words_whatever_they_say(settings, ran, tmp_path, kind):
     said = f"{THEIRS}:score"
-    tag = "!!python/object/apply:importlib.import_module"
-    file, rows = tmp_path / f"prompts.{kind}", {"prompt": [said, f"{tag} [{THEIRS}]"], "reward.name": [said, said]}
-    table = [{key: values[i] for key, values in rows.items()} for i in range(2)]
-    if kind == "parquet":
-        pq.write_table(pa.table(rows), file)
-    else:
-        file.write_text({
-            "txt": "\n".join(rows["prompt"]),
-            "jsonl": "\n".join(map(json.dumps, table)),
-            "json": json.dumps(table),
-            "csv": "prompt,reward.name\n" + "\n".join(f'"{row["prompt"]}",{said}' for row in table),
-        }[kind])  # fmt: skip
-    assert main([*settings, f"prompts.path={file}", "prompts.column=prompt", "--plan"]) == 0
+    file = write(tmp_path, kind, prompts=[said, f"!!python/object/apply:importlib.import_module [{THEIRS}]"])
+    assert main([*settings, f"prompts.path={file}", "--plan"]) == 0
     assert not ran() and THEIRS not in sys.modules
 
 

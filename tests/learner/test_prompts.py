@@ -12,15 +12,15 @@ from learner.prompts import read_prompts
 PROMPTS = ["a red circle, large", 'a "quoted" ring', "ein grüner Würfel"]
 
 
-def write(folder, kind: str, column: str = "prompt"):
+def write(folder, kind: str, column: str = "prompt", prompts=PROMPTS):
     file = folder / f"prompts.{kind}"
     if kind == "parquet":
-        pq.write_table(pa.table({column: PROMPTS, "id": [1, 2, 3]}), file)
+        pq.write_table(pa.table({column: prompts, "id": [1] * len(prompts)}), file)
         return file
-    objects = [{column: prompt} for prompt in PROMPTS]
-    quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS]
+    objects = [{column: prompt} for prompt in prompts]
+    quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in prompts]
     text = {
-        "txt": "# comment\n\n" + "\n".join(PROMPTS) + "\n",
+        "txt": "# comment\n\n" + "\n".join(prompts) + "\n",
         "json": json.dumps(objects, indent=1),
         "jsonl": "".join(json.dumps(row | {"id": i} if i else row) + "\n" for i, row in enumerate(objects)),
         "csv": f"id,{column}\n" + "".join(f"{i},{prompt}\n" for i, prompt in enumerate(quoted)),
@@ -42,30 +42,27 @@ def test_a_missing_column_names_those_there_are(tmp_path, kind):
         read_prompts(str(file))
 
 
-def test_json_and_jsonl_may_hold_bare_strings(tmp_path):
-    (tmp_path / "p.json").write_text('["one", "two"]')
-    assert read_prompts(str(tmp_path / "p.json")) == ["one", "two"]
-    (tmp_path / "p.jsonl").write_text('"one"\n"two"\n')
-    assert read_prompts(str(tmp_path / "p.jsonl")) == ["one", "two"]
+@pytest.mark.parametrize("text", ['["one", "two"]', '"one"\n\n"two"\n'])
+def test_json_and_jsonl_may_hold_bare_strings(text, tmp_path):
+    file = tmp_path / ("p.json" if text.startswith("[") else "p.jsonl")
+    file.write_text(text)
+    assert read_prompts(str(file)) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.txt", b"\xff\xfe bad", "not UTF-8"),
-        ("p.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
-        ("p.csv", b"prompt\n\xff\n", "not UTF-8"),
+        ("p.txt", b"\xff\xfe bad", "'utf-8' codec can't decode"),
         ("p.txt", b"# nothing\n\n", "holds no prompt"),
         ("p.csv", b"prompt\n", "holds no prompt"),
         ("p.jsonl", b"", "holds no prompt"),
         ("p.json", b"[]", "holds no prompt"),
-        ("p.json", b'["a",', "not JSON"),
+        ("p.json", b'["a",', "Expecting value: line 1"),
         ("p.json", b'{"prompt": "a"}', "a JSON dict, expected a list"),
         ("p.json", b'["a", 3]', "item 2 has no text"),
-        ("p.jsonl", b'{"prompt": "a"}\n{oops\n', "line 2 is not JSON"),
-        ("p.jsonl", b'{"prompt": 3}\n', "line 1 has no text"),
+        ("p.jsonl", b'{"prompt": "a"}\n{oops\n', "double quotes: line 2"),
+        ("p.jsonl", b'{"prompt": 3}\n', "item 1 has no text"),
         ("p.parquet", b"not parquet", "cannot read"),
-        ("p.csv", b"", "holds no prompt"),
         ("p.csv", b"prompt\na red ring, large\n", "line 2 has more or fewer values"),
         ("p.csv", b"id,prompt\n1,a\n2\n", "line 3 has more or fewer values"),
         ("p.csv", b'prompt\n"no end\n', "unexpected end of data"),
@@ -78,20 +75,19 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, said):
     assert name in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_a_missing_file_is_named():
-    with pytest.raises(ConfigError, match=r"evaluation\.prompts: cannot read .*no/such\.txt"):
-        read_prompts("/no/such.txt", key="evaluation.prompts")
+def test_parquet_holds_text_or_categories_and_no_numbers(tmp_path):
+    file = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": pa.array(["a", None, "a"]).dictionary_encode()}), file)
+    assert read_prompts(str(file)) == ["a", "a"]
+    pq.write_table(pa.table({"prompt": [1, 2]}), file)
+    with pytest.raises(ConfigError, match="item 1 has no text under 'prompt'"):
+        read_prompts(str(file))
 
 
-def test_numbers_in_a_parquet_column_are_refused(tmp_path):
-    pq.write_table(pa.table({"prompt": [1, 2]}), tmp_path / "p.parquet")
-    with pytest.raises(ConfigError, match="int64, not text"):
-        read_prompts(str(tmp_path / "p.parquet"))
-
-
-def test_a_parquet_column_of_categories_is_text(tmp_path):
-    pq.write_table(pa.table({"prompt": pa.array(["a", "b", "a"]).dictionary_encode()}), tmp_path / "p.parquet")
-    assert read_prompts(str(tmp_path / "p.parquet")) == ["a", "b", "a"]
+def test_a_list_is_read_like_a_file():
+    assert read_prompts([" a ring", "", "# no comment"]) == ["a ring", "# no comment"]
+    with pytest.raises(ConfigError, match=r"prompts\.path: the list holds no prompt"):
+        read_prompts([" "])
 
 
 @pytest.mark.parametrize(("name", "line"), [("p.txt", "a ring\u2028of fire"), ("p.jsonl", '"a ring\u2028of fire"')])
@@ -113,5 +109,5 @@ def test_a_set_is_read_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
 def test_a_set_that_is_not_there_is_said_with_the_key():
     with pytest.raises(ConfigError, match=r"evaluation\.prompts: 'hpdv2:foto' is no prompt set; there are animals"):
         read_prompts("hpdv2:foto", key="evaluation.prompts")
-    with pytest.raises(ConfigError, match=r"cannot read animal: no such file \(nor a prompt set: animals, "):
-        read_prompts("animal")
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: cannot read animal: .*\(nor a prompt set: animals, "):
+        read_prompts("animal", key="evaluation.prompts")

@@ -1,0 +1,38 @@
+"""Runs over emulated parts, for tests of what is around the learner."""
+
+from contextlib import contextmanager
+
+import pytest
+from emulated_run import SETTINGS
+
+from benchmarks import emulated
+from commands import plan
+from learner import build
+from learner.run import main
+from reports import html
+
+
+@contextmanager
+def light_parts():
+    """Settings of a run in a third of a second, over parts that compute next to nothing, while this is entered: no
+    report is drawn, and a plan is only its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "parts", lambda config, own_reward=None: emulated.parts(emulated.Emulation()))
+        patch.setattr(html, "render", lambda records, config: b"drawn")
+        patch.setattr(plan, "describe", lambda config, placement, resources, place: place)
+        yield [*SETTINGS, "run.runner=inprocess", "learner.ranks=1"]
+
+
+@pytest.fixture
+def light():
+    with light_parts() as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Three epochs, over emulated parts. Whoever changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    with light_parts() as settings:
+        assert main([*settings, f"run.dir={folder}"]) == 0
+    return folder
