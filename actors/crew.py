@@ -18,8 +18,7 @@ from actors.metrics import Metrics
 from actors.pool import Limits, Listener, Pool
 from actors.shells import RewardActor, SamplerActor
 from cluster.nodes import alive_nodes
-from cluster.placement import Placement, Share
-from cluster.readiness import Asked, ready
+from cluster.placement import Asked, Placement, Share, ready
 from cluster.session import CLOSE_SECONDS
 from learner.build import Parts
 from learner.config import Config

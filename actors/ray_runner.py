@@ -40,8 +40,7 @@ from actors.pool import PATIENCE
 from actors.rollouts import Rollouts
 from actors.shells import LearnerActor
 from cluster.nodes import alive_nodes
-from cluster.placement import counts_now, place_for
-from cluster.readiness import in_group, ready, reserve
+from cluster.placement import counts_now, in_group, place_for, ready, reserve
 from cluster.session import Session
 from cluster.waits import DeadlineExceeded, wait_any
 from diffusion.snapshot import Snapshot

@@ -37,13 +37,12 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
     except GetTimeoutError:
         limit = setting if "=" in setting else f"{setting}={seconds:g}"
         raise DeadlineExceeded(f"{what} took longer than {limit} s") from None
-    except RayTaskError as error:
-        if isinstance(error.cause, ObjectLostError):
-            raise ObjectLost(f"{what}: {_reason(error.cause)}") from error
-        raise error.cause from error
-    except ObjectLostError as error:
-        raise ObjectLost(f"{what}: {_reason(error)}") from error
     except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, ObjectLostError):
+            raise ObjectLost(f"{what}: {_reason(cause)}") from error
+        if cause is not error:
+            raise cause from error
         raise ActorDied(f"{what}: {_reason(error)}") from error
 
 

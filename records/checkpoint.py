@@ -14,19 +14,17 @@ draw is keyed by what it is for.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from diffusion.failures import RunFailure
-from records.run_folder import FORMAT
 from records.storage import Storage, StorageError
 
+FORMAT = 5  # of run.json, checkpoints and the trajectories' columns
 FOLDER, MANIFEST, LATEST = "checkpoints", "state.json", "latest"
 SEAL = "sha256"  # of the rest of the manifest
 
@@ -60,10 +58,10 @@ def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> No
         StorageError: it could not be written; those before it are untouched.
     """
     name = name_of(about["step"])
-    sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    sums = {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:
-        _link(storage.local / FOLDER / LATEST, Path(name).name)
+        _link(storage, Path(name).name)
 
 
 def steps(storage: Storage) -> list[int]:
@@ -83,10 +81,9 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
     try:
         content = storage.read(f"{name_of(step)}/{MANIFEST}")
         about = json.loads(content)
-        written_as = about["format"]
-    except (StorageError, KeyError, TypeError, ValueError) as error:
+        written_as, seal = about["format"], about.pop(SEAL, None)  # older formats have no seal
+    except (StorageError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{place} is not whole: {error}") from error
-    seal = about.pop(SEAL, None)  # older formats have none
     if (seal or written_as == FORMAT) and _sealed(about) != content:
         raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
     if written_as != FORMAT:
@@ -106,14 +103,14 @@ def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
         CheckpointError: it is torn, was changed, or is another run's.
         OtherVersion: its format is not this program's.
     """
-    name, about = name_of(step), manifest(storage, step, run_id)
+    name, about, files = name_of(step), manifest(storage, step, run_id), {}
     try:
-        files = {file: storage.read(f"{name}/{file}") for file in about["files"]}
-    except (StorageError, KeyError, TypeError) as error:
+        for file, sum_written in about["files"].items():
+            files[file] = storage.read(f"{name}/{file}")
+            if sha256(files[file]).hexdigest() != sum_written:
+                raise CheckpointError(f"{storage}/{name}/{file} is not what was written: its sha256 differs")
+    except (StorageError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{storage}/{name} is not whole: {error}") from error
-    for file, content in files.items():
-        if hashlib.sha256(content).hexdigest() != about["files"][file]:
-            raise CheckpointError(f"{storage}/{name}/{file} is not what was written: its sha256 differs")
     return Checkpoint(name, about, files)
 
 
@@ -137,10 +134,11 @@ def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> C
     return None
 
 
-def lora_folder(storage: Storage) -> str:
-    """Path or URL of the newest checkpoint's adapter, for other programs."""
-    newest = LATEST if storage.local else f"step-{steps(storage)[-1]:06d}"
-    return f"{storage}/{FOLDER}/{newest}/lora"
+def lora_folder(storage: Storage) -> str | None:
+    """Path or URL of the newest checkpoint's adapter, for other programs; None before the first checkpoint."""
+    if not (saved := steps(storage)):
+        return None
+    return f"{storage}/{FOLDER}/{LATEST if storage.local else Path(name_of(saved[-1])).name}/lora"
 
 
 def drop_after(storage: Storage, step: int) -> None:
@@ -167,16 +165,17 @@ def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Call
 
 def _sealed(about: dict[str, Any]) -> bytes:
     """A manifest as it is written: with its own sha256, so that a changed one is known like any other file."""
-    seal = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    seal = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**about, SEAL: seal}, indent=1) + "\n").encode()
 
 
-def _link(link: Path, name: str) -> None:
+def _link(storage: Storage, name: str) -> None:
     """A convenience for people; some file systems have no links, and a copied run has a folder there."""
+    link = Path(f"{storage}/{FOLDER}/{LATEST}")
     aside = link.with_name(f".{LATEST}.new")
     with contextlib.suppress(OSError):
         aside.unlink(missing_ok=True)
-        os.symlink(name, aside)
-        if link.is_dir() and not link.is_symlink():
-            shutil.rmtree(link)
+        aside.symlink_to(name)
+        if not link.is_symlink():
+            storage.remove(f"{FOLDER}/{LATEST}")
         aside.replace(link)

@@ -36,10 +36,10 @@ def take(storage: Storage) -> FileLock | None:
 
 def in_use(storage: Storage) -> bool:
     """Whether a process is writing this run."""
+    if storage.local is None or not (storage.local / FILE).exists():
+        return False
     try:
-        if storage.local and (storage.local / FILE).exists():
-            with FileLock(storage.local / FILE, blocking=False, fallback_to_soft=False):
-                pass
+        with FileLock(storage.local / FILE, blocking=False, fallback_to_soft=False):
+            return False
     except (Timeout, OSError):
         return True
-    return False

@@ -101,7 +101,7 @@ def saved_config(records: Records) -> Config:
     """
     place = f"{records.storage}/config.yaml"
     try:
-        tree = yaml.safe_load(records.settings())
+        tree = yaml.safe_load(records.storage.read("config.yaml"))
         version = tree.get("config_version") if isinstance(tree, dict) else None
         if version == CONFIG_VERSION:
             return Config.model_validate(tree)
