@@ -8,12 +8,12 @@ import secrets
 import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from diffusion.failures import RunFailure
 
 CONNECT_SECONDS = 20.0
+DEFAULT_FILE = Path("~/.ray/auth_token")  # Ray's
 OPEN = "anyone who reaches it can run code there and read the run"
 
 
@@ -22,11 +22,8 @@ class ClusterUnreachable(RunFailure, ConnectionError):
 
 
 def require_answer(address: str) -> None:
-    """Checks that the cluster is reachable and takes our token: `ray.init` would wait for minutes, without a deadline.
-
-    Raises:
-        ClusterUnreachable: no answer within CONNECT_SECONDS, or our token is refused.
-    """
+    """Checks that the cluster answers within CONNECT_SECONDS and takes our token, else raises ClusterUnreachable.
+    `ray.init` would wait for minutes, without a deadline."""
     try:
         failure = _probe(address, {})
     except subprocess.TimeoutExpired:
@@ -51,11 +48,8 @@ def takes_any_token(address: str) -> str | None:
 
 
 def _probe(address: str, changed: dict[str, str]) -> str | None:
-    """Ray's own health check: None if the cluster answers and takes the token, else the reason.
-
-    Raises:
-        subprocess.TimeoutExpired: no answer within CONNECT_SECONDS.
-    """
+    """Ray's own health check: None if the cluster answers and takes the token, else the reason. Raises TimeoutExpired
+    if there is no answer within CONNECT_SECONDS."""
     if "://" in address:
         return None
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
@@ -79,22 +73,15 @@ def faults_here() -> list[str]:
 
 
 def ensure_token() -> None:
-    """Makes the user's token file if there is none, for the user's eyes only: a cluster that demands a token cannot
-    start without one. (`ray get-auth-token --generate` makes one that others can read.)"""
-    default = Path.home() / ".ray" / "auth_token"
-    if os.environ["RAY_AUTH_MODE"].lower() != "token" or _token_file() != default or default.exists():
-        return
-    default.parent.mkdir(mode=0o700, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=default.parent)  # 0600
-    with os.fdopen(handle, "w") as stream:
-        stream.write(secrets.token_hex(32))
-    with contextlib.suppress(FileExistsError):  # another run was first: its token is the one
-        os.link(aside, default)  # whole, or not at all
-    os.unlink(aside)
+    """Makes a token for this process and those it starts, if the user has none: a Ray that demands one cannot start
+    without."""
+    file = _token_file()
+    if os.environ["RAY_AUTH_MODE"].lower() == "token" and file == DEFAULT_FILE.expanduser() and not file.exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _token_file() -> Path | None:
     """Where Ray looks for the token; None where a variable holds the token itself."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or DEFAULT_FILE).expanduser()

@@ -39,11 +39,8 @@ class Node:
 
 
 def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
-    """The nodes that Ray holds to be alive; a few milliseconds. Ray must be initialised.
-
-    Raises:
-        DeadlineExceeded: Ray's control store did not answer within `seconds`.
-    """
+    """The nodes that Ray, which must be initialised, holds to be alive: a few milliseconds. Raises DeadlineExceeded if
+    Ray's control store does not answer within `seconds`."""
     address, answers = ray.get_runtime_context().gcs_address, []
 
     def ask() -> None:
@@ -57,8 +54,8 @@ def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
     nodes = []
     for info in [*answers[0].active_nodes, *answers[0].idle_nodes]:
         has, free, labels = info.total_resources(), info.available_resources(), info.labels or {}
-        amounts = [each.get(kind, 0.0) for each in (has, free) for kind in ("CPU", "GPU")]
-        nodes.append(Node(info.ip_address, *amounts, labels=labels, id=info.node_id))
+        cpus, gpus, free_cpus, free_gpus = (each.get(kind, 0.0) for each in (has, free) for kind in ("CPU", "GPU"))
+        nodes.append(Node(info.ip_address, cpus, gpus, free_cpus, free_gpus, labels, info.node_id))
     return sorted(nodes, key=lambda node: (node.address, node.id))
 
 

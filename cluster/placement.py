@@ -79,14 +79,12 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
     learner rank takes a whole GPU, and samplers and scorers share the rest; if too few are left for that, all roles
     share all GPUs. With run.autoscale nodes may be missing: what is asked for is asked of Ray.
 
-    Raises:
-        PlacementError: no CPU at all, a role without a node, more GPUs asked for than there are or one and a part, or
-            actors that fit on no single nodes.
-    """
+    Raises a PlacementError where that cannot be: no CPU at all, a role without a node, more GPUs asked for than there
+    are or one and a part, actors that fit on no single nodes."""
     autoscale, device, trainer = config.run.autoscale, config.model.device, config.learner
     if not learner:
         trainer = trainer.model_copy(update={"ranks": 0, "gpus": None, "labels": {}})
-    roles = (config.sampler, config.reward, trainer)
+    roles: tuple[Any, ...] = (config.sampler, config.reward, trainer)
     if device == "cpu":
         nodes = [replace(node, gpus=0.0) for node in nodes]
     usable = [[node for node in nodes if node.matches(role.labels)] for role in roles]
@@ -124,25 +122,21 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
 
 
 def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> tuple[int, int]:
-    """Samplers and reward actors that a run placed by `placement` should have on the nodes that are alive now.
-
-    Those that the config counts stay if they fit; the others grow and shrink with what the learner ranks leave of the
-    nodes that they may use, each with the share that it had at the start. What does not fit is left out, lest one role
-    take the other's room: at least one of each.
-    """
+    """Samplers and reward actors that a run placed by `placement` should have on the nodes that are alive now: at least
+    one of each. Those that the config counts stay if they fit; the others grow and shrink with what the learner ranks
+    leave of the nodes that they may use. What does not fit is left out, lest one role take the other's room."""
     ranks, roles = placement.ranks, (placement.samplers, placement.scorers)
     before, after = (_left([ranks], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
 
     def grown(share: Share) -> float:
         """Its count by the change of the room for its kind."""
-        old, new = (sum(free.room(share) for free in there) for there in (before, after))
+        may_use = ([free for free in there if free.node.matches(share.labels)] for there in (before, after))
+        old, new = (sum(sum(free.devices) if share.gpus else free.cpus for free in there) for there in may_use)
         return share.count * new / old if old > 0 else share.count
 
-    samplers, scorers = config.sampler.actors, config.reward.actors
-    counts = [
-        samplers or max(1, math.ceil(grown(placement.samplers) - 1e-6)),
-        scorers or max(1, math.floor(grown(placement.scorers) + 1e-6)),
-    ]
+    samplers = config.sampler.actors or max(1, math.ceil(grown(placement.samplers) - 1e-6))
+    scorers = config.reward.actors or max(1, math.floor(grown(placement.scorers) + 1e-6))
+    counts = [samplers, scorers]
 
     def fit() -> bool:
         wanted = [replace(share, count=count) for share, count in zip(roles, counts, strict=True)]
@@ -164,10 +158,7 @@ class Asked:
 
 def reserve(placement: Placement, seconds: float) -> PlacementGroup:
     """Room for the learner ranks, on as few nodes as hold them; to be given back by `ray.util.remove_placement_group`.
-
-    Raises:
-        DeadlineExceeded: there is none within `seconds` (run.ready_seconds).
-    """
+    Raises DeadlineExceeded if there is none within `seconds` (run.ready_seconds)."""
     ranks = placement.ranks
     bundle = {"CPU": ranks.cpus} | ({"GPU": ranks.gpus} if ranks.gpus else {})
     selectors = [dict(ranks.labels)] * ranks.count if ranks.labels else None
@@ -185,12 +176,9 @@ def in_group(placement: Placement, group: PlacementGroup) -> list[dict[str, Any]
 
 
 def ready(asked: Sequence[Asked], deadline: float, limit: float) -> list[list[Any]]:
-    """The answers of all, role by role. `deadline` is of time.monotonic; `limit` is run.ready_seconds.
-
-    Raises:
-        DeadlineExceeded: not all had answered; says who is missing, what each asks for, and what the cluster has.
-        ActorDied: an actor could not start; the message has its error.
-    """
+    """The answers of all, role by role. `deadline` is of time.monotonic; `limit` is run.ready_seconds. Raises
+    DeadlineExceeded, which says who is missing, what each asks for, and what the cluster has, or ActorDied: an actor
+    could not start, and why."""
     what = "starting " + ", ".join(f"{len(calls.refs)} {calls.role}" for calls in asked)
     refs = [ref for calls in asked for ref in calls.refs]
     try:
@@ -248,11 +236,7 @@ def _part(k: int) -> float:
 
 
 def _fitting_cpu(shares: Sequence[Share], nodes: Sequence[Node], cpus: float) -> float:
-    """The largest share of a CPU, 1/k of one, with which every actor fits on a node that it may use.
-
-    Raises:
-        PlacementError: none does.
-    """
+    """The largest share of a CPU, 1/k of one, with which every actor fits on a node that it may use."""
     total = sum(share.count for share in shares)
     fewest = max(1, math.ceil(total / cpus)) if cpus else 1
     for k in range(fewest, fewest + 4 * total):
@@ -273,11 +257,6 @@ class _Free:
 
     def __init__(self, node: Node) -> None:
         self.node, self.cpus, self.devices = node, node.cpus, [1.0] * int(node.gpus)
-
-    def room(self, share: Share) -> float:
-        if not self.node.matches(share.labels):
-            return 0.0
-        return sum(self.devices) if share.gpus else self.cpus
 
     def take(self, share: Share) -> bool:
         """Put one actor here, if it fits."""

@@ -18,12 +18,8 @@ CLOSE_SECONDS = 3.0
 
 
 def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = False) -> list[Node]:
-    """Nodes that a run would have: of the cluster named by RAY_ADDRESS, which this asks, else (or with
-    `local`) of this machine, without starting anything. `warn` hears of a cluster that anyone may use.
-
-    Raises:
-        ClusterUnreachable: the cluster does not answer, or refuses our token.
-    """
+    """Nodes that a run would have: of the cluster named by RAY_ADDRESS, which this asks (raises ClusterUnreachable),
+    else, or with `local`, of this machine, without starting anything. `warn` hears of a cluster that anyone may use."""
     if not local:
         for fault in auth.faults_here():
             warn(fault)
@@ -44,14 +40,8 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
 
 class Session:
     """A connection to Ray: the cluster named by RAY_ADDRESS (set in a submitted job), else one of our own (`own`), in a
-    temporary folder of our own.
-
-    Token authentication is always on. A local cluster makes the user's token file if there is none; a remote
-    cluster must know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives.
-
-    Raises:
-        ClusterUnreachable: the cluster does not answer, or refuses our token.
-    """
+    temporary folder of our own. Token authentication is always on. Raises ClusterUnreachable if the cluster does not
+    answer, or does not know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives."""
 
     def __init__(self, cpu_threads: int) -> None:
         # Actors without a share of a GPU must not see any.
@@ -91,10 +81,7 @@ class Session:
 
 
 def _init(address: str, **options: Any) -> None:
-    """
-    Raises:
-        ClusterUnreachable: another version of Ray or Python, a port, ...
-    """
+    """Raises ClusterUnreachable: another version of Ray or Python, a port, ..."""
     # Workers have our environment by inheritance, or with the submitted job. By a runtime environment Ray's logs would
     # have it too, HF_TOKEN included.
     common = {"namespace": "tributary", "log_to_driver": False, "logging_level": logging.WARNING}

@@ -24,14 +24,8 @@ class ObjectLost(RunFailure, RuntimeError):
 
 
 def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
-    """ray.get with a deadline.
-
-    Raises:
-        DeadlineExceeded: nothing within `seconds`.
-        ActorDied: the actor that owes the answer is gone.
-        ObjectLost: what it needed for the answer is gone.
-        Exception: whatever the remote code raised, as its own type.
-    """
+    """ray.get with a deadline. Raises DeadlineExceeded, ActorDied (the actor that owes the answer is gone), ObjectLost
+    (what it needed for the answer is gone), or whatever the remote code raised, as its own type."""
     try:
         return ray.get(refs, timeout=seconds)
     except GetTimeoutError:
@@ -47,11 +41,7 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
 
 
 def put(value: Any, what: str) -> ray.ObjectRef:
-    """ray.put.
-
-    Raises:
-        ObjectLost: the object store has no room for it.
-    """
+    """ray.put. Raises ObjectLost if the object store has no room for it."""
     try:
         return ray.put(value)
     except RayError as error:

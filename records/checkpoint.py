@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -30,11 +31,7 @@ SEAL = "sha256"  # of the rest of the manifest
 
 
 class CheckpointError(RunFailure, ValueError):
-    """A checkpoint that is torn, was changed, or is of another version; the message names it and the remedy."""
-
-
-class OtherVersion(CheckpointError):
-    """A checkpoint of another format: those before it will be too."""
+    """A checkpoint that is torn, was changed, or is of another format; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +44,16 @@ class Checkpoint:
 
 
 def name_of(step: int) -> str:
-    """Its folder, in the run's."""
     return f"{FOLDER}/step-{step:06d}"
 
 
 def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links.
-
-    Raises:
-        StorageError: it could not be written; those before it are untouched.
-    """
+    """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links."""
     name = name_of(about["step"])
     sums = {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:
-        _link(storage, Path(name).name)
+        _link(storage.local / FOLDER / LATEST, Path(name).name)
 
 
 def steps(storage: Storage) -> list[int]:
@@ -71,12 +63,8 @@ def steps(storage: Storage) -> list[int]:
 
 
 def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
-    """Of one checkpoint, without reading its files.
-
-    Raises:
-        CheckpointError: it has none, a damaged or changed one, or that of another run or step.
-        OtherVersion: its format is not this program's.
-    """
+    """Of one checkpoint, without reading its files. Raises a CheckpointError where there is none, or it is damaged, was
+    changed, or is of another format, run or step."""
     place = f"{storage}/{name_of(step)}"
     try:
         content = storage.read(f"{name_of(step)}/{MANIFEST}")
@@ -87,7 +75,7 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
     if (seal or written_as == FORMAT) and _sealed(about) != content:
         raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
     if written_as != FORMAT:
-        raise OtherVersion(
+        raise CheckpointError(
             f"{place} is of format {written_as}, this Tributary reads {FORMAT}: use the version that wrote it, or "
             "start afresh with run.resume=never and another run.dir"
         )
@@ -98,11 +86,7 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
 
 
 def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
-    """
-    Raises:
-        CheckpointError: it is torn, was changed, or is another run's.
-        OtherVersion: its format is not this program's.
-    """
+    """With all its files. Raises a CheckpointError as `manifest` does, and where a file is missing or was changed."""
     name, about, files = name_of(step), manifest(storage, step, run_id), {}
     try:
         for file, sum_written in about["files"].items():
@@ -115,17 +99,12 @@ def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
 
 
 def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint; `warn` hears of each that is passed over.
-
-    Raises:
-        CheckpointError: there are some, but none is whole, or the newest whole one is of another version.
-    """
+    """The newest whole checkpoint; `warn` hears of each that is passed over. Raises a CheckpointError if there are
+    some, but none is whole."""
     fault: CheckpointError | None = None
     for step in reversed(steps(storage)):
         try:
             return load(storage, step, run_id)
-        except OtherVersion:
-            raise
         except CheckpointError as error:
             fault = error
             warn(f"{error}; trying the one before it")
@@ -134,11 +113,9 @@ def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> C
     return None
 
 
-def lora_folder(storage: Storage) -> str | None:
-    """Path or URL of the newest checkpoint's adapter, for other programs; None before the first checkpoint."""
-    if not (saved := steps(storage)):
-        return None
-    return f"{storage}/{FOLDER}/{LATEST if storage.local else Path(name_of(saved[-1])).name}/lora"
+def lora_folder(storage: Storage) -> str:
+    """Path or URL of the newest checkpoint's adapter, for other programs."""
+    return f"{storage}/{FOLDER}/{LATEST}/lora" if storage.local else f"{storage}/{name_of(steps(storage)[-1])}/lora"
 
 
 def drop_after(storage: Storage, step: int) -> None:
@@ -151,11 +128,7 @@ def drop_after(storage: Storage, step: int) -> None:
 def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
     """Remove all but the newest `keep` checkpoints and the steps in `always`; keep 0 keeps all. The newest whole one
     stays in any case: it is read back before anything goes, and `warn` hears of newer ones that are not as written.
-
-    Raises:
-        StorageError: one could not be removed.
-        CheckpointError: none is whole, so none is removed.
-    """
+    Raises a CheckpointError if none is whole: then none is removed."""
     spare = [step for step in steps(storage)[:-keep] if step not in always] if keep else []
     newest = load_newest(storage, run_id, warn) if spare else None
     for step in spare:
@@ -169,13 +142,12 @@ def _sealed(about: dict[str, Any]) -> bytes:
     return (json.dumps({**about, SEAL: seal}, indent=1) + "\n").encode()
 
 
-def _link(storage: Storage, name: str) -> None:
+def _link(link: Path, name: str) -> None:
     """A convenience for people; some file systems have no links, and a copied run has a folder there."""
-    link = Path(f"{storage}/{FOLDER}/{LATEST}")
     aside = link.with_name(f".{LATEST}.new")
     with contextlib.suppress(OSError):
         aside.unlink(missing_ok=True)
         aside.symlink_to(name)
-        if not link.is_symlink():
-            storage.remove(f"{FOLDER}/{LATEST}")
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
         aside.replace(link)

@@ -36,22 +36,11 @@ class Heartbeat:
         self._vitals: Callable[[], dict[str, Any]] = dict  # of the runner, once it runs
         self._storage = storage
         self._seconds = SECONDS if storage.local else OBJECT_STORE_SECONDS
-        self._facts: dict[str, Any] = {
-            "state": "starting",
-            "reason": None,
-            "process": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.time(),
-            "epochs": epochs,
-            "mlflow": without_passwords(mlflow_uri) if mlflow_uri else None,
-            "doing": "starting",
-            "done": 0,
-            "total": 0,
-            "events": 0,
-            "last_events": [],
-            "quiet_seconds": max(quiet_seconds, QUIET * self._seconds),
-        }
-        self._write()
+        identity = {"process": os.getpid(), "host": socket.gethostname(), "since": time.time(), "epochs": epochs}
+        progress = {"doing": "starting", "done": 0, "total": 0, "events": 0, "last_events": []}
+        self._facts: dict[str, Any] = {"state": "starting", "reason": None, **identity, **progress}
+        uri, quiet = without_passwords(mlflow_uri) if mlflow_uri else None, max(quiet_seconds, QUIET * self._seconds)
+        self._write(mlflow=uri, quiet_seconds=quiet)
 
     def running(self, vitals: Callable[[], dict[str, Any]], turns: bool) -> None:
         """The run has started. With `turns`, `turn` is called all the time."""
@@ -92,11 +81,7 @@ class Heartbeat:
 
 def look(storage: Storage, now: float) -> dict[str, Any]:
     """The run's state at time `now` (seconds since 1970), with all that a program may want to know; what is not known
-    is None.
-
-    Raises:
-        StorageError: there is no run, it cannot be read, or a file is damaged.
-    """
+    is None. Raises a StorageError where there is no run, or a file is damaged."""
     about = storage.read_json(RUN, "name")
     lines = storage.read_json_lines(METRICS, "epoch", "seconds")
     signs = "state", "process", "host", "since", "time", "quiet_seconds"

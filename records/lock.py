@@ -13,11 +13,7 @@ FILE = "run.lock"  # names the process that last wrote the run
 
 
 def take(storage: Storage) -> FileLock | None:
-    """Lock the run in a local folder, which is made if need be.
-
-    Raises:
-        StorageError: another process has it, or the folder cannot be written.
-    """
+    """Lock the run in a local folder, which is made if need be. Raises a StorageError if another process has it."""
     if storage.local is None:
         return None
     path = storage.local / FILE

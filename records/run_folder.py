@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -66,27 +67,22 @@ IMAGES = pa.schema(
 )
 
 
+@dataclass
 class Records:
     """The files of one run."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.about: dict[str, Any] = {}  # run.json
-        self.lines: list[dict[str, Any]] = []  # metrics.jsonl
+    storage: Storage
+    about: dict[str, Any]  # run.json
+    lines: list[dict[str, Any]]  # metrics.jsonl
 
     @classmethod
     def create(
         cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any], whole: bool = True
     ) -> Records:
         """Begin a run here: `settings` become config.yaml, `facts` (config_digest, prompts_sha256 ...) go to run.json.
-        If it is not `whole` yet, the first `note` writes run.json: until then there is no run here.
-
-        Raises:
-            StorageError: the folder cannot be made or written.
-        """
-        records = cls(storage)
+        If it is not `whole` yet, the first `note` writes run.json: until then there is no run here."""
         identity = {"format": FORMAT, "run_id": uuid.uuid4().hex, "name": name}
-        records.about = {**identity, "created": time.time(), "finished": False, **facts}
+        records = cls(storage, {**identity, "created": time.time(), "finished": False, **facts}, [])
         storage.write(CONFIG, settings)
         if whole:
             records.note()
@@ -94,15 +90,8 @@ class Records:
 
     @classmethod
     def open(cls, storage: Storage) -> Records:
-        """A run that is here already.
-
-        Raises:
-            StorageError: there is none, or a file is damaged.
-        """
-        records = cls(storage)
-        records.about = storage.read_json(RUN, *NEEDED)
-        records.lines = storage.read_json_lines(METRICS, "epoch")
-        return records
+        """A run that is here already. Raises a StorageError where there is none, or a file is damaged."""
+        return cls(storage, storage.read_json(RUN, *NEEDED), storage.read_json_lines(METRICS, "epoch"))
 
     @property
     def run_id(self) -> str:

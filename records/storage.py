@@ -1,10 +1,8 @@
 """Where a run's files live: a local or mounted folder, or any fsspec URL (s3://, gs://, ...). Only the driver writes.
 
-A reader never sees half a file: locally it is written aside, synced and renamed; an object store's put is atomic.
-A folder is written in one piece too: locally aside and renamed; on an object store its last file (the manifest, which
-`records/checkpoint.py` writes last) says that it is whole.
-
-Names may come from files that someone else wrote (a checkpoint's manifest), so none leads out of the root.
+A reader never sees half a file or folder: locally it is written aside, synced and renamed. An object store's put is
+atomic, and a folder's last file (the manifest of `records/checkpoint.py`) says that it is whole. Names may come from
+files that someone else wrote (that manifest), so none leads out of the root.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import operator
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,10 +35,6 @@ class Storage:
     through a link."""
 
     def __init__(self, url: str) -> None:
-        """
-        Raises:
-            StorageError: no such protocol here.
-        """
         try:
             # No listings cache: the mirror reads what another process, the driver, is writing.
             self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -47,8 +42,7 @@ class Storage:
             raise StorageError(f"cannot open {url}: {error}") from error
         self.local = Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
 
-    def __str__(self) -> str:
-        """The absolute path or URL: what a log says."""
+    def __str__(self) -> str:  # the absolute path or URL
         return str(self.local) if self.local else self._fs.unstrip_protocol(self._root)
 
     def write(self, name: str, content: bytes) -> None:
@@ -99,12 +93,11 @@ class Storage:
 
     def read_json(self, name: str, *keys: str) -> dict[str, Any]:
         """An object that has these keys."""
-        return self._object(name, self.read(name), keys)
+        return self._objects(name, [self.read(name)], keys)[0]
 
     def read_json_lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
         """Objects that have these keys, one a line; none where there is no such file."""
-        lines = self.read(name).splitlines() if self.exists(name) else []
-        return [self._object(name, line, keys) for line in lines]
+        return self._objects(name, self.read(name).splitlines() if self.exists(name) else [], keys)
 
     def exists(self, name: str) -> bool:
         with self._errors("look for", name):
@@ -117,21 +110,20 @@ class Storage:
                 paths = self._fs.ls(self._path(name), detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        names = (os.path.basename(path.rstrip("/")) for path in paths)
         return sorted(entry for entry in names if not entry.startswith("."))
 
     def remove(self, name: str) -> None:
         """A file or a folder with all in it; nothing happens where there is none."""
         with self._errors("remove", name):
             path = self._path(name, followed=False)
-            if self.local is None:
-                if self._fs.exists(path):
-                    self._fs.rm(path, recursive=True)
-                return
-            gone = _beside(path, GONE)
-            _delete(gone)
-            with contextlib.suppress(FileNotFoundError):  # away at once: a reader never sees half a folder
-                _delete(Path(path).rename(gone))
+            if self.local:
+                gone = _beside(path, GONE)
+                _delete(gone)
+                with contextlib.suppress(FileNotFoundError):  # away at once: a reader never sees half a folder
+                    _delete(Path(path).rename(gone))
+            elif self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
 
     def tidy(self) -> None:
         """Remove what a killed writer left half written or half removed. For the one process that may write here."""
@@ -149,15 +141,15 @@ class Storage:
             raise StorageError(f"{path} is a link that leads out of {self}: put the files themselves there")
         return path
 
-    def _object(self, name: str, text: bytes, keys: tuple[str, ...]) -> dict[str, Any]:
+    def _objects(self, name: str, texts: list[bytes], keys: tuple[str, ...]) -> list[dict[str, Any]]:
         try:
-            content = json.loads(text)
-            for key in keys:
-                content[key]
+            objects = [json.loads(text) for text in texts]
+            for item in objects:
+                operator.itemgetter(*keys)(item)
         except (ValueError, LookupError, TypeError) as error:
             fault = f"it has no {error}" if isinstance(error, KeyError) else error
             raise StorageError(f"{name} in {self} is damaged, or of another Tributary: {fault}") from error
-        return content
+        return objects
 
     @contextlib.contextmanager
     def _errors(self, verb: str, name: str) -> Iterator[None]:

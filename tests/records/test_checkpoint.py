@@ -5,7 +5,7 @@ from hashlib import sha256
 import pytest
 
 from records import checkpoint
-from records.checkpoint import CheckpointError, OtherVersion
+from records.checkpoint import CheckpointError
 from records.storage import Storage
 
 FILES = {"learner.pt": b"weights", "lora/kohya.safetensors": b"adapter"}
@@ -130,11 +130,13 @@ def test_none_whole_is_an_error_not_a_fresh_start(storage):
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_another_version_is_said_not_passed_over(storage, sealed):
-    about = {**json.loads(storage.read(f"{NEWEST}/state.json")), "format": 99}
-    del about["sha256"]
-    storage.write(f"{NEWEST}/state.json", checkpoint._sealed(about) if sealed else json.dumps(about).encode())
-    with pytest.raises(OtherVersion, match="format 99"):
+def test_checkpoints_of_another_format_are_said(storage, sealed):
+    for step in (0, 2, 4):
+        name = f"checkpoints/step-{step:06d}/state.json"
+        about = {**json.loads(storage.read(name)), "format": 4}
+        del about["sha256"]
+        storage.write(name, checkpoint._sealed(about) if sealed else json.dumps(about).encode())
+    with pytest.raises(CheckpointError, match="is of format 4, this Tributary reads 5: use the version that wrote it"):
         newest(storage)
 
 

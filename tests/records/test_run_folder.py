@@ -91,7 +91,6 @@ def test_an_unwritable_directory_is_named(tmp_path):
         Records.create(Storage(str(tmp_path / "file" / "run")), "run", b"", FACTS)
 
 
-@pytest.mark.long
 def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
     terms = [{"name": "shapes_alignment", "weight": 2.0}, {"name": "jpeg_compressibility", "weight": 0.1}]
     settings = [
