@@ -62,7 +62,7 @@ def sweep() -> None:
                 os.close(lock)
 
 
-def end_processes(path: Path, grace: float = GRACE_SECONDS) -> None:
+def end_processes(path: Path, grace: float) -> None:
     """Those that work for the folder's owner, if any is left after `grace` seconds."""
     working = []
     for process in psutil.process_iter():
@@ -77,7 +77,7 @@ def end_processes(path: Path, grace: float = GRACE_SECONDS) -> None:
 
 
 def _remove(path: Path) -> None:
-    end_processes(path)
+    end_processes(path, GRACE_SECONDS)
     shutil.rmtree(path, ignore_errors=True)
 
 
