@@ -113,9 +113,8 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
     ]
     shares = [
         Share(count, 0.0, each, role.labels, () if each else _last(theirs))
-        for count, each, role, theirs in zip(counts, _gpus(counts, asked, gpus), roles, usable, strict=True)
+        for count, each, role, theirs in zip(counts, _gpus(counts, asked, gpus, autoscale), roles, usable, strict=True)
     ]
-    _check_gpus(shares, math.inf if autoscale else gpus)
     cpu = _share(cpus, sum(counts)) if autoscale else _fitting_cpu(shares, nodes, cpus)
     sampler, scorer, rank = (replace(share, cpus=cpu) for share in shares)
     return Placement(sampler, scorer, rank, tuple(nodes))
@@ -201,7 +200,7 @@ def _last(nodes: Sequence[Node]) -> tuple[str, ...]:
     return with_gpus if len(with_gpus) < len(nodes) else ()
 
 
-def _gpus(counts: Sequence[int], asked: Sequence[float | None], gpus: int) -> list[float]:
+def _gpus(counts: Sequence[int], asked: Sequence[float | None], gpus: int, autoscale: bool) -> list[float]:
     """GPUs of an actor of each role: what was asked for, and fair shares of what that leaves."""
     shares, ranks = list(asked), counts[2]
     left = gpus - sum(count * (share or 0.0) for count, share in zip(counts, asked, strict=True))
@@ -209,20 +208,18 @@ def _gpus(counts: Sequence[int], asked: Sequence[float | None], gpus: int) -> li
         shares[2], left = 1.0, left - ranks
     sharing = sum(count for count, share in zip(counts, shares, strict=True) if share is None)
     fair = _share(left, sharing) if sharing and left > 0 else 0.0
-    return [fair if share is None else share for share in shares]
-
-
-def _check_gpus(shares: Sequence[Share], gpus: float) -> None:
-    asked = sum(share.count * share.gpus for share in shares)
-    if asked > gpus + 1e-6:
-        terms = " + ".join(f"{share.count} x {share.gpus:g}" for share in shares)
+    each = [fair if share is None else share for share in shares]
+    terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
+    total = sum(count * share for count, share in zip(counts, each, strict=True))
+    if total > gpus + 1e-6 and not autoscale:
         raise PlacementError(
-            f"sampler.gpus, reward.gpus, learner.gpus: {terms} = {asked:g} GPUs asked for, the cluster has {gpus:g}"
+            f"sampler.gpus, reward.gpus, learner.gpus: {terms} = {total:g} GPUs asked for, the cluster has {gpus}"
             + ("" if gpus else " (or model.device is cpu)")
         )
-    for role, share in zip(ROLES, shares, strict=True):
-        if share.gpus > 1 and share.gpus % 1:
-            raise PlacementError(f"{role}.gpus: {share.gpus:g} is neither a whole number of GPUs nor a part of one")
+    for role, share in zip(ROLES, each, strict=True):
+        if share > 1 and share % 1:
+            raise PlacementError(f"{role}.gpus: {share:g} is neither a whole number of GPUs nor a part of one")
+    return each
 
 
 def _share(amount: float, among: int) -> float:

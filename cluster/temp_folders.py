@@ -1,7 +1,7 @@
 """Temporary folders that are removed with their process: at its end, or, if it was killed, when the next one starts.
 
-A folder's owner holds a lock on it, which the kernel releases with the process. Processes that work for the owner have
-the folder's name in their environment, so that only those are ended with it.
+The owner holds a lock on its folder, which the kernel releases with the process. Processes that work for the owner have
+the folder's name in their environment, and end with it.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def test_what_cannot_be_placed_is_refused(counts, nodes, gpus, said):
 
 def test_a_gpu_model_without_gpus_is_refused():
     with pytest.raises(PlacementError, match="cuda was asked for"):
-        place_for(load_config(overrides=["model.device=cuda"]), machine(2.0))
-    assert total(place_for(load_config(overrides=["model.device=cpu"]), machine(2.0, 8.0)), "gpus") == 0
+        place(None, machine(2.0), "model.device=cuda")
+    assert total(place(None, machine(2.0, 8.0), "model.device=cpu"), "gpus") == 0
 
 
 def test_a_share_fits_on_single_nodes():
@@ -125,14 +125,13 @@ def test_a_share_fits_on_single_nodes():
     assert place((1, 1, 1), halves).samplers.cpus <= 0.5
 
 
+KINDS = {"a100": [1], "!a100": [2, 3], "in(a100,cpu)": [1, 2], "!in(a100,cpu)": [3], "a10": []}
+
+
 @pytest.mark.parametrize(
     ("selector", "meant"),
     [
-        ({"kind": "a100"}, [1]),
-        ({"kind": "!a100"}, [2, 3]),
-        ({"kind": "in(a100,cpu)"}, [1, 2]),
-        ({"kind": "!in(a100,cpu)"}, [3]),
-        ({"kind": "a10"}, []),
+        *(({"kind": kind}, meant) for kind, meant in KINDS.items()),
         ({"kind": "a100", "market": "spot"}, []),
         ({}, [1, 2, 3]),
     ],
@@ -142,23 +141,20 @@ def test_labels_mean_what_they_mean_to_ray(selector, meant):
     assert [i for i, node in enumerate(nodes, 1) if node.matches(selector)] == meant
 
 
-def test_a_label_that_no_node_has_is_said_at_once_unless_nodes_will_come(small_config):
-    nodes = several((4.0, 0.0, {"kind": "cpu"}))
-    config = small_config('sampler.labels={kind: "in(a100, h100)"}')
+def test_a_label_that_no_node_has_is_said_at_once_unless_nodes_will_come():
+    nodes, labels = several((4.0, 0.0, {"kind": "cpu"})), ({"kind": "in(a100, h100)"}, {}, {})
     with pytest.raises(PlacementError) as caught:
-        place_for(config, nodes)
+        place(None, nodes, labels=labels)
     assert "sampler.labels: no node has {'kind': 'in(a100,h100)'}" in str(caught.value)
     assert "node 10.0.0.1: 4 CPU" in str(caught.value) and "labels {'kind': 'cpu'}" in str(caught.value)
-    coming = small_config('sampler.labels={kind: "in(a100, h100)"}', "run.autoscale=true", "sampler.gpus=1")
-    placement = place_for(coming, nodes)
-    assert placement.samplers.gpus == 1
-    assert placement.samplers.spread["label_selector"] == {"kind": "in(a100,h100)"}
+    coming = place(None, nodes, "run.autoscale=true", gpus=(1, None, None), labels=labels).samplers
+    assert coming.gpus == 1 and coming.spread["label_selector"] == {"kind": "in(a100,h100)"}
 
 
 @pytest.mark.parametrize("wrong", ["in()", "!!a", "in(a", "-a", "a b"])
-def test_what_is_no_label_selector_is_refused(wrong, small_config):
+def test_what_is_no_label_selector_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"reward\.labels: .*expected a node label's value as VALUE, !VALUE, in"):
-        small_config(f'reward.labels={{kind: "{wrong}"}}')
+        place(None, [], labels=({}, {"kind": wrong}, {}))
 
 
 def test_samplers_on_nodes_without_gpus_get_none():
@@ -180,33 +176,33 @@ AUTOMATIC = ("learner.ranks=1", "sampler.actors=null", "reward.actors=null")
 CPU_NODES = several((2.0, 0.0, {}), (2.0, 0.0, {}), (2.0, 0.0, {}))
 
 
-def test_automatic_counts_follow_the_nodes_and_given_ones_stay_while_they_fit(small_config):
-    config = small_config(*AUTOMATIC)
+def test_automatic_counts_follow_the_nodes_and_given_ones_stay_while_they_fit():
+    config = load_config(overrides=AUTOMATIC)
     start = place_for(config, CPU_NODES)
     assert (start.samplers.count, start.scorers.count) == counts_now(config, start, CPU_NODES) == (3, 1)
     assert counts_now(config, start, CPU_NODES[:2]) == (2, 1)
     assert counts_now(config, start, CPU_NODES[:1]) == (1, 1)
     assert counts_now(config, start, [*CPU_NODES, *several((1.0, 0.0, {}))]) == (4, 1)
     assert counts_now(config, start, [*CPU_NODES, *CPU_NODES]) == (7, 2)
-    fixed = small_config(*AUTOMATIC, "sampler.actors=3")
+    fixed = load_config(overrides=[*AUTOMATIC, "sampler.actors=3"])
     start = place_for(fixed, CPU_NODES)
     assert counts_now(fixed, start, [*CPU_NODES, *CPU_NODES]) == (3, 2)
     assert counts_now(fixed, start, CPU_NODES[:1]) == (1, 1)  # or one role would starve the other
     assert counts_now(fixed, start, []) == (1, 1)
 
 
-def test_a_node_that_the_samplers_may_not_use_changes_nothing(small_config):
+def test_a_node_that_the_samplers_may_not_use_changes_nothing():
     nodes = several((4.0, 0.0, {"kind": "learner"}), (4.0, 0.0, {"kind": "sampler"}))
     labels = ("learner.labels={kind: learner}", "sampler.labels={kind: sampler}", "reward.labels={kind: sampler}")
-    config = small_config(*AUTOMATIC, *labels)
+    config = load_config(overrides=[*AUTOMATIC, *labels])
     start = place_for(config, nodes)
     assert counts_now(config, start, [*nodes, *several((8.0, 0.0, {"kind": "learner"}))]) == (start.samplers.count, 2)
     assert counts_now(config, start, [*nodes, *several((4.0, 0.0, {"kind": "sampler"}))])[0] > start.samplers.count
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
-def test_joined_gpus_are_used_and_never_more_than_there_are(small_config, gpus):
-    config = small_config(*AUTOMATIC, "model.device=auto")
+def test_joined_gpus_are_used_and_never_more_than_there_are(gpus):
+    config = load_config(overrides=[*AUTOMATIC, "model.device=auto"])
     nodes = several((32.0, 4.0, {}))
     start = place_for(config, nodes)
     more = [*nodes, *several((32.0, float(gpus), {}))]

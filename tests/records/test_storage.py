@@ -29,16 +29,14 @@ def test_files_and_folders_come_back(storage):
 
 
 def test_what_is_not_there_or_damaged_is_named(storage):
-    with pytest.raises(StorageError, match=r"cannot read missing\.txt in .*run"):
-        storage.read("missing.txt")
-    with pytest.raises(StorageError, match="nosuch"):
-        Storage("nosuch://bucket/run")
+    refused(storage.read, "missing.txt", said=r"cannot read missing\.txt in .*run")
+    refused(Storage, "nosuch://bucket/run", said="nosuch")
     storage.write("lines", b'{"a": 1}\n{"a": 2}\n')
     assert storage.read_json_lines("lines", "a") == [{"a": 1}, {"a": 2}] and storage.read_json_lines("none", "a") == []
     for content, said in ((b"{", "Expecting"), (b"3", "not subscriptable"), (b"[]", "indices"), (b"{}", "no 'a'")):
         storage.write("lines", content)
-        with pytest.raises(StorageError, match=rf"lines in .*run is damaged, or of another Tributary: .*{said}"):
-            storage.read_json_lines("lines", "a")
+        said = rf"lines in .*run is damaged, or of another Tributary: .*{said}"
+        refused(storage.read_json_lines, "lines", "a", said=said)
 
 
 def test_the_name_for_a_log_is_absolute(tmp_path, monkeypatch):
@@ -78,10 +76,14 @@ def test_whatever_an_object_store_raises_is_a_storage_error(tmp_path, monkeypatc
 
     for name in ("pipe_file", "cat_file", "exists", "ls"):
         monkeypatch.setattr(storage._fs, name, fails)
-    calls = (lambda: storage.write("a", b""), lambda: storage.read("a"), lambda: storage.exists("a"), storage.entries)
-    for call in calls:
-        with pytest.raises(StorageError, match="LookupError: unable to locate"):
-            call()
+    calls = ((storage.write, b""), (storage.read,), (storage.exists,), (storage.entries,))
+    for call, *content in calls:
+        refused(call, "a", *content, said="LookupError: unable to locate")
+
+
+def refused(call, *arguments, said="leads out of the folder"):
+    with pytest.raises(StorageError, match=said):
+        call(*arguments)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", "a\0b"])
@@ -89,17 +91,13 @@ def test_no_name_leads_out(storage, name):
     outside = Storage(str(storage).removesuffix("/run"))
     outside.write("secret", b"secret")
     storage.write("a/file", b"")
-    for call in (
-        lambda: storage.read(name),
-        lambda: storage.exists(name),
-        lambda: storage.entries(name),
-        lambda: storage.write(name, b"changed"),
-        lambda: storage.write_folder(name, {}),
-        lambda: storage.write_folder("folder", {name: b"changed"}),
-        lambda: storage.remove(name),
-    ):
-        with pytest.raises(StorageError, match="leads out of the folder"):
-            call()
+    refused(storage.read, name)
+    refused(storage.exists, name)
+    refused(storage.entries, name)
+    refused(storage.write, name, b"changed")
+    refused(storage.write_folder, name, {})
+    refused(storage.write_folder, "folder", {name: b"changed"})
+    refused(storage.remove, name)
     assert outside.read("secret") == b"secret" and storage.exists("a/file") and not storage.exists("folder")
 
 
@@ -110,16 +108,13 @@ def test_no_link_leads_out(tmp_path):
     (tmp_path / "secrets/one").write_bytes(b"secret")
     (tmp_path / "run/folder").symlink_to(tmp_path / "secrets")
     (tmp_path / "run/one").symlink_to(tmp_path / "secrets/one")
-    for call in (
-        lambda: storage.read("one"),
-        lambda: storage.read("folder/one"),
-        lambda: storage.entries("folder"),
-        lambda: storage.write("folder/two", b""),
-        lambda: storage.write_folder("folder/two", {"x": b""}),
-        lambda: storage.remove("folder/one"),
-    ):
-        with pytest.raises(StorageError, match=r"a link that leads out of .*run: put the files themselves there"):
-            call()
+    said = r"a link that leads out of .*run: put the files themselves there"
+    refused(storage.read, "one", said=said)
+    refused(storage.read, "folder/one", said=said)
+    refused(storage.entries, "folder", said=said)
+    refused(storage.write, "folder/two", b"", said=said)
+    refused(storage.write_folder, "folder/two", {"x": b""}, said=said)
+    refused(storage.remove, "folder/one", said=said)
     storage.write("one", b"own")  # a link is replaced
     storage.remove("folder")
     assert storage.read("one") == b"own" and storage.entries() == ["file", "one"]
