@@ -48,10 +48,8 @@ def test_a_run_reads_back_as_written(records):
     records.append({"epoch": 0, "loss": 1.5, "updates": [{"loss": float("inf")}]})
     records.note(mlflow_run_id="m")
     again = Records.open(records.storage)
-    assert again.lines == [
-        {"epoch": -1, "loss": None, "updates": []},
-        {"epoch": 0, "loss": 1.5, "updates": [{"loss": None}]},
-    ]
+    before = {"epoch": -1, "loss": None, "updates": []}
+    assert again.lines == [before, {"epoch": 0, "loss": 1.5, "updates": [{"loss": None}]}]
     assert again.run_id == records.run_id and again.about["mlflow_run_id"] == "m"
     text = records.storage.read("metrics.jsonl").decode()
     assert [json.loads(line)["epoch"] for line in text.splitlines()] == [-1, 0]
