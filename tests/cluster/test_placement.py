@@ -189,6 +189,8 @@ def test_automatic_counts_follow_the_nodes_and_given_ones_stay_while_they_fit():
     assert counts_now(fixed, start, [*CPU_NODES, *CPU_NODES]) == (3, 2)
     assert counts_now(fixed, start, CPU_NODES[:1]) == (1, 1)  # or one role would starve the other
     assert counts_now(fixed, start, []) == (1, 1)
+    both = load_config(overrides=[*AUTOMATIC, "sampler.actors=3", "reward.actors=2"])
+    assert counts_now(both, place_for(both, CPU_NODES), CPU_NODES[:2]) == (1, 2)  # no more goes than must
 
 
 def test_a_node_that_the_samplers_may_not_use_changes_nothing():
