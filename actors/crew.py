@@ -13,8 +13,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.metrics import Metrics
 from cluster.nodes import alive_nodes
-from cluster.placement import place_for
-from cluster.readiness import reserve
+from cluster.placement import place_for, reserve
 from cluster.session import CLOSE_SECONDS, Session
 from learner.config import Config
 

@@ -13,7 +13,7 @@ import ray
 from actors.crew import Crew
 from actors.pool import PING_SECONDS, Probes
 from actors.shells import Build, LearnerActor, ScoredRefs
-from cluster.readiness import in_group
+from cluster.placement import in_group
 from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get, put
 from diffusion.snapshot import Snapshot
 from learner.process_group import GroupBroken

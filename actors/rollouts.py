@@ -20,7 +20,7 @@ import ray
 from actors.crew import Crew
 from actors.pool import Pool
 from actors.shells import RewardActor, SamplerActor
-from cluster.readiness import Asked, ready
+from cluster.placement import Asked, ready
 from cluster.waits import ObjectLost, get, put, wait_any
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
@@ -64,7 +64,7 @@ class Rollouts:
 
     def await_ready(self, deadline: float, latent: tuple[int, int, int] | None = None) -> None:
         """Until all actors are up. Given the shape of a latent, then finds how many images at once every reward actor's
-        share of its free GPU memory holds. Raises DeadlineExceeded and ActorDied, as cluster.readiness.ready does."""
+        share of its free GPU memory holds. Raises DeadlineExceeded and ActorDied, as cluster.placement.ready does."""
         self._answers("ready", deadline, ["sampler", "scorer"])
         if latent is not None:
             share = min(1.0, self.shares["scorer"].gpus or 1.0)

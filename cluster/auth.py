@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from diffusion.failures import RunFailure
 
 CONNECT_SECONDS = 20.0
+DEFAULT_FILE = Path("~/.ray/auth_token")  # Ray's
 OPEN = "anyone who reaches it can run code there and read the run"
 
 
@@ -21,51 +20,35 @@ class ClusterUnreachable(RunFailure, ConnectionError):
     """A Ray cluster that does not answer, or refuses us."""
 
 
-def require_answer(address: str) -> None:
-    """Checks that the cluster is reachable and takes our token: `ray.init` would wait for minutes, without a deadline.
-
-    Raises:
-        ClusterUnreachable: no answer within CONNECT_SECONDS, or our token is refused.
-    """
+def require_answer(address: str, **changed: str) -> None:
+    """Checks by Ray's own health check that the cluster answers within CONNECT_SECONDS and takes our token, else raises
+    ClusterUnreachable. `ray.init` would wait for minutes, without a deadline. `changed`: in the environment."""
+    if "://" in address:
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
+    environment = os.environ | changed
     try:
-        failure = _probe(address, dict(os.environ))
+        check = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         raise ClusterUnreachable(
             f"RAY_ADDRESS: no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s; start one, or unset it to "
             "use this machine"
         ) from None
-    if failure:
-        raise ClusterUnreachable(f"RAY_ADDRESS: the Ray cluster at {address} refuses us: {failure}")
+    if check.returncode:
+        reason = (check.stderr.strip().splitlines() or ["it is not healthy"])[-1]
+        raise ClusterUnreachable(f"RAY_ADDRESS: the Ray cluster at {address} refuses us: {reason}")
 
 
 def takes_any_token(address: str) -> str | None:
     """Checks that the cluster refuses a token made up on the spot: what is wrong if it does not."""
     if "://" in address:
         return None
-    ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"}
-    try:
-        if _probe(address, ours | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
-            return None
-    except subprocess.TimeoutExpired:
-        return None
-    return (
-        f"the Ray cluster at {address} takes any token: {OPEN}; start it with RAY_AUTH_MODE=token on every node "
-        "(docs/operations.md)"
-    )
-
-
-def _probe(address: str, environment: dict[str, str]) -> str | None:
-    """Ray's own health check: None if the cluster answers and takes the token, else the reason.
-
-    Raises:
-        subprocess.TimeoutExpired: no answer within CONNECT_SECONDS.
-    """
-    if "://" in address:
-        return None
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    command += [] if address == "auto" else ["--address", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, env=environment)
-    return (done.stderr.strip().splitlines() or ["it is not healthy"])[-1] if done.returncode else None
+    with contextlib.suppress(ClusterUnreachable):
+        require_answer(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_AUTH_TOKEN_PATH="")
+        remedy = "start it with RAY_AUTH_MODE=token on every node (docs/operations.md)"
+        return f"the Ray cluster at {address} takes any token: {OPEN}; {remedy}"
+    return None
 
 
 def faults_here() -> list[str]:
@@ -74,30 +57,21 @@ def faults_here() -> list[str]:
     if mode.lower() != "token":
         return [f"RAY_AUTH_MODE={mode}: a Ray started here takes no token, and {OPEN}; unset it, or say token"]
     file = _token_file()
-    try:
-        open_to_others = stat.S_IMODE(file.stat().st_mode) & 0o077 if file else 0
-    except OSError:  # Ray will say so
-        return []
-    return [f"{file}: others can read the token in it; chmod 600 {file}"] if open_to_others else []
+    if file and os.path.exists(file) and file.stat().st_mode & 0o077:
+        return [f"{file}: others can read the token in it; chmod 600 {file}"]
+    return []
 
 
 def ensure_token() -> None:
-    """Makes the user's token file if there is none, for the user's eyes only: a cluster that demands a token cannot
-    start without one. (`ray get-auth-token --generate` makes one that others can read.)"""
-    default = Path.home() / ".ray" / "auth_token"
-    if os.environ["RAY_AUTH_MODE"].lower() != "token" or _token_file() != default or default.exists():
-        return
-    default.parent.mkdir(mode=0o700, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=default.parent)  # 0600
-    with os.fdopen(handle, "w") as stream:
-        stream.write(secrets.token_hex(32))
-    with contextlib.suppress(FileExistsError):  # another run was first: its token is the one
-        os.link(aside, default)  # whole, or not at all
-    os.unlink(aside)
+    """Makes a token for this process and those it starts, if the user has none: a Ray that demands one cannot start
+    without."""
+    file = _token_file()
+    if os.environ["RAY_AUTH_MODE"].lower() == "token" and file == DEFAULT_FILE.expanduser() and not file.exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _token_file() -> Path | None:
     """Where Ray looks for the token; None where a variable holds the token itself."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or DEFAULT_FILE).expanduser()

@@ -23,10 +23,10 @@ class Node:
     address: str
     cpus: float
     gpus: float = 0.0
-    labels: Mapping[str, str] = field(default_factory=dict)
-    id: str = ""
     free_cpus: float = 0.0
     free_gpus: float = 0.0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
 
     def matches(self, selector: Mapping[str, str]) -> bool:
         """Whether Ray would place an actor with this label selector here."""
@@ -34,16 +34,13 @@ class Node:
 
     def __str__(self) -> str:
         labels = {key: value for key, value in self.labels.items() if key != "ray.io/node-id"}
-        parts = [f"{self.cpus:g} CPU ({self.free_cpus:g} free)", f"{self.gpus:g} GPU ({self.free_gpus:g} free)"]
-        return f"node {self.address}: {', '.join(parts)}, {f'labels {labels}' if labels else 'no labels'}"
+        cpus, gpus = f"{self.cpus:g} CPU ({self.free_cpus:g} free)", f"{self.gpus:g} GPU ({self.free_gpus:g} free)"
+        return f"node {self.address}: {cpus}, {gpus}, {f'labels {labels}' if labels else 'no labels'}"
 
 
 def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
-    """The nodes that Ray holds to be alive; a few milliseconds. Ray must be initialised.
-
-    Raises:
-        DeadlineExceeded: Ray's control store did not answer within `seconds`.
-    """
+    """The nodes that Ray, which must be initialised, holds to be alive: a few milliseconds. Raises DeadlineExceeded if
+    Ray's control store does not answer within `seconds`."""
     address, answers = ray.get_runtime_context().gcs_address, []
 
     def ask() -> None:
@@ -57,8 +54,8 @@ def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
     nodes = []
     for info in [*answers[0].active_nodes, *answers[0].idle_nodes]:
         has, free, labels = info.total_resources(), info.available_resources(), info.labels or {}
-        amounts = (has.get("CPU", 0.0), has.get("GPU", 0.0), free.get("CPU", 0.0), free.get("GPU", 0.0))
-        nodes.append(Node(info.ip_address, *amounts[:2], labels, info.node_id, *amounts[2:]))
+        cpus, gpus, free_cpus, free_gpus = (each.get(kind, 0.0) for each in (has, free) for kind in ("CPU", "GPU"))
+        nodes.append(Node(info.ip_address, cpus, gpus, free_cpus, free_gpus, labels, info.node_id))
     return sorted(nodes, key=lambda node: (node.address, node.id))
 
 
@@ -68,14 +65,13 @@ def listed(nodes: Sequence[Node]) -> str:
 
 
 def totals(nodes: Sequence[Node]) -> dict[str, float]:
-    """CPUs and GPUs of all of them."""
+    """CPUs and GPUs of all of them, where there are any."""
     amounts = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
     return {name: amount for name, amount in amounts.items() if amount}
 
 
 def _means(wanted: str, value: str | None) -> bool:
     """Ray's operators: x, !x, in(x,y), !in(x,y); a label that is not there is unlike any value."""
-    parts = SELECTOR.fullmatch(wanted)
-    if parts is None:
+    if (parts := SELECTOR.fullmatch(wanted)) is None:
         return False
     return (value in (parts["several"] or parts["single"]).split(",")) != bool(parts["no"])

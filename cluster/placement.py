@@ -1,13 +1,19 @@
-"""How many actors of each role, which share of the cluster each gets, and on which nodes."""
+"""How many actors of each role, what share of the cluster each gets, and where; and the deadline of their start."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.nodes import Node, listed
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.nodes import Node, alive_nodes, listed
+from cluster.waits import DeadlineExceeded, done, get
 from diffusion.failures import RunFailure
 from learner.config import Config
 
@@ -17,16 +23,6 @@ NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 class PlacementError(RunFailure, ValueError):
     """The cluster's resources do not fit what the configuration asks for."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a config says of a role: how many actors, GPUs of each, labels of the nodes that they may use. What is None
-    is found."""
-
-    count: int | None = None
-    gpus: float | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,13 @@ class Share:
         return options | ({"label_selector": dict(self.labels)} if self.labels else {})
 
     def __str__(self) -> str:
-        parts = [f"{self.cpus:g} CPU", f"{self.gpus:g} GPU" if self.gpus else ""]
-        return ", ".join(filter(None, [*parts, f"labels {dict(self.labels)}" if self.labels else ""]))
+        gpus = f", {self.gpus:g} GPU" if self.gpus else ""
+        return f"{self.cpus:g} CPU{gpus}" + (f", labels {dict(self.labels)}" if self.labels else "")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Samplers and reward actors are spread over the nodes; learner ranks are packed by their placement group
-    (cluster/readiness.py)."""
+    """Samplers and reward actors are spread over the nodes; learner ranks are packed by their placement group."""
 
     samplers: Share
     scorers: Share
@@ -80,62 +75,45 @@ def counted(number: int, what: str) -> str:
 def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Placement:
     """Placement of a run on the cluster's nodes; without `learner`, of an evaluation.
 
-    Raises:
-        PlacementError: they do not fit.
-    """
-    if config.model.device == "cuda" and not any(node.gpus for node in nodes) and not config.run.autoscale:
-        raise PlacementError("model.device: cuda was asked for, but the cluster has no GPU")
-    if config.model.device == "cpu":
+    Counts that the config leaves open come from the nodes; CPUs are shared out evenly, in fractions if need be. Each
+    learner rank takes a whole GPU, and samplers and scorers share the rest; if too few are left for that, all roles
+    share all GPUs. With run.autoscale nodes may be missing: what is asked for is asked of Ray.
+
+    Raises a PlacementError where that cannot be: no CPU at all, a role without a node, more GPUs asked for than there
+    are or one and a part, actors that fit on no single nodes."""
+    autoscale, device, trainer = config.run.autoscale, config.model.device, config.learner
+    if not learner:
+        trainer = trainer.model_copy(update={"ranks": 0, "gpus": None, "labels": {}})
+    roles: tuple[Any, ...] = (config.sampler, config.reward, trainer)
+    if device == "cpu":
         nodes = [replace(node, gpus=0.0) for node in nodes]
-    sampler, reward, ranks = config.sampler, config.reward, config.learner
-    wishes = (
-        Wish(sampler.actors, sampler.gpus, sampler.labels), Wish(reward.actors, reward.gpus, reward.labels),
-        Wish(ranks.ranks, ranks.gpus, ranks.labels) if learner else Wish(0),
-    )  # fmt: skip
-    chunks_per_update = config.train.trajectories // sampler.chunk_size // config.train.updates_per_epoch
-    return place(wishes, chunks_per_update, nodes, config.run.autoscale)
-
-
-def place(
-    wishes: Sequence[Wish], chunks_per_update: int, nodes: Sequence[Node], autoscale: bool = False
-) -> Placement:  # fmt: skip
-    """Of samplers, reward actors and learner ranks (0: no learner). Counts as wished, else from the nodes; CPUs are
-    shared out evenly, in fractions if need be. Each learner rank takes a whole GPU, and samplers and scorers share the
-    rest; if too few are left for that, all roles share all GPUs. With `autoscale` nodes may be missing: what is asked
-    for is asked of Ray.
-
-    Raises:
-        PlacementError: no CPU at all, a role without a node, more GPUs asked for than there are or one and a part,
-            actors that fit on no single nodes, or a number of ranks among which an update's chunks cannot be divided.
-    """
-    usable = [[node for node in nodes if node.matches(wish.labels)] for wish in wishes]
+    usable = [[node for node in nodes if node.matches(role.labels)] for role in roles]
     used = [node for node in nodes if any(node in theirs for theirs in usable)]
     cpus, gpus = sum(node.cpus for node in used), sum(int(node.gpus) for node in used)
     if not autoscale:
+        if device == "cuda" and not any(node.gpus for node in nodes):
+            raise PlacementError("model.device: cuda was asked for, but the cluster has no GPU")
         if not any(node.cpus > 0 for node in nodes):
             raise PlacementError("the Ray cluster has no CPUs to give")
-        for role, wish, theirs in zip(ROLES, wishes, usable, strict=True):
+        for name, role, theirs in zip(ROLES, roles, usable, strict=True):
             if not theirs:
-                raise PlacementError(f"{role}.labels: no node has {dict(wish.labels)}; the cluster has {listed(nodes)}")
+                raise PlacementError(f"{name}.labels: no node has {role.labels}; the cluster has {listed(nodes)}")
     units = gpus or int(cpus)
     room = [sum(int(node.gpus) for node in theirs) or int(sum(node.cpus for node in theirs)) for theirs in usable]
-    samplers, scorers, ranks = (wish.count for wish in wishes)
+    ranks = trainer.ranks
     if ranks is None:
+        chunks_per_update = config.train.trajectories // config.sampler.chunk_size // config.train.updates_per_epoch
         most = max(1, min(units // 2, room[2]))
         ranks = max(r for r in range(1, most + 1) if chunks_per_update % r == 0)
-    if ranks and chunks_per_update % ranks:
-        raise PlacementError(f"learner.ranks: {ranks} ranks cannot share {chunks_per_update} chunks an update evenly")
-    samplers = samplers or max(1, min(units - ranks if gpus else units // 2, room[0]))
-    counts = (samplers, scorers or max(1, samplers // 2), ranks)
+    samplers = config.sampler.actors or max(1, min(units - ranks if gpus else units // 2, room[0]))
+    counts = (samplers, config.reward.actors or max(1, samplers // 2), ranks)
     asked = [
-        0.0 if wish.gpus is None and theirs and not any(node.gpus for node in theirs) else wish.gpus
-        for wish, theirs in zip(wishes, usable, strict=True)
+        0.0 if role.gpus is None and theirs and not any(node.gpus for node in theirs) else role.gpus
+        for role, theirs in zip(roles, usable, strict=True)
     ]
-    each = _gpus(counts, asked, gpus)
-    _check_gpus(counts, each, math.inf if autoscale else gpus)
     shares = [
-        Share(count, 0.0, share, wish.labels, () if share else _last(theirs))
-        for count, share, wish, theirs in zip(counts, each, wishes, usable, strict=True)
+        Share(count, 0.0, each, role.labels, () if each else _last(theirs))
+        for count, each, role, theirs in zip(counts, _gpus(counts, asked, gpus, autoscale), roles, usable, strict=True)
     ]
     cpu = _share(cpus, sum(counts)) if autoscale else _fitting_cpu(shares, nodes, cpus)
     sampler, scorer, rank = (replace(share, cpus=cpu) for share in shares)
@@ -143,33 +121,77 @@ def place(
 
 
 def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> tuple[int, int]:
-    """Samplers and reward actors that a run placed by `placement` should have on the nodes that are alive now.
-
-    Those that the config counts stay if they fit; the others grow and shrink with what the learner ranks leave of the
-    nodes that they may use, each with the share that it had at the start. What does not fit is left out, lest one role
-    take the other's room: at least one of each.
-    """
-    ranks = placement.ranks
+    """Samplers and reward actors that a run placed by `placement` should have on the nodes that are alive now: at least
+    one of each. Those that the config counts stay if they fit; the others grow and shrink with what the learner ranks
+    leave of the nodes that they may use. What does not fit is left out, lest one role take the other's room."""
+    ranks, roles = placement.ranks, (placement.samplers, placement.scorers)
     before, after = (_left([ranks], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
 
     def grown(share: Share) -> float:
         """Its count by the change of the room for its kind."""
-        old, new = (sum(free.room(share) for free in there) for there in (before, after))
+        may_use = ([free for free in there if free.node.matches(share.labels)] for there in (before, after))
+        old, new = (sum(sum(free.devices) if share.gpus else free.cpus for free in there) for there in may_use)
         return share.count * new / old if old > 0 else share.count
 
     samplers = config.sampler.actors or max(1, math.ceil(grown(placement.samplers) - 1e-6))
     scorers = config.reward.actors or max(1, math.floor(grown(placement.scorers) + 1e-6))
+    counts = [samplers, scorers]
 
     def fit() -> bool:
-        wanted = [ranks, replace(placement.samplers, count=samplers), replace(placement.scorers, count=scorers)]
-        return _left(wanted, nodes) is not None
+        wanted = [replace(share, count=count) for share, count in zip(roles, counts, strict=True)]
+        return _left([ranks, *wanted], nodes) is not None
 
-    while (samplers > 1 or scorers > 1) and not fit():
-        if samplers > 1 and samplers >= scorers:
-            samplers -= 1
-        else:
-            scorers -= 1
-    return samplers, scorers
+    while max(counts) > 1 and not fit():
+        counts[counts.index(max(counts))] -= 1
+    return counts[0], counts[1]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Calls to actors of one role (`samplers`) that were just started with this share each."""
+
+    role: str
+    share: Share
+    refs: list[ray.ObjectRef]
+
+
+def reserve(placement: Placement, seconds: float) -> PlacementGroup:
+    """Room for the learner ranks, on as few nodes as hold them; to be given back by `ray.util.remove_placement_group`.
+    Raises DeadlineExceeded if there is none within `seconds` (run.ready_seconds)."""
+    ranks = placement.ranks
+    bundle = {"CPU": ranks.cpus} | ({"GPU": ranks.gpus} if ranks.gpus else {})
+    selectors = [dict(ranks.labels)] * ranks.count if ranks.labels else None
+    group = placement_group([bundle] * ranks.count, strategy="PACK", bundle_label_selector=selectors)
+    if not group.wait(seconds):
+        ray.util.remove_placement_group(group)
+        raise _late(seconds, f"room for {ranks.count} learner ranks ({ranks} each)")
+    return group
+
+
+def in_group(placement: Placement, group: PlacementGroup) -> list[dict[str, Any]]:
+    """Ray's options for each learner rank in its place."""
+    places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(placement.ranks.count)]
+    return [{**placement.ranks.resources, "max_restarts": 0, "scheduling_strategy": place} for place in places]
+
+
+def ready(asked: Sequence[Asked], deadline: float, limit: float) -> list[list[Any]]:
+    """The answers of all, role by role. `deadline` is of time.monotonic; `limit` is run.ready_seconds. Raises
+    DeadlineExceeded, which says who is missing, what each asks for, and what the cluster has, or ActorDied: an actor
+    could not start, and why."""
+    what = "starting " + ", ".join(f"{len(calls.refs)} {calls.role}" for calls in asked)
+    refs = [ref for calls in asked for ref in calls.refs]
+    try:
+        answers = iter(get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}"))
+    except DeadlineExceeded:
+        missing = ((calls, len(calls.refs) - len(done(calls.refs))) for calls in asked)
+        texts = [f"{n} of {len(calls.refs)} {calls.role} ({calls.share} each)" for calls, n in missing if n]
+        raise _late(limit, " and ".join(texts)) from None
+    return [[next(answers) for _ in calls.refs] for calls in asked]
+
+
+def _late(seconds: float, waiting_for: str) -> DeadlineExceeded:
+    there = listed(alive_nodes())
+    return DeadlineExceeded(f"run.ready_seconds={seconds:g}: still waiting for {waiting_for}; the cluster has {there}")
 
 
 def _last(nodes: Sequence[Node]) -> tuple[str, ...]:
@@ -178,37 +200,32 @@ def _last(nodes: Sequence[Node]) -> tuple[str, ...]:
     return with_gpus if len(with_gpus) < len(nodes) else ()
 
 
-def _check_gpus(counts: Sequence[int], each: Sequence[float], gpus: float) -> None:
-    asked = sum(count * share for count, share in zip(counts, each, strict=True))
-    if asked > gpus + 1e-6:
-        terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
-        raise PlacementError(
-            f"sampler.gpus, reward.gpus, learner.gpus: {terms} = {asked:g} GPUs asked for, the cluster has {gpus:g}"
-            + ("" if gpus else " (or model.device is cpu)")
-        )
-    for role, share in zip(ROLES, each, strict=True):
-        if share > 1 and share != int(share):
-            raise PlacementError(f"{role}.gpus: {share:g} is neither a whole number of GPUs nor a part of one")
-
-
-def _gpus(counts: tuple[int, int, int], asked: Sequence[float | None], gpus: int) -> list[float]:
+def _gpus(counts: Sequence[int], asked: Sequence[float | None], gpus: int, autoscale: bool) -> list[float]:
     """GPUs of an actor of each role: what was asked for, and fair shares of what that leaves."""
     shares, ranks = list(asked), counts[2]
     left = gpus - sum(count * (share or 0.0) for count, share in zip(counts, asked, strict=True))
-    others_open = asked[0] is None or asked[1] is None
-    if shares[2] is None and (left > ranks or (left == ranks and not others_open)):
+    if shares[2] is None and (left > ranks or (left == ranks and None not in shares[:2])):
         shares[2], left = 1.0, left - ranks
     sharing = sum(count for count, share in zip(counts, shares, strict=True) if share is None)
     fair = _share(left, sharing) if sharing and left > 0 else 0.0
-    return [fair if share is None else share for share in shares]
+    each = [fair if share is None else share for share in shares]
+    terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
+    total = sum(count * share for count, share in zip(counts, each, strict=True))
+    if total > gpus + 1e-6 and not autoscale:
+        raise PlacementError(
+            f"sampler.gpus, reward.gpus, learner.gpus: {terms} = {total:g} GPUs asked for, the cluster has {gpus}"
+            + ("" if gpus else " (or model.device is cpu)")
+        )
+    for role, share in zip(ROLES, each, strict=True):
+        if share > 1 and share % 1:
+            raise PlacementError(f"{role}.gpus: {share:g} is neither a whole number of GPUs nor a part of one")
+    return each
 
 
 def _share(amount: float, among: int) -> float:
     """What each of `among` actors gets of `amount` devices: a whole one, or 1/k of one so that k of them fill a
     device exactly (a fraction never spans two devices)."""
-    if among <= amount:
-        return 1.0
-    return _part(math.ceil(among / amount)) if amount else _part(among)
+    return 1.0 if among <= amount else _part(math.ceil(among / amount) if amount else among)
 
 
 def _part(k: int) -> float:
@@ -216,11 +233,7 @@ def _part(k: int) -> float:
 
 
 def _fitting_cpu(shares: Sequence[Share], nodes: Sequence[Node], cpus: float) -> float:
-    """The largest share of a CPU, 1/k of one, with which every actor fits on a node that it may use.
-
-    Raises:
-        PlacementError: none does.
-    """
+    """The largest share of a CPU, 1/k of one, with which every actor fits on a node that it may use."""
     total = sum(share.count for share in shares)
     fewest = max(1, math.ceil(total / cpus)) if cpus else 1
     for k in range(fewest, fewest + 4 * total):
@@ -242,21 +255,15 @@ class _Free:
     def __init__(self, node: Node) -> None:
         self.node, self.cpus, self.devices = node, node.cpus, [1.0] * int(node.gpus)
 
-    def room(self, share: Share) -> float:
-        if not self.node.matches(share.labels):
-            return 0.0
-        return sum(self.devices) if share.gpus else self.cpus
-
     def take(self, share: Share) -> bool:
         """Put one actor here, if it fits."""
-        whole = share.gpus >= 1
-        fitting = [i for i, free in enumerate(self.devices) if free > (1.0 if whole else share.gpus) - 1e-9]
-        wanted = int(share.gpus) if whole else int(share.gpus > 0)
+        part, wanted = min(1.0, share.gpus), math.ceil(share.gpus)
+        fitting = [i for i, free in enumerate(self.devices) if free > part - 1e-9]
         if not self.node.matches(share.labels) or self.cpus < share.cpus - 1e-9 or len(fitting) < wanted:
             return False
         self.cpus -= share.cpus
         for i in sorted(fitting, key=self.devices.__getitem__)[:wanted]:
-            self.devices[i] -= min(1.0, share.gpus)
+            self.devices[i] -= part
         return True
 
 

@@ -6,57 +6,42 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
-from cluster import auth, signals
+from cluster import auth, signals, temp_folders
 from cluster.auth import ClusterUnreachable
 from cluster.nodes import Node, alive_nodes
-from cluster.temp_folders import TemporaryFolder
 
-LOCAL = "local"
 CLOSE_SECONDS = 3.0
 
 
 def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = False) -> list[Node]:
-    """Nodes that a run would have: of the cluster named by RAY_ADDRESS, which this asks, else (or with
-    `local`) of this machine, without starting anything. `warn` hears of a cluster that anyone may use.
-
-    Raises:
-        ClusterUnreachable: the cluster does not answer, or refuses our token.
-    """
-    address = _address()
+    """Nodes that a run would have: of the cluster named by RAY_ADDRESS, which this asks (raises ClusterUnreachable),
+    else, or with `local`, of this machine, without starting anything. `warn` hears of a cluster that anyone may use."""
     if not local:
         for fault in auth.faults_here():
             warn(fault)
-    if local or address == LOCAL:
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if local or address == "local":
         import torch  # seconds, which a cluster's driver need not wait for
 
         cpus, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
         return [Node("this machine", cpus, gpus, free_cpus=cpus, free_gpus=gpus)]
-    with ThreadPoolExecutor(1) as beside:
-        unlocked = beside.submit(auth.takes_any_token, address)
-        session = Session(cpu_threads)
-        try:
-            if (open_to_all := unlocked.result(2 * auth.CONNECT_SECONDS)) is not None:  # it has a deadline of its own
-                warn(open_to_all)
-            return alive_nodes()
-        finally:
-            session.close()
+    session = Session(cpu_threads)
+    try:
+        if open_to_all := auth.takes_any_token(address):
+            warn(open_to_all)
+        return alive_nodes()
+    finally:
+        session.close()
 
 
 class Session:
-    """A connection to Ray: the cluster named by RAY_ADDRESS (set in a submitted job), else one of our own, in a
-    temporary folder of our own.
-
-    Token authentication is always on. A local cluster makes the user's token file if there is none; a remote
-    cluster must know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives.
-
-    Raises:
-        ClusterUnreachable: the cluster does not answer, or refuses our token.
-    """
+    """A connection to Ray: the cluster named by RAY_ADDRESS (set in a submitted job), else one of our own (`own`), in a
+    temporary folder of our own. Token authentication is always on. Raises ClusterUnreachable if the cluster does not
+    answer, or does not know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives."""
 
     def __init__(self, cpu_threads: int) -> None:
         # Actors without a share of a GPU must not see any.
@@ -64,49 +49,39 @@ class Session:
         os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))
         # Failures that were survived are said by the run, in a line; Ray would print their tracebacks.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        self.started = not ray.is_initialized()
-        self._folder: TemporaryFolder | None = None
-        if not self.started:
-            return
-        address = _address()
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        self._connected = not ray.is_initialized()
+        self._folder = temp_folders.TemporaryFolder() if self._connected and address == "local" else None
+        self.own = self._folder is not None
         try:
-            if address == LOCAL:
+            if self._folder:
                 auth.ensure_token()
-                self._folder = TemporaryFolder()
                 with self._folder.marking():
                     # Ray opens its folder to everybody; ours around it stays closed.
                     _init(address, include_dashboard=False, _temp_dir=str(self._folder.path / "r"))
-            else:
+            elif self._connected:
                 auth.require_answer(address)
                 _init(address)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def own(self) -> bool:
-        """Whether this Ray was started here, and ends with us."""
-        return self._folder is not None
-
     def close(self) -> None:
         """Leave; a local cluster ends with us, and nothing of it is left. Safe to call twice."""
-        if self.started:
-            self.started = False
+        if self._connected:
+            self._connected = False
             leaving = threading.Thread(target=ray.shutdown, daemon=True)  # it takes no deadline
             leaving.start()
             leaving.join(CLOSE_SECONDS)
-            if leaving.is_alive() and self._folder is not None:
-                self._folder.end_processes(grace=0)  # a raylet that drains, its head gone, takes 8 s
+            if leaving.is_alive() and self._folder:
+                temp_folders.end_processes(self._folder.path, grace=0)  # a raylet that drains, its head gone, takes 8 s
                 leaving.join(CLOSE_SECONDS)
-        if self._folder is not None:
+        if self._folder:
             self._folder.remove()
 
 
 def _init(address: str, **options: Any) -> None:
-    """
-    Raises:
-        ClusterUnreachable: another version of Ray or Python, a port, ...
-    """
+    """Raises ClusterUnreachable: another version of Ray or Python, a port, ..."""
     # Workers have our environment by inheritance, or with the submitted job. By a runtime environment Ray's logs would
     # have it too, HF_TOKEN included.
     common = {"namespace": "tributary", "log_to_driver": False, "logging_level": logging.WARNING}
@@ -115,7 +90,3 @@ def _init(address: str, **options: Any) -> None:
             ray.init(address=address, **common, **options)
     except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
         raise ClusterUnreachable(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _address() -> str:
-    return os.environ.get("RAY_ADDRESS") or LOCAL

@@ -52,9 +52,8 @@ def closing() -> None:
 def leave(status: int) -> NoReturn:
     """Exit: signals are ignored from here on. After one, without the interpreter's own end, where Ray's handlers would
     look once more for processes that are gone."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is _end:
-            signal.signal(number, signal.SIG_IGN)
+    for number in (number for number in SIGNALS if signal.getsignal(number) is _end):
+        signal.signal(number, signal.SIG_IGN)
     if _status:
         sys.stdout.flush()
         sys.stderr.flush()

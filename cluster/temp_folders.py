@@ -1,7 +1,7 @@
 """Temporary folders that are removed with their process: at its end, or, if it was killed, when the next one starts.
 
-A folder's owner holds a lock on it, which the kernel releases with the process. Processes that work for the owner have
-the folder's name in their environment, so that only those are ended with it.
+The owner holds a lock on its folder, which the kernel releases with the process. Processes that work for the owner have
+the folder's name in their environment, and end with it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,10 @@ class TemporaryFolder:
     def __init__(self) -> None:
         sweep()
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base()))
+        self.mark = {VARIABLE: str(self.path)}  # for the environment of a process that works for the owner
         self._lock: int | None = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         (self.path / MARKER).write_text(f"{os.getpid()}\n")  # without it `sweep` leaves the folder alone
-
-    @property
-    def mark(self) -> dict[str, str]:
-        """For the environment of a process that works for this folder's owner."""
-        return {VARIABLE: str(self.path)}
 
     @contextlib.contextmanager
     def marking(self) -> Iterator[None]:
@@ -44,10 +40,6 @@ class TemporaryFolder:
             yield
         finally:
             os.environ.pop(VARIABLE, None)
-
-    def end_processes(self, grace: float = GRACE_SECONDS) -> None:
-        """Those that work for us, if any is left after `grace` seconds."""
-        _end_processes(self.path, grace)
 
     def remove(self) -> None:
         """And end the processes that work for us. Safe to call twice."""
@@ -70,13 +62,13 @@ def sweep() -> None:
                 os.close(lock)
 
 
-def _remove(path: Path) -> None:
-    _end_processes(path, GRACE_SECONDS)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _end_processes(path: Path, grace: float) -> None:
-    working = [process for process in psutil.process_iter() if _works_for(process, path)]
+def end_processes(path: Path, grace: float) -> None:
+    """Those that work for the folder's owner, if any is left after `grace` seconds."""
+    working = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # another user's, or gone a moment ago
+            if process.environ().get(VARIABLE) == str(path) and process.pid != os.getpid():
+                working.append(process)
     _, left = psutil.wait_procs(working, timeout=grace)
     for process in left:
         with contextlib.suppress(psutil.Error):
@@ -84,10 +76,9 @@ def _end_processes(path: Path, grace: float) -> None:
     psutil.wait_procs(left, timeout=KILL_SECONDS)
 
 
-def _works_for(process: psutil.Process, path: Path) -> bool:
-    with contextlib.suppress(psutil.Error):  # another user's, or gone a moment ago
-        return process.pid != os.getpid() and process.environ().get(VARIABLE) == str(path)
-    return False
+def _remove(path: Path) -> None:
+    end_processes(path, GRACE_SECONDS)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _base() -> Path:

@@ -24,35 +24,24 @@ class ObjectLost(RunFailure, RuntimeError):
 
 
 def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
-    """ray.get with a deadline.
-
-    Raises:
-        DeadlineExceeded: nothing within `seconds`.
-        ActorDied: the actor that owes the answer is gone.
-        ObjectLost: what it needed for the answer is gone.
-        Exception: whatever the remote code raised, as its own type.
-    """
+    """ray.get with a deadline. Raises DeadlineExceeded, ActorDied (the actor that owes the answer is gone), ObjectLost
+    (what it needed for the answer is gone), or whatever the remote code raised, as its own type."""
     try:
         return ray.get(refs, timeout=seconds)
     except GetTimeoutError:
         limit = setting if "=" in setting else f"{setting}={seconds:g}"
         raise DeadlineExceeded(f"{what} took longer than {limit} s") from None
-    except RayTaskError as error:
-        if isinstance(error.cause, ObjectLostError):
-            raise ObjectLost(f"{what}: {_reason(error.cause)}") from error
-        raise error.cause from error
-    except ObjectLostError as error:
-        raise ObjectLost(f"{what}: {_reason(error)}") from error
     except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, ObjectLostError):
+            raise ObjectLost(f"{what}: {_reason(cause)}") from error
+        if cause is not error:
+            raise cause from error
         raise ActorDied(f"{what}: {_reason(error)}") from error
 
 
 def put(value: Any, what: str) -> ray.ObjectRef:
-    """ray.put.
-
-    Raises:
-        ObjectLost: the object store has no room for it.
-    """
+    """ray.put. Raises ObjectLost if the object store has no room for it."""
     try:
         return ray.put(value)
     except RayError as error:

@@ -1,6 +1,6 @@
 """How a run is doing, on a terminal: `python -m learner.status RUN`, while it is in progress or after it.
 
-It reads the run's files alone (records/status.py), from wherever they can be read: neither Ray nor torch is needed.
+It reads the run's files alone (records/heartbeat.py), from wherever they can be read: neither Ray nor torch is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from records.status import EPOCHS, HEARTBEAT, RUN, look
+from records.heartbeat import EPOCHS, FILE, RUN, look
 from records.storage import Storage, StorageError
 
 EVENTS = 5
@@ -75,7 +75,7 @@ def _state_in_words(status: dict[str, Any]) -> str:
     ago = _duration(status["last_sign_seconds"]) if status["last_sign_seconds"] is not None else ""
     way_on = "the same command goes on"
     if state == "unknown":
-        return f"no {HEARTBEAT}: not begun, or by an older Tributary"
+        return f"no {FILE}: not begun, or by an older Tributary"
     return {
         "starting": f"starting, by {who}, last sign of life {ago} ago",
         "running": f"running by {who} since {_clock(status['since'])}, last sign of life {ago} ago",

@@ -14,29 +14,24 @@ draw is keyed by what it is for.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from diffusion.failures import RunFailure
-from records.run_folder import FORMAT
 from records.storage import Storage, StorageError
 
+FORMAT = 5  # of run.json, checkpoints and the trajectories' columns
 FOLDER, MANIFEST, LATEST = "checkpoints", "state.json", "latest"
 SEAL = "sha256"  # of the rest of the manifest
 
 
 class CheckpointError(RunFailure, ValueError):
-    """A checkpoint that is torn, was changed, or is of another version; the message names it and the remedy."""
-
-
-class OtherVersion(CheckpointError):
-    """A checkpoint of another format: those before it will be too."""
+    """A checkpoint that is torn, was changed, or is of another format; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +44,13 @@ class Checkpoint:
 
 
 def name_of(step: int) -> str:
-    """Its folder, in the run's."""
     return f"{FOLDER}/step-{step:06d}"
 
 
 def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links.
-
-    Raises:
-        StorageError: it could not be written; those before it are untouched.
-    """
+    """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links."""
     name = name_of(about["step"])
-    sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    sums = {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:
         _link(storage.local / FOLDER / LATEST, Path(name).name)
@@ -73,24 +63,19 @@ def steps(storage: Storage) -> list[int]:
 
 
 def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
-    """Of one checkpoint, without reading its files.
-
-    Raises:
-        CheckpointError: it has none, a damaged or changed one, or that of another run or step.
-        OtherVersion: its format is not this program's.
-    """
+    """Of one checkpoint, without reading its files. Raises a CheckpointError where there is none, or it is damaged, was
+    changed, or is of another format, run or step."""
     place = f"{storage}/{name_of(step)}"
     try:
         content = storage.read(f"{name_of(step)}/{MANIFEST}")
         about = json.loads(content)
-        written_as = about["format"]
-    except (StorageError, KeyError, TypeError, ValueError) as error:
+        written_as, seal = about["format"], about.pop(SEAL, None)  # older formats have no seal
+    except (StorageError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{place} is not whole: {error}") from error
-    seal = about.pop(SEAL, None)  # older formats have none
     if (seal or written_as == FORMAT) and _sealed(about) != content:
         raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
     if written_as != FORMAT:
-        raise OtherVersion(
+        raise CheckpointError(
             f"{place} is of format {written_as}, this Tributary reads {FORMAT}: use the version that wrote it, or "
             "start afresh with run.resume=never and another run.dir"
         )
@@ -101,34 +86,25 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
 
 
 def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
-    """
-    Raises:
-        CheckpointError: it is torn, was changed, or is another run's.
-        OtherVersion: its format is not this program's.
-    """
-    name, about = name_of(step), manifest(storage, step, run_id)
+    """With all its files. Raises a CheckpointError as `manifest` does, and where a file is missing or was changed."""
+    name, about, files = name_of(step), manifest(storage, step, run_id), {}
     try:
-        files = {file: storage.read(f"{name}/{file}") for file in about["files"]}
-    except (StorageError, KeyError, TypeError) as error:
+        for file, sum_written in about["files"].items():
+            files[file] = storage.read(f"{name}/{file}")
+            if sha256(files[file]).hexdigest() != sum_written:
+                raise CheckpointError(f"{storage}/{name}/{file} is not what was written: its sha256 differs")
+    except (StorageError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{storage}/{name} is not whole: {error}") from error
-    for file, content in files.items():
-        if hashlib.sha256(content).hexdigest() != about["files"][file]:
-            raise CheckpointError(f"{storage}/{name}/{file} is not what was written: its sha256 differs")
     return Checkpoint(name, about, files)
 
 
 def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint; `warn` hears of each that is passed over.
-
-    Raises:
-        CheckpointError: there are some, but none is whole, or the newest whole one is of another version.
-    """
+    """The newest whole checkpoint; `warn` hears of each that is passed over. Raises a CheckpointError if there are
+    some, but none is whole."""
     fault: CheckpointError | None = None
     for step in reversed(steps(storage)):
         try:
             return load(storage, step, run_id)
-        except OtherVersion:
-            raise
         except CheckpointError as error:
             fault = error
             warn(f"{error}; trying the one before it")
@@ -139,8 +115,7 @@ def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> C
 
 def lora_folder(storage: Storage) -> str:
     """Path or URL of the newest checkpoint's adapter, for other programs."""
-    newest = LATEST if storage.local else f"step-{steps(storage)[-1]:06d}"
-    return f"{storage}/{FOLDER}/{newest}/lora"
+    return f"{storage}/{FOLDER}/{LATEST}/lora" if storage.local else f"{storage}/{name_of(steps(storage)[-1])}/lora"
 
 
 def drop_after(storage: Storage, step: int) -> None:
@@ -153,11 +128,7 @@ def drop_after(storage: Storage, step: int) -> None:
 def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
     """Remove all but the newest `keep` checkpoints and the steps in `always`; keep 0 keeps all. The newest whole one
     stays in any case: it is read back before anything goes, and `warn` hears of newer ones that are not as written.
-
-    Raises:
-        StorageError: one could not be removed.
-        CheckpointError: none is whole, so none is removed.
-    """
+    Raises a CheckpointError if none is whole: then none is removed."""
     spare = [step for step in steps(storage)[:-keep] if step not in always] if keep else []
     newest = load_newest(storage, run_id, warn) if spare else None
     for step in spare:
@@ -167,7 +138,7 @@ def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Call
 
 def _sealed(about: dict[str, Any]) -> bytes:
     """A manifest as it is written: with its own sha256, so that a changed one is known like any other file."""
-    seal = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    seal = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**about, SEAL: seal}, indent=1) + "\n").encode()
 
 
@@ -176,7 +147,7 @@ def _link(link: Path, name: str) -> None:
     aside = link.with_name(f".{LATEST}.new")
     with contextlib.suppress(OSError):
         aside.unlink(missing_ok=True)
-        os.symlink(name, aside)
+        aside.symlink_to(name)
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
         aside.replace(link)

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 PACKAGES = ("tributary", "torch", "diffusers", "peft", "transformers", "ray")
@@ -26,7 +26,7 @@ def facts() -> dict[str, str]:
     commit = _git("rev-parse", "HEAD")
     changed = "+" if commit and _git("status", "--porcelain", "--untracked-files=no") else ""
     job = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
-    return {name: _version(name) for name in PACKAGES} | {
+    return {name: next((found.version for found in distributions(name=name)), "") for name in PACKAGES} | {
         "python": platform.python_version(),
         "git_commit": commit + changed,
         "working_dir": (job.get("runtime_env") or {}).get("working_dir") or "",
@@ -36,17 +36,10 @@ def facts() -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
 def _git(*arguments: str) -> str:
+    """Its output here; empty where it fails."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

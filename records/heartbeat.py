@@ -1,26 +1,30 @@
-"""The driver's sign of life: `status.json` in the run directory, what the records do not say of a run in progress.
+"""The driver's sign of life, `status.json` in the run's folder, and what is known of a run from its files alone.
 
-A view for whoever looks from outside (commands/status.py) and may reach nothing but the files. A run never reads it,
-and where it cannot be written the run goes on without it.
+For whoever looks from outside (commands/status.py) and may reach nothing but the files, at any time. A run never reads
+its sign of life, and goes on where it cannot be written. Imports neither numpy nor pyarrow: a look takes no time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import socket
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
+import psutil
+
+from records import checkpoint
 from records.storage import Storage, StorageError
 
-FILE = "status.json"
+RUN, METRICS, FILE, REPORT = "run.json", "metrics.jsonl", "status.json", "report.html"
 SECONDS, OBJECT_STORE_SECONDS = 5.0, 30.0  # between two writes at least
 QUIET = 6  # so many times that without a sign is cause for worry
 EVENTS = 10  # the last ones are kept
+EPOCHS = 6  # last ones, of the estimate
 
 
 class Heartbeat:
@@ -32,31 +36,16 @@ class Heartbeat:
         self._vitals: Callable[[], dict[str, Any]] = dict  # of the runner, once it runs
         self._storage = storage
         self._seconds = SECONDS if storage.local else OBJECT_STORE_SECONDS
-        self._due = 0.0
-        self._events: list[dict[str, Any]] = []
-        self._facts: dict[str, Any] = {
-            "state": "starting",
-            "reason": None,
-            "process": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.time(),
-            "epochs": epochs,
-            "mlflow": without_passwords(mlflow_uri) if mlflow_uri else None,
-            "doing": "starting",
-            "done": 0,
-            "total": 0,
-            "events": 0,
-            "quiet_seconds": max(quiet_seconds, QUIET * self._seconds),
-        }
-        self._write()
+        identity = {"process": os.getpid(), "host": socket.gethostname(), "since": time.time(), "epochs": epochs}
+        progress = {"doing": "starting", "done": 0, "total": 0, "events": 0, "last_events": []}
+        self._facts: dict[str, Any] = {"state": "starting", "reason": None, **identity, **progress}
+        uri, quiet = without_passwords(mlflow_uri) if mlflow_uri else None, max(quiet_seconds, QUIET * self._seconds)
+        self._write(mlflow=uri, quiet_seconds=quiet)
 
     def running(self, vitals: Callable[[], dict[str, Any]], turns: bool) -> None:
         """The run has started. With `turns`, `turn` is called all the time."""
         self._vitals = vitals
-        self._facts["state"] = "running"
-        if turns:
-            self._facts["quiet_seconds"] = QUIET * self._seconds
-        self._write()
+        self._write(state="running", **({"quiet_seconds": QUIET * self._seconds} if turns else {}))
 
     def progress(self, doing: str, done: int, total: int) -> None:
         """`done` of `total` chunks of what is being done."""
@@ -66,7 +55,7 @@ class Heartbeat:
     def event(self, text: str) -> None:
         """A fault that was survived, a node that came or went: a line of the run's output."""
         self._facts["events"] += 1
-        self._events = [*self._events, {"time": time.time(), "text": text}][-EVENTS:]
+        self._facts["last_events"] = [*self._facts["last_events"], {"time": time.time(), "text": text}][-EVENTS:]
 
     def turn(self) -> None:
         """Write if it is time to."""
@@ -80,15 +69,62 @@ class Heartbeat:
 
     def end(self, state: str, reason: str | None = None) -> None:
         """The last one: finished, failed or stopped, and why."""
-        self._facts |= {"state": state, "reason": reason}
         self._vitals = dict  # the runner is gone
-        self._write()
+        self._write(state=state, reason=reason)
 
-    def _write(self) -> None:
-        facts = self._facts | {"time": time.time(), "last_events": self._events} | self._vitals()
+    def _write(self, **facts: Any) -> None:
+        self._facts |= facts
         with contextlib.suppress(StorageError):  # if the records cannot be written either, that ends the run
-            self._storage.write(FILE, (json.dumps(facts, indent=1) + "\n").encode())
+            self._storage.write_json(FILE, self._facts | {"time": time.time()} | self._vitals())
         self._due = time.monotonic() + self._seconds
+
+
+def look(storage: Storage, now: float) -> dict[str, Any]:
+    """The run's state at time `now` (seconds since 1970), with all that a program may want to know; what is not known
+    is None. Raises a StorageError where there is no run, or a file is damaged."""
+    about = storage.read_json(RUN, "name")
+    lines = storage.read_json_lines(METRICS, "epoch", "seconds")
+    signs = "state", "process", "host", "since", "time", "quiet_seconds"
+    beat = storage.read_json(FILE, *signs) if storage.exists(FILE) else {}
+    trained = [line for line in lines if line["epoch"] >= 0]
+    done, total, state = len(trained), beat.get("epochs"), _state(about, beat, now)
+    usual = median(line["seconds"] for line in trained[-EPOCHS:]) if trained else None
+    vitals = "process", "host", "since", "epochs", "staleness", "epochs_in_work", "actors", "waiting", "running"
+    return {
+        "name": about["name"],
+        "run_id": about.get("run_id"),
+        "directory": str(storage),
+        "state": state,
+        "reason": beat.get("reason"),
+        **{key: beat.get(key) for key in (*vitals, "mlflow")},
+        "last_sign_seconds": max(0.0, now - beat["time"]) if beat else None,
+        "doing": {key: beat.get(key) for key in ("doing", "done", "total")} if state == "running" else None,
+        "epochs_done": done,
+        "step": lines[-1].get("step") if lines else 0,
+        "policy_version": lines[-1].get("policy_version") if lines else 0,
+        "epoch_seconds": usual,
+        "seconds_left": usual * max(0, total - done) if usual is not None and total and state == "running" else None,
+        "lost_trajectories": sum(line.get("lost_trajectories") or 0 for line in trained),
+        "events": beat.get("events", 0),
+        "last_events": beat.get("last_events", []),
+        "lora": checkpoint.lora_folder(storage) if checkpoint.steps(storage) else None,
+        "report": f"{storage}/{REPORT}" if storage.exists(REPORT) else None,
+        "mlflow_run_id": about.get("mlflow_run_id"),
+        "lines": [{key: value for key, value in line.items() if key != "updates"} for line in lines],
+    }
+
+
+def _state(about: dict[str, Any], beat: dict[str, Any], now: float) -> str:
+    """starting, running, finished, failed, stopped, silent (no sign of life for longer than it promised), gone (its
+    process is no more) or unknown."""
+    if about.get("finished"):  # whatever else was to be done then
+        return "finished"
+    if beat.get("state") in ("starting", "running"):
+        if beat["host"] == socket.gethostname() and not psutil.pid_exists(beat["process"]):
+            return "gone"
+        if now - beat["time"] > beat["quiet_seconds"]:
+            return "silent"
+    return beat.get("state", "unknown")
 
 
 def without_passwords(text: str) -> str:

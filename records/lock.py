@@ -13,11 +13,7 @@ FILE = "run.lock"  # names the process that last wrote the run
 
 
 def take(storage: Storage) -> FileLock | None:
-    """Lock the run in a local folder, which is made if need be.
-
-    Raises:
-        StorageError: another process has it, or the folder cannot be written.
-    """
+    """Lock the run in a local folder, which is made if need be. Raises a StorageError if another process has it."""
     if storage.local is None:
         return None
     path = storage.local / FILE
@@ -36,10 +32,10 @@ def take(storage: Storage) -> FileLock | None:
 
 def in_use(storage: Storage) -> bool:
     """Whether a process is writing this run."""
+    if storage.local is None or not (storage.local / FILE).exists():
+        return False
     try:
-        if storage.local and (storage.local / FILE).exists():
-            with FileLock(storage.local / FILE, blocking=False, fallback_to_soft=False):
-                pass
+        with FileLock(storage.local / FILE, blocking=False, fallback_to_soft=False):
+            return False
     except (Timeout, OSError):
         return True
-    return False

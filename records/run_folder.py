@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic_core import from_json, to_json
 
-from records.storage import Storage, StorageError
+from records.checkpoint import FORMAT
+from records.storage import Storage
 
-FORMAT = 5  # of run.json, checkpoints and the trajectories' columns
 RUN, METRICS, CONFIG = "run.json", "metrics.jsonl", "config.yaml"
 TRAJECTORIES, EVALUATION = "trajectories", "evaluation"
 EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
@@ -67,62 +67,37 @@ IMAGES = pa.schema(
 )
 
 
+@dataclass
 class Records:
     """The files of one run."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.about: dict[str, Any] = {}  # run.json
-        self.lines: list[dict[str, Any]] = []  # metrics.jsonl
+    storage: Storage
+    about: dict[str, Any]  # run.json
+    lines: list[dict[str, Any]]  # metrics.jsonl
 
     @classmethod
     def create(cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any]) -> Records:
         """Begin a run here: `settings` become config.yaml, `facts` (config_digest, prompts_sha256 ...) go to run.json.
-
-        Raises:
-            StorageError: the folder cannot be made or written.
-        """
-        records = cls(storage)
+        Raises a StorageError if the folder cannot be made or written."""
         identity = {"format": FORMAT, "run_id": uuid.uuid4().hex, "name": name}
-        records.about = {**identity, "created": time.time(), "finished": False, **facts}
+        records = cls(storage, {**identity, "created": time.time(), "finished": False, **facts}, [])
         storage.write(CONFIG, settings)
         records.note()
         return records
 
     @classmethod
     def open(cls, storage: Storage) -> Records:
-        """A run that is here already.
-
-        Raises:
-            StorageError: there is none, or a file is damaged.
-        """
-        records = cls(storage)
-        file, remedy = RUN, "use another run.dir"
-        try:
-            records.about = json.loads(storage.read(RUN))
-            for key in NEEDED:
-                records.about[key]
-            file, remedy = METRICS, "remove the damaged lines, or use another run.dir"
-            if storage.exists(METRICS):
-                records.lines = [json.loads(line) for line in storage.read(METRICS).decode().splitlines()]
-            for line in records.lines:
-                line["epoch"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{file} in {storage} is damaged ({error}): {remedy}") from error
-        return records
+        """A run that is here already. Raises a StorageError where there is none, or a file is damaged."""
+        return cls(storage, storage.read_json(RUN, *NEEDED), storage.read_json_lines(METRICS, "epoch"))
 
     @property
     def run_id(self) -> str:
         return self.about["run_id"]
 
-    def settings(self) -> bytes:
-        """YAML of all settings; learner/config reads them."""
-        return self.storage.read(CONFIG)
-
     def note(self, **facts: Any) -> None:
         """Add to run.json."""
         self.about |= facts
-        self.storage.write(RUN, (json.dumps(self.about, indent=1) + "\n").encode())
+        self.storage.write_json(RUN, self.about)
 
     def append(self, line: dict[str, Any]) -> None:
         """One epoch's line, on disk before this returns. Non-finite numbers become null."""
@@ -153,24 +128,20 @@ class Records:
         for key in ("reward_parts", "held_out"):
             parts = [dict(row[key]) for row in rows]
             if parts[0]:
-                table[key] = {label: [_finite(part[label]) for part in parts] for label in parts[0]}
+                table[key] = {label: [part[label] for part in parts] for label in parts[0]}
         name = f"{EVALUATION}/{_name(epoch)}"
         self.storage.write(f"{name}.png", sheet)
         self.storage.write(f"{name}.parquet", parquet(rows, IMAGES))
-        self.storage.write(f"{name}.json", (json.dumps(table) + "\n").encode())
+        self.storage.write_json(f"{name}.json", _finite(table))
 
     def evaluated(self) -> list[int]:
         """Epochs whose evaluation is here, in order; BEFORE is the one before training."""
         names = self.storage.entries(EVALUATION)
         return sorted(_epoch_of(name) for name in names if name.startswith("epoch-") and name.endswith(".json"))
 
-    def evaluation_rewards(self, epoch: int) -> np.ndarray:
-        """Rewards of the fixed images after an epoch, NaN of bad ones."""
-        return np.asarray(self._evaluation(epoch)["reward"], np.float64)
-
-    def evaluation_prompt(self, epoch: int) -> str:
-        """The first of the fixed images' prompts."""
-        return str(self._evaluation(epoch)["prompt"][0])
+    def evaluation(self, epoch: int) -> dict[str, Any]:
+        """What save_evaluation's .json holds; null of bad images."""
+        return self.storage.read_json(f"{EVALUATION}/{_name(epoch)}.json", "prompt", "reward")
 
     def images(self, epoch: int) -> bytes:
         """Parquet of the fixed images after an epoch, columns of IMAGES."""
@@ -179,9 +150,6 @@ class Records:
     def sheet(self, epoch: int) -> bytes:
         """PNG of the contact sheet after an epoch."""
         return self.storage.read(f"{EVALUATION}/{_name(epoch)}.png")
-
-    def _evaluation(self, epoch: int) -> dict[str, Any]:
-        return json.loads(self.storage.read(f"{EVALUATION}/{_name(epoch)}.json"))
 
 
 def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
@@ -201,8 +169,5 @@ def _epoch_of(name: str) -> int:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """As JSON has it: without NaN and infinities, which become null."""
+    return from_json(to_json(value, inf_nan_mode="null"))

@@ -1,20 +1,21 @@
 """Where a run's files live: a local or mounted folder, or any fsspec URL (s3://, gs://, ...). Only the driver writes.
 
-A reader never sees half a file: locally it is written aside, synced and renamed; an object store's put is atomic.
-A folder is written in one piece too: locally aside and renamed; on an object store its last file (the manifest, which
-`records/checkpoint.py` writes last) says that it is whole.
-
-Names may come from files that someone else wrote (a checkpoint's manifest), so none leads out of the root.
+A reader never sees half a file or folder: locally it is written aside, synced and renamed. An object store's put is
+atomic, and a folder's last file (the manifest of `records/checkpoint.py`) says that it is whole. Names may come from
+files that someone else wrote (that manifest), so none leads out of the root.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import operator
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -25,7 +26,7 @@ ASIDE, GONE = ".new", ".old"
 
 
 class StorageError(RunFailure, OSError):
-    """A file that could not be written or read; the message names it and the remedy."""
+    """A file that could not be written or read, or is damaged; the message names it and the remedy."""
 
 
 class Storage:
@@ -34,10 +35,6 @@ class Storage:
     through a link."""
 
     def __init__(self, url: str) -> None:
-        """
-        Raises:
-            StorageError: no such protocol here.
-        """
         try:
             # No listings cache: the mirror reads what another process, the driver, is writing.
             self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -45,38 +42,62 @@ class Storage:
             raise StorageError(f"cannot open {url}: {error}") from error
         self.local = Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
 
-    def __str__(self) -> str:
-        """The absolute path or URL: what a log says."""
+    def __str__(self) -> str:  # the absolute path or URL
         return str(self.local) if self.local else self._fs.unstrip_protocol(self._root)
 
     def write(self, name: str, content: bytes) -> None:
         with self._errors("write", name):
-            if self.local is None:
+            if self.local:
+                self._write_local(name, {"": content})
+            else:
                 self._fs.pipe_file(self._path(name), content)
-                return
-            with self._aside(name) as aside:
-                _write_synced(aside, content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
         """All or nothing (see the module's docstring); an older folder of that name is replaced."""
         for file in files:
             _require_within(file)
-        if self.local is None:
-            self.remove(name)
-            for file, content in files.items():
-                self.write(f"{name}/{file}", content)
+        if self.local:
+            with self._errors("write", name):
+                self._write_local(name, files)
             return
-        with self._errors("write", name), self._aside(name) as aside:
+        self.remove(name)
+        for file, content in files.items():
+            self.write(f"{name}/{file}", content)
+
+    def _write_local(self, name: str, files: Mapping[str, bytes]) -> None:
+        """A folder's files by name, or a file as the only one, named ""."""
+        target = Path(self._path(name, followed=False))
+        aside = _beside(target, ASIDE)
+        _delete(aside)
+        try:
             for file, content in files.items():
                 (aside / file).parent.mkdir(parents=True, exist_ok=True)
-                _write_synced(aside / file, content)
-            for folder in {(aside / file).parent for file in files} | {aside}:
-                _sync(folder)
-            self.remove(name)
+                (aside / file).write_bytes(content)
+            for path in (*aside.rglob("*"), aside):
+                _sync(path)
+            if aside.is_dir():
+                self.remove(name)
+            aside.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _delete(aside)
+            raise
+        _sync(target.parent)
 
     def read(self, name: str) -> bytes:
         with self._errors("read", name):
             return self._fs.cat_file(self._path(name))
+
+    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
+        """An object that has these keys."""
+        return self._objects(name, [self.read(name)], keys)[0]
+
+    def read_json_lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
+        """Objects that have these keys, one a line; none where there is no such file."""
+        return self._objects(name, self.read(name).splitlines() if self.exists(name) else [], keys)
 
     def exists(self, name: str) -> bool:
         with self._errors("look for", name):
@@ -89,22 +110,20 @@ class Storage:
                 paths = self._fs.ls(self._path(name), detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        names = (os.path.basename(path.rstrip("/")) for path in paths)
         return sorted(entry for entry in names if not entry.startswith("."))
 
     def remove(self, name: str) -> None:
         """A file or a folder with all in it; nothing happens where there is none."""
         with self._errors("remove", name):
-            if self.local is None:
-                if self._fs.exists(self._path(name)):
-                    self._fs.rm(self._path(name), recursive=True)
-                return
-            target = self._target(name)
-            if target.is_dir() and not target.is_symlink():  # away at once: a reader never sees half a folder
-                gone = target.with_name(f".{target.name}{GONE}")
+            path = self._path(name, followed=False)
+            if self.local:
+                gone = _beside(path, GONE)
                 _delete(gone)
-                target = target.rename(gone)
-            _delete(target)
+                with contextlib.suppress(FileNotFoundError):  # away at once: a reader never sees half a folder
+                    _delete(Path(path).rename(gone))
+            elif self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
 
     def tidy(self) -> None:
         """Remove what a killed writer left half written or half removed. For the one process that may write here."""
@@ -113,39 +132,24 @@ class Storage:
                 if path.name.endswith((ASIDE, GONE)):
                     _delete(path)
 
-    def _path(self, name: str) -> str:
-        """Where to read."""
+    def _path(self, name: str, followed: bool = True) -> str:
+        """Where a file lies. What is written or removed is a link itself, which is not followed."""
         _require_within(name)
-        if self.local:
-            self._require_inside(self.local / name)
-        return f"{self._root}/{name}" if name else self._root
-
-    def _target(self, name: str) -> Path:
-        """Where to write or remove in a local folder: a link is replaced, not followed."""
-        assert self.local is not None
-        _require_within(name)
-        self._require_inside((self.local / name).parent)
-        return self.local / name
-
-    def _require_inside(self, path: Path) -> None:
-        if self.local and not path.resolve().is_relative_to(self.local.resolve()):
+        path = f"{self._root}/{name}" if name else self._root
+        end = path if followed else os.path.dirname(path)
+        if self.local and not Path(end).resolve().is_relative_to(self.local.resolve()):
             raise StorageError(f"{path} is a link that leads out of {self}: put the files themselves there")
+        return path
 
-    @contextlib.contextmanager
-    def _aside(self, name: str) -> Iterator[Path]:
-        """The path to write a local file or folder to; what is written there takes its name in the end."""
-        target = self._target(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}{ASIDE}")
-        _delete(aside)
+    def _objects(self, name: str, texts: list[bytes], keys: tuple[str, ...]) -> list[dict[str, Any]]:
         try:
-            yield aside
-            aside.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                _delete(aside)
-            raise
-        _sync(target.parent)
+            objects = [json.loads(text) for text in texts]
+            for item in objects:
+                operator.itemgetter(*keys)(item)
+        except (ValueError, LookupError, TypeError) as error:
+            fault = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise StorageError(f"{name} in {self} is damaged, or of another Tributary: {fault}") from error
+        return objects
 
     @contextlib.contextmanager
     def _errors(self, verb: str, name: str) -> Iterator[None]:
@@ -155,14 +159,9 @@ class Storage:
         except StorageError:
             raise
         except Exception as error:
-            if isinstance(error, OSError):
-                reason = error.strerror or str(error)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    reason = "no space left on it; free some and give the same command again"
-            elif self.local:
-                raise
-            else:
-                reason = f"{type(error).__name__}: {error}"
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                reason = "no space left on it; free some and give the same command again"
             raise StorageError(f"cannot {verb} {name} in {self}: {reason}") from error
 
 
@@ -171,16 +170,15 @@ def _require_within(name: str) -> None:
         raise StorageError(f"{name!r} is no name of a file in here: it leads out of the folder")
 
 
+def _beside(path: Path | str, suffix: str) -> Path:
+    return Path(path).with_name(f".{Path(path).name}{suffix}")
+
+
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -17,13 +17,13 @@ from evaluation.metrics import paired_interval
 from learner.config import Config
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol.quarantine import FOLDER as QUARANTINE
+from records.heartbeat import look
 from records.run_folder import BEFORE, EVALUATION, Records
-from records.status import look
 from records.storage import Storage, StorageError
 
 Line = dict[str, Any]  # of metrics.jsonl
 SHOWN = 8  # reasons and events in the page
-STATES = {  # of records/status.py, where its name alone would not do
+STATES = {  # of records/heartbeat.py, where its name alone would not do
     **{state: f"{state} when this page was made" for state in ("starting", "running")},
     "silent": "no sign of life when this page was made", "gone": "ended without a word", "unknown": "not finished",
 }  # fmt: skip
@@ -84,7 +84,7 @@ def fixed_images(records: Records, epoch: int) -> dict[str, Any]:
 
 
 def state(storage: Storage) -> dict[str, Any]:
-    """All that records/status.py knows of the run, and `in_words` what state it is in."""
+    """All that records/heartbeat.py knows of the run, and `in_words` what state it is in."""
     try:
         known = look(storage, time.time())
     except (StorageError, AttributeError, LookupError, TypeError, ValueError):  # its view is damaged, the records not

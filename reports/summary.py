@@ -85,7 +85,7 @@ def next_commands(records: Records, config: Config) -> list[str]:
         images = f" --images {-(-IMAGES // chunk) * chunk}"  # whole chunks
     if config.prompts.path is not None:
         evaluated = records.evaluated()
-        first = records.evaluation_prompt(evaluated[-1]) if evaluated else "what to draw"
+        first = records.evaluation(evaluated[-1])["prompt"][0] if evaluated else "what to draw"
         prompt = f" --prompt {shlex.quote(first)}"
     return [
         "next:",

@@ -74,7 +74,7 @@ srun --nodes=1 --ntasks=1 --nodelist="$head" --cpu-bind=none bash -c 'exec ray s
 steps+=($!)
 
 seconds=${TRIBUTARY_READY_SECONDS:-600}
-run python cluster/deploy/wait_for_nodes.py 1 "$seconds"
+run python -m cluster.deploy.wait_for_nodes 1 "$seconds"
 if ((SLURM_JOB_NUM_NODES > 1)); then
   others=$((SLURM_JOB_NUM_NODES - 1))
   srun --nodes=$others --ntasks=$others --exclude="$head" --cpu-bind=none --wait=0 --no-kill bash -c 'exec ray start --block \
@@ -82,7 +82,7 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
     --labels=tributary.role=sampler --disable-usage-stats --log-color=false' &
   steps=($! "${steps[@]}")                          # ended before the head
 fi
-run python cluster/deploy/wait_for_nodes.py "$SLURM_JOB_NUM_NODES" "$seconds"
+run python -m cluster.deploy.wait_for_nodes "$SLURM_JOB_NUM_NODES" "$seconds"
 
 if [[ ${1:-} == -- ]]; then shift; else set -- python -m learner.run "$@"; fi
 run "$@"

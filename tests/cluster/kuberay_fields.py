@@ -1,5 +1,5 @@
-"""Fields of the manifests in cluster/deploy/ as JSON schemas: those of ray.io/v1 complete as of KubeRay 1.6.2, of
-Kubernetes' own types the ones in use. Unknown fields are refused, as `kubectl apply` does."""
+"""Fields of the manifests in cluster/deploy/ as JSON schemas: those of ray.io/v1 (KubeRay 1.6.2) and of Kubernetes' own
+types that are in use. Unknown fields are refused, as `kubectl apply` does."""
 
 from typing import Any
 
@@ -52,37 +52,27 @@ POD = fields(
         volumes=many(fields("name", name=TEXT, persistentVolumeClaim=fields("claimName", claimName=TEXT))),
     ),
 )  # fmt: skip
-HEAD = fields(
-    "template",
-    template=POD, headService=ANYTHING, enableIngress=FLAG, resources=TEXTS, labels=LABELS, rayStartParams=TEXTS,
-    serviceType=choice("ClusterIP", "NodePort", "LoadBalancer"),
-)  # fmt: skip
+SERVICES = choice("ClusterIP", "NodePort", "LoadBalancer")
+HEAD = fields("template", template=POD, labels=LABELS, rayStartParams=TEXTS, serviceType=SERVICES)
 WORKERS = fields(
     "groupName", "template", "minReplicas", "maxReplicas",
-    suspend=FLAG, groupName=TEXT, replicas=NUMBER, minReplicas=NUMBER, maxReplicas=NUMBER, idleTimeoutSeconds=NUMBER,
-    resources=TEXTS, labels=LABELS, rayStartParams=TEXTS, template=POD, scaleStrategy=ANYTHING, numOfHosts=NUMBER,
+    groupName=TEXT, replicas=NUMBER, minReplicas=NUMBER, maxReplicas=NUMBER, idleTimeoutSeconds=NUMBER,
+    labels=LABELS, rayStartParams=TEXTS, template=POD,
 )  # fmt: skip
 CLUSTER = fields(
     "headGroupSpec", "rayVersion", "authOptions",
-    upgradeStrategy=ANYTHING,
     authOptions=fields(mode=choice("disabled", "token"), secretName=TEXT, enableK8sTokenAuth=FLAG),
-    suspend=FLAG, managedBy=TEXT,
     autoscalerOptions=fields(
-        resources=ANYTHING, image=TEXT, imagePullPolicy=TEXT, securityContext=ANYTHING, idleTimeoutSeconds=NUMBER,
-        upscalingMode=choice("Default", "Aggressive", "Conservative"), version=choice("v1", "v2"), env=ANYTHING,
-        envFrom=ANYTHING, volumeMounts=ANYTHING,
+        resources=ANYTHING, idleTimeoutSeconds=NUMBER, version=choice("v1", "v2"),
+        upscalingMode=choice("Default", "Aggressive", "Conservative"),
     ),
-    headServiceAnnotations=TEXTS, enableInTreeAutoscaling=FLAG, gcsFaultToleranceOptions=ANYTHING, headGroupSpec=HEAD,
-    rayVersion=TEXT, workerGroupSpecs=many(WORKERS),
+    enableInTreeAutoscaling=FLAG, headGroupSpec=HEAD, rayVersion=TEXT, workerGroupSpecs=many(WORKERS),
 )  # fmt: skip
 JOB = fields(
     "rayClusterSpec", "entrypoint",
-    activeDeadlineSeconds=NUMBER, backoffLimit=NUMBER, rayClusterSpec=CLUSTER, submitterPodTemplate=POD, metadata=TEXTS,
-    clusterSelector=TEXTS, submitterConfig=fields(backoffLimit=NUMBER), managedBy=TEXT, deletionStrategy=ANYTHING,
-    entrypoint=TEXT, runtimeEnvYAML=TEXT, jobId=TEXT,
-    submissionMode=choice("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
-    entrypointResources=TEXT, entrypointNumCpus={"type": "number"}, entrypointNumGpus={"type": "number"},
-    ttlSecondsAfterFinished=NUMBER, preRunningDeadlineSeconds=NUMBER, shutdownAfterJobFinishes=FLAG, suspend=FLAG,
+    activeDeadlineSeconds=NUMBER, backoffLimit=NUMBER, rayClusterSpec=CLUSTER, submitterPodTemplate=POD,
+    entrypoint=TEXT, submissionMode=choice("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+    ttlSecondsAfterFinished=NUMBER, preRunningDeadlineSeconds=NUMBER, shutdownAfterJobFinishes=FLAG,
 )  # fmt: skip
 CLAIM = fields(
     "accessModes", "resources",

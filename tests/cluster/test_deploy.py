@@ -17,7 +17,7 @@ from kuberay_fields import MANIFESTS
 from ray.scripts.scripts import start as ray_start
 
 from learner.__main__ import PACKAGES
-from learner.config import ROOT, known_keys, load_config
+from learner.config import ROOT, load_config
 
 DEPLOY = ROOT / "cluster" / "deploy"
 WAYS = ("slurm.sh", "ray_up.yaml", "kuberay_cluster.yaml", "kuberay_job.yaml", "skypilot.yaml")
@@ -48,43 +48,38 @@ def documents(name: str) -> list[dict]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
-@pytest.fixture(scope="module")
-def ray_up() -> dict:
-    return documents("ray_up.yaml")[0]
-
-
-def started(way: str) -> dict[str, str]:
-    """Of a way to start: the commands or containers that start Ray, with what precedes them in their shell."""
+def started(way: str) -> list[str]:
+    """Of a way to start: the commands that start Ray, the head's first, with what precedes them in their shell."""
     if way == "ray_up.yaml":
-        tree = documents(way)[0]
-        return {kind: tree[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")}
-    return {"all": yaml.safe_load(text(way))["run"] if way == "skypilot.yaml" else uncommented(way)}
+        return [documents(way)[0][f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
+    return [yaml.safe_load(text(way))["run"] if way == "skypilot.yaml" else uncommented(way)]
 
 
-# Locked doors
+def kuberay(way: str) -> dict:
+    """Of a RayCluster or a RayJob: the cluster."""
+    spec = documents(way)[1]["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+# Token authentication
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_has_token_authentication_on(way):
     if way.startswith("kuberay"):
-        spec = documents(way)[1]["spec"]
-        assert spec.get("rayClusterSpec", spec)["authOptions"] == {"mode": "token"}
+        assert kuberay(way)["authOptions"] == {"mode": "token"}
         return
-    for commands in started(way).values():
+    for commands in started(way):
         assert commands.index("RAY_AUTH_MODE=token") < commands.index("ray start")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_documented_command_that_starts_a_cluster_has_token_authentication_on(page):
-    for block in blocks(page):
-        if re.search(r"\bray start\b", block):
-            assert "export RAY_AUTH_MODE=token" in block[: block.index("ray start")], block
-    assert not re.search(r"RAY_AUTH_MODE=(?!token)", text(page))
-
-
-def test_the_pages_do_start_clusters():
-    assert any("ray start" in block for page in PAGES for block in blocks(page))
-    assert all(way in text("docs/deploy.md") for way in (*WAYS, "Dockerfile"))
+def test_every_documented_command_that_starts_a_cluster_has_token_authentication_on():
+    starting = [block for page in PAGES for block in blocks(page) if re.search(r"\bray start\b", block)]
+    assert starting and all(way in text("docs/deploy.md") for way in (*WAYS, "Dockerfile"))
+    for block in starting:
+        assert "export RAY_AUTH_MODE=token" in block[: block.index("ray start")], block
+        assert len(re.findall("ray start --head", block)) == len(re.findall("--dashboard-host=127", block))
+    assert not any(re.search(r"RAY_AUTH_MODE=(?!token)", text(page)) for page in PAGES)
 
 
 @pytest.mark.parametrize("name", [*WAYS, *PAGES])
@@ -96,24 +91,18 @@ def test_a_token_is_made_where_only_its_owner_reads_it(name):
 
 @pytest.mark.parametrize("name", [*WAYS, "Dockerfile", *PAGES])
 def test_no_secret_is_in_a_file(name):
-    looks = (
-        r"[0-9a-f]{32,}|AKIA[0-9A-Z]{16}|hf_\w{20,}|PRIVATE KEY|(?i:token|secret|password)\w*[=:]\s*[\"']?[\w-]{16,}"
-    )
-    assert not re.search(looks, text(name))
+    named = r"(?i:token|secret|password)\w*[=:]\s*[\"']?[\w-]{16,}"
+    assert not re.search(rf"[0-9a-f]{{32,}}|AKIA[0-9A-Z]{{16}}|hf_\w{{20,}}|PRIVATE KEY|{named}", text(name))
     for value in re.findall(r"RAY_AUTH_TOKEN\b\s*[=:]\s*(\S+)", text(name)):
         assert value in ("$(cat", "null"), value
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_dashboard_open_to_the_network_is_behind_a_service_that_asks_for_the_token(way):
-    found = re.findall(r"dashboard-host[=:] ?(\S+)", uncommented(way))
-    assert set(found) == ({"0.0.0.0"} if way.startswith("kuberay") else {"127.0.0.1"})
+    hosts = set(re.findall(r"dashboard-host[=:] ?(\S+)", uncommented(way)))
+    assert hosts == ({"0.0.0.0"} if way.startswith("kuberay") else {"127.0.0.1"})
     if way.startswith("kuberay"):
-        spec = documents(way)[1]["spec"]
-        assert spec.get("rayClusterSpec", spec)["headGroupSpec"].get("serviceType", "ClusterIP") == "ClusterIP"
-    for page in PAGES:
-        for block in blocks(page):
-            assert len(re.findall("ray start --head", block)) == len(re.findall("--dashboard-host=127", block))
+        assert kuberay(way)["headGroupSpec"].get("serviceType", "ClusterIP") == "ClusterIP"
 
 
 # What the commands say
@@ -122,13 +111,11 @@ def test_a_dashboard_open_to_the_network_is_behind_a_service_that_asks_for_the_t
 @pytest.mark.parametrize("way", WAYS)
 def test_every_head_notices_a_cut_node_in_seconds(way):
     if way.startswith("kuberay"):
-        spec = documents(way)[1]["spec"]
-        head = spec.get("rayClusterSpec", spec)["headGroupSpec"]["template"]["spec"]["containers"][0]
+        head = kuberay(way)["headGroupSpec"]["template"]["spec"]["containers"][0]
         assert {item["name"]: item["value"] for item in head["env"]} == FAST_HEALTH
-        return
-    commands = started(way).get("head") or started(way)["all"]
-    before = commands[: commands.index("ray start --head")]
-    assert dict(re.findall(r"(RAY_health\w+)=(\d+)", before)) == FAST_HEALTH
+    else:
+        before = started(way)[0].partition("ray start --head")[0]
+        assert dict(re.findall(r"(RAY_health\w+)=(\d+)", before)) == FAST_HEALTH
 
 
 @pytest.mark.parametrize("name", [*WAYS, *PAGES])
@@ -148,17 +135,13 @@ def test_runs_are_started_with_settings_that_exist(name):
     found = re.findall(r"(?:python -m learner\.run|sbatch.*/slurm\.sh)\b([^;\n]*)", lines)
     commands = [shlex.split(words, comments=True) for words in found if "$@" not in words and " -- " not in words]
     for command in commands:
-        words = [word for word in command if word not in ("--plan", "--help")]
-        path = None
-        if "--config" in words:
-            at = words.index("--config")
-            path = ROOT / words[at + 1].removeprefix("/app/")
-            del words[at : at + 2]
+        words, path = [word for word in command if word not in ("--plan", "--help", "--config")], None
+        if "--config" in command:
+            path = ROOT / words.pop(command.index("--config")).removeprefix("/app/")
         load_config(path, words)
     assert commands or name == "kuberay_cluster.yaml"
 
 
-@pytest.mark.skipif("learner.labels" not in known_keys(), reason="roles have no labels yet")
 def test_the_documented_labels_are_settings_and_on_nodes(tmp_path):
     fragment = next(block for block in blocks("docs/deploy.md") if "tributary.role" in block)
     (tmp_path / "labels.yaml").write_text(fragment)
@@ -172,16 +155,17 @@ def test_the_documented_labels_are_settings_and_on_nodes(tmp_path):
 # Each file against its schema
 
 
-def test_ray_up_keeps_to_rays_schema(ray_up):
+def test_ray_up_keeps_to_rays_schema():
+    ray_up = documents("ray_up.yaml")[0]
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.Draft7Validator(schema).validate(ray_up)
     kinds = ray_up["available_node_types"]
     assert ray_up["head_node_type"] in kinds
     assert sum(kind.get("max_workers", 0) for kind in kinds.values()) == ray_up["max_workers"]
-    options = {name: kind["node_config"].get("InstanceMarketOptions", {}) for name, kind in kinds.items()}
-    markets = {name: option.get("MarketType") for name, option in options.items()}
+    nodes = {name: kind["node_config"] for name, kind in kinds.items()}
+    markets = {name: node.get("InstanceMarketOptions", {}).get("MarketType") for name, node in nodes.items()}
     assert markets == {"head": None, "a100": None, "a100_spot": "spot"}
-    assert {kinds[name]["node_config"]["InstanceType"] for name in ("a100", "a100_spot")} == {"p4d.24xlarge"}
+    assert nodes["a100"]["InstanceType"] == nodes["a100_spot"]["InstanceType"] == "p4d.24xlarge"
     assert ray_up["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     assert "chmod 600 ~/.ray/auth_token" in ray_up["setup_commands"]
 
@@ -208,9 +192,8 @@ def test_the_job_has_the_cluster_that_jobs_are_submitted_to():
 
 
 def test_the_operators_rules_hold():
-    spec = documents("kuberay_cluster.yaml")[1]["spec"]
-    pinned = re.search(r"^ray==(\S+)", text("constraints.txt"), re.M)[1]
-    assert spec["rayVersion"] == pinned
+    spec = kuberay("kuberay_cluster.yaml")
+    assert spec["rayVersion"] == re.search(r"^ray==(\S+)", text("constraints.txt"), re.M)[1]
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     for group in groups:
         assert "labels" not in group["rayStartParams"]  # refused since KubeRay 1.6: `labels` of the group has them
@@ -253,16 +236,14 @@ def instructions() -> list[tuple[str, str]]:
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
 
 
-def copied() -> list[str]:
-    return [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
+def project() -> dict:
+    return tomllib.loads(text("pyproject.toml"))["project"]
 
 
 def test_the_image_is_of_the_right_python_and_runs_as_a_user_without_rights():
-    found = instructions()
-    project = tomllib.loads(text("pyproject.toml"))["project"]
-    assert {word for word, _ in found} <= {"FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER"}
-    assert found[0] == ("FROM", "python:3.11-slim") and project["requires-python"] == ">=3.11,<3.12"
-    assert found[-1] == ("USER", "1000")
+    first, *middle, last = instructions()
+    assert {word for word, _ in middle} <= {"ENV", "RUN", "WORKDIR", "COPY"} and last == ("USER", "1000")
+    assert first == ("FROM", "python:3.11-slim") and project()["requires-python"] == ">=3.11,<3.12"
     assert "torchvision" not in text("Dockerfile") + text("constraints.txt")
 
 
@@ -271,19 +252,21 @@ def test_the_image_installs_what_is_depended_on_in_pinned_versions():
     script = shlex.split(line)[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     needed = done.stdout.split()
-    assert needed == tomllib.loads(text("pyproject.toml"))["project"]["dependencies"]
+    assert needed == project()["dependencies"]
     pinned = {name.lower() for name in re.findall(r"^([\w.-]+)==", text("constraints.txt"), re.M)}
     assert {re.match(r"[\w.-]+", name)[0].lower() for name in needed} <= pinned
     assert all("-c constraints.txt" in rest for word, rest in instructions() if word == "RUN" and "pip install" in rest)
 
 
+@pytest.mark.long
 def test_the_image_has_all_that_a_run_needs(tmp_path):
-    allowed = {line[1:] for line in text(".dockerignore").splitlines() if line.startswith("!")}
-    assert "*" in text(".dockerignore").splitlines() and set(copied()) == allowed
-    assert {"learner", *PACKAGES} < allowed
-    for source in copied():
-        tree = (ROOT / source).is_dir()
-        (shutil.copytree if tree else shutil.copy)(ROOT / source, tmp_path / source)
+    copied = [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
+    ignored = text(".dockerignore").splitlines()
+    assert "*" in ignored and {"learner", *PACKAGES} < set(copied) == {
+        line[1:] for line in ignored if line.startswith("!")
+    }
+    for source in copied:
+        (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, tmp_path / source)
     done = subprocess.run(
         [sys.executable, "-m", "learner.run", "--plan"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},

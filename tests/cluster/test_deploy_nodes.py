@@ -65,15 +65,14 @@ sys.exit(7)
 """
 
 
-def processes(folder: str) -> list[str]:
-    """Command lines that name `folder`."""
-    found = []
+def processes(folder: str) -> list[psutil.Process]:
+    """Those whose command lines name `folder`."""
+    named = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            line = " ".join(process.cmdline())
-            if folder in line and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(line)
-    return found
+            if folder in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                named.append(process)
+    return named
 
 
 def gone(folder: str, seconds: float = 10) -> bool:
@@ -125,19 +124,30 @@ def slurm(environment, tmp_path):
     for process, rays in begun:  # what a script that failed its test has left
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        for left in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if rays in " ".join(left.cmdline()):
-                    left.kill()
+        for left in processes(rays):
+            left.kill()
         shutil.rmtree(rays, ignore_errors=True)
+
+
+@pytest.fixture
+def token(tmp_path) -> Path:
+    """The user's own."""
+    file = tmp_path / "home/.ray/auth_token"
+    file.parent.mkdir()
+    file.touch(0o600)
+    file.write_text("1" * 64)
+    return file
+
+
+def said(folder: Path) -> str:
+    return (folder / "job.log").read_text()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     process, rays = slurm(2, "--", sys.executable, str(tmp_path / "job.py"))
-    status, said = process.wait(200), (tmp_path / "job.log").read_text()
-    assert status == 7, said[-3000:]  # the command's own
+    assert process.wait(200) == 7, said(tmp_path)[-3000:]  # the command's own
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["roles"] == ["learner", "sampler"]
     assert seen["ours"] == 0 and seen["strangers"] != 0
@@ -145,7 +155,7 @@ def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     token = tmp_path / "home/.ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
     assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
-    assert token.read_text() not in said
+    assert token.read_text() not in said(tmp_path)
     steps = (tmp_path / "srun.log").read_text()
     assert "--nodelist=alpha" in steps and "--exclude=alpha" in steps and token.read_text() not in steps
     assert gone(rays) and not Path(rays).exists()
@@ -153,15 +163,11 @@ def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path):
-    token = tmp_path / "home/.ray/auth_token"
-    token.parent.mkdir()
-    token.touch(0o600)
-    token.write_text("1" * 64)
+def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path, token):
     process, rays = slurm(1, "--", "bash", "-c", "touch $FAKES/running; exec sleep 300")
     deadline = time.monotonic() + 120
     while not (tmp_path / "running").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "job.log").read_text()[-3000:]
+        assert process.poll() is None and time.monotonic() < deadline, said(tmp_path)[-3000:]
         time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
     process.wait(60)
@@ -171,15 +177,11 @@ def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path):
     assert gone(rays) and not Path(rays).exists()
 
 
-def test_a_slurm_job_refuses_a_token_that_others_can_read(slurm, tmp_path):
-    token = tmp_path / "home/.ray/auth_token"
-    token.parent.mkdir()
-    token.write_text("1" * 64)
+def test_a_slurm_job_refuses_a_token_that_others_can_read(slurm, tmp_path, token):
     token.chmod(0o640)
     process, _ = slurm(1, "--", "true")
     assert process.wait(30) == 1
-    said = (tmp_path / "job.log").read_text()
-    assert f"others can read the token: chmod 600 {token}" in said and "1" * 64 not in said
+    assert f"others can read the token: chmod 600 {token}" in said(tmp_path) and "1" * 64 not in said(tmp_path)
     assert not (tmp_path / "srun.log").exists()
 
 
@@ -188,21 +190,17 @@ def test_a_slurm_head_that_others_cannot_reach_is_refused(slurm, tmp_path):
     (tmp_path / "hostname").chmod(0o755)
     process, _ = slurm(2, "--", "true", TRIBUTARY_HEAD_IP="")
     assert process.wait(30) == 1
-    assert (
-        "the name alpha is no address that other nodes reach: set TRIBUTARY_HEAD_IP"
-        in (tmp_path / "job.log").read_text()
-    )
+    assert "the name alpha is no address that other nodes reach: set TRIBUTARY_HEAD_IP" in said(tmp_path)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nodes_that_do_not_come_end_the_job_within_the_deadline(slurm, tmp_path):
-    (tmp_path / "srun").write_text(
-        SRUN.replace("export SLURM", "[[ $* != *sampler* ]] || exec sleep 300\nexport SLURM")
-    )
+    missing = SRUN.replace("export SLURM", "[[ $* != *sampler* ]] || exec sleep 300\nexport SLURM")
+    (tmp_path / "srun").write_text(missing)
     process, rays = slurm(2, "--", "true", TRIBUTARY_READY_SECONDS="25")
     assert process.wait(120) == 1
-    assert "1 of 2 nodes joined" in (tmp_path / "job.log").read_text()
+    assert "1 of 2 nodes joined" in said(tmp_path)
     assert gone(rays) and not Path(rays).exists()
 
 
@@ -214,8 +212,8 @@ def test_skypilots_nodes_find_each_other_and_end_with_the_head(environment, tmp_
     command = next(line for line in script.splitlines() if line.startswith("python -m learner.run"))
     script = script.replace("6379", port).replace("/tmp/tributary", rays).replace("python -m learner.run", "true")
     script = script.replace(command.replace("python -m learner.run", "true"), f"python {tmp_path}/job.py")
-    sky = {"SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1", "SKYPILOT_NUM_NODES": "2", "RAY_AUTH_TOKEN": "2" * 64}
-    sky |= {"FOLDER": rays}
+    sky = {"SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1", "SKYPILOT_NUM_NODES": "2"}
+    sky |= {"RAY_AUTH_TOKEN": "2" * 64, "FOLDER": rays}
     with (tmp_path / "job.log").open("w") as log:
         head, other = (
             subprocess.Popen(
@@ -225,7 +223,7 @@ def test_skypilots_nodes_find_each_other_and_end_with_the_head(environment, tmp_
             for rank in "01"
         )  # fmt: skip
         try:
-            assert head.wait(200) == 7, (tmp_path / "job.log").read_text()[-3000:]
+            assert head.wait(200) == 7, said(tmp_path)[-3000:]
             assert other.wait(120) == 0
         finally:
             for process in (head, other):
@@ -233,6 +231,6 @@ def test_skypilots_nodes_find_each_other_and_end_with_the_head(environment, tmp_
                     os.killpg(process.pid, signal.SIGKILL)
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["roles"] == ["learner", "sampler"] and seen["ours"] == 0 and seen["strangers"] != 0
-    assert "2" * 64 not in (tmp_path / "job.log").read_text()
+    assert "2" * 64 not in said(tmp_path)
     assert gone(rays)
     shutil.rmtree(rays, ignore_errors=True)

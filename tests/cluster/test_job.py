@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -32,11 +31,8 @@ SMALLER = {
 def working_dir(tmp_path) -> Path:
     """A checkout as a user would have it, its default preset made smaller."""
     folder = tmp_path / "checkout"
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    folder.mkdir()
+    subprocess.run(f"git ls-files -z | xargs -0 cp --parents -t {folder}", shell=True, cwd=ROOT, check=True)
     preset = folder / DEFAULT_CONFIG.relative_to(ROOT)
     tree = yaml.safe_load(preset.read_text())
     for section, settings in SMALLER.items():
@@ -45,20 +41,25 @@ def working_dir(tmp_path) -> Path:
     return folder
 
 
-def submit(head, working_dir, *command) -> str:
-    return job(head, working_dir, "submit", "--working-dir", ".", "--", *command)
+@pytest.fixture
+def job(head, working_dir):
+    """`ray job VERB ...`: what it says."""
+
+    def call(verb: str, *arguments: str) -> str:
+        command = ["ray", "job", verb, "--address", head.dashboard, *arguments]
+        done = subprocess.run(
+            command, cwd=working_dir, env=head.environment, capture_output=True, text=True, timeout=300
+        )
+        return done.stdout + done.stderr
+
+    return call
 
 
-def job(head, working_dir, verb, *arguments) -> str:
-    done = subprocess.run(
-        ["ray", "job", verb, "--address", head.dashboard, *arguments],
-        cwd=working_dir, env=head.environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    return done.stdout + done.stderr
+RUN = ("--working-dir", ".", "--", "python", "-m", "learner.run")
 
 
-def test_a_bare_submission_runs_and_its_results_are_where_the_log_says(head, working_dir, tmp_path):
-    said = submit(head, working_dir, "python", "-m", "learner.run")
+def test_a_bare_submission_runs_and_its_results_are_where_the_log_says(job, tmp_path):
+    said = job("submit", *RUN)
     assert "succeeded" in said, said[-3000:]
     place = Path(re.search(r"run directory: (\S+)", said)[1])
     assert place.is_relative_to(tmp_path / "home/tributary/runs")  # the working directory goes with the job
@@ -71,7 +72,7 @@ def test_a_bare_submission_runs_and_its_results_are_where_the_log_says(head, wor
     assert sorted(file.name for file in lora.iterdir()) == ["kohya.safetensors", "pytorch_lora_weights.safetensors"]
     # A bad setting is one message in the log, and the job fails.
     for setting, complaint in (("train.epoch=3", "did you mean train.epochs"), ("learner.gpus=1", "the cluster has 0")):
-        said = submit(head, working_dir, "python", "-m", "learner.run", setting)
+        said = job("submit", *RUN, setting)
         assert "failed" in said and complaint in said and "Traceback" not in said
 
 
@@ -88,14 +89,16 @@ print("LEFT", len(groups), sorted(actors))
 
 def ours(head) -> list[str]:
     """Command lines of the job's own processes: driver, actors, MLflow's mirror."""
-    found = []
+    lines = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, KeyError):
             line = " ".join(process.cmdline())
-            its_own = re.search(r"learner\.|ray::\w+Actor", line)
-            if its_own and process.environ().get("HOME") == head.environment["HOME"]:
-                found.append(line)
-    return found
+            if (
+                re.search(r"learner\.|ray::\w+Actor", line)
+                and process.environ().get("HOME") == head.environment["HOME"]
+            ):
+                lines.append(line)
+    return lines
 
 
 def left(head) -> str:
@@ -108,22 +111,22 @@ def left(head) -> str:
 
 
 @pytest.mark.slow
-def test_a_stopped_job_leaves_nothing_on_the_cluster(head, working_dir, tmp_path):
+def test_a_stopped_job_leaves_nothing_on_the_cluster(head, job, tmp_path):
     """`ray job stop` sends SIGTERM to the driver and all its children, and kills them 3 s later."""
     run = tmp_path / "run"
-    job(head, working_dir, "submit", "--no-wait", "--submission-id", "ours", "--working-dir", ".", "--",
-        "python", "-m", "learner.run", "train.epochs=50", "mlflow.enabled=true", f"run.dir={run}")  # fmt: skip
+    settings = ("train.epochs=50", "mlflow.enabled=true", f"run.dir={run}")
+    job("submit", "--no-wait", "--submission-id", "ours", *RUN, *settings)
     deadline = time.monotonic() + 240
     while not (run / "checkpoints/step-000001/state.json").exists():
-        assert time.monotonic() < deadline, job(head, working_dir, "logs", "ours")[-3000:]
+        assert time.monotonic() < deadline, job("logs", "ours")[-3000:]
         time.sleep(0.1)
     assert len(ours(head)) >= 5 and "SamplerActor" in left(head)
-    said = job(head, working_dir, "stop", "ours")
+    said = job("stop", "ours")
     gone_by = time.monotonic() + 10
     assert "stopped" in said.lower(), said
     while ours(head):
         assert time.monotonic() < gone_by, ours(head)
         time.sleep(0.2)
     assert left(head) == "LEFT 0 []"
-    log = job(head, working_dir, "logs", "ours")
+    log = job("logs", "ours")
     assert f"interrupted; the same command goes on from what is done in {run}" in log and "Traceback" not in log

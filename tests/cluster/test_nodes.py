@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import ray
 from ray_nodes import cluster_of
+from test_placement import place
 
 from cluster import nodes as cluster_nodes
 from cluster.nodes import alive_nodes, listed
-from cluster.placement import Share, Wish, place
-from cluster.readiness import Asked, in_group, ready, reserve
+from cluster.placement import Asked, Share, in_group, ready, reserve
 from cluster.waits import DeadlineExceeded
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
@@ -73,28 +73,28 @@ def test_the_nodes_are_told_with_what_is_free(kinds):
 
 
 def test_reward_actors_without_gpus_go_to_nodes_without_while_there_is_room(kinds):
-    placement = place([Wish(4, 0.5), Wish(8, 0), Wish(2, 1)], 8, alive_nodes())
+    placement = place((4, 8, 2), alive_nodes(), gpus=(0.5, 0, 1))
     assert placement.scorers.cpus == 1
     assert not kinds(*[placement.scorers.spread] * 8)["gpu"]
     assert kinds(*[placement.scorers.spread] * 2)["gpu"] == 2  # nothing else is left: better there than nowhere
 
 
 def test_samplers_are_spread_over_the_nodes_of_their_labels(kinds):
-    placement = place([Wish(4, 0.5, {"kind": "!head"}), Wish(1, 0), Wish(1, 0)], 8, alive_nodes())
+    placement = place((4, 1, 1), alive_nodes(), gpus=(0.5, 0, 0), labels=({"kind": "!head"}, {}, {}))
     assert kinds(*[placement.samplers.spread] * 4) == {"gpu": 4}
-    placement = place([Wish(3, 0, {"kind": "in(cpu,gpu)"}), Wish(1, 0), Wish(1, 0)], 8, alive_nodes())
+    placement = place((3, 1, 1), alive_nodes(), gpus=(0, 0, 0), labels=({"kind": "in(cpu,gpu)"}, {}, {}))
     assert kinds(*[replace(placement.samplers, last=()).spread] * 3) == {"gpu": 2, "cpu": 1}
 
 
 def test_learner_ranks_are_packed_where_their_labels_say(kinds):
-    placement = place([Wish(1, 0), Wish(1, 0), Wish(2, 1, {"kind": "gpu"})], 8, alive_nodes())
+    placement = place((1, 1, 2), alive_nodes(), gpus=(0, 0, 1), labels=({}, {}, {"kind": "gpu"}))
     group = reserve(placement, 20)
     try:
         assert kinds(*in_group(placement, group)) == {"gpu": 2}
         eventually(lambda nodes: sorted(node.free_gpus for node in nodes if node.gpus) == [0, 2])
     finally:
         ray.util.remove_placement_group(group)
-    placement = place([Wish(1, 0), Wish(1, 0), Wish(2, 1, {"kind": "tpu"})], 8, alive_nodes(), autoscale=True)
+    placement = place((1, 1, 2), alive_nodes(), "run.autoscale=true", gpus=(0, 0, 1), labels=({}, {}, {"kind": "tpu"}))
     with pytest.raises(DeadlineExceeded) as caught:
         reserve(placement, 1)
     assert "run.ready_seconds=1: still waiting for room for 2 learner ranks" in str(caught.value)

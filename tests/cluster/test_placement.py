@@ -1,59 +1,69 @@
 """Counts and shares of the roles, from what the nodes have."""
 
+import json
+
 import pytest
 
 from cluster.nodes import Node
-from cluster.placement import Placement, PlacementError, Wish, counts_now, place_for
-from cluster.placement import place as place_wishes
-from learner.config import ConfigError
+from cluster.placement import Placement, PlacementError, counts_now, place_for
+from learner.config import ConfigError, load_config
 
 
-def place(samplers, scorers, ranks, chunks, nodes, gpus=(None,) * 3, labels=({},) * 3) -> Placement:
-    wishes = [Wish(*each) for each in zip((samplers, scorers, ranks), gpus, labels, strict=True)]
-    return place_wishes(wishes, chunks, nodes)
+def place(counts, nodes, *more, chunks=4, gpus=(None,) * 3, labels=({},) * 3) -> Placement:
+    """Of samplers, reward actors and ranks; None as the counts: those are found. `more` are settings."""
+    settings = [f"train.trajectories={4 * chunks}", "sampler.chunk_size=4", "train.updates_per_epoch=1"]
+    keys = ("sampler.actors", "reward.actors", "learner.ranks")
+    for key, count, share, selector in zip(keys, counts or (None,) * 3, gpus, labels, strict=True):
+        role = key.split(".")[0]
+        settings += [f"{key}={count or 'null'}", f"{role}.gpus={'null' if share is None else share}"]
+        settings.append(f"{role}.labels={json.dumps(selector)}")
+    return place_for(load_config(overrides=[*settings, *more]), nodes)
 
 
-def machine(cpus: float, gpus: float = 0.0, **labels: str) -> list[Node]:
-    """A machine."""
-    return [Node("10.0.0.1", cpus, gpus, labels, id="id1")]
+def machine(cpus: float, gpus: float = 0.0) -> list[Node]:
+    return several((cpus, gpus, {}))
 
 
 def several(*machines: tuple) -> list[Node]:
     """(CPUs, GPUs, labels) each."""
-    return [Node(f"10.0.0.{i}", *machine, id=f"id{i}") for i, machine in enumerate(machines, 1)]
+    return [
+        Node(f"10.0.0.{i}", *amounts, labels=labels, id=f"id{i}") for i, (*amounts, labels) in enumerate(machines, 1)
+    ]
 
 
-def total(placement, resource: str) -> float:
-    shares = (placement.samplers, placement.scorers, placement.ranks)
-    return sum(share.count * getattr(share, resource) for share in shares)
+def shares(placement: Placement) -> tuple:
+    return placement.samplers, placement.scorers, placement.ranks
+
+
+def total(placement: Placement, resource: str) -> float:
+    return sum(share.count * getattr(share, resource) for share in shares(placement))
 
 
 def test_explicit_counts_fit_on_two_cores():
-    placement = place(3, 1, 2, 4, machine(2.0))
-    assert [share.count for share in (placement.samplers, placement.scorers, placement.ranks)] == [3, 1, 2]
+    placement = place((3, 1, 2), machine(2.0))
+    assert [share.count for share in shares(placement)] == [3, 1, 2]
     assert 1.5 < total(placement, "cpus") <= 2
     assert placement.describe() == "3 samplers, 1 scorer, 2 learner ranks"
-    assert place(1, 2, 0, 4, machine(2.0)).describe() == "1 sampler, 2 scorers"
+    config = load_config(overrides=["sampler.actors=1", "reward.actors=2"])
+    assert place_for(config, machine(2.0), learner=False).describe() == "1 sampler, 2 scorers"
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 8, 64])
 def test_counts_found_from_the_resources_fit_and_divide_the_work(cpus):
-    placement = place(None, None, None, 4, machine(float(cpus)))
+    placement = place(None, machine(float(cpus)))
     assert total(placement, "cpus") <= cpus
     assert 4 % placement.ranks.count == 0
 
 
 def test_each_rank_gets_a_whole_gpu_where_there_are_enough():
-    placement = place(None, None, None, 8, machine(64.0, 8.0))
-    assert placement.ranks.gpus == 1
-    assert total(placement, "gpus") <= 8
-    alone = place(None, None, None, 8, machine(8.0, 1.0))
-    assert total(alone, "gpus") <= 1
+    placement = place(None, machine(64.0, 8.0), chunks=8)
+    assert placement.ranks.gpus == 1 and total(placement, "gpus") <= 8
+    assert total(place(None, machine(8.0, 1.0), chunks=8), "gpus") <= 1
 
 
 @pytest.mark.parametrize("gpus", range(1, 9))
 def test_gpu_fractions_pack_onto_single_devices(gpus):
-    placement = place(None, None, None, 16, machine(64.0, float(gpus)))
+    placement = place(None, machine(64.0, float(gpus)), chunks=16)
     shares = [placement.ranks.gpus] * placement.ranks.count
     shares += [placement.samplers.gpus] * (placement.samplers.count + placement.scorers.count)
     free = [1.0] * gpus
@@ -61,13 +71,6 @@ def test_gpu_fractions_pack_onto_single_devices(gpus):
         device = max(range(gpus), key=free.__getitem__)
         free[device] -= share
         assert free[device] >= -1e-9
-
-
-def test_what_cannot_be_placed_is_refused():
-    with pytest.raises(PlacementError, match="CPU"):
-        place(1, 1, 1, 1, [])
-    with pytest.raises(PlacementError, match=r"learner\.ranks"):
-        place(1, 1, 3, 4, machine(8.0))
 
 
 @pytest.mark.parametrize(
@@ -81,52 +84,54 @@ def test_what_cannot_be_placed_is_refused():
     ],
 )
 def test_gpus_as_the_config_says_and_fair_shares_of_the_rest(each, expected):
-    placement = place(2, 2, 2, 4, machine(16.0, 8.0), each)
+    placement = place((2, 2, 2), machine(16.0, 8.0), gpus=each)
     assert total(placement, "gpus") <= 8
-    assert (placement.samplers.gpus, placement.scorers.gpus, placement.ranks.gpus) == expected
+    assert tuple(share.gpus for share in shares(placement)) == expected
 
 
-def test_more_gpus_than_there_are_is_refused_with_the_sum():
-    with pytest.raises(PlacementError, match=r"2 x 2 \+ 1 x 1 \+ 2 x 4 = 13 GPUs asked for, the cluster has 8"):
-        place(2, 1, 2, 4, machine(16.0, 8.0), (2, 1, 4))
-    with pytest.raises(PlacementError, match="the cluster has 0"):
-        place(2, 1, 2, 4, machine(16.0), (None, None, 1))
+GPUS, TWO_WITH_GPUS = machine(16.0, 8.0), several((4.0, 2.0, {}), (4.0, 2.0, {}))
 
 
-def test_a_gpu_model_without_gpus_is_refused(small_config):
+@pytest.mark.parametrize(
+    ("counts", "nodes", "gpus", "said"),
+    [
+        ((1, 1, 1), [], (None,) * 3, "no CPUs to give"),
+        ((2, 1, 2), GPUS, (2, 1, 4), "2 x 2 + 1 x 1 + 2 x 4 = 13 GPUs asked for, the cluster has 8"),
+        ((2, 1, 2), machine(16.0), (None, None, 1), "the cluster has 0"),
+        ((2, 1, 2), GPUS, (1.5, None, None), "sampler.gpus: 1.5 is neither"),
+        ((1, 1, 1), TWO_WITH_GPUS, (4, 0, 0), "do not fit on single nodes"),
+        ((3, 1, 1), machine(8.0, 2.0), (0.6, 0, 0), "do not fit on single nodes"),  # 2/3 of a GPU leave 1/3 unused
+    ],
+)
+def test_what_cannot_be_placed_is_refused(counts, nodes, gpus, said):
+    with pytest.raises(PlacementError) as caught:
+        place(counts, nodes, gpus=gpus)
+    assert said in str(caught.value)
+
+
+def test_a_gpu_model_without_gpus_is_refused():
     with pytest.raises(PlacementError, match="cuda was asked for"):
-        place_for(small_config("model.device=cuda"), machine(2.0))
-    on_cpu = place_for(small_config("model.device=cpu"), machine(2.0, 8.0))
-    assert total(on_cpu, "gpus") == 0
-
-
-def test_one_gpu_and_a_half_is_refused():
-    with pytest.raises(PlacementError, match=r"sampler\.gpus: 1\.5 is neither"):
-        place(2, 1, 2, 4, machine(16.0, 8.0), (1.5, None, None))
+        place(None, machine(2.0), "model.device=cuda")
+    assert total(place(None, machine(2.0, 8.0), "model.device=cpu"), "gpus") == 0
 
 
 def test_a_share_fits_on_single_nodes():
     """Three CPUs of which no two are on the node that samplers must go to."""
     nodes = several((1.0, 0.0, {"kind": "small"}), (2.0, 0.0, {}))
-    assert place(2, 1, 1, 4, nodes).samplers.cpus == 0.5
-    placement = place(3, 1, 1, 4, nodes, labels=({"kind": "small"}, {}, {}))
+    assert place((2, 1, 1), nodes).samplers.cpus == 0.5
+    placement = place((3, 1, 1), nodes, labels=({"kind": "small"}, {}, {}))
     assert placement.samplers.cpus == pytest.approx(1 / 3, abs=1e-3)
     halves = several((0.5, 0.0, {}), (0.5, 0.0, {}), (0.5, 0.0, {}))
-    assert place(1, 1, 1, 4, halves).samplers.cpus <= 0.5
-    with pytest.raises(PlacementError, match="do not fit on single nodes"):
-        place(1, 1, 1, 4, several((4.0, 2.0, {}), (4.0, 2.0, {})), (4, 0, 0))
-    with pytest.raises(PlacementError, match="do not fit on single nodes"):  # two thirds of a GPU leave a third unused
-        place(3, 1, 1, 4, machine(8.0, 2.0), (0.6, 0, 0))
+    assert place((1, 1, 1), halves).samplers.cpus <= 0.5
+
+
+KINDS = {"a100": [1], "!a100": [2, 3], "in(a100,cpu)": [1, 2], "!in(a100,cpu)": [3], "a10": []}
 
 
 @pytest.mark.parametrize(
     ("selector", "meant"),
     [
-        ({"kind": "a100"}, [1]),
-        ({"kind": "!a100"}, [2, 3]),
-        ({"kind": "in(a100,cpu)"}, [1, 2]),
-        ({"kind": "!in(a100,cpu)"}, [3]),
-        ({"kind": "a10"}, []),
+        *(({"kind": kind}, meant) for kind, meant in KINDS.items()),
         ({"kind": "a100", "market": "spot"}, []),
         ({}, [1, 2, 3]),
     ],
@@ -136,37 +141,34 @@ def test_labels_mean_what_they_mean_to_ray(selector, meant):
     assert [i for i, node in enumerate(nodes, 1) if node.matches(selector)] == meant
 
 
-def test_a_label_that_no_node_has_is_said_at_once_unless_nodes_will_come(small_config):
-    nodes = several((4.0, 0.0, {"kind": "cpu"}))
-    config = small_config('sampler.labels={kind: "in(a100, h100)"}')
+def test_a_label_that_no_node_has_is_said_at_once_unless_nodes_will_come():
+    nodes, labels = several((4.0, 0.0, {"kind": "cpu"})), ({"kind": "in(a100, h100)"}, {}, {})
     with pytest.raises(PlacementError) as caught:
-        place_for(config, nodes)
+        place(None, nodes, labels=labels)
     assert "sampler.labels: no node has {'kind': 'in(a100,h100)'}" in str(caught.value)
     assert "node 10.0.0.1: 4 CPU" in str(caught.value) and "labels {'kind': 'cpu'}" in str(caught.value)
-    coming = small_config('sampler.labels={kind: "in(a100, h100)"}', "run.autoscale=true", "sampler.gpus=1")
-    placement = place_for(coming, nodes)
-    assert placement.samplers.gpus == 1
-    assert placement.samplers.spread["label_selector"] == {"kind": "in(a100,h100)"}
+    coming = place(None, nodes, "run.autoscale=true", gpus=(1, None, None), labels=labels).samplers
+    assert coming.gpus == 1 and coming.spread["label_selector"] == {"kind": "in(a100,h100)"}
 
 
 @pytest.mark.parametrize("wrong", ["in()", "!!a", "in(a", "-a", "a b"])
-def test_what_is_no_label_selector_is_refused(wrong, small_config):
+def test_what_is_no_label_selector_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"reward\.labels: .*expected a node label's value as VALUE, !VALUE, in"):
-        small_config(f'reward.labels={{kind: "{wrong}"}}')
+        place(None, [], labels=({}, {"kind": wrong}, {}))
 
 
 def test_samplers_on_nodes_without_gpus_get_none():
     nodes = several((8.0, 2.0, {"kind": "gpu"}), (8.0, 0.0, {"kind": "cpu"}))
-    placement = place(None, None, None, 4, nodes, labels=({"kind": "cpu"}, {"kind": "cpu"}, {"kind": "gpu"}))
+    placement = place(None, nodes, labels=({"kind": "cpu"}, {"kind": "cpu"}, {"kind": "gpu"}))
     assert "num_gpus" not in placement.samplers.spread and "num_gpus" not in placement.scorers.spread
     assert placement.ranks.gpus == 1 and placement.ranks.labels == {"kind": "gpu"}
 
 
 def test_automatic_counts_are_those_of_the_nodes_that_a_role_may_use():
     nodes = several(*[(8.0, 1.0, {"kind": "a"})] * 3, (8.0, 1.0, {"kind": "b"}))
-    placement = place(None, None, None, 4, nodes, labels=({"kind": "b"}, {}, {}))
+    placement = place(None, nodes, labels=({"kind": "b"}, {}, {}))
     assert (placement.samplers.count, placement.ranks.count) == (1, 2)
-    placement = place(None, None, None, 4, nodes, labels=({}, {}, {"kind": "b"}))
+    placement = place(None, nodes, labels=({}, {}, {"kind": "b"}))
     assert (placement.samplers.count, placement.ranks.count) == (3, 1)
 
 
@@ -174,33 +176,35 @@ AUTOMATIC = ("learner.ranks=1", "sampler.actors=null", "reward.actors=null")
 CPU_NODES = several((2.0, 0.0, {}), (2.0, 0.0, {}), (2.0, 0.0, {}))
 
 
-def test_automatic_counts_follow_the_nodes_and_given_ones_stay_while_they_fit(small_config):
-    config = small_config(*AUTOMATIC)
+def test_automatic_counts_follow_the_nodes_and_given_ones_stay_while_they_fit():
+    config = load_config(overrides=AUTOMATIC)
     start = place_for(config, CPU_NODES)
     assert (start.samplers.count, start.scorers.count) == counts_now(config, start, CPU_NODES) == (3, 1)
     assert counts_now(config, start, CPU_NODES[:2]) == (2, 1)
     assert counts_now(config, start, CPU_NODES[:1]) == (1, 1)
     assert counts_now(config, start, [*CPU_NODES, *several((1.0, 0.0, {}))]) == (4, 1)
     assert counts_now(config, start, [*CPU_NODES, *CPU_NODES]) == (7, 2)
-    fixed = small_config(*AUTOMATIC, "sampler.actors=3")
+    fixed = load_config(overrides=[*AUTOMATIC, "sampler.actors=3"])
     start = place_for(fixed, CPU_NODES)
     assert counts_now(fixed, start, [*CPU_NODES, *CPU_NODES]) == (3, 2)
     assert counts_now(fixed, start, CPU_NODES[:1]) == (1, 1)  # or one role would starve the other
     assert counts_now(fixed, start, []) == (1, 1)
+    both = load_config(overrides=[*AUTOMATIC, "sampler.actors=3", "reward.actors=2"])
+    assert counts_now(both, place_for(both, CPU_NODES), CPU_NODES[:2]) == (1, 2)  # no more goes than must
 
 
-def test_a_node_that_the_samplers_may_not_use_changes_nothing(small_config):
+def test_a_node_that_the_samplers_may_not_use_changes_nothing():
     nodes = several((4.0, 0.0, {"kind": "learner"}), (4.0, 0.0, {"kind": "sampler"}))
     labels = ("learner.labels={kind: learner}", "sampler.labels={kind: sampler}", "reward.labels={kind: sampler}")
-    config = small_config(*AUTOMATIC, *labels)
+    config = load_config(overrides=[*AUTOMATIC, *labels])
     start = place_for(config, nodes)
     assert counts_now(config, start, [*nodes, *several((8.0, 0.0, {"kind": "learner"}))]) == (start.samplers.count, 2)
     assert counts_now(config, start, [*nodes, *several((4.0, 0.0, {"kind": "sampler"}))])[0] > start.samplers.count
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
-def test_joined_gpus_are_used_and_never_more_than_there_are(small_config, gpus):
-    config = small_config(*AUTOMATIC, "model.device=auto")
+def test_joined_gpus_are_used_and_never_more_than_there_are(gpus):
+    config = load_config(overrides=[*AUTOMATIC, "model.device=auto"])
     nodes = several((32.0, 4.0, {}))
     start = place_for(config, nodes)
     more = [*nodes, *several((32.0, float(gpus), {}))]

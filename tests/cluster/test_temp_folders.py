@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
+from cluster import temp_folders
 from cluster.temp_folders import MARKER, VARIABLE, TemporaryFolder, sweep
 
 OWNER = """
@@ -24,6 +26,7 @@ time.sleep(600)
 @pytest.fixture(autouse=True)
 def base(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(temp_folders, "GRACE_SECONDS", 0.1)
     return tmp_path
 
 
@@ -40,11 +43,7 @@ def owner():
 
 
 def alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_it_goes_with_all_in_it_and_those_who_work_for_it(base):

@@ -177,7 +177,7 @@ def test_equal_exports_are_equal_files_and_tell_no_paths(run, exports, tmp_path,
 
 def test_the_card_has_the_runs_figures(run, exports):
     opened = finished_run.open_trained(str(run), None, print)
-    before, after = (opened.records.evaluation_rewards(epoch) for epoch in (-1, 1))
+    before, after = (np.array(opened.records.evaluation(epoch)["reward"]) for epoch in (-1, 1))
     low, high = paired_interval(before, after)
     row = [f"{before.mean():.4g}", f"{after.mean():.4g}", f"{(after - before).mean():+.3g}"]
     for form, folder in exports.items():

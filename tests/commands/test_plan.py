@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from cluster.nodes import Node
-from cluster.placement import Wish, place
+from cluster.placement import place_for
 from commands import plan
 from learner import build
 from learner.config import load_config
@@ -68,8 +68,8 @@ def test_the_plan_is_text_and_nothing_starts(small_settings, tmp_path, capsys):
 
 
 def test_resources_of_actors_are_shown():
-    config = load_config()
-    placement = place([Wish(2), Wish(1), Wish(2)], 2, [Node("here", 16.0, 8.0)])
+    config = load_config(overrides=["sampler.actors=2", "reward.actors=1", "learner.ranks=2"])
+    placement = place_for(config, [Node("here", 16.0, 8.0)])
     said = plan.describe(config, placement, {"CPU": 16.0, "GPU": 8.0}, "here")
     assert "2 learner ranks, each 1 CPU, 1 GPU" in said
     assert np.isfinite(plan.work(config, plan.costs(config), 2).training)

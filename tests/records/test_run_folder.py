@@ -18,10 +18,9 @@ from records.storage import Storage, StorageError
 FACTS = {"config_digest": "c", "prompts_sha256": "p"}
 
 
-def save(records: Records, epoch: int, pixels: int = 64, **found) -> None:
-    """An evaluation as a run records it; `found` are fields of Scores."""
-    rows = image_rows([replace(part, **found) for part in scores()], pixels)
-    records.save_evaluation(epoch, rows, b"sheet")
+def save(records: Records, epoch: int, pixels: int = 64, **more) -> None:
+    """An evaluation as a run records it; `more` are fields of Scores."""
+    records.save_evaluation(epoch, image_rows([replace(part, **more) for part in scores()], pixels), b"sheet")
 
 
 def scores(count: int = 4) -> list[Scores]:
@@ -49,22 +48,18 @@ def test_a_run_reads_back_as_written(records):
     records.append({"epoch": 0, "loss": 1.5, "updates": [{"loss": float("inf")}]})
     records.note(mlflow_run_id="m")
     again = Records.open(records.storage)
-    assert again.lines == [
-        {"epoch": -1, "loss": None, "updates": []},
-        {"epoch": 0, "loss": 1.5, "updates": [{"loss": None}]},
-    ]
+    before = {"epoch": -1, "loss": None, "updates": []}
+    assert again.lines == [before, {"epoch": 0, "loss": 1.5, "updates": [{"loss": None}]}]
     assert again.run_id == records.run_id and again.about["mlflow_run_id"] == "m"
     text = records.storage.read("metrics.jsonl").decode()
     assert [json.loads(line)["epoch"] for line in text.splitlines()] == [-1, 0]
 
 
-def test_trajectories_are_rows_of_a_parquet_dataset(records, tmp_path):
+def test_trajectories_are_rows_of_a_parquet_dataset(records):
     for epoch in range(2):
         records.save_trajectories(epoch, result(epoch).rows(records.run_id, epoch, 30.0))
     assert records.storage.entries("trajectories") == ["epoch-000000.parquet", "epoch-000001.parquet"]
-    file = tmp_path / "part.parquet"
-    file.write_bytes(records.storage.read("trajectories/epoch-000001.parquet"))
-    rows = pq.read_table(file).to_pylist()
+    rows = pq.read_table(io.BytesIO(records.storage.read("trajectories/epoch-000001.parquet"))).to_pylist()
     assert [row["trajectory_id"] for row in rows] == [0, 1, 2, 3]
     assert rows[3] == {
         "run_id": records.run_id, "epoch": 1, "trajectory_id": 3, "policy_version": 1, "adapter_sha256": "sha",
@@ -86,12 +81,6 @@ def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
     assert records.evaluated() == [BEFORE, 0]
     records.drop_after(BEFORE)
     assert records.lines == [] and records.evaluated() == [] and records.storage.entries("trajectories") == []
-
-
-def test_evaluations_and_their_sheets(records):
-    save(records, BEFORE)
-    assert records.evaluation_rewards(BEFORE).tolist() == [0, 1, 2, 3] and records.sheet(BEFORE) == b"sheet"
-    assert records.evaluation_prompt(BEFORE) == scores()[0].chunk.prompts[0]
 
 
 def test_an_unwritable_directory_is_named(tmp_path):
@@ -123,12 +112,12 @@ def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
 def test_all_that_was_found_on_the_fixed_images_comes_back(records):
     features = np.arange(8, dtype=np.float32).reshape(4, 2)
     save(records, 0, 16, held_out={"other": np.array([1.0, np.nan, 3.0, 4.0], np.float32)}, features=features)
-    found = read_images(records.images(0))
-    assert found.rewards.tolist() == [0, 1, 2, 3] and list(found.prompts) == list(scores()[0].chunk.prompts)
-    np.testing.assert_array_equal(found.held_out["other"], [1, np.nan, 3, 4])
-    np.testing.assert_array_equal(found.features, features)
-    table = json.loads(records.storage.read("evaluation/epoch-000000.json"))
-    assert table["held_out"] == {"other": [1, None, 3, 4]}
+    images, prompts = read_images(records.images(0)), list(scores()[0].chunk.prompts)
+    assert images.rewards.tolist() == [0, 1, 2, 3] and list(images.prompts) == prompts and records.sheet(0) == b"sheet"
+    np.testing.assert_array_equal(images.held_out["other"], [1, np.nan, 3, 4])
+    np.testing.assert_array_equal(images.features, features)
+    held_out = {"other": [1, None, 3, 4]}
+    assert records.evaluation(0) == {"prompt": prompts, "reward": [0, 1, 2, 3], "held_out": held_out}
     rows = pq.read_table(io.BytesIO(records.storage.read("evaluation/epoch-000000.parquet")))
     assert rows.schema.names == IMAGES.names and rows.schema.metadata[b"tributary_format"] == str(FORMAT).encode()
     with Image.open(io.BytesIO(rows["thumbnail_png"][0].as_py())) as picture:
