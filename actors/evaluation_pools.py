@@ -55,7 +55,7 @@ class EvaluationPools:
         """
         self.rollouts.publish(snapshot)
         self.rollouts.made_again.clear()
-        self.rollouts.buffer.add_evaluation(chunks)
+        self.rollouts.buffer.add(chunks)
         self.rollouts.submit(chunks)
         left = len(chunks)
         while left:

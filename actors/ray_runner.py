@@ -52,8 +52,7 @@ from learner.prompts import example_prompt
 from learner.protocol.buffer import Buffer, Work
 from learner.protocol.ledger import Ledger
 from learner.protocol.receipts import StaleWeights
-from learner.protocol.runner import EpochResult, Hooks, Vitals
-from learner.protocol.training import Training
+from learner.protocol.runner import EpochResult, Hooks, Training, Vitals
 from rewards.registry import Reward
 
 POLL_SECONDS = 0.25
@@ -145,21 +144,21 @@ class RayRunner:
         training_start = time.perf_counter()
         trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         set_aside = [bad for training in trainings for bad in training.set_aside]
-        self.ledger.set_aside(epoch, (bad.facts["trajectory_id"] for bad in set_aside))
+        self.ledger.advance(epoch, (bad.trajectory_id for bad in set_aside), "quarantined")
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
         rollouts.publish(self.snapshot)
-        works = self.buffer.take(epoch, epoch)
+        accounts = [work.account() for work in self.buffer.take(epoch, epoch)]
         sample_seconds, score_seconds = max(0.0, rollouts.sampled_at - start), training_start - start
         seconds = sample_seconds, score_seconds, time.perf_counter() - training_start
-        result = EpochResult.of(works, trainings[0], set_aside, *seconds)
-        behind = self.buffer.staleness(epoch)
+        result = EpochResult(accounts, trainings[0], set_aside, *seconds)
+        behind = [epoch - receipt.policy_version for _, receipt, _ in accounts]
         self._staleness = mean(behind), max(behind)
         self.metrics.trained(result)
         return result
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        self.buffer.add_evaluation(chunks)
+        self.buffer.add(chunks)
         self._rollouts.submit(chunks, first=True)
         scores: dict[int, Scores] = {}
         while True:
@@ -248,7 +247,8 @@ class RayRunner:
         while True:
             self._pump()
             self._with_ranks(self._group.look)
-            done, total = self.buffer.counts("train", epoch)
+            works = self.buffer.part("train", epoch)
+            done, total = sum(work.verdict is not None for work in works), len(works)
             if done != before:
                 self.hooks.progress("sampling and scoring", done, total)
             if done == total:

@@ -62,7 +62,7 @@ class Rollouts:
         """
         for key, (trajectories, clean), receipt in self.samplers.pump():
             with self.metrics.sampled(receipt):
-                self.buffer.sampled(key, receipt, trajectories, clean)
+                self.buffer.sampled(key, receipt, trajectories)
             if key.purpose == "train":
                 self.sampled_at = time.perf_counter()
             remedy = (
@@ -93,15 +93,17 @@ class Rollouts:
 
     def evaluated(self) -> Iterator[tuple[Chunk, Scores]]:
         """The evaluation's chunks that are scored by now; they leave the buffer."""
-        for work in self.buffer.evaluated():
+        for work in self.buffer.part("evaluate"):
             key = work.chunk.key
+            if work.verdict is None:
+                continue
             try:
                 scores = get(work.scores, self._run.chunk_seconds, f"images of {key}", "run.chunk_seconds")
             except ObjectLost as error:  # with the node of the reward actor that made them
                 self._say(f"{error}: will be made again")
                 self.make_again(key)
             else:
-                self.buffer.drop(key)
+                del self.buffer.works[key]
                 yield work.chunk, scores
 
     @property
@@ -114,7 +116,7 @@ class Rollouts:
 
     def _to_sample(self, key: ChunkKey) -> tuple[Chunk, ray.ObjectRef]:
         self.buffer.given(key, self._snapshot)
-        return self.buffer.work(key).chunk, self._ref
+        return self.buffer.works[key].chunk, self._ref
 
     def _sampling_lost(self, key: ChunkKey) -> None:
         self.metrics.lost("sampler")
@@ -122,7 +124,7 @@ class Rollouts:
 
     def _prompts(self, key: ChunkKey) -> str:
         """Of a chunk, for messages."""
-        prompts = list(dict.fromkeys(self.buffer.work(key).chunk.prompts))
+        prompts = list(dict.fromkeys(self.buffer.works[key].chunk.prompts))
         more = f" and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else ""
         return f"its prompts: {', '.join(map(repr, prompts[:SHOWN_PROMPTS]))}{more}"
 

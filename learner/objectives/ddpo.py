@@ -17,7 +17,7 @@ from diffusion.kernels import DDIMKernel
 from learner.config.sections import Objective as Settings
 from learner.objectives.base import Flow, Loss, Objective, Policy, Population, Transitions
 from learner.objectives.needs import NEEDS
-from learner.objectives.policy_gradient import ADVANTAGE_LIMIT, clipped
+from learner.objectives.policy_gradient import ADVANTAGE_LIMIT
 
 HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
 
@@ -27,15 +27,12 @@ class DDPO(Objective):
     prompt's last 16."""
 
     needs = NEEDS["ddpo"]
+    target = "maximises the expected reward; it has no target distribution, and beta does not matter"
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
         super().__init__(settings, kernel)
         self.history: dict[str, deque[float]] = {}
         self._advantages: dict[int, float] = {}
-
-    @staticmethod
-    def target(settings: Settings, dimensions: int) -> str:
-        return "maximises the expected reward; it has no target distribution, and beta does not matter"
 
     def state(self) -> dict[str, Any]:
         return {prompt: list(rewards) for prompt, rewards in self.history.items()}
@@ -53,10 +50,7 @@ class DDPO(Objective):
         return {"advantage": advantage, **super().prepare(policy, batch)}
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        log_ratio = self.log_pf(batch, output) - self.log_pf_old(batch)
-        each, outside = clipped(log_ratio, batch.prepared["advantage"], self.settings.clip_range)
-        policy_loss = (self.weights(batch) * each).mean()
-        return policy_loss, {"policy_loss": policy_loss, "clipped": outside.float().mean()}
+        return self.policy_loss(batch, self.log_pf(batch, output), batch.prepared["advantage"])
 
 
 def advantages(population: Population, history: dict[str, deque[float]] | None) -> np.ndarray:

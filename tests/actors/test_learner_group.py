@@ -10,7 +10,7 @@ from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
 from diffusion.snapshot import Snapshot
 from learner.process_group import GroupBroken
 from learner.protocol.receipts import RanksDiverged
-from learner.protocol.training import Training
+from learner.protocol.runner import Training
 
 
 class FakeRank:

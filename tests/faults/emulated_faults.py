@@ -27,7 +27,7 @@ from benchmarks.emulated import (
 )
 from diffusion.snapshot import Snapshot, digest
 from diffusion.trajectory import Chunk, CleanPredictions, Scores, Trajectories
-from learner.protocol.training import Training
+from learner.protocol.runner import Training
 
 WITNESS = "witness"
 

@@ -144,7 +144,7 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
     scored = scored_epoch(learner.config, learner.publish(1))
     one = Experience(*scored[0])
     batch = one.gather(np.arange(len(one)), learner.model, learner.config)
-    learner.prepare(batch)
+    batch.prepared |= learner.objective.prepare(learner.policy, batch)
     decoder, reward = load_decoder(learner.config.model.path), registry.load("shapes_alignment_soft")
     prompts = [one.trajectories.chunk.prompts[i % 4] for i in batch.trajectory_id.tolist()]
     for x, t, name in ((batch.x, batch.t, "gradient"), (batch.x_next, batch.t_next, "gradient_next")):

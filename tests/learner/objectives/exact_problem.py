@@ -237,7 +237,7 @@ def train(learner: Learner, updates: int, rate: float, draw: Refill) -> dict[str
     metrics: dict[str, float] = {}
     for _ in range(updates):
         batch = draw(learner)
-        learner.prepare(batch)
+        batch.prepared |= learner.objective.prepare(learner.policy, batch)
         metrics = learner.update([batch], len(batch.t), beta=learner.config.objective.beta)
         for each in schedules:
             each.step()
