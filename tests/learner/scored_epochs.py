@@ -1,10 +1,13 @@
 """Epochs of scored trajectories, made on the spot, for tests of the learner."""
 
+import functools
+
 import torch
 
 from diffusion.snapshot import Snapshot
 from learner import build
 from learner.config import Config
+from learner.config.sections import FlowConfig, LearnerConfig
 from learner.experience import Experience
 from learner.objectives.base import Transitions
 from learner.prompts import read_prompts
@@ -12,10 +15,19 @@ from learner.protocol.chunks import training_chunks
 from learner.update import Learner
 
 
-def scored_epoch(config: Config, snapshot: Snapshot):
-    sampler, scorer = build.build_sampler(config), build.build_scorer(config)
+@functools.cache
+def _compute(config: str):
+    """Sampler and scorer of a config in JSON."""
+    parsed = Config.model_validate_json(config)
+    return build.build_sampler(parsed), build.build_scorer(parsed)
+
+
+def scored_epoch(config: Config, snapshot: Snapshot, epoch: int = 0):
+    """An epoch's chunks, sampled by this snapshot. Configs that differ in their learners alone share a sampler."""
+    plain = config.model_copy(update={"learner": LearnerConfig(), "flow": FlowConfig()})
+    sampler, scorer = _compute(plain.model_dump_json())
     pairs = []
-    for chunk in training_chunks(config, read_prompts(config.prompts.path), 0):
+    for chunk in training_chunks(config, read_prompts(config.prompts.path), epoch):
         trajectories, clean = sampler.sample(chunk, snapshot)
         pairs.append((trajectories, scorer.score(clean)))
     return pairs

@@ -13,7 +13,7 @@ from learner.config.sections import Objective as Settings
 from learner.objectives.base import Policy, Population, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.objectives.ddpo import advantages
-from learner.objectives.kl import leave_one_out
+from learner.objectives.policy_gradient import leave_one_out
 
 STEPS, COUNT, BETA = 5, 4, 7.0
 close = {"rel": 1e-10, "abs": 1e-12}
@@ -91,7 +91,7 @@ def setup(kind: str, **settings) -> Setup:
     close = kernel.log_pf(output.detach(), batch.t, x.detach(), batch.x_next, "sum")
     batch.log_pf_old = close + batch.log_pf_old
     objective.begin_epoch(Population(tuple(range(COUNT)), ("a",) * COUNT, tuple(rewards[:, -1].tolist())))
-    policy = Policy(Model(), kernel, 1.0)
+    policy = Policy(Model(), 1.0)
     batch.prepared.update(objective.prepare(policy, batch))
     flow = {"log_flow": ScalarFlow(), "gradient": FieldFlow(), None: None}[objective.needs.flow]
     return Setup(objective, batch, output, flow, own.alphas_cumprod.double().tolist())

@@ -148,7 +148,7 @@ def test_what_was_bad_does_not_reach_the_gradient(small_config):
     epoch = spoiled(config, learner.published)
     training = learner.train_epoch(0, 5.0, [epoch])
     assert training.trajectory_ids == (0, 2, 3, 4, 5, 6, 7)
-    assert [one.facts["trajectory_id"] for one in training.set_aside] == [1]
+    assert [bad.trajectory_id for bad in training.set_aside] == [1]
     assert np.isfinite(list(training.metrics.values())).all()
     kept = [one.trajectories.chunk.trajectory_ids for past in learner.replay for update in past for one in update]
     assert kept == [(0, 2, 2, 3), (4, 5, 6, 7)]
@@ -168,7 +168,7 @@ def test_two_ranks_of_which_one_has_a_bad_trajectory(small_config):
     config = small_config()
     learner = build.build_learner(config)
     epoch = spoiled(config, learner.published)
-    with Ranks(_rank, 2, config, epoch) as ranks:
+    with Ranks(_rank, 2, config, epoch, needs="learner.build") as ranks:
         first, second = sorted(ranks.answers(2))
     assert first[1] == second[1] != learner.published.sha256
     assert first[2:] == ((0, 2, 3), 1) and second[2:] == ((4, 5, 6, 7), 0)
