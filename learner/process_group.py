@@ -12,7 +12,6 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -109,9 +108,3 @@ def gather(mine: Any) -> list[Any]:
     with errors("gathering from ranks"):
         dist.all_gather_object(parts, mine)
     return parts
-
-
-def mean_rows(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Means of each row over ranks, which all have rows of the same names; raises as average_gradients."""
-    parts = gather(rows)
-    return [{name: fmean(part[i][name] for part in parts) for name in row} for i, row in enumerate(rows)]

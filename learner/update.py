@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from diffusion.trajectory import Scores, Trajectories
 from learner import process_group, state
 from learner.config import Config
 from learner.experience import Experience, concatenate, made_up
-from learner.objectives.base import Loss, Policy, Population, Transitions
+from learner.objectives.base import Loss, Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol import quarantine, receipts
 from learner.protocol.runner import Training
@@ -44,8 +46,7 @@ class Learner:
     """Holds the policy's adapter, the flow network and their optimizers."""
 
     def __init__(self, model: BaseModel, flow: nn.Module | None, config: Config) -> None:
-        """`model` has its adapter attached; `flow` is the network that the objective asks for, if it does. Equal on
-        all ranks."""
+        """`model` has its adapter attached; `flow` is the network that the objective asks for. Equal on all ranks."""
         self.model, self.config = model, config
         self.kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)
         self.objective = OBJECTIVES[config.objective.kind](config.objective, self.kernel)
@@ -74,9 +75,8 @@ class Learner:
         return int(np.prod(self.model.latent_shape))
 
     def fit_micro_batch(self, share: float = 1.0) -> int:
-        """Unless the config gives one, choose the largest micro-batch that this process's `share` of the free GPU
-        memory holds, on several ranks the smallest of theirs. Gradients depend on it in their last bits, so it is
-        found once a run and kept in its checkpoints."""
+        """Unless the config gives one, the largest micro-batch that this process's `share` of the free GPU memory
+        holds, or another rank's. Gradients depend on it in their last bits: a run's checkpoints keep it."""
         if self.config.learner.micro_batch is None and self.model.device.type == "cuda":
             with gpu_memory.smaller("learner.micro_batch", 1):
                 fits = gpu_memory.largest_batch(self._try_micro_batch, self.model.device, MOST, share)
@@ -86,11 +86,11 @@ class Learner:
     def _try_micro_batch(self, size: int) -> None:
         """One forward and backward pass of `size` made-up transitions; networks and objective stay as they are."""
         batch = made_up(size, self.model, self.kernel.timesteps.tolist(), self.objective.needs.reward_gradients)
-        before = self.objective.state()
-        self.objective.begin_epoch(Population((0, 1), ("", ""), (0.0, 1.0)))
+        before = deepcopy(self.objective.memory)
+        self.objective.begin_epoch((0, 1), ("", ""), (0.0, 1.0))
         batch.prepared |= self.objective.prepare(self.policy, batch)
         self.loss(batch, 1.0)[0].backward()
-        self.objective.restore(before)
+        self.objective.memory = before
         for parameter in [*self.policy_parameters, *self.flow_parameters]:
             parameter.grad = None
 
@@ -112,8 +112,8 @@ class Learner:
         return fresh
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
-        """One optimizer step of the policy for each element of `updates`, this rank's share of that update; then
-        train.replay_updates more, each on an update of an earlier epoch.
+        """A step of the policy for each of `updates`, this rank's share of that update; then train.replay_updates more,
+        each on an update of an earlier epoch.
 
         Raises:
             StaleWeights: trajectories of another adapter than the published one and the train.max_staleness before.
@@ -125,13 +125,15 @@ class Learner:
             receipts.check(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")
         fresh = [[Experience(*quarantine.replaced(*pair)) for pair in update] for update in updates]
         with gpu_memory.smaller("learner.micro_batch", self.micro_batch):
-            rows = process_group.mean_rows(self._all_updates(epoch, beta, fresh))
+            parts = process_group.gather(self._all_updates(epoch, beta, fresh))
+        # Means over ranks, whose rows have the same names.
+        rows = [{name: fmean(part[i][name] for part in parts) for name in row} for i, row in enumerate(parts[0])]
         names = sorted({name for row in rows for name in row})
-        means = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+        means = {name: fmean(row[name] for row in rows if name in row) for name in names}
         if self.config.train.max_staleness:
             versions = [sampled.policy_version for sampled, _ in scored for _ in sampled.chunk.trajectory_ids]
             lags = [self.published.version - version for part in process_group.gather(versions) for version in part]
-            means |= {"staleness_mean": float(np.mean(lags)), "staleness_max": float(max(lags))}
+            means |= {"staleness_mean": fmean(lags), "staleness_max": float(max(lags))}
         trained = tuple(number for _, scores in scored for number in scores.good_ids)
         return Training(means, rows, trained, tuple(bad for pair in scored for bad in quarantine.set_aside(*pair)))
 
@@ -158,7 +160,7 @@ class Learner:
         """Let the objective compute what it needs once an epoch."""
         mine = [row for experience in experiences for row in experience.rewards()]
         rows = sorted(row for part in process_group.gather(mine) for row in part)
-        self.objective.begin_epoch(Population(*zip(*rows, strict=True)))
+        self.objective.begin_epoch(*zip(*rows, strict=True))
         for experience in experiences:
             computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
             experience.prepared |= computed
@@ -168,7 +170,7 @@ class Learner:
         self, experience: Experience, compute: Callable[[Transitions], dict[str, Tensor]]
     ) -> dict[str, np.ndarray]:
         """What `compute` returns of each micro-batch, as arrays [B, K, ...] by selected transition."""
-        positions = [part for window in self._windows(experience) for part in window]
+        positions = [part for window in experience.windows(self.micro_batch, self.objective.group) for part in window]
         values: list[dict[str, Tensor]] = []
         for part in positions:
             values.append(compute(experience.gather(part, self.model, self.config)))
@@ -192,8 +194,8 @@ class Learner:
         return any(each.trajectories.policy_version != self.published.version for each in update)
 
     def _anchored(self, update: Sequence[Experience]) -> list[Experience]:
-        """Where an earlier policy sampled, let the regulariser hold the policy to what it is now, before the epoch's
-        updates, instead of what it was then: that would take back what it has learned since (ADR 22)."""
+        """Where an earlier policy sampled, have the regulariser hold the policy to what it is before the epoch's
+        updates: to hold it to what it was then would take back what it has learned since (ADR 22)."""
         if not self.config.objective.regulariser or not self._lags(update):
             return list(update)
         with torch.no_grad():
@@ -218,12 +220,9 @@ class Learner:
             losses.append(loss.detach())
         return {"flow_loss": torch.stack(losses).double().mean().item()}
 
-    def _windows(self, experience: Experience) -> list[list[np.ndarray]]:
-        return experience.windows(self.micro_batch, self.objective.group)
-
     def _micro_batches(self, experience: Experience, beta: float) -> Iterator[Transitions]:
         """The chunk's transitions, window by window: what an objective compares is in one window."""
-        for window in self._windows(experience):
+        for window in experience.windows(self.micro_batch, self.objective.group):
             batches = [experience.gather(part, self.model, self.config) for part in window]
             self.objective.prepare_window(self.policy, batches, self.flow, beta)
             yield from batches
@@ -279,8 +278,8 @@ class Learner:
         return norm.item()
 
     def state_files(self) -> dict[str, bytes]:
-        """What this rank adds to a checkpoint: the rollouts that it may still train on, and from rank 0, being equal
-        on all ranks, networks, optimizers and, under lora/, the adapter for other programs."""
+        """What this rank adds to a checkpoint: the rollouts that it may still train on; from rank 0 also what is equal
+        on all ranks: networks, optimizers and, under lora/, the adapter for other programs."""
         files = {state.replay_file(self.rank): state.dump_replay(self.replay)}
         if self.rank == 0:
             files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
@@ -288,7 +287,7 @@ class Learner:
                 "version": self.published.version,
                 "recent": self.recent,
                 "adapter": torch.from_numpy(np.array(self.published.flat)),
-                "objective": self.objective.state(),
+                "objective": self.objective.memory,
                 **{name: part.state_dict() for name, part in self._parts.items()},
             }
             files[state.LEARNER_FILE] = state.dump(saved)
@@ -300,7 +299,7 @@ class Learner:
         lora.load(self.model.unet, saved["adapter"].numpy())
         for name, part in self._parts.items():
             part.load_state_dict(saved[name])
-        self.objective.restore(saved["objective"])
+        self.objective.memory = saved["objective"]
         self.replay.clear()
         self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
         self.published = lora.snapshot(self.model.unet, saved["version"])

@@ -57,15 +57,6 @@ class Policy:
         return self.model.predict_reference(x, t, embeddings, self.guidance)
 
 
-@dataclass(frozen=True)
-class Population:
-    """Every trajectory of an epoch, on all ranks, in the order of their ids."""
-
-    ids: tuple[int, ...]
-    prompts: tuple[str, ...]
-    rewards: tuple[float, ...]  # raw, of the images
-
-
 class Objective:
     """A loss over transitions. A new one is a subclass in a file here, an entry in needs.py and one in by_name.py."""
 
@@ -74,25 +65,21 @@ class Objective:
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
         self.settings, self.kernel = settings, kernel
+        self.memory: dict[str, Any] = {}  # what a checkpoint must keep: numbers, strings, lists and dicts
 
     @property
     def group(self) -> int:
         """Transitions whose losses depend on each other: a window holds whole groups."""
         return self.settings.group_size if self.needs.compares_groups else 1
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep of it, for `restore`: numbers, strings, lists and dicts."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None: ...
-
     @classmethod
     def extra_passes(cls, settings: Settings) -> int:
         """U-Net passes a transition, forward or back to its input, beside the policy's own forward and backward."""
         return int(cls.needs.uses_ratio and settings.old_log_prob == "learner")
 
-    def begin_epoch(self, population: Population) -> None:
-        """Hear of all rewards of the epoch, before `prepare`."""
+    def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:
+        """Hear of all trajectories of the epoch, on all ranks, in the order of their ids, before `prepare`. Rewards are
+        raw, of the images."""
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`. For a

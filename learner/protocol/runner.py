@@ -28,8 +28,8 @@ class Training:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What comes back of an epoch. Seconds: sampling and scoring overlap on Ray, where each is what the learner waited
-    for its last chunk, little or nothing if train.max_staleness lets them run ahead."""
+    """What comes back of an epoch. Sampling and scoring overlap on Ray: there seconds of each are what the learner
+    waited for its last chunk, little or nothing if train.max_staleness lets them run ahead."""
 
     accounts: Sequence[Account]  # in chunk order
     training: Training  # of rank 0: metrics are means over ranks

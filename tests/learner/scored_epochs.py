@@ -14,6 +14,8 @@ from learner.prompts import read_prompts
 from learner.protocol.chunks import training_chunks
 from learner.update import Learner
 
+_epochs: dict[tuple, list] = {}  # scored, by config and snapshot
+
 
 @functools.cache
 def _compute(config: str):
@@ -23,14 +25,15 @@ def _compute(config: str):
 
 
 def scored_epoch(config: Config, snapshot: Snapshot, epoch: int = 0):
-    """An epoch's chunks, sampled by this snapshot. Configs that differ in their learners alone share a sampler."""
-    plain = config.model_copy(update={"learner": LearnerConfig(), "flow": FlowConfig()})
-    sampler, scorer = _compute(plain.model_dump_json())
-    pairs = []
-    for chunk in training_chunks(config, read_prompts(config.prompts.path), epoch):
-        trajectories, clean = sampler.sample(chunk, snapshot)
-        pairs.append((trajectories, scorer.score(clean)))
-    return pairs
+    """An epoch's chunks, sampled by this snapshot. Configs that differ in their learners alone share them."""
+    plain = config.model_copy(update={"learner": LearnerConfig(), "flow": FlowConfig()}).model_dump_json()
+    key = plain, snapshot.version, snapshot.sha256, epoch
+    if key not in _epochs:
+        sampler, scorer = _compute(plain)
+        chunks = training_chunks(config, read_prompts(config.prompts.path), epoch)
+        sampled = [sampler.sample(chunk, snapshot) for chunk in chunks]
+        _epochs[key] = [(trajectories, scorer.score(clean)) for trajectories, clean in sampled]
+    return list(_epochs[key])
 
 
 def stir(learner: Learner) -> None:

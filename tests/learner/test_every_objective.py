@@ -12,7 +12,6 @@ from diffusion.loading import load_decoder
 from learner import build, process_group
 from learner.config import Config, ConfigError, load_config
 from learner.experience import Experience
-from learner.objectives.base import Population
 from learner.objectives.by_name import OBJECTIVES, describe
 from learner.objectives.needs import NEEDS
 from learner.run import main
@@ -193,7 +192,7 @@ def test_the_learners_own_log_prob_replaces_the_samplers(configured):
 def test_ddpo_standardises_over_the_whole_epoch_and_scores_the_images_alone(configured):
     config = configured("ddpo", "objective.advantage=epoch", "objective.last_transition=skip")
     learner = new_learner(config)
-    learner.objective.begin_epoch(Population((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0)))
+    learner.objective.begin_epoch((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0))
     values = np.array([learner.objective._advantages[i] for i in range(3)])
     np.testing.assert_allclose(values, (np.array([1, 2, 6]) - 3) / np.std([1, 2, 6]))
     for _, scores in scored_epoch(config, learner.published):
@@ -267,7 +266,7 @@ def test_trying_a_micro_batch_changes_nothing(kind, configured):
     for size in (1, 2):
         other._try_micro_batch(size)
     torch.testing.assert_close(gradients(other, scored), gradients(learner, scored), rtol=0, atol=0)
-    assert other.objective.state() == learner.objective.state()
+    assert other.objective.memory == learner.objective.memory
 
 
 @pytest.mark.parametrize("looking", ["base", pytest.param("snapshot", marks=pytest.mark.long)])
