@@ -48,6 +48,7 @@ def test_a_lost_chunk_is_made_again_and_counted_until_it_is_trained():
         ((), [0], "scored", "trajectory 0 of epoch 0 cannot be scored: it is issued"),
         ((), [0], "quarantined", "cannot be quarantined: it is issued"),
         (("sampled",), [0], "sampled", "it is sampled"),
+        (("sampled",), [0], "trained", "it is sampled"),
         (STAGES, [0], "trained", "it is trained"),
         (STAGES, [0], "quarantined", "it is trained"),
         ((), [7], "sampled", "trajectory 7 of epoch 0 cannot be sampled: it is unknown"),
