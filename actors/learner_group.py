@@ -18,7 +18,7 @@ from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get, pu
 from diffusion.snapshot import Snapshot
 from learner.process_group import GroupBroken
 from learner.protocol import receipts
-from learner.protocol.training import Training
+from learner.protocol.runner import Training
 
 GONE = (ActorDied, DeadlineExceeded, GroupBroken, ObjectLost)  # an answer may be lost with its node too
 HEAR_SECONDS = 1.0  # between a rank's failure and the others' noticing it

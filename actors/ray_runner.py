@@ -45,8 +45,7 @@ from learner import build
 from learner.config import Config
 from learner.protocol.buffer import Buffer, Work
 from learner.protocol.ledger import Ledger
-from learner.protocol.runner import EpochResult, Hooks, Vitals
-from learner.protocol.training import Training
+from learner.protocol.runner import EpochResult, Hooks, Training, Vitals
 from rewards.registry import Reward
 
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
@@ -106,13 +105,14 @@ class RayRunner:
         scored = time.perf_counter()
         trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         set_aside = [bad for training in trainings for bad in training.set_aside]
-        self.ledger.set_aside(epoch, (bad.facts["trajectory_id"] for bad in set_aside))
+        self.ledger.advance(epoch, (bad.trajectory_id for bad in set_aside), "quarantined")
         for training in trainings:
             self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.rollouts.publish(self.snapshot)
         seconds = max(0.0, self.rollouts.sampled_at - start), scored - start, time.perf_counter() - scored
-        result = EpochResult.of(self.buffer.take(epoch, epoch), trainings[0], set_aside, *seconds)
-        behind = self.buffer.staleness(epoch)
+        accounts = [work.account() for work in self.buffer.take(epoch, epoch)]
+        result = EpochResult(accounts, trainings[0], set_aside, *seconds)
+        behind = [epoch - receipt.policy_version for _, receipt, _ in accounts]
         self._staleness = mean(behind), max(behind)
         self.crew.metrics.trained(result)
         return result
@@ -172,7 +172,8 @@ class RayRunner:
         """Take turns until every chunk of the epoch is scored."""
         while True:
             self._pump_and_look()
-            scored, total = self.buffer.counts("train", epoch)
+            works = self.buffer.part("train", epoch)
+            scored, total = sum(work.verdict is not None for work in works), len(works)
             self.hooks.progress("sampling and scoring", scored, total)
             if scored == total:
                 return self.buffer.take(epoch, self.snapshot.version)

@@ -110,12 +110,12 @@ class Rollouts:
 
     def evaluate(self, chunks: Sequence[Chunk], done: Done, pump: Callable[[], None]) -> None:
         """Before all that wait. `done` gets each chunk as it is scored; `pump` is this object's or calls that."""
-        self.buffer.add_evaluation(chunks)
+        self.buffer.add(chunks)
         for chunk in reversed(chunks):
             self.samplers.submit(chunk.key, first=True)
         while True:
             pump()
-            for work in self.buffer.evaluated():
+            for work in [work for work in self.buffer.part("evaluate") if work.verdict is not None]:
                 key = work.chunk.key
                 try:
                     scores = get(work.scores, self.config.run.chunk_seconds, f"images of {key}", "run.chunk_seconds")
@@ -123,9 +123,9 @@ class Rollouts:
                     self.crew.say(f"{error}: will be made again")
                     self.make_again(key)
                 else:
-                    self.buffer.drop(key)
+                    del self.buffer.works[key]
                     done(work.chunk, scores)
-            if self.buffer.counts("evaluate", 0)[1] == 0:
+            if not self.buffer.part("evaluate"):
                 return
             self.wait()
 
@@ -141,10 +141,10 @@ class Rollouts:
 
     def _sample(self, sampler: Any, key: ChunkKey) -> list[ray.ObjectRef]:
         self.buffer.given(key, self._snapshot)
-        return sampler.sample.remote(self.buffer.work(key).chunk, self._ref)
+        return sampler.sample.remote(self.buffer.works[key].chunk, self._ref)
 
     def _score(self, scorer: Any, key: ChunkKey) -> list[ray.ObjectRef]:
-        return scorer.score.remote(self.buffer.work(key).clean, self.score_batch)
+        return scorer.score.remote(self.buffer.works[key].clean, self.score_batch)
 
     def _lost(self, where: str, key: ChunkKey) -> None:
         self.crew.metrics.record("lost_chunks", 1, where=where)
@@ -152,7 +152,7 @@ class Rollouts:
             self.buffer.lose(key)
 
     def _remedy(self, role: str, key: ChunkKey) -> str:
-        prompts = list(map(repr, dict.fromkeys(self.buffer.work(key).chunk.prompts)))
+        prompts = list(map(repr, dict.fromkeys(self.buffer.works[key].chunk.prompts)))
         more = [f"{len(prompts) - SHOWN_PROMPTS} more"] if len(prompts) > SHOWN_PROMPTS else []
         return f"its prompts: {', '.join(prompts[:SHOWN_PROMPTS] + more)}; {REMEDIES[role]}"
 

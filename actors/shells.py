@@ -15,7 +15,7 @@ from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Scores, Traje
 
 if TYPE_CHECKING:  # a process imports what it builds alone: emulated parts (benchmarks/emulated.py) need no torch
     from diffusion.rollout import Sampler
-    from learner.protocol.training import Training
+    from learner.protocol.runner import Training
     from learner.update import Learner, Scored
     from rewards.scorer import Scorer
 

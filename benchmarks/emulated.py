@@ -23,7 +23,7 @@ import numpy as np
 from diffusion.snapshot import Snapshot, digest
 from diffusion.trajectory import Chunk, CleanPredictions, Scores, Trajectories
 from learner.protocol import receipts
-from learner.protocol.training import Training
+from learner.protocol.runner import Training
 
 Scored = tuple[Trajectories, Scores]
 STATE = "learner.json"

@@ -68,7 +68,7 @@ def for_objective(path: Path | None, overrides: Sequence[str], kind: str) -> Con
         ConfigError: the config's other settings do not go with it.
     """
     needed = [f"objective.kind={kind}", "train.replay_updates=0"]  # which an epoch without past does not do
-    if not NEEDS[kind].fits_flow:
+    if NEEDS[kind].flow != "log_flow":
         needed += ["flow.fit_steps=0", "flow.warmup_steps=0"]
     if NEEDS[kind].flow == "gradient":
         needed.append("flow.stem_stride=1")

@@ -194,7 +194,7 @@ def memory(count: int = 50, bound: int = 1) -> dict[str, Any]:
         for i, _ in enumerate(epochs(runner, config, count)):
             resident.append(process.memory_full_info().uss)  # its own: not the object store that it maps
             assert isinstance(runner, RayRunner)
-            ahead.append(len(runner.buffer.staleness(i + 1)))
+            ahead.append(sum(work.snapshot is not None for work in runner.buffer.part("train", i + 1)))
             if i % 10 == 9:
                 pinned.append(_store())
     per_chunk = sum(array.nbytes for array in _chunk_arrays(work, config))

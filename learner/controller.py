@@ -78,8 +78,8 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         result = runner.train_epoch(epoch, beta)
         lost = ledger.close(epoch)
         records.save_trajectories(epoch, result.rows(records.run_id, epoch, beta))
-        quarantine.write(records.storage, result.set_aside)
-        quarantine.check_limit(records.storage, ledger.totals["quarantined"], config.reward.quarantine_limit)
+        count, limit = ledger.totals["quarantined"], config.reward.quarantine_limit
+        quarantine.write(records.storage, result.set_aside, count, limit)
         due = fixed and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
         evaluated = _evaluate(runner, fixed, epoch, judge, views) if due else {}
         line = _line(config, epoch, runner, ledger, evaluated, result, beta, time.perf_counter() - start)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,8 +15,6 @@ from diffusion.base_model import BaseModel
 from diffusion.trajectory import Scores, Trajectories
 from learner.config import Config
 from learner.objectives.base import Transitions
-
-Compute = Callable[[Transitions], dict[str, Tensor]]  # values [b, ...] of a batch, by name
 
 
 @dataclass
@@ -31,6 +29,11 @@ class Experience:
         """Transitions to train on."""
         return self.trajectories.selected.size
 
+    def rewards(self) -> Iterator[tuple[int, str, float]]:
+        """Id, prompt and raw reward of each image."""
+        chunk = self.trajectories.chunk
+        return zip(chunk.trajectory_ids, chunk.prompts, self.scores.rewards[:, -1].tolist(), strict=True)
+
     def kept(self, output: bool) -> Experience:
         """To be trained on in later epochs: a copy of what is only read from the object store, which would keep all of
         it there. Without `output`, a third of a trajectory's bytes, the rollout's model output goes: flow-only fits
@@ -40,20 +43,21 @@ class Experience:
             trajectories = replace(trajectories, model_output=trajectories.model_output[:, :, :0])
         return Experience(_own(trajectories), _own(self.scores), self.prepared)
 
-    def selected_log_pf(self) -> np.ndarray:
-        """The sampler's log p_F [B, K] of the transitions to train on, nats, summed over dimensions."""
-        return np.take_along_axis(self.trajectories.log_pf, self.trajectories.selected, axis=1)
-
     def order(self, group: int) -> np.ndarray:
-        """Positions of the transitions in selected.ravel(), in the order they are trained on.
-
-        Objectives that compare transitions with each other get them mixed over trajectories and timesteps, by the
-        chunk's own draw: the groups are the same whatever the ranks, the micro-batches or the chunk's place.
-        """
+        """Positions of the transitions in selected.ravel(), in the order they are trained on. Objectives that compare
+        transitions get them mixed over trajectories and timesteps, by the chunk's own draw: the groups are the same
+        whatever the ranks, the micro-batches or the chunk's place."""
         if group == 1:
             return np.arange(len(self))
         chunk = self.trajectories.chunk
         return noise.generator(chunk.seed, noise.GROUPS, chunk.epoch, chunk.index).permutation(len(self))
+
+    def windows(self, size: int, group: int) -> list[list[np.ndarray]]:
+        """Positions of the micro-batches, of at most `size` transitions, in lists that hold whole groups."""
+        order = self.order(group)
+        width = max(size // group * group, group)
+        windows = [order[start : start + width] for start in range(0, len(order), width)]
+        return [[window[start : start + size] for start in range(0, len(window), size)] for window in windows]
 
     def gather(self, flat: np.ndarray, model: BaseModel, config: Config) -> Transitions:
         """The transitions at positions `flat` of selected.ravel()."""
@@ -88,24 +92,6 @@ class Experience:
             prepared={name: tensor(values[row, column]) for name, values in self.prepared.items()},
         )
 
-    def by_transition(
-        self, compute: Compute, windows: list[list[np.ndarray]], model: BaseModel, config: Config
-    ) -> dict[str, np.ndarray]:
-        """What `compute` returns of each micro-batch of the windows, as arrays [B, K, ...] by selected transition."""
-        positions = [part for window in windows for part in window]
-        values: list[dict[str, Tensor]] = []
-        for part in positions:
-            values.append(compute(self.gather(part, model, config)))
-            if not values[0]:  # nothing to compute
-                return {}
-        arrays = {}
-        for name in values[0]:
-            array = torch.cat([part[name] for part in values]).cpu().numpy()
-            in_place = np.empty_like(array)
-            in_place[np.concatenate(positions)] = array
-            arrays[name] = in_place.reshape(*self.trajectories.selected.shape, *array.shape[1:])
-        return arrays
-
     def _gradient(self, row: np.ndarray, step: np.ndarray) -> np.ndarray | None:
         """Gradients [b, C, H, W] of the reward to the clean predictions at (row, step); 0 where there is none."""
         gradients, index = self.scores.gradients, self.scores.gradient_row
@@ -116,20 +102,21 @@ class Experience:
         selected[at < 0] = 0
         return selected
 
-    def windows(self, size: int, group: int) -> list[list[np.ndarray]]:
-        """Positions of the micro-batches, of at most `size` transitions, in lists that hold whole groups."""
-        order = self.order(group)
-        width = max(size // group * group, group)
-        windows = [order[start : start + width] for start in range(0, len(order), width)]
-        return [[window[start : start + size] for start in range(0, len(window), size)] for window in windows]
+
+def concatenate(parts: Sequence[Transitions]) -> Transitions:
+    """The transitions of all parts, which have the same fields, in order."""
+
+    def joined(records: list[dict[str, Any]]) -> dict[str, Tensor]:
+        names = [name for name, value in records[0].items() if isinstance(value, Tensor)]
+        return {name: torch.cat([record[name] for record in records]) for name in names}
+
+    return Transitions(**joined([vars(part) for part in parts]), prepared=joined([part.prepared for part in parts]))
 
 
 def made_up(size: int, model: BaseModel, times: Sequence[int], gradients: bool) -> Transitions:
     """Transitions to measure memory with."""
-    x = torch.zeros(size, *model.latent_shape, device=model.device)
-    number = torch.zeros(size, device=model.device)
-    index = number.to(torch.int64)
-    gradient = torch.ones_like(x) if gradients else None
+    x, number = (torch.zeros(size, *shape, device=model.device) for shape in (model.latent_shape, ()))
+    index, gradient = number.to(torch.int64), torch.ones_like(x) if gradients else None
     return Transitions(
         x=x, x_next=x.clone(), t=index + times[0], t_next=index + times[1], trajectory_id=index,
         embeddings=model.embed([""] * size), reward=number, reward_next=number, reward_terminal=number,
@@ -143,7 +130,7 @@ Arrays = TypeVar("Arrays", Trajectories, Scores)
 
 def _own(record: Arrays) -> Arrays:
     """With arrays of its own memory."""
-    values = {column.name: getattr(record, column.name) for column in fields(record)}
-    views = {name: v for name, v in values.items() if isinstance(v, np.ndarray) and not v.flags.owndata}
-    copies: dict[str, Any] = {name: view.copy() for name, view in views.items()}
-    return replace(record, **copies)
+    arrays: dict[str, Any] = {
+        name: value.copy() for name, value in vars(record).items() if isinstance(value, np.ndarray)
+    }
+    return replace(record, **arrays)

@@ -1,4 +1,6 @@
-"""The flow networks: log-flow f_phi(x_t, t, c) as a scalar, and its gradient h_phi(x_t, t, c) as a field."""
+"""The flow networks: log-flow f_phi(x_t, t, c) as a scalar, and its gradient h_phi(x_t, t, c) as a field. Both output
+layers start at zero, so that a state's flow starts at its forward-looking part. (Published code zeroes only the bias.)
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, DownBlock2D
 from torch import Tensor, nn
 
+HEAD = 8  # channels of an attention head
+
 
 def _zero(layer: Any) -> Any:
     nn.init.zeros_(layer.weight)
@@ -19,43 +23,30 @@ def _zero(layer: Any) -> Any:
 
 class FlowNetwork(nn.Module):
     """Learned part of the state log-flow, [B] nats, for latents [B, C, H, W], timesteps [B], embeddings [B, L, E]: the
-    down path of a small U-Net, pooled to a scalar.
-
-    One ResNet layer a block, cross-attention on the (conditional) prompt embedding, if there is one, in all blocks but
-    the last; every block halves the image while it can. The output layer starts at zero, so log F starts at psi.
-    """
+    down path of a small U-Net, pooled to a scalar. One ResNet layer a block, cross-attention on the (conditional)
+    prompt embedding, if there is one, in all blocks but the last; every block halves the image while it can."""
 
     def __init__(
-        self,
-        in_channels: int,
-        cross_attention_dim: int | None,
-        widths: Sequence[int] = (64, 128, 256, 256),
-        stem_stride: int = 1,
-        head_dim: int = 8,
+        self, in_channels: int, cross_attention_dim: int | None, widths: Sequence[int], stem_stride: int = 1
     ) -> None:
         """`stem_stride` 2 halves the image before the first block: four times cheaper on small models."""
         super().__init__()
-        time_width = 4 * widths[0]
-        self.time = nn.Sequential(Timesteps(widths[0], True, 0), TimestepEmbedding(widths[0], time_width))
-        self.enter = nn.Conv2d(in_channels, widths[0], 3, stride=stem_stride, padding=1)
-        blocks, width = [], widths[0]
+        time_width, width = 4 * widths[0], widths[0]
+        self.time = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, time_width))
+        self.enter = nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1)
+        self.blocks = nn.ModuleList()
         for i, wider in enumerate(widths):
-            groups = min(32, width // 4, wider // 4)
+            options: dict[str, Any] = {"num_layers": 1, "resnet_groups": min(32, width // 4, wider // 4)}
             if cross_attention_dim and (i < len(widths) - 1 or len(widths) == 1):
-                block: nn.Module = CrossAttnDownBlock2D(
-                    width, wider, time_width, num_layers=1, num_attention_heads=wider // head_dim,
-                    cross_attention_dim=cross_attention_dim, resnet_groups=groups, add_downsample=True,
-                )  # fmt: skip
+                options |= {"num_attention_heads": wider // HEAD, "cross_attention_dim": cross_attention_dim}
+                self.blocks.append(CrossAttnDownBlock2D(width, wider, time_width, **options))
             else:
-                block = DownBlock2D(width, wider, time_width, num_layers=1, resnet_groups=groups, add_downsample=True)
-            blocks.append(block)
+                self.blocks.append(DownBlock2D(width, wider, time_width, **options))
             width = wider
-        self.blocks = nn.ModuleList(blocks)
         self.leave = _zero(nn.Linear(width, 1))
 
     def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        time = self.time(t)
-        hidden = self.enter(x.float())
+        time, hidden = self.time(t), self.enter(x.float())
         for block in self.blocks:
             conditional = isinstance(block, CrossAttnDownBlock2D)
             hidden, _ = block(hidden, time, **({"encoder_hidden_states": embeddings.float()} if conditional else {}))
@@ -63,34 +54,28 @@ class FlowNetwork(nn.Module):
 
 
 class GradientNetwork(nn.Module):
-    """Learned part of grad_x log F(x_t), [B, C, H, W], nabla-DB's flow network: a small U-Net of one layer a block.
-
-    The output layer starts at zero, so the field starts at its forward-looking part. (The published code zeroes only
-    that layer's bias.)
-    """
+    """Learned part of grad_x log F(x_t), [B, C, H, W], nabla-DB's flow network: a small U-Net of one layer a block,
+    with cross-attention in all blocks but the deepest."""
 
     def __init__(
         self, latent_shape: tuple[int, int, int], cross_attention_dim: int | None, widths: Sequence[int]
     ) -> None:
         super().__init__()
         channels, _, size = latent_shape
-        last = len(widths) - 1
-        common = {
+        self.conditional, inner = cross_attention_dim is not None, len(widths) - 1
+        options: dict[str, Any] = {
             "sample_size": size, "in_channels": channels, "out_channels": channels, "layers_per_block": 1,
             "block_out_channels": tuple(widths), "norm_num_groups": min(32, widths[0] // 4),
         }  # fmt: skip
-        self.conditional = cross_attention_dim is not None
         if self.conditional:
-            self.unet = UNet2DConditionModel(
-                **common, cross_attention_dim=cross_attention_dim, attention_head_dim=max(1, widths[0] // 8),
-                down_block_types=tuple("DownBlock2D" if i == last else "CrossAttnDownBlock2D" for i in range(last + 1)),
-                up_block_types=tuple("UpBlock2D" if i == 0 else "CrossAttnUpBlock2D" for i in range(last + 1)),
-            )  # fmt: skip
+            down = ("CrossAttnDownBlock2D",) * inner + ("DownBlock2D",)
+            up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * inner
+            options |= {"cross_attention_dim": cross_attention_dim, "attention_head_dim": max(1, widths[0] // 8)}
+            self.unet = UNet2DConditionModel(down_block_types=down, up_block_types=up, **options)
         else:
-            self.unet = UNet2DModel(
-                **common, down_block_types=("DownBlock2D",) * (last + 1), up_block_types=("UpBlock2D",) * (last + 1),
-                attention_head_dim=max(1, widths[0] // 4),
-            )  # fmt: skip
+            down, up = ("DownBlock2D",) * (inner + 1), ("UpBlock2D",) * (inner + 1)
+            options["attention_head_dim"] = max(1, widths[0] // 4)
+            self.unet = UNet2DModel(down_block_types=down, up_block_types=up, **options)
         _zero(self.unet.conv_out)
 
     def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:

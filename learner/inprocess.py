@@ -54,7 +54,7 @@ class InProcessRunner:
             trajectories, clean = self.sampler.sample(chunk, self.snapshot)
             middle = time.perf_counter()
             receipt = trajectories.receipt(socket.gethostname(), middle - start)
-            self.buffer.sampled(key, receipt, trajectories, None)
+            self.buffer.sampled(key, receipt, trajectories)
             scores = self.scorer.score(clean)
             self.buffer.scored(key, scores.verdict(time.perf_counter() - middle), scores)
             self.hooks.progress("sampling and scoring", number, len(chunks))
@@ -65,12 +65,13 @@ class InProcessRunner:
         size = len(scored) // self.config.train.updates_per_epoch
         updates = [scored[start : start + size] for start in range(0, len(scored), size)]
         training = self.learner.train_epoch(epoch, beta, updates)
-        self.ledger.set_aside(epoch, (bad.facts["trajectory_id"] for bad in training.set_aside))
+        self.ledger.advance(epoch, (bad.trajectory_id for bad in training.set_aside), "quarantined")
         self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)
-        sampling = sum(work.receipt.seconds for work in works if work.receipt)
-        scoring = sum(work.verdict.seconds for work in works if work.verdict)
-        return EpochResult.of(works, training, training.set_aside, sampling, scoring, time.perf_counter() - start)
+        accounts = [work.account() for work in works]
+        sampling = sum(receipt.seconds for _, receipt, _ in accounts)
+        scoring = sum(verdict.seconds for _, _, verdict in accounts)
+        return EpochResult(accounts, training, training.set_aside, sampling, scoring, time.perf_counter() - start)
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
         each = []
@@ -108,5 +109,5 @@ class InProcessPools:
 
 def _judged(sampler: Sampler, scorer: Scorer, chunk: Chunk, snapshot: Snapshot) -> Scores:
     trajectories, clean = sampler.sample(chunk, snapshot)
-    receipts.check(trajectories, snapshot, f"chunk {chunk.index} of {chunk.where}")
+    receipts.check(trajectories, {snapshot.version: snapshot.sha256}, str(chunk.key))
     return scorer.score(clean)

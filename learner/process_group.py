@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import re
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion.failures import RunFailure
 
@@ -40,29 +40,25 @@ def join(address: str, rank: int, world_size: int, seconds: float, whole_gpu: bo
     """
     if world_size == 1 or dist.is_initialized():
         return
-    what = f"joining the {world_size} learner ranks at {address}"
     backend = "nccl" if whole_gpu and torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=seconds)
-    failures: list[BaseException] = []
+    joined: Future[None] = Future()
 
     def meet() -> None:
         try:
-            with errors(what):
-                dist.init_process_group(
-                    backend, init_method=address, rank=rank, world_size=world_size, timeout=timeout
-                )  # fmt: skip
-        except BaseException as error:  # raised where it is waited for
-            failures.append(error)
+            dist.init_process_group(backend, address, timeout, world_size, rank)
+            joined.set_result(None)
+        except BaseException as error:
+            joined.set_exception(error)
 
     # In a thread that can be left behind: to reach a rank 0 that never comes, torch waits ever longer between its
     # tries, in all up to twice the timeout.
-    meeting = threading.Thread(target=meet, daemon=True)
-    meeting.start()
-    meeting.join(seconds)
-    if failures:
-        raise failures[0]
-    if meeting.is_alive():
-        raise GroupBroken(f"{what}, rank {rank}: not all came within {seconds:g} s")
+    threading.Thread(target=meet, daemon=True).start()
+    with errors(f"joining the {world_size} learner ranks at {address}"):
+        try:
+            joined.result(seconds)
+        except TimeoutError:
+            raise RuntimeError(f"rank {rank}: not all came within {seconds:g} s") from None
 
 
 def leave() -> None:
@@ -104,14 +100,6 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def reduce(numbers: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    """`numbers` summed over ranks (or their minimum ...), in place; raises as average_gradients."""
-    if dist.is_initialized():
-        with errors("adding up over ranks"):
-            dist.all_reduce(numbers, operation)
-    return numbers
-
-
 def gather(mine: Any) -> list[Any]:
     """Every rank's object, in the order of ranks; raises as average_gradients."""
     if not dist.is_initialized():
@@ -120,16 +108,3 @@ def gather(mine: Any) -> list[Any]:
     with errors("gathering from ranks"):
         dist.all_gather_object(parts, mine)
     return parts
-
-
-def mean_rows(
-    rows: Sequence[dict[str, float]], device: torch.device
-) -> tuple[dict[str, float], list[dict[str, float]]]:  # fmt: skip
-    """Means over ranks, of all rows and of each, by name; raises as average_gradients. All ranks have the same names;
-    a row need not have all of them."""
-    names = sorted({name for row in rows for name in row})
-    table = torch.tensor([[row.get(name, math.nan) for name in names] for row in rows], dtype=torch.float64)
-    table = reduce(table.to(device)) / (dist.get_world_size() if dist.is_initialized() else 1)
-    each = [dict(zip(names, row, strict=True)) for row in table.tolist()]
-    each = [{name: value for name, value in row.items() if not math.isnan(value)} for row in each]
-    return dict(zip(names, table.nanmean(0).tolist(), strict=True)), each

@@ -8,8 +8,10 @@ What is minimised is the objective's business (learner/objectives/).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,11 +26,11 @@ from diffusion.failures import RunFailure
 from diffusion.trajectory import Scores, Trajectories
 from learner import process_group, state
 from learner.config import Config
-from learner.experience import Compute, Experience, made_up
-from learner.objectives.base import Loss, Policy, Population, Transitions
+from learner.experience import Experience, concatenate, made_up
+from learner.objectives.base import Loss, Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol import quarantine, receipts
-from learner.protocol.training import Training
+from learner.protocol.runner import Training
 
 Scored = tuple[Trajectories, Scores]
 ANCHOR = "anchor"  # in Transitions.prepared: outputs that the regulariser holds the policy to
@@ -44,46 +46,51 @@ class Learner:
     """Holds the policy's adapter, the flow network and their optimizers."""
 
     def __init__(self, model: BaseModel, flow: nn.Module | None, config: Config) -> None:
-        """`model` has its adapter attached; `flow` is the network that the objective asks for, if it does. Equal on
-        all ranks."""
+        """`model` has its adapter attached; `flow` is the network that the objective asks for. Equal on all ranks."""
         self.model, self.config = model, config
         self.kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)
         self.objective = OBJECTIVES[config.objective.kind](config.objective, self.kernel)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.policy = Policy(model, self.kernel, config.sampler.guidance)
+        self.policy = Policy(model, config.sampler.guidance)
         self.policy_parameters: list[nn.Parameter] = [p for _, p in lora.named(model.unet)]
         decay = config.learner.weight_decay
         self.policy_optimizer = AdamW(self.policy_parameters, lr=config.learner.learning_rate, weight_decay=decay)
+        # Networks and optimizers whose state_dict a checkpoint has.
+        self._parts: dict[str, Any] = {"policy_optimizer": self.policy_optimizer}
         self.flow = flow
         self.flow_parameters: list[nn.Parameter] = [] if flow is None else list(flow.to(model.device).parameters())
         if flow is not None:
             decay = decay if config.flow.weight_decay is None else config.flow.weight_decay
             self.flow_optimizer = AdamW(self.flow_parameters, lr=config.flow.learning_rate, weight_decay=decay)
+            self._parts |= {"flow": flow, "flow_optimizer": self.flow_optimizer}
         # The last epochs, update by update, for flow-only fits and replayed policy updates.
         self.replay: deque[list[list[Experience]]] = deque(maxlen=config.kept_epochs)
         self.published = lora.snapshot(model.unet, 0)
         self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
 
+    @property
+    def dimensions(self) -> int:
+        """D: numbers in one latent."""
+        return int(np.prod(self.model.latent_shape))
+
     def fit_micro_batch(self, share: float = 1.0) -> int:
-        """Unless the config gives one, choose the largest micro-batch that this process's `share` of the free GPU
-        memory holds, on several ranks the smallest of theirs. Gradients depend on it in their last bits, so it is
-        found once a run and kept in its checkpoints."""
+        """Unless the config gives one, the largest micro-batch that this process's `share` of the free GPU memory
+        holds, or another rank's. Gradients depend on it in their last bits: a run's checkpoints keep it."""
         if self.config.learner.micro_batch is None and self.model.device.type == "cuda":
             with gpu_memory.smaller("learner.micro_batch", 1):
                 fits = gpu_memory.largest_batch(self._try_micro_batch, self.model.device, MOST, share)
-            least = process_group.reduce(torch.tensor(fits, device=self.model.device), dist.ReduceOp.MIN)
-            self.micro_batch = int(least.item())
+            self.micro_batch = min(process_group.gather(fits))
         return self.micro_batch
 
     def _try_micro_batch(self, size: int) -> None:
         """One forward and backward pass of `size` made-up transitions; networks and objective stay as they are."""
         batch = made_up(size, self.model, self.kernel.timesteps.tolist(), self.objective.needs.reward_gradients)
-        before = self.objective.state()
-        self.objective.begin_epoch(Population((0, 1), ("", ""), (0.0, 1.0)))
-        self.prepare(batch)
+        before = deepcopy(self.objective.memory)
+        self.objective.begin_epoch((0, 1), ("", ""), (0.0, 1.0))
+        batch.prepared |= self.objective.prepare(self.policy, batch)
         self.loss(batch, 1.0)[0].backward()
-        self.objective.restore(before)
+        self.objective.memory = before
         for parameter in [*self.policy_parameters, *self.flow_parameters]:
             parameter.grad = None
 
@@ -105,8 +112,8 @@ class Learner:
         return fresh
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
-        """One optimizer step of the policy for each element of `updates`, this rank's share of that update; then
-        train.replay_updates more, each on an update of an earlier epoch.
+        """A step of the policy for each of `updates`, this rank's share of that update; then train.replay_updates more,
+        each on an update of an earlier epoch.
 
         Raises:
             StaleWeights: trajectories of another adapter than the published one and the train.max_staleness before.
@@ -115,44 +122,62 @@ class Learner:
         """
         scored = [pair for update in updates for pair in update]
         for trajectories, _ in scored:
-            receipts.check_recent(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")
+            receipts.check(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")
         fresh = [[Experience(*quarantine.replaced(*pair)) for pair in update] for update in updates]
         with gpu_memory.smaller("learner.micro_batch", self.micro_batch):
-            rows = self._all_updates(epoch, beta, fresh)
-        means, each = process_group.mean_rows(rows, self.model.device)
+            parts = process_group.gather(self._all_updates(epoch, beta, fresh))
+        # Means over ranks, whose rows have the same names.
+        rows = [{name: fmean(part[i][name] for part in parts) for name in row} for i, row in enumerate(parts[0])]
+        names = sorted({name for row in rows for name in row})
+        means = {name: fmean(row[name] for row in rows if name in row) for name in names}
+        if self.config.train.max_staleness:
+            versions = [sampled.policy_version for sampled, _ in scored for _ in sampled.chunk.trajectory_ids]
+            lags = [self.published.version - version for part in process_group.gather(versions) for version in part]
+            means |= {"staleness_mean": fmean(lags), "staleness_max": float(max(lags))}
         trained = tuple(number for _, scores in scored for number in scores.good_ids)
-        aside = tuple(bad for pair in scored for bad in quarantine.set_aside(*pair))
-        return Training(means | self._staleness(scored), each, trained, aside)
+        return Training(means, rows, trained, tuple(bad for pair in scored for bad in quarantine.set_aside(*pair)))
 
     def _all_updates(self, epoch: int, beta: float, fresh: list[list[Experience]]) -> list[dict[str, float]]:
         """Metrics of each update of the epoch, those of earlier epochs last."""
-        train, everything = self.config.train, [experience for update in fresh for experience in update]
-        self._prepare(everything)
+        train = self.config.train
+        self._prepare([experience for update in fresh for experience in update])
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
         # The same draws on every rank: each holds its share of the same past update.
         draws = [
             noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, len(fresh) + i).integers(len(earlier))
             for i in range(train.replay_updates if earlier else 0)
         ]
-        past = [self._anchored(earlier[draw]) for draw in draws]
+        updates = [*fresh, *(earlier[draw] for draw in draws)]
         if self.replay.maxlen:
             self.replay.append([[each.kept(train.replay_updates > 0) for each in update] for update in fresh])
-        fresh[1:] = map(self._anchored, fresh[1:])
-        rows = [self._train(epoch, index, beta, update) for index, update in enumerate(fresh)]
-        if self.objective.needs.uses_ratio:
-            rows[0]["clipped_before"] = self._clipped_before(everything, rows[0])
-        for index, update in enumerate(past, len(fresh)):
-            age = self.published.version - update[0].trajectories.policy_version
-            rows.append({**self._train(epoch, index, beta, update), "replay_age": float(age)})
+        updates[1:] = map(self._anchored, updates[1:])
+        rows = [self._train(epoch, index, beta, update) for index, update in enumerate(updates)]
+        for row, update in zip(rows[len(fresh) :], updates[len(fresh) :], strict=True):
+            row["replay_age"] = float(self.published.version - update[0].trajectories.policy_version)
         return rows
 
-    def _staleness(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Published versions that the epoch's trajectories lag behind, on all ranks, where they may."""
-        if not self.config.train.max_staleness:
-            return {}
-        versions = [sampled.policy_version for sampled, _ in scored for _ in sampled.chunk.trajectory_ids]
-        lags = [self.published.version - version for part in process_group.gather(versions) for version in part]
-        return {"staleness_mean": float(np.mean(lags)), "staleness_max": float(max(lags))}
+    def _prepare(self, experiences: Sequence[Experience]) -> None:
+        """Let the objective compute what it needs once an epoch."""
+        mine = [row for experience in experiences for row in experience.rewards()]
+        rows = sorted(row for part in process_group.gather(mine) for row in part)
+        self.objective.begin_epoch(*zip(*rows, strict=True))
+        for experience in experiences:
+            computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
+            experience.prepared |= computed
+            experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
+
+    def _by_transition(
+        self, experience: Experience, compute: Callable[[Transitions], dict[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        """What `compute` returns of each micro-batch, as arrays [B, K, ...] by selected transition."""
+        positions = [part for window in experience.windows(self.micro_batch, self.objective.group) for part in window]
+        values: list[dict[str, Tensor]] = []
+        for part in positions:
+            values.append(compute(experience.gather(part, self.model, self.config)))
+            if not values[0]:  # nothing to compute
+                return {}
+        place = np.argsort(np.concatenate(positions)).reshape(experience.trajectories.selected.shape)
+        return {name: torch.cat([part[name] for part in values]).cpu().numpy()[place] for name in values[0]}
 
     def _train(self, epoch: int, index: int, beta: float, update: Sequence[Experience]) -> dict[str, float]:
         """One update of an epoch, after the flow-only steps that precede it."""
@@ -161,54 +186,46 @@ class Learner:
         metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
         batches = (batch for experience in update for batch in self._micro_batches(experience, beta))
         # The first update starts where the regulariser holds the policy: nothing to hold yet (see _anchored).
-        held = index > 0 or not any(map(self._lags, update))
+        held = index > 0 or not self._lags(update)
         return metrics | self.update(batches, sum(map(len, update)), beta, held)
 
-    def _lags(self, experience: Experience) -> bool:
-        """Whether an earlier policy sampled it."""
-        return experience.trajectories.policy_version != self.published.version
+    def _lags(self, update: Sequence[Experience]) -> bool:
+        """Whether an earlier policy sampled some of it."""
+        return any(each.trajectories.policy_version != self.published.version for each in update)
 
     def _anchored(self, update: Sequence[Experience]) -> list[Experience]:
-        """Where an earlier policy sampled, let the regulariser hold the policy to what it is now, before the epoch's
-        updates, instead of what it was then: that would take back what it has learned since (ADR 22)."""
-        if not self.config.objective.regulariser or not any(map(self._lags, update)):
+        """Where an earlier policy sampled, have the regulariser hold the policy to what it is before the epoch's
+        updates: to hold it to what it was then would take back what it has learned since (ADR 22)."""
+        if not self.config.objective.regulariser or not self._lags(update):
             return list(update)
         with torch.no_grad():
             anchors = [self._by_transition(each, lambda batch: {ANCHOR: self.policy.output(batch)}) for each in update]
         return [replace(each, prepared=each.prepared | anchor) for each, anchor in zip(update, anchors, strict=True)]
 
-    def _stateful(self) -> dict[str, Any]:
-        """Networks and optimizers whose state_dict a checkpoint has."""
-        parts = {"policy_optimizer": self.policy_optimizer}
-        return parts if self.flow is None else {**parts, "flow": self.flow, "flow_optimizer": self.flow_optimizer}
+    def _fit_flow(self, epoch: int, index: int, beta: float, steps: int) -> dict[str, float]:
+        """Flow-only steps on replayed rollouts, with the log p_F that the sampler stored."""
+        assert self.flow is not None
+        recent = list(self.replay)[-self.config.flow.replay_epochs :]
+        pool = [experience for part in recent for update in part for experience in update]
+        rng = noise.generator(self.config.run.seed, noise.REPLAY, epoch, index, self.rank)
+        losses = []
+        for _ in range(steps):
+            pick = rng.integers(0, len(pool), 4)
+            each = max(1, self.config.flow.batch // len(pick))
+            parts = [pool[i].gather(rng.integers(0, len(pool[i]), each), self.model, self.config) for i in pick]
+            loss = self.objective.flow_loss(concatenate(parts), self.flow, beta)
+            loss.backward()
+            process_group.average_gradients(self.flow_parameters)
+            self._step(self.flow_optimizer, self.flow_parameters)
+            losses.append(loss.detach())
+        return {"flow_loss": torch.stack(losses).double().mean().item()}
 
-    def state_files(self) -> dict[str, bytes]:
-        """What this rank adds to a checkpoint: the rollouts that it may still train on, and from rank 0, being equal
-        on all ranks, networks, optimizers and, under lora/, the adapter for other programs."""
-        files = {state.replay_file(self.rank): state.dump_replay(self.replay)}
-        if self.rank == 0:
-            files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
-            saved = {
-                "version": self.published.version,
-                "recent": self.recent,
-                "adapter": torch.from_numpy(np.array(self.published.flat)),
-                "objective": self.objective.state(),
-                **{name: part.state_dict() for name, part in self._stateful().items()},
-            }
-            files[state.LEARNER_FILE] = state.dump(saved)
-        return files
-
-    def restore(self, files: dict[str, bytes]) -> None:
-        """Go on from a checkpoint's files, made by as many ranks as there are now."""
-        saved = state.parse(files[state.LEARNER_FILE])
-        lora.load(self.model.unet, saved["adapter"].numpy())
-        for name, part in self._stateful().items():
-            part.load_state_dict(saved[name])
-        self.objective.restore(saved["objective"])
-        self.replay.clear()
-        self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
-        self.published = lora.snapshot(self.model.unet, saved["version"])
-        self.recent = dict(saved["recent"])
+    def _micro_batches(self, experience: Experience, beta: float) -> Iterator[Transitions]:
+        """The chunk's transitions, window by window: what an objective compares is in one window."""
+        for window in experience.windows(self.micro_batch, self.objective.group):
+            batches = [experience.gather(part, self.model, self.config) for part in window]
+            self.objective.prepare_window(self.policy, batches, self.flow, beta)
+            yield from batches
 
     def update(self, batches: Iterable[Transitions], count: int, beta: float, held: bool = True) -> dict[str, float]:
         """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions of
@@ -249,75 +266,6 @@ class Learner:
         parts = {"loss": loss, **parts, "drift": drift, "kl": kl}
         return loss, {name: value.detach() for name, value in parts.items()}
 
-    def prepare(self, batch: Transitions) -> None:
-        """Let the objective compute what it needs once an epoch, under the policy as it stands."""
-        batch.prepared.update(self.objective.prepare(self.policy, batch))
-
-    def _prepare(self, experiences: Sequence[Experience]) -> None:
-        self.objective.begin_epoch(self._population(experiences))
-        for experience in experiences:
-            computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
-            experience.prepared |= computed
-            experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
-
-    def _by_transition(self, experience: Experience, compute: Compute) -> dict[str, np.ndarray]:
-        """What `compute` returns of each micro-batch, as arrays [B, K, ...] by selected transition."""
-        return experience.by_transition(compute, self._windows(experience), self.model, self.config)
-
-    def _clipped_before(self, experiences: Sequence[Experience], first: dict[str, float]) -> float:
-        """Share of transitions whose ratio to the sampler's log p_F is outside the clip before any update, by
-        precision and batch shape alone: that of the first update, which all sees the weights that sampled; or, where
-        objective.old_log_prob is learner, by what was computed in preparing."""
-        objective = self.config.objective
-        if objective.old_log_prob == "sampler":
-            return first["clipped"]
-        scale = 1 if objective.log_prob_reduction == "sum" else self.dimensions
-        outside = [
-            np.abs(np.expm1((each.prepared["log_pf_old"] - each.selected_log_pf()) / scale)) > objective.clip_range
-            for each in experiences
-        ]
-        return float(np.concatenate(outside).mean())
-
-    def _population(self, experiences: Sequence[Experience]) -> Population:
-        mine: list[tuple[int, str, float]] = []
-        for experience in experiences:
-            chunk, rewards = experience.trajectories.chunk, experience.scores.rewards[:, -1].tolist()
-            mine.extend(zip(chunk.trajectory_ids, chunk.prompts, rewards, strict=True))
-        return Population(*zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True))
-
-    def _fit_flow(self, epoch: int, index: int, beta: float, steps: int) -> dict[str, float]:
-        """Flow-only steps on replayed rollouts, with the log p_F that the sampler stored."""
-        assert self.flow is not None
-        recent = list(self.replay)[-self.config.flow.replay_epochs :]
-        pool = [experience for part in recent for update in part for experience in update]
-        rng = noise.generator(self.config.run.seed, noise.REPLAY, epoch, index, self.rank)
-        losses = []
-        for _ in range(steps):
-            pick = rng.integers(0, len(pool), 4)
-            each = max(1, self.config.flow.batch // len(pick))
-            parts = [pool[i].gather(rng.integers(0, len(pool[i]), each), self.model, self.config) for i in pick]
-            loss = self.objective.flow_loss(Transitions.concatenate(parts), self.flow, beta)
-            loss.backward()
-            process_group.average_gradients(self.flow_parameters)
-            self._step(self.flow_optimizer, self.flow_parameters)
-            losses.append(loss.detach())
-        return {"flow_loss": torch.stack(losses).double().mean().item()}
-
-    @property
-    def dimensions(self) -> int:
-        """D: numbers in one latent."""
-        return int(np.prod(self.model.latent_shape))
-
-    def _windows(self, experience: Experience) -> list[list[np.ndarray]]:
-        return experience.windows(self.micro_batch, self.objective.group)
-
-    def _micro_batches(self, experience: Experience, beta: float) -> Iterator[Transitions]:
-        """The chunk's transitions, window by window: what an objective compares is in one window."""
-        for window in self._windows(experience):
-            batches = [experience.gather(part, self.model, self.config) for part in window]
-            self.objective.prepare_window(self.policy, batches, self.flow, beta)
-            yield from batches
-
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learner.max_grad_norm)
         if not torch.isfinite(norm):
@@ -328,3 +276,31 @@ class Learner:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
+
+    def state_files(self) -> dict[str, bytes]:
+        """What this rank adds to a checkpoint: the rollouts that it may still train on; from rank 0 also what is equal
+        on all ranks: networks, optimizers and, under lora/, the adapter for other programs."""
+        files = {state.replay_file(self.rank): state.dump_replay(self.replay)}
+        if self.rank == 0:
+            files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
+            saved = {
+                "version": self.published.version,
+                "recent": self.recent,
+                "adapter": torch.from_numpy(np.array(self.published.flat)),
+                "objective": self.objective.memory,
+                **{name: part.state_dict() for name, part in self._parts.items()},
+            }
+            files[state.LEARNER_FILE] = state.dump(saved)
+        return files
+
+    def restore(self, files: dict[str, bytes]) -> None:
+        """Go on from a checkpoint's files, made by as many ranks as there are now."""
+        saved = state.parse(files[state.LEARNER_FILE])
+        lora.load(self.model.unet, saved["adapter"].numpy())
+        for name, part in self._parts.items():
+            part.load_state_dict(saved[name])
+        self.objective.memory = saved["objective"]
+        self.replay.clear()
+        self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))
+        self.published = lora.snapshot(self.model.unet, saved["version"])
+        self.recent = dict(saved["recent"])

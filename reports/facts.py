@@ -15,7 +15,7 @@ import numpy as np
 
 from evaluation.metrics import paired_interval
 from learner.config import Config
-from learner.objectives.by_name import OBJECTIVES
+from learner.objectives.by_name import target
 from learner.protocol.quarantine import FOLDER as QUARANTINE
 from records.heartbeat import look
 from records.run_folder import BEFORE, EVALUATION, Records
@@ -94,7 +94,7 @@ def state(storage: Storage) -> dict[str, Any]:
 
 def towards(config: Config) -> str:
     """What the run trains towards, as a formula in words."""
-    return OBJECTIVES[config.objective.kind].goal(config.objective)
+    return target(config.objective)
 
 
 def collapse(lines: Sequence[Line]) -> tuple[list[tuple[int, str]], str | None]:

@@ -104,9 +104,9 @@ def settings_of():
             f"objective.kind={kind}", "reward.name=shapes_alignment_soft", "objective.group_size=6",
             "flow.widths=[8,16]", "flow.stem_stride=1",
         ]  # fmt: skip
-        if not NEEDS[kind].fits_flow:
+        if NEEDS[kind].flow != "log_flow":
             settings += ["flow.warmup_steps=0", "flow.fit_steps=0"]
-        if NEEDS[kind].off_policy:
+        if not NEEDS[kind].uses_ratio:
             settings += ["train.replay_updates=1", "train.replay_epochs=2"]
         return settings + (["objective.advantage=prompt"] if kind == "ddpo" else [])
 

@@ -33,15 +33,15 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"evaluation.images: {config.evaluation.images} is not a multiple of sampler.chunk_size {chunk}"
     given, needs, widths = config.objective, config.needs, config.flow.widths
     for key in ("replay_updates", "max_staleness"):
-        if getattr(config.train, key) and not needs.off_policy:
-            allowed = ", ".join(kind for kind, other in NEEDS.items() if other.off_policy)
+        if getattr(config.train, key) and needs.uses_ratio:
+            allowed = ", ".join(kind for kind, other in NEEDS.items() if not other.uses_ratio)
             yield (
                 f"train.{key}: {given.kind} learns from the ratio of the current policy to the one that sampled, which "
                 f"has no gradient outside 1 +- objective.clip_range {given.clip_range:g}: it cannot use trajectories "
                 f"of earlier policies; use train.{key}=0, or one of {allowed}"
             )
-    if (config.flow.fit_steps or config.flow.warmup_steps) and not needs.fits_flow:
-        allowed = ", ".join(kind for kind, other in NEEDS.items() if other.fits_flow)
+    if (config.flow.fit_steps or config.flow.warmup_steps) and needs.flow != "log_flow":
+        allowed = ", ".join(kind for kind, other in NEEDS.items() if other.flow == "log_flow")
         yield (
             f"flow.fit_steps, flow.warmup_steps: {given.kind} has no flow network that could be fitted alone; "
             f"set both to 0, or use one of {allowed}"
@@ -50,7 +50,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"flow.widths: {list(widths)} cannot be normalised in groups; use widths such as [32, 64]"
     if needs.flow == "gradient" and config.flow.stem_stride != 1:
         yield f"flow.stem_stride: {given.kind} has a flow network of full size; set it to 1"
-    if needs.only_inner_rewards and given.forward_looking == "none":
+    if needs.reward_gradients and not needs.flow and given.forward_looking == "none":
         yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
     if needs.reward_gradients and config.train.shuffle_rewards:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel
 from learner.config.sections import Objective as Settings
-from learner.objectives.needs import Decay, Needs, Weighting
+from learner.objectives.needs import Decay, Needs
+from learner.objectives.policy_gradient import clipped
 
 Flow = nn.Module | None  # the network that the objective trains beside the policy, as needs.flow says
 Loss = tuple[Tensor, dict[str, Tensor]]  # mean over the batch's transitions, and its parts by name for the log
@@ -39,91 +40,51 @@ class Transitions:
     clean_gradient_next: Tensor | None = None  # [b, C, H, W] the same at x_next
     prepared: dict[str, Tensor] = field(default_factory=dict)  # [b, ...] what the objective computed once an epoch
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Transitions]) -> Transitions:
-        """The transitions of all parts, in order; all of them have the same fields."""
-
-        def join(values: list[Any]) -> Any:
-            if isinstance(values[0], dict):
-                return {name: torch.cat([value[name] for value in values]) for name in values[0]}
-            return None if values[0] is None else torch.cat(values)
-
-        return cls(*(join([getattr(part, column.name) for part in parts]) for column in fields(cls)))
-
 
 @dataclass(frozen=True)
 class Policy:
     """The base model with its adapter as a policy, and without it as the frozen reference, both with guidance."""
 
     model: BaseModel
-    kernel: DDIMKernel
     guidance: float
 
     def output(self, batch: Transitions) -> Tensor:
         """Guided model output [b, C, H, W] at batch.x, with gradient to the adapter."""
         return self.model.predict(batch.x, batch.t, batch.embeddings, self.guidance)[0]
 
-    def clean(self, x: Tensor, t: Tensor, embeddings: Tensor, reference: bool, guided: bool) -> Tensor:
-        """Clean prediction xhat(x_t) [b, C, H, W] of the adapter as it stands, or of the reference; x itself at t=0."""
-        inputs = (x, t.clamp(min=1), embeddings, self.guidance if guided else 1.0)
-        output = self.model.predict_reference(*inputs) if reference else self.model.predict(*inputs)[0]
-        at_end = (t == 0).reshape(-1, *[1] * (x.ndim - 1))
-        return torch.where(at_end, x, self.kernel.clean(output, t.clamp(min=1), x))
-
-
-@dataclass(frozen=True)
-class Population:
-    """Every trajectory of an epoch, on all ranks, in the order of their ids."""
-
-    ids: tuple[int, ...]
-    prompts: tuple[str, ...]
-    rewards: tuple[float, ...]  # raw, of the images
+    def reference(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        """The same of the reference, with gradient to x."""
+        return self.model.predict_reference(x, t, embeddings, self.guidance)
 
 
 class Objective:
     """A loss over transitions. A new one is a subclass in a file here, an entry in needs.py and one in by_name.py."""
 
     needs: ClassVar[Needs]
+    target: ClassVar[str]  # what it samples from when its loss is zero: a template for by_name.py's `target`
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
         self.settings, self.kernel = settings, kernel
+        self.memory: dict[str, Any] = {}  # what a checkpoint must keep: numbers, strings, lists and dicts
 
     @property
     def group(self) -> int:
         """Transitions whose losses depend on each other: a window holds whole groups."""
-        return 1
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep of it: numbers, strings, lists and dicts."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up what `state` once returned."""
-
-    @staticmethod
-    def target(settings: Settings, dimensions: int) -> str:
-        """What it samples from when its loss is zero, in words, for latents of D = `dimensions`."""
-        raise NotImplementedError
-
-    @classmethod
-    def goal(cls, settings: Settings) -> str:
-        """The same for readers of a report, whatever D is."""
-        return cls.target(settings, 1)
+        return self.settings.group_size if self.needs.compares_groups else 1
 
     @classmethod
     def extra_passes(cls, settings: Settings) -> int:
         """U-Net passes a transition, forward or back to its input, beside the policy's own forward and backward."""
         return int(cls.needs.uses_ratio and settings.old_log_prob == "learner")
 
-    def begin_epoch(self, population: Population) -> None:
-        """Hear of all rewards of the epoch, before `prepare`."""
+    def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:
+        """Hear of all trajectories of the epoch, on all ranks, in the order of their ids, before `prepare`. Rewards are
+        raw, of the images."""
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`.
-
-        Of objectives with a ratio the learner's own log p_F of the rollout's weights, if objective.old_log_prob says
-        so: in low precision the sampler's differs by more than a clip range, if only by the shape of the batch.
-        """
+        """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`. For a
+        ratio the learner's own log p_F of the rollout's weights, if objective.old_log_prob says so: in low precision
+        the sampler's differs by more than a clip range, if only by the shape of the batch."""
         if not (self.needs.uses_ratio and self.settings.old_log_prob == "learner"):
             return {}
         with torch.no_grad():
@@ -134,16 +95,12 @@ class Objective:
         """Add to `prepared` of micro-batches that together hold whole groups, just before they are trained on."""
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        """
-        Args:
-            output: the policy's guided output at batch.x, with gradient (to batch.x too, if reward_gradients).
-            beta: this epoch's.
-            flow_gradient: False where the flow is held fixed in a policy step.
-        """
+        """Of the policy's guided `output` at batch.x, with gradient (to batch.x too, if reward_gradients). Without
+        `flow_gradient` the flow is held fixed."""
         raise NotImplementedError
 
     def flow_loss(self, batch: Transitions, flow: nn.Module, beta: float) -> Tensor:
-        """Loss of a flow-only fit, mean over the batch; only if fits_flow."""
+        """Loss of a flow-only fit, mean over the batch; only if needs.flow is log_flow."""
         raise NotImplementedError
 
     def log_pf(self, batch: Transitions, output: Tensor) -> Tensor:
@@ -155,11 +112,20 @@ class Objective:
         log_pf = batch.prepared.get("log_pf_old", batch.log_pf_old)
         return log_pf if self.settings.log_prob_reduction == "sum" else log_pf / batch.x[0].numel()
 
+    def policy_loss(self, batch: Transitions, log_pf: Tensor, advantage: Tensor) -> Loss:
+        """Weighted mean of the clipped policy-gradient loss, for `advantage` [b] without gradient; `clipped` is the
+        share of ratios outside of the clip."""
+        each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, self.settings.clip_range)
+        loss = (self.weights(batch) * each).mean()
+        return loss, {"policy_loss": loss, "clipped": outside.float().mean()}
+
     def weights(self, batch: Transitions) -> Tensor:
-        """Weight [b] of each transition by objective.transition_weight."""
-        kernel, dtype = self.kernel, batch.x.dtype
-        grid = kernel.variance(kernel.timesteps, dtype)
-        return transition_weights(kernel.variance(batch.t, dtype), grid, self.settings.transition_weight)
+        """Weight [b] of each transition: 1, or sigma_t^2 over its mean on the grid (objective.transition_weight). The
+        last transition's sigma is tiny and its gradient, 1/sigma^2, drowns the others."""
+        variance = self.kernel.variance(batch.t, batch.x.dtype)
+        if self.settings.transition_weight == "uniform":
+            return torch.ones_like(variance)
+        return variance / self.kernel.variance(self.kernel.timesteps, batch.x.dtype).mean()
 
 
 def both_ends(flow: Flow, batch: Transitions, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -172,19 +138,11 @@ def both_ends(flow: Flow, batch: Transitions, gradient: bool) -> tuple[Tensor, T
 
 
 def gamma(abar: Tensor, decay: Decay) -> Tensor:
-    """Weight gamma_t [B] of the forward-looking reward: 1, or the shrinking of arXiv 2412.07775 (sqrt(abar_t) or
+    """Weight gamma_t [b] of the forward-looking reward: 1, or the shrinking of arXiv 2412.07775 (sqrt(abar_t) or
     abar_t). A clean prediction from pure noise says little about the image; at t = 0 gamma is 1 by definition."""
     if decay == "none":
         return torch.ones_like(abar)
     return abar.sqrt() if decay == "sqrt_abar" else abar
-
-
-def transition_weights(variance: Tensor, grid_variance: Tensor, kind: Weighting) -> Tensor:
-    """Weight of each transition [B]: 1, or sigma_t^2 over its mean on the grid.
-
-    The last transition's sigma is tiny and its gradient, 1/sigma^2, drowns the others; variance weights undo that.
-    """
-    return torch.ones_like(variance) if kind == "uniform" else variance / grid_variance.mean()
 
 
 def anneal(beta: float, epoch: int, epochs: int, fraction: float) -> float:

@@ -25,14 +25,24 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+def target(settings: Settings, dimensions: int | None = None) -> str:
+    """What the objective samples from when its loss is zero, in words; where D is not known, in terms of it."""
+    exponent, strength = f"{settings.beta:g}", settings.pretrained_strength
+    if settings.log_prob_reduction == "mean":
+        exponent = f"{settings.beta * dimensions:g}" if dimensions else f"{exponent} x D"
+    words = {"exponent": exponent, "dimensions": dimensions or "numbers in a latent"}
+    words["strength"] = "" if strength == 1 else f"^{strength:g}"
+    return OBJECTIVES[settings.kind].target.format(**words, **settings.model_dump())
+
+
 def describe(config: Config, dimensions: int) -> str:
     """What the run trains towards, in words, for latents of D = `dimensions`."""
-    given, kind = config.objective, OBJECTIVES[config.objective.kind]
-    published = {**Settings(kind=given.kind, setting=given.setting).model_dump(), "beta": given.beta}
-    other = [key for key, value in given.model_dump().items() if key != "reward_offset" and value != published[key]]
-    but = f", but {', '.join(other)}" if other and given.setting == "faithful" else ""
-    text = f"{given.kind} ({given.setting}{but}): {kind.target(given, dimensions)}"
+    settings, kind = config.objective, OBJECTIVES[config.objective.kind]
+    published = {**Settings(kind=settings.kind, setting=settings.setting).model_dump(), "beta": settings.beta}
+    other = [key for key, value in settings.model_dump().items() if key != "reward_offset" and value != published[key]]
+    but = f", but {', '.join(other)}" if other and settings.setting == "faithful" else ""
+    text = f"{settings.kind} ({settings.setting}{but}): {target(settings, dimensions)}"
     if kind.needs.uses_ratio:
-        nats = given.clip_range * (dimensions if given.log_prob_reduction == "mean" else 1)
+        nats = settings.clip_range * (dimensions if settings.log_prob_reduction == "mean" else 1)
         text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"
     return text

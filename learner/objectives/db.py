@@ -15,30 +15,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from learner.config.sections import Objective as Settings
 from learner.objectives.base import Flow, Loss, Objective, Transitions, both_ends, gamma
 from learner.objectives.needs import NEEDS, Penalty
 
 
 def residual(log_flow: Tensor, log_pf: Tensor, log_pb: Tensor, log_flow_next: Tensor) -> Tensor:
-    """Detailed-balance residual delta [B], in nats (per dimension if the log-probabilities are means)."""
+    """Detailed-balance residual delta [b], in nats (per dimension if the log-probabilities are means)."""
     return log_flow + log_pf - log_pb - log_flow_next
 
 
 def penalty(delta: Tensor, kind: Penalty, huber_width: float = 1.0) -> Tensor:
-    """Per-transition loss [B]: delta^2, or Huber (quadratic within huber_width, then linear, same curvature)."""
+    """Per-transition loss [b]: delta^2, or Huber (quadratic within huber_width, then linear, same curvature)."""
     if kind == "squared":
         return delta.square()
     return 2 * torch.nn.functional.huber_loss(delta, torch.zeros_like(delta), reduction="none", delta=huber_width)
 
 
 def log_flow(f: Tensor, psi: Tensor) -> Tensor:
-    """Forward-looking log F(x_t) [B] of a state that is not terminal."""
+    """Forward-looking log F(x_t) [b] of a state that is not terminal."""
     return f + psi
 
 
 def next_log_flow(f_next: Tensor, psi_next: Tensor, log_reward: Tensor, terminal: Tensor, detach: bool) -> Tensor:
-    """log F(x_t') [B]: log_reward = beta r(x_0) where `terminal`, else f_phi(x_t') + psi(x_t').
+    """log F(x_t') [b]: log_reward = beta r(x_0) where `terminal`, else f_phi(x_t') + psi(x_t').
 
     `detach` stops the gradient into f_phi(x_t') (semi-gradient, the corrected setting): the published residual
     gradient lets f(x_t') absorb part of the mismatch of fixed-variance steps.
@@ -52,19 +51,21 @@ class DagDB(Objective):
     flow. Log-probabilities are sums or means over dimensions, as objective.log_prob_reduction says."""
 
     needs = NEEDS["dag_db"]
+    target = (
+        "target proportional to exp({exponent} x reward) (beta {beta:g}, log-probabilities by {log_prob_reduction} "
+        "over D = {dimensions})"
+    )
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
         delta = self.residual(batch, self.log_pf(batch, output), flow, beta, flow_gradient)
-        balance = self.balance(batch, delta)
+        balance = (self.weights(batch) * self.penalty(delta)).mean()
         return balance, {"balance": balance, "residual_squared": delta.square().mean()}
 
-    def balance(self, batch: Transitions, delta: Tensor) -> Tensor:
-        """Weighted mean penalty of delta [b]."""
-        return (self.weights(batch) * penalty(delta, self.settings.penalty, self.settings.huber_width)).mean()
-
     def flow_loss(self, batch: Transitions, flow: nn.Module, beta: float) -> Tensor:
-        delta = self.residual(batch, self.log_pf_old(batch), flow, beta, flow_gradient=True)
-        return penalty(delta, self.settings.penalty, self.settings.huber_width).mean()
+        return self.penalty(self.residual(batch, self.log_pf_old(batch), flow, beta, flow_gradient=True)).mean()
+
+    def penalty(self, delta: Tensor) -> Tensor:
+        return penalty(delta, self.settings.penalty, self.settings.huber_width)
 
     def residual(self, batch: Transitions, log_pf: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Tensor:
         """delta [b] of the batch under the current flow network (Eq. 8), rewards multiplied by beta."""
@@ -79,17 +80,3 @@ class DagDB(Objective):
         log_flow_next = next_log_flow(f_next, psi_next, log_reward, batch.terminal, settings.detach_next_flow)
         log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, settings.log_prob_reduction)
         return residual(log_flow(f, psi), log_pf, log_pb, log_flow_next)
-
-    @staticmethod
-    def target(settings: Settings, dimensions: int) -> str:
-        reduction = settings.log_prob_reduction
-        exponent = settings.beta * (dimensions if reduction == "mean" else 1)
-        how = f"beta {settings.beta:g}, log-probabilities by {reduction} over D = {dimensions}"
-        return f"target proportional to exp({exponent:g} x reward) ({how})"
-
-    @classmethod
-    def goal(cls, settings: Settings) -> str:
-        text = "pictures with a probability proportional to"
-        if settings.log_prob_reduction == "sum":
-            return f"{text} exp({settings.beta:g} x reward)"
-        return f"{text} exp({settings.beta:g} x D x reward), D being how many numbers a latent has"

@@ -6,8 +6,7 @@ standardised reward; there is no flow network.
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from diffusion.kernels import DDIMKernel
 from learner.config.sections import Objective as Settings
-from learner.objectives.base import Flow, Loss, Objective, Policy, Population, Transitions
+from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions
 from learner.objectives.needs import NEEDS
-from learner.objectives.policy_gradient import ADVANTAGE_LIMIT, clipped
+from learner.objectives.policy_gradient import ADVANTAGE_LIMIT
 
 HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
 
@@ -27,25 +26,15 @@ class DDPO(Objective):
     prompt's last 16."""
 
     needs = NEEDS["ddpo"]
+    target = "maximises the expected reward; it has no target distribution, and beta does not matter"
 
     def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
         super().__init__(settings, kernel)
-        self.history: dict[str, deque[float]] = {}
         self._advantages: dict[int, float] = {}
 
-    @staticmethod
-    def target(settings: Settings, dimensions: int) -> str:
-        return "maximises the expected reward; it has no target distribution, and beta does not matter"
-
-    def state(self) -> dict[str, Any]:
-        return {prompt: list(rewards) for prompt, rewards in self.history.items()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.history = {prompt: deque(rewards, HISTORY) for prompt, rewards in state.items()}
-
-    def begin_epoch(self, population: Population) -> None:
-        values = advantages(population, self.history if self.settings.advantage == "prompt" else None)
-        self._advantages = dict(zip(population.ids, values.tolist(), strict=True))
+    def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:
+        values = advantages(prompts, rewards, self.memory if self.settings.advantage == "prompt" else None)
+        self._advantages = dict(zip(ids, values.tolist(), strict=True))
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         values = [self._advantages[number] for number in batch.trajectory_id.tolist()]
@@ -53,24 +42,18 @@ class DDPO(Objective):
         return {"advantage": advantage, **super().prepare(policy, batch)}
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        log_ratio = self.log_pf(batch, output) - self.log_pf_old(batch)
-        each, outside = clipped(log_ratio, batch.prepared["advantage"], self.settings.clip_range)
-        policy_loss = (self.weights(batch) * each).mean()
-        return policy_loss, {"policy_loss": policy_loss, "clipped": outside.float().mean()}
+        return self.policy_loss(batch, self.log_pf(batch, output), batch.prepared["advantage"])
 
 
-def advantages(population: Population, history: dict[str, deque[float]] | None) -> np.ndarray:
-    """Advantages [n] of the population's trajectories, clipped to +-5.
-
-    Without `history`: (R - mean) / (std + 1e-8) over all. With it the population's rewards are added to it, and a
-    prompt that has 16 by then is standardised by its own (std + 1e-6); the others by all.
-    """
-    rewards = np.asarray(population.rewards, np.float64)
+def advantages(prompts: Sequence[str], raw: Sequence[float], history: dict[str, list[float]] | None) -> np.ndarray:
+    """Advantages [n] of trajectories with `raw` rewards, clipped to +-5: (R - mean) / (std + 1e-8) over all. With
+    `history`, to which they are added, a prompt that has 16 by then is standardised by its own (std + 1e-6)."""
+    rewards = np.asarray(raw, np.float64)
     result = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
     if history is not None:
-        for prompt, reward in zip(population.prompts, rewards.tolist(), strict=True):
-            history.setdefault(prompt, deque(maxlen=HISTORY)).append(reward)
-        for i, prompt in enumerate(population.prompts):
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            history[prompt] = [*history.get(prompt, []), reward][-HISTORY:]
+        for i, prompt in enumerate(prompts):
             known = np.asarray(history[prompt])
             if len(known) == HISTORY:
                 result[i] = (rewards[i] - known.mean()) / (known.std() + 1e-6)

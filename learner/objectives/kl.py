@@ -15,7 +15,7 @@ from torch import Tensor
 from learner.objectives.base import Flow, Loss, Policy, Transitions
 from learner.objectives.db import DagDB
 from learner.objectives.needs import NEEDS
-from learner.objectives.policy_gradient import clipped, leave_one_out
+from learner.objectives.policy_gradient import leave_one_out
 
 
 class DagKL(DagDB):
@@ -23,10 +23,6 @@ class DagKL(DagDB):
     Log-probabilities, and so the ratio, are sums or means over dimensions, as objective.log_prob_reduction says."""
 
     needs = NEEDS["dag_kl"]
-
-    @property
-    def group(self) -> int:
-        return self.settings.group_size
 
     @torch.no_grad()
     def prepare_window(self, policy: Policy, batches: Sequence[Transitions], flow: Flow, beta: float) -> None:
@@ -45,13 +41,8 @@ class DagKL(DagDB):
         advantage = batch.prepared.get("advantage")
         if advantage is None:
             advantage = leave_one_out(-delta.detach(), self.group)
-        each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, self.settings.clip_range)
-        policy_loss = (self.weights(batch) * each).mean()
-        balance = self.balance(batch, delta)
+        policy_loss, parts = self.policy_loss(batch, log_pf, advantage)
+        balance = (self.weights(batch) * self.penalty(delta)).mean()
         # The paper multiplies the policy's gradient by the final beta, whatever this epoch's is.
         weight = self.settings.beta if self.settings.kl_weight is None else self.settings.kl_weight
-        parts = {
-            "balance": balance, "policy_loss": policy_loss, "clipped": outside.float().mean(),
-            "residual_squared": delta.square().mean(),
-        }  # fmt: skip
-        return balance + weight * policy_loss, parts
+        return balance + weight * policy_loss, parts | {"balance": balance, "residual_squared": delta.square().mean()}

@@ -21,19 +21,8 @@ from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions, 
 from learner.objectives.needs import NEEDS
 
 
-def forward_residual(score_pf: Tensor, known: Tensor, g_next: Tensor) -> Tensor:
-    """score_pf - known - g_next [B, C, H, W], all with respect to x_t'; 0 where the forward condition holds.
-    `known` is the score of p_B, in residual_nabla_db.py that of the reference."""
-    return score_pf - known - g_next
-
-
-def reverse_residual(score_pf: Tensor, known: Tensor, g: Tensor) -> Tensor:
-    """score_pf - known + g [B, C, H, W], all with respect to x_t; 0 where the reverse condition holds."""
-    return score_pf - known + g
-
-
 def mean_square(residual: Tensor) -> Tensor:
-    """[B]: mean of the squared residual [B, C, H, W] over dimensions (not a sum)."""
+    """[b]: mean of the squared residual [b, C, H, W] over dimensions (not a sum)."""
     return residual.square().flatten(1).mean(1)
 
 
@@ -47,11 +36,8 @@ class NablaDB(Objective):
     gradient goes through the policy's score with respect to x_t."""
 
     needs = NEEDS["nabla_db"]
+    target = "target proportional to exp({beta:g} x reward), whatever the base model's own density"
     terminal_loss = False  # whether h_phi(x_0) is pulled to 0
-
-    @staticmethod
-    def target(settings: Settings, dimensions: int) -> str:
-        return f"target proportional to exp({settings.beta:g} x reward), whatever the base model's own density"
 
     @classmethod
     def extra_passes(cls, settings: Settings) -> int:
@@ -62,8 +48,8 @@ class NablaDB(Objective):
         """Gradients of the raw reward with respect to the states x and x_next, and the field that h_phi starts from,
         [b, C, H, W] each."""
         return {
-            "gradient": self.state_gradient(policy, batch, batch.x, batch.t, batch.clean_gradient),
-            "gradient_next": self.state_gradient(policy, batch, batch.x_next, batch.t_next, batch.clean_gradient_next),
+            "gradient": self.state_gradient(policy, batch),
+            "gradient_next": self.state_gradient(policy, batch, after=True),
             "start": self._start(policy, batch, batch.x, batch.t),
             "start_next": self._start(policy, batch, batch.x_next, batch.t_next),
         }
@@ -75,75 +61,68 @@ class NablaDB(Objective):
         if self.settings.flow_start == "zero":
             return torch.zeros_like(x)
         inner = t.clamp(min=1)
-        output = policy.model.predict_reference(x, inner, batch.embeddings, policy.guidance)
         noise = _wide((1 - self.kernel.abar(inner, x.dtype)).sqrt(), x)
-        return -self.kernel.epsilon(output, inner, x) / noise
+        return -self.kernel.epsilon(policy.reference(x, inner, batch.embeddings), inner, x) / noise
 
-    def state_gradient(
-        self, policy: Policy, batch: Transitions, x: Tensor, t: Tensor, clean_gradient: Tensor | None
-    ) -> Tensor:
-        """J^T clean_gradient, J the Jacobian of the clean prediction at x: the chain rule's second factor, computed
-        where the U-Net is. The first one came from the reward actors."""
-        assert clean_gradient is not None
-        if not clean_gradient.any():  # forward_looking none, or before forward_looking_from
+    def state_gradient(self, policy: Policy, batch: Transitions, after: bool = False) -> Tensor:
+        """J^T clean_gradient at x, or at x_next `after`, J the Jacobian of the clean prediction: the chain rule's
+        second factor, computed where the U-Net is. The first one came from the reward actors."""
+        x, t, factor = batch.x, batch.t, batch.clean_gradient
+        if after:
+            x, t, factor = batch.x_next, batch.t_next, batch.clean_gradient_next
+        assert factor is not None
+        if not factor.any():  # forward_looking none, or before forward_looking_from
             return torch.zeros_like(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            # The weights that the rollout took its clean prediction from.
-            reference, guided = self.settings.forward_looking == "base", self.settings.clean_prediction == "guided"
-            clean = policy.clean(x, t, batch.embeddings, reference, guided)
-            return torch.autograd.grad(clean, x, clean_gradient.to(clean.dtype))[0]
+            guidance = policy.guidance if self.settings.clean_prediction == "guided" else 1.0
+            inputs = x, t.clamp(min=1), batch.embeddings, guidance
+            # Of the weights that the rollout took its clean prediction from.
+            reference, model = self.settings.forward_looking == "base", policy.model
+            output = model.predict_reference(*inputs) if reference else model.predict(*inputs)[0]
+            clean = torch.where(_wide(t == 0, x), x, self.kernel.clean(output, inputs[1], x))
+            return torch.autograd.grad(clean, x, factor.to(clean.dtype))[0]
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        h, h_next = self.flow_ends(batch, flow, flow_gradient)
-        g, g_next = self.values(batch, h, h_next, beta)
-        known, known_next = self.known_scores(batch)
-        forward = forward_residual(self.kernel.score_pf(output, batch.t, batch.x, batch.x_next), known_next, g_next)
-        reverse = reverse_residual(self.score_of_state(batch, output), known, g)
-        return self.combine(batch, forward, reverse, h_next if self.terminal_loss else None)
-
-    def flow_ends(self, batch: Transitions, flow: Flow, flow_gradient: bool) -> tuple[Tensor, Tensor]:
-        """h_phi at x and at x_next, from where it starts."""
-        h, h_next = both_ends(flow, batch, flow_gradient)
-        start = batch.prepared.get("start")
-        return (h, h_next) if start is None else (h + start, h_next + batch.prepared["start_next"])
-
-    def known_scores(self, batch: Transitions) -> tuple[Tensor, Tensor]:
-        """What the policy's scores with respect to x and to x_next [b, C, H, W] are compared with: log p_B's."""
-        at = batch.t, batch.x, batch.x_next
-        return self.kernel.score_pb(*at), self.kernel.score_pb_next(*at)
-
-    def values(self, batch: Transitions, h: Tensor, h_next: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-        """g at x and at x_next [b, C, H, W], the latter beta grad r where that is the terminal state."""
-        settings = self.settings
+        """Mean over transitions of the squared residuals of both conditions, with weights. Without a flow network
+        h_phi = 0, and the forward condition alone is left."""
+        transition, settings = (batch.t, batch.x, batch.x_next), self.settings
+        h = h_next = torch.zeros_like(batch.x)
+        if flow is not None:
+            h, h_next = both_ends(flow, batch, flow_gradient)
+        if "start" in batch.prepared:
+            h, h_next = h + batch.prepared["start"], h_next + batch.prepared["start_next"]
+        ahead = h_next.detach() if settings.detach_next_flow else h_next
+        ahead = torch.where(_wide(batch.terminal, h), torch.zeros_like(h_next), ahead)
         fade, fade_next = (
             gamma(self.kernel.abar(t, h.dtype), settings.forward_looking_decay) for t in (batch.t, batch.t_next)
         )
         if not settings.decay_terminal:
             fade_next = torch.where(batch.terminal, torch.ones_like(fade_next), fade_next)
-        h_next = h_next.detach() if settings.detach_next_flow else h_next
-        ahead = torch.where(_wide(batch.terminal, h), torch.zeros_like(h_next), h_next)
-        g = h + beta * _wide(fade, h) * batch.prepared["gradient"]
-        return g, ahead + beta * _wide(fade_next, h) * batch.prepared["gradient_next"]
+        g_next = ahead + beta * _wide(fade_next, h) * batch.prepared["gradient_next"]
 
-    def score_of_state(self, batch: Transitions, output: Tensor) -> Tensor:
-        """grad_{x_t} log p_F(x_t'|x_t) [b, C, H, W] of the current policy, through its U-Net; a constant."""
-        log_pf = self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, "sum")
-        return torch.autograd.grad(log_pf.sum(), batch.x, retain_graph=True)[0].detach()
-
-    def combine(self, batch: Transitions, forward: Tensor, reverse: Tensor | None, h_end: Tensor | None) -> Loss:
-        """Loss: the mean over transitions of squared residuals, with weights; `h_end` is pulled to 0 where x_next is
-        the terminal state."""
-        weights = self.weights(batch)
-        loss = (weights * mean_square(forward)).mean()
+        weights, score = self.weights(batch), self.kernel.score_pf(output, *transition)
+        loss = (weights * mean_square(score - self.known_score_next(batch) - g_next)).mean()
         parts = {"forward_loss": loss}
-        if reverse is not None:
-            each = weights * mean_square(reverse)
-            if self.settings.reverse_transitions == "inner":
-                each = torch.where(batch.terminal, torch.zeros_like(each), each)
-            parts["reverse_loss"] = each.mean()
-            loss = loss + self.settings.reverse_weight * parts["reverse_loss"]
-        if h_end is not None:
-            parts["terminal_loss"] = (batch.terminal * mean_square(h_end)).mean()
+        if flow is None:
+            return loss, parts
+        g = h + beta * _wide(fade, h) * batch.prepared["gradient"]
+        log_pf = self.kernel.log_pf(output, *transition, "sum")
+        score = torch.autograd.grad(log_pf.sum(), batch.x, retain_graph=True)[0].detach()  # through the U-Net
+        each = weights * mean_square(score - self.known_score(batch) + g)
+        if settings.reverse_transitions == "inner":
+            each = torch.where(batch.terminal, torch.zeros_like(each), each)
+        parts["reverse_loss"] = each.mean()
+        loss = loss + settings.reverse_weight * parts["reverse_loss"]
+        if self.terminal_loss:
+            parts["terminal_loss"] = (batch.terminal * mean_square(h_next)).mean()
             loss = loss + parts["terminal_loss"]
         return loss, parts
+
+    def known_score(self, batch: Transitions) -> Tensor:
+        """What the policy's score with respect to x [b, C, H, W] is compared with: log p_B's."""
+        return self.kernel.score_pb(batch.t, batch.x, batch.x_next)
+
+    def known_score_next(self, batch: Transitions) -> Tensor:
+        """The same with respect to x_next."""
+        return self.kernel.score_pb_next(batch.t, batch.x, batch.x_next)

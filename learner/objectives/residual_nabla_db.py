@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from learner.config.sections import Objective as Settings
-from learner.objectives.base import Flow, Loss, Policy, Transitions
-from learner.objectives.nabla_db import NablaDB, forward_residual
+from learner.objectives.base import Policy, Transitions
+from learner.objectives.nabla_db import NablaDB
 from learner.objectives.needs import NEEDS
 
 
@@ -25,12 +25,8 @@ class ResidualNablaDB(NablaDB):
     """Residual nabla-DB (arXiv 2412.07775): forward, reverse and terminal loss; log-probabilities are sums."""
 
     needs = NEEDS["residual_nabla_db"]
+    target = "target proportional to p_ref{strength} x exp({beta:g} x reward)"
     terminal_loss = True
-
-    @staticmethod
-    def target(settings: Settings, dimensions: int) -> str:
-        strength = "" if settings.pretrained_strength == 1 else f"^{settings.pretrained_strength:g}"
-        return f"target proportional to p_ref{strength} x exp({settings.beta:g} x reward)"
 
     @classmethod
     def extra_passes(cls, settings: Settings) -> int:
@@ -42,28 +38,28 @@ class ResidualNablaDB(NablaDB):
         assert batch.clean_gradient is not None
         with torch.enable_grad():
             x = batch.x.detach().requires_grad_()
-            output = policy.model.predict_reference(x, batch.t, batch.embeddings, policy.guidance)
+            output = policy.reference(x, batch.t, batch.embeddings)
             log_pf = self.kernel.log_pf(output, batch.t, x, batch.x_next, "sum")
             score = torch.autograd.grad(log_pf.sum(), x, retain_graph=True)[0]
             if _shared(self.settings):
                 clean = self.kernel.clean(output, batch.t, x)
                 gradient = torch.autograd.grad(clean, x, batch.clean_gradient.to(clean.dtype))[0]
             else:
-                gradient = self.state_gradient(policy, batch, batch.x, batch.t, batch.clean_gradient)
+                gradient = self.state_gradient(policy, batch)
         return {
             "gradient": gradient,
-            "gradient_next": self.state_gradient(policy, batch, batch.x_next, batch.t_next, batch.clean_gradient_next),
+            "gradient_next": self.state_gradient(policy, batch, after=True),
             "reference_output": output.detach(),
             "reference_score": score,
         }
 
-    def known_scores(self, batch: Transitions) -> tuple[Tensor, Tensor]:
+    def known_score(self, batch: Transitions) -> Tensor:
         """The reference's, times eta_p."""
-        return self.settings.pretrained_strength * batch.prepared["reference_score"], self.known_score_next(batch)
+        return self.settings.pretrained_strength * batch.prepared["reference_score"]
 
     def known_score_next(self, batch: Transitions) -> Tensor:
-        score = self.kernel.score_pf(batch.prepared["reference_output"], batch.t, batch.x, batch.x_next)
-        return self.settings.pretrained_strength * score
+        output = batch.prepared["reference_output"]
+        return self.settings.pretrained_strength * self.kernel.score_pf(output, batch.t, batch.x, batch.x_next)
 
 
 class ResidualNablaDBNoFlow(ResidualNablaDB):
@@ -71,10 +67,7 @@ class ResidualNablaDBNoFlow(ResidualNablaDB):
     total variation 0.2 with zero loss on the exact problem."""
 
     needs = NEEDS["residual_nabla_db_no_flow"]
-
-    @staticmethod
-    def target(settings: Settings, dimensions: int) -> str:
-        return "seeks the reward near the reference model; it does not sample from a known target"
+    target = "seeks the reward near the reference model; it does not sample from a known target"
 
     @classmethod
     def extra_passes(cls, settings: Settings) -> int:
@@ -82,15 +75,8 @@ class ResidualNablaDBNoFlow(ResidualNablaDB):
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         with torch.no_grad():
-            output = policy.model.predict_reference(batch.x, batch.t, batch.embeddings, policy.guidance)
-        gradient = self.state_gradient(policy, batch, batch.x_next, batch.t_next, batch.clean_gradient_next)
-        return {"reference_output": output, "gradient_next": gradient, "gradient": torch.zeros_like(gradient)}
-
-    def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        nothing = torch.zeros_like(batch.x)
-        _, g_next = self.values(batch, nothing, nothing, beta)
-        score = self.kernel.score_pf(output, batch.t, batch.x, batch.x_next)
-        return self.combine(batch, forward_residual(score, self.known_score_next(batch), g_next), None, None)
+            output = policy.reference(batch.x, batch.t, batch.embeddings)
+        return {"reference_output": output, "gradient_next": self.state_gradient(policy, batch, after=True)}
 
 
 def _shared(settings: Settings) -> bool:

@@ -4,7 +4,7 @@
 
 Version v of the policy is what v epochs of training made. Epoch e is trained by version e; its trajectories may be
 sampled by any of the versions e - max_staleness .. e. The bound is held twice: an epoch is admitted only when that many
-epochs before it are closed, and whatever is older all the same is refused when it is taken. With max_staleness 0
+epochs before it are closed, and older weights are refused when a sampler is given the chunk. With max_staleness 0
 sampling waits for every update, as in the papers. Finished work is kept across weight changes; what is not yet given
 to a sampler gets the newest weights. At most max_staleness + 1 epochs are in work: that bounds the object store too,
 and makes the samplers wait for a slow learner.
@@ -22,9 +22,11 @@ from diffusion.trajectory import Chunk, ChunkKey, Receipt, Verdict
 from learner.protocol import receipts
 from learner.protocol.ledger import Ledger
 
+Account = tuple[Chunk, Receipt, Verdict]
+
 
 class TooStale(RunFailure, RuntimeError):
-    """Trajectories sampled by a policy further behind than train.max_staleness allows: a defect, never trained on."""
+    """A policy further behind than train.max_staleness allows: a defect, never trained on."""
 
 
 @dataclass
@@ -34,10 +36,15 @@ class Work:
     chunk: Chunk
     snapshot: Snapshot | None = None  # the weights that it was given to a sampler with
     trajectories: Any = None
-    clean: Any = None
+    clean: Any = None  # predictions for the scorer, until they are scored
     scores: Any = None
     receipt: Receipt | None = None
     verdict: Verdict | None = None
+
+    def account(self) -> Account:
+        """Of a scored chunk, without the references: they keep memory."""
+        assert self.receipt is not None and self.verdict is not None
+        return self.chunk, self.receipt, self.verdict
 
 
 class Buffer:
@@ -49,113 +56,81 @@ class Buffer:
         """`epochs` are those left to train."""
         self.chunks_of, self.epochs, self.max_staleness, self.ledger = chunks_of, epochs, max_staleness, ledger
         self.closed = epochs.start  # epochs that are done: trained, recorded, in a checkpoint
-        self._next = epochs.start  # to be admitted
-        self._work: dict[ChunkKey, Work] = {}
+        self.works: dict[ChunkKey, Work] = {}
 
     def admit(self) -> list[Chunk]:
         """Chunks of the epochs that may begin now; each comes once."""
         fresh: list[Chunk] = []
-        while self._next < self.epochs.stop and self._next <= self.closed + self.max_staleness:
-            chunks = self.chunks_of(self._next)
-            self.ledger.open(self._next, [number for chunk in chunks for number in chunk.trajectory_ids])
+        while (epoch := self.ledger.following) in self.epochs and epoch <= self.closed + self.max_staleness:
+            chunks = self.chunks_of(epoch)
+            self.ledger.open(epoch, [number for chunk in chunks for number in chunk.trajectory_ids])
             fresh += chunks
-            self._next += 1
-        self._work |= {chunk.key: Work(chunk) for chunk in fresh}
+        self.add(fresh)
         return fresh
 
-    def add_evaluation(self, chunks: Sequence[Chunk]) -> None:
-        self._work |= {chunk.key: Work(chunk) for chunk in chunks}
-
-    def work(self, key: ChunkKey) -> Work:
-        return self._work[key]
+    def add(self, chunks: Sequence[Chunk]) -> None:
+        self.works |= {chunk.key: Work(chunk) for chunk in chunks}
 
     def given(self, key: ChunkKey, snapshot: Snapshot) -> None:
         """A sampler gets the chunk, for the first time or again, with these weights.
 
         Raises:
-            TooStale: they are too old for the chunk's epoch.
+            TooStale: they are not of the chunk's epoch, or of the max_staleness before.
         """
-        work = self._work[key]
-        self._check_age(work.chunk, snapshot.version)
-        work.snapshot = snapshot
+        if key.purpose == "train" and not 0 <= key.epoch - snapshot.version <= self.max_staleness:
+            limit = f"train.max_staleness is {self.max_staleness}"
+            raise TooStale(f"{key} was to be sampled by policy version {snapshot.version}: {limit}")
+        self.works[key].snapshot = snapshot
 
-    def sampled(self, key: ChunkKey, receipt: Receipt, trajectories: Any, clean: Any) -> None:
+    def sampled(self, key: ChunkKey, receipt: Receipt, trajectories: Any, clean: Any = None) -> None:
         """
         Raises:
             StaleWeights: the sampler had other weights than it was given.
         """
-        work = self._work[key]
+        work = self.works[key]
         assert work.snapshot is not None
-        receipts.check(receipt, work.snapshot, str(key))
+        receipts.check(receipt, {work.snapshot.version: work.snapshot.sha256}, str(key))
         work.receipt, work.trajectories, work.clean = receipt, trajectories, clean
         self._advance(work.chunk, "sampled")
 
     def scored(self, key: ChunkKey, verdict: Verdict, scores: Any) -> None:
-        work = self._work[key]
+        work = self.works[key]
         work.verdict, work.scores, work.clean = verdict, scores, None
         self._advance(work.chunk, "scored")
 
     def lose(self, key: ChunkKey) -> None:
         """What was made of the chunk is gone: it will be made again, by whatever weights are the newest then."""
-        work = self._work[key]
-        if work.chunk.purpose == "train":
-            self.ledger.lose(work.chunk.epoch, work.chunk.trajectory_ids)
-        self._work[key] = Work(work.chunk)
+        chunk = self.works[key].chunk
+        self._advance(chunk, "issued")
+        self.works[key] = Work(chunk)
 
-    def counts(self, purpose: str, epoch: int) -> tuple[int, int]:
-        """Chunks of a part that are scored, and all of them."""
-        part = self._part(purpose, epoch)
-        return sum(work.scores is not None for work in part), len(part)
+    def part(self, purpose: str, epoch: int = 0) -> list[Work]:
+        """An epoch, or the evaluation, in chunk order."""
+        part = [work for work in self.works.values() if (work.chunk.purpose, work.chunk.epoch) == (purpose, epoch)]
+        return sorted(part, key=lambda work: work.chunk.index)
 
     def take(self, epoch: int, version: int) -> list[Work]:
         """A whole epoch, in chunk order, to be trained on by policy `version`; it stays here until it is closed.
 
         Raises:
-            TooStale: a trajectory is further behind than max_staleness.
+            TooStale: that is not the version of the epoch's number.
         """
         if version != epoch:
             raise TooStale(f"epoch {epoch} was to be trained by policy version {version}")
-        part = self._part("train", epoch)
-        for work in part:
-            assert work.receipt is not None
-            self._check_age(work.chunk, work.receipt.policy_version)
-        return part
-
-    def evaluated(self) -> list[Work]:
-        """The evaluation's chunks that are scored by now, in order. They stay here until they are dropped."""
-        return [work for work in self._part("evaluate", 0) if work.scores is not None]
-
-    def drop(self, key: ChunkKey) -> None:
-        """Nothing of the chunk is needed any more."""
-        del self._work[key]
+        return self.part("train", epoch)
 
     @property
     def in_work(self) -> int:
         """Epochs admitted and not closed yet."""
-        return self._next - self.closed
-
-    def staleness(self, epoch: int) -> list[int]:
-        """Versions that each chunk of an epoch was behind when it is trained on."""
-        return [epoch - work.snapshot.version for work in self._part("train", epoch) if work.snapshot]
+        return self.ledger.following - self.closed
 
     def close(self, epoch: int) -> None:
         """The epoch is trained, recorded and in a checkpoint: nothing of it is needed any more, and another one may
         begin."""
-        for work in self._part("train", epoch):
-            del self._work[work.chunk.key]
+        for work in self.part("train", epoch):
+            del self.works[work.chunk.key]
         self.closed = epoch + 1
-
-    def _part(self, purpose: str, epoch: int) -> list[Work]:
-        part = [work for work in self._work.values() if (work.chunk.purpose, work.chunk.epoch) == (purpose, epoch)]
-        return sorted(part, key=lambda work: work.chunk.index)
 
     def _advance(self, chunk: Chunk, stage: str) -> None:
         if chunk.purpose == "train":
             self.ledger.advance(chunk.epoch, chunk.trajectory_ids, stage)
-
-    def _check_age(self, chunk: Chunk, version: int) -> None:
-        if chunk.purpose == "train" and not 0 <= chunk.epoch - version <= self.max_staleness:
-            raise TooStale(
-                f"chunk {chunk.index} of epoch {chunk.epoch} was sampled by policy version {version}: "
-                f"train.max_staleness is {self.max_staleness}"
-            )

@@ -14,14 +14,11 @@ def training_chunks(config: Config, prompts: Sequence[str], epoch: int) -> list[
     the place in that order follows from the epoch, so it needs no state."""
     seed, each = config.run.seed, config.prompts.per_prompt
     draws = config.train.trajectories // each
-    order = [prompts[_position(seed, epoch * draws + i, len(prompts))] for i in range(draws)]
-    return _cut([prompt for prompt in order for _ in range(each)], config.sampler.chunk_size, "train", epoch, seed)
-
-
-def _position(seed: int, index: int, count: int) -> int:
-    """Index into the prompt set of the index-th draw: each pass of `count` draws is a fresh permutation."""
-    lap, place = divmod(index, count)
-    return int(noise.generator(seed, noise.PROMPTS, item=lap).permutation(count)[place])
+    order = []
+    for index in range(epoch * draws, (epoch + 1) * draws):
+        lap, place = divmod(index, len(prompts))
+        order += [prompts[noise.generator(seed, noise.PROMPTS, item=lap).permutation(len(prompts))[place]]] * each
+    return _cut(order, config.sampler.chunk_size, "train", epoch, seed)
 
 
 def evaluation_chunks(config: Config, prompts: Sequence[str]) -> list[Chunk]:

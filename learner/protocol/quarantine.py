@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -29,29 +28,34 @@ class QuarantineFull(RunFailure, RuntimeError):
 
 @dataclass(frozen=True)
 class SetAside:
-    """One bad trajectory: `facts` for people and to make it again, its arrays, and the PNG of its image, if any."""
+    """One bad trajectory and its files by name, the last of which says all that is needed to make it again."""
 
-    facts: dict[str, Any]
-    arrays: dict[str, np.ndarray]  # timesteps [N], states [N+1, C, H, W], log_pf [N], log_pb [N]
-    image: bytes | None
+    trajectory_id: int
+    files: dict[str, bytes]
 
 
 def set_aside(trajectories: Trajectories, scores: Scores) -> list[SetAside]:
     """The chunk's bad trajectories."""
     chunk, bad = trajectories.chunk, []
     for row, reason in sorted(scores.bad.items()):
+        number = chunk.trajectory_ids[row]
         facts = {
             "reason": reason,
             "prompt": chunk.prompts[row],
             "epoch": chunk.epoch,
-            "trajectory_id": chunk.trajectory_ids[row],
+            "trajectory_id": number,
             "row": row,
             "policy_version": trajectories.policy_version,
             "adapter_sha256": trajectories.adapter_sha256,
             "chunk": asdict(chunk),  # the whole batch: a rollout's last bits depend on it
         }
         rows = {name: np.ascontiguousarray(getattr(trajectories, name)[row]) for name in ARRAYS}
-        bad.append(SetAside(facts, {"timesteps": trajectories.timesteps, **rows}, scores.bad_images.get(row)))
+        name = f"epoch-{chunk.epoch:06d}-trajectory-{number}"
+        files = {f"{name}.safetensors": save({"timesteps": trajectories.timesteps, **rows})}
+        if image := scores.bad_images.get(row):
+            files[f"{name}.png"] = image
+        files[f"{name}.json"] = (json.dumps(facts, indent=1) + "\n").encode()
+        bad.append(SetAside(number, files))
     return bad
 
 
@@ -59,37 +63,27 @@ def replaced(trajectories: Trajectories, scores: Scores) -> tuple[Trajectories, 
     """The chunk with the next good trajectory (after the last comes the first) in the place of each bad one."""
     if not scores.bad:
         return trajectories, scores
-    count, chunk, index = len(scores.rewards), trajectories.chunk, scores.gradient_row
-    good = [row for row in range(count) if row not in scores.bad]
-    rows = [next((g for g in good if g >= row), good[0]) for row in range(count)]
+    chunk, index = trajectories.chunk, scores.gradient_row
+    good = [row for row in range(len(scores.rewards)) if row not in scores.bad]
+    rows = [next((g for g in good if g >= row), good[0]) for row in range(len(scores.rewards))]
     prompts, ids = tuple(chunk.prompts[row] for row in rows), tuple(chunk.trajectory_ids[row] for row in rows)
     chunk = replace(chunk, prompts=prompts, trajectory_ids=ids)
     arrays = {name: getattr(trajectories, name)[rows] for name in (*ARRAYS, "selected", "model_output")}
-    return replace(trajectories, chunk=chunk, **arrays), Scores(
-        chunk, scores.rewards[rows], gradients=scores.gradients, gradient_row=None if index is None else index[rows]
-    )
+    gradient_row = None if index is None else index[rows]
+    kept = Scores(chunk, scores.rewards[rows], gradients=scores.gradients, gradient_row=gradient_row)
+    return replace(trajectories, chunk=chunk, **arrays), kept
 
 
-def write(storage: Storage, bad: Sequence[SetAside]) -> None:
-    """
+def write(storage: Storage, bad: Sequence[SetAside], count: int, limit: int) -> None:
+    """Write `bad`, the newest of `count` that the run has set aside so far.
+
     Raises:
         StorageError: the disk is full, read-only, gone ...
+        QuarantineFull: `count` is more than `limit`.
     """
     for trajectory in bad:
-        facts = trajectory.facts
-        name = f"{FOLDER}/epoch-{facts['epoch']:06d}-trajectory-{facts['trajectory_id']}"
-        storage.write(f"{name}.safetensors", save(trajectory.arrays))
-        if trajectory.image:
-            storage.write(f"{name}.png", trajectory.image)
-        storage.write(f"{name}.json", (json.dumps(facts, indent=1) + "\n").encode())
-
-
-def check_limit(storage: Storage, count: int, limit: int) -> None:
-    """`count` trajectories were set aside so far.
-
-    Raises:
-        QuarantineFull: these are more than `limit`.
-    """
+        for name, content in trajectory.files.items():
+            storage.write(f"{FOLDER}/{name}", content)
     if count > limit:
         raise QuarantineFull(
             f"{count} trajectories are set aside in {storage}/{FOLDER}, more than reward.quarantine_limit={limit}: "

@@ -17,19 +17,14 @@ class RanksDiverged(RunFailure, RuntimeError):
     """Learner ranks that hold different adapters after the same updates."""
 
 
-def check(receipt: Receipt | Trajectories, published: Snapshot, where: str) -> None:
-    """As check_recent, of the one published adapter."""
-    check_recent(receipt, {published.version: published.sha256}, where)
-
-
-def check_recent(receipt: Receipt | Trajectories, recent: Mapping[int, str], where: str) -> None:
-    """The adapter that sampled must be one of the `recent` published ones, sha256 by version.
+def check(receipt: Receipt | Trajectories, published: Mapping[int, str], where: str) -> None:
+    """The adapter that sampled the chunk (`where`) must be one of the `published` ones, sha256 by version.
 
     Raises:
-        StaleWeights: it is not; names the chunk (`where`), its adapter and the published ones.
+        StaleWeights: it is not.
     """
-    if recent.get(receipt.policy_version) != receipt.adapter_sha256:
-        each = " and ".join(f"version {version} is {sha256[:12]}" for version, sha256 in sorted(recent.items()))
+    if published.get(receipt.policy_version) != receipt.adapter_sha256:
+        each = " and ".join(f"version {version} is {sha256[:12]}" for version, sha256 in sorted(published.items()))
         raise StaleWeights(
             f"{where} was sampled by adapter {receipt.adapter_sha256[:12]} (as version {receipt.policy_version}), "
             f"but {each}: the new weights did not arrive"

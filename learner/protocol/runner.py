@@ -9,46 +9,44 @@ from statistics import mean
 from typing import Any, Protocol
 
 from diffusion.snapshot import Snapshot
-from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
-from learner.protocol.buffer import Work
+from diffusion.trajectory import Chunk, Scores
+from learner.protocol.buffer import Account
 from learner.protocol.ledger import Ledger
 from learner.protocol.quarantine import SetAside
-from learner.protocol.training import Training
+
+
+@dataclass(frozen=True)
+class Training:
+    """What an epoch of training did, means over ranks: loss and its parts by objective, drift (squared change of the
+    output since rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss."""
+
+    metrics: dict[str, float]  # means over the epoch's updates
+    updates: list[dict[str, float]]  # the same of each update
+    trajectory_ids: tuple[int, ...]  # this rank's, in the order trained
+    set_aside: tuple[SetAside, ...] = ()  # this rank's bad ones
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What comes back of an epoch, in chunk order. Seconds: sampling and scoring overlap on Ray, where each is what the
-    learner waited for its last chunk, little or nothing if train.max_staleness lets them run ahead."""
+    """What comes back of an epoch. Sampling and scoring overlap on Ray: there seconds of each are what the learner
+    waited for its last chunk, little or nothing if train.max_staleness lets them run ahead."""
 
-    chunks: Sequence[Chunk]
-    receipts: list[Receipt]
-    verdicts: list[Verdict]
+    accounts: Sequence[Account]  # in chunk order
     training: Training  # of rank 0: metrics are means over ranks
+    set_aside: Sequence[SetAside]  # the bad trajectories, of all ranks
     sample_seconds: float
     score_seconds: float
     train_seconds: float
-    set_aside: Sequence[SetAside] = ()  # the bad trajectories, of all ranks
-
-    @classmethod
-    def of(
-        cls, works: Sequence[Work], training: Training, set_aside: Sequence[SetAside], *seconds: float
-    ) -> EpochResult:
-        """Of an epoch's chunks, all scored; `seconds` of sampling, scoring and training."""
-        receipts = [work.receipt for work in works if work.receipt]
-        verdicts = [work.verdict for work in works if work.verdict]
-        sample, score, train = seconds
-        return cls([work.chunk for work in works], receipts, verdicts, training, sample, score, train, set_aside)
 
     @property
     def rewards(self) -> list[float]:
         """Raw terminal reward of each trajectory that is not bad."""
-        return [reward for verdict in self.verdicts for reward in verdict.rewards if not isnan(reward)]
+        return [reward for _, _, verdict in self.accounts for reward in verdict.rewards if not isnan(reward)]
 
     @property
     def reward_parts(self) -> dict[str, float]:
         """Of a weighted_sum: mean raw terminal score of each of its rewards."""
-        parts = [verdict.parts for verdict in self.verdicts]
+        parts = [verdict.parts for _, _, verdict in self.accounts]
         return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
 
     def rows(self, run_id: str, epoch: int, beta: float) -> list[dict[str, Any]]:
@@ -73,7 +71,7 @@ class EpochResult:
                 "score_seconds": verdict.seconds,
                 "bad": verdict.bad.get(i),
             }
-            for chunk, receipt, verdict in zip(self.chunks, self.receipts, self.verdicts, strict=True)
+            for chunk, receipt, verdict in self.accounts
             for i, number in enumerate(chunk.trajectory_ids)
         ]
 
@@ -114,30 +112,23 @@ class Runner(Protocol):
     batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
-        """What there is to do: `epochs` are those left, `chunks_of` gives the chunks of one. The runner opens an epoch
-        in the ledger when it begins to sample it, up to train.max_staleness epochs before its turn."""
-        ...
+        """`epochs` are those left, `chunks_of` gives the chunks of one. The runner opens an epoch in the ledger when it
+        begins to sample it, up to train.max_staleness epochs before its turn."""
 
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
         """Sample, score and train on an epoch's chunks, then publish the next policy version."""
-        ...
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
         """Scores and images of the evaluation chunks under the current version, in their order."""
-        ...
 
     def checkpoint_files(self) -> dict[str, bytes]:
         """The learner's state (learner/state.py) and, under lora/, the adapter for other programs; once an epoch."""
-        ...
 
     def vitals(self) -> Vitals:
         """How it stands just now; from `begin` on."""
-        ...
 
     def closed(self, epoch: int) -> None:
         """The epoch is in a checkpoint: nothing of it is needed any more."""
-        ...
 
     def close(self) -> None:
         """Stop everything that was started; safe to call twice."""
-        ...

@@ -13,7 +13,7 @@ from diffusion.snapshot import Snapshot
 from learner.config import load_config
 from learner.process_group import GroupBroken
 from learner.protocol.receipts import RanksDiverged
-from learner.protocol.training import Training
+from learner.protocol.runner import Training
 
 
 class FakeRank:

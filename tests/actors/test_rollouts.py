@@ -59,7 +59,7 @@ def made(monkeypatch):
     monkeypatch.setattr(rollouts, "put", lambda snapshot, what: "weights")
     made = Rollouts(crew, SimpleNamespace(sampler=None, scorer=None))
     made.publish(Snapshot(3, None, "adapter"))
-    made.buffer.add_evaluation([CHUNK])
+    made.buffer.add([CHUNK])
     return made
 
 
@@ -80,7 +80,7 @@ def test_evaluation_images_that_went_with_their_node_are_made_again(made, monkey
     assert evaluated(made) == [(CHUNK, "the scores 1")]
     assert made.samplers.asked == [(CHUNK, "weights")] * 2
     assert made.crew.said == ["images of chunk 0 of the evaluation set: gone: will be made again"]
-    assert made.buffer.counts("evaluate", 0) == (0, 0)
+    assert not made.buffer.works
 
 
 def test_images_that_are_lost_every_time_end_the_run(made, monkeypatch):

@@ -83,7 +83,6 @@ def test_a_small_epoch_in_bfloat16(name, kind, settings_of_preset, sd15, tmp_pat
     assert np.isfinite([after[key] for key in ("loss", "grad_norm", "drift", "kl")]).all()
     if kind == "dag_kl":
         assert after["updates"][0]["clipped"] == 0  # against the learner's own log p_F
-        assert 0 <= after["clipped_before"] <= 1
     saved = tmp_path / "run/checkpoints/latest"
     manifest = json.loads((saved / MANIFEST).read_text())
     assert manifest["batch_sizes"]["micro_batch"] == 8 and manifest["batch_sizes"]["score"] in (16, 32)

@@ -1,6 +1,6 @@
 """What the learner keeps of an epoch for later ones."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,24 +11,14 @@ from learner.experience import Experience
 CHUNK = Chunk(0, "train", 0, 0, ("a", "b"), (0, 1))
 
 
-def held_elsewhere(made):
+def arrays(record) -> dict[str, np.ndarray]:
+    return {name: value for name, value in vars(record).items() if isinstance(value, np.ndarray)}
+
+
+def held_elsewhere(record):
     """As Ray gives it: arrays that are read-only views of memory which stays taken as long as one of them is there."""
-    held = {field.name: getattr(made, field.name) for field in fields(made)}
-    views = {
-        name: np.frombuffer(value.tobytes(), value.dtype).reshape(value.shape)
-        for name, value in held.items()
-        if isinstance(value, np.ndarray)
-    }
-    return replace(made, **views)
-
-
-def arrays(one: Experience) -> dict[str, np.ndarray]:
-    return {
-        field.name: value
-        for part in (one.trajectories, one.scores)
-        for field in fields(part)
-        if isinstance(value := getattr(part, field.name), np.ndarray)
-    }
+    views = {n: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape) for n, array in arrays(record).items()}
+    return replace(record, **views)
 
 
 @pytest.mark.parametrize("output", [True, False])
@@ -40,11 +30,12 @@ def test_what_is_kept_holds_nothing_of_the_object_store(output):
     )  # fmt: skip
     scores = Scores(CHUNK, rng.normal(size=(2, 5)))
     given = Experience(held_elsewhere(made), held_elsewhere(scores), {"advantage": np.ones((2, 2))})
-    assert not any(array.flags.owndata for array in arrays(given).values()), "else this test shows nothing"
     kept = given.kept(output)
-    assert all(array.flags.owndata for array in arrays(kept).values()) and len(kept) == len(given)
-    for name, array in arrays(kept).items():
-        if name != "model_output" or output:
-            np.testing.assert_array_equal(array, arrays(given)[name])
+    assert len(kept) == len(given) and kept.trajectories.policy_version == 3 and kept.prepared is given.prepared
+    for before, after in ((given.trajectories, kept.trajectories), (given.scores, kept.scores)):
+        assert not any(array.flags.owndata for array in arrays(before).values()), "else this test shows nothing"
+        for name, array in arrays(after).items():
+            assert array.flags.owndata
+            if name != "model_output" or output:
+                np.testing.assert_array_equal(array, arrays(before)[name])
     assert kept.trajectories.model_output.size == (made.model_output.size if output else 0)
-    assert kept.prepared is given.prepared and kept.trajectories.policy_version == 3

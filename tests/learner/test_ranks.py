@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from scored_epochs import scored_epoch
 from test_process_group import Ranks
 
 from learner import build, process_group, state
 from learner.config import Config
-from learner.prompts import read_prompts
-from learner.protocol.chunks import training_chunks
 
 BETA = 5.0
 
@@ -17,20 +16,15 @@ def _train(rank, count, address, config: Config, epochs, files, queue) -> None:
     torch.set_num_threads(1)
     process_group.join(address, rank, count, 60, whole_gpu=False)
     learner = build.build_learner(config, files)
-    sampler, scorer = build.build_sampler(config), build.build_scorer(config)
     for epoch in epochs:
-        made = []
-        for chunk in training_chunks(config, read_prompts(config.prompts.path), epoch)[rank::count]:
-            trajectories, clean = sampler.sample(chunk, learner.published)
-            made.append((trajectories, scorer.score(clean)))
-        learner.train_epoch(epoch, BETA, [made])
+        learner.train_epoch(epoch, BETA, [scored_epoch(config, learner.published, epoch)[rank::count]])
         learner.publish(epoch + 1)
     queue.put((rank, learner.state_files()))
     process_group.leave()
 
 
 def trained(count: int, config: Config, epochs, files=None) -> dict[str, bytes]:
-    with Ranks(_train, count, config, list(epochs), files) as ranks:
+    with Ranks(_train, count, config, list(epochs), files, needs="learner.build") as ranks:
         answers = dict(ranks.answers(count, seconds=240))
     return {name: content for files in answers.values() for name, content in files.items()}
 
@@ -44,9 +38,7 @@ def test_ranks_that_were_stopped_go_on_bitwise(count, small_config):
     unbroken = trained(count, config, range(3))
     resumed = trained(count, config, range(1, 3), trained(count, config, range(1)))
     assert sorted(unbroken) == sorted(resumed) and len(unbroken) > count
-    for name in unbroken:
-        if name.startswith("lora/"):
-            assert unbroken[name] == resumed[name], name
+    assert all(unbroken[name] == resumed[name] for name in unbroken if name.startswith("lora/"))
     one, other = (state.parse(files[state.LEARNER_FILE]) for files in (unbroken, resumed))
     torch.testing.assert_close(one["flow"], other["flow"], rtol=0, atol=0)
     for optimizer in ("policy_optimizer", "flow_optimizer"):

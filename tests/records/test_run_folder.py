@@ -9,8 +9,7 @@ from PIL import Image
 
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
 from evaluation.fixed_images import image_rows, read_images
-from learner.protocol.runner import EpochResult
-from learner.protocol.training import Training
+from learner.protocol.runner import EpochResult, Training
 from learner.run import main
 from records.run_folder import BEFORE, FORMAT, IMAGES, Records
 from records.storage import Storage, StorageError
@@ -34,7 +33,8 @@ def result(epoch: int) -> EpochResult:
     chunks = [Chunk(i, "train", epoch, 0, (f"prompt {i}", "b"), (2 * i, 2 * i + 1)) for i in range(2)]
     receipt = Receipt(epoch, "sha", (-1.0, -2.0), (-3.0, -4.0), "node", 0.5)
     verdict = Verdict((0.25, 0.75), (b"png1", b"png2"), 0.1, {"sharp": (1.0, 2.0), "bright": (3.0, 4.0)})
-    return EpochResult(chunks, [receipt] * 2, [verdict] * 2, Training({}, [], (0, 1, 2, 3)), 1.0, 1.0, 1.0)
+    accounts = [(chunk, receipt, verdict) for chunk in chunks]
+    return EpochResult(accounts, Training({}, [], (0, 1, 2, 3)), (), 1.0, 1.0, 1.0)
 
 
 @pytest.fixture(params=["local", "memory"])

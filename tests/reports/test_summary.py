@@ -37,7 +37,7 @@ def test_a_gain_is_said_with_its_interval_and_what_it_means(copied):
     assert lines[0].startswith(
         "trained: towards pictures that shapes_alignment scores higher; 12 epochs of 64 pictures"
     )
-    assert "dag_db: pictures with a probability proportional to exp(30 x D x reward)" in lines[0]
+    assert "dag_db: target proportional to exp(30 x D x reward)" in lines[0]
     (reward,) = [line for line in lines if line.startswith("evaluated reward ")]
     assert "on 19 fixed images (1 bad ones left out): +0." in reward and "95 % interval +0." in reward
     assert reward.endswith("it rose by more than chance")

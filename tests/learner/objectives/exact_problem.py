@@ -7,7 +7,9 @@ are the toy's; see docs/algorithms.md for the problems (G, realizable, and M, bi
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -66,11 +68,8 @@ def gaussian(steps: int, dimensions: int = 1) -> Problem:
     attainable."""
     abar = schedule(steps, 2, -5)
     mean, variance = abar[0].sqrt().item(), 1 - abar[0].item()
-
-    def log_reward(x: Tensor) -> Tensor:
-        return -((x - mean) ** 2) / (2 * variance) - 0.5 * math.log(2 * math.pi * variance)
-
-    return Problem(steps, abar, log_reward, dimensions=dimensions)
+    scale = 0.5 * math.log(2 * math.pi * variance)
+    return Problem(steps, abar, lambda x: -((x - mean) ** 2) / (2 * variance) - scale, dimensions=dimensions)
 
 
 def tilted(steps: int) -> Problem:
@@ -120,7 +119,7 @@ class Perceptron(nn.Module):
 
 
 class Quadratic(nn.Module):
-    """f(x, t): a quadratic of each dimension a step, summed."""
+    """Flow f(x, t): a quadratic of each dimension a step, summed."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -156,11 +155,11 @@ class ToyModel:
     def kernel(self, num_steps: int, eta: float, grid: str) -> DDIMKernel:
         return DDIMKernel(self.problem.abar, torch.arange(self.problem.steps, 0, -1), "epsilon", eta)
 
-    def predict(self, x, t, embeddings, guidance):
+    def predict(self, x, t, embeddings=None, guidance=1.0):
         output = self.problem.base_epsilon(x, t) + self.unet(x, t)
         return output, output
 
-    def predict_reference(self, x, t, embeddings, guidance):
+    def predict_reference(self, x, t, embeddings=None, guidance=1.0):
         return self.problem.base_epsilon(x, t)
 
 
@@ -173,13 +172,11 @@ def make_learner(problem: Problem, kind: str, rate: float, **objective) -> Learn
     config = Config.model_validate(
         {"objective": settings, "learner": {"learning_rate": rate}, "flow": {"learning_rate": rate}}
     )
-    model = ToyModel(problem)
-    if kind in ("ddpo", "residual_nabla_db_no_flow"):
-        flow: nn.Module | None = None
-    elif kind in ("dag_db", "dag_kl"):
-        flow = Flow(Perceptron(problem), True) if problem.bimodal else Quadratic(problem)
-    else:
-        flow = Flow(Perceptron(problem) if problem.bimodal else Affine(problem), False)
+    model, shape, flow = ToyModel(problem), config.needs.flow, None
+    if shape == "log_flow" and not problem.bimodal:
+        flow = Quadratic(problem)
+    elif shape:
+        flow = Flow(Perceptron(problem) if problem.bimodal else Affine(problem), shape == "log_flow")
     return Learner(model, flow, config)  # type: ignore[arg-type]
 
 
@@ -192,7 +189,7 @@ def rollout(learner: Learner, count: int) -> Transitions:
     states, outputs, times = [x], [], [*kernel.timesteps.tolist(), 0]
     for step in times[:-1]:
         t = torch.full((count,), step)
-        outputs.append(model.predict(x, t, None, 1.0)[0])
+        outputs.append(model.predict(x, t)[0])
         x = kernel.sample(outputs[-1], t, x, torch.randn_like(x))
         states.append(x)
     t, every, output = torch.tensor(times).repeat_interleave(count), torch.cat(states), torch.cat(outputs)
@@ -232,12 +229,11 @@ Refill = Callable[[Learner], Transitions]
 
 def train(learner: Learner, updates: int, rate: float, draw: Refill) -> dict[str, float]:
     """`updates` steps of the learner's own update with cosine rates down to 2 %; the last one's metrics."""
-    optimizers = [learner.policy_optimizer, *([learner.flow_optimizer] if learner.flow is not None else [])]
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, updates, 0.02 * rate) for o in optimizers]
-    metrics: dict[str, float] = {}
+    optimizers = [part for name, part in learner._parts.items() if name.endswith("optimizer")]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, updates, 0.02 * rate) for each in optimizers]
     for _ in range(updates):
         batch = draw(learner)
-        learner.prepare(batch)
+        batch.prepared |= learner.objective.prepare(learner.policy, batch)
         metrics = learner.update([batch], len(batch.t), beta=learner.config.objective.beta)
         for each in schedules:
             each.step()
@@ -251,25 +247,18 @@ def fresh(count: int) -> Refill:
 
 def mixed(count: int) -> Refill:
     """On-policy, in random order: leave-one-out groups mix timesteps."""
-
-    def draw(learner: Learner) -> Transitions:
-        batch = rollout(learner, count)
-        return pick(batch, torch.randperm(len(batch.t)))
-
-    return draw
+    return lambda learner: pick(batch := rollout(learner, count), torch.randperm(len(batch.t)))
 
 
 def stale(count: int, every: int, behind: int) -> Refill:
     """Rollouts made every `every` updates, and trained on `behind` such refreshes later."""
 
-    held: list[Transitions] = []
-    left = 0
+    held: deque[Transitions] = deque(maxlen=behind + 1)
+    turns = itertools.count()
 
     def draw(learner: Learner) -> Transitions:
-        nonlocal held, left
-        if left == 0:
-            held, left = [*held, rollout(learner, count)][-(behind + 1) :], every
-        left -= 1
+        if next(turns) % every == 0:
+            held.append(rollout(learner, count))
         return replace(held[0], prepared={})
 
     return draw
@@ -284,7 +273,7 @@ def push(learner: Learner, reference: bool = False, dimension: int = 0) -> Tenso
     x = GRID.reshape(-1, 1, 1, 1).expand(-1, model.problem.dimensions, 1, 1).float()
     for step in kernel.timesteps.tolist():
         t = torch.full((n,), step)
-        output = model.predict_reference(x, t, None, 1.0) if reference else model.predict(x, t, None, 1.0)[0]
+        output = model.predict_reference(x, t) if reference else model.predict(x, t)[0]
         mean = kernel.mean(output, t, x)[:, dimension].flatten().double()
         sigma = kernel.variance(torch.tensor([step])).double().sqrt()
         transition = torch.exp(-((GRID[None] - mean[:, None]) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))

@@ -10,10 +10,10 @@ from torch import nn
 
 from diffusion.kernels import DDIMKernel
 from learner.config.sections import Objective as Settings
-from learner.objectives.base import Policy, Population, Transitions
+from learner.objectives.base import Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.objectives.ddpo import advantages
-from learner.objectives.kl import leave_one_out
+from learner.objectives.policy_gradient import leave_one_out
 
 STEPS, COUNT, BETA = 5, 4, 7.0
 close = {"rel": 1e-10, "abs": 1e-12}
@@ -90,8 +90,8 @@ def setup(kind: str, **settings) -> Setup:
     # Ratios near 1, some of them outside of the clip.
     close = kernel.log_pf(output.detach(), batch.t, x.detach(), batch.x_next, "sum")
     batch.log_pf_old = close + batch.log_pf_old
-    objective.begin_epoch(Population(tuple(range(COUNT)), ("a",) * COUNT, tuple(rewards[:, -1].tolist())))
-    policy = Policy(Model(), kernel, 1.0)
+    objective.begin_epoch(range(COUNT), ("a",) * COUNT, rewards[:, -1].tolist())
+    policy = Policy(Model(), 1.0)
     batch.prepared.update(objective.prepare(policy, batch))
     flow = {"log_flow": ScalarFlow(), "gradient": FieldFlow(), None: None}[objective.needs.flow]
     return Setup(objective, batch, output, flow, own.alphas_cumprod.double().tolist())
@@ -294,12 +294,11 @@ def test_a_prompt_with_sixteen_rewards_is_judged_by_its_own():
     history = {}
     for epoch in range(4):
         rewards = [float(i + 10 * epoch) for i in range(4)] + [100.0] * 4
-        population = Population(tuple(range(8)), ("a",) * 4 + ("b",) * 4, tuple(rewards))
-        found = advantages(population, history)
+        prompts = ("a",) * 4 + ("b",) * 4
+        found = advantages(prompts, rewards, history)
     assert len(history["a"]) == 16
     own = torch.tensor(history["a"], dtype=torch.float64)
     expected = (own[-4:] - own.mean()) / (own.std(correction=0) + 1e-6)
     assert found[:4].tolist() == pytest.approx(expected.tolist())
     assert found[4:].tolist() == [0.0] * 4
-    fewer = advantages(population, {})
-    assert fewer.tolist() == advantages(population, None).tolist()
+    assert advantages(prompts, rewards, {}).tolist() == advantages(prompts, rewards, None).tolist()

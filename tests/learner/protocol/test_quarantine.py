@@ -57,7 +57,7 @@ def test_by_default_a_bad_trajectory_ends_the_run_with_the_way_out(settings, tmp
     assert not (tmp_path / "run/quarantine").exists()
 
 
-@pytest.mark.parametrize("kind", ["dag_db", "nabla_db"])
+@pytest.mark.parametrize("kind", ["dag_db", pytest.param("nabla_db", marks=pytest.mark.long)])
 def test_set_aside_it_is_counted_kept_and_not_trained_on(kind, settings, settings_of, tmp_path, monkeypatch):
     poison(monkeypatch)
     settings = [*settings, *settings_of(kind), "reward.on_bad_reward=quarantine"]
@@ -93,6 +93,7 @@ def test_set_aside_it_is_counted_kept_and_not_trained_on(kind, settings, setting
         assert (stopped / "quarantine" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.long
 def test_past_the_limit_the_run_ends_and_may_go_on_with_a_higher_one(settings, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, ids=(1, BAD))
     settings = [*settings, "reward.on_bad_reward=quarantine", f"run.dir={tmp_path / 'run'}"]
@@ -104,6 +105,7 @@ def test_past_the_limit_the_run_ends_and_may_go_on_with_a_higher_one(settings, t
     assert len(list((tmp_path / "run/quarantine").glob("*.json"))) == 2
 
 
+@pytest.mark.long
 def test_a_chunk_without_a_good_trajectory_ends_the_run(settings, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, ids=(4, 5, 6, 7))
     assert main([*settings, "reward.on_bad_reward=quarantine", f"run.dir={tmp_path / 'run'}"]) == 1
@@ -119,6 +121,14 @@ def test_bad_evaluation_images_are_left_out(settings, tmp_path, monkeypatch, cap
     assert rewards[2] is None and None not in (rewards[0], rewards[1], rewards[3])
     line = Records.open(Storage(str(folder))).lines[-1]
     assert line["eval_reward_mean"] == pytest.approx(np.mean([rewards[i] for i in (0, 1, 3)]))
+
+
+def test_more_than_the_limit_is_refused_with_its_folder(tmp_path):
+    storage, bad = Storage(str(tmp_path)), quarantine.SetAside(5, {"epoch-000001-trajectory-5.json": b"{}"})
+    quarantine.write(storage, [bad], 1, 1)
+    with pytest.raises(quarantine.QuarantineFull, match=f"2 trajectories are set aside in {tmp_path}/quarantine"):
+        quarantine.write(storage, [replace(bad, files={"other.json": b"{}"})], 2, 1)
+    assert sorted(file.name for file in (tmp_path / "quarantine").iterdir()) == [*bad.files, "other.json"]
 
 
 def spoiled(config, snapshot, row=1):
@@ -148,7 +158,7 @@ def test_what_was_bad_does_not_reach_the_gradient(small_config):
     epoch = spoiled(config, learner.published)
     training = learner.train_epoch(0, 5.0, [epoch])
     assert training.trajectory_ids == (0, 2, 3, 4, 5, 6, 7)
-    assert [one.facts["trajectory_id"] for one in training.set_aside] == [1]
+    assert [bad.trajectory_id for bad in training.set_aside] == [1]
     assert np.isfinite(list(training.metrics.values())).all()
     kept = [one.trajectories.chunk.trajectory_ids for past in learner.replay for update in past for one in update]
     assert kept == [(0, 2, 2, 3), (4, 5, 6, 7)]
@@ -168,7 +178,7 @@ def test_two_ranks_of_which_one_has_a_bad_trajectory(small_config):
     config = small_config()
     learner = build.build_learner(config)
     epoch = spoiled(config, learner.published)
-    with Ranks(_rank, 2, config, epoch) as ranks:
+    with Ranks(_rank, 2, config, epoch, needs="learner.build") as ranks:
         first, second = sorted(ranks.answers(2))
     assert first[1] == second[1] != learner.published.sha256
     assert first[2:] == ((0, 2, 3), 1) and second[2:] == ((4, 5, 6, 7), 0)
