@@ -1,36 +1,34 @@
-"""A Stable-Diffusion-shaped base model: prompts -> embeddings, guided U-Net output, latents -> images."""
+"""Base models: prompts -> embeddings, guided U-Net output, latents -> images.
+
+Functions here and in the modules beside import diffusers, transformers and PEFT when they are called: these cost five
+CPU seconds, which a process without a model, such as a Ray run's driver, does not pay.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import logging as transformers_logging
 
 from diffusion import lora
 from diffusion.kernels import DDIMKernel
-from diffusion.locate import load_errors, locate
+from diffusion.locate import is_unconditional, load_errors, locate
 from diffusion.settings import Grid
 
 COMPILED_GRAPHS = 64
 
-# Loading bars of a dozen small files, in every actor, help nobody.
-diffusers_logging.disable_progress_bar()
-transformers_logging.disable_progress_bar()
-
 
 class BaseModel:
-    """Frozen text encoder, a U-Net with one LoRA adapter on its attention. The VAE is Decoder's.
+    """A U-Net with one LoRA on its attention, and the frozen text encoder of its prompts. The VAE is Decoder's.
 
-    Latents are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). `dtype` is the U-Net's; the
-    adapter's parameters and the text encoder, which runs once a prompt, are float32. Attention is torch's
-    scaled_dot_product_attention, diffusers' default.
+    Of two kinds: Stable Diffusion's pipelines, whose latents are in the U-Net's own scale (already multiplied by the
+    VAE's scaling_factor); DDPM's (arXiv 2006.11239), which have neither prompts, VAE nor guidance: embeddings are
+    [B, 0, 0], states are images in [-1, 1]. `dtype` is the U-Net's; the adapter's parameters and the text encoder,
+    which runs once a prompt, are float32. Attention is torch's scaled_dot_product_attention, diffusers' default.
     """
 
     _adapted = True
@@ -40,17 +38,27 @@ class BaseModel:
         Raises:
             BaseModelError: the path is no pipeline folder and the hub does not have it (or cannot be reached).
         """
-        folder = locate(path)
+        folder, unconditional = locate(path), is_unconditional(path)
+        import diffusers
+        import transformers
+
+        for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
+            library.utils.logging.disable_progress_bar()
+        kind, unused = diffusers.DDPMPipeline, {}
+        if not unconditional:
+            kind = diffusers.StableDiffusionPipeline
+            unused = {"vae": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         with load_errors(path):
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                folder, dtype={"unet": dtype, "default": torch.float32}, vae=None, safety_checker=None,
-                feature_extractor=None, requires_safety_checker=False, use_safetensors=True,
+            pipeline = kind.from_pretrained(
+                folder, dtype={"unet": dtype, "default": torch.float32}, **unused,
+                use_safetensors=None if unconditional else True,  # old DDPMs have a .bin alone: read with weights_only
             )  # fmt: skip
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
-        self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
-        self.tokenizer = pipeline.tokenizer
         self.scheduler = pipeline.scheduler
+        if not unconditional:
+            self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
+            self.tokenizer = pipeline.tokenizer
         self._embeddings: dict[str, Tensor] = {}
 
     @property
@@ -62,7 +70,7 @@ class BaseModel:
     @property
     def embedding_width(self) -> int | None:
         """E of a prompt's embedding; None for models without prompts."""
-        return int(self.unet.config.cross_attention_dim)
+        return getattr(self.unet.config, "cross_attention_dim", None)
 
     def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
         return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta, grid)
@@ -87,26 +95,32 @@ class BaseModel:
             torch.manual_seed(seed)
             return lora.attach(self.unet, rank, alpha, targets)
 
-    def without_lora(self) -> _WithoutLora:
+    @contextlib.contextmanager
+    def without_lora(self) -> Iterator[None]:
         """The frozen reference: the same module with its adapter switched off."""
-        return _WithoutLora(self)
+        before = self._adapted
+        try:
+            self._switch_lora(False)
+            yield
+        finally:
+            self._switch_lora(before)
 
     def _switch_lora(self, on: bool) -> None:
-        (self.unet.enable_adapters if on else self.unet.disable_adapters)()
+        lora.switch(self.unet, on)
         self._adapted = on
 
     def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
-        """A block whose activations the backward pass computes again, by then with the adapter switched on: it must be
+        """A block whose activations the backward pass computes again: by then the adapter is switched on, and must be
         as it was."""
-        again = contextlib.nullcontext() if self._adapted else self.without_lora()
-        return checkpoint(
-            block.__call__, *arguments, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again)
-        )
+        function = block.__call__ if self._adapted else self.without_lora()(block.__call__)
+        return checkpoint(function, *arguments, use_reentrant=False)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [B, L, E], computed once a prompt (one by one: a prompt's embedding must not
         depend on which others it was batched with)."""
+        if self.embedding_width is None:
+            return torch.zeros(len(prompts), 0, 0, device=self.device)
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeddings:
                 ids = self.tokenizer(
@@ -123,17 +137,16 @@ class BaseModel:
         conditional output and the unconditional pass is skipped.
         """
         if guidance == 1.0:
-            states = embeddings.to(self.dtype)
-            conditional = self.unet(x.to(self.dtype), t, encoder_hidden_states=states).sample.float()
+            conditional = self._output(x, t, embeddings)
             return conditional, conditional
         empty = self.embed([""]).expand(len(x), -1, -1)
-        both = self.unet(
-            torch.cat([x, x]).to(self.dtype),
-            torch.cat([t, t]),
-            encoder_hidden_states=torch.cat([empty, embeddings]).to(self.dtype),
-        ).sample.float()
+        both = self._output(torch.cat([x, x]), torch.cat([t, t]), torch.cat([empty, embeddings]))
         unconditional, conditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional), conditional
+
+    def _output(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        text = {} if self.embedding_width is None else {"encoder_hidden_states": embeddings.to(self.dtype)}
+        return self.unet(x.to(self.dtype), t, **text).sample.float()
 
     def predict_reference(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float = 1.0) -> Tensor:
         """Output of the frozen reference (adapter off), with gradient to x alone; without guidance the conditional
@@ -142,22 +155,9 @@ class BaseModel:
             return self.predict(x, t, embeddings, guidance)[0]
 
 
-class _WithoutLora:
-    """To be entered again and again, as a graph that is kept for two backward passes does."""
-
-    def __init__(self, model: BaseModel) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model._switch_lora(False)
-
-    def __exit__(self, *error: object) -> None:
-        self.model._switch_lora(True)
-
-
 class Decoder:
-    """Latents -> images: the base model's VAE alone, for reward actors; or a tiny autoencoder's decoder in its place
-    (AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.5's latents)."""
+    """Latents -> images, for reward actors: the base model's VAE alone (a model without one has images already), or a
+    tiny autoencoder's decoder in its place (AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.5)."""
 
     def __init__(
         self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False
@@ -167,17 +167,26 @@ class Decoder:
         Raises:
             BaseModelError: as BaseModel.
         """
+        self.device, self.dtype = torch.device(device), dtype
+        self.vae: Any = None
         if tiny:
+            from diffusers import AutoencoderTiny
+
             folder = locate(path, "config.json", "model.tiny_decoder")
             with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"):
-                vae: Any = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        else:
-            folder = locate(path)
+                self.vae = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        elif not is_unconditional(path):
+            from diffusers import AutoencoderKL
+
             with load_errors(path):
-                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True)
-        self.vae = vae.to(device).requires_grad_(False).eval()
+                folder = locate(path)
+                self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True)
+        if self.vae is not None:
+            self.vae.to(device).requires_grad_(False).eval()
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
-        scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
+        images = latents.to(self.device)
+        if self.vae is not None:
+            images = self.vae.decode(images.to(self.dtype) / self.vae.config.scaling_factor).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)

@@ -58,17 +58,15 @@ def largest_batch(trial: Callable[[int], object], device: torch.device, most: in
     """
     trial(1)  # libraries allocate their workspaces
     peaks = []
-    for batch in (1, 2):
-        torch.cuda.reset_peak_memory_stats(device)
-        with contextlib.suppress(torch.OutOfMemoryError) if batch == 2 else contextlib.nullcontext():
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for batch in (1, 2):
+            torch.cuda.reset_peak_memory_stats(device)
             trial(batch)
             peaks.append(torch.cuda.max_memory_allocated(device))
+    torch.cuda.empty_cache()
     if len(peaks) < 2:
-        torch.cuda.empty_cache()
         return 1
     each = max(peaks[1] - peaks[0], 1)
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated(device)
-    room = share * SHARE * torch.cuda.mem_get_info(device)[0]
-    fits = max(1, int((held + room - (peaks[0] - each)) // each))
+    room = torch.cuda.memory_allocated(device) + share * SHARE * torch.cuda.mem_get_info(device)[0]
+    fits = max(1, int((room - (peaks[0] - each)) // each))
     return min(most, 1 << (fits.bit_length() - 1))

@@ -15,7 +15,6 @@ import math
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from diffusion.settings import Grid, Reduction
@@ -31,11 +30,7 @@ class DDIMKernel:
     """
 
     def __init__(
-        self,
-        alphas_cumprod: Tensor,
-        timesteps: Tensor,
-        prediction_type: PredictionType = "epsilon",
-        eta: float = 1.0,
+        self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: PredictionType = "epsilon", eta: float = 1.0
     ) -> None:
         """
         Args:
@@ -45,11 +40,8 @@ class DDIMKernel:
             eta: noise scale of DDIM; 1 is the posterior ("small") variance of DDPM.
 
         Raises:
-            ValueError: eta is not positive, the grid is not decreasing or reaches 0, or the prediction
-                type is unknown.
+            ValueError: a transition has no density, or the prediction type is unknown.
         """
-        if eta <= 0:
-            raise ValueError(f"eta must be > 0 for transitions to have a density, got {eta}")
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
         timesteps = timesteps.to(torch.int64).cpu()
@@ -64,18 +56,15 @@ class DDIMKernel:
                 "the grid evaluates the model at timestep 0, whose step to 0 has no variance; "
                 "use steps_offset=1 or trailing spacing"
             )
-        self.timesteps = timesteps
-        self.prediction_type = prediction_type
-        self.eta = eta
+        self.timesteps, self.prediction_type = timesteps, prediction_type
         abar = alphas_cumprod.to("cpu", torch.float64)
         # Off-grid timesteps step by the grid's usual stride; grid entries step to their successor.
         following = (torch.arange(len(abar)) - max(1, len(abar) // len(timesteps))).clamp(min=0)
         following[timesteps] = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
         after = abar[following]
-        self.next_timestep = following
         sigma2 = eta**2 * (1 - after) / (1 - abar) * (1 - abar / after)
         if not bool((sigma2[timesteps] > 0).all()):
-            raise ValueError("a transition of this grid has no variance: its alphas_cumprod does not decrease")
+            raise ValueError(f"a transition has no variance: eta ({eta}) must be > 0, and alphas_cumprod decrease")
         squares = {
             "abar": abar, "noise": 1 - abar, "abar_next": after, "sigma": sigma2, "shrink": abar / after,
             "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after,
@@ -97,11 +86,10 @@ class DDIMKernel:
         solver is a DDIM step with eta 1.
 
         Raises:
-            ValueError: num_steps is out of range, or the resulting grid has a step without variance.
+            ValueError: more steps than the scheduler has, or the resulting grid has a step without variance.
         """
-        total = int(scheduler.config.num_train_timesteps)
-        if not 1 <= num_steps <= total:
-            raise ValueError(f"num_steps must be in 1..{total}, got {num_steps}")
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
         own = DDIMScheduler.from_config(scheduler.config)
         if own.config.timestep_spacing == "leading" and own.config.steps_offset == 0:
             own = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
@@ -201,8 +189,6 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _log_normal(residual: Tensor, variance: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     per_dim = -0.5 * (residual.square() / variance + variance.log() + math.log(2 * math.pi))
     flat = per_dim.flatten(1)
     return flat.sum(1) if reduction == "sum" else flat.mean(1)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from diffusion.failures import RunFailure
 
@@ -45,29 +46,20 @@ def is_unconditional(path: str) -> bool:
     """
     folder = locate(path)
     with load_errors(path):
-        if not Path(folder).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            file = hf_hub_download(folder, INDEX)
-        else:
-            file = os.path.join(folder, INDEX)
-        return json.loads(Path(file).read_text(encoding="utf-8"))["_class_name"] in UNCONDITIONAL
+        return _read(folder, INDEX)["_class_name"] in UNCONDITIONAL
 
 
-def part(path: str, name: str) -> tuple[str, str | None]:
-    """Folder and subfolder of an unconditional pipeline's part: early ones, such as google/ddpm-cifar10-32, keep all
-    files at the top. A hub id is downloaded.
-
-    Raises:
-        BaseModelError: as `is_unconditional`.
-    """
-    folder = locate(path)
-    if not Path(folder).is_dir():
-        from diffusers import DiffusionPipeline
-
-        with load_errors(path):
-            folder = DiffusionPipeline.download(folder)
-    return folder, name if (Path(folder) / name).is_dir() else None
+def part_config(path: str, name: str) -> dict[str, Any]:
+    """The configuration of a pipeline's unet, vae, text_encoder or scheduler. Early DDPM pipelines, such as
+    google/ddpm-cifar10-32, keep all files at the top. Raises as `is_unconditional`."""
+    folder, file = locate(path), "scheduler_config.json" if name == "scheduler" else "config.json"
+    with load_errors(path):
+        try:
+            return dict(_read(folder, f"{name}/{file}"))
+        except OSError:
+            if not is_unconditional(path):
+                raise
+            return dict(_read(folder, file))
 
 
 @contextlib.contextmanager
@@ -88,3 +80,17 @@ def load_errors(
             f"{key}: {path} is neither {wanted} nor reachable on the hub: {reason}"
             f"{'' if Path(path).expanduser().exists() else remedy}"
         ) from error
+
+
+def _read(folder: str, file: str) -> Any:
+    """A JSON file of a folder or a hub repository."""
+    if Path(folder).is_dir():
+        place = Path(folder) / file
+    else:
+        from huggingface_hub import hf_hub_download
+
+        place = Path(hf_hub_download(folder, file))
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error

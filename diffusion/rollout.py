@@ -33,7 +33,7 @@ class Sampler:
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
             self._loaded = (snapshot.version, snapshot.sha256)
-        receipt = lora.fingerprint(self.model.unet)
+        receipt = lora.snapshot(self.model.unet, snapshot.version).sha256
         with gpu_memory.smaller("sampler.chunk_size", len(chunk.prompts)):
             return rollout(self.model, self.kernel, self.settings, chunk, snapshot.version, receipt)
 
@@ -54,18 +54,16 @@ def rollout(
     training = chunk.purpose == "train"
     use = noise.ROLLOUT if training else noise.EVALUATION
     batch, n = len(chunk.prompts), kernel.num_steps
-    selected = (
-        transitions.select(
-            settings.selection, settings.fraction, n - settings.skip_last, chunk.seed, chunk.epoch, chunk.trajectory_ids
+    selected, output_selected = np.zeros((batch, 0), np.int64), np.zeros((batch, 0, *model.latent_shape), np.float32)
+    if training:
+        last = n - settings.skip_last
+        selected = transitions.select(
+            settings.selection, settings.fraction, last, chunk.seed, chunk.epoch, chunk.trajectory_ids
         )
-        if training
-        else np.zeros((batch, 0), np.int64)
-    )
     chosen = np.zeros((batch, n + 1), bool)
     np.put_along_axis(chosen, selected, True, axis=1)
     needed = states_with_reward(settings, chosen)
-
-    store = torch.float16 if settings.state_precision == "float16" else torch.float32
+    store = getattr(torch, settings.state_precision)
 
     def draw(step: int) -> Tensor:
         drawn = noise.normal(chunk.seed, use, chunk.epoch, chunk.trajectory_ids, step, model.latent_shape)
@@ -92,6 +90,9 @@ def rollout(
             outputs.append(guided.to(store))
         states.append(x_next)
         x = x_next
+    if training:
+        stacked = torch.stack(outputs, 1).cpu().numpy()
+        output_selected = np.take_along_axis(stacked, selected[:, :, None, None, None], axis=1)
     trajectories = Trajectories(
         chunk=chunk,
         policy_version=version,
@@ -101,19 +102,12 @@ def rollout(
         log_pf=torch.stack(log_pf, 1).cpu().numpy(),
         log_pb=torch.stack(log_pb, 1).cpu().numpy(),
         selected=selected,
-        model_output=_gather(outputs, selected, batch, model.latent_shape),
+        model_output=np.ascontiguousarray(output_selected),
     )
     row, step = np.nonzero(needed)
     latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
     terminal = n - 1 if training and settings.skip_last else n
     return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal)
-
-
-def _gather(outputs: list[Tensor], selected: np.ndarray, batch: int, shape: tuple[int, ...]) -> np.ndarray:
-    if not outputs:
-        return np.zeros((batch, 0, *shape), np.float32)
-    stacked = torch.stack(outputs, 1).cpu().numpy()
-    return np.ascontiguousarray(np.take_along_axis(stacked, selected[:, :, None, None, None], axis=1))
 
 
 def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:

@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 from diffusion.base_model import BaseModel, Decoder
-from diffusion.loading import load_decoder, load_model
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
-from learner.flow import FlowNetwork, GradientNetwork
 from learner.update import Learner
 from rewards import judges, registry
 from rewards.registry import Reward
@@ -60,7 +58,7 @@ def device(config: Config) -> str:
 def build_model(config: Config, training: bool = False) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
     given = config.model
-    model = load_model(str(resolve(given.path)), device(config), getattr(torch, given.dtype))
+    model = BaseModel(str(resolve(given.path)), device(config), getattr(torch, given.dtype))
     model.attach_lora(config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed)
     model.speed_up(given.channels_last, given.compile, training and config.learner.gradient_checkpointing)
     return model
@@ -79,7 +77,7 @@ def build_scorer(config: Config, own_reward: Reward | None = None) -> Scorer:
     gradients = config.needs.reward_gradients
     # Gradients in float32: beta multiplies them by up to 1e4.
     dtype = torch.float32 if gradients else getattr(torch, given.dtype)
-    decoder = load_decoder(str(resolve(given.path)), where, dtype)
+    decoder = Decoder(str(resolve(given.path)), where, dtype)
     tiny = None
     if config.objective.forward_looking_decoder == "tiny":
         tiny = Decoder(str(resolve(given.tiny_decoder)), where, dtype, tiny=True)
@@ -96,6 +94,8 @@ def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_w
     kind = config.needs.flow
     if kind is None:
         return None
+    from learner.flow import FlowNetwork, GradientNetwork  # here: it imports diffusers, which a driver can do without
+
     if kind == "gradient":
         return GradientNetwork(latent_shape, embedding_width, config.flow.widths)
     return FlowNetwork(latent_shape[0], embedding_width, config.flow.widths, config.flow.stem_stride)

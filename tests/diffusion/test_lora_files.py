@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from diffusion import lora, lora_files
 from diffusion.base_model import BaseModel
-from diffusion.loading import load_model
 from diffusion.lora_files import BadAdapter
 
 RANK, ALPHA = 2, 0.3  # a float32 that prints as 0.30000001192092896
@@ -80,14 +79,14 @@ def test_what_a_unet_saves_of_itself(saved, tiny_pipeline, tmp_path):
 
 
 def test_pefts_form_of_a_model_without_text(ddpm, tmp_path):
-    model = load_model(ddpm)
+    model = BaseModel(ddpm)
     model.attach_lora(RANK, ALPHA, seed=0)
     flat = disturb(model.unet)
     lora.save_files(model.unet, tmp_path)
     for path in (tmp_path, tmp_path / lora.PEFT_FILES[1]):
         adapter = lora_files.read(path)
         assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
-        again = load_model(ddpm)
+        again = BaseModel(ddpm)
         assert np.array_equal(lora_files.attach(again, adapter).flat, flat)
     (tmp_path / lora.PEFT_FILES[0]).unlink()
     assert lora_files.read(tmp_path).alpha == RANK and "alpha" in lora_files.read(tmp_path).note
@@ -243,11 +242,11 @@ def test_alphas_that_differ_and_settings_that_are_no_json(changed):
 
 def test_a_lora_of_another_base_model_says_where_they_differ(saved, changed, ddpm, tiny_pipeline):
     with pytest.raises(BadAdapter) as caught:
-        lora_files.attach(load_model(ddpm), lora_files.read(saved[0]))
+        lora_files.attach(BaseModel(ddpm), lora_files.read(saved[0]))
     first = lora_files.read(saved[0]).modules[0]
     assert f"another base model: its {first} is [48, 48], in this U-Net there is none" in str(caught.value)
     wider = changed(lambda tensors: with_first(tensors, lambda x: torch.cat([x, x], 1)))
     with pytest.raises(BadAdapter, match=r"is \[48, 96\], in this U-Net \[48, 48\]; name the base model"):
         lora_files.attach(BaseModel(tiny_pipeline), lora_files.read(wider))
     with pytest.raises(BadAdapter, match="another base model"):
-        lora_files.merge(load_model(ddpm).unet, lora_files.read(saved[0]))
+        lora_files.merge(BaseModel(ddpm).unet, lora_files.read(saved[0]))

@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from peft import PeftModel
 
 from diffusion import lora, noise
-from diffusion.loading import load_decoder, load_kernel, load_model, without_weights
-from diffusion.locate import BaseModelError
+from diffusion.base_model import BaseModel, Decoder
+from diffusion.loading import load_kernel, without_weights
 from learner.run import main
 from records.storage import Storage
 from rewards import registry
@@ -40,7 +40,7 @@ def test_both_layouts_load_and_predict_as_plain_diffusers(ddpm, flat_ddpm):
     with torch.no_grad():
         expected = plain(x, t).sample
         for path in (ddpm, flat_ddpm):
-            model = load_model(path)
+            model = BaseModel(path)
             model.attach_lora(2, 2, 0)
             empty = model.embed(["", ""])
             assert empty.shape == (2, 0, 0) and model.latent_shape == (3, 16, 16) and model.embedding_width is None
@@ -52,7 +52,7 @@ def test_both_layouts_load_and_predict_as_plain_diffusers(ddpm, flat_ddpm):
             assert not torch.equal(model.predict(x, t, empty, 1.0)[0], expected)
             assert torch.equal(model.predict_reference(x, t, empty), expected)
     assert without_weights(flat_ddpm)[1] is None
-    images = load_decoder(ddpm)(torch.tensor([-2.0, -1.0, 0.0, 1.0]).reshape(4, 1, 1, 1))
+    images = Decoder(ddpm)(torch.tensor([-2.0, -1.0, 0.0, 1.0]).reshape(4, 1, 1, 1))
     assert images.flatten().tolist() == [0, 0, 0.5, 1]
 
 
@@ -89,7 +89,7 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
         for i, t in enumerate(scheduler.timesteps):
             x = scheduler.step(unet(x, t).sample, t, x, eta=1.0, variance_noise=draws[i + 1]).prev_sample
     name = "bright:reward" if overrides else "jpeg_incompressibility"
-    drawn, close = registry.load(name)(load_decoder(ddpm)(x), [""] * 4), 1e-5 if overrides else 2e-3
+    drawn, close = registry.load(name)(Decoder(ddpm)(x), [""] * 4), 1e-5 if overrides else 2e-3
     recorded = json.loads((run / "evaluation/epoch-000001.json").read_text())["reward"]
     untrained = json.loads((run / "evaluation/epoch-before.json").read_text())["reward"]
     assert drawn.tolist() == pytest.approx(recorded, abs=close)
@@ -138,13 +138,3 @@ def test_unets_that_cannot_be_used_are_refused(ddpm, tmp_path, capsys, change, m
 def test_more_steps_than_the_offset_leaves_are_refused(ddpm, tmp_path, capsys):
     assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={tmp_path / 'run'}", "sampler.steps=1000"]) == 2
     assert "sampler.steps: the grid begins at timestep 1000" in capsys.readouterr().err
-
-
-def test_a_model_without_attention_is_refused(tmp_path):
-    unet = UNet2DModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(8,), down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",), norm_num_groups=8, add_attention=False,
-    )  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(BaseModelError, match="no attention"):
-        load_model(str(tmp_path))

@@ -13,7 +13,7 @@ from golden import inputs
 from tiny_models import HPS_SIZE, WRITE
 from transformers import BlipTextConfig, BlipVisionConfig, CLIPTokenizer
 
-from diffusion.loading import load_decoder
+from diffusion.base_model import Decoder
 from diffusion.trajectory import Chunk, CleanPredictions
 from rewards import aesthetic, hpsv2, imagereward, registry
 from rewards.network import adopt, fill, layout, long_side, score_head, short_side
@@ -260,7 +260,7 @@ def test_a_network_is_filled_whole_or_not_at_all():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_scorer_learns_gradients_through_decoder_and_reward(name, made):
-    decoder = load_decoder("models/shapes")
+    decoder = Decoder("models/shapes")
     chunk = Chunk(0, "train", 0, 0, ("the cat", "a red bird"), (4, 9))
     latents = inputs.rng("latents").standard_normal((3, 4, 16, 16)).astype(np.float32)
     clean = CleanPredictions(chunk, 2, latents, np.array([0, 0, 1]), np.array([1, 2, 2]), 2)
