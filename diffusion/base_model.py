@@ -19,8 +19,6 @@ from diffusion.kernels import DDIMKernel
 from diffusion.locate import is_unconditional, load_errors, locate
 from diffusion.settings import Grid
 
-COMPILED_GRAPHS = 64
-
 
 class BaseModel:
     """A U-Net with one LoRA on its attention, and the frozen text encoder of its prompts. The VAE is Decoder's.
@@ -34,10 +32,7 @@ class BaseModel:
     _adapted = True
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """
-        Raises:
-            BaseModelError: the path is no pipeline folder and the hub does not have it (or cannot be reached).
-        """
+        """Raises BaseModelError: the path is no pipeline folder, and the hub does not have it or cannot be reached."""
         folder, unconditional = locate(path), is_unconditional(path)
         import diffusers
         import transformers
@@ -84,16 +79,14 @@ class BaseModel:
             self.unet.enable_gradient_checkpointing(self._checkpoint)
         if compiled:
             # All blocks share one forward; adapter on and off, with and without gradient, and each width are graphs.
-            torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
+            torch._dynamo.config.recompile_limit = 64
             self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
-    def attach_lora(
-        self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.TARGETS
-    ) -> list[nn.Parameter]:
+    def attach_lora(self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.TARGETS) -> None:
         """Add the adapter; the same seed gives the same initial adapter on every machine. `targets` as lora.attach."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return lora.attach(self.unet, rank, alpha, targets)
+            lora.attach(self.unet, rank, alpha, targets)
 
     @contextlib.contextmanager
     def without_lora(self) -> Iterator[None]:
@@ -110,15 +103,13 @@ class BaseModel:
         self._adapted = on
 
     def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
-        """A block whose activations the backward pass computes again: by then the adapter is switched on, and must be
-        as it was."""
+        """The backward pass computes a block's activations again, when the adapter is on: it must be as it was."""
         function = block.__call__ if self._adapted else self.without_lora()(block.__call__)
         return checkpoint(function, *arguments, use_reentrant=False)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Prompt embeddings [B, L, E], computed once a prompt (one by one: a prompt's embedding must not
-        depend on which others it was batched with)."""
+        """Prompt embeddings [B, L, E], computed once a prompt, and one by one: they must not depend on the batch."""
         if self.embedding_width is None:
             return torch.zeros(len(prompts), 0, 0, device=self.device)
         for prompt in dict.fromkeys(prompts):
@@ -131,11 +122,8 @@ class BaseModel:
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
     def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
-        """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32.
-
-        guided = out(x, t, "") + guidance * (out(x, t, c) - out(x, t, "")); with guidance 1 both are the
-        conditional output and the unconditional pass is skipped.
-        """
+        """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32; guided =
+        out(x, t, "") + guidance * (out(x, t, c) - out(x, t, "")). With guidance 1 both are the conditional output."""
         if guidance == 1.0:
             conditional = self._output(x, t, embeddings)
             return conditional, conditional
@@ -149,8 +137,7 @@ class BaseModel:
         return self.unet(x.to(self.dtype), t, **text).sample.float()
 
     def predict_reference(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float = 1.0) -> Tensor:
-        """Output of the frozen reference (adapter off), with gradient to x alone; without guidance the conditional
-        one."""
+        """Guided output of the frozen reference (adapter off), with gradient to x alone."""
         with self.without_lora():
             return self.predict(x, t, embeddings, guidance)[0]
 
@@ -159,14 +146,8 @@ class Decoder:
     """Latents -> images, for reward actors: the base model's VAE alone (a model without one has images already), or a
     tiny autoencoder's decoder in its place (AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.5)."""
 
-    def __init__(
-        self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False
-    ) -> None:  # fmt: skip
-        """`path` is a pipeline's, with `tiny` that of the autoencoder itself.
-
-        Raises:
-            BaseModelError: as BaseModel.
-        """
+    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False) -> None:
+        """`path` is a pipeline's, with `tiny` that of the autoencoder itself. Raises as BaseModel."""
         self.device, self.dtype = torch.device(device), dtype
         self.vae: Any = None
         if tiny:

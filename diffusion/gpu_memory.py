@@ -19,8 +19,8 @@ class OutOfMemory(RunFailure, RuntimeError):
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device (on a CPU they may share memory). To a GPU from page-locked memory: the host
-    goes on, so that the next batch travels while the GPU works on the one before."""
+    """The array as a tensor on the device. To a GPU from page-locked memory: the host goes on, so that the next batch
+    travels while the GPU works on the one before."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return tensor.to(device)
@@ -35,10 +35,7 @@ def release(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def smaller(setting: str, value: object) -> Iterator[None]:
-    """
-    Raises:
-        OutOfMemory: where torch does.
-    """
+    """Raises OutOfMemory where torch does, with the setting to make smaller."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -49,13 +46,8 @@ def smaller(setting: str, value: object) -> Iterator[None]:
 
 
 def largest_batch(trial: Callable[[int], object], device: torch.device, most: int, share: float = 1.0) -> int:
-    """The largest power of two up to `most` that memory holds, from the peaks of trial(1) and trial(2).
-
-    `share` is the part of the free memory that this process may have.
-
-    Raises:
-        torch.OutOfMemoryError: not even 1 fits.
-    """
+    """The largest power of two up to `most` that memory holds, from the peaks of trial(1) and trial(2); not even 1:
+    torch.OutOfMemoryError. `share` is the part of the free memory that this process may have."""
     trial(1)  # libraries allocate their workspaces
     peaks = []
     with contextlib.suppress(torch.OutOfMemoryError):

@@ -5,39 +5,29 @@ Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar 
     p_F(x_t' | x_t) = N(mu_theta(x_t), sigma_t^2 I)          the policy
     p_B(x_t | x_t') = N(a_t x_t', (1 - a_t^2) I)             the noising kernel, no parameters
 
-Every transition of the grid goes to the next grid entry and the last one to timestep 0, so sigma_t > 0
-everywhere (a step to abar = 1 would make log p_F infinite).
+The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step to abar = 1 would make log p_F infinite).
+Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion.settings import Grid, Reduction
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-
 
 class DDIMKernel:
-    """Gaussian transition densities on a fixed timestep grid.
-
-    Schedule constants are kept in float64 and arithmetic is float32 or wider whatever the inputs' dtype:
-    in bfloat16 abar_1 rounds to 1 and sigma to 0.
-    """
+    """Gaussian transition densities on a fixed timestep grid. Schedule constants are float64, and arithmetic is float32
+    or wider whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
 
     def __init__(
-        self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: PredictionType = "epsilon", eta: float = 1.0
+        self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str = "epsilon", eta: float = 1.0
     ) -> None:
-        """
-        Args:
-            alphas_cumprod: [T] abar at every training timestep, decreasing.
-            timesteps: [N] int64, decreasing, all > 0: where the model is evaluated.
-            prediction_type: what the model's output means.
-            eta: noise scale of DDIM; 1 is the posterior ("small") variance of DDPM.
+        """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0, where the model is evaluated;
+        with `eta` 1 sigma is the posterior ("small") variance of DDPM.
 
         Raises:
             ValueError: a transition has no density, or the prediction type is unknown.
@@ -56,7 +46,7 @@ class DDIMKernel:
                 "the grid evaluates the model at timestep 0, whose step to 0 has no variance; "
                 "use steps_offset=1 or trailing spacing"
             )
-        self.timesteps, self.prediction_type = timesteps, prediction_type
+        self.timesteps, self.num_steps, self.prediction_type = timesteps, len(timesteps), prediction_type
         abar = alphas_cumprod.to("cpu", torch.float64)
         # Off-grid timesteps step by the grid's usual stride; grid entries step to their successor.
         following = (torch.arange(len(abar)) - max(1, len(abar) // len(timesteps))).clamp(min=0)
@@ -75,41 +65,32 @@ class DDIMKernel:
 
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
-        """The kernel of a diffusers scheduler: its alphas_cumprod, timestep spacing and prediction type.
-
-        Any scheduler will do (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to diffusers' own
-        DDIM step with `set_alpha_to_one=False` whenever num_steps divides the number of training timesteps. Leading
-        spacing without an offset would evaluate the model at timestep 0 (DDPM pipelines say so); it gets offset 1.
+        """The kernel of any diffusers scheduler (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to
+        diffusers' DDIM step with `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading
+        spacing without an offset (DDPM pipelines) would evaluate the model at timestep 0; it gets offset 1.
 
         `grid` dpm_solver takes the timesteps of DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++",
         solver_order=1 and final_sigmas_type="sigma_min" (arXiv 2412.07775's 20 steps): a first-order step of that
         solver is a DDIM step with eta 1.
 
         Raises:
-            ValueError: more steps than the scheduler has, or the resulting grid has a step without variance.
+            ValueError: more steps than the scheduler has, or as the constructor.
         """
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         own = DDIMScheduler.from_config(scheduler.config)
         if own.config.timestep_spacing == "leading" and own.config.steps_offset == 0:
             own = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
-        own.set_timesteps(num_steps)
-        timesteps = own.timesteps
+        stepper = own
         if grid == "dpm_solver":
-            solver = DPMSolverMultistepScheduler.from_config(
+            stepper = DPMSolverMultistepScheduler.from_config(
                 own.config, algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min"
             )
-            solver.set_timesteps(num_steps)
-            timesteps = solver.timesteps
-        return cls(own.alphas_cumprod, timesteps, own.config.prediction_type, eta)
-
-    @property
-    def num_steps(self) -> int:
-        """N, the transitions of a trajectory."""
-        return len(self.timesteps)
+        stepper.set_timesteps(num_steps)
+        return cls(own.alphas_cumprod, stepper.timesteps, own.config.prediction_type, eta)
 
     def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted clean latent xhat_theta(x_t) [B, C, H, W] from the model output at (x, t)."""
+        """Predicted clean latent xhat_theta(x_t)."""
         model_output, x = _wide(model_output), _wide(x)
         abar = self._at("abar", t, x)
         if self.prediction_type == "epsilon":
@@ -119,18 +100,17 @@ class DDIMKernel:
         return model_output
 
     def epsilon(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted noise eps_theta(x_t) [B, C, H, W]."""
+        """Predicted noise eps_theta(x_t)."""
         model_output, x = _wide(model_output), _wide(x)
         if self.prediction_type == "epsilon":
             return model_output
-        root_noise = self._at("root_noise", t, x)
-        root_signal = self._at("root_abar", t, x)
+        root_noise, root_signal = self._at("root_noise", t, x), self._at("root_abar", t, x)
         if self.prediction_type == "v_prediction":
             return root_signal * model_output + root_noise * x
         return (x - root_signal * model_output) / root_noise
 
     def mean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """mu_theta(x_t) [B, C, H, W]: the mean of p_F(. | x_t)."""
+        """mu_theta(x_t), the mean of p_F(. | x_t)."""
         x = _wide(x)
         signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
         return signal + self._at("root_direction", t, x) * self.epsilon(model_output, t, x)
@@ -144,32 +124,32 @@ class DDIMKernel:
         return self._table("sigma", t.device)[t].to(dtype)
 
     def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_F(x_next | x) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
+        """log p_F(x_next | x), over all dimensions ("sum") or per dimension ("mean")."""
         mean, x_next = self.mean(model_output, t, x), _wide(x_next)
         return _log_normal(x_next - mean, self._at("sigma", t, mean), reduction)
 
     def log_pb(self, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_B(x | x_next) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
+        """log p_B(x | x_next), over all dimensions ("sum") or per dimension ("mean")."""
         x, x_next = _wide(x), _wide(x_next)
         residual = x - self._at("root_shrink", t, x) * x_next
         return _log_normal(residual, self._at("noising", t, x), reduction)
 
     def score_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_F(x_next | x) with respect to x_next [B, C, H, W]."""
+        """Gradient of the summed log p_F(x_next | x) with respect to x_next."""
         mean = self.mean(model_output, t, x)
         return -(_wide(x_next) - mean) / self._at("sigma", t, mean)
 
     def score_pb_next(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_B(x | x_next) with respect to x_next [B, C, H, W]."""
+        """Gradient of the summed log p_B(x | x_next) with respect to x_next."""
         return -self._at("root_shrink", t, _wide(x)) * self.score_pb(t, x, x_next)
 
     def score_pb(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_B(x | x_next) with respect to x [B, C, H, W]."""
+        """Gradient of the summed log p_B(x | x_next) with respect to x."""
         x, x_next = _wide(x), _wide(x_next)
         return -(x - self._at("root_shrink", t, x) * x_next) / self._at("noising", t, x)
 
     def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """x_next [B, C, H, W] = mu_theta + sigma_t * noise."""
+        """x_next = mu_theta + sigma_t * noise."""
         mean = self.mean(model_output, t, x)
         return mean + self._at("root_sigma", t, mean) * noise
 

@@ -12,12 +12,7 @@ from diffusion.settings import Grid
 
 
 def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> DDIMKernel:
-    """The kernel of a pipeline's scheduler.
-
-    Raises:
-        BaseModelError: the path is no pipeline folder and the hub does not have it (or cannot be reached).
-        ValueError: as DDIMKernel.
-    """
+    """The kernel of a pipeline's scheduler. Raises BaseModelError as `is_unconditional`, ValueError as DDIMKernel."""
     from diffusers import DDIMScheduler
 
     config = part_config(path, "scheduler")
@@ -27,47 +22,37 @@ def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> D
 
 
 def check_parts(path: str) -> None:
-    """Read the configurations of U-Net, VAE and text encoder, but no weights.
-
-    Raises:
-        BaseModelError: as load_kernel, or an unconditional U-Net of a kind that cannot be trained here.
-    """
+    """Read the configurations of U-Net, VAE and text encoder. Raises BaseModelError as load_kernel, or for an
+    unconditional U-Net of a kind that cannot be trained here."""
     unet = part_config(path, "unet")
     if not is_unconditional(path):
         for name in ("vae", "text_encoder"):
             part_config(path, name)
         return
+    wanted = {"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "class_embed_type": None}
+    faults = [f"its {key} is {unet[key]}, not {good}" for key, good in wanted.items() if unet.get(key, good) != good]
+    if not isinstance(unet.get("sample_size"), int):
+        faults.append("its sample_size is no single number")
     blocks = [*unet.get("down_block_types", ()), *unet.get("up_block_types", ())]
-    faults = {
-        "its sample_size is no single number": not isinstance(unet.get("sample_size"), int),
-        "it does not map 3 channels to 3": (unet.get("in_channels"), unet.get("out_channels")) != (3, 3),
-        "it wants class labels": unet.get("num_class_embeds") or unet.get("class_embed_type"),
-        "it has no attention for a LoRA to adapt": not unet.get("add_attention", True)
-        and not any("Attn" in block for block in blocks),
-    }
-    for fault in (fault for fault, present in faults.items() if present):
-        raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {fault}")
+    if not unet.get("add_attention", True) and not any("Attn" in block for block in blocks):
+        faults.append("it has no attention for a LoRA to adapt")
+    if faults:
+        raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {', '.join(faults)}")
 
 
 def check_tiny_decoder(path: str, pipeline: str) -> None:
-    """Read its configuration, but no weights.
-
-    Raises:
-        BaseModelError: it is neither a folder nor a hub id of an AutoencoderTiny, or decodes other latents than the
-            pipeline's.
-    """
-    tiny = tiny_without_weights(path).config
-    if is_unconditional(pipeline):
+    """Raises BaseModelError if it is no AutoencoderTiny, or decodes other latents than the pipeline's."""
+    tiny, vae = tiny_without_weights(path).config, without_weights(pipeline)[1]
+    if vae is None:
         raise BaseModelError(
             f"objective.forward_looking_decoder: {pipeline} has no decoder that a tiny one could spare"
         )
-    full = without_weights(pipeline)[1].config
-    levels = tiny.decoder_block_out_channels, full.block_out_channels
-    shapes = [(each.latent_channels, 2 ** (len(level) - 1)) for each, level in zip((tiny, full), levels, strict=True)]
-    if shapes[0] != shapes[1]:
+    own = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
+    wanted = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if own != wanted:
         raise BaseModelError(
-            f"model.tiny_decoder: {path} decodes latents of {shapes[0][0]} channels to {shapes[0][1]} times their "
-            f"side, {pipeline} has {shapes[1][0]} channels and {shapes[1][1]} times"
+            f"model.tiny_decoder: {path} decodes latents of {own[0]} channels to {own[1]} times their side, {pipeline} "
+            f"has {wanted[0]} channels and {wanted[1]} times"
         )
 
 
@@ -81,7 +66,7 @@ def tiny_without_weights(path: str) -> Any:
 
 
 def without_weights(path: str) -> tuple[Any, Any]:
-    """U-Net and VAE (None if there is none) on torch's meta device, for counting. Raises as load_kernel."""
+    """U-Net and VAE (None if there is none) on torch's meta device, for counting. Raises BaseModelError."""
     from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 
     unet, vae = part_config(path, "unet"), None if is_unconditional(path) else part_config(path, "vae")

@@ -23,11 +23,8 @@ class BaseModelError(RunFailure, ValueError):
 
 
 def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
-    """The folder, of a pipeline or of another model with its `index` file, or the hub id that `path` names.
-
-    Raises:
-        BaseModelError: a path that does not exist, or a folder without the index; names the setting `key`.
-    """
+    """The folder, of a pipeline or of another model with its `index` file, or the hub id that `path` names. Raises
+    BaseModelError, which names the setting `key`, if there is no such folder or no index in it."""
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / index).is_file():
@@ -39,11 +36,8 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
 
 
 def is_unconditional(path: str) -> bool:
-    """Whether the pipeline draws pixels without text, VAE or guidance.
-
-    Raises:
-        BaseModelError: as `locate`, or the hub cannot be reached.
-    """
+    """Whether the pipeline draws pixels without text, VAE or guidance. Raises BaseModelError as `locate`, or if the hub
+    cannot be reached."""
     folder = locate(path)
     with load_errors(path):
         return _read(folder, INDEX)["_class_name"] in UNCONDITIONAL
@@ -66,11 +60,8 @@ def part_config(path: str, name: str) -> dict[str, Any]:
 def load_errors(
     path: str, key: str = "model.path", wanted: str = "a Stable-Diffusion or DDPM pipeline folder"
 ) -> Iterator[None]:  # fmt: skip
-    """What loading raises, as one line that names the setting and the path, and how to get what reads like a hub id.
-
-    Raises:
-        BaseModelError: a file is missing or damaged, or the hub cannot be reached.
-    """
+    """What loading raises becomes a BaseModelError: one line that names the setting and the path, and how to get what
+    reads like a hub id."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, TypeError, NotImplementedError) as error:
@@ -84,13 +75,12 @@ def load_errors(
 
 def _read(folder: str, file: str) -> Any:
     """A JSON file of a folder or a hub repository."""
-    if Path(folder).is_dir():
-        place = Path(folder) / file
-    else:
+    place = os.path.join(folder, file)
+    if not Path(folder).is_dir():
         from huggingface_hub import hf_hub_download
 
-        place = Path(hf_hub_download(folder, file))
+        place = hf_hub_download(folder, file)
     try:
-        return json.loads(place.read_text(encoding="utf-8"))
+        return json.loads(Path(place).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error

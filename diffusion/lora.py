@@ -1,7 +1,7 @@
 """The adapter as a flat buffer, and as files that other programs load.
 
-One contiguous float32 vector plus a manifest is what crosses the network and what receipts hash; names are
-sorted, so the layout depends on the module alone.
+One contiguous float32 vector is what crosses the network and what receipts hash. Its parameters are sorted by name, so
+that the layout depends on the module alone.
 """
 
 from __future__ import annotations
@@ -18,28 +18,23 @@ from torch import nn
 from diffusion.snapshot import Snapshot, digest
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-ADAPTER = "default"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 KOHYA_FILE = "kohya.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 
 
-def attach(
-    unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS
-) -> list[nn.Parameter]:  # fmt: skip
-    """Add a LoRA (gaussian A, zero B) to the modules whose names end in `targets`, or match that regular expression;
-    returns its float32 parameters by name. Draws from torch's global generator: seed it first."""
+def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS) -> None:
+    """Add a LoRA (gaussian A, zero B, float32) to the modules whose names end in `targets`, or match that regular
+    expression. Draws from torch's global generator: seed it first."""
     from peft import LoraConfig, inject_adapter_in_model
 
     unet.requires_grad_(False)
     modules = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=modules)
-    inject_adapter_in_model(config, unet, ADAPTER)
-    parameters = [parameter for _, parameter in named(unet)]
-    for parameter in parameters:
+    inject_adapter_in_model(config, unet)
+    for _, parameter in named(unet):
         parameter.data = parameter.data.float()
-    return parameters
 
 
 def switch(unet: nn.Module, on: bool) -> None:
@@ -65,11 +60,7 @@ def snapshot(unet: nn.Module, version: int) -> Snapshot:
 
 @torch.no_grad()
 def load(unet: nn.Module, flat: np.ndarray) -> None:
-    """Copy a buffer into the module's adapter.
-
-    Raises:
-        ValueError: the buffer's length is not the adapter's.
-    """
+    """Copy a buffer into the module's adapter. Raises ValueError if its length is not the adapter's."""
     parameters = [p for _, p in named(unet)]
     sizes = [p.numel() for p in parameters]
     if flat.shape != (sum(sizes),):
@@ -93,9 +84,8 @@ def files(unet: nn.Module) -> dict[str, bytes]:
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save
 
-    config: Any = unet.peft_config[ADAPTER]  # type: ignore[index, union-attr]
-    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    config: Any = unet.peft_config["default"]  # type: ignore[index, union-attr]
+    state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
     if not isinstance(unet, UNet2DConditionModel):
         tensors = {f"base_model.model.{name}": value for name, value in state.items()}
         return dict(zip(PEFT_FILES, (f"{_settings(config)}\n".encode(), save(tensors)), strict=True))

@@ -77,9 +77,6 @@ def read(path: str | Path) -> AdapterFile:
     """A LoRA from a .safetensors file, or from a folder with one: pytorch_lora_weights.safetensors, PEFT's
     adapter_model.safetensors, kohya.safetensors or, if it is the only one, any other.
 
-    Where neither metadata nor alpha tensors say what alpha is, it is taken to be the rank, as diffusers does, and
-    `note` says so.
-
     Raises:
         BadAdapter: there is none, it is damaged, or no LoRA of a kind and form known here.
     """
@@ -90,8 +87,8 @@ def read(path: str | Path) -> AdapterFile:
             others = [name for name in names if name.startswith(TEXT_ENCODER) or not PLAIN.fullmatch(name)]
             if others or not any("lora" in name and not name.endswith(".alpha") for name in names):
                 raise BadAdapter(
-                    f"{file} is no plain LoRA of a U-Net in a form known here: it holds {min(others, default='nothing')} "
-                    "(nothing for text encoders, no DoRA, LoHa and the like; diffusers' save_lora_weights writes one)"
+                    f"{file} is no plain LoRA of a U-Net: it holds {min(others, default='nothing')} (text encoders', "
+                    "DoRA, LoHa and the like are not read; diffusers' save_lora_weights writes what is)"
                 )
             tensors = {name: opened.get_tensor(name) for name in names}
             settings = _settings(file, opened.metadata() or {})
@@ -128,29 +125,17 @@ def read(path: str | Path) -> AdapterFile:
 
 
 def attach(model: BaseModel, adapter: AdapterFile) -> Snapshot:
-    """Give a model without adapter this one, bit by bit, with its own rank, alpha and modules. Returns it as the module
-    then has it, as version 0.
-
-    Raises:
-        BadAdapter: it was made for another base model.
-    """
+    """Give a model without adapter this one, bit by bit, with its own rank, alpha and modules; raises as require_fit.
+    Returns it as the module then has it, as version 0."""
     require_fit(model.unet, adapter)
-    ends = tuple(f".{target}" for target in lora.TARGETS)
-    usual = {name for name, _ in model.unet.named_modules() if name.endswith(ends)}
-    exactly = "|".join(re.escape(name) for name in adapter.modules)
-    targets = list(lora.TARGETS) if set(adapter.modules) == usual else exactly
-    model.attach_lora(adapter.rank, adapter.alpha, seed=0, targets=targets)
+    model.attach_lora(adapter.rank, adapter.alpha, seed=0, targets="|".join(map(re.escape, adapter.modules)))
     lora.load(model.unet, adapter.flat)
     return lora.snapshot(model.unet, 0)
 
 
 @torch.no_grad()
 def merge(unet: nn.Module, adapter: AdapterFile) -> None:
-    """Add alpha / rank * B A to the weights of a U-Net without adapter, computed in float32.
-
-    Raises:
-        BadAdapter: it was made for another base model.
-    """
+    """Add alpha / rank * B A to the weights of a U-Net without adapter, computed in float32; raises as require_fit."""
     require_fit(unet, adapter)
     for name in adapter.modules:
         weight: Any = unet.get_submodule(name).weight
@@ -160,10 +145,7 @@ def merge(unet: nn.Module, adapter: AdapterFile) -> None:
 
 
 def require_fit(unet: nn.Module, adapter: AdapterFile) -> None:
-    """
-    Raises:
-        BadAdapter: the U-Net lacks a module that is adapted, or has another shape there; names the first.
-    """
+    """Raises BadAdapter if the U-Net lacks a module that is adapted, or has another shape there; names the first."""
     layers = dict(unet.named_modules())
     for name in adapter.modules:
         a, b = adapter.factors(name)
@@ -178,11 +160,7 @@ def require_fit(unet: nn.Module, adapter: AdapterFile) -> None:
 
 def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
     """A safetensors file with more metadata, its tensors untouched. Keys are sorted: safetensors itself writes several
-    in a random order, and equal adapters are to be equal files.
-
-    Raises:
-        ValueError: it is no safetensors file.
-    """
+    in a random order, and equal adapters are to be equal files."""
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     metadata = {"format": "pt", **header.pop("__metadata__", {}), **entries}
@@ -213,17 +191,15 @@ def _find(path: Path) -> Path:
 
 def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The LoRA's settings, from the file's metadata or adapter_config.json beside it; empty where there are none."""
-    place, text = file, metadata.get(lora.METADATA_KEY)
+    beside, text = file.with_name(lora.PEFT_FILES[0]), metadata.get(lora.METADATA_KEY)
     try:
-        if text is None and file.name == lora.PEFT_FILES[1] and file.with_name(lora.PEFT_FILES[0]).is_file():
-            place = file.with_name(lora.PEFT_FILES[0])
-            text = place.read_text(encoding="utf-8")
-        if text is None:
-            return {}
-        settings = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
-        float(settings["lora_alpha"]), int(settings["r"])
+        if text is None and file.name == lora.PEFT_FILES[1] and beside.is_file():
+            text = beside.read_text(encoding="utf-8")
+        settings = {name.removeprefix("unet."): value for name, value in json.loads(text or "{}").items()}
+        if settings:
+            float(settings["lora_alpha"]), int(settings["r"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadAdapter(f"{place}: the LoRA's settings are damaged ({error!r}); {AGAIN}") from error
+        raise BadAdapter(f"{file}: its settings, or {beside.name}, are damaged ({error!r}); {AGAIN}") from error
     if used := [name for name in OTHER_KINDS if settings.get(name)]:
-        raise BadAdapter(f"{place} uses {', '.join(used)}, which Tributary does not: use a plain LoRA")
+        raise BadAdapter(f"{file} uses {', '.join(used)}, which Tributary does not: use a plain LoRA")
     return settings

@@ -41,11 +41,6 @@ class Chunk:
     def key(self) -> ChunkKey:
         return ChunkKey(self.purpose, self.epoch, self.index)
 
-    @property
-    def where(self) -> str:
-        """For messages."""
-        return self.key.where
-
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -67,14 +62,8 @@ class Trajectories:
 
     def receipt(self, node: str, seconds: float) -> Receipt:
         """What the driver is told, made on `node` in `seconds`."""
-        return Receipt(
-            policy_version=self.policy_version,
-            adapter_sha256=self.adapter_sha256,
-            log_pf_sum=tuple(self.log_pf.sum(1, dtype=np.float64).tolist()),
-            log_pb_sum=tuple(self.log_pb.sum(1, dtype=np.float64).tolist()),
-            node=node,
-            seconds=seconds,
-        )
+        sums = (tuple(values.sum(1, dtype=np.float64).tolist()) for values in (self.log_pf, self.log_pb))
+        return Receipt(self.policy_version, self.adapter_sha256, *sums, node, seconds)
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,6 @@ class Scores:
 
     @property
     def good_ids(self) -> tuple[int, ...]:
-        """Trajectories that are not bad, in order."""
         return tuple(number for row, number in enumerate(self.chunk.trajectory_ids) if row not in self.bad)
 
     def verdict(self, seconds: float) -> Verdict:

@@ -110,5 +110,5 @@ class InProcessPools:
 
 def _judged(sampler: Sampler, scorer: Scorer, chunk: Chunk, snapshot: Snapshot) -> Scores:
     trajectories, clean = sampler.sample(chunk, snapshot)
-    receipts.check(trajectories, snapshot, f"chunk {chunk.index} of {chunk.where}")
+    receipts.check(trajectories, snapshot, str(chunk.key))
     return scorer.score(clean)

@@ -60,8 +60,8 @@ class _Judgement:
         row, step, chunk = int(self.clean.row[position]), self.clean.step[position], self.chunk
         if not self.quarantine:
             raise BadReward(
-                f"{reason} for prompt {chunk.prompts[row]!r}, trajectory {chunk.trajectory_ids[row]} of {chunk.where}, "
-                f"state {step} ({REMEDY})"
+                f"{reason} for prompt {chunk.prompts[row]!r}, trajectory {chunk.trajectory_ids[row]} of "
+                f"{chunk.key.where}, state {step} ({REMEDY})"
             )
         self.bad.setdefault(row, f"{reason}, state {step}")
         if undecodable:
@@ -77,7 +77,7 @@ class _Judgement:
         if len(self.bad) == len(self.chunk.prompts):
             broken = f": reward {reward} is broken" if len(self.raised) == len(self.bad) else ""
             raise BadReward(
-                f"all {len(self.bad)} trajectories of chunk {self.chunk.index} of {self.chunk.where} are bad{broken}; "
+                f"all {len(self.bad)} trajectories of {self.chunk.key} are bad{broken}; "
                 f"the first: {self.bad[min(self.bad)]}"
             )
 

@@ -62,7 +62,7 @@ def recorded(tmp_path_factory):
     trajectories, _ = sampler.sample(chunk, lora.Snapshot(1, flat, lora.digest(flat)))
     images = Decoder("models/shapes")(torch.from_numpy(trajectories.states[:, -1]))
     lora.save_files(model.unet, folder)
-    draws = [noise.normal(11, noise.EVALUATION, 0, range(4), i, model.latent_shape).numpy() for i in range(STEPS + 1)]
+    draws = [noise.normal(11, noise.EVALUATION, 0, range(4), i, model.latent_shape) for i in range(STEPS + 1)]
     np.savez(folder / "recorded.npz", initial=draws[0], noise=np.stack(draws[1:]), prompts=np.array(PROMPTS))
     return folder, images.permute(0, 2, 3, 1).numpy()
 

@@ -73,7 +73,7 @@ def test_what_a_unet_saves_of_itself(saved, tiny_pipeline, tmp_path):
     """unet.save_lora_adapter: names without a prefix."""
     model = BaseModel(tiny_pipeline)
     lora_files.attach(model, lora_files.read(saved[0]))
-    model.unet.save_lora_adapter(tmp_path, adapter_name=lora.ADAPTER)
+    model.unet.save_lora_adapter(tmp_path)
     adapter = lora_files.read(tmp_path)
     assert (adapter.alpha, adapter.sha256, adapter.note) == (ALPHA, lora.digest(saved[1]), None)
 

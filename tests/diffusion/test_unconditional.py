@@ -83,7 +83,7 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
         f"{ddpm}/scheduler", clip_sample=False, steps_offset=1, set_alpha_to_one=False
     )
     scheduler.set_timesteps(4)
-    draws = [noise.normal(0, noise.EVALUATION, 0, range(4), i, (3, 16, 16)) for i in range(5)]
+    draws = [torch.from_numpy(noise.normal(0, noise.EVALUATION, 0, range(4), i, (3, 16, 16))) for i in range(5)]
     x = draws[0]
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
