@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusion import lora, lora_files
@@ -42,7 +43,8 @@ def changed(saved, tmp_path):
     def write(change=lambda tensors: tensors, metadata="same", name=lora.DIFFUSERS_FILE, **settings):
         source = saved[0] / name
         if metadata == "same":
-            metadata = lora_files.read(source).metadata
+            with safe_open(str(source), "pt") as opened:
+                metadata = opened.metadata()
             if settings:
                 said = json.loads(metadata[lora.METADATA_KEY]) | {f"unet.{k}": v for k, v in settings.items()}
                 metadata = {lora.METADATA_KEY: json.dumps(said)}
@@ -54,7 +56,7 @@ def changed(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", lora.DIFFUSERS_FILE, lora.KOHYA_FILE])
-def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, tmp_path, name):
+def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, name):
     folder, flat = saved
     adapter = lora_files.read(folder / name)
     assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
@@ -64,9 +66,7 @@ def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, tmp_path, na
     snapshot = lora_files.attach(model, adapter)
     assert np.array_equal(snapshot.flat.view(np.uint32), flat.view(np.uint32))
     assert snapshot.sha256 == adapter.sha256 == lora.digest(flat)
-    lora.save_files(model.unet, tmp_path)
-    for file in (lora.DIFFUSERS_FILE, lora.KOHYA_FILE):
-        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+    assert lora.files(model.unet)[lora.KOHYA_FILE] == (folder / lora.KOHYA_FILE).read_bytes()
 
 
 def test_what_a_unet_saves_of_itself(saved, tiny_pipeline, tmp_path):
@@ -162,8 +162,9 @@ def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
     assert len(made) == 1
     file = saved[0].parent / "more.safetensors"
     file.write_bytes(made.pop())
+    with safe_open(str(file), "pt") as opened:
+        assert opened.metadata()["b"] == "ü" and opened.metadata()["format"] == "pt"
     adapter = lora_files.read(file)
-    assert list(adapter.metadata) and adapter.metadata["b"] == "ü" and adapter.metadata["format"] == "pt"
     assert (adapter.sha256, adapter.alpha) == (lora.digest(saved[1]), ALPHA)
     header = file.read_bytes()[8:]
     assert header.index(b'"a"') < header.index(b'"b"') < header.index(b'"lora_adapter_metadata"')
@@ -180,7 +181,7 @@ def refused(path) -> str:
 
 def test_files_that_are_none(saved, tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing")
-    assert "holds no LoRA" in refused(tmp_path)
+    assert "holds 0 safetensors files" in refused(tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"\x80\x02}q\x00.")
     assert "only safetensors files are read" in refused(tmp_path / "weights.bin")
     whole = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
@@ -190,11 +191,11 @@ def test_files_that_are_none(saved, tmp_path):
         assert "no whole safetensors file" in refused(file) and "copy or download it again" in refused(file)
     assert "holds 4 safetensors files" in refused(tmp_path)
     save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "unet.safetensors")
-    assert "is no LoRA: it holds conv_in.weight" in refused(tmp_path / "unet.safetensors")
+    assert "is no plain LoRA of a U-Net: it holds conv_in.weight" in refused(tmp_path / "unet.safetensors")
     save_file({"lora_unet_x.alpha": torch.tensor(1.0)}, tmp_path / "alpha.safetensors")
-    assert "is no LoRA" in refused(tmp_path / "alpha.safetensors")
+    assert "is no plain LoRA" in refused(tmp_path / "alpha.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
-    assert "is no LoRA: it holds nothing" in refused(tmp_path / "empty.safetensors")
+    assert "it holds nothing" in refused(tmp_path / "empty.safetensors")
 
 
 def without(tensors, part):
@@ -210,18 +211,18 @@ def with_first(tensors, change):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (lambda t: without(t, "lora.up"), {}, "has no lora_B"),
-        (lambda t: without(t, "lora.down"), {}, "has no lora_A"),
+        (lambda t: without(t, "lora.up"), {}, "is not whole: 'down_blocks.1"),
+        (lambda t: without(t, "lora.down"), {}, "is not whole: 'down_blocks.1"),
         (lambda t: with_first(t, lambda x: x * float("nan")), {}, "not finite"),
-        (lambda t: with_first(t, lambda x: x[0]), {}, "no LoRA; copy or download it again"),
+        (lambda t: with_first(t, lambda x: x[0]), {}, "no LoRA's; copy or download it again"),
         (lambda t: with_first(t, lambda x: x[:1]), {}, "ranks [1, 2]"),
-        (lambda t: t | {"unet.x.lora_magnitude_vector": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
-        (lambda t: t | {"unet.x.dora_scale": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
-        (lambda t: t | {"text_encoder.x.lora.down.weight": torch.ones(2, 3)}, {}, "adapts the text encoder too"),
+        (lambda t: t | {"unet.x.lora_magnitude_vector": torch.ones(3)}, {}, "holds unet.x.lora_magnitude_vector"),
+        (lambda t: t | {"unet.x.dora_scale": torch.ones(3)}, {}, "no plain LoRA"),
+        (lambda t: t | {"text_encoder.x.lora.down.weight": torch.ones(2, 3)}, {}, "text_encoder.x.lora.down.weight"),
         (lambda t: t, {"use_rslora": True}, "uses use_rslora"),
         (lambda t: t, {"alpha_pattern": {"to_q": 3}}, "uses alpha_pattern"),
-        (lambda t: t, {"r": 7}, "its settings say rank 7, its tensors have 2"),
-        (lambda t: t, {"lora_alpha": None}, "settings are damaged"),
+        (lambda t: t, {"r": 7}, "has ranks [2, 7]"),
+        (lambda t: t, {"lora_alpha": None}, "its settings, or adapter_config.json, are damaged"),
     ],
 )
 def test_loras_that_would_draw_something_else(changed, change, settings, message):
@@ -234,7 +235,7 @@ def test_alphas_that_differ_and_settings_that_are_no_json(changed):
         return tensors | {first: torch.tensor(9.0)}
 
     assert "alphas [0.3, 9.0]" in refused(changed(other, name=lora.KOHYA_FILE))
-    assert "settings are damaged" in refused(changed(metadata={lora.METADATA_KEY: "{"}))
+    assert "are damaged" in refused(changed(metadata={lora.METADATA_KEY: "{"}))
     for part in ("lora_up", "lora_down"):
         said = refused(changed(lambda tensors, part=part: without(tensors, part), name=lora.KOHYA_FILE))
         assert "is not whole" in said and "copy or download it again" in said

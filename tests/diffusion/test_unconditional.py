@@ -121,9 +121,8 @@ def test_a_model_with_prompts_needs_some(tiny_pipeline, tmp_path, capsys):
         ({"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False},
          "no attention"),
         ({"sample_size": [16, 24]}, "sample_size"),
-        ({"num_class_embeds": 10}, "class labels"),
-        ({"out_channels": 6}, "3 channels"),
-        ({"in_channels": 1, "out_channels": 1}, "3 channels"),
+        ({"num_class_embeds": 10}, "num_class_embeds is 10"),
+        ({"in_channels": 1, "out_channels": 1}, "its in_channels is 1, not 3, its out_channels is 1, not 3"),
     ],
 )  # fmt: skip
 def test_unets_that_cannot_be_used_are_refused(ddpm, tmp_path, capsys, change, message):
