@@ -1,7 +1,7 @@
 """Base models: prompts -> embeddings, guided U-Net output, latents -> images.
 
-Functions here and in the modules beside import diffusers, transformers and PEFT when they are called: these cost five
-CPU seconds, which a process without a model, such as a Ray run's driver, does not pay.
+diffusers, transformers and PEFT are imported inside functions, in the modules beside too: their five CPU seconds are
+for processes with a model, not for the driver of a run on Ray.
 """
 
 from __future__ import annotations
@@ -23,31 +23,26 @@ from diffusion.settings import Grid
 class BaseModel:
     """A U-Net with one LoRA on its attention, and the frozen text encoder of its prompts. The VAE is Decoder's.
 
-    Of two kinds: Stable Diffusion's pipelines, whose latents are in the U-Net's own scale (already multiplied by the
-    VAE's scaling_factor); DDPM's (arXiv 2006.11239), which have neither prompts, VAE nor guidance: embeddings are
-    [B, 0, 0], states are images in [-1, 1]. `dtype` is the U-Net's; the adapter's parameters and the text encoder,
-    which runs once a prompt, are float32. Attention is torch's scaled_dot_product_attention, diffusers' default.
+    Latents of Stable Diffusion are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). DDPM
+    pipelines (arXiv 2006.11239) have neither prompts, VAE nor guidance: embeddings are [B, 0, 0], states are images in
+    [-1, 1]. `dtype` is the U-Net's; the adapter and the text encoder, which runs once a prompt, are float32.
     """
 
     _adapted = True
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Raises BaseModelError: the path is no pipeline folder, and the hub does not have it or cannot be reached."""
-        folder, unconditional = locate(path), is_unconditional(path)
         import diffusers
         import transformers
 
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
-        kind, unused = diffusers.DDPMPipeline, {}
-        if not unconditional:
-            kind = diffusers.StableDiffusionPipeline
-            unused = {"vae": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        kind, options = diffusers.StableDiffusionPipeline, {"vae": None, "safety_checker": None}
+        options |= {"feature_extractor": None, "requires_safety_checker": False, "use_safetensors": True}
+        if unconditional := is_unconditional(path):
+            kind, options = diffusers.DDPMPipeline, {}  # old ones have a .bin alone: read with weights_only
         with load_errors(path):
-            pipeline = kind.from_pretrained(
-                folder, dtype={"unet": dtype, "default": torch.float32}, **unused,
-                use_safetensors=None if unconditional else True,  # old DDPMs have a .bin alone: read with weights_only
-            )  # fmt: skip
+            pipeline = kind.from_pretrained(locate(path), dtype={"unet": dtype, "default": torch.float32}, **options)
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
         self.scheduler = pipeline.scheduler
@@ -91,16 +86,13 @@ class BaseModel:
     @contextlib.contextmanager
     def without_lora(self) -> Iterator[None]:
         """The frozen reference: the same module with its adapter switched off."""
-        before = self._adapted
+        before, self._adapted = self._adapted, False
+        lora.switch(self.unet, False)
         try:
-            self._switch_lora(False)
             yield
         finally:
-            self._switch_lora(before)
-
-    def _switch_lora(self, on: bool) -> None:
-        lora.switch(self.unet, on)
-        self._adapted = on
+            self._adapted = before
+            lora.switch(self.unet, before)
 
     def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
         """The backward pass computes a block's activations again, when the adapter is on: it must be as it was."""
@@ -114,10 +106,7 @@ class BaseModel:
             return torch.zeros(len(prompts), 0, 0, device=self.device)
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeddings:
-                ids = self.tokenizer(
-                    prompt, padding="max_length", max_length=self.tokenizer.model_max_length,
-                    truncation=True, return_tensors="pt",
-                ).input_ids  # fmt: skip
+                ids = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
                 self._embeddings[prompt] = self.text_encoder(ids.to(self.device))[0][0]
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
@@ -154,7 +143,7 @@ class Decoder:
             from diffusers import AutoencoderTiny
 
             folder = locate(path, "config.json", "model.tiny_decoder")
-            with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"):
+            with load_errors(path, "model.tiny_decoder"):
                 self.vae = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         elif not is_unconditional(path):
             from diffusers import AutoencoderKL

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from diffusion.failures import RunFailure
 
-SHARE = 0.8  # of free memory: fragments, and peaks that a trial does not see, have the rest
-
 
 class OutOfMemory(RunFailure, RuntimeError):
     """A GPU is too small for what it was given; the message names the setting to make smaller."""
@@ -22,9 +20,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """The array as a tensor on the device. To a GPU from page-locked memory: the host goes on, so that the next batch
     travels while the GPU works on the one before."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def release(device: torch.device) -> None:
@@ -59,6 +55,7 @@ def largest_batch(trial: Callable[[int], object], device: torch.device, most: in
     if len(peaks) < 2:
         return 1
     each = max(peaks[1] - peaks[0], 1)
-    room = torch.cuda.memory_allocated(device) + share * SHARE * torch.cuda.mem_get_info(device)[0]
+    # A fifth of free memory is left for fragments, and peaks that a trial does not see.
+    room = torch.cuda.memory_allocated(device) + share * 0.8 * torch.cuda.mem_get_info(device)[0]
     fits = max(1, int((room - (peaks[0] - each)) // each))
     return min(most, 1 << (fits.bit_length() - 1))

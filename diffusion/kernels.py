@@ -27,25 +27,17 @@ class DDIMKernel:
         self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str = "epsilon", eta: float = 1.0
     ) -> None:
         """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0, where the model is evaluated;
-        with `eta` 1 sigma is the posterior ("small") variance of DDPM.
-
-        Raises:
-            ValueError: a transition has no density, or the prediction type is unknown.
-        """
+        with `eta` 1 sigma is the posterior ("small") variance of DDPM. Raises ValueError if a transition has no density
+        or the prediction type is unknown."""
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
         timesteps = timesteps.to(torch.int64).cpu()
         if (timesteps[1:] >= timesteps[:-1]).any():
             raise ValueError(f"timesteps must decrease, got {timesteps.tolist()}")
         if timesteps[0] >= len(alphas_cumprod):
-            raise ValueError(
-                f"the grid begins at timestep {int(timesteps[0])} of {len(alphas_cumprod)}: use fewer steps"
-            )
+            raise ValueError(f"the grid begins at timestep {timesteps[0]} of {len(alphas_cumprod)}: use fewer steps")
         if timesteps[-1] <= 0:
-            raise ValueError(
-                "the grid evaluates the model at timestep 0, whose step to 0 has no variance; "
-                "use steps_offset=1 or trailing spacing"
-            )
+            raise ValueError("the grid evaluates the model at timestep 0: use steps_offset=1 or trailing spacing")
         self.timesteps, self.num_steps, self.prediction_type = timesteps, len(timesteps), prediction_type
         abar = alphas_cumprod.to("cpu", torch.float64)
         # Off-grid timesteps step by the grid's usual stride; grid entries step to their successor.
@@ -71,11 +63,7 @@ class DDIMKernel:
 
         `grid` dpm_solver takes the timesteps of DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++",
         solver_order=1 and final_sigmas_type="sigma_min" (arXiv 2412.07775's 20 steps): a first-order step of that
-        solver is a DDIM step with eta 1.
-
-        Raises:
-            ValueError: more steps than the scheduler has, or as the constructor.
-        """
+        solver is a DDIM step with eta 1. Raises ValueError as the constructor."""
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         own = DDIMScheduler.from_config(scheduler.config)

@@ -44,15 +44,12 @@ def check_tiny_decoder(path: str, pipeline: str) -> None:
     """Raises BaseModelError if it is no AutoencoderTiny, or decodes other latents than the pipeline's."""
     tiny, vae = tiny_without_weights(path).config, without_weights(pipeline)[1]
     if vae is None:
+        raise BaseModelError(f"objective.forward_looking_decoder: {pipeline} has no VAE that a tiny one could spare")
+    tiny_shape = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
+    shape = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if tiny_shape != shape:
         raise BaseModelError(
-            f"objective.forward_looking_decoder: {pipeline} has no decoder that a tiny one could spare"
-        )
-    own = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
-    wanted = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-    if own != wanted:
-        raise BaseModelError(
-            f"model.tiny_decoder: {path} decodes latents of {own[0]} channels to {own[1]} times their side, {pipeline} "
-            f"has {wanted[0]} channels and {wanted[1]} times"
+            f"model.tiny_decoder: {path} decodes (channels, magnification) {tiny_shape}, the VAE of {pipeline} {shape}"
         )
 
 
@@ -61,7 +58,7 @@ def tiny_without_weights(path: str) -> Any:
     from diffusers import AutoencoderTiny
 
     folder = locate(path, "config.json", "model.tiny_decoder")
-    with load_errors(path, "model.tiny_decoder", "an AutoencoderTiny folder"), torch.device("meta"):
+    with load_errors(path, "model.tiny_decoder"), torch.device("meta"):
         return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
 
 

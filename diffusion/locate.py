@@ -57,9 +57,7 @@ def part_config(path: str, name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def load_errors(
-    path: str, key: str = "model.path", wanted: str = "a Stable-Diffusion or DDPM pipeline folder"
-) -> Iterator[None]:  # fmt: skip
+def load_errors(path: str, key: str = "model.path") -> Iterator[None]:
     """What loading raises becomes a BaseModelError: one line that names the setting and the path, and how to get what
     reads like a hub id."""
     try:
@@ -67,10 +65,8 @@ def load_errors(
     except (OSError, ValueError, ImportError, KeyError, TypeError, NotImplementedError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         remedy = f"; where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"
-        raise BaseModelError(
-            f"{key}: {path} is neither {wanted} nor reachable on the hub: {reason}"
-            f"{'' if Path(path).expanduser().exists() else remedy}"
-        ) from error
+        reason += "" if Path(path).expanduser().exists() else remedy
+        raise BaseModelError(f"{key}: {path} is neither a model's folder nor reachable on the hub: {reason}") from error
 
 
 def _read(folder: str, file: str) -> Any:

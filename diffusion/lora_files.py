@@ -1,8 +1,7 @@
 """LoRA files as the adapter: what diffusers, kohya's scripts (ComfyUI, A1111) and PEFT write. Only safetensors.
 
-diffusers names the weights (`StableDiffusionPipeline.lora_state_dict`). Here is refused what it would silently load as
-something else than was trained: damage, several ranks or alphas, other kinds of adapters. A layer's weight gains
-alpha / rank * B A, A being [rank, in, ...] and B [out, rank, ...].
+diffusers names the weights. Refused is what it would silently load as something else than was trained: damage, several
+ranks or alphas, other kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...].
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class AdapterFile:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the adapted modules, sorted."""
         return _modules(self.state)
 
     @property
@@ -60,7 +58,7 @@ class AdapterFile:
 
     @property
     def flat(self) -> np.ndarray:
-        """The adapter as one float32 buffer [P], in the order of diffusion/lora.py."""
+        """float32 [P], in the order of diffusion/lora.py."""
         return torch.cat([self.state[name].flatten() for name in sorted(self.state)]).numpy()
 
     @property
@@ -75,11 +73,7 @@ class AdapterFile:
 
 def read(path: str | Path) -> AdapterFile:
     """A LoRA from a .safetensors file, or from a folder with one: pytorch_lora_weights.safetensors, PEFT's
-    adapter_model.safetensors, kohya.safetensors or, if it is the only one, any other.
-
-    Raises:
-        BadAdapter: there is none, it is damaged, or no LoRA of a kind and form known here.
-    """
+    adapter_model.safetensors, kohya.safetensors or, if it is the only one, any other. Raises BadAdapter."""
     file, note = _find(Path(path).expanduser()), None
     try:
         with safe_open(str(file), "pt") as opened:
@@ -93,8 +87,7 @@ def read(path: str | Path) -> AdapterFile:
             tensors = {name: opened.get_tensor(name) for name in names}
             settings = _settings(file, opened.metadata() or {})
     except (SafetensorError, OSError) as error:
-        remedy = "only safetensors files are read" if file.suffix in (".bin", ".pt", ".pth", ".ckpt") else AGAIN
-        raise BadAdapter(f"{file} is no whole safetensors file ({_short(error)}); {remedy}") from error
+        raise BadAdapter(f"{file} is no whole safetensors file, and no other is read ({error}); {AGAIN}") from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all() or (tensor.numel() != 1 if name.endswith(".alpha") else tensor.ndim < 2):
             raise BadAdapter(f"{file}: {name}, of shape {list(tensor.shape)}, is not finite or no LoRA's; {AGAIN}")
@@ -109,7 +102,7 @@ def read(path: str | Path) -> AdapterFile:
         }
         factors = [(state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]) for module in _modules(state)]
     except (KeyError, ValueError) as error:  # a partner is missing, or weights of an alpha are
-        raise BadAdapter(f"{file} is not whole: {_short(error)}; {AGAIN}") from error
+        raise BadAdapter(f"{file} is not whole: {' '.join(str(error).split())[:200]}; {AGAIN}") from error
     ranks = {rank for a, b in factors for rank in (a.shape[0], b.shape[1])}
     # A kohya file's alpha is a float32: its shortest decimal is what was meant, 0.1 and not 0.10000000149.
     alphas = {float(str(np.float32(alpha))) for alpha in (kohya_alphas or {}).values()}
@@ -171,10 +164,6 @@ def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
 
 def _modules(state: Mapping[str, Tensor]) -> list[str]:
     return sorted({name.rsplit(".", 2)[0] for name in state})
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _find(path: Path) -> Path:

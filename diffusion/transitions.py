@@ -14,13 +14,9 @@ from diffusion.settings import Selection
 def select(
     kind: Selection, fraction: float, num_steps: int, seed: int, epoch: int, trajectory_ids: Sequence[int]
 ) -> np.ndarray:
-    """Selected steps [B, K] int64, ascending in each row; K is the same for all rows.
-
-    * all: every step.
-    * random: round(fraction * num_steps) distinct steps, uniformly.
-    * low_variance: always the last step, and one step drawn from each of round(fraction * num_steps) equal
-      stretches of the others (arXiv 2412.07775, section "low-variance subsampling").
-    """
+    """Selected steps [B, K] int64, ascending in each row. random: round(fraction * num_steps) distinct ones, uniformly.
+    low_variance: the last, and one of each of round(fraction * num_steps) equal stretches of the others (arXiv
+    2412.07775, section "low-variance subsampling")."""
     if kind == "all":
         return np.tile(np.arange(num_steps), (len(trajectory_ids), 1))
     count = max(1, round(fraction * num_steps))

@@ -30,7 +30,9 @@ def sides(request, small_settings, tiny_sd15):
             f"model.path={tiny_sd15}", "reward.name=benchmarks.pipelines:StandInReward", "reward.options={tiny: true}",
         ],
     }  # fmt: skip
-    config = load_config(overrides=[*small_settings, *own[request.param], *COMPARISON, "run.runner=inprocess"])
+    config = load_config(
+        overrides=[*small_settings, *own[request.param], *COMPARISON, "run.runner=inprocess", "train.trajectories=4"]
+    )
     learner, sampler, scorer = build.build_learner(config), build.build_sampler(config), build.build_scorer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

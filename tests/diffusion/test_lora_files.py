@@ -183,7 +183,7 @@ def test_files_that_are_none(saved, tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing")
     assert "holds 0 safetensors files" in refused(tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"\x80\x02}q\x00.")
-    assert "only safetensors files are read" in refused(tmp_path / "weights.bin")
+    assert "safetensors file, and no other is read" in refused(tmp_path / "weights.bin")
     whole = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
     for size in (0, 7, 100, len(whole) - 1):
         file = tmp_path / f"cut-{size}.safetensors"
