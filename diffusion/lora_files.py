@@ -171,7 +171,7 @@ def _find(path: Path) -> Path:
         there = sorted(file.name for file in path.glob("*.safetensors"))
         known = [name for name in (lora.DIFFUSERS_FILE, lora.PEFT_FILES[1], lora.KOHYA_FILE) if name in there]
         if not known and len(there) != 1:
-            raise BadAdapter(f"{path} holds {len(there)} safetensors files, none {lora.DIFFUSERS_FILE}: name a LoRA's")
+            raise BadAdapter(f"{path} holds no LoRA or several: {len(there)} safetensors files; name the LoRA's file")
         return path / (known or there)[0]
     if not path.is_file():
         raise BadAdapter(f"{path}: no such file or folder; give a LoRA's .safetensors file, or the folder it is in")

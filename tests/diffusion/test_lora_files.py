@@ -69,13 +69,16 @@ def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, name):
     assert lora.files(model.unet)[lora.KOHYA_FILE] == (folder / lora.KOHYA_FILE).read_bytes()
 
 
-def test_what_a_unet_saves_of_itself(saved, tiny_pipeline, tmp_path):
-    """unet.save_lora_adapter: names without a prefix."""
+def test_other_names_for_the_same(saved, changed, tiny_pipeline, tmp_path):
+    """unet.save_lora_adapter, which knows no prefix; attn1.processor.to_q_lora.down, as diffusers before PEFT."""
     model = BaseModel(tiny_pipeline)
     lora_files.attach(model, lora_files.read(saved[0]))
-    model.unet.save_lora_adapter(tmp_path)
-    adapter = lora_files.read(tmp_path)
-    assert (adapter.alpha, adapter.sha256, adapter.note) == (ALPHA, lora.digest(saved[1]), None)
+    model.unet.save_lora_adapter(tmp_path / "own")
+    pattern = re.compile(r"(attn\d)\.(to_q|to_k|to_v|to_out)(\.0)?\.lora")
+    old = changed(lambda tensors: {pattern.sub(r"\1.processor.\2_lora", name): t for name, t in tensors.items()})
+    for file in (tmp_path / "own", old):
+        adapter = lora_files.read(file)
+        assert (adapter.alpha, adapter.sha256, adapter.note) == (ALPHA, lora.digest(saved[1]), None)
 
 
 def test_pefts_form_of_a_model_without_text(ddpm, tmp_path):
@@ -145,17 +148,6 @@ def test_the_names_of_stable_diffusions_modules_survive_kohyas_underscores(tmp_p
     assert lora_files.read(tmp_path).modules == sorted(names)
 
 
-def test_diffusers_old_names_are_read(saved, changed):
-    """attn1.processor.to_q_lora.down, as before PEFT."""
-
-    def renamed(tensors):
-        pattern = re.compile(r"(attn\d)\.(to_q|to_k|to_v|to_out)(\.0)?\.lora")
-        return {pattern.sub(r"\1.processor.\2_lora", name): tensor for name, tensor in tensors.items()}
-
-    adapter = lora_files.read(changed(renamed))
-    assert (adapter.alpha, adapter.sha256) == (ALPHA, lora.digest(saved[1]))
-
-
 def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
     content = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
     made = {lora_files.with_metadata(content, {"b": "ü", "a": str(1), **more}) for more in ({}, {}, {})}
@@ -181,7 +173,7 @@ def refused(path) -> str:
 
 def test_files_that_are_none(saved, tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing")
-    assert "holds 0 safetensors files" in refused(tmp_path)
+    assert "holds no LoRA or several: 0 safetensors files" in refused(tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"\x80\x02}q\x00.")
     assert "safetensors file, and no other is read" in refused(tmp_path / "weights.bin")
     whole = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
@@ -189,13 +181,14 @@ def test_files_that_are_none(saved, tmp_path):
         file = tmp_path / f"cut-{size}.safetensors"
         file.write_bytes(whole[:size])
         assert "no whole safetensors file" in refused(file) and "copy or download it again" in refused(file)
-    assert "holds 4 safetensors files" in refused(tmp_path)
-    save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "unet.safetensors")
-    assert "is no plain LoRA of a U-Net: it holds conv_in.weight" in refused(tmp_path / "unet.safetensors")
-    save_file({"lora_unet_x.alpha": torch.tensor(1.0)}, tmp_path / "alpha.safetensors")
-    assert "is no plain LoRA" in refused(tmp_path / "alpha.safetensors")
-    save_file({}, tmp_path / "empty.safetensors")
-    assert "it holds nothing" in refused(tmp_path / "empty.safetensors")
+    assert ": 4 safetensors files; name" in refused(tmp_path)
+    for tensors, held in (
+        ({"conv_in.weight": torch.zeros(2, 2)}, "it holds conv_in.weight"),
+        ({"lora_unet_x.alpha": torch.tensor(1.0)}, "it holds nothing"),
+        ({}, "it holds nothing"),
+    ):
+        save_file(tensors, tmp_path / "other.safetensors")
+        assert f"is no plain LoRA of a U-Net: {held}" in refused(tmp_path / "other.safetensors")
 
 
 def without(tensors, part):

@@ -97,22 +97,19 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("prompts.path=configs/prompts/shapes_placed.txt", "takes no prompts; set prompts.path=null"),
-        ("sampler.guidance=3", "nothing to guide; set it to 1"),
+        (["prompts.path=configs/prompts/shapes_placed.txt"], "takes no prompts; set prompts.path=null"),
+        (["sampler.guidance=3"], "nothing to guide; set it to 1"),
+        (["sampler.steps=1000"], "sampler.steps: the grid begins at timestep 1000"),
+        (["sampler.guidance=3", "model.path=TINY"], "takes prompts; name a file of them"),
     ],
 )
-def test_prompts_and_guidance_are_refused(ddpm, tmp_path, capsys, override, message):
-    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={tmp_path / 'run'}", override]) == 2
+def test_settings_of_the_other_kind_are_refused(ddpm, tiny_pipeline, tmp_path, capsys, overrides, message):
+    overrides = [override.replace("TINY", tiny_pipeline) for override in overrides]
+    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={tmp_path / 'run'}", *overrides]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_model_with_prompts_needs_some(tiny_pipeline, tmp_path, capsys):
-    settings = [*SETTINGS, f"model.path={tiny_pipeline}", f"run.dir={tmp_path / 'run'}", "sampler.guidance=3"]
-    assert main(settings) == 2
-    assert "prompts.path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -132,8 +129,3 @@ def test_unets_that_cannot_be_used_are_refused(ddpm, tmp_path, capsys, change, m
     assert main([*SETTINGS, f"model.path={folder}", f"run.dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("model.path") == 1
-
-
-def test_more_steps_than_the_offset_leaves_are_refused(ddpm, tmp_path, capsys):
-    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={tmp_path / 'run'}", "sampler.steps=1000"]) == 2
-    assert "sampler.steps: the grid begins at timestep 1000" in capsys.readouterr().err
