@@ -23,7 +23,6 @@ from diffusion.base_model import Decoder
 from diffusion.rollout import Sampler
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import CleanPredictions, Trajectories
-from diffusion.unconditional import UnconditionalModel
 from learner import build
 from learner.config import Config, ConfigError, load_config
 from learner.objectives.needs import NEEDS
@@ -153,7 +152,7 @@ class Bench:
         scheduler = DDIMScheduler.from_config(settings)
         pipeline: Any
         common = {"num_inference_steps": given.steps, "eta": given.eta}
-        if isinstance(model, UnconditionalModel):
+        if model.embedding_width is None:
             pipeline = DDIMPipeline(model.unet, scheduler)
         else:
             pipeline = StableDiffusionPipeline(
@@ -165,7 +164,7 @@ class Bench:
 
         def run() -> None:
             for chunk in self.chunks:
-                if isinstance(model, UnconditionalModel):
+                if model.embedding_width is None:
                     pipeline(batch_size=len(chunk.prompts), output_type="np", **common)
                 else:
                     pipeline(list(chunk.prompts), guidance_scale=given.guidance, output_type="latent", **common)

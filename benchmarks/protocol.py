@@ -126,7 +126,7 @@ class Reader:
 
     def product(self, snapshot: Snapshot) -> str:
         lora.load(self.layers, snapshot.flat)
-        return lora.fingerprint(self.layers)
+        return lora.snapshot(self.layers, 0).sha256
 
     def flat_buffer(self, flat: np.ndarray) -> str:
         self.flat[:] = flat
@@ -134,7 +134,7 @@ class Reader:
 
     def tensors(self, state: dict[str, torch.Tensor]) -> str:
         self.layers.load_state_dict(state)
-        return lora.fingerprint(self.layers)
+        return lora.snapshot(self.layers, 0).sha256
 
 
 def broadcast(rounds: int = 15, readers: int = 4) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
     from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DModel
 
     from diffusion import lora_files
-    from diffusion.loading import load_model
+    from diffusion.base_model import BaseModel
     from diffusion.locate import is_unconditional, load_errors, locate
     from learner.config import resolve
     from reports.model_card import DDIM, DPM_SOLVER
@@ -119,7 +119,7 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
     path = str(resolve(config.model.path))
     pipeline: Any
     if is_unconditional(path):
-        model = load_model(path)
+        model = BaseModel(path)
         lora_files.merge(model.unet, adapter)
         unet = UNet2DModel.from_config(model.unet.config)
         unet.load_state_dict(model.unet.state_dict())

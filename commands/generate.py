@@ -46,20 +46,20 @@ def draw(
     import torch
 
     from diffusion import lora, lora_files
-    from diffusion.loading import load_decoder, load_model
+    from diffusion.base_model import BaseModel, Decoder
     from diffusion.rollout import Sampler
     from learner import build
 
     build.prepare_process(config)
     place = str(resolve(config.model.path)), build.device(config), getattr(torch, config.model.dtype)
-    model = load_model(*place)
+    model = BaseModel(*place)
     if adapter is None:
         model.attach_lora(1, 1, seed=0)  # samplers have one; it stays off
         snapshot = lora.snapshot(model.unet, 0)
     else:
         snapshot = lora_files.attach(model, adapter)
     model.speed_up(config.model.channels_last)
-    sampler, decoder = Sampler(model, config.rollout_settings()), load_decoder(*place)
+    sampler, decoder = Sampler(model, config.rollout_settings()), Decoder(*place)
 
     @torch.no_grad()
     def pictures(prompt: str) -> np.ndarray:

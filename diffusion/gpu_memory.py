@@ -11,20 +11,16 @@ from torch import Tensor
 
 from diffusion.failures import RunFailure
 
-SHARE = 0.8  # of free memory: fragments, and peaks that a trial does not see, have the rest
-
 
 class OutOfMemory(RunFailure, RuntimeError):
     """A GPU is too small for what it was given; the message names the setting to make smaller."""
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device (on a CPU they may share memory). To a GPU from page-locked memory: the host
-    goes on, so that the next batch travels while the GPU works on the one before."""
+    """The array as a tensor on the device. To a GPU from page-locked memory: the host goes on, so that the next batch
+    travels while the GPU works on the one before."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def release(device: torch.device) -> None:
@@ -35,10 +31,7 @@ def release(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def smaller(setting: str, value: object) -> Iterator[None]:
-    """
-    Raises:
-        OutOfMemory: where torch does.
-    """
+    """Raises OutOfMemory where torch does, with the setting to make smaller."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -49,26 +42,20 @@ def smaller(setting: str, value: object) -> Iterator[None]:
 
 
 def largest_batch(trial: Callable[[int], object], device: torch.device, most: int, share: float = 1.0) -> int:
-    """The largest power of two up to `most` that memory holds, from the peaks of trial(1) and trial(2).
-
-    `share` is the part of the free memory that this process may have.
-
-    Raises:
-        torch.OutOfMemoryError: not even 1 fits.
-    """
+    """The largest power of two up to `most` that memory holds, from the peaks of trial(1) and trial(2); not even 1:
+    torch.OutOfMemoryError. `share` is the part of the free memory that this process may have."""
     trial(1)  # libraries allocate their workspaces
     peaks = []
-    for batch in (1, 2):
-        torch.cuda.reset_peak_memory_stats(device)
-        with contextlib.suppress(torch.OutOfMemoryError) if batch == 2 else contextlib.nullcontext():
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for batch in (1, 2):
+            torch.cuda.reset_peak_memory_stats(device)
             trial(batch)
             peaks.append(torch.cuda.max_memory_allocated(device))
+    torch.cuda.empty_cache()
     if len(peaks) < 2:
-        torch.cuda.empty_cache()
         return 1
     each = max(peaks[1] - peaks[0], 1)
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated(device)
-    room = share * SHARE * torch.cuda.mem_get_info(device)[0]
-    fits = max(1, int((held + room - (peaks[0] - each)) // each))
+    # A fifth of free memory is left for fragments, and peaks that a trial does not see.
+    room = torch.cuda.memory_allocated(device) + share * 0.8 * torch.cuda.mem_get_info(device)[0]
+    fits = max(1, int((room - (peaks[0] - each)) // each))
     return min(most, 1 << (fits.bit_length() - 1))

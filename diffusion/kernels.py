@@ -5,77 +5,48 @@ Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar 
     p_F(x_t' | x_t) = N(mu_theta(x_t), sigma_t^2 I)          the policy
     p_B(x_t | x_t') = N(a_t x_t', (1 - a_t^2) I)             the noising kernel, no parameters
 
-Every transition of the grid goes to the next grid entry and the last one to timestep 0, so sigma_t > 0
-everywhere (a step to abar = 1 would make log p_F infinite).
+The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step to abar = 1 would make log p_F infinite).
+Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from diffusion.settings import Grid, Reduction
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-
 
 class DDIMKernel:
-    """Gaussian transition densities on a fixed timestep grid.
-
-    Schedule constants are kept in float64 and arithmetic is float32 or wider whatever the inputs' dtype:
-    in bfloat16 abar_1 rounds to 1 and sigma to 0.
-    """
+    """Gaussian transition densities on a fixed timestep grid. Schedule constants are float64, and arithmetic is float32
+    or wider whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
 
     def __init__(
-        self,
-        alphas_cumprod: Tensor,
-        timesteps: Tensor,
-        prediction_type: PredictionType = "epsilon",
-        eta: float = 1.0,
+        self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str = "epsilon", eta: float = 1.0
     ) -> None:
-        """
-        Args:
-            alphas_cumprod: [T] abar at every training timestep, decreasing.
-            timesteps: [N] int64, decreasing, all > 0: where the model is evaluated.
-            prediction_type: what the model's output means.
-            eta: noise scale of DDIM; 1 is the posterior ("small") variance of DDPM.
-
-        Raises:
-            ValueError: eta is not positive, the grid is not decreasing or reaches 0, or the prediction
-                type is unknown.
-        """
-        if eta <= 0:
-            raise ValueError(f"eta must be > 0 for transitions to have a density, got {eta}")
+        """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0, where the model is evaluated;
+        with `eta` 1 sigma is the posterior ("small") variance of DDPM. Raises ValueError if a transition has no density
+        or the prediction type is unknown."""
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
         timesteps = timesteps.to(torch.int64).cpu()
         if (timesteps[1:] >= timesteps[:-1]).any():
             raise ValueError(f"timesteps must decrease, got {timesteps.tolist()}")
         if timesteps[0] >= len(alphas_cumprod):
-            raise ValueError(
-                f"the grid begins at timestep {int(timesteps[0])} of {len(alphas_cumprod)}: use fewer steps"
-            )
+            raise ValueError(f"the grid begins at timestep {timesteps[0]} of {len(alphas_cumprod)}: use fewer steps")
         if timesteps[-1] <= 0:
-            raise ValueError(
-                "the grid evaluates the model at timestep 0, whose step to 0 has no variance; "
-                "use steps_offset=1 or trailing spacing"
-            )
-        self.timesteps = timesteps
-        self.prediction_type = prediction_type
-        self.eta = eta
+            raise ValueError("the grid evaluates the model at timestep 0: use steps_offset=1 or trailing spacing")
+        self.timesteps, self.num_steps, self.prediction_type = timesteps, len(timesteps), prediction_type
         abar = alphas_cumprod.to("cpu", torch.float64)
         # Off-grid timesteps step by the grid's usual stride; grid entries step to their successor.
         following = (torch.arange(len(abar)) - max(1, len(abar) // len(timesteps))).clamp(min=0)
         following[timesteps] = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
         after = abar[following]
-        self.next_timestep = following
         sigma2 = eta**2 * (1 - after) / (1 - abar) * (1 - abar / after)
         if not bool((sigma2[timesteps] > 0).all()):
-            raise ValueError("a transition of this grid has no variance: its alphas_cumprod does not decrease")
+            raise ValueError(f"a transition has no variance: eta ({eta}) must be > 0, and alphas_cumprod decrease")
         squares = {
             "abar": abar, "noise": 1 - abar, "abar_next": after, "sigma": sigma2, "shrink": abar / after,
             "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after,
@@ -86,42 +57,28 @@ class DDIMKernel:
 
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
-        """The kernel of a diffusers scheduler: its alphas_cumprod, timestep spacing and prediction type.
-
-        Any scheduler will do (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to diffusers' own
-        DDIM step with `set_alpha_to_one=False` whenever num_steps divides the number of training timesteps. Leading
-        spacing without an offset would evaluate the model at timestep 0 (DDPM pipelines say so); it gets offset 1.
+        """The kernel of any diffusers scheduler (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to
+        diffusers' DDIM step with `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading
+        spacing without an offset (DDPM pipelines) would evaluate the model at timestep 0; it gets offset 1.
 
         `grid` dpm_solver takes the timesteps of DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++",
         solver_order=1 and final_sigmas_type="sigma_min" (arXiv 2412.07775's 20 steps): a first-order step of that
-        solver is a DDIM step with eta 1.
+        solver is a DDIM step with eta 1. Raises ValueError as the constructor."""
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-        Raises:
-            ValueError: num_steps is out of range, or the resulting grid has a step without variance.
-        """
-        total = int(scheduler.config.num_train_timesteps)
-        if not 1 <= num_steps <= total:
-            raise ValueError(f"num_steps must be in 1..{total}, got {num_steps}")
         own = DDIMScheduler.from_config(scheduler.config)
         if own.config.timestep_spacing == "leading" and own.config.steps_offset == 0:
             own = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
-        own.set_timesteps(num_steps)
-        timesteps = own.timesteps
+        stepper = own
         if grid == "dpm_solver":
-            solver = DPMSolverMultistepScheduler.from_config(
+            stepper = DPMSolverMultistepScheduler.from_config(
                 own.config, algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min"
             )
-            solver.set_timesteps(num_steps)
-            timesteps = solver.timesteps
-        return cls(own.alphas_cumprod, timesteps, own.config.prediction_type, eta)
-
-    @property
-    def num_steps(self) -> int:
-        """N, the transitions of a trajectory."""
-        return len(self.timesteps)
+        stepper.set_timesteps(num_steps)
+        return cls(own.alphas_cumprod, stepper.timesteps, own.config.prediction_type, eta)
 
     def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted clean latent xhat_theta(x_t) [B, C, H, W] from the model output at (x, t)."""
+        """Predicted clean latent xhat_theta(x_t)."""
         model_output, x = _wide(model_output), _wide(x)
         abar = self._at("abar", t, x)
         if self.prediction_type == "epsilon":
@@ -131,18 +88,17 @@ class DDIMKernel:
         return model_output
 
     def epsilon(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted noise eps_theta(x_t) [B, C, H, W]."""
+        """Predicted noise eps_theta(x_t)."""
         model_output, x = _wide(model_output), _wide(x)
         if self.prediction_type == "epsilon":
             return model_output
-        root_noise = self._at("root_noise", t, x)
-        root_signal = self._at("root_abar", t, x)
+        root_noise, root_signal = self._at("root_noise", t, x), self._at("root_abar", t, x)
         if self.prediction_type == "v_prediction":
             return root_signal * model_output + root_noise * x
         return (x - root_signal * model_output) / root_noise
 
     def mean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """mu_theta(x_t) [B, C, H, W]: the mean of p_F(. | x_t)."""
+        """mu_theta(x_t), the mean of p_F(. | x_t)."""
         x = _wide(x)
         signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
         return signal + self._at("root_direction", t, x) * self.epsilon(model_output, t, x)
@@ -156,32 +112,32 @@ class DDIMKernel:
         return self._table("sigma", t.device)[t].to(dtype)
 
     def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_F(x_next | x) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
+        """log p_F(x_next | x), over all dimensions ("sum") or per dimension ("mean")."""
         mean, x_next = self.mean(model_output, t, x), _wide(x_next)
         return _log_normal(x_next - mean, self._at("sigma", t, mean), reduction)
 
     def log_pb(self, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_B(x | x_next) [B] in nats: over all dimensions ("sum") or per dimension ("mean")."""
+        """log p_B(x | x_next), over all dimensions ("sum") or per dimension ("mean")."""
         x, x_next = _wide(x), _wide(x_next)
         residual = x - self._at("root_shrink", t, x) * x_next
         return _log_normal(residual, self._at("noising", t, x), reduction)
 
     def score_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_F(x_next | x) with respect to x_next [B, C, H, W]."""
+        """Gradient of the summed log p_F(x_next | x) with respect to x_next."""
         mean = self.mean(model_output, t, x)
         return -(_wide(x_next) - mean) / self._at("sigma", t, mean)
 
     def score_pb_next(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_B(x | x_next) with respect to x_next [B, C, H, W]."""
+        """Gradient of the summed log p_B(x | x_next) with respect to x_next."""
         return -self._at("root_shrink", t, _wide(x)) * self.score_pb(t, x, x_next)
 
     def score_pb(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_B(x | x_next) with respect to x [B, C, H, W]."""
+        """Gradient of the summed log p_B(x | x_next) with respect to x."""
         x, x_next = _wide(x), _wide(x_next)
         return -(x - self._at("root_shrink", t, x) * x_next) / self._at("noising", t, x)
 
     def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """x_next [B, C, H, W] = mu_theta + sigma_t * noise."""
+        """x_next = mu_theta + sigma_t * noise."""
         mean = self.mean(model_output, t, x)
         return mean + self._at("root_sigma", t, mean) * noise
 
@@ -201,8 +157,6 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _log_normal(residual: Tensor, variance: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     per_dim = -0.5 * (residual.square() / variance + variance.log() + math.log(2 * math.pi))
     flat = per_dim.flatten(1)
     return flat.sum(1) if reduction == "sum" else flat.mean(1)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from diffusion.failures import RunFailure
 
@@ -22,11 +23,8 @@ class BaseModelError(RunFailure, ValueError):
 
 
 def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
-    """The folder, of a pipeline or of another model with its `index` file, or the hub id that `path` names.
-
-    Raises:
-        BaseModelError: a path that does not exist, or a folder without the index; names the setting `key`.
-    """
+    """The folder, of a pipeline or of another model with its `index` file, or the hub id that `path` names. Raises
+    BaseModelError, which names the setting `key`, if there is no such folder or no index in it."""
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / index).is_file():
@@ -38,53 +36,47 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
 
 
 def is_unconditional(path: str) -> bool:
-    """Whether the pipeline draws pixels without text, VAE or guidance.
-
-    Raises:
-        BaseModelError: as `locate`, or the hub cannot be reached.
-    """
+    """Whether the pipeline draws pixels without text, VAE or guidance. Raises BaseModelError as `locate`, or if the hub
+    cannot be reached."""
     folder = locate(path)
     with load_errors(path):
-        if not Path(folder).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            file = hf_hub_download(folder, INDEX)
-        else:
-            file = os.path.join(folder, INDEX)
-        return json.loads(Path(file).read_text(encoding="utf-8"))["_class_name"] in UNCONDITIONAL
+        return _read(folder, INDEX)["_class_name"] in UNCONDITIONAL
 
 
-def part(path: str, name: str) -> tuple[str, str | None]:
-    """Folder and subfolder of an unconditional pipeline's part: early ones, such as google/ddpm-cifar10-32, keep all
-    files at the top. A hub id is downloaded.
-
-    Raises:
-        BaseModelError: as `is_unconditional`.
-    """
-    folder = locate(path)
-    if not Path(folder).is_dir():
-        from diffusers import DiffusionPipeline
-
-        with load_errors(path):
-            folder = DiffusionPipeline.download(folder)
-    return folder, name if (Path(folder) / name).is_dir() else None
+def part_config(path: str, name: str) -> dict[str, Any]:
+    """The configuration of a pipeline's unet, vae, text_encoder or scheduler. Early DDPM pipelines, such as
+    google/ddpm-cifar10-32, keep all files at the top. Raises as `is_unconditional`."""
+    folder, file = locate(path), "scheduler_config.json" if name == "scheduler" else "config.json"
+    with load_errors(path):
+        try:
+            return dict(_read(folder, f"{name}/{file}"))
+        except OSError:
+            if not is_unconditional(path):
+                raise
+            return dict(_read(folder, file))
 
 
 @contextlib.contextmanager
-def load_errors(
-    path: str, key: str = "model.path", wanted: str = "a Stable-Diffusion or DDPM pipeline folder"
-) -> Iterator[None]:  # fmt: skip
-    """What loading raises, as one line that names the setting and the path, and how to get what reads like a hub id.
-
-    Raises:
-        BaseModelError: a file is missing or damaged, or the hub cannot be reached.
-    """
+def load_errors(path: str, key: str = "model.path") -> Iterator[None]:
+    """What loading raises becomes a BaseModelError: one line that names the setting and the path, and how to get what
+    reads like a hub id."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, TypeError, NotImplementedError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         remedy = f"; where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"
-        raise BaseModelError(
-            f"{key}: {path} is neither {wanted} nor reachable on the hub: {reason}"
-            f"{'' if Path(path).expanduser().exists() else remedy}"
-        ) from error
+        reason += "" if Path(path).expanduser().exists() else remedy
+        raise BaseModelError(f"{key}: {path} is neither a model's folder nor reachable on the hub: {reason}") from error
+
+
+def _read(folder: str, file: str) -> Any:
+    """A JSON file of a folder or a hub repository."""
+    place = os.path.join(folder, file)
+    if not Path(folder).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        place = hf_hub_download(folder, file)
+    try:
+        return json.loads(Path(place).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error

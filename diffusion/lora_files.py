@@ -1,8 +1,7 @@
 """LoRA files as the adapter: what diffusers, kohya's scripts (ComfyUI, A1111) and PEFT write. Only safetensors.
 
-diffusers names the weights (`StableDiffusionPipeline.lora_state_dict`). Here is refused what it would silently load as
-something else than was trained: damage, several ranks or alphas, other kinds of adapters. A layer's weight gains
-alpha / rank * B A, A being [rank, in, ...] and B [out, rank, ...].
+diffusers names the weights. Refused is what it would silently load as something else than was trained: damage, several
+ranks or alphas, other kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...].
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -25,7 +22,7 @@ from diffusion import lora
 from diffusion.base_model import BaseModel
 from diffusion.snapshot import Snapshot, digest
 
-WEIGHT = re.compile(r".+[._]lora[._](A|B|down|up)(\.default)?\.weight")
+PLAIN = re.compile(r".+[._]lora[._](A|B|down|up)(\.default)?\.weight|.+\.alpha")
 PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
 TEXT_ENCODER = ("text_encoder", "lora_te", "text_model", "base_model.model.text_model")
 # Settings under which alpha / rank is not the scale, or weights are not all in A and B.
@@ -48,13 +45,11 @@ class AdapterFile:
     rank: int
     alpha: float
     state: dict[str, Tensor]  # MODULE.lora_A.weight, MODULE.lora_B.weight, float32; MODULE as diffusers' U-Net names it
-    metadata: dict[str, str] = field(default_factory=dict)  # the file's own
     note: str | None = None  # what had to be assumed
 
     @property
     def modules(self) -> list[str]:
-        """Names of the adapted modules, sorted."""
-        return sorted({name.rsplit(".", 2)[0] for name in self.state})
+        return _modules(self.state)
 
     @property
     def targets(self) -> list[str]:
@@ -63,7 +58,7 @@ class AdapterFile:
 
     @property
     def flat(self) -> np.ndarray:
-        """The adapter as one float32 buffer [P], in the order of diffusion/lora.py."""
+        """float32 [P], in the order of diffusion/lora.py."""
         return torch.cat([self.state[name].flatten() for name in sorted(self.state)]).numpy()
 
     @property
@@ -78,66 +73,62 @@ class AdapterFile:
 
 def read(path: str | Path) -> AdapterFile:
     """A LoRA from a .safetensors file, or from a folder with one: pytorch_lora_weights.safetensors, PEFT's
-    adapter_model.safetensors, kohya.safetensors or, if it is the only one, any other.
-
-    Where neither metadata nor alpha tensors say what alpha is, it is taken to be the rank, as diffusers does, and
-    `note` says so.
-
-    Raises:
-        BadAdapter: there is none, it is damaged, or no LoRA of a kind and form known here.
-    """
-    file = _find(Path(path).expanduser())
+    adapter_model.safetensors, kohya.safetensors or, if it is the only one, any other. Raises BadAdapter."""
+    file, note = _find(Path(path).expanduser()), None
     try:
         with safe_open(str(file), "pt") as opened:
-            metadata = dict(opened.metadata() or {})
             names = list(opened.keys())
-            _require_lora(file, names)
+            others = [name for name in names if name.startswith(TEXT_ENCODER) or not PLAIN.fullmatch(name)]
+            if others or not any("lora" in name and not name.endswith(".alpha") for name in names):
+                raise BadAdapter(
+                    f"{file} is no plain LoRA of a U-Net: it holds {min(others, default='nothing')} (text encoders', "
+                    "DoRA, LoHa and the like are not read; diffusers' save_lora_weights writes what is)"
+                )
             tensors = {name: opened.get_tensor(name) for name in names}
+            settings = _settings(file, opened.metadata() or {})
     except (SafetensorError, OSError) as error:
-        remedy = "only safetensors files are read" if file.suffix in (".bin", ".pt", ".pth", ".ckpt") else AGAIN
-        reason = " ".join(str(error).split())[:200]
-        raise BadAdapter(f"{file} is no whole safetensors file ({reason}); {remedy}") from error
-    state, alphas = _named_as_in_diffusers(file, tensors)
-    settings = _settings(file, metadata)
-    ranks = {tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in state.items()}
-    if len(ranks) > 1:
-        raise BadAdapter(f"{file} has modules of ranks {sorted(ranks)}: use a LoRA of one rank")
-    rank, note = ranks.pop(), None
-    if int(settings.get("r", rank)) != rank:
-        raise BadAdapter(f"{file}: its settings say rank {settings['r']}, its tensors have {rank}: not one LoRA's")
+        raise BadAdapter(f"{file} is no whole safetensors file, and no other is read ({error}); {AGAIN}") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all() or (tensor.numel() != 1 if name.endswith(".alpha") else tensor.ndim < 2):
+            raise BadAdapter(f"{file}: {name}, of shape {list(tensor.shape)}, is not finite or no LoRA's; {AGAIN}")
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    try:
+        named, kohya_alphas = StableDiffusionPipeline.lora_state_dict(tensors)
+        state = {
+            PREFIX.sub("", name, count=1).replace(".default.", "."): tensor.float().contiguous()
+            for name, tensor in convert_unet_state_dict_to_peft(named).items()
+        }
+        factors = [(state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]) for module in _modules(state)]
+    except (KeyError, ValueError) as error:  # a partner is missing, or weights of an alpha are
+        raise BadAdapter(f"{file} is not whole: {' '.join(str(error).split())[:200]}; {AGAIN}") from error
+    ranks = {rank for a, b in factors for rank in (a.shape[0], b.shape[1])}
+    # A kohya file's alpha is a float32: its shortest decimal is what was meant, 0.1 and not 0.10000000149.
+    alphas = {float(str(np.float32(alpha))) for alpha in (kohya_alphas or {}).values()}
     if settings:
+        ranks.add(int(settings["r"]))
         alphas = {float(settings["lora_alpha"])}
     elif not alphas:
-        alphas, note = {float(rank)}, f"{file} does not say its alpha: taken to be its rank {rank}, as diffusers does"
-    if len(alphas) > 1:
-        raise BadAdapter(f"{file} has modules of alphas {sorted(alphas)}: use a LoRA of one alpha")
-    return AdapterFile(str(file), rank, alphas.pop(), state, metadata, note)
+        alphas = {float(min(ranks))}
+        note = f"{file} does not say its alpha: taken to be its rank {min(ranks)}, as diffusers does"
+    if len(ranks) > 1 or len(alphas) > 1:
+        raise BadAdapter(f"{file} has ranks {sorted(ranks)} and alphas {sorted(alphas)}: use a LoRA of one each")
+    return AdapterFile(str(file), ranks.pop(), alphas.pop(), state, note)
 
 
 def attach(model: BaseModel, adapter: AdapterFile) -> Snapshot:
-    """Give a model without adapter this one, bit by bit, with its own rank, alpha and modules. Returns it as the module
-    then has it, as version 0.
-
-    Raises:
-        BadAdapter: it was made for another base model.
-    """
+    """Give a model without adapter this one, bit by bit, with its own rank, alpha and modules; raises as require_fit.
+    Returns it as the module then has it, as version 0."""
     require_fit(model.unet, adapter)
-    ends = tuple(f".{target}" for target in lora.TARGETS)
-    usual = {name for name, _ in model.unet.named_modules() if name.endswith(ends)}
-    exactly = "|".join(re.escape(name) for name in adapter.modules)
-    targets = list(lora.TARGETS) if set(adapter.modules) == usual else exactly
-    model.attach_lora(adapter.rank, adapter.alpha, seed=0, targets=targets)
+    model.attach_lora(adapter.rank, adapter.alpha, seed=0, targets="|".join(map(re.escape, adapter.modules)))
     lora.load(model.unet, adapter.flat)
     return lora.snapshot(model.unet, 0)
 
 
 @torch.no_grad()
 def merge(unet: nn.Module, adapter: AdapterFile) -> None:
-    """Add alpha / rank * B A to the weights of a U-Net without adapter, computed in float32.
-
-    Raises:
-        BadAdapter: it was made for another base model.
-    """
+    """Add alpha / rank * B A to the weights of a U-Net without adapter, computed in float32; raises as require_fit."""
     require_fit(unet, adapter)
     for name in adapter.modules:
         weight: Any = unet.get_submodule(name).weight
@@ -147,30 +138,22 @@ def merge(unet: nn.Module, adapter: AdapterFile) -> None:
 
 
 def require_fit(unet: nn.Module, adapter: AdapterFile) -> None:
-    """
-    Raises:
-        BadAdapter: the U-Net lacks a module that is adapted, or has another shape there; names the first.
-    """
+    """Raises BadAdapter if the U-Net lacks a module that is adapted, or has another shape there; names the first."""
     layers = dict(unet.named_modules())
     for name in adapter.modules:
         a, b = adapter.factors(name)
-        wanted = [b.shape[0], *a.shape[1:]]
-        weight = getattr(getattr(layers.get(name), "base_layer", layers.get(name)), "weight", None)
-        shape = None if weight is None else list(weight.shape)
-        if shape != wanted:
+        weight = getattr(layers.get(name), "weight", None)
+        if weight is None or list(weight.shape) != [b.shape[0], *a.shape[1:]]:
             raise BadAdapter(
-                f"{adapter.source} is a LoRA of another base model: its {name} is {wanted}, in this U-Net "
-                f"{shape or 'there is none'}; name the base model that it was made for"
+                f"{adapter.source} is a LoRA of another base model: its {name} is {[b.shape[0], *a.shape[1:]]}, in "
+                f"this U-Net {'there is none' if weight is None else list(weight.shape)}; name the base model that it "
+                "was made for"
             )
 
 
 def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
     """A safetensors file with more metadata, its tensors untouched. Keys are sorted: safetensors itself writes several
-    in a random order, and equal adapters are to be equal files.
-
-    Raises:
-        ValueError: it is no safetensors file.
-    """
+    in a random order, and equal adapters are to be equal files."""
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     metadata = {"format": "pt", **header.pop("__metadata__", {}), **entries}
@@ -179,75 +162,33 @@ def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
     return len(head).to_bytes(8, "little") + head + content[start:]
 
 
+def _modules(state: Mapping[str, Tensor]) -> list[str]:
+    return sorted({name.rsplit(".", 2)[0] for name in state})
+
+
 def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise BadAdapter(f"{path}: no such file or folder; give a LoRA's .safetensors file, or the folder it is in")
-    there = sorted(file.name for file in path.glob("*.safetensors"))
-    known = [name for name in (lora.DIFFUSERS_FILE, lora.PEFT_FILES[1], lora.KOHYA_FILE) if name in there]
-    if known or len(there) == 1:
+    if path.is_dir():
+        there = sorted(file.name for file in path.glob("*.safetensors"))
+        known = [name for name in (lora.DIFFUSERS_FILE, lora.PEFT_FILES[1], lora.KOHYA_FILE) if name in there]
+        if not known and len(there) != 1:
+            raise BadAdapter(f"{path} holds no LoRA or several: {len(there)} safetensors files; name the LoRA's file")
         return path / (known or there)[0]
-    if there:
-        raise BadAdapter(f"{path} holds {len(there)} safetensors files ({', '.join(there[:3])} ...); name one of them")
-    raise BadAdapter(f"{path} holds no LoRA: there is no {lora.DIFFUSERS_FILE} or other safetensors file in it")
-
-
-def _require_lora(file: Path, names: list[str]) -> None:
-    """Before anything is loaded: it may be a whole model."""
-    if any(name.startswith(TEXT_ENCODER) for name in names):
-        raise BadAdapter(f"{file} adapts the text encoder too, of which Tributary knows nothing: use a U-Net's LoRA")
-    weights = [name for name in names if WEIGHT.fullmatch(name)]
-    others = sorted(name for name in set(names) - set(weights) if not name.endswith(".alpha"))
-    if not weights and not any("lora" in name for name in others):
-        raise BadAdapter(f"{file} is no LoRA: it holds {others[0] if others else 'nothing'}; name a LoRA's file")
-    if others:
-        raise BadAdapter(
-            f"{file} is no plain LoRA in a form known here: it holds {others[0]} (DoRA, LoHa and the like are not "
-            "read; load it with diffusers and save it with save_lora_weights)"
-        )
-
-
-def _named_as_in_diffusers(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[float]]:
-    """State by module, and the alphas that kohya's files hold as tensors."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise BadAdapter(f"{file}: {name} holds values that are not finite; use an earlier checkpoint's")
-        if tensor.numel() != 1 if name.endswith(".alpha") else tensor.ndim < 2:
-            raise BadAdapter(f"{file}: {name} is of shape {list(tensor.shape)}: no LoRA; {AGAIN}")
-    try:
-        named, alphas = StableDiffusionPipeline.lora_state_dict(tensors)
-    except (KeyError, ValueError) as error:  # of kohya's names: a partner is missing, or weights of an alpha are
-        raise BadAdapter(f"{file} is not whole: {' '.join(str(error).split())[:200]}; {AGAIN}") from error
-    state = {
-        PREFIX.sub("", name, count=1).replace(".default.", "."): tensor.float().contiguous()
-        for name, tensor in convert_unet_state_dict_to_peft(named).items()
-    }
-    for name in state:
-        part, partner = ("lora_A", "lora_B") if ".lora_A." in name else ("lora_B", "lora_A")
-        if name.replace(f".{part}.", f".{partner}.") not in state:
-            raise BadAdapter(f"{file} is not whole: {name} has no {partner}; {AGAIN}")
-    # A kohya file's alpha is a float32: its shortest decimal is what was meant, 0.1 and not 0.10000000149.
-    return state, {float(str(np.float32(alpha))) for alpha in (alphas or {}).values()}
+    if not path.is_file():
+        raise BadAdapter(f"{path}: no such file or folder; give a LoRA's .safetensors file, or the folder it is in")
+    return path
 
 
 def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The LoRA's settings, from the file's metadata or adapter_config.json beside it; empty where there are none."""
-    beside = file.with_name(lora.PEFT_FILES[0])
-    place = file
+    beside, text = file.with_name(lora.PEFT_FILES[0]), metadata.get(lora.METADATA_KEY)
     try:
-        if lora.METADATA_KEY in metadata:
-            content = json.loads(metadata[lora.METADATA_KEY])
-        elif file.name == lora.PEFT_FILES[1] and beside.is_file():
-            place = beside
-            content = json.loads(beside.read_text(encoding="utf-8"))
-        else:
-            return {}
-        settings = {name.removeprefix("unet."): value for name, value in content.items()}
-        float(settings["lora_alpha"]), int(settings["r"])
+        if text is None and file.name == lora.PEFT_FILES[1] and beside.is_file():
+            text = beside.read_text(encoding="utf-8")
+        settings = {name.removeprefix("unet."): value for name, value in json.loads(text or "{}").items()}
+        if settings:
+            float(settings["lora_alpha"]), int(settings["r"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadAdapter(f"{place}: the LoRA's settings are damaged ({error!r}); {AGAIN}") from error
-    used = [name for name in OTHER_KINDS if settings.get(name)]
-    if used:
-        raise BadAdapter(f"{place} uses {', '.join(used)}, which Tributary does not: use a plain LoRA")
+        raise BadAdapter(f"{file}: its settings, or {beside.name}, are damaged ({error!r}); {AGAIN}") from error
+    if used := [name for name in OTHER_KINDS if settings.get(name)]:
+        raise BadAdapter(f"{file} uses {', '.join(used)}, which Tributary does not: use a plain LoRA")
     return settings

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffusion import gpu_memory, lora, noise, transitions
 from diffusion.base_model import BaseModel
-from diffusion.kernels import DDIMKernel
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
 
@@ -23,105 +22,84 @@ class Sampler:
         self._loaded: tuple[int, str] | None = None
 
     def sample(self, chunk: Chunk, snapshot: lora.Snapshot) -> tuple[Trajectories, CleanPredictions]:
-        """Load the snapshot (if it is not the one loaded) and roll out the chunk.
-
-        The trajectories carry the hash of the adapter as it stands in the module, not of what was sent.
-
-        Raises:
-            OutOfMemory: the chunk is too large for the GPU.
-        """
+        """Load the snapshot, if it is not the one loaded, and roll out the chunk; OutOfMemory if the GPU is too small.
+        The trajectories carry the hash of the adapter as it stands in the module, not of what was sent."""
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
             self._loaded = (snapshot.version, snapshot.sha256)
-        receipt = lora.fingerprint(self.model.unet)
         with gpu_memory.smaller("sampler.chunk_size", len(chunk.prompts)):
-            return rollout(self.model, self.kernel, self.settings, chunk, snapshot.version, receipt)
+            return self._rollout(chunk, snapshot.version)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
         gpu_memory.release(self.model.device)
 
+    @torch.no_grad()
+    def _rollout(self, chunk: Chunk, version: int) -> tuple[Trajectories, CleanPredictions]:
+        """Denoise B prompts over the kernel's N steps. Noise is keyed by (seed, epoch, trajectory id, step), so it does
+        not matter who calls this. Evaluation chunks select no transitions and score only x_0."""
+        model, kernel, settings = self.model, self.kernel, self.settings
+        training = chunk.purpose == "train"
+        use = noise.ROLLOUT if training else noise.EVALUATION
+        batch, n = len(chunk.prompts), kernel.num_steps
+        selected, model_output = np.zeros((batch, 0), np.int64), np.zeros((batch, 0, *model.latent_shape), np.float32)
+        if training:
+            steps, key = n - settings.skip_last, (chunk.seed, chunk.epoch, chunk.trajectory_ids)
+            selected = transitions.select(settings.selection, settings.fraction, steps, *key)
+        chosen = np.zeros((batch, n + 1), bool)
+        np.put_along_axis(chosen, selected, True, axis=1)
+        needed = states_with_reward(settings, chosen)
+        store = getattr(torch, settings.state_precision)
 
-@torch.no_grad()
-def rollout(
-    model: BaseModel, kernel: DDIMKernel, settings: RolloutSettings, chunk: Chunk, version: int, receipt: str
-) -> tuple[Trajectories, CleanPredictions]:
-    """Denoise the chunk's B prompts over the kernel's N steps.
+        def draw(step: int) -> Tensor:
+            drawn = noise.normal(chunk.seed, use, chunk.epoch, chunk.trajectory_ids, step, model.latent_shape)
+            return gpu_memory.to_device(drawn, model.device)
 
-    Noise is keyed by (seed, epoch, trajectory id, step), so it does not matter who calls this. Evaluation
-    chunks select no transitions and score only x_0.
-    """
-    training = chunk.purpose == "train"
-    use = noise.ROLLOUT if training else noise.EVALUATION
-    batch, n = len(chunk.prompts), kernel.num_steps
-    selected = (
-        transitions.select(
-            settings.selection, settings.fraction, n - settings.skip_last, chunk.seed, chunk.epoch, chunk.trajectory_ids
+        embeddings = model.embed(chunk.prompts)
+        guided_clean = settings.clean_prediction == "guided"
+        x = draw(noise.INITIAL_STATE).to(store).float()
+        grid = gpu_memory.to_device(kernel.timesteps.numpy(), model.device)
+        states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
+        for i in range(n):
+            t = grid[i].expand(batch)
+            guided, conditional = model.predict(x, t, embeddings, settings.guidance)
+            if training:
+                output = guided if guided_clean else conditional
+                if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
+                    at = gpu_memory.to_device(rows, model.device)
+                    inputs = x[at], t[at], embeddings[at], settings.guidance if guided_clean else 1.0
+                    output = output.index_copy(0, at, model.predict_reference(*inputs))
+                cleans.append(kernel.clean(output, t, x).to(store))
+            x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
+            log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
+            log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
+            if training:
+                outputs.append(guided.to(store))
+            states.append(x_next)
+            x = x_next
+        if training:
+            stacked = torch.stack(outputs, 1).cpu().numpy()
+            model_output = np.take_along_axis(stacked, selected[:, :, None, None, None], axis=1)
+        trajectories = Trajectories(
+            chunk=chunk,
+            policy_version=version,
+            adapter_sha256=lora.snapshot(model.unet, version).sha256,
+            timesteps=kernel.timesteps.numpy(),
+            states=torch.stack(states, 1).to(store).cpu().numpy(),
+            log_pf=torch.stack(log_pf, 1).cpu().numpy(),
+            log_pb=torch.stack(log_pb, 1).cpu().numpy(),
+            selected=selected,
+            model_output=np.ascontiguousarray(model_output),
         )
-        if training
-        else np.zeros((batch, 0), np.int64)
-    )
-    chosen = np.zeros((batch, n + 1), bool)
-    np.put_along_axis(chosen, selected, True, axis=1)
-    needed = states_with_reward(settings, chosen)
-
-    store = torch.float16 if settings.state_precision == "float16" else torch.float32
-
-    def draw(step: int) -> Tensor:
-        drawn = noise.normal(chunk.seed, use, chunk.epoch, chunk.trajectory_ids, step, model.latent_shape)
-        return gpu_memory.to_device(drawn.numpy(), model.device)
-
-    embeddings = model.embed(chunk.prompts)
-    x = draw(noise.INITIAL_STATE).to(store).float()
-    grid = gpu_memory.to_device(kernel.timesteps.numpy(), model.device)
-    states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
-    for i in range(n):
-        t = grid[i].expand(batch)
-        guided, conditional = model.predict(x, t, embeddings, settings.guidance)
-        if training:
-            output = guided if settings.clean_prediction == "guided" else conditional
-            if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
-                scale = settings.guidance if settings.clean_prediction == "guided" else 1.0
-                at = gpu_memory.to_device(rows, model.device)
-                output = output.index_copy(0, at, model.predict_reference(x[at], t[at], embeddings[at], scale))
-            cleans.append(kernel.clean(output, t, x).to(store))
-        x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
-        log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
-        log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
-        if training:
-            outputs.append(guided.to(store))
-        states.append(x_next)
-        x = x_next
-    trajectories = Trajectories(
-        chunk=chunk,
-        policy_version=version,
-        adapter_sha256=receipt,
-        timesteps=kernel.timesteps.numpy(),
-        states=torch.stack(states, 1).to(store).cpu().numpy(),
-        log_pf=torch.stack(log_pf, 1).cpu().numpy(),
-        log_pb=torch.stack(log_pb, 1).cpu().numpy(),
-        selected=selected,
-        model_output=_gather(outputs, selected, batch, model.latent_shape),
-    )
-    row, step = np.nonzero(needed)
-    latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
-    terminal = n - 1 if training and settings.skip_last else n
-    return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal)
-
-
-def _gather(outputs: list[Tensor], selected: np.ndarray, batch: int, shape: tuple[int, ...]) -> np.ndarray:
-    if not outputs:
-        return np.zeros((batch, 0, *shape), np.float32)
-    stacked = torch.stack(outputs, 1).cpu().numpy()
-    return np.ascontiguousarray(np.take_along_axis(stacked, selected[:, :, None, None, None], axis=1))
+        row, step = np.nonzero(needed)
+        latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
+        terminal = n - 1 if training and settings.skip_last else n
+        return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal)
 
 
 def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:
-    """Which states [B, N+1] need a reward, for transitions `chosen` [B, N+1] (by the step they start from).
-
-    Both ends of a selected transition do (the same stored value serves as the cleaner end of one and the noisier
-    end of the other), unless psi is 0 there; the terminal state of training and the image itself always do.
-    """
+    """Which states [B, N+1] need a reward, for transitions `chosen` [B, N+1] (by the step they start from): both
+    ends of each, unless psi is 0 there; the terminal state of training and the image itself always do."""
     needed = np.zeros_like(chosen)
     needed[:, -1] = True
     if settings.image_only:

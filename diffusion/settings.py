@@ -15,26 +15,17 @@ StatePrecision = Literal["float32", "float16"]
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How trajectories are made; the same for rollout, training and evaluation.
-
-    `forward_looking` says which weights give the clean predictions of inner states: the frozen reference
-    (adapter off, one more pass a state), the rollout's own, or none (psi = 0); `clean_prediction` whether from the
-    conditional output (the published code) or the guided one, which foretells the image better. `skip_last` leaves
-    the last transition out of training; the state before it then counts as terminal, with the reward of its clean
-    prediction. With `image_only` nothing but x_0 is scored. psi is 0 at steps before `from_step`, and nothing is
-    decoded there. States are rounded to `state_precision` as they are made, so that what is stored is what log p_F is
-    of; model outputs and clean predictions are stored in it too.
-    """
+    """The same for rollout, training and evaluation; learner/config/sections.py says more of each."""
 
     num_steps: int = 50
     guidance: float = 5.0
     eta: float = 1.0
     grid: Grid = "ddim"
-    forward_looking: ForwardLooking = "base"
-    clean_prediction: CleanPrediction = "conditional"
+    forward_looking: ForwardLooking = "base"  # whose clean predictions: the frozen reference's, its own; none: psi = 0
+    clean_prediction: CleanPrediction = "conditional"  # as the published code; guided foretells the image better
     selection: Selection = "all"
     fraction: float = 1.0
-    skip_last: bool = False
-    from_step: int = 0
-    image_only: bool = False
-    state_precision: StatePrecision = "float32"
+    skip_last: bool = False  # the last transition is not trained on; the state before it has its prediction's reward
+    from_step: int = 0  # psi is 0 at steps before, and nothing is decoded there
+    image_only: bool = False  # nothing but x_0 is scored
+    state_precision: StatePrecision = "float32"  # states are rounded as they are made: log p_F is of what is stored

@@ -41,19 +41,11 @@ class Chunk:
     def key(self) -> ChunkKey:
         return ChunkKey(self.purpose, self.epoch, self.index)
 
-    @property
-    def where(self) -> str:
-        """For messages."""
-        return self.key.where
-
 
 @dataclass(frozen=True)
 class Trajectories:
-    """B denoising trajectories of N transitions, rolled out by one policy version.
-
-    Arrays are numpy (zero-copy through the object store) and, where no other type is said, float32. Latents are in the
-    model's own scale; they and model outputs are float16 where RolloutSettings.state_precision says so.
-    """
+    """B denoising trajectories of N transitions, of one policy version. Arrays are float32 where no other type is said;
+    states and model outputs may be float16 (state_precision). Latents are in the model's own scale."""
 
     chunk: Chunk
     policy_version: int
@@ -67,14 +59,8 @@ class Trajectories:
 
     def receipt(self, node: str, seconds: float) -> Receipt:
         """What the driver is told, made on `node` in `seconds`."""
-        return Receipt(
-            policy_version=self.policy_version,
-            adapter_sha256=self.adapter_sha256,
-            log_pf_sum=tuple(self.log_pf.sum(1, dtype=np.float64).tolist()),
-            log_pb_sum=tuple(self.log_pb.sum(1, dtype=np.float64).tolist()),
-            node=node,
-            seconds=seconds,
-        )
+        sums = (tuple(values.sum(1, dtype=np.float64).tolist()) for values in (self.log_pf, self.log_pb))
+        return Receipt(self.policy_version, self.adapter_sha256, *sums, node, seconds)
 
 
 @dataclass(frozen=True)
@@ -109,19 +95,17 @@ class Scores:
     rewards: np.ndarray  # [B, N+1] float32, NaN where no state needed one and in bad rows
     images: np.ndarray | None = None  # [B, H, W, 3] uint8 of x_0, of evaluation chunks alone
     thumbnails: tuple[bytes, ...] = ()  # B PNG files of x_0, of training chunks alone
-    # [M, C, H, W] float32, of the raw reward to the clean latents, for objectives that learn from them
-    gradients: np.ndarray | None = None
+    gradients: np.ndarray | None = None  # [M, C, H, W] float32, of the raw reward to the clean latents
     gradient_row: np.ndarray | None = None  # [B, N+1] int64, row in `gradients` of each state's; -1: none, then it is 0
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # label -> [B] raw score of x_0 by each reward of a sum
     bad: dict[int, str] = field(default_factory=dict)  # row -> reason why it must not be used
     bad_images: dict[int, bytes] = field(default_factory=dict)  # row -> PNG file of its image, if there is one to show
-    # Of evaluation chunks; NaN in bad rows
-    held_out: dict[str, np.ndarray] = field(default_factory=dict)  # label -> [B] by each reward that is not trained on
-    features: np.ndarray | None = None  # [B, F] float32 of the images (rewards/judges.py)
+    # Of evaluation chunks, NaN in bad rows: label -> [B] by each reward that is not trained on; [B, F] float32
+    held_out: dict[str, np.ndarray] = field(default_factory=dict)
+    features: np.ndarray | None = None
 
     @property
     def good_ids(self) -> tuple[int, ...]:
-        """Trajectories that are not bad, in order."""
         return tuple(number for row, number in enumerate(self.chunk.trajectory_ids) if row not in self.bad)
 
     def verdict(self, seconds: float) -> Verdict:

@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 from diffusion.base_model import BaseModel, Decoder
-from diffusion.loading import load_decoder, load_model
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
-from learner.flow import FlowNetwork, GradientNetwork
 from learner.update import Learner
 from rewards import judges, registry
 from rewards.registry import Reward
@@ -59,7 +57,7 @@ def device(config: Config) -> str:
 def build_model(config: Config, training: bool = False) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
     settings = config.model
-    model = load_model(str(resolve(settings.path)), device(config), getattr(torch, settings.dtype))
+    model = BaseModel(str(resolve(settings.path)), device(config), getattr(torch, settings.dtype))
     model.attach_lora(config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed)
     model.speed_up(settings.channels_last, settings.compile, training and config.learner.gradient_checkpointing)
     return model
@@ -78,7 +76,7 @@ def build_scorer(config: Config, own_reward: Reward | None = None) -> Scorer:
     dtype = torch.float32 if config.needs.reward_gradients else getattr(torch, config.model.dtype)
     tiny = config.objective.forward_looking_decoder == "tiny"
     return Scorer(
-        load_decoder(str(resolve(config.model.path)), where, dtype),
+        Decoder(str(resolve(config.model.path)), where, dtype),
         reward,
         config.train.shuffle_rewards,
         config.run.thumbnail_pixels,
@@ -95,6 +93,8 @@ def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_w
     """The network that the objective trains beside the policy, if there is one."""
     if config.needs.flow is None:
         return None
+    from learner.flow import FlowNetwork, GradientNetwork  # here: it imports diffusers, which a driver can do without
+
     if config.needs.flow == "gradient":
         return GradientNetwork(latent_shape, embedding_width, config.flow.widths)
     return FlowNetwork(latent_shape[0], embedding_width, config.flow.widths, config.flow.stem_stride)

@@ -51,8 +51,8 @@ class _Judgement:
         row, step, chunk = int(self.clean.row[position]), self.clean.step[position], self.chunk
         if not self.quarantine:
             raise BadReward(
-                f"{reason} for prompt {chunk.prompts[row]!r}, trajectory {chunk.trajectory_ids[row]} of {chunk.where}, "
-                f"state {step} ({REMEDY})"
+                f"{reason} for prompt {chunk.prompts[row]!r}, trajectory {chunk.trajectory_ids[row]} of "
+                f"{chunk.key.where}, state {step} ({REMEDY})"
             )
         self.bad.setdefault(row, f"{reason}, state {step}")
 
@@ -61,7 +61,7 @@ class _Judgement:
         if len(self.bad) == len(self.chunk.prompts) == len(set(self.clean.row.tolist())):
             broken = f": reward {reward} is broken" if all(" failed on " in why for why in self.bad.values()) else ""
             raise BadReward(
-                f"all {len(self.bad)} trajectories of chunk {self.chunk.index} of {self.chunk.where} are bad{broken}; "
+                f"all {len(self.bad)} trajectories of {self.chunk.key} are bad{broken}; "
                 f"the first: {self.bad[min(self.bad)]}"
             )
 

@@ -25,7 +25,7 @@ def report(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_every_part_is_measured_in_every_round(report):
+def test_every_part_is_measured_in_every_round_and_is_the_work_asked_for(report):
     expected = {
         f"{CEILING} float32", parts.ROLLOUT, parts.ROLLOUT_BASE, parts.PIPELINE, parts.SCORE, parts.SCORE_CHEAP,
         parts.SCORE_TINY,
@@ -41,18 +41,12 @@ def test_every_part_is_measured_in_every_round(report):
     assert report["process_peak_bytes"] > 1e8
     assert report["hardware"]["cpu"] and report["versions"]["torch"] and report["date"] and report["git_commit"]
 
-
-@pytest.mark.long
-def test_amounts_are_the_work_that_was_asked_for(report):
     amounts = {name: part["amount"] for name, part in report["parts"].items()}
     assert amounts[parts.ROLLOUT] == amounts[parts.PIPELINE] == amounts[parts.PUBLISHED_SAMPLE] == 2
     assert amounts[parts.LEARN] == amounts[parts.PUBLISHED_LEARN] == amounts[parts.learning("dag_db")] == 2 * 3
     assert (amounts[parts.SCORE], amounts[parts.SCORE_CHEAP]) == (2 * 4, 2 * 2)
 
-
-@pytest.mark.long
-def test_flops_are_those_of_the_passes(report):
-    """Rollouts are guided: two passes a step; the base model's values cost a third."""
+    # Rollouts are guided: two passes a step; the base model's values cost a third.
     flops = {name: part["flops"] for name, part in report["parts"].items()}
     assert flops[parts.ROLLOUT_BASE] / flops[parts.ROLLOUT] == pytest.approx(1.5, rel=0.02)
     assert flops[parts.PIPELINE] / flops[parts.ROLLOUT] == pytest.approx(1, rel=0.05)
@@ -64,7 +58,7 @@ def test_flops_are_those_of_the_passes(report):
 
 
 @pytest.mark.long
-def test_ratios_are_of_measured_seconds(report):
+def test_ratios_are_of_measured_seconds_and_the_table_has_what_was_measured_and_no_more(report):
     assert set(report["ratios"]) == set(device.RATIOS)
     for name, (above, below) in device.RATIOS.items():
         given = report["ratios"][name]
@@ -75,9 +69,6 @@ def test_ratios_are_of_measured_seconds(report):
         work = (sum(report["parts"][part]["flops"] for part in some) for some in (above, below))
         assert given["of_flops"] == pytest.approx(next(work) / next(work))
 
-
-@pytest.mark.long
-def test_the_table_has_what_was_measured_and_no_more(report):
     said = device.table(report)
     for name in [*report["parts"], *report["ratios"]]:
         assert name in said

@@ -1,4 +1,4 @@
-"""The comparison of objectives: its table and picture from made-up figures, and (slow) a small one for real."""
+"""The comparison of objectives: its table and picture from made-up figures, and (long) a small one for real."""
 
 import json
 
@@ -53,11 +53,11 @@ def test_the_picture_has_a_point_a_seed_their_mean_and_the_base_model():
         assert seeds == sorted(one[name]["value"] for found in RESULTS.values() for one in found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_objectives_for_real_and_a_second_time_for_nothing(tmp_path, capsys):
     arguments = [
-        "train.epochs=1", "train.trajectories=32", "evaluation.images=16", "--out", str(tmp_path), "--seeds", "1",
-        "--images", "16", "--only", "ddpo", "residual_nabla_db",
+        "train.epochs=1", "train.trajectories=32", "evaluation.images=16", "sampler.steps=6", "--out", str(tmp_path),
+        "--seeds", "1", "--images", "16", "--only", "ddpo", "residual_nabla_db",
     ]  # fmt: skip
     main(arguments)
     text = (tmp_path / "results.md").read_text()
@@ -73,7 +73,7 @@ def test_two_objectives_for_real_and_a_second_time_for_nothing(tmp_path, capsys)
     assert (tmp_path / "ddpo-1/metrics.jsonl").read_bytes() == metrics and (tmp_path / "results.md").read_text() == text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_fails_says_where_its_words_are(tmp_path):
     with pytest.raises(RuntimeError, match=r"ddpo, seed 1, ended with status 2: see .*ddpo-1\.log"):
         main(["train.epochs=none", "--out", str(tmp_path), "--seeds", "1", "--only", "ddpo"])

@@ -20,32 +20,25 @@ def tiny_sd15(tmp_path_factory) -> str:
     return str(pipelines.build(tmp_path_factory.mktemp("sd15"), tiny=True))
 
 
-@pytest.fixture(params=["shapes", "sd15"])
-def config(request, small_settings, tiny_sd15):
-    """The embedded model (v-prediction, trailing grid), and Stable Diffusion's (epsilon, leading grid), tiny."""
+@pytest.fixture(scope="module", params=["shapes", "sd15"])
+def sides(request, small_settings, tiny_sd15):
+    """The project's learner on a scored epoch, and the baseline with a copy of its flow network, both stirred. Of the
+    embedded model (v-prediction, trailing grid), and of Stable Diffusion's (epsilon, leading grid), tiny."""
     own = {
         "shapes": ["reward.name=shapes_alignment_soft"],
         "sd15": [
             f"model.path={tiny_sd15}", "reward.name=benchmarks.pipelines:StandInReward", "reward.options={tiny: true}",
         ],
     }  # fmt: skip
-    return load_config(overrides=[*small_settings, *own[request.param], *COMPARISON, "run.runner=inprocess"])
-
-
-@pytest.fixture
-def sides(config):
-    """The project's learner on a scored epoch, and the baseline with a copy of its flow network, both stirred."""
-    learner, sampler, scorer = (
-        build.build_learner(config),
-        build.build_sampler(config),
-        build.build_scorer(config),
+    config = load_config(
+        overrides=[*small_settings, *own[request.param], *COMPARISON, "run.runner=inprocess", "train.trajectories=4"]
     )
+    learner, sampler, scorer = build.build_learner(config), build.build_sampler(config), build.build_scorer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in [*learner.policy_parameters, *learner.flow_parameters]:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    snapshot = learner.publish(1)
-    scored = []
+    snapshot, scored = learner.publish(1), []
     for chunk in training_chunks(config, ["a red circle", "a blue ring"], 1):
         trajectories, clean = sampler.sample(chunk, snapshot)
         scored.append((trajectories, scorer.score(clean)))
@@ -69,7 +62,7 @@ def project_gradients(learner, scored) -> tuple[float, list[torch.Tensor]]:
     return learner.train_epoch(1, BETA, [scored]).metrics["loss"], grads
 
 
-def test_loss_and_gradients_are_those_of_the_learner(sides):
+def test_loss_and_gradients_are_those_of_the_learner(sides, monkeypatch):
     learner, scored, baseline, rollouts = sides
     loss, grads = project_gradients(learner, scored)
     theirs = baseline.accumulate(rollouts, BETA)
@@ -80,23 +73,18 @@ def test_loss_and_gradients_are_those_of_the_learner(sides):
         assert (other - ours).norm() <= 1e-4 * ours.norm() + 1e-6 * whole  # measured: 1e-5, and 1e-6 of the whole
     # All but a few queries over a single key, at the bottom of Stable Diffusion's U-Net, learn something.
     assert sum(bool(ours.norm() > 0) for ours in grads) > 0.9 * len(grads)
-
-
-def test_forward_looking_rewards_are_part_of_what_is_compared(sides):
-    """The equality would mean little if psi did not matter."""
-    learner, scored, baseline, rollouts = sides
-    loss, _ = project_gradients(learner, scored)
+    # Forward-looking rewards are part of what is compared: the equality would mean little if psi did not matter.
     judge = baseline.reward
-    baseline.reward = lambda images, prompts: judge(images, prompts) * 1.1
+    monkeypatch.setattr(baseline, "reward", lambda images, prompts: judge(images, prompts) * 1.1)
     assert baseline.accumulate(rollouts, BETA) != pytest.approx(loss, rel=1e-3)
 
 
-def test_its_sampler_draws_from_the_policy(sides, config):
+def test_its_sampler_draws_from_the_policy(sides):
     """Each step's noise, recovered from the project's kernel, is standard normal; rewards are of the last states."""
     learner, _, baseline, _ = sides
     prompts = ["a red circle"] * 8
     made = baseline.sample(prompts)
-    kernel, n = learner.kernel, config.sampler.steps
+    kernel, n = learner.kernel, len(learner.kernel.timesteps)
     for i, timestep in enumerate(kernel.timesteps.tolist()):
         t = torch.full((len(prompts),), timestep)
         x, x_next = made.states[:, i], made.states[:, i + 1]

@@ -121,7 +121,7 @@ def test_plain_diffusers_draws_the_samplers_pixels(run, exports, tiny_pipeline, 
     settings = opened.config.rollout_settings()
     trajectories, _ = Sampler(model, settings).sample(Chunk(0, "evaluate", 0, 11, PROMPTS, (0, 1)), snapshot)
     ours = Decoder(tiny_pipeline)(torch.from_numpy(trajectories.states[:, -1])).permute(0, 2, 3, 1).numpy()
-    draws = [noise.normal(11, noise.EVALUATION, 0, range(2), i, model.latent_shape).numpy() for i in range(5)]
+    draws = [noise.normal(11, noise.EVALUATION, 0, range(2), i, model.latent_shape) for i in range(5)]
     recorded, out, script = tmp_path / "recorded.npz", tmp_path / "images.npz", tmp_path / "plain.py"
     np.savez(recorded, initial=draws[0], noise=np.stack(draws[1:]), prompts=np.array(PROMPTS))
     script.write_text(PLAIN_DIFFUSERS)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from commands import generate
 from diffusion import lora
-from diffusion.loading import load_model
+from diffusion.base_model import BaseModel
 from learner.config import Config, load_config
 from reports import pictures as sheets
 
@@ -27,7 +27,7 @@ def without_text(tmp_path_factory):
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(base)
-    model = load_model(str(base))
+    model = BaseModel(str(base))
     model.attach_lora(2, 2, seed=0)
     lora.load(model.unet, lora.snapshot(model.unet, 0).flat + np.float32(0.1))
     lora.save_files(model.unet, folder)

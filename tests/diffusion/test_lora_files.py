@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusion import lora, lora_files
 from diffusion.base_model import BaseModel
-from diffusion.loading import load_model
 from diffusion.lora_files import BadAdapter
 
 RANK, ALPHA = 2, 0.3  # a float32 that prints as 0.30000001192092896
@@ -40,10 +40,11 @@ def saved(tiny_pipeline, tmp_path_factory):
 def changed(saved, tmp_path):
     """Writes the diffusers file anew with other tensors or metadata."""
 
-    def write(change=lambda tensors: tensors, metadata="same", name=lora.DIFFUSERS_FILE, **settings):
+    def write(change=dict, metadata="same", name=lora.DIFFUSERS_FILE, **settings):
         source = saved[0] / name
         if metadata == "same":
-            metadata = lora_files.read(source).metadata
+            with safe_open(str(source), "pt") as opened:
+                metadata = opened.metadata()
             if settings:
                 said = json.loads(metadata[lora.METADATA_KEY]) | {f"unet.{k}": v for k, v in settings.items()}
                 metadata = {lora.METADATA_KEY: json.dumps(said)}
@@ -55,7 +56,7 @@ def changed(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", lora.DIFFUSERS_FILE, lora.KOHYA_FILE])
-def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, tmp_path, name):
+def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, name):
     folder, flat = saved
     adapter = lora_files.read(folder / name)
     assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
@@ -65,29 +66,30 @@ def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, tmp_path, na
     snapshot = lora_files.attach(model, adapter)
     assert np.array_equal(snapshot.flat.view(np.uint32), flat.view(np.uint32))
     assert snapshot.sha256 == adapter.sha256 == lora.digest(flat)
-    lora.save_files(model.unet, tmp_path)
-    for file in (lora.DIFFUSERS_FILE, lora.KOHYA_FILE):
-        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+    assert lora.files(model.unet)[lora.KOHYA_FILE] == (folder / lora.KOHYA_FILE).read_bytes()
 
 
-def test_what_a_unet_saves_of_itself(saved, tiny_pipeline, tmp_path):
-    """unet.save_lora_adapter: names without a prefix."""
+def test_other_names_for_the_same(saved, changed, tiny_pipeline, tmp_path):
+    """unet.save_lora_adapter, which knows no prefix; attn1.processor.to_q_lora.down, as diffusers before PEFT."""
     model = BaseModel(tiny_pipeline)
     lora_files.attach(model, lora_files.read(saved[0]))
-    model.unet.save_lora_adapter(tmp_path, adapter_name=lora.ADAPTER)
-    adapter = lora_files.read(tmp_path)
-    assert (adapter.alpha, adapter.sha256, adapter.note) == (ALPHA, lora.digest(saved[1]), None)
+    model.unet.save_lora_adapter(tmp_path / "own")
+    pattern = re.compile(r"(attn\d)\.(to_q|to_k|to_v|to_out)(\.0)?\.lora")
+    old = changed(lambda tensors: {pattern.sub(r"\1.processor.\2_lora", name): t for name, t in tensors.items()})
+    for file in (tmp_path / "own", old):
+        adapter = lora_files.read(file)
+        assert (adapter.alpha, adapter.sha256, adapter.note) == (ALPHA, lora.digest(saved[1]), None)
 
 
 def test_pefts_form_of_a_model_without_text(ddpm, tmp_path):
-    model = load_model(ddpm)
+    model = BaseModel(ddpm)
     model.attach_lora(RANK, ALPHA, seed=0)
     flat = disturb(model.unet)
     lora.save_files(model.unet, tmp_path)
     for path in (tmp_path, tmp_path / lora.PEFT_FILES[1]):
         adapter = lora_files.read(path)
         assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
-        again = load_model(ddpm)
+        again = BaseModel(ddpm)
         assert np.array_equal(lora_files.attach(again, adapter).flat, flat)
     (tmp_path / lora.PEFT_FILES[0]).unlink()
     assert lora_files.read(tmp_path).alpha == RANK and "alpha" in lora_files.read(tmp_path).note
@@ -146,25 +148,15 @@ def test_the_names_of_stable_diffusions_modules_survive_kohyas_underscores(tmp_p
     assert lora_files.read(tmp_path).modules == sorted(names)
 
 
-def test_diffusers_old_names_are_read(saved, changed):
-    """attn1.processor.to_q_lora.down, as before PEFT."""
-
-    def renamed(tensors):
-        pattern = re.compile(r"(attn\d)\.(to_q|to_k|to_v|to_out)(\.0)?\.lora")
-        return {pattern.sub(r"\1.processor.\2_lora", name): tensor for name, tensor in tensors.items()}
-
-    adapter = lora_files.read(changed(renamed))
-    assert (adapter.alpha, adapter.sha256) == (ALPHA, lora.digest(saved[1]))
-
-
 def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
     content = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
     made = {lora_files.with_metadata(content, {"b": "ü", "a": str(1), **more}) for more in ({}, {}, {})}
     assert len(made) == 1
     file = saved[0].parent / "more.safetensors"
     file.write_bytes(made.pop())
+    with safe_open(str(file), "pt") as opened:
+        assert opened.metadata()["b"] == "ü" and opened.metadata()["format"] == "pt"
     adapter = lora_files.read(file)
-    assert list(adapter.metadata) and adapter.metadata["b"] == "ü" and adapter.metadata["format"] == "pt"
     assert (adapter.sha256, adapter.alpha) == (lora.digest(saved[1]), ALPHA)
     header = file.read_bytes()[8:]
     assert header.index(b'"a"') < header.index(b'"b"') < header.index(b'"lora_adapter_metadata"')
@@ -181,21 +173,22 @@ def refused(path) -> str:
 
 def test_files_that_are_none(saved, tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing")
-    assert "holds no LoRA" in refused(tmp_path)
+    assert "holds no LoRA or several: 0 safetensors files" in refused(tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"\x80\x02}q\x00.")
-    assert "only safetensors files are read" in refused(tmp_path / "weights.bin")
+    assert "safetensors file, and no other is read" in refused(tmp_path / "weights.bin")
     whole = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
     for size in (0, 7, 100, len(whole) - 1):
         file = tmp_path / f"cut-{size}.safetensors"
         file.write_bytes(whole[:size])
         assert "no whole safetensors file" in refused(file) and "copy or download it again" in refused(file)
-    assert "holds 4 safetensors files" in refused(tmp_path)
-    save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "unet.safetensors")
-    assert "is no LoRA: it holds conv_in.weight" in refused(tmp_path / "unet.safetensors")
-    save_file({"lora_unet_x.alpha": torch.tensor(1.0)}, tmp_path / "alpha.safetensors")
-    assert "is no LoRA" in refused(tmp_path / "alpha.safetensors")
-    save_file({}, tmp_path / "empty.safetensors")
-    assert "is no LoRA: it holds nothing" in refused(tmp_path / "empty.safetensors")
+    assert ": 4 safetensors files; name" in refused(tmp_path)
+    for tensors, held in (
+        ({"conv_in.weight": torch.zeros(2, 2)}, "it holds conv_in.weight"),
+        ({"lora_unet_x.alpha": torch.tensor(1.0)}, "it holds nothing"),
+        ({}, "it holds nothing"),
+    ):
+        save_file(tensors, tmp_path / "other.safetensors")
+        assert f"is no plain LoRA of a U-Net: {held}" in refused(tmp_path / "other.safetensors")
 
 
 def without(tensors, part):
@@ -208,46 +201,45 @@ def with_first(tensors, change):
     return tensors | {first: change(tensors[first]).contiguous()}
 
 
+def another_alpha(tensors):
+    return tensors | {next(name for name in tensors if name.endswith(".alpha")): torch.tensor(9.0)}
+
+
+KOHYA, DAMAGED = {"name": lora.KOHYA_FILE}, {"metadata": {lora.METADATA_KEY: "{"}}
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (lambda t: without(t, "lora.up"), {}, "has no lora_B"),
-        (lambda t: without(t, "lora.down"), {}, "has no lora_A"),
+        (lambda t: without(t, "lora.up"), {}, "is not whole: 'down_blocks.1"),
+        (lambda t: without(t, "lora.down"), {}, "is not whole: 'down_blocks.1"),
+        (lambda t: without(t, "lora_up"), KOHYA, "is not whole"),
+        (lambda t: without(t, "lora_down"), KOHYA, "is not whole"),
         (lambda t: with_first(t, lambda x: x * float("nan")), {}, "not finite"),
-        (lambda t: with_first(t, lambda x: x[0]), {}, "no LoRA; copy or download it again"),
+        (lambda t: with_first(t, lambda x: x[0]), {}, "no LoRA's; copy or download it again"),
         (lambda t: with_first(t, lambda x: x[:1]), {}, "ranks [1, 2]"),
-        (lambda t: t | {"unet.x.lora_magnitude_vector": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
-        (lambda t: t | {"unet.x.dora_scale": torch.ones(3)}, {}, "no plain LoRA in a form known here"),
-        (lambda t: t | {"text_encoder.x.lora.down.weight": torch.ones(2, 3)}, {}, "adapts the text encoder too"),
-        (lambda t: t, {"use_rslora": True}, "uses use_rslora"),
-        (lambda t: t, {"alpha_pattern": {"to_q": 3}}, "uses alpha_pattern"),
-        (lambda t: t, {"r": 7}, "its settings say rank 7, its tensors have 2"),
-        (lambda t: t, {"lora_alpha": None}, "settings are damaged"),
+        (lambda t: t | {"unet.x.lora_magnitude_vector": torch.ones(3)}, {}, "holds unet.x.lora_magnitude_vector"),
+        (lambda t: t | {"unet.x.dora_scale": torch.ones(3)}, {}, "no plain LoRA"),
+        (lambda t: t | {"text_encoder.x.lora.down.weight": torch.ones(2, 3)}, {}, "text_encoder.x.lora.down.weight"),
+        (another_alpha, KOHYA, "alphas [0.3, 9.0]"),
+        (dict, {"use_rslora": True}, "uses use_rslora"),
+        (dict, {"alpha_pattern": {"to_q": 3}}, "uses alpha_pattern"),
+        (dict, {"r": 7}, "has ranks [2, 7]"),
+        (dict, {"lora_alpha": None}, "its settings, or adapter_config.json, are damaged"),
+        (dict, DAMAGED, "are damaged"),
     ],
 )
 def test_loras_that_would_draw_something_else(changed, change, settings, message):
     assert message in refused(changed(change, **settings))
 
 
-def test_alphas_that_differ_and_settings_that_are_no_json(changed):
-    def other(tensors):
-        first = next(name for name in tensors if name.endswith(".alpha"))
-        return tensors | {first: torch.tensor(9.0)}
-
-    assert "alphas [0.3, 9.0]" in refused(changed(other, name=lora.KOHYA_FILE))
-    assert "settings are damaged" in refused(changed(metadata={lora.METADATA_KEY: "{"}))
-    for part in ("lora_up", "lora_down"):
-        said = refused(changed(lambda tensors, part=part: without(tensors, part), name=lora.KOHYA_FILE))
-        assert "is not whole" in said and "copy or download it again" in said
-
-
 def test_a_lora_of_another_base_model_says_where_they_differ(saved, changed, ddpm, tiny_pipeline):
     with pytest.raises(BadAdapter) as caught:
-        lora_files.attach(load_model(ddpm), lora_files.read(saved[0]))
+        lora_files.attach(BaseModel(ddpm), lora_files.read(saved[0]))
     first = lora_files.read(saved[0]).modules[0]
     assert f"another base model: its {first} is [48, 48], in this U-Net there is none" in str(caught.value)
     wider = changed(lambda tensors: with_first(tensors, lambda x: torch.cat([x, x], 1)))
     with pytest.raises(BadAdapter, match=r"is \[48, 96\], in this U-Net \[48, 48\]; name the base model"):
         lora_files.attach(BaseModel(tiny_pipeline), lora_files.read(wider))
     with pytest.raises(BadAdapter, match="another base model"):
-        lora_files.merge(load_model(ddpm).unet, lora_files.read(saved[0]))
+        lora_files.merge(BaseModel(ddpm).unet, lora_files.read(saved[0]))

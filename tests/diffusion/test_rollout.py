@@ -6,8 +6,7 @@ import torch
 
 from diffusion import lora, noise
 from diffusion.base_model import BaseModel
-from diffusion.locate import BaseModelError
-from diffusion.rollout import Sampler
+from diffusion.rollout import Sampler, states_with_reward
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk
 
@@ -33,10 +32,9 @@ def moved(model: BaseModel, version: int = 1, amount: float = 0.05) -> lora.Snap
 
 def test_noise_is_named_by_its_use_alone():
     whole = noise.normal(3, noise.ROLLOUT, 1, range(4), 2, (4, 2, 2))
-    assert torch.equal(noise.normal(3, noise.ROLLOUT, 1, [2], 2, (4, 2, 2))[0], whole[2])
-    for other in [(4, 0, 1, 2), (3, 1, 1, 2), (3, 0, 2, 2), (3, 0, 1, 3)]:
-        seed, use, epoch, step = other
-        assert not torch.equal(noise.normal(seed, use, epoch, [2], step, (4, 2, 2))[0], whole[2])
+    assert np.array_equal(noise.normal(3, noise.ROLLOUT, 1, [2], 2, (4, 2, 2))[0], whole[2])
+    for seed, use, epoch, step in [(4, 0, 1, 2), (3, 1, 1, 2), (3, 0, 2, 2), (3, 0, 1, 3)]:
+        assert not np.array_equal(noise.normal(seed, use, epoch, [2], step, (4, 2, 2))[0], whole[2])
 
 
 def test_same_chunk_same_bits_in_another_sampler_after_other_work(tiny_pipeline):
@@ -83,12 +81,6 @@ def test_guidance_mixes_the_conditional_and_the_empty_prompt(tiny_pipeline):
     torch.testing.assert_close(guided, empty + 3 * (plain - empty), rtol=1e-4, atol=1e-5)
 
 
-def test_without_forward_looking_only_the_image_is_scored(tiny_pipeline):
-    made = sampler(tiny_pipeline, forward_looking="none")
-    _, clean = made.sample(chunk(), moved(made.model))
-    assert (clean.step == 4).all() and len(clean.latents) == 4
-
-
 @pytest.mark.parametrize("looking", ["base", "snapshot"])
 @pytest.mark.parametrize(("prediction", "guidance"), [("conditional", 1.0), ("guided", 3.0)])
 def test_clean_predictions_use_the_weights_and_guidance_they_say(tiny_pipeline, looking, prediction, guidance):
@@ -106,30 +98,30 @@ def test_clean_predictions_use_the_weights_and_guidance_they_say(tiny_pipeline, 
     torch.testing.assert_close(torch.from_numpy(clean.latents[clean.step == 0]), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("purpose", "settings", "steps"),
+    [
+        ("evaluate", {}, [4]),
+        ("train", {"forward_looking": "none"}, [4]),
+        ("train", {"forward_looking": "snapshot", "from_step": 2}, [2, 3, 4]),
+        ("train", {"forward_looking": "snapshot", "image_only": True}, [4]),
+    ],
+)
+def test_states_that_need_no_reward_are_not_scored(tiny_pipeline, purpose, settings, steps):
+    made = sampler(tiny_pipeline, **settings)
+    trajectories, clean = made.sample(chunk(purpose), moved(made.model))
+    assert clean.step.reshape(4, -1).tolist() == [steps] * 4 and len(clean.latents) == 4 * len(steps)
+    assert trajectories.selected.shape[1] == (0 if purpose == "evaluate" else 4)
+
+
 def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipeline):
-    made = sampler(tiny_pipeline, selection="random", fraction=0.25, skip_last=True)
+    made = sampler(tiny_pipeline, forward_looking="none", selection="random", fraction=0.25, skip_last=True)
+    chosen = np.array([[True, False, False, False, False], [False, True, False, False, False]])
+    needed = states_with_reward(RolloutSettings(skip_last=True), chosen)
+    assert [np.flatnonzero(row).tolist() for row in needed] == [[0, 1, 3, 4], [1, 2, 3, 4]]
     trajectories, clean = made.sample(chunk(), moved(made.model))
     assert trajectories.selected.shape == (4, 1) and trajectories.selected.max() < 3
-    for row in range(4):
-        step = trajectories.selected[row, 0]
-        assert set(clean.step[clean.row == row]) == {step, step + 1, 3, 4}
-
-
-def test_nothing_is_decoded_before_from_step(tiny_pipeline):
-    made = sampler(tiny_pipeline, forward_looking="snapshot", from_step=2)
-    _, clean = made.sample(chunk(), moved(made.model))
-    assert set(clean.step) == {2, 3, 4} and len(clean.step) == 12
-
-
-def test_evaluation_scores_only_the_image(tiny_pipeline):
-    made = sampler(tiny_pipeline)
-    trajectories, clean = made.sample(chunk("evaluate"), moved(made.model))
-    assert trajectories.selected.shape == (4, 0) and (clean.step == 4).all() and len(clean.latents) == 4
-
-
-def test_a_missing_model_is_named(tmp_path):
-    with pytest.raises(BaseModelError, match="no such folder"):
-        BaseModel(str(tmp_path / "nowhere"))
+    assert clean.terminal == 3 and clean.step.tolist() == [3, 4] * 4
 
 
 def test_the_receipt_sums_what_is_stored(tiny_pipeline):

@@ -10,10 +10,10 @@ from diffusion.base_model import BaseModel
 def outputs(path: str, **how: bool) -> list[torch.Tensor]:
     """Guided output, the frozen reference's, and the adapter's gradient."""
     model = BaseModel(path)
-    parameters = model.attach_lora(rank=2, alpha=2, seed=0)
+    model.attach_lora(rank=2, alpha=2, seed=0)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in parameters:
+        for _, parameter in lora.named(model.unet):
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.speed_up(**how)
     x, t = torch.randn(2, *model.latent_shape), torch.tensor([500, 20])

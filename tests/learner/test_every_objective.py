@@ -8,7 +8,7 @@ import torch
 from scored_epochs import scored_epoch, stir
 from test_process_group import Ranks
 
-from diffusion.loading import load_decoder
+from diffusion.base_model import Decoder
 from learner import build, process_group
 from learner.config import Config, ConfigError, load_config
 from learner.experience import Experience
@@ -134,7 +134,7 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
     chunk = Experience(*scored_epoch(learner.config, learner.published)[0])
     batch = chunk.gather(np.arange(len(chunk)), learner.model, learner.config)
     batch.prepared |= learner.objective.prepare(learner.policy, batch)
-    decoder, reward = load_decoder(learner.config.model.path), registry.load("shapes_alignment_soft")
+    decoder, reward = Decoder(learner.config.model.path), registry.load("shapes_alignment_soft")
     prompts = [chunk.trajectories.chunk.prompts[i % 4] for i in batch.trajectory_id.tolist()]
     for x, t, name in ((batch.x, batch.t, "gradient"), (batch.x_next, batch.t_next, "gradient_next")):
         x = x.detach().requires_grad_()

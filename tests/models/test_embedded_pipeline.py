@@ -25,6 +25,7 @@ def accuracy(pipeline, kind: str, count: int) -> float:
     return float(np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)]))
 
 
+@pytest.mark.long
 def test_draws_common_prompts_and_leaves_headroom_on_rare_ones(pipeline):
     assert accuracy(pipeline, "seen", 96) >= 0.8
     assert accuracy(pipeline, "held-out", 48) >= 0.8

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from diffusion.base_model import Decoder
-from diffusion.loading import load_decoder
 from diffusion.trajectory import Chunk, CleanPredictions
 from learner.run import main
 from models.shapes.measure import scenes
@@ -50,7 +49,7 @@ def test_soft_alignment_gradient_is_that_of_finite_differences(kind):
 
 @pytest.fixture(scope="module")
 def decoder():
-    return load_decoder("models/shapes")
+    return Decoder("models/shapes")
 
 
 def predictions(rows=(0, 0, 1, 1), steps=(1, 2, 0, 2), purpose="train") -> CleanPredictions:
