@@ -52,6 +52,7 @@ def test_the_printed_config_reads_back_as_the_same(tmp_path, capsys):
         (("model.path=BROKEN", "run.runner=inprocess"), ("model.path: ", "BROKEN")),
         (("reward.options={colour: 3}",), ("reward.options",)),
         (("prompts.path=[a dog]",), ("a dog",)),  # which the reward cannot judge
+        (("prompts.per_prompt=0", "prompts.path=/no/file"), ("prompts.per_prompt", "/no/file")),
     ],
 )  # fmt: skip
 def test_all_faults_are_said_at_once(settings, words, tiny_pipeline, tmp_path, capsys, monkeypatch):
