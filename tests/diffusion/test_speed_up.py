@@ -33,8 +33,3 @@ def test_the_same_function(how, tiny_pipeline):
     assert not torch.allclose(plain[0], plain[1], atol=1e-2)  # the adapter does something
     for found, expected in zip(outputs(tiny_pipeline, **how), plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
-def test_attention_is_torchs_fused_one(tiny_pipeline):
-    processors = BaseModel(tiny_pipeline).unet.attn_processors.values()
-    assert {type(processor).__name__ for processor in processors} == {"AttnProcessor2_0"}
