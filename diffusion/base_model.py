@@ -37,8 +37,8 @@ class BaseModel:
 
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
-        kind, options = diffusers.StableDiffusionPipeline, {"vae": None, "safety_checker": None}
-        options |= {"feature_extractor": None, "requires_safety_checker": False, "use_safetensors": True}
+        kind, unused = diffusers.StableDiffusionPipeline, ("vae", "safety_checker", "feature_extractor")
+        options: dict[str, Any] = dict.fromkeys(unused) | {"requires_safety_checker": False, "use_safetensors": True}
         if unconditional := is_unconditional(path):
             kind, options = diffusers.DDPMPipeline, {}  # old ones have a .bin alone: read with weights_only
         with load_errors(path):
@@ -54,8 +54,7 @@ class BaseModel:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
-        config = self.unet.config
-        return config.in_channels, config.sample_size, config.sample_size
+        return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
 
     @property
     def embedding_width(self) -> int | None:

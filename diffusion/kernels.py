@@ -59,11 +59,9 @@ class DDIMKernel:
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
         """The kernel of any diffusers scheduler (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to
         diffusers' DDIM step with `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading
-        spacing without an offset (DDPM pipelines) would evaluate the model at timestep 0; it gets offset 1.
-
-        `grid` dpm_solver takes the timesteps of DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++",
-        solver_order=1 and final_sigmas_type="sigma_min" (arXiv 2412.07775's 20 steps): a first-order step of that
-        solver is a DDIM step with eta 1. Raises ValueError as the constructor."""
+        spacing without an offset (DDPM pipelines) would evaluate the model at timestep 0; it gets offset 1. `grid`
+        dpm_solver has the timesteps of first-order SDE-DPM-Solver++ (arXiv 2412.07775's 20 steps), whose steps are DDIM
+        steps with eta 1. Raises ValueError as the constructor."""
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         own = DDIMScheduler.from_config(scheduler.config)

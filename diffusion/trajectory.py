@@ -58,9 +58,8 @@ class Trajectories:
     model_output: np.ndarray  # [B, K, C, H, W] the rollout's guided output at the selected steps
 
     def receipt(self, node: str, seconds: float) -> Receipt:
-        """What the driver is told, made on `node` in `seconds`."""
-        sums = (tuple(values.sum(1, dtype=np.float64).tolist()) for values in (self.log_pf, self.log_pb))
-        return Receipt(self.policy_version, self.adapter_sha256, *sums, node, seconds)
+        log_pf, log_pb = (tuple(each.sum(1, dtype=np.float64).tolist()) for each in (self.log_pf, self.log_pb))
+        return Receipt(self.policy_version, self.adapter_sha256, log_pf, log_pb, node, seconds)
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,6 @@ class Scores:
         return tuple(number for row, number in enumerate(self.chunk.trajectory_ids) if row not in self.bad)
 
     def verdict(self, seconds: float) -> Verdict:
-        """What the driver is told of a chunk scored in `seconds`."""
         parts = {label: tuple(values.tolist()) for label, values in self.parts.items()}
         return Verdict(tuple(self.rewards[:, -1].tolist()), self.thumbnails, seconds, parts, dict(self.bad))
 

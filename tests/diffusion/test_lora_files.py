@@ -104,21 +104,18 @@ def test_a_lora_on_other_modules_keeps_them(tiny_pipeline, tmp_path):
     lora.save_files(model.unet, tmp_path)
     tensors = {name: tensor.half() for name, tensor in load_file(tmp_path / lora.KOHYA_FILE).items()}
     save_file(tensors, tmp_path / "theirs.safetensors")
-    for file in (lora.DIFFUSERS_FILE, "theirs.safetensors"):
+    x, t, embeddings = torch.randn(1, 4, 16, 16), torch.tensor([99]), model.embed(["a red ring"])
+    half, again, plain = (BaseModel(tiny_pipeline, dtype=dtype) for dtype in (torch.bfloat16, *[torch.float32] * 2))
+    for file, adapted in ((lora.DIFFUSERS_FILE, half), ("theirs.safetensors", again)):
         adapter = lora_files.read(tmp_path / file)
         assert adapter.targets == ["conv_out", "proj_in", "to_q"] and (adapter.rank, adapter.alpha) == (3, 5)
-        half = BaseModel(tiny_pipeline, dtype=torch.bfloat16)
-        assert np.array_equal(lora_files.attach(half, adapter).flat, flat.astype(np.float32))
-        again = BaseModel(tiny_pipeline)
-        assert np.array_equal(lora_files.attach(again, adapter).flat, flat.astype(np.float32))
-        x, t, embeddings = torch.randn(1, 4, 16, 16), torch.tensor([99]), model.embed(["a red ring"])
-        with torch.no_grad():
-            expected = model.predict(x, t, embeddings, 1.0)[0]
-            assert torch.equal(again.predict(x, t, embeddings, 1.0)[0], expected)
-            plain = BaseModel(tiny_pipeline)
-            assert not torch.allclose(plain.predict(x, t, embeddings, 1.0)[0], expected, atol=1e-3)
-            lora_files.merge(plain.unet, adapter)
-            assert torch.allclose(plain.predict(x, t, embeddings, 1.0)[0], expected, atol=1e-5)
+        assert np.array_equal(lora_files.attach(adapted, adapter).flat, flat.astype(np.float32))
+    with torch.no_grad():
+        expected = model.predict(x, t, embeddings, 1.0)[0]
+        assert torch.equal(again.predict(x, t, embeddings, 1.0)[0], expected)
+        assert not torch.allclose(plain.predict(x, t, embeddings, 1.0)[0], expected, atol=1e-3)
+        lora_files.merge(plain.unet, adapter)
+        assert torch.allclose(plain.predict(x, t, embeddings, 1.0)[0], expected, atol=1e-5)
 
 
 def test_without_metadata_alpha_is_the_rank_as_in_diffusers(changed, tiny_pipeline):

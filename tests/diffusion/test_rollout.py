@@ -127,15 +127,15 @@ def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipelin
 def test_the_receipt_sums_what_is_stored(tiny_pipeline):
     made = sampler(tiny_pipeline)
     trajectories, _ = made.sample(chunk(), moved(made.model))
+    states = torch.from_numpy(trajectories.states)
     for i, timestep in enumerate(trajectories.timesteps.tolist()):
-        x, x_next = (torch.from_numpy(trajectories.states[:, j]) for j in (i, i + 1))
-        log_pb = made.kernel.log_pb(torch.full((4,), timestep), x, x_next, "sum")
+        log_pb = made.kernel.log_pb(torch.full((4,), timestep), states[:, i], states[:, i + 1], "sum")
         np.testing.assert_allclose(trajectories.log_pb[:, i], log_pb.numpy(), rtol=1e-5)
     receipt = trajectories.receipt("here", 2.0)
     np.testing.assert_allclose(receipt.log_pf_sum, trajectories.log_pf.astype(np.float64).sum(1))
     np.testing.assert_allclose(receipt.log_pb_sum, trajectories.log_pb.astype(np.float64).sum(1))
-    assert (receipt.policy_version, receipt.adapter_sha256) == (1, trajectories.adapter_sha256)
-    assert (receipt.node, receipt.seconds) == ("here", 2.0)
+    known = (receipt.policy_version, receipt.adapter_sha256, receipt.node, receipt.seconds)
+    assert known == (1, trajectories.adapter_sha256, "here", 2.0)
 
 
 def test_the_reference_looks_only_where_a_reward_is_needed(tiny_pipeline, monkeypatch):
