@@ -18,7 +18,7 @@ from cluster.session import nodes_at_hand
 from diffusion.failures import RunFailure
 from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
 from diffusion.locate import is_unconditional
-from evaluation.fixed_images import Judge
+from evaluation import collapse
 from learner import controller
 from learner.config import Config, ConfigError, resolve
 from learner.open_run import OpenRun
@@ -116,7 +116,8 @@ def run(
             runner = build_runner(opened.as_begun, files, hooks, records.about["name"], own_reward)
             if opened.checkpoint and runner.snapshot.sha256 != opened.checkpoint.manifest["adapter_sha256"]:
                 raise CheckpointError(f"{opened.checkpoint.name}: the adapter restored is not the one that was saved")
-            judge = Judge(records, config.run.thumbnail_pixels, lambda scores: png(contact_sheet(scores)))
+            pixels = config.run.thumbnail_pixels
+            judge = partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
             controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"
