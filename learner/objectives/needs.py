@@ -30,7 +30,6 @@ class Needs:
     uses_ratio: bool = False  # clips the ratio of the current to the rollout policy
     fits_flow: bool = False  # the flow can be fitted alone, on the log p_F that the sampler stored
     compares_groups: bool = False  # transitions are compared within groups of objective.group_size
-    published: bool = True  # as code, so that `--plan` can compare costs
     # What `objective.setting` changes, key by key, for keys that are not given.
     defaults: Defaults = field(default_factory=lambda: {"corrected": {}, "faithful": {}})
 
@@ -56,7 +55,7 @@ NEEDS: dict[str, Needs] = {
     "dag_kl": Needs(uses_ratio=True, fits_flow=True, compares_groups=True, defaults=_DAG),
     # Both conditions hold at every transition, whoever chose it.
     "nabla_db": Needs(
-        flow="gradient", reward_gradients=True, prepared_fields=4, off_policy=True, published=False,
+        flow="gradient", reward_gradients=True, prepared_fields=4, off_policy=True,
         defaults={"corrected": {**_NABLA, "flow_start": "reference"}, "faithful": _NABLA_FAITHFUL},
     ),
     "residual_nabla_db": Needs(

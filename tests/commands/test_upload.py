@@ -1,8 +1,8 @@
 """MLflow as a view of the run's records: complete, without repeats, and never in the way."""
 
 import contextlib
+import io
 import os
-import shutil
 import signal
 import socket
 import sqlite3
@@ -23,6 +23,7 @@ from learner.inprocess import InProcessRunner
 from learner.run import main
 from records.run_folder import Records
 from records.storage import Storage
+from reports import tracking
 from reports.mlflow_mirror import Mirror
 from reports.tracking import Tracker
 
@@ -65,7 +66,7 @@ def only_run(uri: str):
     return client, run
 
 
-def assert_complete(uri: str, folder, epochs: int = 3) -> None:
+def assert_complete(uri: str, folder) -> None:
     """Everything of the run's records is there, once."""
     client, run = only_run(uri)
     records = Records.open(Storage(str(folder)))
@@ -76,17 +77,18 @@ def assert_complete(uri: str, folder, epochs: int = 3) -> None:
     losses = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
     assert losses == {line["epoch"] + 1: line["loss"] for line in records.lines if line["epoch"] >= 0}
     updates = client.get_metric_history(run.info.run_id, "update/loss")
-    assert [metric.step for metric in updates] == list(range(1, 2 * epochs + 1))
+    assert [metric.step for metric in updates] == list(range(1, records.lines[-1]["step"] + 1))
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
     steps = sorted(int(path.split("+step+")[1].split("+")[0]) for path in pictures)
     assert steps == [epoch + 1 for epoch in records.evaluated()]
     top = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert top == {"images", "config.yaml", "evaluation.json", "report.html"}
     (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    assert (model.name, model.status) == (f"lora-step-{2 * epochs:06d}", "READY")
+    assert (model.name, model.status) == (f"lora-step-{records.lines[-1]['step']:06d}", "READY")
     assert run.data.params["lora.rank"] == "2" and run.info.status == "FINISHED"
 
 
+@pytest.mark.long
 def test_a_run_is_shown_whole_and_keeps_its_id_through_a_resume(settings, tmp_path, monkeypatch):
     real = InProcessRunner.train_epoch
 
@@ -113,30 +115,13 @@ def test_a_run_is_shown_whole_and_keeps_its_id_through_a_resume(settings, tmp_pa
     assert not (tmp_path / "mlruns").exists() and (tmp_path / "mlartifacts").exists()
 
 
-@pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main([*settings, f"run.dir={folder}"]) == 0
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of a finished run; nothing of it is in MLflow."""
-    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
-
-
 def test_upload_passes_over_a_torn_checkpoint(run, capsys):
     uri = f"sqlite:///{run.parent}/elsewhere.db"
-    (run / "checkpoints/step-000004/state.json").unlink()
+    (run / "checkpoints/step-000001/state.json").unlink()
     assert upload.main([str(run), "--uri", uri]) == 0
     assert_complete(uri, run)
     assert f"MLflow at {uri} has everything" in capsys.readouterr().out
-
-
-def test_upload_says_when_not_everything_could_be_read(run, capsys):
-    for step in (4, 6):
-        (run / f"checkpoints/step-{step:06d}/state.json").unlink()
+    (run / "checkpoints/step-000002/state.json").unlink()
     assert upload.main([str(run)]) == 1
     assert "not every epoch" in capsys.readouterr().err
 
@@ -155,19 +140,7 @@ def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, 
     assert upload.main([str(run), "--uri", server]) == 1
 
 
-def test_help_and_wrong_arguments_import_little():
-    code = """
-import contextlib, sys
-from commands import upload
-for arguments in (["--help"], [], ["nothing"]):
-    with contextlib.suppress(SystemExit):
-        assert upload.main(arguments) == 2
-print([name for name in ("torch", "diffusers", "transformers", "ray", "mlflow") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stdout.endswith("[]\n") and "nothing is no run of Tributary" in done.stderr, done
-
-
+@pytest.mark.long
 def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run):
     records, said = Records.open(Storage(str(run))), []
     config = saved_config(records)
@@ -185,21 +158,43 @@ def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run):
     assert_complete(uri, run)
 
 
-def test_a_password_is_neither_said_nor_an_argument(run):
-    config, server = run / "config.yaml", "http://me:open-sesame@127.0.0.1:9"
-    config.write_text(
-        config.read_text().replace("uri: null", f"uri: {server}").replace("enabled: false", "enabled: true")
-    )
-    records, said = Records.open(Storage(str(run))), []
-    tracker = Tracker(records, saved_config(records), said.append)
-    deadline = time.monotonic() + 200
-    while tracker._state != "failing":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    arguments = " ".join(tracker._mirror.args)
-    tracker.finish("FINISHED")
-    assert len([text for text in said if text.startswith("warning: MLflow at http://127.0.0.1:9 fails")]) == 1
-    assert "send it" in said[-1] and "open-sesame" not in " ".join([arguments, *said])
+@pytest.fixture
+def follow(monkeypatch):
+    """`follow(run)`: exit status of the mirror's process, here in this one; its driver is gone at once."""
+
+    def go(run) -> int:
+        monkeypatch.setattr(upload.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(upload, "GONE_SECONDS", 3600)  # then it would end its process
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        return upload.main([str(run), "--follow"])
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://me:open-sesame@127.0.0.1:9", "warning: MLflow at http://127.0.0.1:9 fails"),
+        ("foo://nowhere", "warning: MLflow at foo://nowhere cannot be used"),
+        ("sqlite:////proc/nope/mlflow.db", "warning: MLflow at sqlite:////proc/nope/mlflow.db "),
+    ],
+)
+def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, follow, monkeypatch, capsys):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("uri: null", f"uri: {uri}").replace("enabled: false", "enabled: true"))
+    assert follow(run) == 1
+    mirror, said, started = capsys.readouterr().out, [], []
+    assert mirror.count(words) == 1 and "open-sesame" not in mirror and "Traceback" not in mirror
+
+    def no_process(arguments, **_):
+        started.extend(arguments)
+        raise OSError("no processes left")
+
+    monkeypatch.setattr(tracking.subprocess, "Popen", no_process)
+    records = Records.open(Storage(str(run)))
+    Tracker(records, saved_config(records), said.append).finish("FINISHED")
+    assert "cannot be started: no processes left" in said[-1] and "open-sesame" not in " ".join([*started, *said])
+    assert upload.main([str(run), "--uri", uri]) == 1
 
 
 def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
@@ -219,14 +214,12 @@ def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(
-    "uri", [pytest.param("foo://nowhere", marks=pytest.mark.slow), "sqlite:////proc/nope/mlflow.db"]
-)
-def test_an_unusable_server_costs_a_warning_only(uri, settings, tmp_path, capfd):
+@pytest.mark.long
+def test_an_unusable_server_costs_a_warning_only(settings, tmp_path, capfd):
+    uri = "sqlite:////proc/nope/mlflow.db"
     assert main([*settings, "mlflow.enabled=true", f"mlflow.uri={uri}", f"run.dir={tmp_path / 'run'}"]) == 0
     said = capfd.readouterr()
     assert said.out.count("warning: MLflow") == 1 and "Traceback" not in said.out + said.err
-    assert upload.main([str(tmp_path / "run"), "--uri", uri]) == 1
 
 
 @pytest.mark.slow
@@ -262,22 +255,9 @@ def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def black_hole():
-    """A server that accepts and never answers."""
-    server = socket.create_server(("127.0.0.1", 0))
-    kept = []
-
-    def accept():
-        while True:
-            try:
-                kept.append(server.accept()[0])
-            except OSError:
-                return
-
-    threading.Thread(target=accept, daemon=True).start()
-    yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    server.close()
-    for connection in kept:
-        connection.close()
+    """A server that accepts, as its system does for it, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.slow
@@ -290,7 +270,14 @@ def test_a_server_that_never_answers_costs_a_warning(settings, tmp_path, black_h
         return real(self, *arguments)
 
     monkeypatch.setattr(InProcessRunner, "train_epoch", slower)
-    waited = time_of_finish(monkeypatch)
+    finish, waited = Tracker.finish, []
+
+    def timed(self, status):
+        start = time.perf_counter()
+        finish(self, status)
+        waited.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(Tracker, "finish", timed)
     assert main([*settings, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
     said = capfd.readouterr().out
     assert said.count("warning: MLflow") == 1 and f"python -m learner.upload {tmp_path / 'run'}" in said
@@ -298,19 +285,6 @@ def test_a_server_that_never_answers_costs_a_warning(settings, tmp_path, black_h
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert upload.main([str(tmp_path / "run")]) == 0
     assert_complete(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run")
-
-
-def time_of_finish(monkeypatch) -> list[float]:
-    """Seconds that the driver waits for the mirror at its end, once it has."""
-    real, seconds = Tracker.finish, []
-
-    def timed(self, status):
-        start = time.perf_counter()
-        real(self, status)
-        seconds.append(time.perf_counter() - start)
-
-    monkeypatch.setattr(Tracker, "finish", timed)
-    return seconds
 
 
 def serve(folder, port: int) -> subprocess.Popen:
