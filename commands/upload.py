@@ -147,15 +147,15 @@ def main(arguments: list[str] | None = None) -> int:
     server = without_passwords(uri)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    for package in ("mlflow", "alembic"):
+    from records.lock import in_use
+    from reports.mlflow_mirror import Mirror
+
+    for package in ("mlflow", "alembic"):  # after mlflow's import, which sets its own level
         logging.getLogger(package).setLevel(logging.CRITICAL)
     if not args.uri and not args.follow and _would_send_credentials(config):
         text = f"your MLflow user, password or token would be sent to {server}, which the run's own settings name"
         complain("upload", f"{text}: if that is right, give it as --uri")
         return 2
-    from records.lock import in_use
-    from reports.mlflow_mirror import Mirror
-
     try:
         mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment)
         if args.follow:

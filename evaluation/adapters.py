@@ -42,13 +42,11 @@ class Trained:
     checkpoint: Checkpoint
 
     @property
-    def epochs(self) -> int:
-        """Epochs that were closed."""
+    def epochs(self) -> int:  # that were closed
         return int(self.checkpoint.manifest["next_epoch"])
 
     @property
-    def step(self) -> int:
-        """Policy updates."""
+    def step(self) -> int:  # policy updates
         return int(self.checkpoint.manifest["step"])
 
     @property
@@ -80,24 +78,21 @@ def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Tra
     checkpoints that are passed over.
 
     Raises:
-        StorageError: there is no run, or it cannot be read.
-        ConfigError: its settings are damaged, or of another version.
-        CheckpointError: there is no such checkpoint, or none that is whole.
+        StorageError, ConfigError, CheckpointError: there is no run, no such checkpoint, or none that is whole.
     """
     storage = Storage(url)
     if not storage.exists(RUN):
         raise StorageError(f"there is no {RUN} in {storage}; give a run's directory")
     records = Records.open(storage)
     config, there = saved_config(records), checkpoint.steps(storage)
-    if step is not None and step not in there:
-        steps = ", ".join(map(str, there)) or "none"
-        raise CheckpointError(f"{storage} has no checkpoint of step {step}; there are {steps}")
-    if step is not None:
-        return Trained(records, config, checkpoint.load(storage, step, records.run_id))
-    newest = checkpoint.load_newest(storage, records.run_id, warn)
-    if newest is None:
-        raise CheckpointError(f"{storage} has no checkpoint yet; wait for its first")
-    return Trained(records, config, newest)
+    if step is None:
+        saved = checkpoint.load_newest(storage, records.run_id, warn)
+    else:
+        saved = checkpoint.load(storage, step, records.run_id) if step in there else None
+    if saved is None:
+        steps = f"; there are {', '.join(map(str, there))}" if there else " yet; wait for its first"
+        raise CheckpointError(f"{storage} has no checkpoint{'' if step is None else f' of step {step}'}{steps}")
+    return Trained(records, config, saved)
 
 
 def open_adapter(
@@ -107,8 +102,7 @@ def open_adapter(
     settings of the run that it lies in; and the run, if that was named.
 
     Raises:
-        StorageError, ConfigError, CheckpointError: as `open_trained`.
-        ValueError: there is nothing, or `step` is of what is no run.
+        ValueError: there is nothing, or `step` is of what is no run; and as `open_trained`.
     """
     if "://" in name or Storage(name).exists(RUN):
         trained = open_trained(name, step, warn)
@@ -124,8 +118,8 @@ def open_adapter(
 
         return lora_files.read(path / LORA if (path / LORA).is_dir() else path)
 
-    run = next((folder for folder in path.resolve().parents if (folder / RUN).is_file()), None)
-    return read, saved_config(Records.open(Storage(str(run)))) if run else None, None
+    runs = [folder for folder in path.resolve().parents if (folder / RUN).is_file()]
+    return read, saved_config(Records.open(Storage(str(runs[0])))) if runs else None, None
 
 
 @dataclass(frozen=True)
@@ -143,12 +137,13 @@ class Target:
 
     def sets(self) -> dict[str, ImageSet]:
         """The adapter's, and its base model's at the same and at other noise."""
-        zeros, evaluation = np.zeros_like(self.adapter.flat), self.config.evaluation
-        tuned, base = (Snapshot(i, flat, digest(flat)) for i, flat in ((1, self.adapter.flat), (0, zeros)))
+        flat, evaluation = self.adapter.flat, self.config.evaluation
         apart = evaluation.model_copy(update={"seed": evaluation.seed + OTHER_SEED})
-        same = ImageSet(self.config, self.prompts, base)
-        other = replace(same, config=self.config.model_copy(update={"evaluation": apart}))
-        return {"tuned": replace(same, snapshot=tuned), "base": same, "other": other}
+        tuned = ImageSet(self.config, self.prompts, Snapshot(1, flat, digest(flat)))
+        zeros = np.zeros_like(flat)
+        base = replace(tuned, snapshot=Snapshot(0, zeros, digest(zeros)))
+        other = replace(base, config=self.config.model_copy(update={"evaluation": apart}))
+        return {"tuned": tuned, "base": base, "other": other}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -158,11 +153,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def find(names: Sequence[str], overrides: Sequence[str], args: argparse.Namespace) -> list[Target]:
-    """The targets, checked; nothing is started.
-
-    Raises:
-        ConfigError: a line for each fault of any of them.
-    """
+    """The targets, checked; nothing is started. Raises a ConfigError with a line for each fault of any of them."""
     targets, faults = [], []
     for name in names:
         try:
@@ -184,9 +175,7 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
         config, faults = build_config(run_config.model_dump(mode="json"), settings, source="the config")
     else:
         config, faults = read_config(args.config, settings)
-    if not config.evaluation.images:
-        faults.append("evaluation.images: 0; say how many with --images")
-    if faults:
+    if faults := faults or ["evaluation.images: 0; say how many with --images"] * (not config.evaluation.images):
         raise ConfigError("\n".join(faults))
     adapter, prompts = read_adapter(), tuple(evaluation_prompts(config))
     judged = adapter, _needed(config, adapter, prompts), prompts
@@ -226,12 +215,8 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
 
 
 def _check(target: Target) -> None:
-    """What would otherwise fail only after actors are up.
-
-    Raises:
-        BadAdapter: the LoRA is of another base model.
-        ValueError: reward, held-out rewards or features cannot be had.
-    """
+    """Raises a ValueError for what would otherwise fail only after actors are up: a LoRA of another base model; a
+    reward, held-out rewards or features that cannot be had."""
     from diffusion import lora, lora_files
     from diffusion.loading import without_weights
     from rewards import judges, registry
@@ -242,8 +227,8 @@ def _check(target: Target) -> None:
     ends = tuple(f".{module}" for module in lora.TARGETS)
     if set(adapter.modules) != {name for name, _ in unet.named_modules() if name.endswith(ends)}:
         raise lora_files.BadAdapter(
-            f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.TARGETS)}), which "
-            "samplers adapt: learner.generate draws with it, but it is not judged"
+            f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.TARGETS)}): "
+            "learner.generate draws with it, samplers do not"
         )
     reward, evaluation = config.reward, config.evaluation
     registry.check(reward.name, reward.weights, reward.options, target.prompts, backend=reward.backend)

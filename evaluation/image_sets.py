@@ -1,8 +1,7 @@
 """Sets of judged pictures, and the figures that compare an adapter's set with its base model's.
 
-A set is what one adapter draws of fixed prompts with counter-based noise. It is made chunk by chunk, and each finished
-chunk is kept under a name that follows from everything it depends on: a set that was made once, by whatever command,
-is never made again, and a stopped one goes on.
+A set is what one adapter draws of fixed prompts with counter-based noise. Each finished chunk is kept under a name that
+follows from everything it depends on: it is never made again, by whatever command, and a stopped set goes on.
 
 Three sets make an adapter's figures: its own, its base model's at the same noise, and its base model's at other noise.
 The last is what drift is measured against; the base model's own distance to it is the floor, what noise alone makes.
@@ -140,16 +139,12 @@ class Cache:
 
     def __init__(self, folder: Path | None = None) -> None:
         """Default: $TRIBUTARY_CACHE, or tributary/ in the user's cache folder."""
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tributary"
-        self.storage = Storage(str(folder or os.environ.get("TRIBUTARY_CACHE") or home))
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.storage = Storage(str(folder or os.environ.get("TRIBUTARY_CACHE") or caches / "tributary"))
 
     def make(self, image_set: ImageSet, pools: Callable[[], Pools], progress: Callable[[int, int], None]) -> bytes:
-        """The set as a Parquet file, columns of run_folder.IMAGES. `pools` are started if a chunk is missing.
-
-        Raises:
-            StorageError: the folder cannot be written or read.
-            Exception: what the pools raise.
-        """
+        """The set as a Parquet file, columns of run_folder.IMAGES. `pools` are started if a chunk is missing; raises
+        what they do, and a StorageError where the folder cannot be written or read."""
         chunks, folder = evaluation_chunks(image_set.config, image_set.prompts), f"evaluation/{image_set.key[:32]}"
         files = {chunk.index: f"{folder}/chunk-{chunk.index:05d}.parquet" for chunk in chunks}
         missing = [chunk for chunk in chunks if not self.storage.exists(files[chunk.index])]
@@ -170,12 +165,12 @@ class Cache:
 
 
 def compare(tuned: bytes, base: bytes, other: bytes) -> dict[str, Any]:
-    """The figures of an adapter's set beside its base model's at the same noise (`base`) and at other noise (`other`).
+    """The figures of an adapter's set beside its base model's at the same noise (`base`) and at other noise (`other`);
+    None where one cannot be had.
 
-    Each is {value, low, high, base, floor}, the first three with a 95 % interval: of means over pictures a bootstrap,
-    with the gain over the base model at the same noise, gain, gain_low, gain_high, paired; of whole sets half-sampled
-    (evaluation/metrics.py). `base` is the base model's own; `floor` how far that moves when only the noise changes.
-    None where it cannot be had. Drift (fid, kid) is from `other`, so the base model's is the floor.
+    Each is {value, low, high, base, floor}: the value with its 95 % interval, half-sampled, or by bootstrap of a mean
+    over pictures, which also has the gain over the base model at the same noise (gain, gain_low, gain_high); the base
+    model's own; how far that moves when only the noise changes. Drift is from `other`: the base model's is the floor.
     """
     sets = [read_images(content) for content in (tuned, base, other)]
     held_out = {label: _mean(*(images.held_out[label] for images in sets)) for label in sets[0].held_out}

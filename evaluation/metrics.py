@@ -18,10 +18,8 @@ Interval = tuple[float, float]
 
 
 def vendi(features: np.ndarray) -> float:
-    """Vendi score (arXiv 2210.02410) with the cosine kernel: the effective number of different pictures, 1 to n.
-
-    exp of the entropy of the eigenvalues of K / n, K [n, n] the cosines. NaN without pictures.
-    """
+    """Vendi score (arXiv 2210.02410) with the cosine kernel, the effective number of different pictures, 1 to n: exp of
+    the entropy of the eigenvalues of K / n, K [n, n] the cosines. NaN without pictures."""
     unit = _unit(_good(features))
     if len(unit) == 0:
         return float("nan")
@@ -64,11 +62,9 @@ def kid(features: np.ndarray, reference: np.ndarray) -> float:
     sets = [_good(rows).astype(np.float64) for rows in (features, reference)]
     if min(map(len, sets)) < 2:
         return float("nan")
-    within, across, reference_within = (
-        (x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((sets[0], sets[0]), sets, (sets[1], sets[1]))
-    )
-    means = ((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (within, reference_within))
-    return float(sum(means) - 2 * across.mean())
+    (own, across), (_, other) = [[(x @ y.T / x.shape[1] + 1) ** 3 for y in sets] for x in sets]
+    within = sum((kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1)) for kernel in (own, other))
+    return float(within - 2 * across.mean())
 
 
 def mean_of_good(values: np.ndarray) -> float:
@@ -98,9 +94,8 @@ def paired_interval(before: np.ndarray, after: np.ndarray) -> Interval:
 def half_interval(statistic: Statistic, *features: np.ndarray) -> Interval:
     """Interval (low, high) of a statistic of whole sets, such as `vendi` and `fid`, around its value.
 
-    Pictures drawn twice would look like a lack of diversity, so it is not the bootstrap but half-sampling: the
-    statistic of half the pictures, drawn without replacement, spreads about as much as that of all does. What half the
-    pictures shift it by is taken out.
+    By half-sampling, since pictures drawn twice would look like a lack of diversity: the statistic of half of them,
+    drawn without replacement, spreads about as much as that of all. What halves shift it by is taken out.
     """
     value, sets = statistic(*features), [_good(rows) for rows in features]
     if min(map(len, sets)) < 4:

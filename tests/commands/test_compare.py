@@ -13,6 +13,7 @@ from commands import evaluate
 from commands.compare import main, pareto, require_alike, table
 from commands.evaluate import Judged
 from evaluation.adapters import find, split
+from learner.inprocess import InProcessPools
 
 SMALL = ("run.runner=inprocess", "--images", "8")
 
@@ -29,7 +30,9 @@ def runs(finished_run, tmp_path_factory):
     return folder
 
 
-def test_a_table_and_two_pictures(runs, tmp_path, capsys):
+def test_a_table_and_two_pictures(runs, tmp_path, monkeypatch, capsys):
+    made, real = [], InProcessPools.judge
+    monkeypatch.setattr(InProcessPools, "judge", lambda *given: (made.append(len(given[2])), real(*given)))
     out = tmp_path / "out"
     places = ("--out", str(out), "--cache", str(tmp_path / "cache"))
     assert main([str(runs / "late"), str(runs / "early"), *SMALL, *places]) == 0
@@ -48,7 +51,7 @@ def test_a_table_and_two_pictures(runs, tmp_path, capsys):
     for name in ("pareto.png", "sheet.png"):
         with Image.open(out / name) as picture:
             assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
-    assert figures["early"]["fid"]["floor"] == figures["late"]["fid"]["floor"]  # one and the same base set
+    assert made == [2] * 4 and figures["early"]["fid"]["floor"] == figures["late"]["fid"]["floor"]  # one base model's
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from commands import evaluate
 from commands.evaluate import main
-from evaluation.adapters import find, split
+from evaluation.adapters import Target, find, split
+from evaluation.image_sets import Cache, read_images
 from evaluation.metrics import paired_interval
 from learner.inprocess import InProcessPools
 from records.run_folder import Records
@@ -41,12 +42,18 @@ def judge(run, cache):
     return go
 
 
+def target_of(run, *more) -> Target:
+    args = evaluate.parser("evaluate", "").parse_intermixed_args([str(run), *map(str, more), *SMALL])
+    (target,) = find(*split(args.names), args)
+    return target
+
+
 def figures_of(run) -> dict:
     (file,) = (run / "evaluation").glob("step-*.json")
     return json.loads(file.read_text())
 
 
-def test_a_run_is_judged(run, judge, capsys):
+def test_a_run_is_judged(run, judge, cache, capsys):
     assert judge() == 0
     figures, said = figures_of(run), capsys.readouterr().out
     assert set(figures) >= KEYS and figures["epochs_done"] == 2 and figures["trajectories_trained"] == 16
@@ -63,6 +70,13 @@ def test_a_run_is_judged(run, judge, capsys):
     assert [row["number"] for row in rows] == list(range(8))
     assert figures["reward"]["value"] == pytest.approx(np.mean([row["reward"] for row in rows]), rel=1e-6)
     assert (run / "evaluation/step-000002.png").read_bytes().startswith(b"\x89PNG")
+    # Base and tuned are paired by noise; the other set is not.
+    sets = target_of(run, "--images", "8").sets().values()
+    made = [Cache(cache).make(image_set, pytest.fail, lambda *_: None) for image_set in sets]
+    tuned, base, other = (read_images(content).rewards for content in made)
+    low, high = paired_interval(base, tuned)
+    assert (figures["reward"]["gain_low"], figures["reward"]["gain_high"]) == pytest.approx((low, high))
+    assert figures["reward"]["floor"] == pytest.approx(abs(base.mean() - other.mean()))
 
 
 @pytest.mark.long
@@ -78,20 +92,6 @@ def test_the_runs_report_has_the_figures(run, judge, capsys, monkeypatch):
     Records.open(Storage(str(run))).note(finished=False)  # it draws its own, perhaps at this moment
     (run / "report.html").write_text("the run's own")
     assert judge() == 0 and (run / "report.html").read_text() == "the run's own"
-
-
-@pytest.mark.long
-def test_base_and_tuned_are_paired_by_noise_and_the_other_set_is_not(run, judge, tmp_path):
-    assert judge(cache=tmp_path / "cache") == 0
-    sets = [pq.read_table(folder).to_pylist() for folder in sorted((tmp_path / "cache/evaluation").iterdir())]
-    assert len(sets) == 3
-    figures, mine = figures_of(run), pq.read_table(run / "evaluation/step-000002.parquet")["reward"].to_numpy()
-    rewards = [np.array([row["reward"] for row in rows]) for rows in sets]
-    bases = [values for values in rewards if not np.array_equal(values, mine)]
-    base = next(values for values in bases if np.mean(values) == pytest.approx(figures["reward"]["base"], rel=1e-6))
-    low, high = paired_interval(base.astype(np.float64), mine.astype(np.float64))
-    assert (figures["reward"]["gain_low"], figures["reward"]["gain_high"]) == pytest.approx((low, high), abs=1e-6)
-    assert figures["reward"]["floor"] == pytest.approx(abs(np.mean(bases[0]) - np.mean(bases[1])), abs=1e-6)
 
 
 def test_the_training_runs_own_evaluation_is_the_same_pictures(run, tmp_path):
@@ -144,20 +144,6 @@ def test_a_lora_of_its_own_is_judged_like_the_runs(run, judge, tmp_path):
         assert {name: figures[name] for name in KEYS} == {name: figures_of(run)[name] for name in KEYS}
 
 
-@pytest.mark.long
-def test_two_runs_share_their_base_models_pictures(run, tmp_path, monkeypatch):
-    other = shutil.copytree(run, tmp_path / "other", symlinks=True)
-    made, real = [], InProcessPools.judge
-
-    def count(self, snapshot, chunks, done):
-        made.append(len(chunks))
-        real(self, snapshot, chunks, done)
-
-    monkeypatch.setattr(InProcessPools, "judge", count)
-    assert main([str(run), str(other), "--images", "8", "--cache", str(tmp_path / "cache"), *SMALL]) == 0
-    assert made == [2, 2, 2] and figures_of(run) == figures_of(other)  # the second run's are all there
-
-
 def test_what_cannot_be_judged_is_refused_before_anything_starts(run, tmp_path, refused):
     (tmp_path / "pictures").mkdir()
     assert "nowhere: no such file or folder" in refused("evaluate", tmp_path / "nowhere")
@@ -206,8 +192,7 @@ def test_a_base_models_own_adapter_has_the_floors_as_figures(run, judge, tmp_pat
 
 def test_the_cache_knows_a_model_that_was_changed_in_place(run, tmp_path, tiny_pipeline):
     copy = Path(shutil.copytree(tiny_pipeline, tmp_path / "model"))
-    args = evaluate.parser("evaluate", "").parse_intermixed_args([str(run), "--base", str(copy), *SMALL])
-    (target,) = find(*split(args.names), args)
+    target = target_of(run, "--base", copy)
     before = target.sets()["base"].key
     assert target.sets()["base"].key == before
     next((copy / "unet").glob("*.safetensors")).touch()

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 
@@ -67,10 +66,6 @@ def text_of(found: dict) -> str:
     return file.getvalue()
 
 
-def edit(storage, **facts) -> None:
-    storage.write(heartbeat.FILE, json.dumps(json.loads(storage.read(heartbeat.FILE)) | facts).encode())
-
-
 def test_a_run_that_goes_on(storage, at_once):
     beat = beating(storage, "http://me:secret@mlflow:5000")
     for number in range(12):
@@ -99,6 +94,11 @@ def test_a_run_that_goes_on(storage, at_once):
 
 
 def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
+    """Which turns shorten, and the start prolongs."""
+    beat = Heartbeat(storage, 10, None, 1000.0)
+    assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
+    beat.running(lambda: asdict(VITALS), turns=True)
+    assert look(storage, 900)["state"] == "silent"
     beating(storage)
     least = heartbeat.QUIET * (heartbeat.SECONDS if storage.local else heartbeat.OBJECT_STORE_SECONDS)
     assert look(storage, least - 2)["state"] == "running"
@@ -107,22 +107,15 @@ def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
     assert f"no sign of life for {round((least + 100) / 60)} min from process {os.getpid()}" in text_of(found)
 
 
-def test_turns_shorten_the_silence_that_is_allowed_and_starting_prolongs_it(storage):
-    beat = Heartbeat(storage, 10, None, 1000.0)
-    assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
-    beat.running(lambda: asdict(VITALS), turns=True)
-    assert look(storage, 900)["state"] == "silent"
-
-
 def test_a_process_of_this_machine_that_is_gone_is_known_at_once(storage):
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+    with subprocess.Popen(["true"]) as process:
         pass
     beating(storage)
-    edit(storage, process=process.pid)
-    found = look(storage)
-    assert found["state"] == "gone" and "the same command goes on" in text_of(found)
-    edit(storage, host="another")
-    assert look(storage)["state"] == "running"
+    for host, state in ((socket.gethostname(), "gone"), ("another", "running")):
+        facts = json.loads(storage.read(heartbeat.FILE)) | {"process": process.pid, "host": host}
+        storage.write(heartbeat.FILE, json.dumps(facts).encode())
+        found = look(storage)
+        assert found["state"] == state and ("the same command goes on" in text_of(found)) == (state == "gone")
 
 
 def test_how_it_ended(storage):
@@ -189,24 +182,15 @@ def test_what_is_no_run_is_said_in_one_line(place, tmp_path, refused):
     assert "give a run's directory" in said or "nosuch" in place
 
 
-def test_texts_of_others_are_neither_markup_nor_control_codes(storage, at_once):
+def test_texts_of_others_are_neither_markup_nor_control_codes(storage, at_once, monkeypatch):
     beat = beating(storage)
     beat.event("[red]sampler[/red] :bomb: \x1b[2J died at /a/very/long/path" + "/x" * 100)
     beat.end("failed", "[bold]no[/bold]")
     text = text_of(look(storage))
     assert "[red]sampler[/red] :bomb:  [2J died" in text and "/x" * 100 + "\n" in text and "[bold]no[/bold]" in text
     assert "\x1b" not in text
-
-
-def test_a_terminal_gets_colours(storage, monkeypatch):
-    beating(storage).end("failed", "no")
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal
     assert "\x1b[31mfailed" in text_of(look(storage))
-
-
-@pytest.fixture
-def settings(small_settings, tmp_path):
-    return [*small_settings, "sampler.steps=2", "run.runner=inprocess", f"run.dir={tmp_path / 'mine'}"]
 
 
 def test_a_finished_run_is_seen(finished_run, capsys):
@@ -217,7 +201,8 @@ def test_a_finished_run_is_seen(finished_run, capsys):
     assert status.main([str(finished_run)]) == 0 and "finished" in capsys.readouterr().out
 
 
-def test_a_run_is_seen_while_it_trains_and_says_why_it_fails(settings, tmp_path, monkeypatch):
+def test_a_run_is_seen_while_it_trains_and_says_why_it_fails(small_settings, tmp_path, monkeypatch):
+    settings = [*small_settings, "sampler.steps=2", "run.runner=inprocess", f"run.dir={tmp_path / 'mine'}"]
     files, train, seen = InProcessRunner.checkpoint_files, InProcessRunner.train_epoch, []
 
     def spying(self):

@@ -1,7 +1,6 @@
 """MLflow as a view of the run's records: complete, without repeats, and never in the way."""
 
 import contextlib
-import io
 import os
 import signal
 import socket
@@ -66,14 +65,18 @@ def only_run(uri: str):
     return client, run
 
 
+def require_no_doubles(client, run) -> None:
+    for key in run.data.metrics:
+        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
+        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
+
+
 def assert_complete(uri: str, folder) -> None:
     """Everything of the run's records is there, once."""
     client, run = only_run(uri)
     records = Records.open(Storage(str(folder)))
     assert run.data.tags["tributary.run_id"] == records.run_id
-    for key in run.data.metrics:
-        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
-        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
+    require_no_doubles(client, run)
     losses = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
     assert losses == {line["epoch"] + 1: line["loss"] for line in records.lines if line["epoch"] >= 0}
     updates = client.get_metric_history(run.info.run_id, "update/loss")
@@ -140,12 +143,18 @@ def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, 
     assert upload.main([str(run), "--uri", server]) == 1
 
 
-@pytest.mark.long
-def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run):
+@pytest.fixture
+def tracked(run):
+    """A tracker of the run, and what it said."""
     records, said = Records.open(Storage(str(run))), []
     config = saved_config(records)
     config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"enabled": True})})
-    tracker = Tracker(records, config, said.append)
+    return Tracker(records, config, said.append), said
+
+
+@pytest.mark.long
+def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run, tracked):
+    tracker, said = tracked
     wait_for_metrics(run.parent / "mlflow.db", "loss")
     tracker._mirror.kill()
     tracker.notify()
@@ -159,14 +168,33 @@ def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run):
 
 
 @pytest.fixture
-def follow(monkeypatch):
-    """`follow(run)`: exit status of the mirror's process, here in this one; its driver is gone at once."""
+def black_hole(monkeypatch):
+    """A server that accepts, as its system does for it, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield
 
-    def go(run) -> int:
+
+@pytest.mark.long
+def test_a_server_that_never_answers_costs_a_warning_and_a_moment(run, black_hole, tracked):
+    tracker, said = tracked
+    deadline = time.monotonic() + 200
+    while tracker._state != "failing":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    start = time.monotonic()
+    tracker.finish("FINISHED")
+    assert time.monotonic() - start < 3
+    assert sum(text.startswith("warning: MLflow") for text in said) == 1 and f"learner.upload {run}" in said[-1]
+
+
+@pytest.fixture
+def gone_after(monkeypatch):
+    """`gone_after(seconds)`: upload.follow, called in this process, is told then that its driver is gone."""
+
+    def go(seconds: float) -> None:
         monkeypatch.setattr(upload.signal, "signal", lambda *_: None)
-        monkeypatch.setattr(upload, "GONE_SECONDS", 3600)  # then it would end its process
-        monkeypatch.setattr("sys.stdin", io.StringIO())
-        return upload.main([str(run), "--follow"])
+        monkeypatch.setattr(upload, "_read", lambda words: (time.sleep(seconds), words.put("gone")))
 
     return go
 
@@ -179,10 +207,11 @@ def follow(monkeypatch):
         ("sqlite:////proc/nope/mlflow.db", "warning: MLflow at sqlite:////proc/nope/mlflow.db "),
     ],
 )
-def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, follow, monkeypatch, capsys):
+def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, gone_after, monkeypatch, capsys):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("uri: null", f"uri: {uri}").replace("enabled: false", "enabled: true"))
-    assert follow(run) == 1
+    gone_after(0)
+    assert upload.main([str(run), "--follow"]) == 1
     mirror, said, started = capsys.readouterr().out, [], []
     assert mirror.count(words) == 1 and "open-sesame" not in mirror and "Traceback" not in mirror
 
@@ -215,76 +244,20 @@ def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
 
 
 @pytest.mark.long
-def test_an_unusable_server_costs_a_warning_only(settings, tmp_path, capfd):
-    uri = "sqlite:////proc/nope/mlflow.db"
-    assert main([*settings, "mlflow.enabled=true", f"mlflow.uri={uri}", f"run.dir={tmp_path / 'run'}"]) == 0
-    said = capfd.readouterr()
-    assert said.out.count("warning: MLflow") == 1 and "Traceback" not in said.out + said.err
-
-
-@pytest.mark.slow
-def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, monkeypatch):
+def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, gone_after, monkeypatch):
     """A store whose metrics work and whose artifacts do not: every sync fails."""
     (tmp_path / "mlartifacts").write_text("a file, where a folder should be")
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    mirror = Mirror(Storage(str(run)), uri, "tributary")
-    told, words = [], iter(["sync", "sync", "sync", "gone"])
+    uri, told = f"sqlite:///{tmp_path}/mlflow.db", []
     monkeypatch.setattr(upload, "tell", told.append)
-    monkeypatch.setattr(upload.signal, "signal", lambda *_: None)  # only a main thread may
-    monkeypatch.setattr(upload, "GONE_SECONDS", 3600)  # then it ends its process: here, the tests'
-    monkeypatch.setattr(upload, "RETRY_SECONDS", 1.5)
-    ours, theirs = os.pipe()
-    monkeypatch.setattr("sys.stdin", os.fdopen(ours))
-    with os.fdopen(theirs, "w", buffering=1) as driver:
-        follower = threading.Thread(target=upload.follow, args=[mirror])
-        follower.start()
-        for _ in words:
-            driver.write("sync\n")
-            time.sleep(2)
-    follower.join(20)
-    assert not follower.is_alive() and told.count("state failing") >= 3
+    monkeypatch.setattr(upload, "RETRY_SECONDS", 0.2)
+    gone_after(6)
+    assert upload.follow(Mirror(Storage(str(run)), uri, "tributary")) == 1
+    assert told.count("state failing") >= 3 and sum(line.startswith("say warning") for line in told) == 1
     deadline = time.monotonic() + 10  # the last one ends by itself: its run is over
     while any("SystemMetrics" in thread.name for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    client, run = only_run(uri)
-    for key in run.data.metrics:
-        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
-        assert max(steps.values()) == 1, key
-
-
-@pytest.fixture
-def black_hole():
-    """A server that accepts, as its system does for it, and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-@pytest.mark.slow
-def test_a_server_that_never_answers_costs_a_warning(settings, tmp_path, black_hole, monkeypatch, capfd):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", black_hole)
-    real = InProcessRunner.train_epoch
-
-    def slower(self, *arguments):
-        time.sleep(4)  # a run longer than the mirror's start, so that the silence is met on the way
-        return real(self, *arguments)
-
-    monkeypatch.setattr(InProcessRunner, "train_epoch", slower)
-    finish, waited = Tracker.finish, []
-
-    def timed(self, status):
-        start = time.perf_counter()
-        finish(self, status)
-        waited.append(time.perf_counter() - start)
-
-    monkeypatch.setattr(Tracker, "finish", timed)
-    assert main([*settings, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
-    said = capfd.readouterr().out
-    assert said.count("warning: MLflow") == 1 and f"python -m learner.upload {tmp_path / 'run'}" in said
-    assert waited[0] < 3
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert upload.main([str(tmp_path / "run")]) == 0
-    assert_complete(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run")
+    require_no_doubles(*only_run(uri))
 
 
 def serve(folder, port: int) -> subprocess.Popen:
@@ -316,16 +289,7 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
 
     def server_dies_in_epoch_1(self, epoch, *rest):
         if epoch == 1:
-            deadline = time.monotonic() + 200
-            client = mlflow.MlflowClient(uri)
-            while time.monotonic() < deadline:  # the witness: epoch 0 was there
-                found = client.get_experiment_by_name("tributary")
-                runs = client.search_runs([found.experiment_id]) if found else []
-                if any("loss" in run.data.metrics for run in runs):
-                    break
-                time.sleep(0.5)
-            else:
-                raise AssertionError("epoch 0 never reached the server")
+            wait_for_metrics(tmp_path / "server.db", "loss")  # the witness: epoch 0 was there
             os.killpg(server.pid, signal.SIGKILL)
         if epoch == 2:
             time.sleep(6)

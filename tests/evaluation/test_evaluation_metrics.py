@@ -22,14 +22,11 @@ def test_vendi_counts_different_pictures_by_the_papers_formula():
     assert metrics.vendi(features) == pytest.approx(np.exp(-(values * np.log(values)).sum()), rel=1e-9)
 
 
-def test_distance_is_the_mean_over_pairs():
-    features = RNG.normal(size=(5, 3))
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    pairs = [1 - unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
-    assert distance(features) == pytest.approx(np.mean(pairs), rel=1e-9)
-
-
 def test_distances_are_to_the_others_of_the_prompt():
+    pictures = RNG.normal(size=(5, 3))
+    unit = pictures / np.linalg.norm(pictures, axis=1, keepdims=True)
+    pairs = [1 - unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
+    assert distance(pictures) == pytest.approx(np.mean(pairs), rel=1e-9)
     features, prompts = np.array([[1.0, 0], [0, 2.0], [1.0, 0], [3.0, 0], [1.0, 0]]), ["a", "a", "b", "b", "c"]
     distances = metrics.prompt_distances(features, prompts)
     np.testing.assert_allclose(distances[:4], [1, 1, 0, 0], atol=1e-12)
