@@ -30,17 +30,14 @@ def storage(request, tmp_path):
     storage = Storage(str(tmp_path / "mine") if request.param == "local" else f"memory://{tmp_path}/mine")
     about = {"run_id": "abc", "name": "mine", "finished": False, "mlflow_run_id": "f00"}
     storage.write("run.json", json.dumps(about).encode())
-    lines = [line_of(epoch) for epoch in range(-1, 3)]
+    line = {"epoch": -1, "step": 0, "policy_version": 0, "loss": None, "reward_mean": None, "eval_reward_mean": 0.25}
+    lines = [line | {"seconds": 0.0}]
+    for n in range(3):
+        line = {"epoch": n, "step": 2 * n + 2, "policy_version": n + 1, "seconds": 8.0, "loss": 0.5, "updates": [{}]}
+        lines.append(line | {"reward_mean": 0.1 * n + 0.5, "lost_trajectories": 4 * n})
     storage.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     storage.write_folder("checkpoints/step-000006", {"state.json": b"{}"})
     return storage
-
-
-def line_of(epoch: int) -> dict:
-    line = {"epoch": epoch, "step": 2 * (epoch + 1), "policy_version": epoch + 1, "seconds": 8.0}
-    if epoch < 0:
-        return {**line, "loss": None, "reward_mean": None, "eval_reward_mean": 0.25, "seconds": 0.0}
-    return {**line, "loss": 0.5, "reward_mean": 0.1 * epoch + 0.5, "lost_trajectories": 4 * epoch, "updates": [{}]}
 
 
 @pytest.fixture
