@@ -1,6 +1,6 @@
 """Compares adapters: `python -m learner.compare RUN_OR_LORA... [key=value ...]`. Judges what is not judged yet, all on
-the same prompts and noise, and writes into --out a table (comparison.md, .json), pareto.png (reward against diversity,
-drift and cost) and sheet.png (the same noise, base model and every adapter side by side).
+the same prompts and noise, and writes into --out a table (comparison.md, .json), pareto.png (reward against diversity
+and drift) and sheet.png (the same noise, base model and every adapter side by side).
 """
 
 from __future__ import annotations
@@ -61,50 +61,27 @@ def table(judged: Sequence[Judged]) -> str:
 
 
 def pareto(judged: Sequence[Judged]) -> bytes:
-    """PNG: reward against diversity, drift, trajectories and cost, with 95 % intervals. The best corner is top right,
-    of drift and cost top left."""
+    """PNG: reward against diversity (best: top right) and against drift (best: top left), with 95 % intervals."""
     from matplotlib.figure import Figure as Picture
 
-    picture = Picture(figsize=(11, 8), layout="constrained")
-    panels = (
-        # Not the Vendi score of all pictures: prompts stay apart where each has collapsed.
-        ("diversity within a prompt (mean distance; right is better)", lambda figures: figures["distance"]),
-        ("drift from the base model (Frechet distance; left is better)", lambda figures: figures["fid"]),
-        ("trajectories sampled", lambda figures: _exact(figures.get("trajectories_trained"))),
-        (_unit(judged), lambda figures: _exact(_cost(figures))),
-    )
-    for axes, (title, figure_of) in zip(picture.subplots(2, 2).flat, panels, strict=True):
-        axes.set_xlabel(title)
+    picture = Picture(figsize=(11, 5), layout="constrained")
+    # Not the Vendi score of all pictures: prompts stay apart where each has collapsed.
+    panels = {"distance": "diversity within a prompt (mean distance)", "fid": "drift from the base model (Frechet)"}
+    for axes, (key, title) in zip(picture.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        axes.set(xlabel=title, ylabel=f"reward ({judged[0].target.config.reward.name})")
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         for result, colour in zip(judged, itertools.cycle(COLOURS)):
-            reward, x = result.figures["reward"], figure_of(result.figures)
-            if x is None:
-                axes.text(0.5, 0.5, "not known", ha="center", transform=axes.transAxes)
-                continue
-            axes.errorbar(
-                [x["value"]], [reward["value"]], xerr=_bar(x), yerr=_bar(reward), color=colour, marker="o",
-                elinewidth=1, capsize=2, linestyle="", label=result.target.name,
-            )  # fmt: skip
-        if x := figure_of(judged[0].figures):
-            star = {"marker": "*", "color": "black", "markersize": 11, "linestyle": "", "label": "base model"}
-            axes.plot([x["base"]], [judged[0].figures["reward"]["base"]], **star)
-    for axes in (picture.axes[0], picture.axes[2]):
-        axes.set_ylabel(f"reward ({judged[0].target.config.reward.name})")
+            values = result.figures[key], result.figures["reward"]
+            x, y = ([figure["value"]] for figure in values)
+            xerr, yerr = (
+                [[f["value"] - f["low"]], [f["high"] - f["value"]]] if f["low"] is not None else None for f in values
+            )
+            axes.errorbar(x, y, yerr, xerr, "o", color=colour, elinewidth=1, capsize=2, label=result.target.name)
+        base = judged[0].figures
+        axes.plot([base[key]["base"]], [base["reward"]["base"]], "k*", markersize=11, label="base model")
     picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     picture.savefig(file := io.BytesIO(), format="png", dpi=120)
     return file.getvalue()
-
-
-def _bar(figure: Figure) -> list[list[float]] | None:
-    """Lengths of an error bar to both sides; None without an interval."""
-    value, low, high = figure["value"], figure["low"], figure["high"]
-    return None if low is None else [[value - low], [high - value]]
-
-
-def _exact(value: float | None) -> Figure | None:
-    """A figure without an interval; the base model has 0 of it."""
-    return None if value is None else {"value": value, "low": None, "high": None, "base": 0}
 
 
 def _unit(judged: Sequence[Judged]) -> str:

@@ -24,15 +24,8 @@ from learner.objectives.by_name import OBJECTIVES
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
 FLOAT = 4  # bytes
-# FLOPs of scoring one image, its prompt read anew, counted on the networks at their published sizes; JPEG's are the
-# CPU's, and none. Other rewards are not known.
-REWARDS = {
-    "jpeg_compressibility": 0.0,
-    "jpeg_incompressibility": 0.0,
-    "aesthetic": 162.03e9,
-    "hpsv2": 381.68e9,
-    "imagereward": 137.78e9,
-}
+# FLOPs of scoring one image, its prompt read anew, counted on the networks at their published sizes; others: unknown.
+REWARDS = {"aesthetic": 162.03e9, "hpsv2": 381.68e9, "imagereward": 137.78e9}
 
 
 @dataclass(frozen=True)
@@ -89,12 +82,9 @@ def costs(config: Config) -> Costs:
             tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
     text = {} if width is None else {"encoder_hidden_states": embedding}
 
-    def predict() -> torch.Tensor:
-        return unet(x, t, **text).sample
-
     return Costs(
-        unet=_count(predict),
-        unet_train=_count(predict, backward=True),
+        unet=_count(lambda: unet(x, t, **text).sample),
+        unet_train=_count(lambda: unet(x, t, **text).sample, backward=True),
         decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
         tiny=_count(lambda: tiny.decode(x).sample) if tiny is not None else None,
         reward=REWARDS.get(config.reward.name),
@@ -153,11 +143,12 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
 
 def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
     """The plan as text, one fact a line."""
-    cost = costs(config)
+    cost, sampler, updates = costs(config), config.sampler, config.steps_per_epoch
     each = work(config, cost, placement.ranks.count)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
     evaluations *= images > 0
+    trajectories = train.epochs * train.trajectories
     total = train.epochs * each.flops + evaluations * each.evaluation
     scoring = "rewards not counted" if cost.reward is None else f"scoring {_flops(each.scoring)}"
     kept = min((config.run.keep_checkpoints or train.epochs) + evaluations, train.epochs + 1)
@@ -169,14 +160,11 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         "cluster": [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"],
         "actors": ["none: 1 sampler, 1 scorer, 1 learner in this process"] if in_process else actors,
         "an epoch": [
-            f"{train.trajectories} trajectories of {config.sampler.steps} steps in chunks of "
-            f"{config.sampler.chunk_size}",
-            f"{each.states_scored} states scored, {each.transitions} transitions trained on in "
-            f"{config.steps_per_epoch} updates",
+            f"{train.trajectories} trajectories of {sampler.steps} steps in chunks of {sampler.chunk_size}",
+            f"{each.states_scored} states scored, {each.transitions} transitions trained on in {updates} updates",
         ],
         "the run": [
-            f"{train.epochs} epochs, {train.epochs * train.trajectories} trajectories, "
-            f"{train.epochs * config.steps_per_epoch} updates",
+            f"{train.epochs} epochs, {trajectories} trajectories, {train.epochs * updates} updates",
             f"{evaluations} evaluations of {images} images",
         ],
         "FLOPs": [
