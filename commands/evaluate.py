@@ -20,20 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from cluster import signals
+from commands import report
+from commands.outcome import attempt, complain
 from diffusion.failures import RunFailure
 from evaluation import image_sets
 from evaluation.adapters import OTHER_SEED, Target, find, split
 from evaluation.image_sets import Cache, Pools
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, saved_config
+from records.heartbeat import REPORT
 from records.run_folder import Records
 from reports.progress import Bar
 
 UPLOAD_SECONDS = 120
 TITLES = {
-    "accuracy": "prompt accuracy", "vendi": "diversity (Vendi)", "vendi_per_prompt": "diversity within a prompt",
-    "distance": "distance within a prompt", "fid": "drift from the base (Frechet)", "kid": "drift (kernel)",
-    "fid_per_prompt": "drift within a prompt",
-}  # fmt: skip
+    "accuracy": "prompt accuracy",
+    "vendi": "diversity (Vendi)",
+    "distance": "distance within a prompt",
+    "fid": "drift from the base (Frechet)",
+    "kid": "drift (kernel)",
+}
 
 
 @dataclass(frozen=True)
@@ -45,62 +50,61 @@ class Judged:
     sets: dict[str, bytes]
 
 
-def judge(targets: Sequence[Target], cache: Cache, say: Callable[[str], None]) -> list[Judged]:
-    """Judge each, write its files, and say its table.
+def judge(targets: Sequence[Target], cache: Cache) -> list[Judged]:
+    """Judge each, write its files, and print its table. Targets of one config share their actors, which are started
+    when a picture is missing.
 
     Raises:
         Exception: what sampling, scoring or writing raises; what is finished stays.
     """
+    results = []
     with Bar() as bar:
-        groups = itertools.groupby(targets, key=lambda target: target.config)
-        return [judged for _, alike in groups for judged in _judge_alike(list(alike), cache, say, bar)]
 
+        def say(text: str) -> None:
+            bar.around(functools.partial(print, flush=True), text)
 
-def _judge_alike(targets: Sequence[Target], cache: Cache, say: Callable[[str], None], bar: Bar) -> list[Judged]:
-    """Targets of one config share their actors, which are started when a picture is missing."""
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def pools() -> Pools:
-            started = _start(targets[0].config, lambda text: bar.around(say, text))
-            stack.callback(started.close)
-            bar.around(say, started.description)
-            return started
-
-        results = []
-        for target in targets:
-            sets = {
-                name: cache.make(image_set, pools, functools.partial(bar.show, f"{target.name}, {name}"))
-                for name, image_set in target.sets().items()
-            }
-            figures = {**_facts(target), **image_sets.compare(sets["tuned"], sets["base"], sets["other"])}
-            _write(target, figures, sets)
-            bar.around(say, table(target, figures))
-            results.append(Judged(target, figures, sets))
+        for config, alike in itertools.groupby(targets, key=lambda target: target.config):
+            with contextlib.ExitStack() as stack:
+                pools = functools.cache(functools.partial(_start, config, say, stack))
+                for target in alike:
+                    sets = {
+                        name: cache.make(image_set, pools, functools.partial(bar.show, f"{target.name}, {name}"))
+                        for name, image_set in target.sets().items()
+                    }
+                    figures = _facts(target) | image_sets.compare(sets["tuned"], sets["base"], sets["other"])
+                    results.append(Judged(target, figures, sets))
+                    _write(results[-1])
+                    say(table(results[-1]))
     return results
 
 
-def _start(config: Config, say: Callable[[str], None]) -> Pools:
+def _start(config: Config, say: Callable[[str], None], stack: contextlib.ExitStack) -> Pools:
+    pools: Pools
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessPools
 
-        return InProcessPools(config)
-    from actors.rollouts import evaluation_pools
+        pools = InProcessPools(config)
+    else:
+        from actors.rollouts import evaluation_pools
 
-    return evaluation_pools(config, say)
+        pools = evaluation_pools(config, say)
+    stack.callback(pools.close)
+    say(pools.description)
+    return pools
 
 
-def table(target: Target, figures: dict[str, Any]) -> str:
+def table(judged: Judged) -> str:
     """The figures for a terminal."""
-    rows = [(f"reward, {target.config.reward.name}", figures["reward"])]
-    rows += [(f"held out: {label}", figure) for label, figure in figures["held_out"].items()]
-    rows += [(title, figures[name]) for name, title in TITLES.items()]
-    lines = [f"{target.name}: {target.config.evaluation.images} images, features: {target.config.evaluation.features}",
-             f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}{'noise alone':>13}"]  # fmt: skip
-    for title, figure in rows:
-        if figure is not None:
-            value, low, high, base, floor = (number(figure[k]) for k in ("value", "low", "high", "base", "floor"))
-            lines.append(f"{title:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
+    target, figures = judged.target, judged.figures
+    rows = {f"reward, {target.config.reward.name}": figures["reward"]}
+    rows |= {f"held out: {label}": figure for label, figure in figures["held_out"].items()}
+    rows |= {title: figures[name] for name, title in TITLES.items() if figures[name]}
+    evaluation = target.config.evaluation
+    lines = [f"{target.name}: {evaluation.images} images, features: {evaluation.features}"]
+    lines.append(f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}{'noise alone':>13}")
+    for title, figure in rows.items():
+        value, low, high, base, floor = (number(figure[k]) for k in ("value", "low", "high", "base", "floor"))
+        lines.append(f"{title:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
     return "\n".join(lines)
 
 
@@ -110,66 +114,55 @@ def number(value: float | None) -> str:
 
 
 def _facts(target: Target) -> dict[str, Any]:
-    evaluation, sampler = target.config.evaluation, target.config.sampler
+    evaluation = target.config.evaluation
+    settings = evaluation.model_dump(include={"images", "seed", "features"})
+    settings |= target.config.sampler.model_dump(include={"steps", "guidance", "eta", "grid"})
+    settings |= {"prompts": len(set(target.prompts)), "other_seed": evaluation.seed + OTHER_SEED}
     return {
         "format": image_sets.FORMAT, "name": target.name, "adapter_sha256": target.adapter.sha256, **target.facts,
-        "base_model": target.config.model.path, "reward_name": target.config.reward.name,
-        "settings": {
-            "images": evaluation.images, "prompts": len(set(target.prompts)), "seed": evaluation.seed,
-            "other_seed": evaluation.seed + OTHER_SEED, "features": evaluation.features, "steps": sampler.steps,
-            "guidance": sampler.guidance, "eta": sampler.eta, "grid": sampler.grid,
-        },
+        "base_model": target.config.model.path, "reward_name": target.config.reward.name, "settings": settings,
     }  # fmt: skip
 
 
-def _write(target: Target, figures: dict[str, Any], sets: dict[str, bytes]) -> None:
+def _write(judged: Judged) -> None:
     """The figures last: where they are, the rest is."""
     from reports import pictures
 
+    target, sets = judged.target, judged.sets
     target.out.write(f"{target.file}.parquet", sets["tuned"])
     both = pictures.side_by_side([sets["base"], sets["tuned"]], ["base", "tuned"], pictures.SHEET_IMAGES // 2)
     target.out.write(f"{target.file}.png", pictures.png(both))
-    target.out.write(f"{target.file}.json", (json.dumps(figures, indent=1) + "\n").encode())
+    target.out.write(f"{target.file}.json", (json.dumps(judged.figures, indent=1) + "\n").encode())
 
 
-def redraw(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
-    """Make the reports of finished runs anew, with these figures (an unfinished run draws its own). A report that
-    cannot be drawn is only a warning."""
-    from reports import html
-
-    for storage in [one.target.records.storage for one in judged if one.target.records]:
-        try:
-            records = Records.open(storage)  # not as it was before the judging
-            if records.about.get("finished") and storage.exists(html.FILE):
-                storage.write(html.FILE, html.render(records, saved_config(records)))
-        except Exception as error:
-            warn(f"{storage}/{html.FILE} is without these figures: {type(error).__name__}: {error}")
-
-
-def upload(judged: Sequence[Judged], warn: Callable[[str], None]) -> None:
-    """Show them in MLflow, where their runs are: in a process of its own, with a deadline."""
-    for records in [one.target.records for one in judged if one.target.records]:
-        if not saved_config(records).mlflow.enabled:
-            continue
-        command = [sys.executable, "-m", "learner.upload", str(records.storage)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=UPLOAD_SECONDS)
-            fault = (done.stderr.strip().splitlines() or ["it failed"])[-1] if done.returncode else None
-        except subprocess.TimeoutExpired:
-            fault = f"no answer in {UPLOAD_SECONDS} s"
-        if fault:
-            warn(f"not in MLflow yet: {fault} (later: python -m learner.upload {records.storage})")
+def show(judged: Sequence[Judged]) -> None:
+    """In the reports of finished runs (one in progress draws its own) and in MLflow, where their runs are: by the
+    commands for that, which say themselves what fails."""
+    for storage in [result.target.records.storage for result in judged if result.target.records]:
+        records = Records.open(storage)  # not as it was before the judging
+        if records.about["finished"] and storage.exists(REPORT):
+            report.main([str(storage)])
+        if saved_config(records).mlflow.enabled:
+            command = [sys.executable, "-m", "learner.upload", str(storage)]
+            try:
+                subprocess.run(command, timeout=UPLOAD_SECONDS)
+            except subprocess.TimeoutExpired:
+                complain("evaluate", f"no answer from MLflow in {UPLOAD_SECONDS} s; later: {' '.join(command[1:])}")
 
 
 def parser(
-    name: str, description: str, out: str = "of a LoRA: where to write (default: evaluation/ beside it)"
+    verb: str, description: str, out: str = "of a LoRA: where to write (default: evaluation/ beside it)"
 ) -> argparse.ArgumentParser:  # fmt: skip
     """Arguments of `learner.evaluate` and `learner.compare`."""
-    parser = argparse.ArgumentParser(prog=f"python -m learner.{name}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m learner.{verb}", description=description)
     add = parser.add_argument
     add("names", nargs="+", metavar="RUN_OR_LORA", help="and key=value settings, as learner.run takes them")
     add("--base", help="base model, instead of the run's (model.path)")
-    add("--config", type=Path, help=f"settings for a LoRA that is from no run (default: {DEFAULT_CONFIG.name})")
+    add(
+        "--config",
+        type=Path,
+        help=f"settings, instead of the run's (of a LoRA that is in no run: {DEFAULT_CONFIG.name})",
+    )
     add("--images", type=int, help="how many (evaluation.images)")
     add("--prompts", help="file or set of prompts (evaluation.prompts)")
     add("--step", type=int, help="of a run: which checkpoint (default: the newest)")
@@ -179,44 +172,32 @@ def parser(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parser("evaluate", __doc__.splitlines()[0]).parse_intermixed_args(arguments)
-
-    def warn(text: str) -> None:
-        complain("learner.evaluate", f"warning: {text}")
-
-    def show(judged: list[Judged]) -> None:
-        redraw(judged, warn)
-        upload(judged, warn)
-
-    return run("learner.evaluate", args, show)
+    return run("evaluate", parser("evaluate", __doc__.splitlines()[0]).parse_intermixed_args(arguments), show)
 
 
 def run(
-    program: str, args: argparse.Namespace, then: Callable[[list[Judged]], None],
+    verb: str, args: argparse.Namespace, then: Callable[[list[Judged]], None],
     require: Callable[[list[Target]], None] = lambda targets: None,
 ) -> int:  # fmt: skip
     """Find, judge, and call `then` with the results. `require` may refuse the targets with a ConfigError. Exit status
     as learner.run's."""
-    signals.running()
-    try:
-        targets = find(*split(args.names), args)
+    targets = []
+
+    def look() -> None:
+        targets.extend(find(*split(args.names), args))
         if not targets:
             raise ConfigError("name a run or a LoRA")
         require(targets)
-    except (OSError, ValueError) as error:
-        for line in str(error).splitlines():
-            complain(program, line)
-        return 2
+
+    if status := attempt(verb, look):
+        return status
+    signals.running()
     try:
-        then(judge(targets, Cache(args.cache), functools.partial(print, flush=True)))
+        then(judge(targets, Cache(args.cache)))
     except RunFailure as error:
-        complain(program, f"{type(error).__name__}: {error} (once that is mended, the same command goes on)")
+        complain(verb, f"{type(error).__name__}: {error} (once that is mended, the same command goes on)")
         return 1
     except KeyboardInterrupt:
-        complain(program, "interrupted; the same command goes on")
+        complain(verb, "interrupted; the same command goes on")
         return signals.status()
     return 0
-
-
-def complain(program: str, text: str) -> None:
-    print(f"{program}: {text}", file=sys.stderr, flush=True)

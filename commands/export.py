@@ -16,17 +16,17 @@ import argparse
 import contextlib
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commands.outcome import attempt, complain
 from records.storage import Storage
 
 if TYPE_CHECKING:  # torch comes with them
     from diffusion.lora_files import AdapterFile
-    from evaluation.finished_run import Trained
+    from evaluation.adapters import Trained
     from learner.config import Config
 
 MANIFEST = "tributary.json"
@@ -34,15 +34,11 @@ FORMATS = ("diffusers", "kohya", "peft", "fused")
 GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}  # Stable Diffusion's, by the width of the text that its attention takes
 
 
-class CannotExport(ValueError):
-    """A form that this model has not, or a folder with files that no export wrote; the message names the remedy."""
-
-
 def export(trained: Trained, form: str, url: str, base_model: str | None = None) -> None:
     """Write the folder `url` in one piece. Where model.path is a folder, the card names `base_model`, a hub id.
 
     Raises:
-        CannotExport: the model has no such form, or `url` holds other files.
+        ValueError: the model has no such form, or `url` holds other files; names the remedy.
         BadAdapter, CheckpointError: the checkpoint's LoRA is not what it should be.
         BaseModelError: `fused`, and the base model is not there.
         StorageError, OSError: something cannot be read or written.
@@ -53,12 +49,11 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
 
     files, records = trained.lora_files, trained.records
     wanted = {"diffusers": (lora.DIFFUSERS_FILE,), "kohya": (lora.KOHYA_FILE,), "peft": lora.PEFT_FILES}.get(form, ())
-    if missing := [name for name in wanted if name not in files]:
-        raise CannotExport(
-            f"--format {form}: this model takes no text, and {form} knows no LoRA of such; use --format peft or fused"
-            if lora.PEFT_FILES[1] in files
-            else f"--format {form}: the checkpoint has no {missing[0]}; use --format diffusers, kohya or fused"
-        )
+    if any(name not in files for name in wanted):
+        if lora.PEFT_FILES[1] in files:
+            raise ValueError(f"--format {form}: this model takes no text; use --format peft or fused")
+        raise ValueError(f"--format {form}: this model takes text; use --format diffusers, kohya or fused")
+    require_replaceable(Storage(url))  # before the work
     adapter = trained.adapter()
     base = model_card.base_of(trained.config.model.path, base_model)
     about = {
@@ -71,13 +66,10 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
         "base_model": base.name,
         "adapter_sha256": adapter.sha256,
     }
-    _place(url)  # before the work: may it be written?
-    content = {name: files[name] for name in wanted}
-    for name in content:
+    content = _fused(trained.config, adapter) if form == "fused" else {name: files[name] for name in wanted}
+    for name in wanted:
         if name.endswith(".safetensors"):
             content[name] = lora_files.with_metadata(content[name], _metadata(about, form, adapter))
-    if form == "fused":
-        content = _fused(trained.config, adapter)
     sheets = {"before.png": BEFORE, "after.png": trained.epochs - 1}  # of the base model, and of this very checkpoint
     if trained.epochs and set(sheets.values()) <= set(records.evaluated()):
         content |= {name: records.sheet(epoch) for name, epoch in sheets.items()}
@@ -90,8 +82,7 @@ def _metadata(about: dict[str, str], form: str, adapter: AdapterFile) -> dict[st
     if form != "kohya":
         return metadata
     weights = (adapter.state[f"{name}.lora_A.weight"] for name in adapter.modules if name.endswith("attn2.to_k"))
-    widths = {weight.shape[1] for weight in weights}
-    generation = GENERATIONS.get(widths.pop()) if len(widths) == 1 else None
+    generation = GENERATIONS.get(next((weight.shape[1] for weight in weights), 0))
     known = {"ss_base_model_version": generation, "ss_v2": str(generation == "sd_v2")} if generation else {}
     return metadata | known | {
         "ss_network_module": "networks.lora",
@@ -134,7 +125,7 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
-        content = {name: Path(folder, name).read_bytes() for name in _files(Path(folder))}
+        content = {name: Path(folder, name).read_bytes() for name in files_in(Path(folder))}
     for name in [name for name in content if name.endswith(".json")]:
         tree = json.loads(content[name])
         if isinstance(tree, dict) and tree.pop("_name_or_path", None):  # where the base model was read from
@@ -146,43 +137,43 @@ def write(url: str, content: Mapping[str, bytes], about: Mapping[str, Any]) -> N
     """Make `url` the folder of these files and of a manifest, in one piece; an earlier export is replaced.
 
     Raises:
-        CannotExport: it holds other files.
+        ValueError: it holds other files.
         StorageError: it cannot be read or written.
     """
-    storage, name = _place(url)
-    sums = {file: _sha256(data) for file, data in content.items()}
-    manifest = json.dumps({**about, "files": sums}, indent=1) + "\n"
-    storage.write_folder(name, {**content, MANIFEST: manifest.encode()})  # on an object store in this order
-
-
-def _place(url: str) -> tuple[Storage, str]:
-    """The folder's parent, and its name in there, if an export may be written there."""
     storage = Storage(url)
-    folder = storage.local.resolve() if storage.local else None
-    if folder and folder.is_file():
-        raise CannotExport(f"{folder} is a file; give another --out")
-    strange = _files(folder) if folder else storage.entries()
-    if folder:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-            sums[MANIFEST] = _sha256((folder / MANIFEST).read_bytes())  # it cannot have its own
-            strange = [name for name in strange if sums.get(name) != _sha256((folder / name).read_bytes())]
-    elif storage.exists(MANIFEST):
-        strange = []
+    require_replaceable(storage)
+    manifest = json.dumps({**about, "files": {file: _sha256(data) for file, data in content.items()}}, indent=1) + "\n"
+    place = str(storage.local.resolve() if storage.local else storage)  # a link stays one
+    parent, _, name = place.rstrip("/").rpartition("/")
+    Storage(parent).write_folder(name, {**content, MANIFEST: manifest.encode()})  # on an object store in this order
+
+
+def require_replaceable(storage: Storage) -> None:
+    """
+    Raises:
+        ValueError: there is something that no export wrote, or that was changed since.
+        StorageError: it cannot be read.
+    """
+    folder = storage.local
+    strange = files_in(folder) if folder else storage.entries()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        sums = json.loads(storage.read(MANIFEST))["files"]
+        names = [name for name in strange if name != MANIFEST] if folder else []  # an object store's: as it is named
+        strange = [name for name in names if sums.get(name) != _sha256(storage.read(name))]
     if strange:
-        raise CannotExport(
+        raise ValueError(
             f"{storage} holds {strange[0]}, which is not as an export wrote it: give another --out, or empty the folder"
         )
-    parent, _, name = str(folder or storage).rstrip("/").rpartition("/")
-    return Storage(parent), name
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _files(folder: Path) -> list[str]:
-    """Names of everything beneath that is no folder, sorted."""
+def files_in(folder: Path) -> list[str]:
+    """Names of everything beneath that is no folder, sorted; of a file its own."""
+    if folder.is_file():
+        return [folder.name]
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
@@ -198,21 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base-model", metavar="ID", help="hub id for the card, where model.path is a folder")
     args = parser.parse_args(arguments)
 
-    from evaluation.finished_run import open_trained  # here: --help and argument errors must come fast
+    def work() -> None:
+        from evaluation.adapters import open_trained  # here: --help and argument errors must come fast
 
-    try:
-        trained = open_trained(args.run, args.step, lambda text: _complain(f"warning: {text}"))
+        trained = open_trained(args.run, args.step, lambda text: complain("export", f"warning: {text}"))
         url = args.out or f"{trained.records.storage}/export/{args.format}"
         export(trained, args.format, url, args.base_model)
-    except (OSError, ValueError) as error:
-        _complain(f"{args.run}: {error}")
-        return 2
-    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # a value of another kind
-        _complain(f"{args.run}: its files are damaged, or of another Tributary: {error!r}")
-        return 2
-    print(url)
-    return 0
+        print(url)
 
-
-def _complain(text: str) -> None:
-    print(f"learner.export: {' '.join(text.split())}", file=sys.stderr)
+    return attempt("export", work, args.run)

@@ -1,19 +1,17 @@
 """`--plan`: what a run would do and cost, without running it: actors, work, FLOPs, bytes.
 
-FLOPs are counted by torch on networks without weights (a multiplication and an addition are two). Rewards are counted
-where Tributary knows their networks, and said not to be where it does not.
+FLOPs are counted by torch on networks without weights (a multiplication and an addition are two).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement, counted
@@ -22,11 +20,12 @@ from diffusion.loading import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from learner.build import flow_network
 from learner.config import Config, resolve
-from learner.config.sections import RewardConfig
 from learner.objectives.by_name import OBJECTIVES
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
 FLOAT = 4  # bytes
+# FLOPs of scoring one image, its prompt read anew, counted on the networks at their published sizes; others: unknown.
+REWARDS = {"aesthetic": 162.03e9, "hpsv2": 381.68e9, "imagereward": 137.78e9}
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,14 @@ def costs(config: Config) -> Costs:
         x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
         if config.objective.forward_looking_decoder == "tiny":
             tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
-        elif vae is not None and len(vae.config.block_out_channels) == 4:  # what TAESD is to Stable Diffusion
-            tiny = AutoencoderTiny()
     text = {} if width is None else {"encoder_hidden_states": embedding}
 
-    def predict() -> torch.Tensor:
-        return unet(x, t, **text).sample
-
     return Costs(
-        unet=_count(predict),
-        unet_train=_count(predict, backward=True),
+        unet=_count(lambda: unet(x, t, **text).sample),
+        unet_train=_count(lambda: unet(x, t, **text).sample, backward=True),
         decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
         tiny=_count(lambda: tiny.decode(x).sample) if tiny is not None else None,
-        reward=reward_cost(config.reward),
+        reward=REWARDS.get(config.reward.name),
         flow=_count(lambda: flow(x, t, embedding)) if flow else 0.0,
         flow_train=_count(lambda: flow(x, t, embedding), backward=True) if flow else 0.0,
         latent=prod(shape),
@@ -147,75 +141,30 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     )
 
 
-def published(config: Config, cost: Costs) -> tuple[float, float] | None:
-    """FLOPs of a transition in the learner, and of an epoch, in the way that the objectives' published algorithms are
-    usually coded (objectives without psi: None): the learner makes clean predictions, decodes and scores both ends of
-    each transition of each update anew, and the sampler's images are scored besides. One update sees every selected
-    transition, as here."""
-    n, count = config.sampler.steps, config.train.trajectories
-    if not config.needs.inner_rewards or not config.needs.published:
-        return None
-    passes = 1 if config.sampler.guidance == 1 else 2
-    look = cost.decode + (cost.reward or 0.0)
-    # Clean predictions at both ends; or reference and x_t' forward, and four times back to a state (for both reverse
-    # scores and the value at both ends; without flow for the value at x_t' alone).
-    again = 2 * cost.unet + 2 * look
-    if config.needs.reward_gradients:
-        again = 3 * passes * cost.unet + 2 * look if config.needs.flow is None else 6 * passes * cost.unet + 4 * look
-    transition = passes * cost.unet_train + 2 * cost.flow_train + again
-    transitions = work(config, cost, 1).transitions
-    return transition, count * (n * passes * cost.unet + look) + transitions * transition
-
-
-def _against_published(config: Config, cost: Costs, each: Work) -> list[str]:
-    """Lines that compare, with this config and with cheap values of inner states."""
-    there = published(config, cost)
-    if there is None:
-        return []
-    (transition, epoch), here = there, each.training / each.transitions
-    lines = [
-        f"a transition in the learner: {_flops(transition)} there, {_flops(here)} here; ratio {transition / here:.2f}",
-        f"an epoch: {_flops(epoch)} there, {_flops(each.flops)} here; ratio {epoch / each.flops:.2f}",
-    ]
-    objective, key = config.objective, "forward_looking_decoder"
-    if cost.tiny is not None and objective.forward_looking != "none" and objective.forward_looking_decoder == "full":
-        cheap = config.model_copy(update={"objective": objective.model_copy(update={key: "tiny"})})
-        flops = work(cheap, cost, 1).flops
-        lines.append(f"an epoch with objective.{key}=tiny: {_flops(flops)}; ratio {epoch / flops:.2f}")
-    return lines
-
-
 def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
     """The plan as text, one fact a line."""
-    cost = costs(config)
+    cost, sampler, updates = costs(config), config.sampler, config.steps_per_epoch
     each = work(config, cost, placement.ranks.count)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
     evaluations *= images > 0
+    trajectories = train.epochs * train.trajectories
     total = train.epochs * each.flops + evaluations * each.evaluation
     scoring = "rewards not counted" if cost.reward is None else f"scoring {_flops(each.scoring)}"
     kept = min((config.run.keep_checkpoints or train.epochs) + evaluations, train.epochs + 1)
     disk = kept * each.checkpoint + train.epochs * each.thumbnails
-    if in_process:
-        actors = ["no actors: 1 sampler, 1 scorer, 1 learner in this process"]
-    else:
-        roles = (
-            ("sampler", placement.samplers), ("reward actor", placement.scorers), ("learner rank", placement.ranks)
-        )  # fmt: skip
-        actors = [f"{counted(share.count, role)}, each {share}" for role, share in roles]
+    roles = {"sampler": placement.samplers, "reward actor": placement.scorers, "learner rank": placement.ranks}
+    actors = [f"{counted(share.count, role)}, each {share}" for role, share in roles.items()]
     facts = {
         "run directory": [place],
         "cluster": [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"],
-        "actors": actors,
+        "actors": ["none: 1 sampler, 1 scorer, 1 learner in this process"] if in_process else actors,
         "an epoch": [
-            f"{train.trajectories} trajectories of {config.sampler.steps} steps in chunks of "
-            f"{config.sampler.chunk_size}",
-            f"{each.states_scored} states scored, {each.transitions} transitions trained on in "
-            f"{config.steps_per_epoch} updates",
+            f"{train.trajectories} trajectories of {sampler.steps} steps in chunks of {sampler.chunk_size}",
+            f"{each.states_scored} states scored, {each.transitions} transitions trained on in {updates} updates",
         ],
         "the run": [
-            f"{train.epochs} epochs, {train.epochs * train.trajectories} trajectories, "
-            f"{train.epochs * config.steps_per_epoch} updates",
+            f"{train.epochs} epochs, {trajectories} trajectories, {train.epochs * updates} updates",
             f"{evaluations} evaluations of {images} images",
         ],
         "FLOPs": [
@@ -223,7 +172,6 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
             f"the run: {_flops(total)}",
         ],
-        "against the published way": _against_published(config, cost, each),
         "object store": [] if in_process else [
             f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
             f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
@@ -233,55 +181,8 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{_bytes(each.thumbnails)} an epoch; at most {_bytes(disk)} in all",
         ],
     }  # fmt: skip
-    return "\n".join(f"{title if i == 0 else '':<26} {text}" for title, texts in facts.items()
-                     for i, text in enumerate(texts))  # fmt: skip
-
-
-def reward_cost(reward: RewardConfig) -> float | None:
-    """FLOPs of scoring one image at the published size, its prompt read anew; None for a reward that is not known.
-    JPEG's are the CPU's, and none."""
-    if reward.name in ("jpeg_compressibility", "jpeg_incompressibility"):
-        return 0.0
-    make = {"aesthetic": _aesthetic, "hpsv2": _hpsv2, "imagereward": _imagereward}.get(reward.name)
-    if make is None:
-        return None
-    with torch.device("meta"):
-        network, *inputs = make()
-        return _count(lambda: network(*inputs))
-
-
-def _aesthetic() -> tuple[Any, ...]:
-    """The network and its inputs, as of the two below."""
-    from transformers import CLIPVisionConfig
-
-    from rewards.aesthetic import Network
-
-    large = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
-        projection_dim=768,
-    )  # fmt: skip
-    return Network(large), torch.zeros(1, 3, 224, 224)
-
-
-def _hpsv2() -> tuple[Any, ...]:
-    from rewards.hpsv2 import Network, clip_config
-
-    ids = torch.zeros(1, 77, dtype=torch.int64)
-    return Network(clip_config()), torch.zeros(1, 3, 224, 224), ids
-
-
-def _imagereward() -> tuple[Any, ...]:
-    from transformers import BlipTextConfig
-
-    from rewards.imagereward import TOKENS, Network, vision_config
-
-    text = BlipTextConfig(
-        vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        encoder_hidden_size=1024, is_decoder=True,
-    )  # fmt: skip
-    text._attn_implementation = "eager"
-    ids, pixels = torch.zeros(1, TOKENS, dtype=torch.int64), torch.zeros(1, 3, 224, 224)
-    return Network(vision_config(), text), pixels, ids, None  # a mask would be looked into
+    rows = ((title if i == 0 else "", text) for title, texts in facts.items() for i, text in enumerate(texts))
+    return "\n".join(f"{title:<26} {text}" for title, text in rows)
 
 
 def _count(forward: Callable[[], torch.Tensor], backward: bool = False) -> float:
@@ -292,17 +193,12 @@ def _count(forward: Callable[[], torch.Tensor], backward: bool = False) -> float
     return float(counter.get_total_flops())
 
 
-def _flops(value: float) -> str:
-    return _scaled(value, "FLOP")
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, "B")
-
-
 def _scaled(value: float, unit: str) -> str:
     for prefix in ("", "k", "M", "G", "T", "P"):
         if value < 1000:
             return f"{value:.3g} {prefix}{unit}"
         value /= 1000
     return f"{value:.3g} E{unit}"
+
+
+_flops, _bytes = partial(_scaled, unit="FLOP"), partial(_scaled, unit="B")

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from commands.outcome import attempt
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0; 2: no such run, or one whose files are damaged."""
     parser = argparse.ArgumentParser(prog="python -m learner.report", description="Make a run's report.html anew.")
     parser.add_argument("run", help="run directory or URL")
-    args = parser.parse_args(arguments)
+    run = parser.parse_args(arguments).run
+    return attempt("report", lambda: draw(run), run)
 
+
+def draw(run: str) -> None:
     from learner.config import saved_config  # here: --help and argument errors must come fast
     from records.run_folder import Records
     from records.storage import Storage
     from reports.html import FILE, render
 
-    try:
-        storage = Storage(args.run)
-        records = Records.open(storage)
-        storage.write(FILE, render(records, saved_config(records)))
-    except (OSError, ValueError) as error:
-        print(f"learner.report: {args.run}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # a value of another kind
-        print(f"learner.report: {args.run}: its files are damaged, or of another Tributary: {error!r}", file=sys.stderr)
-        return 2
+    storage = Storage(run)
+    records = Records.open(storage)
+    storage.write(FILE, render(records, saved_config(records)))
     print(f"{storage}/{FILE}")
-    return 0

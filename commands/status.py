@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from commands.outcome import attempt
 from records.heartbeat import EPOCHS, FILE, RUN, look
 from records.storage import Storage, StorageError
 
@@ -30,10 +30,10 @@ def show(status: dict[str, Any], file: IO[str] | None = None) -> None:
     lines = [Text.assemble((_printable(status["name"]), "bold"), f"  {_printable(status['directory'])}")]
     for label, words in _rows(status):
         lines.append(Text.assemble((f"{label:<10} ", "bold"), (_printable(words), colour if label == "state" else "")))
-    table, console = _table(status["lines"][-EPOCHS:]), Console(file=file, markup=False, emoji=False, highlight=False)
+    console = Console(file=file, markup=False, emoji=False, highlight=False)
     console.print(*lines, sep="\n", soft_wrap=True)  # long paths stay in one piece
     if status["lines"]:
-        console.print("", table, sep="\n")
+        console.print("", _table(status["lines"][-EPOCHS:]), sep="\n")
 
 
 def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -89,9 +89,9 @@ def _state_in_words(status: dict[str, Any]) -> str:
 
 def _table(lines: Sequence[dict[str, Any]]) -> Table:
     """The last epochs, numbered from 1 as in a run's output; 0 is the evaluation before training."""
-    table = Table("epoch", "step", "reward", "evaluated", "loss", "seconds", box=None, padding=(0, 0, 0, 3))
-    for column in table.columns:
-        column.justify = "right"
+    table = Table(box=None, padding=(0, 0, 0, 3))
+    for name in ("epoch", "step", "reward", "evaluated", "loss", "seconds"):
+        table.add_column(name, justify="right")
     for line in lines:
         figures = (line.get(key) for key in ("reward_mean", "eval_reward_mean", "loss", "seconds"))
         words = ("" if figure is None else f"{figure:.4g}" for figure in figures)
@@ -136,7 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", help="run directory or URL")
     parser.add_argument("--json", action="store_true", help="for programs: everything that is known, as one object")
     args = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         storage = Storage(args.run)
         if not storage.exists(RUN):
             raise StorageError(f"there is no {RUN} in it; give a run's directory")
@@ -145,10 +146,5 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(status, indent=1))
         else:
             show(status)
-    except StorageError as error:
-        print(f"learner.status: {args.run}: {error}", file=sys.stderr)
-        return 2
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a value of another kind
-        print(f"learner.status: {args.run}: its files are damaged, or of another Tributary: {error!r}", file=sys.stderr)
-        return 2
-    return 0
+
+    return attempt("status", work, args.run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -20,6 +21,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from commands.outcome import complain
 from learner.config import Config, saved_config
 from records.checkpoint import CheckpointError
 from records.heartbeat import without_passwords
@@ -38,6 +40,9 @@ DEFAULTS = {
 }  # fmt: skip
 RETRY_SECONDS = 30.0
 GONE_SECONDS = 5.0  # for the last words when the driver was killed
+
+
+tell = functools.partial(print, flush=True)
 
 
 def follow(mirror: Mirror) -> int:
@@ -88,12 +93,11 @@ def follow(mirror: Mirror) -> int:
                          f"goes on, its records are in {mirror.storage}")  # fmt: skip
         if word != "sync":
             return 1
-        try:
+        word = "sync"
+        with contextlib.suppress(queue.Empty):
             word = words.get(timeout=RETRY_SECONDS)
             while word == "sync":
                 word = words.get_nowait()
-        except queue.Empty:
-            word = "sync"
 
 
 def _read(words: queue.Queue[str]) -> None:
@@ -113,10 +117,6 @@ def _send_model(mirror: Mirror) -> None:
     except Exception as error:
         again = f"python -m learner.upload {mirror.storage}"
         tell(f"say warning: MLflow did not take the run's model ({reason(error)}); send it: {again}")
-
-
-def tell(line: str) -> None:
-    print(line, flush=True)
 
 
 def reason(error: Exception) -> str:
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         records = Records.open(storage)
         config = saved_config(records)
     except (OSError, ValueError) as error:
-        complain(f"{args.run} is no run of Tributary: {error}")
+        complain("upload", f"{args.run} is no run of Tributary: {error}")
         return 2
     uri = args.uri or tracking_uri(config, storage)
     server = without_passwords(uri)
@@ -150,11 +150,11 @@ def main(arguments: list[str] | None = None) -> int:
     from records.lock import in_use
     from reports.mlflow_mirror import Mirror
 
-    for package in ("mlflow", "alembic"):
+    for package in ("mlflow", "alembic"):  # after mlflow's import, which sets its own level
         logging.getLogger(package).setLevel(logging.CRITICAL)
     if not args.uri and not args.follow and _would_send_credentials(config):
-        complain(f"your MLflow user, password or token would be sent to {server}, which the run's own settings name: "
-                 "if that is right, give it as --uri")  # fmt: skip
+        text = f"your MLflow user, password or token would be sent to {server}, which the run's own settings name"
+        complain("upload", f"{text}: if that is right, give it as --uri")
         return 2
     try:
         mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment)
@@ -163,17 +163,16 @@ def main(arguments: list[str] | None = None) -> int:
         mirror.connect()
         if in_use(storage):
             mirror.sync()
-            print(f"MLflow at {server} has all closed epochs of {storage}, which is still going on "
-                  f"(run {mirror.run_id})")  # fmt: skip
+            print(f"MLflow at {server} has all closed epochs of {storage}, still going on (run {mirror.run_id})")
             return 0
         mirror.finish("FINISHED" if records.about["finished"] else "KILLED")
         if lack := mirror.send_model(args.registered_model or config.mlflow.registered_model):
-            complain(f"no model in MLflow: {lack}")
+            complain("upload", f"no model in MLflow: {lack}")
     except Exception as error:
         if args.follow:
             tell(f"say warning: MLflow at {server} cannot be used ({reason(error)}); the run goes on without it")
         else:
-            complain(f"MLflow at {server} fails ({reason(error)}); nothing is lost, give it again")
+            complain("upload", f"MLflow at {server} fails ({reason(error)}); nothing is lost, give it again")
         return 1
     print(f"MLflow at {server} has everything of {storage} (run {mirror.run_id})")
     return 0
@@ -187,7 +186,3 @@ def _would_send_credentials(config: Config) -> bool:
         return False
     known = any((*read_mlflow_creds(), os.environ.get("MLFLOW_TRACKING_TOKEN")))
     return known and config.mlflow.uri.startswith(("http:", "https:"))
-
-
-def complain(text: str) -> None:
-    print(f"learner.upload: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The adapters that a command is asked to judge, of runs or from LoRA files, with the settings to judge them by."""
+"""The adapters that commands are pointed at, of runs or in LoRA files, and the settings that they are judged by."""
 
 from __future__ import annotations
 
@@ -6,28 +6,120 @@ import argparse
 import contextlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffusion.snapshot import Snapshot, digest
-from evaluation.finished_run import open_trained
 from evaluation.image_sets import ACCURACY, ImageSet
-from learner.config import Config, ConfigError, read_config, resolve
+from learner.config import Config, ConfigError, read_config, resolve, saved_config
 from learner.config.sections import LoraConfig, SamplerConfig
 from learner.prompts import evaluation_prompts
+from records import checkpoint
+from records.checkpoint import Checkpoint, CheckpointError
 from records.run_folder import EVALUATION, RUN, Records
-from records.storage import Storage
+from records.storage import Storage, StorageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and diffusers come with it
     from diffusion.lora_files import AdapterFile
 
+LORA = "lora"  # a checkpoint's folder of LoRA files
 OTHER_SEED = 1_000_003  # added to evaluation.seed: noise that no training run evaluates on
 SETTING = re.compile(r"[^/:]+=")
+SAMPLING = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run as it stood at a checkpoint."""
+
+    records: Records
+    config: Config
+    checkpoint: Checkpoint
+
+    @property
+    def epochs(self) -> int:  # that were closed
+        return int(self.checkpoint.manifest["next_epoch"])
+
+    @property
+    def step(self) -> int:  # policy updates
+        return int(self.checkpoint.manifest["step"])
+
+    @property
+    def lora_files(self) -> dict[str, bytes]:
+        """The adapter's files by name: diffusers' and kohya's, or PEFT's of a model without text."""
+        files = self.checkpoint.files.items()
+        return {name.removeprefix(f"{LORA}/"): content for name, content in files if name.startswith(f"{LORA}/")}
+
+    def adapter(self) -> AdapterFile:
+        """
+        Raises:
+            BadAdapter: its file is no LoRA.
+            CheckpointError: it is not the adapter that the checkpoint was written of.
+        """
+        from diffusion import lora_files
+
+        source = f"{self.records.storage}/{self.checkpoint.name}/{LORA}"
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in self.lora_files.items():
+                (Path(folder) / name).write_bytes(content)
+            adapter = replace(lora_files.read(folder), source=source)
+        if adapter.sha256 != self.checkpoint.manifest["adapter_sha256"]:
+            raise CheckpointError(f"{source} is not the adapter that the run had: its sha256 differs")
+        return adapter
+
+
+def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Trained:
+    """The run in directory or URL `url` at its newest whole checkpoint, or at that of `step`. `warn` hears of
+    checkpoints that are passed over.
+
+    Raises:
+        StorageError, ConfigError, CheckpointError: there is no run, no such checkpoint, or none that is whole.
+    """
+    storage = Storage(url)
+    if not storage.exists(RUN):
+        raise StorageError(f"there is no {RUN} in {storage}; give a run's directory")
+    records = Records.open(storage)
+    config, there = saved_config(records), checkpoint.steps(storage)
+    if step is None:
+        saved = checkpoint.load_newest(storage, records.run_id, warn)
+    else:
+        saved = checkpoint.load(storage, step, records.run_id) if step in there else None
+    if saved is None:
+        steps = f"; there are {', '.join(map(str, there))}" if there else " yet; wait for its first"
+        raise CheckpointError(f"{storage} has no checkpoint{'' if step is None else f' of step {step}'}{steps}")
+    return Trained(records, config, saved)
+
+
+def open_adapter(
+    name: str, step: int | None, warn: Callable[[str], None]
+) -> tuple[Callable[[], AdapterFile], Config | None, Trained | None]:
+    """What reads the adapter of a run's folder or URL, of a checkpoint's folder, or of a LoRA's file or folder; the
+    settings of the run that it lies in; and the run, if that was named.
+
+    Raises:
+        ValueError: there is nothing, or `step` is of what is no run; and as `open_trained`.
+    """
+    if "://" in name or Storage(name).exists(RUN):
+        trained = open_trained(name, step, warn)
+        return trained.adapter, trained.config, trained
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(f"{name}: no such file or folder; give a run's directory, or a LoRA's file or folder")
+    if step is not None:
+        raise ValueError(f"--step: {name} is no run's directory (it has no {RUN})")
+
+    def read() -> AdapterFile:
+        from diffusion import lora_files
+
+        return lora_files.read(path / LORA if (path / LORA).is_dir() else path)
+
+    runs = [folder for folder in path.resolve().parents if (folder / RUN).is_file()]
+    return read, saved_config(Records.open(Storage(str(runs[0])))) if runs else None, None
 
 
 @dataclass(frozen=True)
@@ -36,7 +128,7 @@ class Target:
 
     name: str
     adapter: AdapterFile
-    config: Config  # only what judging needs, see _target
+    config: Config  # only what judging needs, see _needed
     prompts: tuple[str, ...]
     out: Storage
     file: str  # under `out`, without its suffix
@@ -45,14 +137,13 @@ class Target:
 
     def sets(self) -> dict[str, ImageSet]:
         """The adapter's, and its base model's at the same and at other noise."""
-        seed, flat = self.config.evaluation.seed, self.adapter.flat
+        flat, evaluation = self.adapter.flat, self.config.evaluation
+        apart = evaluation.model_copy(update={"seed": evaluation.seed + OTHER_SEED})
+        tuned = ImageSet(self.config, self.prompts, Snapshot(1, flat, digest(flat)))
         zeros = np.zeros_like(flat)
-        return {
-            name: ImageSet(self.config, self.prompts, Snapshot(version, adapter, digest(adapter)), noise)
-            for name, version, adapter, noise in (
-                ("tuned", 1, flat, seed), ("base", 0, zeros, seed), ("other", 0, zeros, seed + OTHER_SEED)
-            )
-        }  # fmt: skip
+        base = replace(tuned, snapshot=Snapshot(0, zeros, digest(zeros)))
+        other = replace(base, config=self.config.model_copy(update={"evaluation": apart}))
+        return {"tuned": tuned, "base": base, "other": other}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -62,120 +153,83 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def find(names: Sequence[str], overrides: Sequence[str], args: argparse.Namespace) -> list[Target]:
-    """The targets, checked; nothing is started.
-
-    Raises:
-        ConfigError: a line for each fault of any of them.
-    """
+    """The targets, checked; nothing is started. Raises a ConfigError with a line for each fault of any of them."""
     targets, faults = [], []
     for name in names:
         try:
-            target = _of_lora(name, overrides, args) if _is_lora(name) else _of_run(name, overrides, args)
-            _check(target)
+            targets.append(_target(name, overrides, args))
+            _check(targets[-1])
         except (OSError, ValueError) as error:
             faults.append(str(error) if name in str(error) else f"{name}: {error}")
-        else:
-            targets.append(target)
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     return targets
 
 
-def _is_lora(name: str) -> bool:
-    """A run's own URL may be anything; a LoRA is a local path that is no run."""
-    path = Path(name).expanduser()
-    return path.is_file() or (path.is_dir() and not (path / RUN).is_file() and any(path.glob("*.safetensors")))
-
-
-def _of_run(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Target:
-    storage = Storage(name)
-    if not storage.exists(RUN):
-        raise ConfigError(f"no run is here ({RUN} is missing), nor a LoRA (*.safetensors)")
-    trained = open_trained(name, args.step, lambda text: print(text, file=sys.stderr))
-    tree, records = trained.config.model_dump(mode="json"), trained.records
-    config = _settings(partial(read_config, tree), overrides, args)
+def _target(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Target:
+    """By its run's settings, or those of --config, or the demo's, with options and overrides."""
+    read_adapter, run_config, trained = open_adapter(name, args.step, lambda text: print(text, file=sys.stderr))
+    options = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
+    settings = [*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides]
+    if run_config and not args.config:
+        config, faults = read_config(run_config.model_dump(mode="json"), settings)
+    else:
+        config, faults = read_config(args.config, settings)
+    if faults := faults or ["evaluation.images: 0; say how many with --images"] * (not config.evaluation.images):
+        raise ConfigError("\n".join(faults))
+    adapter, prompts = read_adapter(), tuple(evaluation_prompts(config))
+    judged = adapter, _needed(config, adapter, prompts), prompts
+    if trained is None:
+        file = Path(adapter.source)
+        out = Storage(str(args.out or file.parent / EVALUATION))
+        return Target(Path(name).resolve().stem, *judged, out, file.stem)
+    records, step = trained.records, trained.step
     lines = [line for line in records.lines if 0 <= line["epoch"] < trained.epochs]
     cluster = records.about.get("cluster", {})
     facts = {
-        "run_id": records.run_id, "step": trained.step, "epochs_done": trained.epochs,
+        "run_id": records.run_id, "step": step, "epochs_done": trained.epochs,
         "trajectories_trained": lines[-1]["trajectories_trained"] if lines else 0,
         "seconds": sum(line["seconds"] for line in lines), "gpus": cluster.get("GPU", 0), "cpus": cluster.get("CPU"),
     }  # fmt: skip
-    file = f"{EVALUATION}/step-{trained.step:06d}"
-    return _target(records.about["name"], trained.adapter(), config, storage, file, records, facts)
+    return Target(records.about["name"], *judged, records.storage, f"{EVALUATION}/step-{step:06d}", records, facts)
 
 
-def _of_lora(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Target:
-    config = _settings(partial(read_config, args.config), overrides, args)
-    from diffusion import lora_files
-
-    adapter = lora_files.read(name)
-    file = Path(adapter.source)
-    title = file.stem if Path(name).is_file() else Path(name).resolve().name
-    return _target(title, adapter, config, Storage(str(args.out or file.parent / EVALUATION)), file.stem)
-
-
-def _settings(
-    read: Callable[[Sequence[str]], tuple[Config, list[str]]], overrides: Sequence[str], args: argparse.Namespace
-) -> Config:
-    """What `read` makes of options and overrides."""
-    options = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
-    config, faults = read([*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides])
-    if not config.evaluation.images:
-        faults = [*faults, "evaluation.images: 0; say how many with --images"]
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return config
-
-
-def _target(name: str, adapter: AdapterFile, config: Config, *of: Any) -> Target:
-    """With what judging needs of the settings, the others at their defaults: runs of different objectives are judged by
-    the same actors. Where every prompt is of the shapes world, its accuracy is a held-out reward too."""
+def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Config:
+    """What judging needs of the settings, the others at their defaults: runs of different objectives are judged by the
+    same actors. Where every prompt is of the shapes world, its accuracy is a held-out reward too."""
     from rewards import judges
 
-    prompts, evaluation = tuple(evaluation_prompts(config)), config.evaluation
+    evaluation = config.evaluation
     with contextlib.suppress(ValueError):
         judges.check([ACCURACY], "pixels", None, prompts)
         if ACCURACY not in judges.labels(evaluation.held_out):
             evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
-    sampling = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}
-    needed = Config(
+    return Config(
         run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}),
-        model=config.model, reward=config.reward, evaluation=evaluation,
-        sampler=SamplerConfig(**config.sampler.model_dump(include=sampling)),
+        model=config.model,
+        reward=config.reward,
+        evaluation=evaluation,
+        sampler=SamplerConfig(**config.sampler.model_dump(include=SAMPLING)),
         lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha),
-    )  # fmt: skip
-    return Target(name, adapter, needed, prompts, *of)
+    )
 
 
 def _check(target: Target) -> None:
-    """Everything that would otherwise fail only after actors are up.
-
-    Raises:
-        BadAdapter: the LoRA is of another base model.
-        ConfigError: reward, held-out rewards or features cannot be had.
-    """
+    """Raises a ValueError for what would otherwise fail only after actors are up: a LoRA of another base model; a
+    reward, held-out rewards or features that cannot be had."""
     from diffusion import lora, lora_files
     from diffusion.loading import without_weights
     from rewards import judges, registry
 
-    unet, _ = without_weights(str(resolve(target.config.model.path)))
-    lora_files.require_fit(unet, target.adapter)
+    config, adapter = target.config, target.adapter
+    unet, _ = without_weights(str(resolve(config.model.path)))
+    lora_files.require_fit(unet, adapter)
     ends = tuple(f".{module}" for module in lora.TARGETS)
-    usual = {name for name, _ in unet.named_modules() if name.endswith(ends)}
-    if set(target.adapter.modules) != usual:
+    if set(adapter.modules) != {name for name, _ in unet.named_modules() if name.endswith(ends)}:
         raise lora_files.BadAdapter(
-            f"{target.adapter.source} adapts {len(target.adapter.modules)} modules, samplers adapt the {len(usual)} "
-            f"attention projections ({', '.join(lora.TARGETS)}): learner.generate draws with it, but it is not judged"
+            f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.TARGETS)}): "
+            "learner.generate draws with it, samplers do not"
         )
-    reward, evaluation, prompts, faults = target.config.reward, target.config.evaluation, target.prompts, []
-    for check in (
-        partial(registry.check, reward.name, reward.weights, reward.options, prompts, backend=reward.backend),
-        partial(judges.check, evaluation.held_out, evaluation.features, evaluation.clip, prompts),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise ConfigError("; ".join(faults))
+    reward, evaluation = config.reward, config.evaluation
+    registry.check(reward.name, reward.weights, reward.options, target.prompts, backend=reward.backend)
+    judges.check(evaluation.held_out, evaluation.features, evaluation.clip, target.prompts)

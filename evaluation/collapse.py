@@ -1,31 +1,47 @@
-"""Early warning of reward collapse: the trained reward rises, and what it was not to cost falls.
+"""What the fixed evaluation images of a run say of an epoch, and the early warning of reward collapse among it: the
+trained reward rises, and what it was not to cost falls.
 
-Judged on the fixed evaluation images against the same images before training, so noise cancels: diversity among a
-prompt's images, and every held-out reward. Both thresholds are judgement calls, measured on the embedded model
-(docs/results.md); a warning is a reason to look at the pictures.
+Judged against the same images before training, so noise cancels: diversity among a prompt's images, and every held-out
+reward. Both thresholds are judgement calls, measured on the embedded model (docs/results.md); a warning is a reason to
+look at the pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from evaluation.metrics import mean_of_good, paired_interval, prompt_distances
+from diffusion.trajectory import Scores
+from evaluation.image_sets import Evaluated, image_rows, read_images
+from evaluation.metrics import mean_of_good, paired_interval, prompt_distances, vendi
+from records.run_folder import BEFORE, Records
 
 KEPT = 0.7  # share of the diversity that may be left before it is collapse
 FALL = 0.5  # standard deviations among images that a held-out reward may fall
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """The fixed images after some epoch: n of them, NaN where one is bad."""
+def judge(
+    records: Records, thumbnail_pixels: int, draw: Callable[[Sequence[Scores]], bytes], epoch: int,
+    scores: Sequence[Scores],
+) -> dict[str, Any]:  # fmt: skip
+    """Records the evaluation after an epoch, with a contact sheet (PNG) by `draw`. Returns what a line of metrics.jsonl
+    has of it: means of the good images' rewards, diversity, and signs of collapse since before training.
 
-    prompts: Sequence[str]
-    rewards: np.ndarray  # [n], raw, of the reward trained on
-    held_out: Mapping[str, np.ndarray]  # [n] each, raw
-    features: np.ndarray | None  # [n, F]
+    Raises:
+        StorageError: it could not be recorded.
+    """
+    records.save_evaluation(epoch, image_rows(scores, thumbnail_pixels), draw(scores))
+    now = read_images(records.images(epoch))
+    line: dict[str, Any] = {"eval_reward_mean": mean_of_good(now.rewards)}
+    line |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
+    if now.features is not None:
+        line["eval_vendi"] = vendi(now.features)
+        line["eval_distance"] = mean_of_good(prompt_distances(now.features, now.prompts))
+    if epoch != BEFORE and BEFORE in records.evaluated():
+        line["collapse"] = "; ".join(signs(read_images(records.images(BEFORE)), now)) or None
+    return line
 
 
 def signs(before: Evaluated, now: Evaluated) -> list[str]:
@@ -36,15 +52,15 @@ def signs(before: Evaluated, now: Evaluated) -> list[str]:
     """
     if not paired_interval(before.rewards, now.rewards)[0] > 0:
         return []
-    signs_seen = []
+    texts = []
     if before.features is not None and now.features is not None:
         was, is_now = prompt_distances(before.features, before.prompts), prompt_distances(now.features, now.prompts)
         both = ~np.isnan(was) & ~np.isnan(is_now)
         kept = float(is_now[both].mean() / was[both].mean()) if both.any() and was[both].mean() > 0 else 1.0
         if kept < KEPT and paired_interval(was, is_now)[1] < 0:
-            signs_seen.append(f"diversity fell to {kept:.0%} of the base model's")
+            texts.append(f"diversity fell to {kept:.0%} of the base model's")
     for label, was in before.held_out.items():
         fell = mean_of_good(now.held_out[label] - was)
         if paired_interval(was, now.held_out[label])[1] < 0 and -fell > FALL * np.nanstd(was):
-            signs_seen.append(f"held-out {label} fell by {-fell:.3g} to {mean_of_good(now.held_out[label]):.3g}")
-    return signs_seen
+            texts.append(f"held-out {label} fell by {-fell:.3g} to {mean_of_good(now.held_out[label]):.3g}")
+    return texts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from cluster.session import nodes_at_hand
 from diffusion.failures import RunFailure
 from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
 from diffusion.locate import is_unconditional
-from evaluation.fixed_images import Judge
+from evaluation import collapse
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
 from learner.inprocess import InProcessRunner
@@ -166,7 +167,8 @@ def run(
                 runner, begun = _start(opened, views, own_reward), opened.checkpoint
                 if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
                     raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
-                judge = Judge(records, config.run.thumbnail_pixels, lambda scores: png(contact_sheet(scores)))
+                pixels = config.run.thumbnail_pixels
+                judge = partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"

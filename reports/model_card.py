@@ -21,7 +21,7 @@ from records.run_folder import TRAJECTORIES
 
 if TYPE_CHECKING:  # torch comes with them
     from diffusion.lora_files import AdapterFile
-    from evaluation.finished_run import Trained
+    from evaluation.adapters import Trained
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 EMBEDDED = ROOT / "models" / "shapes"

@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import filelock
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from learner.config import Config, load_config
 from learner.objectives.needs import NEEDS
@@ -76,6 +77,21 @@ def tiny_pipeline(shared) -> str:
         train.save_pipeline(folder, vae, tokenizer, unet, text_encoder)
 
     return str(shared("tiny", make))
+
+
+@pytest.fixture(scope="session")
+def ddpm(shared) -> str:
+    """A pixel-space DDPM of google/ddpm-cifar10-32's classes, with random weights."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=16, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8, attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+
+    return str(shared("ddpm", make))
 
 
 @pytest.fixture(scope="session")

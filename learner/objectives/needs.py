@@ -22,15 +22,12 @@ class Needs:
     """The config refuses what contradicts these before anything starts; learner, build and plan read them."""
 
     defaults: Defaults  # what `objective.setting` changes, key by key, for keys that are not given
-    flow: FlowKind | None = (
-        None  # the network it trains beside the policy: a scalar, which can be fitted alone, or a field
-    )
+    flow: FlowKind | None = None  # the network it trains beside the policy: a scalar, or a field
     uses_ratio: bool = False  # clips the ratio of the current to the rollout policy, so must train on its own samples
     reward_gradients: bool = False  # learns from the gradient of the reward
     inner_rewards: bool = True  # uses the rewards of states before the image
     prepared_fields: int = 0  # latents a transition that `prepare` returns
     compares_groups: bool = False  # transitions are compared within groups of objective.group_size
-    published: bool = True  # as code, so that `--plan` can compare costs
 
 
 # The published code of DAG: gradient through both flows, psi of the rollout's own weights.
@@ -55,7 +52,7 @@ NEEDS: dict[str, Needs] = {
     "dag_db": Needs(_DAG, "log_flow"),
     # The score-function gradient is only right for the policy's own samples, within the clip.
     "dag_kl": Needs(_DAG, "log_flow", uses_ratio=True, compares_groups=True),
-    "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4, published=False),
+    "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4),
     "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4),
     "residual_nabla_db_no_flow": Needs(_RESIDUAL, reward_gradients=True, prepared_fields=2),
     "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False),

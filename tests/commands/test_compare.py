@@ -9,10 +9,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from commands.compare import main, pareto, table
+from commands import evaluate
+from commands.compare import main, pareto, require_alike, table
 from commands.evaluate import Judged
+from evaluation.adapters import find, split
+from learner.inprocess import InProcessPools
 
-SMALL = ("run.runner=inprocess", "--images", "16")
+SMALL = ("run.runner=inprocess", "--images", "8")
 
 
 @pytest.fixture(scope="module")
@@ -27,30 +30,28 @@ def runs(finished_run, tmp_path_factory):
     return folder
 
 
-def compare(runs, other, tmp_path, *more) -> int:
-    places = ("--out", str(tmp_path / "out"), "--cache", str(runs / "cache"))
-    return main([str(runs / "late"), str(other), *SMALL, *places, *more])
-
-
-def test_a_table_and_two_pictures(runs, tmp_path, capsys):
-    assert compare(runs, runs / "early", tmp_path) == 0
-    said, text = capsys.readouterr().out, (tmp_path / "out/comparison.md").read_text()
+def test_a_table_and_two_pictures(runs, tmp_path, monkeypatch, capsys):
+    made, real = [], InProcessPools.judge
+    monkeypatch.setattr(InProcessPools, "judge", lambda *given: (made.append(len(given[2])), real(*given)))
+    out = tmp_path / "out"
+    places = ("--out", str(out), "--cache", str(tmp_path / "cache"))
+    assert main([str(runs / "late"), str(runs / "early"), *SMALL, *places]) == 0
+    said, text = capsys.readouterr().out, (out / "comparison.md").read_text()
     assert text in said
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert {row[0] for row in rows} == {"early", "late", "base model"} and rows[-1][0] == "base model"
     assert head[:3] == ["adapter", "reward", "gain [95 %]"] and head[-1] == "CPU seconds"
-    figures = {one["name"]: one for one in json.loads((tmp_path / "out/comparison.json").read_text())}
-    best = max(figures.values(), key=lambda one: one["reward"]["value"])
+    figures = {each["name"]: each for each in json.loads((out / "comparison.json").read_text())}
+    best = max(figures.values(), key=lambda each: each["reward"]["value"])
     assert rows[0][0] == best["name"] and rows[0][1] == f"{best['reward']['value']:.4g}"
     assert all(float(row[-1]) > 0 and row[-2] == {"early": "8", "late": "16"}[row[0]] for row in rows[:2])
     for column, name in (("accuracy", "accuracy"), ("Vendi", "vendi"), ("drift (fid)", "fid")):
         assert rows[-1][head.index(column)] == f"{best[name]['base']:.4g}"
     assert best["vendi"]["base"] != best["vendi"]["value"]
     for name in ("pareto.png", "sheet.png"):
-        with Image.open(tmp_path / "out" / name) as picture:
+        with Image.open(out / name) as picture:
             assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
-    assert figures["early"]["base_model"] == figures["late"]["base_model"]
-    assert figures["early"]["fid"]["floor"] == figures["late"]["fid"]["floor"]  # one and the same base set
+    assert made == [2] * 4 and figures["early"]["fid"]["floor"] == figures["late"]["fid"]["floor"]  # one base model's
 
 
 @pytest.mark.parametrize(
@@ -58,22 +59,19 @@ def test_a_table_and_two_pictures(runs, tmp_path, capsys):
     [
         ("sampler.guidance", "2.0", "sampler.guidance=2.0"), ("evaluation.seed", "9", "evaluation.seed=9"),
         ("reward.name", "jpeg_compressibility", "reward.name=jpeg_compressibility"),
-        ("prompts.path", "configs/prompts/shapes_common.txt", None),
+        ("prompts.path", "configs/prompts/shapes_common.txt", "evaluation.prompts=configs/prompts/shapes_common.txt"),
     ],
 )  # fmt: skip
-def test_what_was_not_judged_alike_is_refused(key, value, remedy, runs, tmp_path, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(runs / "late", other)
+def test_what_was_not_judged_alike_is_refused(key, value, remedy, runs, run, tmp_path, refused):
     section, leaf = key.split(".")
-    tree = yaml.safe_load((other / "config.yaml").read_text())
+    tree = yaml.safe_load((run / "config.yaml").read_text())
     tree[section][leaf] = yaml.safe_load(value)
-    (other / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert compare(runs, other, tmp_path) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    words = (f"{key}: ", f"give {key}=... for all") if remedy else ("give --prompts FILE for all",)
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    said = refused("compare", runs / "late", run, *SMALL, "--out", tmp_path / "out")
+    words = ("give --prompts FILE for all",) if section == "prompts" else (f"{key}: ", f"give {key}=... for all")
     assert all(word in said for word in words) and not (tmp_path / "out").exists()
-    if remedy:
-        assert compare(runs, other, tmp_path, remedy) == 0
+    args = evaluate.parser("compare", "").parse_intermixed_args([str(runs / "late"), str(run), *SMALL, remedy])
+    require_alike(find(*split(args.names), args))
 
 
 def judged(name, reward, cost=True) -> Judged:
@@ -92,16 +90,13 @@ def test_cost_is_counted_in_the_dearest_devices():
 
 
 def test_diversity_in_the_picture_is_that_within_a_prompt():
-    """All pictures' Vendi score may rise while each prompt's come together: a collapsed run would win."""
-    one, other = judged("a", 0.6), judged("b", 0.7)
-    drawn = pareto([one, other])
-    other_figure = {**one.figures["vendi"], "value": 9.0, "low": 8.0, "high": 10.0}
-    one.figures["vendi"] = other_figure
-    assert pareto([one, other]) == drawn
-    one.figures["distance"] = other_figure
-    assert pareto([one, other]) != drawn
-
-
-def test_a_picture_is_drawn_of_whatever_is_known():
-    for known in ([judged("a", 0.6)], [judged("a", 0.6, cost=False), judged("b", 0.7)]):
-        assert Image.open(io.BytesIO(pareto(known))).format == "PNG"
+    """All pictures' Vendi score may rise while each prompt's come together: a collapsed run would win. The cost of one
+    of the two is not known."""
+    first, second = judged("a", 0.6), judged("b", 0.7, cost=False)
+    drawn = pareto([first, second])
+    assert Image.open(io.BytesIO(drawn)).format == "PNG"
+    changed = {**first.figures["vendi"], "value": 9.0, "low": 8.0, "high": 10.0}
+    first.figures["vendi"] = changed
+    assert pareto([first, second]) == drawn
+    first.figures["distance"] = changed
+    assert pareto([first, second]) != drawn

@@ -3,20 +3,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DModel,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 from commands import export
@@ -65,38 +58,26 @@ def test_a_fused_pipeline_takes_the_runs_steps(tiny_pipeline, tmp_path, grid, sh
 
 
 @pytest.fixture(scope="module")
-def without_text(tmp_path_factory):
+def without_text(ddpm, tmp_path_factory):
     """A run of a pixel-space DDPM."""
-    base, folder = tmp_path_factory.mktemp("ddpm"), tmp_path_factory.mktemp("runs") / "run"
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(base)
+    folder = tmp_path_factory.mktemp("runs") / "run"
     settings = (
         "prompts.path=null", "sampler.guidance=1", "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=4",
         "train.trajectories=4", "train.epochs=1", "train.updates_per_epoch=1", "evaluation.images=0", "lora.rank=2",
         "flow.warmup_steps=0", "flow.fit_steps=0", "flow.widths=[8,16]", "flow.stem_stride=1", "mlflow.enabled=false",
         "lora.alpha=3", "learner.learning_rate=0.05", "run.runner=inprocess", "reward.name=jpeg_incompressibility",
     )  # fmt: skip
-    assert run_main([*settings, f"model.path={base}", f"run.dir={folder}"]) == 0
-    return base, folder
+    assert run_main([*settings, f"model.path={ddpm}", f"run.dir={folder}"]) == 0
+    return folder
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
-def test_forms_that_know_no_such_lora(without_text, capsys, form):
-    capsys.readouterr()
-    assert export.main([str(without_text[1]), "--format", form]) == 2
-    message = capsys.readouterr().err
-    assert "takes no text" in message and "use --format peft or fused" in message and message.count("\n") == 1
-
-
-def test_plain_diffusers_draws_the_same_from_both(without_text):
-    base, folder = without_text
+def test_plain_diffusers_draws_the_same_from_both(without_text, ddpm, refused):
+    for form in ("diffusers", "kohya"):
+        message = refused("export", without_text, "--format", form)
+        assert "takes no text" in message and "use --format peft or fused" in message
     for form in ("peft", "fused"):
-        assert export.main([str(folder), "--format", form]) == 0
-    peft, fused = folder / "export/peft", folder / "export/fused"
+        assert export.main([str(without_text), "--format", form]) == 0
+    peft, fused = without_text / "export/peft", without_text / "export/fused"
     adapter = lora_files.read(peft)
     assert (adapter.rank, adapter.alpha) == (2, 3)
     with safe_open(str(peft / lora.PEFT_FILES[1]), "pt") as opened:
@@ -105,14 +86,14 @@ def test_plain_diffusers_draws_the_same_from_both(without_text):
     assert yaml.safe_load(front)["pipeline_tag"] == "unconditional-image-generation" and "takes no text" in page
     # Both as their cards say, at one seed: the same picture, and another than the base model's.
     drawn = []
-    for one in (peft, fused, None):
-        code = re.search("```python\n(.*?)```", (one or peft).joinpath("README.md").read_text(), re.S)[1]
-        code = code.replace(f'"{base.name}"', f'"{base}"').replace("path/to/this/folder", str(one))
+    for place in (peft, fused, None):
+        code = re.search("```python\n(.*?)```", (place or peft).joinpath("README.md").read_text(), re.S)[1]
+        code = code.replace(f'"{Path(ddpm).name}"', f'"{ddpm}"').replace("path/to/this/folder", str(place))
         code = code.replace("batch_size=1", "output_type='np', generator=torch.manual_seed(3)").rsplit("[0]", 1)[0]
-        if one is None:
+        if place is None:
             code = re.sub("pipe.unet = .*", "", code)
         names = {"torch": torch}
         exec(code.replace("\npipe(", "\nimages = pipe("), names)
         drawn.append(names["images"])
-    require_steps(DDIMPipeline.from_pretrained(fused).scheduler, load_kernel(str(base), 4, 1.0), eta=1.0)
+    require_steps(DDIMPipeline.from_pretrained(fused).scheduler, load_kernel(ddpm, 4, 1.0), eta=1.0)
     assert np.abs(drawn[0] - drawn[1]).max() < 2e-3 < np.abs(drawn[0] - drawn[2]).max()

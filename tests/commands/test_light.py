@@ -1,5 +1,6 @@
 """Help and argument errors come at once: no command imports a heavy library before its arguments are sound."""
 
+import json
 import subprocess
 import sys
 
@@ -8,47 +9,48 @@ import pytest
 from learner.__main__ import VERBS
 from learner.config import ROOT
 
-HEAVY = ("torch", "diffusers", "transformers", "ray", "mlflow")
+# Every command line in one process, in turns: [exit status, stderr, heavy libraries imported so far] of each.
 CODE = """
-import atexit, runpy, sys
-atexit.register(lambda: print([name for name in {heavy} if name in sys.modules]))
-sys.argv[0] = "tributary"
-runpy.run_module("learner", run_name="__main__")
+import contextlib, io, json, runpy, sys
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["tributary", *arguments]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            runpy.run_module("learner", run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    heavy = [name for name in ("torch", "diffusers", "transformers", "ray", "mlflow") if name in sys.modules]
+    print(json.dumps([status, said.getvalue(), heavy]))
 """
-NONE = "{}/none"
 SEMANTIC = [  # arguments that no parser refuses
-    ("run", "train.epochs=-1"), ("status", NONE), ("evaluate", NONE), ("evaluate", "run.seed=1"), ("compare", NONE),
-    ("generate", "--lora", NONE), ("generate", "--images", "0"), ("generate", "--steps", "1"),
-    ("generate", "--out", f"{NONE}/grid.png"),
+    ("run", "train.epochs=-1"), ("status", "NONE"), ("upload", "NONE"), ("evaluate", "NONE"),
+    ("evaluate", "run.seed=1"), ("compare", "NONE"), ("generate", "--lora", "NONE"), ("generate", "--images", "0"),
+    ("generate", "--steps", "1"), ("generate", "--out", "grid.jpg"), ("export", "NONE", "--format", "fused"),
+    ("export", "RUN", "--format", "fused", "--step", "7"),
 ]  # fmt: skip
+SETTINGS = [(verb, "RUN", "evaluation.imges=3", "sampler.steps=none") for verb in ("evaluate", "compare")]
+PARSED = [(verb, option) for verb in VERBS for option in ("--help", "--no-such-option")]
+LINES = [*PARSED, *SEMANTIC, *SETTINGS, ("status", "RUN")]
 
 
-def light(*arguments: str) -> tuple[int, str]:
-    """Exit status and stderr."""
-    command = [sys.executable, "-c", CODE.format(heavy=HEAVY), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    return done.returncode, done.stderr
+@pytest.fixture(scope="module")
+def outcomes(finished_run, tmp_path_factory):
+    places = {"NONE": str(tmp_path_factory.mktemp("none") / "none"), "RUN": str(finished_run)}
+    lines = json.dumps([[places.get(word, word) for word in line] for line in LINES])
+    done = subprocess.run([sys.executable, "-c", CODE, lines], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return dict(zip(LINES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_and_unknown_options(verb):
-    assert light(verb, "--help")[0] == 0
-    status, said = light(verb, "--no-such-option")
-    assert status == 2 and "usage: " in said
-
-
-@pytest.mark.parametrize("arguments", SEMANTIC, ids=" ".join)
-def test_wrong_arguments(arguments, tmp_path):
-    status, said = light(*(word.format(tmp_path) for word in arguments))
-    assert status == 2 and said.startswith(f"learner.{arguments[0]}: ") and said.count("\n") == 1
-
-
-@pytest.mark.parametrize("verb", ["evaluate", "compare"])
-def test_settings_that_a_run_has_not(verb, finished_run):
-    status, said = light(verb, str(finished_run), "evaluation.imges=3", "sampler.steps=none")
-    assert status == 2 and "did you mean evaluation.images?" in said and "sampler.steps" in said
-
-
-def test_a_whole_look_at_a_run(finished_run):
-    assert light("status", str(finished_run)) == (0, "")
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_nothing_heavy_is_imported_and_what_is_wrong_is_said(line, outcomes):
+    status, said, heavy = outcomes[line]
+    assert heavy == []
+    if line in SETTINGS:
+        assert status == 2 and "did you mean evaluation.images?" in said and "sampler.steps" in said
+    elif line in SEMANTIC:
+        assert status == 2 and said.startswith(f"learner.{line[0]}: ") and said.count("\n") == 1
+    elif line[1] == "--no-such-option":
+        assert status == 2 and "usage: " in said
+    else:
+        assert (status, said) == (0, "")

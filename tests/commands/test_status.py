@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 
@@ -31,17 +30,14 @@ def storage(request, tmp_path):
     storage = Storage(str(tmp_path / "mine") if request.param == "local" else f"memory://{tmp_path}/mine")
     about = {"run_id": "abc", "name": "mine", "finished": False, "mlflow_run_id": "f00"}
     storage.write("run.json", json.dumps(about).encode())
-    lines = [line_of(epoch) for epoch in range(-1, 3)]
+    line = {"epoch": -1, "step": 0, "policy_version": 0, "loss": None, "reward_mean": None, "eval_reward_mean": 0.25}
+    lines = [line | {"seconds": 0.0}]
+    for n in range(3):
+        line = {"epoch": n, "step": 2 * n + 2, "policy_version": n + 1, "seconds": 8.0, "loss": 0.5, "updates": [{}]}
+        lines.append(line | {"reward_mean": 0.1 * n + 0.5, "lost_trajectories": 4 * n})
     storage.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     storage.write_folder("checkpoints/step-000006", {"state.json": b"{}"})
     return storage
-
-
-def line_of(epoch: int) -> dict:
-    line = {"epoch": epoch, "step": 2 * (epoch + 1), "policy_version": epoch + 1, "seconds": 8.0}
-    if epoch < 0:
-        return {**line, "loss": None, "reward_mean": None, "eval_reward_mean": 0.25, "seconds": 0.0}
-    return {**line, "loss": 0.5, "reward_mean": 0.1 * epoch + 0.5, "lost_trajectories": 4 * epoch, "updates": [{}]}
 
 
 @pytest.fixture
@@ -65,10 +61,6 @@ def look(storage, later: float = 0.0) -> dict:
 def text_of(found: dict) -> str:
     status.show(found, file := io.StringIO())
     return file.getvalue()
-
-
-def edit(storage, **facts) -> None:
-    storage.write(heartbeat.FILE, json.dumps(json.loads(storage.read(heartbeat.FILE)) | facts).encode())
 
 
 def test_a_run_that_goes_on(storage, at_once):
@@ -99,6 +91,11 @@ def test_a_run_that_goes_on(storage, at_once):
 
 
 def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
+    """Which turns shorten, and the start prolongs."""
+    beat = Heartbeat(storage, 10, None, 1000.0)
+    assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
+    beat.running(lambda: asdict(VITALS), turns=True)
+    assert look(storage, 900)["state"] == "silent"
     beating(storage)
     least = heartbeat.QUIET * (heartbeat.SECONDS if storage.local else heartbeat.OBJECT_STORE_SECONDS)
     assert look(storage, least - 2)["state"] == "running"
@@ -107,47 +104,30 @@ def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
     assert f"no sign of life for {round((least + 100) / 60)} min from process {os.getpid()}" in text_of(found)
 
 
-def test_turns_shorten_the_silence_that_is_allowed_and_starting_prolongs_it(storage):
-    beat = Heartbeat(storage, 10, None, 1000.0)
-    assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
-    beat.running(lambda: asdict(VITALS), turns=True)
-    assert look(storage, 900)["state"] == "silent"
-
-
 def test_a_process_of_this_machine_that_is_gone_is_known_at_once(storage):
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+    with subprocess.Popen(["true"]) as process:
         pass
     beating(storage)
-    edit(storage, process=process.pid)
-    found = look(storage)
-    assert found["state"] == "gone" and "the same command goes on" in text_of(found)
-    edit(storage, host="another")
-    assert look(storage)["state"] == "running"
+    for host, state in ((socket.gethostname(), "gone"), ("another", "running")):
+        facts = json.loads(storage.read(heartbeat.FILE)) | {"process": process.pid, "host": host}
+        storage.write(heartbeat.FILE, json.dumps(facts).encode())
+        found = look(storage)
+        assert found["state"] == state and ("the same command goes on" in text_of(found)) == (state == "gone")
 
 
-@pytest.mark.parametrize(
-    ("state", "reason", "words"),
-    [
-        ("failed", "BadReward: nan for a fox", "failed 2 h 47 min ago: BadReward: nan for a fox; the same command"),
-        ("stopped", None, "stopped 2 h 47 min ago"),
-    ],
-)
-def test_how_it_ended(storage, state, reason, words):
-    beating(storage).end(state, reason)
-    found = look(storage, 10_000)
-    assert found["state"] == state and found["actors"] is None
-    assert words in text_of(found)
-
-
-def test_a_finished_run_whose_driver_had_no_time_to_say_so_is_finished(storage):
-    beating(storage)
-    storage.write("run.json", json.dumps({"name": "mine", "finished": True}).encode())
-    assert look(storage, 10_000)["state"] == "finished"
-
-
-def test_a_run_without_a_sign_of_life(storage):
+def test_how_it_ended(storage):
     found = look(storage)
     assert found["state"] == "unknown" and found["epochs"] is None and "3 epochs done" in text_of(found)
+    for state, reason, words in (
+        ("failed", "BadReward: nan for a fox", "failed 2 h 47 min ago: BadReward: nan for a fox; the same command"),
+        ("stopped", None, "stopped 2 h 47 min ago"),
+    ):
+        beating(storage).end(state, reason)
+        found = look(storage, 10_000)
+        assert found["state"] == state and found["actors"] is None and words in text_of(found)
+    beating(storage)  # a driver that had no time to say so
+    storage.write("run.json", json.dumps({"name": "mine", "finished": True}).encode())
+    assert look(storage, 10_000)["state"] == "finished"
 
 
 def test_writes_are_rare_but_for_an_epochs_end(storage, monkeypatch):
@@ -185,77 +165,62 @@ def test_a_full_disk_is_no_reason_to_stop(storage, monkeypatch, at_once):
         ("status.json", b'{"state'), ("status.json", b'{"state": "running"}'), ("status.json", b"3"),
     ],
 )  # fmt: skip
-def test_what_is_damaged_is_named(tmp_path, capsys, name, content):
+def test_what_is_damaged_is_named(tmp_path, refused, name, content):
     (tmp_path / "run.json").write_text('{"name": "mine", "finished": false}')
     (tmp_path / name).write_bytes(content)
-    assert status.main([str(tmp_path)]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("learner.status: ") and str(tmp_path) in said and name in said
+    said = refused("status", tmp_path)
+    assert str(tmp_path) in said and name in said
 
 
 @pytest.mark.parametrize("place", ["{}/nothing", "{}", "{}/file", "nosuch://bucket/run", "memory://{}/nothing"])
-def test_what_is_no_run_is_said_in_one_line(place, tmp_path, capsys):
+def test_what_is_no_run_is_said_in_one_line(place, tmp_path, refused):
     (tmp_path / "file").write_text("")
-    assert status.main([place.format(tmp_path)]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("learner.status: ") and ("give a run's directory" in said or "nosuch" in place)
+    said = refused("status", place.format(tmp_path))
+    assert "give a run's directory" in said or "nosuch" in place
 
 
-def test_texts_of_others_are_neither_markup_nor_control_codes(storage, at_once):
+def test_texts_of_others_are_neither_markup_nor_control_codes(storage, at_once, monkeypatch):
     beat = beating(storage)
     beat.event("[red]sampler[/red] :bomb: \x1b[2J died at /a/very/long/path" + "/x" * 100)
     beat.end("failed", "[bold]no[/bold]")
     text = text_of(look(storage))
     assert "[red]sampler[/red] :bomb:  [2J died" in text and "/x" * 100 + "\n" in text and "[bold]no[/bold]" in text
     assert "\x1b" not in text
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal
+    assert "\x1b[31mfailed" in text_of(look(storage))
 
 
-def test_a_terminal_gets_colours(storage, monkeypatch, capsys):
-    beating(storage).end("failed", "no")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    text_in_colour = text_of(look(storage))
-    assert "\x1b[31mfailed" in text_in_colour
+def test_a_finished_run_is_seen(finished_run, capsys):
+    assert status.main([str(finished_run), "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert (seen["state"], seen["epochs_done"], seen["epochs"]) == ("finished", 2, 2)
+    assert os.path.exists(seen["lora"]) and os.path.exists(seen["report"])
+    assert status.main([str(finished_run)]) == 0 and "finished" in capsys.readouterr().out
 
 
-@pytest.fixture
-def settings(small_settings, tmp_path):
-    return [*small_settings, "run.runner=inprocess", f"run.dir={tmp_path / 'mine'}"]
-
-
-def test_a_real_run_is_seen_while_it_trains_and_after(settings, tmp_path, monkeypatch, capsys):
-    real, seen = InProcessRunner.checkpoint_files, []
+def test_a_run_is_seen_while_it_trains_and_says_why_it_fails(small_settings, tmp_path, monkeypatch):
+    settings = [*small_settings, "sampler.steps=2", "run.runner=inprocess", f"run.dir={tmp_path / 'mine'}"]
+    files, train, seen = InProcessRunner.checkpoint_files, InProcessRunner.train_epoch, []
 
     def spying(self):
         seen.append(look(Storage(str(tmp_path / "mine"))))
-        return real(self)
-
-    monkeypatch.setattr(InProcessRunner, "checkpoint_files", spying)
-    monkeypatch.setattr(heartbeat, "SECONDS", 0.0)
-    assert main(settings) == 0
-    assert [one["state"] for one in seen] == ["running"] * 3
-    assert [one["doing"]["doing"] for one in seen] == ["evaluating", "training", "evaluating"]
-    assert [one["epochs_in_work"] for one in seen] == [0, 1, 1]
-    capsys.readouterr()
-    assert status.main([str(tmp_path / "mine"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["epochs_done"], found["epochs"]) == ("finished", 2, 2)
-    assert os.path.exists(found["lora"]) and os.path.exists(found["report"])
-    assert status.main([str(tmp_path / "mine")]) == 0
-    assert "finished" in capsys.readouterr().out
-
-
-def test_a_run_that_fails_says_why_in_it(settings, tmp_path, monkeypatch):
-    real, seen = InProcessRunner.train_epoch, []
+        if len(seen) == 2:
+            monkeypatch.setattr(heartbeat, "SECONDS", 1000.0)  # from here on only an epoch's end is written
+        return files(self)
 
     def fails(self, epoch, beta):
         if epoch == 0:
-            return real(self, epoch, beta)
+            return train(self, epoch, beta)
         seen.append(look(Storage(str(tmp_path / "mine"))))
         raise StorageError("the storage's own words")
 
-    monkeypatch.setattr(heartbeat, "SECONDS", 1000.0)  # only an epoch's end is written
+    monkeypatch.setattr(InProcessRunner, "checkpoint_files", spying)
     monkeypatch.setattr(InProcessRunner, "train_epoch", fails)
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.0)
     assert main(settings) == 1
-    assert seen[0]["doing"] == {"doing": "training", "done": 0, "total": 1}
-    found = look(Storage(str(tmp_path / "mine")))
-    assert (found["state"], found["reason"]) == ("failed", "StorageError: the storage's own words")
+    assert [each["state"] for each in seen] == ["running"] * 3
+    assert [each["doing"]["doing"] for each in seen] == ["evaluating", "training", "training"]
+    assert [each["epochs_in_work"] for each in seen[:2]] == [0, 1]
+    assert seen[2]["doing"] == {"doing": "training", "done": 0, "total": 1}
+    failed = look(Storage(str(tmp_path / "mine")))
+    assert (failed["state"], failed["reason"]) == ("failed", "StorageError: the storage's own words")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sqlite3
@@ -23,6 +22,7 @@ from learner.inprocess import InProcessRunner
 from learner.run import main
 from records.run_folder import Records
 from records.storage import Storage
+from reports import tracking
 from reports.mlflow_mirror import Mirror
 from reports.tracking import Tracker
 
@@ -65,28 +65,33 @@ def only_run(uri: str):
     return client, run
 
 
-def assert_complete(uri: str, folder, epochs: int = 3) -> None:
+def require_no_doubles(client, run) -> None:
+    for key in run.data.metrics:
+        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
+        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
+
+
+def assert_complete(uri: str, folder) -> None:
     """Everything of the run's records is there, once."""
     client, run = only_run(uri)
     records = Records.open(Storage(str(folder)))
     assert run.data.tags["tributary.run_id"] == records.run_id
-    for key in run.data.metrics:
-        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
-        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
+    require_no_doubles(client, run)
     losses = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
     assert losses == {line["epoch"] + 1: line["loss"] for line in records.lines if line["epoch"] >= 0}
     updates = client.get_metric_history(run.info.run_id, "update/loss")
-    assert [metric.step for metric in updates] == list(range(1, 2 * epochs + 1))
+    assert [metric.step for metric in updates] == list(range(1, records.lines[-1]["step"] + 1))
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
     steps = sorted(int(path.split("+step+")[1].split("+")[0]) for path in pictures)
     assert steps == [epoch + 1 for epoch in records.evaluated()]
     top = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert top == {"images", "config.yaml", "evaluation.json", "report.html"}
     (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    assert (model.name, model.status) == (f"lora-step-{2 * epochs:06d}", "READY")
+    assert (model.name, model.status) == (f"lora-step-{records.lines[-1]['step']:06d}", "READY")
     assert run.data.params["lora.rank"] == "2" and run.info.status == "FINISHED"
 
 
+@pytest.mark.long
 def test_a_run_is_shown_whole_and_keeps_its_id_through_a_resume(settings, tmp_path, monkeypatch):
     real = InProcessRunner.train_epoch
 
@@ -113,30 +118,13 @@ def test_a_run_is_shown_whole_and_keeps_its_id_through_a_resume(settings, tmp_pa
     assert not (tmp_path / "mlruns").exists() and (tmp_path / "mlartifacts").exists()
 
 
-@pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main([*settings, f"run.dir={folder}"]) == 0
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of a finished run; nothing of it is in MLflow."""
-    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
-
-
 def test_upload_passes_over_a_torn_checkpoint(run, capsys):
     uri = f"sqlite:///{run.parent}/elsewhere.db"
-    (run / "checkpoints/step-000004/state.json").unlink()
+    (run / "checkpoints/step-000001/state.json").unlink()
     assert upload.main([str(run), "--uri", uri]) == 0
     assert_complete(uri, run)
     assert f"MLflow at {uri} has everything" in capsys.readouterr().out
-
-
-def test_upload_says_when_not_everything_could_be_read(run, capsys):
-    for step in (4, 6):
-        (run / f"checkpoints/step-{step:06d}/state.json").unlink()
+    (run / "checkpoints/step-000002/state.json").unlink()
     assert upload.main([str(run)]) == 1
     assert "not every epoch" in capsys.readouterr().err
 
@@ -155,24 +143,18 @@ def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, 
     assert upload.main([str(run), "--uri", server]) == 1
 
 
-def test_help_and_wrong_arguments_import_little():
-    code = """
-import contextlib, sys
-from commands import upload
-for arguments in (["--help"], [], ["nothing"]):
-    with contextlib.suppress(SystemExit):
-        assert upload.main(arguments) == 2
-print([name for name in ("torch", "diffusers", "transformers", "ray", "mlflow") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stdout.endswith("[]\n") and "nothing is no run of Tributary" in done.stderr, done
-
-
-def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run):
+@pytest.fixture
+def tracked(run):
+    """A tracker of the run, and what it said."""
     records, said = Records.open(Storage(str(run))), []
     config = saved_config(records)
     config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"enabled": True})})
-    tracker = Tracker(records, config, said.append)
+    return Tracker(records, config, said.append), said
+
+
+@pytest.mark.long
+def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run, tracked):
+    tracker, said = tracked
     wait_for_metrics(run.parent / "mlflow.db", "loss")
     tracker._mirror.kill()
     tracker.notify()
@@ -185,21 +167,63 @@ def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run):
     assert_complete(uri, run)
 
 
-def test_a_password_is_neither_said_nor_an_argument(run):
-    config, server = run / "config.yaml", "http://me:open-sesame@127.0.0.1:9"
-    config.write_text(
-        config.read_text().replace("uri: null", f"uri: {server}").replace("enabled: false", "enabled: true")
-    )
-    records, said = Records.open(Storage(str(run))), []
-    tracker = Tracker(records, saved_config(records), said.append)
+@pytest.fixture
+def black_hole(monkeypatch):
+    """A server that accepts, as its system does for it, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield
+
+
+@pytest.mark.long
+def test_a_server_that_never_answers_costs_a_warning_and_a_moment(run, black_hole, tracked):
+    tracker, said = tracked
     deadline = time.monotonic() + 200
     while tracker._state != "failing":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    arguments = " ".join(tracker._mirror.args)
+    start = time.monotonic()
     tracker.finish("FINISHED")
-    assert len([text for text in said if text.startswith("warning: MLflow at http://127.0.0.1:9 fails")]) == 1
-    assert "send it" in said[-1] and "open-sesame" not in " ".join([arguments, *said])
+    assert time.monotonic() - start < 3
+    assert sum(text.startswith("warning: MLflow") for text in said) == 1 and f"learner.upload {run}" in said[-1]
+
+
+@pytest.fixture
+def gone_after(monkeypatch):
+    """`gone_after(seconds)`: upload.follow, called in this process, is told then that its driver is gone."""
+
+    def go(seconds: float) -> None:
+        monkeypatch.setattr(upload.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(upload, "_read", lambda words: (time.sleep(seconds), words.put("gone")))
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://me:open-sesame@127.0.0.1:9", "warning: MLflow at http://127.0.0.1:9 fails"),
+        ("foo://nowhere", "warning: MLflow at foo://nowhere cannot be used"),
+        ("sqlite:////proc/nope/mlflow.db", "warning: MLflow at sqlite:////proc/nope/mlflow.db "),
+    ],
+)
+def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, gone_after, monkeypatch, capsys):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("uri: null", f"uri: {uri}").replace("enabled: false", "enabled: true"))
+    gone_after(0)
+    assert upload.main([str(run), "--follow"]) == 1
+    mirror, said, started = capsys.readouterr().out, [], []
+    assert mirror.count(words) == 1 and "open-sesame" not in mirror and "Traceback" not in mirror
+
+    def no_process(arguments, **_):
+        started.extend(arguments)
+        raise OSError("no processes left")
+
+    monkeypatch.setattr(tracking.subprocess, "Popen", no_process)
+    records = Records.open(Storage(str(run)))
+    Tracker(records, saved_config(records), said.append).finish("FINISHED")
+    assert "cannot be started: no processes left" in said[-1] and "open-sesame" not in " ".join([*started, *said])
+    assert upload.main([str(run), "--uri", uri]) == 1
 
 
 def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
@@ -219,98 +243,21 @@ def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(
-    "uri", [pytest.param("foo://nowhere", marks=pytest.mark.slow), "sqlite:////proc/nope/mlflow.db"]
-)
-def test_an_unusable_server_costs_a_warning_only(uri, settings, tmp_path, capfd):
-    assert main([*settings, "mlflow.enabled=true", f"mlflow.uri={uri}", f"run.dir={tmp_path / 'run'}"]) == 0
-    said = capfd.readouterr()
-    assert said.out.count("warning: MLflow") == 1 and "Traceback" not in said.out + said.err
-    assert upload.main([str(tmp_path / "run"), "--uri", uri]) == 1
-
-
-@pytest.mark.slow
-def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, monkeypatch):
+@pytest.mark.long
+def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, gone_after, monkeypatch):
     """A store whose metrics work and whose artifacts do not: every sync fails."""
     (tmp_path / "mlartifacts").write_text("a file, where a folder should be")
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    mirror = Mirror(Storage(str(run)), uri, "tributary")
-    told, words = [], iter(["sync", "sync", "sync", "gone"])
+    uri, told = f"sqlite:///{tmp_path}/mlflow.db", []
     monkeypatch.setattr(upload, "tell", told.append)
-    monkeypatch.setattr(upload.signal, "signal", lambda *_: None)  # only a main thread may
-    monkeypatch.setattr(upload, "GONE_SECONDS", 3600)  # then it ends its process: here, the tests'
-    monkeypatch.setattr(upload, "RETRY_SECONDS", 1.5)
-    ours, theirs = os.pipe()
-    monkeypatch.setattr("sys.stdin", os.fdopen(ours))
-    with os.fdopen(theirs, "w", buffering=1) as driver:
-        follower = threading.Thread(target=upload.follow, args=[mirror])
-        follower.start()
-        for _ in words:
-            driver.write("sync\n")
-            time.sleep(2)
-    follower.join(20)
-    assert not follower.is_alive() and told.count("state failing") >= 3
+    monkeypatch.setattr(upload, "RETRY_SECONDS", 0.2)
+    gone_after(6)
+    assert upload.follow(Mirror(Storage(str(run)), uri, "tributary")) == 1
+    assert told.count("state failing") >= 3 and sum(line.startswith("say warning") for line in told) == 1
     deadline = time.monotonic() + 10  # the last one ends by itself: its run is over
     while any("SystemMetrics" in thread.name for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    client, run = only_run(uri)
-    for key in run.data.metrics:
-        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
-        assert max(steps.values()) == 1, key
-
-
-@pytest.fixture
-def black_hole():
-    """A server that accepts and never answers."""
-    server = socket.create_server(("127.0.0.1", 0))
-    kept = []
-
-    def accept():
-        while True:
-            try:
-                kept.append(server.accept()[0])
-            except OSError:
-                return
-
-    threading.Thread(target=accept, daemon=True).start()
-    yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    server.close()
-    for connection in kept:
-        connection.close()
-
-
-@pytest.mark.slow
-def test_a_server_that_never_answers_costs_a_warning(settings, tmp_path, black_hole, monkeypatch, capfd):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", black_hole)
-    real = InProcessRunner.train_epoch
-
-    def slower(self, *arguments):
-        time.sleep(4)  # a run longer than the mirror's start, so that the silence is met on the way
-        return real(self, *arguments)
-
-    monkeypatch.setattr(InProcessRunner, "train_epoch", slower)
-    waited = time_of_finish(monkeypatch)
-    assert main([*settings, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
-    said = capfd.readouterr().out
-    assert said.count("warning: MLflow") == 1 and f"python -m learner.upload {tmp_path / 'run'}" in said
-    assert waited[0] < 3
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert upload.main([str(tmp_path / "run")]) == 0
-    assert_complete(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run")
-
-
-def time_of_finish(monkeypatch) -> list[float]:
-    """Seconds that the driver waits for the mirror at its end, once it has."""
-    real, seconds = Tracker.finish, []
-
-    def timed(self, status):
-        start = time.perf_counter()
-        real(self, status)
-        seconds.append(time.perf_counter() - start)
-
-    monkeypatch.setattr(Tracker, "finish", timed)
-    return seconds
+    require_no_doubles(*only_run(uri))
 
 
 def serve(folder, port: int) -> subprocess.Popen:
@@ -342,16 +289,7 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
 
     def server_dies_in_epoch_1(self, epoch, *rest):
         if epoch == 1:
-            deadline = time.monotonic() + 200
-            client = mlflow.MlflowClient(uri)
-            while time.monotonic() < deadline:  # the witness: epoch 0 was there
-                found = client.get_experiment_by_name("tributary")
-                runs = client.search_runs([found.experiment_id]) if found else []
-                if any("loss" in run.data.metrics for run in runs):
-                    break
-                time.sleep(0.5)
-            else:
-                raise AssertionError("epoch 0 never reached the server")
+            wait_for_metrics(tmp_path / "server.db", "loss")  # the witness: epoch 0 was there
             os.killpg(server.pid, signal.SIGKILL)
         if epoch == 2:
             time.sleep(6)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation.collapse import FALL, KEPT, Evaluated, signs
-from evaluation.metrics import prompt_distances
+from evaluation.collapse import FALL, signs
+from evaluation.image_sets import Evaluated
 
 N = 64
 RNG = np.random.default_rng(0)
@@ -25,22 +25,13 @@ def evaluated(rise=0.5, held_out_fall=0.0, spread=1.0, features=True):
 BEFORE = Evaluated(PROMPTS, REWARD, {"other": OTHER}, BASE)
 
 
-def test_a_rising_reward_alone_is_no_sign():
+def test_what_falls_while_the_reward_rises_is_said():
     assert signs(BEFORE, evaluated()) == []
-
-
-def test_pictures_that_become_alike_are():
-    (said,) = signs(BEFORE, evaluated(spread=0.2))
-    assert said.startswith("diversity fell to ") and said.endswith("% of the base model's")
-
-
-def test_a_held_out_reward_that_falls_far_is():
-    (said,) = signs(BEFORE, evaluated(held_out_fall=1.0))
-    assert said.startswith("held-out other fell by 1")
+    (alike,) = signs(BEFORE, evaluated(spread=0.2))
+    assert alike.startswith("diversity fell to ") and alike.endswith("% of the base model's")
+    (fell,) = signs(BEFORE, evaluated(held_out_fall=1.0))
+    assert fell.startswith("held-out other fell by 1")
     assert signs(BEFORE, evaluated(held_out_fall=0.8 * FALL * OTHER.std())) == []  # surely, but not far
-
-
-def test_both_are_said():
     assert len(signs(BEFORE, evaluated(spread=0.2, held_out_fall=1.0))) == 2
 
 
@@ -69,18 +60,9 @@ def test_bad_images_are_left_out():
     assert len(signs(BEFORE, now)) == 1
 
 
-def test_the_share_that_may_be_lost_is_that_of_the_distance():
-    """Halfway between the thresholds, from both sides."""
-    was = prompt_distances(BASE, PROMPTS).mean()
-    for spread in np.linspace(0.05, 1, 20):
-        now = evaluated(spread=spread)
-        kept = prompt_distances(now.features, PROMPTS).mean() / was
-        if abs(kept - KEPT) > 0.03:
-            assert bool(signs(BEFORE, now)) == (kept < KEPT)
-
-
-@pytest.mark.parametrize(("kept", "flagged"), [(0.65, True), (0.75, False)])
+@pytest.mark.parametrize(("kept", "flagged"), [(0.68, True), (0.72, False)])
 def test_seven_tenths_of_the_diversity_must_be_left(kept, flagged):
+    """Of the distance within prompts: from both sides of the threshold."""
     angle = np.arccos(1 - kept)
     pairs = [f"prompt {i // 2}" for i in range(N)]
     apart = np.tile([[1.0, 0.0], [0.0, 1.0]], (N // 2, 1))

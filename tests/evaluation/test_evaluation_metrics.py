@@ -12,14 +12,9 @@ def distance(features) -> float:
     return metrics.mean_of_good(metrics.prompt_distances(features, ["the same"] * len(features)))
 
 
-def test_vendi_counts_different_pictures():
-    same, apart = np.ones((6, 4)), np.eye(6)
-    assert metrics.vendi(same) == pytest.approx(1)
-    assert metrics.vendi(apart) == pytest.approx(6)
-    assert metrics.vendi(np.repeat(np.eye(3), 4, 0)) == pytest.approx(3)
-
-
-def test_vendi_is_the_papers_formula():
+def test_vendi_counts_different_pictures_by_the_papers_formula():
+    for pictures, count in ((np.ones((6, 4)), 1), (np.eye(6), 6), (np.repeat(np.eye(3), 4, 0), 3)):
+        assert metrics.vendi(pictures) == pytest.approx(count)
     features = RNG.normal(size=(7, 5))
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     values = np.linalg.eigvalsh(unit @ unit.T / 7)
@@ -27,14 +22,11 @@ def test_vendi_is_the_papers_formula():
     assert metrics.vendi(features) == pytest.approx(np.exp(-(values * np.log(values)).sum()), rel=1e-9)
 
 
-def test_distance_is_the_mean_over_pairs():
-    features = RNG.normal(size=(5, 3))
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    pairs = [1 - unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
-    assert distance(features) == pytest.approx(np.mean(pairs), rel=1e-9)
-
-
 def test_distances_are_to_the_others_of_the_prompt():
+    pictures = RNG.normal(size=(5, 3))
+    unit = pictures / np.linalg.norm(pictures, axis=1, keepdims=True)
+    pairs = [1 - unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
+    assert distance(pictures) == pytest.approx(np.mean(pairs), rel=1e-9)
     features, prompts = np.array([[1.0, 0], [0, 2.0], [1.0, 0], [3.0, 0], [1.0, 0]]), ["a", "a", "b", "b", "c"]
     distances = metrics.prompt_distances(features, prompts)
     np.testing.assert_allclose(distances[:4], [1, 1, 0, 0], atol=1e-12)
@@ -43,29 +35,28 @@ def test_distances_are_to_the_others_of_the_prompt():
     np.testing.assert_allclose(alone, [0.5, 1, 0.5], atol=1e-12)
 
 
-def test_frechet_distance_of_gaussians_is_that_of_their_moments():
-    """Against the formula, with a matrix root made here."""
-    a, b = RNG.normal(size=(400, 3)), RNG.normal(size=(400, 3)) @ np.diag([1.0, 2.0, 0.5]) + [1.0, 0.0, -1.0]
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors @ np.diag(np.sqrt(values)) @ vectors.T
-    middle = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * middle
-    assert metrics.fid(a, b) == pytest.approx(expected, rel=1e-3)
-    assert metrics.fid(a, a) == pytest.approx(0, abs=1e-4)
+def test_frechet_distance_is_that_of_the_sets_moments():
+    """Against the formula, with a matrix root made here; of more pictures than features, and of fewer."""
+    for n, size in ((400, 3), (6, 10)):
+        a, b = RNG.normal(size=(n, size)), RNG.normal(size=(n + 1, size)) * np.linspace(0.5, 2, size) + 1
+        cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+        values, vectors = np.linalg.eigh(cov_a)
+        root = vectors @ np.diag(np.sqrt(np.maximum(values, 0))) @ vectors.T
+        middle = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
+        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * middle
+        assert metrics.fid(a, b) == pytest.approx(expected, rel=1e-6)
+        assert metrics.fid(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_kernel_distance_is_the_unbiased_one():
-    a, b = RNG.normal(size=(30, 4)), RNG.normal(size=(30, 4)) + 0.5
+    """Pair by pair."""
+    a, b = RNG.normal(size=(12, 4)), RNG.normal(size=(10, 4)) + 0.5
 
-    def kernel(x, y):
-        return (x @ y.T / 4 + 1) ** 3
+    def mean(x, y, *without):
+        pairs = [(x[i] @ y[j] / 4 + 1) ** 3 for i in range(len(x)) for j in range(len(y)) if not without or i != j]
+        return np.mean(pairs)
 
-    def off_diagonal(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    expected = off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()
-    assert metrics.kid(a, b) == pytest.approx(expected, rel=1e-3)
+    assert metrics.kid(a, b) == pytest.approx(mean(a, a, "itself") + mean(b, b, "itself") - 2 * mean(a, b), rel=1e-9)
 
 
 def test_drift_is_told_from_noise():
@@ -80,15 +71,9 @@ def test_bad_pictures_are_left_out():
     for statistic in (metrics.vendi, distance):
         assert statistic(torn) == pytest.approx(statistic(features))
     for statistic in (metrics.fid, metrics.kid):
-        assert statistic(torn, reference) == pytest.approx(statistic(features, reference), rel=1e-5)
+        assert statistic(torn, reference) == statistic(features, reference)
     assert np.isnan(distance(features[:1])) and np.isnan(metrics.vendi(features[:0]))
     assert np.isnan(metrics.fid(features[:1], reference)) and np.isnan(metrics.kid(features, reference[:1]))
-
-
-def test_a_statistic_per_prompt_sees_each_prompts_own():
-    features = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    np.testing.assert_allclose(metrics.mean_per_prompt(metrics.vendi, ["a", "a", "b", "b"], features), [2, 1])
-    np.testing.assert_allclose(metrics.mean_per_prompt(metrics.vendi, ["a", "b", "a", "b"], features), [1, 2])
 
 
 def test_half_sampled_intervals_hold_the_truth_about_as_often_as_they_say():
@@ -99,7 +84,7 @@ def test_half_sampled_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 @pytest.mark.parametrize(
-    ("draw", "mean", "size"), [("normal", 0, 150), pytest.param("exponential", 1, 500, marks=pytest.mark.slow)]
+    ("draw", "mean", "size"), [("normal", 0, 150), pytest.param("exponential", 1, 500, marks=pytest.mark.long)]
 )
 def test_bootstrap_intervals_hold_the_mean_as_often_as_they_say(draw, mean, size, monkeypatch):
     """95 % intervals of 1,000 samples: the share that holds the mean has a standard error of 0.7 %."""
@@ -128,14 +113,8 @@ def test_a_paired_interval_holds_the_true_shift_and_uses_the_pairing():
     after = before + 0.5 + rng.normal(0, 0.1, 200)
     low, high = metrics.paired_interval(before, after)
     assert 0.45 < low < 0.5 < high < 0.55
-
-
-def test_no_shift_includes_zero_and_unpaired_samples_are_refused():
-    rng = np.random.default_rng(1)
-    low, high = metrics.paired_interval(rng.normal(size=100), rng.normal(size=100))
+    low, high = metrics.paired_interval(rng.normal(size=100), rng.normal(size=100))  # no shift
     assert low < 0 < high
-    with pytest.raises(ValueError, match="paired"):
-        metrics.paired_interval(np.zeros(3), np.zeros(4))
 
 
 def test_intervals_are_the_same_every_time_and_around_the_value():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion.trajectory import Chunk, Receipt, Scores, Verdict
-from evaluation.fixed_images import image_rows, read_images
+from evaluation.image_sets import image_rows, read_images
 from learner.protocol.runner import EpochResult, Training
 from learner.run import main
 from records.run_folder import BEFORE, FORMAT, IMAGES, Records

@@ -1,0 +1,34 @@
+"""How commands end: a line on stderr for each fault, and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from diffusion.failures import RunFailure
+from learner.config import ConfigError
+
+
+def complain(verb: str, text: str) -> None:
+    """One line on stderr, whatever `text` holds."""
+    print(f"learner.{verb}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def attempt(verb: str, work: Callable[[], object], run: str = "") -> int:
+    """Exit status of `work`: 0; 2 if input is bad, or the files of `run`, from which it reads; 1 if it fails."""
+    place = f"{run}: " if run else ""
+    try:
+        work()
+    except (OSError, ValueError) as error:
+        for line in str(error).splitlines() if isinstance(error, ConfigError) else [str(error)]:
+            complain(verb, place + line)
+        return 2
+    except RunFailure as error:
+        complain(verb, f"{place}{error}")
+        return 1
+    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # a value of another kind
+        if not run:
+            raise
+        complain(verb, f"{place}its files are damaged, or of another Tributary: {error!r}")
+        return 2
+    return 0
