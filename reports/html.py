@@ -1,61 +1,81 @@
 """report.html of a run: one file with everything in it, made from the durable records alone.
 
 `python -m learner.report RUN` makes it anew; a run does so at every evaluation and at its end. The page asks for
-nothing from elsewhere and has no script. Words and figures are facts.py's, curves diagrams.py's, pictures
-html_pictures.py's; report.html.j2 puts them together and escapes every text.
+nothing from elsewhere and has no script. Words and figures are summary.py's, curves diagrams.py's; report.html.j2 puts
+them together and escapes every text. Pictures that are not there, or cannot be read, are left out.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
+import re
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
+import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 from learner.config import Config
 from records.heartbeat import without_passwords
-from records.run_folder import BEFORE, Records
-from records.storage import StorageError
-from reports import facts
-from reports import html_pictures as pictures
-from reports.diagrams import HEIGHT, WIDTH, Diagram, Series, curves, data_url, heat_map
-from reports.facts import Line
+from records.run_folder import BEFORE, TRAJECTORIES, Records
+from records.storage import Storage, StorageError
+from reports.diagrams import HEIGHT, WIDTH, Diagram, curves, heat_map
 from reports.model_card import usage
+from reports.pictures import SHEET_IMAGES, tiles
+from reports.summary import Facts, clock, duration, evenly, figures, number, state
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")  # now: files may change under a run
-EVALUATIONS = 12  # whose intervals are drawn, evenly chosen
-
+EVALUATIONS, EPOCHS_READ = 12, 40  # evenly chosen, whose intervals are drawn; whose rewards are in the heat map
+LAST_EPOCHS, PROMPTS = 5, 6  # among whose trajectories the best and worst are looked for
+SIDE, QUALITY = 192, 88  # pixels at most, and JPEG quality, of a picture
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException, Image.DecompressionBombError)
 # Title, unit, and the metrics of metrics.jsonl with their labels.
-Curves = tuple[tuple[str, str, dict[str, str]], ...]
-REWARD: Curves = (
-    ("Reward", "raw reward", {"reward_mean": "training rollouts, mean", "eval_reward_mean": "fixed images"}),
-)
-DIVERSITY: Curves = (
+REWARD = {"reward_mean": "training rollouts, mean", "eval_reward_mean": "fixed images"}
+DIVERSITY = [
     ("Different pictures (Vendi score)", "effective number among the fixed images", {"eval_vendi": "fixed images"}),
     ("Vendi score of a prompt", "effective number, mean over prompts", {"eval_vendi_per_prompt": "fixed images"}),
     ("Distance within a prompt", "mean cosine distance of two pictures", {"eval_distance": "fixed images"}),
-)
-LEARNING: Curves = (
+]
+LEARNING = [
     ("Loss", "", {"loss": "the objective's", "flow_loss": "flow-only fits"}),
     ("Parts of the loss", "", {"forward_loss": "forward", "reverse_loss": "reverse", "terminal_loss": "terminal"}),
     ("Clipped", "share of transitions", {"clipped": "ratio outside of the clip"}),
     ("Step size", "nats a transition", {"kl": "KL, rollout policy to the one being updated"}),
     ("Gradient norm before clipping", "", {"grad_norm": "LoRA", "flow_grad_norm": "flow network"}),
     ("Staleness", "policy versions behind", {"staleness_mean": "mean", "staleness_max": "most"}),
-)
-TIMES: Curves = (
-    (
-        "Seconds an epoch",
-        "seconds",
-        {"seconds": "all", "sample_seconds": "sampling", "score_seconds": "scoring", "train_seconds": "training"},
-    ),
-)
+    (BETA := "Reward exponent", "beta", {"beta": "beta"}),  # where it changes
+]
+SECONDS = {"seconds": "all", "sample_seconds": "sampling", "score_seconds": "scoring", "train_seconds": "training"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`source` is a data URL; `reward` is None of a bad one."""
+
+    label: str
+    source: str
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What there is to see of a prompt, row by row: the same noise before and after training, or the best, median and
+    worst of `count` trajectories."""
+
+    text: str
+    rows: list[list[Picture]]
+    count: int = 0
 
 
 def render(records: Records, config: Config) -> bytes:
@@ -65,84 +85,127 @@ def render(records: Records, config: Config) -> bytes:
         ValueError, TypeError, LookupError, AttributeError: metrics or evaluations hold what they never should.
         StorageError: a file that must be there cannot be read.
     """
-    evaluated, known = records.evaluated(), facts.state(records.storage)
-    trained = [line for line in records.lines if line["epoch"] != BEFORE]
-    settings = without_passwords(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    figures = None
+    facts, known, judgement = Facts(records, config), state(records.storage), None
     with contextlib.suppress(StorageError):  # a damaged evaluation
-        figures = facts.figures(records.storage)
+        judgement = figures(records.storage)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": facts.number, "duration": facts.duration, "clock": facts.clock}
+    environment.filters |= {"number": number, "duration": duration, "clock": clock}
     page = environment.from_string(TEMPLATE).render(
         about=records.about,
         place=str(records.storage),
         config=config,
-        now=time.time(),
+        facts=facts,
         known=known,
-        towards=facts.towards(config),
-        headline=facts.changes(records, evaluated).get(""),
-        collapse=facts.collapse(records.lines),
-        epochs=len(trained),
-        trajectories=sum(line.get("trajectories") or 0 for line in trained),
-        throughput=facts.throughput(trained),
+        now=time.time(),
         size=(WIDTH, HEIGHT),
-        curves=_sections(records, evaluated),
-        epochs_read=pictures.EPOCHS_READ,
-        before_after=pictures.pairs(records, evaluated),
-        extremes=pictures.extremes(records.storage),
-        figures=figures,
-        timings=facts.timings(trained, config.run.runner == "ray"),
-        time_curves=_diagrams(TIMES, trained),
-        faults=facts.faults(records, trained, known),
+        curves=_sections(facts),
+        time_curve=curves("Seconds an epoch", "seconds", SECONDS, facts.trained),
+        epochs_read=EPOCHS_READ,
+        before_after=pairs(records, facts.evaluated),
+        extremes=extremes(records.storage),
+        figures=judgement,
         usage=usage(config, "peft" if config.prompts.path is None else "diffusers", config.model.path, known["lora"]),
         quote=shlex.quote,
-        settings=settings,
-        settings_file=data_url("text/yaml", settings.encode()),
+        settings_file=_data_url("text/yaml", facts.settings().encode()),
     )
-    return page.encode()
+    return without_passwords(page).encode()
 
 
-def _sections(records: Records, evaluated: Sequence[int]) -> list[tuple[str, list[Diagram]]]:
+def _sections(facts: Facts) -> dict[str, list[Diagram]]:
     """Diagrams by what they are about; without those that have no data."""
-    lines = records.lines
-    labels: dict[str, str] = {}
+    lines, labels = facts.lines, dict[str, str]()
     for prefix, words in (("reward_mean/", "Part of the reward"), ("eval_reward_mean/", "Held-out reward")):
         for key in dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)):
             labels.setdefault(key.removeprefix(prefix), words)
-    by_label: Curves = tuple(
-        (f"{words}: {label}", "raw reward", {f"{key}/{label}": kind for key, kind in REWARD[0][2].items()})
+    after = evenly([epoch for epoch in facts.evaluated if epoch != BEFORE], EVALUATIONS)
+    changes = [change for epoch in after if (change := facts.changes(epoch).get(""))]
+    intervals = [(change.epoch, change.before + change.low, change.before + change.high) for change in changes]
+    rewards = [curves("Reward", "raw reward", REWARD, lines, intervals)] + [
+        curves(f"{words}: {label}", "raw reward", {f"{key}/{label}": kind for key, kind in REWARD.items()}, lines)
         for label, words in labels.items()
-    )
-    betas = {line.get("beta") for line in lines} - {None}
-    beta: Curves = (("Reward exponent", "beta", {"beta": "beta"}),) if len(betas) > 1 else ()
-    distribution = heat_map("Rewards of the training rollouts", "raw reward", pictures.rewards(records.storage))
-    rewards = _diagrams(REWARD, lines, _intervals(records, evaluated)) + _diagrams(by_label, lines)
-    sections = [
-        ("Reward", rewards + ([distribution] if distribution else [])),
-        ("Diversity", _diagrams(DIVERSITY, lines)),
-        ("Learning", _diagrams((*LEARNING, *beta), lines)),
     ]
-    return [(name, diagrams) for name, diagrams in sections if diagrams]
+    rewards.append(heat_map("Rewards of the training rollouts", "raw reward", rewards_of(facts.records.storage)))
+    betas = {line.get("beta") for line in lines} - {None}
+    diversity, learning = (
+        [curves(title, unit, names, lines) for title, unit, names in wanted if title != BETA or len(betas) > 1]
+        for wanted in (DIVERSITY, LEARNING)
+    )
+    sections = {"Reward": rewards, "Diversity": diversity, "Learning": learning}
+    drawn = {name: [diagram for diagram in diagrams if diagram] for name, diagrams in sections.items()}
+    return {name: diagrams for name, diagrams in drawn.items() if diagrams}
 
 
-def _diagrams(
-    wanted: Curves, lines: Sequence[Line], intervals: Sequence[tuple[float, float, float]] = ()
-) -> list[Diagram]:
-    """Those that have data. Evaluations, which `intervals` are of, are few and of the same images: not smoothed."""
-    diagrams = []
-    for title, unit, names in wanted:
-        series = []
-        for name, label in names.items():
-            points = [(line["epoch"] + 1, line[name]) for line in lines if line.get(name) is not None]
-            evaluation = name.startswith("eval_")
-            series.append(Series(label, points, not evaluation, intervals if evaluation else ()))
-        diagrams.append(curves(title, unit, series))
-    return [diagram for diagram in diagrams if diagram]
+def rewards_of(storage: Storage) -> list[tuple[int, np.ndarray]]:
+    """(epochs done, rewards [n] of its good trajectories) of at most EPOCHS_READ epochs, in order."""
+    tables = _trajectories(storage, slice(None), EPOCHS_READ, ["reward"])
+    return [(epoch, table["reward"].to_numpy()) for epoch, table in tables.items()]
 
 
-def _intervals(records: Records, evaluated: Sequence[int]) -> list[tuple[float, float, float]]:
-    """(epochs done, low, high) of the evaluated reward: the paired interval of its change, on what it was before."""
-    after = [epoch for epoch in evaluated if epoch != BEFORE]
-    places = np.linspace(0, len(after) - 1, min(len(after), EVALUATIONS)).round().astype(int)
-    changes = [facts.changes(records, [BEFORE, after[i]]).get("") for i in places] if BEFORE in evaluated else []
-    return [(change.epoch, change.before + change.low, change.before + change.high) for change in changes if change]
+def extremes(storage: Storage) -> tuple[list[Prompt], int, int]:
+    """Best, median and worst trajectory of each of the PROMPTS prompts with most trajectories in the last epochs, and
+    the first and last of these epochs. Empty without thumbnails."""
+    columns = ["prompt", "reward", "thumbnail_png"]
+    tables = _trajectories(storage, slice(-LAST_EPOCHS, None), LAST_EPOCHS, columns)
+    groups = pd.concat(tables.values()).groupby("prompt", sort=False) if tables else ()
+    prompts = []
+    for text, rows in sorted(groups, key=lambda group: -len(group[1]))[:PROMPTS]:  # of equal ones those met first
+        count = len(rows)
+        labels = ["the only one"] if count == 1 else ["best", "median", "worst"][:: 2 if count == 2 else 1]
+        places = np.linspace(count - 1, 0, len(labels)).astype(int)  # the median is the lower one of two
+        chosen = rows.sort_values("reward", kind="stable").iloc[places]
+        shown = []
+        for label, reward, content in zip(labels, chosen["reward"], chosen["thumbnail_png"], strict=True):
+            with contextlib.suppress(*UNREADABLE), Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+                shown.append(Picture(label, _jpeg(picture), reward))
+        prompts += [Prompt(text, [shown], count)] if shown else []
+    return prompts, min(tables, default=0), max(tables, default=0)
+
+
+def _trajectories(storage: Storage, which: slice, count: int, columns: list[str]) -> dict[int, pd.DataFrame]:
+    """By epochs done, some columns, the reward among them, of the good trajectories of at most `count` epochs; without
+    those that have none, or no such column, or cannot be read."""
+    matches = (re.fullmatch(r"epoch-(\d+)\.parquet", name) for name in storage.entries(TRAJECTORIES))
+    tables = {}
+    for epoch in evenly(sorted(int(match[1]) for match in matches if match)[which], count):
+        name = f"{TRAJECTORIES}/epoch-{epoch:06d}.parquet"
+        with contextlib.suppress(*UNREADABLE):
+            if storage.exists(name):  # refuses links that lead out of the run
+                source: Any = storage.local / name if storage.local else io.BytesIO(storage.read(name))
+                with pq.ParquetFile(source) as file:
+                    table = file.read(columns=columns).to_pandas(ignore_metadata=True)[columns]
+                tables[epoch + 1] = table[np.isfinite(table["reward"].astype(float))]
+    return {epoch: table for epoch, table in tables.items() if len(table)}
+
+
+def pairs(records: Records, evaluated: Sequence[int]) -> list[Prompt]:
+    """The first images of the fixed evaluation set, before training and after the last evaluated epoch, by prompt.
+    Empty without evaluations or sheets of them."""
+    prompts: list[str] = []
+    columns: list[list[Picture]] = []
+    for epoch in [epoch for epoch in reversed(evaluated) if epoch in (BEFORE, evaluated[-1])]:
+        label = "before" if epoch == BEFORE else f"after epoch {epoch + 1}"
+        with contextlib.suppress(*UNREADABLE):
+            table = records.evaluation(epoch)
+            with Image.open(io.BytesIO(records.sheet(epoch))) as sheet:
+                cut = tiles(sheet, len(table["prompt"][:SHEET_IMAGES]))
+            shown = [Picture(label, _jpeg(tile), reward) for tile, reward in zip(cut, table["reward"], strict=False)]
+            prompts = prompts or table["prompt"][: len(shown)]
+            if table["prompt"][: len(shown)] == prompts:  # else they are no pairs
+                columns.insert(0, shown)
+    groups: dict[str, list[list[Picture]]] = {}
+    for prompt, *row in zip(prompts, *columns, strict=True):
+        groups.setdefault(prompt, []).append(row)
+    return [Prompt(text, rows) for text, rows in groups.items()]
+
+
+def _jpeg(picture: Image.Image) -> str:
+    """Data URL of a picture, no larger than SIDE pixels: lossy, to look at."""
+    small, file = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    small.save(file, "JPEG", quality=QUALITY, subsampling=0, optimize=True)
+    return _data_url("image/jpeg", file.getvalue())
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    """A file within the page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

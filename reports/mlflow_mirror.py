@@ -1,49 +1,36 @@
-"""One run in MLflow: what the server lacks of the run's durable records is found by asking it, and sent.
-
-    metrics                         by epoch (0: before training); update/... by policy update; judged/... by epoch
-    images                          evaluation/samples and judged/base_and_tuned, by epoch
-    evaluation.json                 table: prompt, reward, ... of the fixed images, a row for each image and epoch
-    config.yaml, report.html
-    logged model lora-step-NNNNNN   the newest LoRA, flavour mlflow.diffusers
-
-judged/... is what `python -m learner.evaluate` found. The run's files may be somebody else's: they are read as data, by
-names within its folder.
-"""
+"""One run in MLflow: what the server lacks of its durable records is found by asking it, and sent (docs/mlflow.md says
+what is where). The records may be somebody else's: they are read as data, by names within their folder."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
 import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlflow.diffusers
-import yaml
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+import pandas as pd  # type: ignore[import-untyped]
+from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 from PIL import Image
 
-from learner.config import Config, resolve, saved_config
+from learner.config import resolve, saved_config
 from records import checkpoint
 from records.checkpoint import CheckpointError
 from records.heartbeat import without_passwords
-from records.run_folder import BEFORE, CONFIG, EVALUATION, Records
+from records.run_folder import BEFORE, CONFIG, Records
 from records.storage import Storage, StorageError
-from reports import html
+from reports import html, summary
 
 SENTINEL = "epochs_done"  # the last metric of an epoch's batch: where it is, the others are
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page opens as "Model training", not as "GenAI"
-PARENT, GROUP, GROUP_PARENT = "mlflow.parentRunId", "tributary.group", "tributary.group_parent"
+PARENT, GROUP = "mlflow.parentRunId", "tributary.group"
 TABLE = "evaluation.json"
-SHOWN = {  # what log_image and log_table tag last, and may be killed before
+SHOWN = {  # what MLflow's page goes by; log_image tags it last, and may be killed before
     "mlflow.loggedImages": "True",
     "mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}]),
 }
@@ -80,13 +67,13 @@ class Mirror:
             created = int(about["created"] * 1000)
             self.run_id = self.client.create_run(self.experiment_id, created, tags, about["name"]).info.run_id
         environment = {key: str(value) for key, value in about.get("environment", {}).items() if value}
+        environment |= {"config_sha256": about["config_digest"], "run_directory": str(self.storage)}
         tags = {f"tributary.{key}": value for key, value in environment.items()}
-        tags |= {"tributary.config_sha256": about["config_digest"], "tributary.run_directory": str(self.storage)}
         tags |= {"mlflow.source.git.commit": environment["git_commit"]} if "git_commit" in environment else {}
         self._set_tags(tags | (SHOWN if records.evaluated() else {}))
         params = [Param(key, without_passwords(str(value))) for key, value in config.binding().items()]
         self.client.log_batch(self.run_id, params=params)
-        self._join_group(config)
+        self._join_group(config.mlflow.group)
         self._logged = self._steps(SENTINEL)
         images = (file.path.split("/")[-1] for file in self.client.list_artifacts(self.run_id, "images"))
         self._pictures = {name.split("+timestamp")[0] for name in images if name.endswith(".webp")}  # written last
@@ -117,16 +104,13 @@ class Mirror:
         if status == "FINISHED" and any(line["epoch"] + 1 not in self._logged for line in records.lines):
             raise StorageError(f"not every epoch of {self.storage} could be read")
         if epochs := [epoch for epoch in records.evaluated() if epoch + 1 in self._logged]:
-            self.client.log_dict(self.run_id, {"columns": [], "data": []}, TABLE)  # log_table adds to what is there
-            self.client.log_table(self.run_id, self._table(epochs), TABLE)
+            table = self._table(records, epochs).to_json(orient="split", index=False)  # as log_table, which only adds
+            self.client.log_text(self.run_id, table, TABLE)
         self._send_judgements(records)
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=10**6)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / CONFIG).write_text(without_passwords(settings), encoding="utf-8")
-            if self.storage.exists(html.FILE) and settings == without_passwords(settings):  # the report has them, too
-                (Path(folder) / html.FILE).write_bytes(self.storage.read(html.FILE))
-            self.client.log_artifacts(self.run_id, folder)
-        self._join_group(config)  # again: an older parent may have turned up
+        self.client.log_text(self.run_id, summary.Facts(records, config).settings(), CONFIG)
+        if self.storage.exists(html.FILE):
+            self.client.log_text(self.run_id, self.storage.read(html.FILE).decode(), html.FILE)
+        self._join_group(config.mlflow.group)  # again: an older run may have turned up
         ended = int(records.lines[-1]["time"] * 1000) if records.lines else None
         self.client.set_terminated(self.run_id, status, ended)
 
@@ -135,60 +119,38 @@ class Mirror:
         Returns why there is none, if so.
 
         Raises:
-            StorageError: the LoRA cannot be read, or is not as written.
+            CheckpointError: the LoRA cannot be read, or is not as written.
         """
         records = Records.open(self.storage)
         manifest = self._newest(records)
         if manifest is None or DIFFUSERS not in manifest["files"]:
             return "no checkpoint is whole" if manifest is None else "diffusers loads no LoRA for a model without text"
-        name = f"lora-step-{manifest['step']:06d}"
+        files = checkpoint.load(self.storage, manifest["step"], records.run_id).files
+        name, path = f"lora-step-{manifest['step']:06d}", saved_config(records).model.path
+        base_model = str(resolve(path).absolute()) if resolve(path).is_dir() else path
         logged = self.client.search_logged_models([self.experiment_id], f"source_run_id = '{self.run_id}'")
-        model = next((model for model in logged if model.name == name), None) or self.client.create_logged_model(
-            self.experiment_id, name, self.run_id, {"tributary.run_id": records.run_id}, model_type="lora"
-        )
+        alike = [model for model in logged if model.name == name]
+        whole = [model.model_id for model in alike if model.status == LoggedModelStatus.READY]
         previous = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(self.uri)  # log_model and register_model take no client
         try:
-            if model.status != LoggedModelStatus.READY:  # not all of it is there
-                self._log_model(records, manifest, model.model_id)
-            source = f"models:/{model.model_id}"
+            if not whole:
+                for half in alike:  # of an upload that was cut short
+                    self.client.delete_logged_model(half.model_id)
+                tags = {"tributary.run_id": records.run_id}
+                model = self.client.create_logged_model(self.experiment_id, name, self.run_id, tags, model_type="lora")
+                whole, place = [model.model_id], {"model_id": model.model_id, "run_id": self.run_id}
+                with tempfile.TemporaryDirectory() as folder:
+                    for file in (DIFFUSERS, KOHYA):
+                        (Path(folder) / Path(file).name).write_bytes(files[file])
+                    mlflow.diffusers.log_model(folder, base_model, step=manifest["next_epoch"], **place)
+            source = f"models:/{whole[0]}"
             versions = self.client.search_model_versions(f"run_id = '{self.run_id}'")
             if registered_model and (registered_model, source) not in {(each.name, each.source) for each in versions}:
                 mlflow.register_model(source, registered_model)
         finally:
             mlflow.set_tracking_uri(previous)  # type: ignore[arg-type]  # None: none
         return None
-
-    def _log_model(self, records: Records, manifest: dict[str, Any], model_id: str) -> None:
-        config, step, epochs = saved_config(records), manifest["step"], manifest["next_epoch"]
-        evaluated = next((line for line in records.lines if line["epoch"] + 1 == epochs), {})
-        metrics = [
-            Metric(key, value, _time(records, epochs), epochs, model_id=model_id, run_id=self.run_id)
-            for key, value in evaluated.items()
-            if key.startswith("eval_") and isinstance(value, float)
-        ]
-        self.client.log_batch(self.run_id, metrics)
-        outputs = self.client.get_run(self.run_id).outputs
-        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, epochs)])
-        params = ParamSchema([  # the flavour's own asks for 512 x 512 pixels of every model
-            ParamSpec("num_inference_steps", DataType.integer, config.sampler.steps),
-            ParamSpec("guidance_scale", DataType.double, float(config.sampler.guidance)),
-        ])  # fmt: skip
-        prompt, image = Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.binary, "image")])
-        base_model = resolve(config.model.path)
-        with tempfile.TemporaryDirectory() as folder:
-            for file in {DIFFUSERS, KOHYA} & set(manifest["files"]):
-                content = self.storage.read(f"{checkpoint.FOLDER}/step-{step:06d}/{file}")
-                if hashlib.sha256(content).hexdigest() != manifest["files"][file]:
-                    raise StorageError(f"{self.storage}: {file} of step {step} is not what was written")
-                (Path(folder) / Path(file).name).write_bytes(content)
-            mlflow.diffusers.log_model(
-                folder,
-                str(base_model.absolute()) if base_model.is_dir() else config.model.path,
-                signature=ModelSignature(prompt, image, params),
-                model_id=model_id,
-            )
 
     def _newest(self, records: Records) -> dict[str, Any] | None:
         """Manifest of the newest whole checkpoint; a torn one, or one just being pruned, has none."""
@@ -203,29 +165,15 @@ class Mirror:
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         self.client.log_batch(self.run_id, tags=[RunTag(key, without_passwords(value)) for key, value in tags.items()])
 
-    def _join_group(self, config: Config) -> None:
-        """Make the run a child of its group's parent: the oldest run tagged as such.
-
-        MLflow has no lock, so two runs may each make a parent: whoever makes one looks again, takes the oldest, and
-        removes its own if that is not it. Clocks differ, so whoever looked too early looks again at its end.
-        """
-        group = config.mlflow.group
-        if group is None:
-            return
-        parents = self._parents(group)
-        if not parents:
-            tags = {GROUP_PARENT: group, "mlflow.source.name": "learner.run"}
-            own = self.client.create_run(self.experiment_id, tags=tags, run_name=group).info.run_id
-            self.client.set_terminated(own)  # there is nothing that it does itself
-            parents = self._parents(group)
-            if parents[0] != own:
-                self.client.delete_run(own)
-        self._set_tags({PARENT: parents[0], GROUP: group})
-
-    def _parents(self, group: str) -> list[str]:
-        """Oldest first."""
-        runs = self.client.search_runs([self.experiment_id], f"tags.`{GROUP_PARENT}` = '{group}'")
-        return [run.info.run_id for run in sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))]
+    def _join_group(self, group: str | None) -> None:
+        """Nest the run under the oldest of its group. Whoever looked before that one was there looks again at its end.
+        A run's parent is always older than it, so there are no circles."""
+        if group is not None:
+            self._set_tags({GROUP: group})
+            name = f"tags.`{GROUP}` = '{group}'"
+            (oldest,) = self.client.search_runs([self.experiment_id], name, order_by=["start_time ASC"], max_results=1)
+            if oldest.info.run_id != self.run_id:
+                self._set_tags({PARENT: oldest.info.run_id})
 
     def _send_line(self, line: dict[str, Any]) -> None:
         """An epoch's metrics, with the record's own times, so that sending the same again changes nothing."""
@@ -250,52 +198,37 @@ class Mirror:
             self.client.log_image(self.run_id, picture, key=key, step=step, timestamp=time, synchronous=True)
             self._pictures.add(begin)
 
-    def _table(self, epochs: Sequence[int]) -> dict[str, list[Any]]:
+    def _table(self, records: Records, epochs: Sequence[int]) -> pd.DataFrame:
         """The fixed images after each epoch; in the column of a part or held-out reward, its own raw reward."""
-        table: dict[str, list[Any]] = defaultdict(list)
+        tables = []
         for epoch in epochs:
-            name = "epoch-before" if epoch == BEFORE else f"epoch-{epoch:06d}"
-            scores = json.loads(self.storage.read(f"{EVALUATION}/{name}.json"))
-            table["prompt"] += scores["prompt"]
-            table["reward"] += scores["reward"]  # second: what MLflow's page compares runs by, prompt by prompt
-            for label, values in scores.get("reward_parts", {}).items():
-                table[label] += values
-            for label, values in scores.get("held_out", {}).items():
-                table[f"held out: {label}"] += values
-            table["image"] += range(len(scores["prompt"]))
-            table["epoch"] += [epoch + 1] * len(scores["prompt"])
-        return table
+            table = records.evaluation(epoch)
+            columns = {key: table[key] for key in ("prompt", "reward")}  # second: MLflow's page compares runs by it
+            columns |= table.get("reward_parts", {})
+            columns |= {f"held out: {label}": values for label, values in table.get("held_out", {}).items()}
+            tables.append(pd.DataFrame({**columns, "image": range(len(table["prompt"])), "epoch": epoch + 1}))
+        return pd.concat(tables, ignore_index=True)
 
     def _send_judgements(self, records: Records) -> None:
-        """Figures and pictures that commands/evaluate.py left. MLflow takes no metric back: those of an epoch's first
-        judgement stay."""
+        """Figures and pictures that commands/evaluate.py left: judged/NAME the value, judged/NAME_base and
+        judged/NAME_floor beside it. MLflow takes no metric back: those of an epoch's first judgement stay."""
         judged = self._steps(f"judged/{SENTINEL}")
-        entries = self.storage.entries(EVALUATION)
-        for name in (entry.removesuffix(".json") for entry in entries if re.fullmatch(r"step-\d+\.json", entry)):
+        for place in summary.judgements(self.storage).values():
             try:
-                figures = json.loads(self.storage.read(f"{EVALUATION}/{name}.json"))
-                step, values = int(figures["epochs_done"]), judged_metrics(figures)
+                tree = json.loads(self.storage.read(place))
+                step, time = int(tree["epochs_done"]), _time(records, int(tree["epochs_done"]))
+                metrics = [  # their names may have few characters
+                    Metric(re.sub(r"[^\w\-. :/]", "_", f"judged/{row['key']}{end}"), float(row[key]), time, step)
+                    for row in summary.rows(tree)
+                    for key, end in (("value", ""), ("base", "_base"), ("floor", "_floor"))
+                    if row[key] is not None
+                ]
             except (ValueError, KeyError, TypeError, AttributeError):  # not of a run's epoch, or not ours
                 continue
-            time = _time(records, step)
-            if f"{name}.png" in entries:
-                picture = self.storage.read(f"{EVALUATION}/{name}.png")
-                self._send_picture("judged/base_and_tuned", picture, step, time)
+            if self.storage.exists(picture := place.replace(".json", ".png")):
+                self._send_picture("judged/base_and_tuned", self.storage.read(picture), step, time)
             if step not in judged:
-                values[f"judged/{SENTINEL}"] = step
-                self.client.log_batch(self.run_id, [Metric(key, value, time, step) for key, value in values.items()])
-
-
-def judged_metrics(figures: dict[str, Any]) -> dict[str, float]:
-    """judged/NAME the value, judged/NAME_base and judged/NAME_floor beside it; MLflow takes few characters in names."""
-    held_out = {f"held_out/{label}": figure for label, figure in (figures.get("held_out") or {}).items()}
-    return {
-        re.sub(r"[^\w\-. :/]", "_", f"judged/{name}{suffix}"): float(figure[key])
-        for name, figure in {**figures, **held_out}.items()
-        if isinstance(figure, dict) and "value" in figure
-        for key, suffix in (("value", ""), ("base", "_base"), ("floor", "_floor"))
-        if figure.get(key) is not None
-    }
+                self.client.log_batch(self.run_id, [*metrics, Metric(f"judged/{SENTINEL}", step, time, step)])
 
 
 def _time(records: Records, step: int) -> int:

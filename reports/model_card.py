@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 import yaml
 
-from learner.config import ROOT, Config, resolve
+from learner.config import Config, resolve
 from records.run_folder import TRAJECTORIES
 
 if TYPE_CHECKING:  # torch comes with them
@@ -24,8 +24,7 @@ if TYPE_CHECKING:  # torch comes with them
     from evaluation.adapters import Trained
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
-EMBEDDED = ROOT / "models" / "shapes"
-LICENSES = {
+LICENSES = {  # of models that are read from the hub's cache, where their cards are not
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
@@ -56,10 +55,10 @@ def base_of(path: str, hub_id: str | None = None) -> Base:
     folder = resolve(path)
     if not folder.is_dir() and HUB_ID.fullmatch(path):
         hub_id = hub_id or path
-    known = "apache-2.0" if folder.is_dir() and folder.resolve() == EMBEDDED else LICENSES.get(hub_id or "", "other")
+    license = None
     with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # no card, or one that nobody can read
         license = (metadata_load(folder / "README.md") or {}).get("license")
-        known = license if isinstance(license, str) else known
+    known = license if isinstance(license, str) else LICENSES.get(hub_id or "", "other")
     return Base(hub_id or public(path), hub_id, known)
 
 
@@ -96,22 +95,21 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
     sampler, text, solver = config.sampler, config.prompts.path is not None, config.sampler.grid == "dpm_solver"
     scheduler, settings = ("DPMSolverMultistepScheduler", DPM_SOLVER) if solver else ("DDIMScheduler", DDIM)
     pipeline = "StableDiffusionPipeline" if text else "DDIMPipeline"
-    arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-    lines = [f"from diffusers import {', '.join(sorted([pipeline] + [scheduler] * (form != 'fused')))}"]
-    lines += ["from peft import PeftModel"] * (form == "peft")
-    lines += ["", f'pipe = {pipeline}.from_pretrained("{place if form == "fused" else base}")']
+    imports = [f"from diffusers import {pipeline}"]
+    load = [f'pipe = {pipeline}.from_pretrained("{place if form == "fused" else base}")']
     if form != "fused":
-        lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {arguments})")
-    lines += {
-        "diffusers": [f'pipe.load_lora_weights("{place}")'],
-        "kohya": [f'pipe.load_lora_weights("{place}", weight_name="{KOHYA_FILE}")'],
-        "peft": [f'pipe.unet = PeftModel.from_pretrained(pipe.unet, "{place}").merge_and_unload()'],
-        "fused": [],
-    }[form]
+        imports = [f"from diffusers import {', '.join(sorted([pipeline, scheduler]))}"]
+        arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        load.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {arguments})")
+    if form == "peft":
+        imports.append("from peft import PeftModel")
+        load.append(f'pipe.unet = PeftModel.from_pretrained(pipe.unet, "{place}").merge_and_unload()')
+    elif form != "fused":
+        name = f', weight_name="{KOHYA_FILE}"' if form == "kohya" else ""
+        load.append(f'pipe.load_lora_weights("{place}"{name})')
     how = f"num_inference_steps={sampler.steps}, " + ("" if solver else f"eta={sampler.eta!r}, ")
-    how += f"guidance_scale={sampler.guidance!r}" if text else "batch_size=1"
-    call = f'pipe("a prompt", {how})' if text else f"pipe({how})"
-    return "\n".join([*lines, f'{call}.images[0].save("image.png")'])
+    how = f'"a prompt", {how}guidance_scale={sampler.guidance!r}' if text else f"{how}batch_size=1"
+    return "\n".join([*imports, "", *load, f'pipe({how}).images[0].save("image.png")'])
 
 
 def card(
@@ -125,7 +123,7 @@ def card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    from reports import facts
+    from reports.summary import Facts, figures
 
     config, records = trained.config, trained.records
     task = "text-to-image" if config.prompts.path is not None else "unconditional-image-generation"
@@ -135,15 +133,10 @@ def card(
         base_model_relation=("finetune" if form == "fused" else "adapter") if base.hub_id else None,
         tags=[*tags, "gflownet", config.objective.kind.replace("_", "-"), "tributary"],
     )  # fmt: skip
-    evaluated = [epoch for epoch in records.evaluated() if epoch < trained.epochs]
-    changes = facts.changes(records, evaluated)
     page = ModelCard.from_template(
-        front, template_path=str(TEMPLATE), plain=plain, public=public, trained=trained, form=form,
-        adapter=adapter, base=base, sheets=sheets, about=about, usage=usage(config, form, base.name),
-        trajectories=sum(line["trajectories"] for line in records.lines if 0 <= line["epoch"] < trained.epochs),
-        prompts=_prompts(trained), figures=facts.figures(records.storage, trained.step),
-        changes=[(f"{label} (held out)" if label else f"{config.reward.name} (trained on)", change)
-                 for label, change in changes.items()],
+        front, template_path=str(TEMPLATE), plain=plain, public=public, trained=trained, form=form, adapter=adapter,
+        base=base, sheets=sheets, about=about, usage=usage(config, form, base.name), prompts=_prompts(trained),
+        figures=figures(records.storage, trained.step), facts=Facts(records, config, trained.epochs),
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(page)).rstrip() + "\n"
 

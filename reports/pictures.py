@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,8 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffusion.trajectory import Scores
 
-SHEET_COLUMNS = 8
-SHEET_IMAGES = 32
+SHEET_COLUMNS, SHEET_IMAGES = 8, 32
 GAP, LINE, CAPTION_LINES = 8, 12, 3  # pixels between pictures, pixels a caption line, lines
 THIN = 2  # pixels between pictures of one caption
 # Of a comparison: labels of its rows, pixels a picture is shown with, pixels around and for a label, size of the fonts.
@@ -30,11 +28,11 @@ SHORTEST = 12  # letters a line
 
 def contact_sheet(scores: Sequence[Scores], limit: int = SHEET_IMAGES) -> Image.Image:
     """The first `limit` images in rows of eight, at least 128 pixels wide, reward and prompt beneath."""
-    pictures = [[Image.fromarray(image)] for part in scores for image in part.images][:limit]  # type: ignore[union-attr]
-    prompts = [prompt for part in scores for prompt in part.chunk.prompts][:limit]
-    values = [float(value) for part in scores for value in part.rewards[:, -1]][:limit]
+    pictures = [[Image.fromarray(image)] for part in scores for image in part.images]  # type: ignore[union-attr]
+    prompts = [prompt for part in scores for prompt in part.chunk.prompts]
+    values = [float(value) for part in scores for value in part.rewards[:, -1]]
     captions = [f"{value:.2f}  {prompt}" for value, prompt in zip(values, prompts, strict=True)]
-    return _sheet(pictures, captions, SHEET_COLUMNS)
+    return _sheet(pictures[:limit], captions[:limit], SHEET_COLUMNS)
 
 
 def side_by_side(sets: Sequence[bytes], names: Sequence[str], limit: int = SHEET_IMAGES // 4) -> Image.Image:
@@ -46,13 +44,10 @@ def side_by_side(sets: Sequence[bytes], names: Sequence[str], limit: int = SHEET
     for row in zip(*tables, strict=True):
         if all(image["thumbnail_png"] for image in row):
             groups.append([Image.open(io.BytesIO(image["thumbnail_png"])) for image in row])
-            rewards = "  ".join(f"{name} {_reward(image)}" for name, image in zip(names, row, strict=True))
-            captions.append(f"{row[0]['prompt']}:  {rewards}")
+            rewards = ["bad" if image["reward"] is None else f"{image['reward']:.2f}" for image in row]
+            words = "  ".join(f"{name} {reward}" for name, reward in zip(names, rewards, strict=True))
+            captions.append(f"{row[0]['prompt']}:  {words}")
     return _sheet(groups, captions, max(1, SHEET_COLUMNS // len(sets)))
-
-
-def _reward(image: dict[str, Any]) -> str:
-    return "bad" if image["reward"] is None else f"{image['reward']:.2f}"
 
 
 def _sheet(groups: Sequence[Sequence[Image.Image]], captions: Sequence[str], columns: int) -> Image.Image:
@@ -86,35 +81,27 @@ def comparison(prompts: Sequence[str], pictures: Sequence[tuple[np.ndarray, ...]
     model, [n, H, W, 3] uint8, the base model's first. `legend` goes beneath, in small."""
     count, height = pictures[0][0].shape[:2]
     side = max(SMALLEST, min(LARGEST, height))
-    wide = LABEL + count * (side + SPACE) - SPACE
-    heads = [_wrapped(prompt, wide, PROMPT_SIZE, 3) for prompt in prompts]
-    foot = _wrapped(legend, wide, LEGEND_SIZE, 4)
-    tall = sum(len(head) * _height(PROMPT_SIZE) + SPACE + len(pictures[0]) * (side + SPACE) + MARGIN for head in heads)
-    sheet = Image.new("RGB", (wide + 2 * MARGIN, tall + len(foot) * _height(LEGEND_SIZE) + 2 * MARGIN), "white")
-    pen, y = ImageDraw.Draw(sheet), MARGIN
-
-    def write(lines: Sequence[str], size: int, fill: str) -> None:
-        nonlocal y
-        for text in lines:
-            pen.text((MARGIN, y), text, fill=fill, font=_font(size))
-            y += _height(size)
-
-    for head, rows in zip(heads, pictures, strict=True):
-        write(head, PROMPT_SIZE, INK)
-        y += SPACE if head else 0
+    width, strips = LABEL + count * (side + SPACE) - SPACE, []
+    for prompt, rows in zip(prompts, pictures, strict=True):
+        strips.append(_text(prompt, width, PROMPT_SIZE, INK, 3))
         for label, row in zip(LABELS, rows, strict=False):
-            pen.text((MARGIN, y + side // 2), label, fill=FAINT, font=_font(LABEL_SIZE), anchor="lm")
+            strip = Image.new("RGB", (width, side + SPACE), "white")
+            ImageDraw.Draw(strip).text((0, side // 2), label, FAINT, _font(LABEL_SIZE), anchor="lm")
             for i, pixels in enumerate(row):
-                sheet.paste(_scaled(Image.fromarray(pixels), side), (MARGIN + LABEL + i * (side + SPACE), y))
-            y += side + SPACE
-        y += MARGIN
-    write(foot, LEGEND_SIZE, FAINT)
-    return sheet
+                strip.paste(_scaled(Image.fromarray(pixels), side), (LABEL + i * (side + SPACE), 0))
+            strips.append(strip)
+    strips.append(_text(legend, width, LEGEND_SIZE, FAINT, 4))
+    pixels = np.concatenate([np.asarray(strip) for strip in strips])
+    return Image.fromarray(np.pad(pixels, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255))
 
 
-def _height(size: int) -> int:
-    """Of a line of text, pixels."""
-    return round(size * 1.35)
+def _text(text: str, width: int, size: int, colour: str, lines: int) -> Image.Image:
+    """A strip of at most that many lines, with a space beneath."""
+    wrapped, height = _wrapped(text, width, size, lines), round(size * 1.35)
+    strip = Image.new("RGB", (width, len(wrapped) * height + SPACE), "white")
+    for i, line in enumerate(wrapped):
+        ImageDraw.Draw(strip).text((0, i * height), line, colour, _font(size))
+    return strip
 
 
 def _wrapped(text: str, width: int, size: int, lines: int) -> list[str]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm import tqdm
 
 
-class Bar:
+class Bar(AbstractContextManager["Bar"]):
     """The bar of what is going on within an epoch, on stderr; nothing at all where that is no terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
-        self._on = sys.stderr.isatty()
 
     def show(self, what: str, done: int, total: int) -> None:
         """`done` of `total` chunks of `what`."""
-        if not self._on:
-            return
         if self._bar is None:
-            self._bar = tqdm(desc=what, total=total, leave=False, bar_format="{desc}{n}/{total} |{bar}| {elapsed}")
+            self._bar = tqdm(total=total, leave=False, disable=None, bar_format="{desc}{n}/{total} |{bar}| {elapsed}")
         self._bar.total, self._bar.n = total, done
         self._bar.set_description(what)
 
@@ -30,13 +27,9 @@ class Bar:
         self.close()
         say(text)
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close

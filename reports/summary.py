@@ -1,21 +1,51 @@
-"""The last lines of a run, for somebody who sees one for the first time: what it was trained towards, what changed and
-whether that is more than chance, where everything is, and what to type next. From the run's records alone."""
+"""What a run's records say of it: figures, computed once for page, terminal and model card; and the last lines in the
+terminal, for somebody who sees a run for the first time: what changed, by more than chance or not, and what to type."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
+import re
 import shlex
 import shutil
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
+import yaml
 
+from evaluation.metrics import paired_interval
 from learner.config import Config
-from records.run_folder import BEFORE, Records
-from reports import facts
-from reports.facts import Change
+from learner.objectives.by_name import target
+from learner.protocol.quarantine import FOLDER as QUARANTINE
+from records.heartbeat import look, without_passwords
+from records.run_folder import BEFORE, EVALUATION, Records
+from records.storage import Storage, StorageError
 
+Line = dict[str, Any]  # of metrics.jsonl
+SHOWN = 8  # reasons and events in the page
+STATES = {  # of records/heartbeat.py, where its name alone would not do
+    **{state: f"{state} when this page was made" for state in ("starting", "running")},
+    "silent": "no sign of life when this page was made", "gone": "ended without a word", "unknown": "not finished",
+}  # fmt: skip
+FIGURES = {  # of evaluation/step-N.json: name, and what it is
+    "reward": ("Reward", "mean over the evaluated pictures"),
+    "accuracy": ("Accuracy", "share of pictures that are right"),
+    "vendi": ("Vendi score", "effective number of different pictures"),
+    "vendi_per_prompt": ("Vendi score of a prompt", "the same among one prompt's pictures, mean over prompts"),
+    "distance": ("Distance within a prompt", "mean cosine distance of two pictures' features"),
+    "fid": ("Drift (FID)", "Frechet distance from the base model's pictures"),
+    "kid": ("Drift (KID)", "kernel distance from the base model's pictures"),
+    "fid_per_prompt": ("Drift of a prompt (FID)", "the same among one prompt's pictures, mean over prompts"),
+}
+NUMBERS = "value", "low", "high", "base", "floor", "gain", "gain_low", "gain_high"  # of each
 VERDICTS = {
     "rose": "it rose by more than chance",
     "fell": "it FELL by more than chance",
@@ -26,55 +56,206 @@ SHARES = {"shapes_accuracy": "pictures that show exactly what their prompt says"
 IMAGES = 128  # that learner.evaluate is to draw where the run itself drew none
 
 
+@dataclass(frozen=True)
+class Change:
+    """Mean reward of the same `images` before and after `epoch` epochs, and the interval of its change. `bad` images,
+    without a reward on either side, are left out. `verdict`: rose, fell or unclear."""
+
+    before: float
+    after: float
+    gain: float
+    low: float
+    high: float
+    images: int
+    bad: int
+    epoch: int
+    verdict: str
+
+
+class Facts:
+    """Of a run, or of its first `epochs` epochs."""
+
+    def __init__(self, records: Records, config: Config, epochs: float = math.inf) -> None:
+        self.records, self.config = records, config
+        self.lines = [line for line in records.lines if line["epoch"] < epochs]
+        self.trained = [line for line in self.lines if line["epoch"] != BEFORE]
+        self.evaluated = [epoch for epoch in records.evaluated() if epoch < epochs]
+        self.towards = target(config.objective)  # a formula in words
+        keys = "seconds", "trajectories", "lost_trajectories", "quarantined"  # in the lines
+        self.seconds, self.trajectories, self.lost, self.set_aside = (
+            sum(line.get(key) or 0 for line in self.trained) for key in keys
+        )
+        rates = [line["trajectories"] / line["seconds"] for line in self.trained if line.get("seconds")]
+        self.rate = median(rates) if rates else None  # trajectories a second of the median epoch
+
+    def changes(self, epoch: int | None = None) -> dict[str, Change]:
+        """Of the reward (by the label "") and of each one that was not trained on, from before training until an
+        evaluated epoch, the last by default. Empty before there are both; a reward without images that are good in both
+        is left out."""
+        epoch = self.evaluated[-1] if epoch is None and self.evaluated else epoch
+        if epoch in (None, BEFORE) or BEFORE not in self.evaluated:
+            return {}
+        before, after = (self.records.evaluation(number) for number in (BEFORE, epoch))
+        pairs = {"": (before["reward"], after["reward"])}
+        labels = (label for label in before.get("held_out", {}) if label in after.get("held_out", {}))
+        pairs |= {label: (before["held_out"][label], after["held_out"][label]) for label in labels}
+        changes = {}
+        for label, sides in pairs.items():
+            was, now = (np.asarray(side, np.float64) for side in sides)
+            low, high = paired_interval(was, now)
+            verdict = "rose" if low > 0 else "fell" if high < 0 else "unclear"
+            good = ~np.isnan(was - now)
+            if count := int(good.sum()):
+                first, last, bad = float(was[good].mean()), float(now[good].mean()), len(good) - count
+                changes[label] = Change(first, last, last - first, low, high, count, bad, epoch + 1, verdict)
+        return changes
+
+    def collapse(self) -> tuple[list[tuple[int, str]], str | None]:
+        """Warnings as (epochs done, text), and where there are evaluations but no warning, that in words."""
+        warnings = [(line["epoch"] + 1, str(line["collapse"])) for line in self.lines if line.get("collapse")]
+        count = sum(line.get("eval_reward_mean") is not None for line in self.trained)
+        if warnings or not count:
+            return warnings, None
+        text = f"No sign of collapse in {count} evaluation{'s' if count > 1 else ''}"
+        measured = any(line.get("eval_vendi") is not None for line in self.lines)
+        return [], text + ("." if measured else ", by the reward alone: diversity was not measured.")
+
+    def timings(self) -> list[tuple[str, float, float]]:
+        """What the epochs' time goes into, parts that follow each other: (name, seconds in the median epoch, share of
+        all epochs' seconds). On Ray sampling and scoring go on side by side, both counted from the epoch's start, and
+        scoring is what comes after the last sample."""
+        overlap, rows = self.config.run.runner == "ray", []
+        for line in self.trained:
+            sample, score, train = (line.get(f"{name}_seconds") or 0.0 for name in ("sample", "score", "train"))
+            score = max(0.0, score - sample) if overlap else score
+            rows.append((sample, score, train, max(0.0, (line.get("seconds") or 0.0) - sample - score - train)))
+        scoring = "scoring after the last sample" if overlap else "scoring"
+        names, total = ("sampling", scoring, "training", "evaluation and the rest"), sum(map(sum, rows)) or 1.0
+        columns = zip(*rows, strict=True)
+        return [(name, median(part), sum(part) / total) for name, part in zip(names, columns, strict=False)]
+
+    def reasons(self) -> tuple[list[tuple[int, int, str, str]], int]:
+        """Of the first trajectories that were set aside (epoch, number, prompt, why); how many more there are."""
+        names = [name for name in self.records.storage.entries(QUARANTINE) if name.endswith(".json")]
+        reasons = []
+        for name in names[:SHOWN]:
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                bad = json.loads(self.records.storage.read(f"{QUARANTINE}/{name}"))
+                reasons.append((bad["epoch"] + 1, bad["trajectory_id"], str(bad["prompt"]), str(bad["reason"])))
+        return reasons, len(names) - len(reasons)
+
+    def settings(self) -> str:
+        """Every one as YAML, for others to read: URLs without their passwords."""
+        tree = self.config.model_dump(mode="json")  # no line is folded: a password may not be cut in two
+        return without_passwords(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10**6))
+
+
+def state(storage: Storage) -> dict[str, Any]:
+    """All that records/heartbeat.py knows of the run, and `in_words` what state it is in."""
+    try:
+        known = look(storage, time.time())
+    except (StorageError, AttributeError, LookupError, TypeError, ValueError):  # its view is damaged, the records not
+        known = {"state": "unknown", "lora": None}
+    return {**known, "in_words": STATES.get(known["state"], known["state"])}
+
+
+def judgements(storage: Storage) -> dict[int, str]:
+    """What commands/evaluate.py left: evaluation/step-N.json by step, the newest last."""
+    names = (name for name in storage.entries(EVALUATION) if re.fullmatch(r"step-\d+\.json", name))
+    return {step: f"{EVALUATION}/{name}" for step, name in sorted((int(name[5:-5]), name) for name in names)}
+
+
+def figures(storage: Storage, until: float = math.inf) -> tuple[int, list[dict[str, Any]]] | None:
+    """(policy updates, `rows`) of the newest judgement, until step `until`.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    steps = [(step, place) for step, place in judgements(storage).items() if step <= until]
+    if not steps:
+        return None
+    step, place = steps[-1]
+    try:
+        return step, rows(json.loads(storage.read(place)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"{place} in {storage} is damaged ({error}): remove it, or evaluate again") from error
+
+
+def rows(judgement: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each figure its `key`, `name` and `meaning`, and by name NUMBERS; what is not known is None. `gain` over the
+    base model is of the same noise."""
+    measured = [(key, *words, judgement.get(key)) for key, words in FIGURES.items()]
+    others = (judgement.get("held_out") or {}).items()
+    measured += [(f"held_out/{key}", f"Held out: {key}", "a reward not trained on", figure) for key, figure in others]
+    table = [
+        {"key": key, "name": name, "meaning": meaning} | {number: figure.get(number) for number in NUMBERS}
+        for key, name, meaning, figure in measured
+        if isinstance(figure, dict)
+    ]
+    return [row for row in table if row["value"] is not None]
+
+
+def evenly(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of them, evenly chosen, the first and the last among them."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), count)).round().astype(int)]
+
+
+def number(value: float | None, sign: bool = False, like: float | None = None) -> str:
+    """For people: about four figures, or to as many places as `like` has; a true minus sign; a dash for what is not
+    known."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value if like is None else like)
+    digits = 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
+    text = f"{value:.2e}" if 0 < size < 0.001 or size >= 1e6 else f"{value:,.{digits}f}"
+    text = text if text.strip("-0.,") else text.lstrip("-")
+    return ("+" if sign and text.strip("0.,") and not text.startswith("-") else "") + text.replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds))
+
+
 def describe(records: Records, config: Config) -> list[str]:
     """What was trained and what came of it, a line each."""
-    evaluated = records.evaluated()
-    lines = [f"trained: {trained(records, config)}"]
-    changes = facts.changes(records, evaluated)
+    facts = Facts(records, config)
+    done = len(facts.trained)
+    count = f"{done} epoch{'' if done == 1 else 's'} of {config.train.trajectories} pictures"
+    words = f"{count}; {config.objective.kind}: {facts.towards}"
+    goal = f"towards pictures that {config.reward.name} scores higher; {words}"
+    if config.train.shuffle_rewards:
+        goal = f"nothing to learn from, as rewards were shuffled (train.shuffle_rewards: a control); {count}"
+    changes = facts.changes()
     change = changes.pop("", None)
     if change is None:
-        why = "evaluation.images=0" if not evaluated else "too few evaluations, or only bad images"
-        return [*lines, f"not judged ({why}): whether the reward rose is not known; learner.evaluate, below, finds out"]
-    lines.append(_reward(change))
-    for label, other in changes.items():
-        form = ".0%" if label in SHARES else ".3f"
-        name = SHARES.get(label, f"{label}, not trained on")
-        lines.append(f"{name}: {other.before:{form}} -> {other.after:{form}}")
-    return [*lines, *_diversity(records), *_collapse(records)]
-
-
-def trained(records: Records, config: Config) -> str:
-    done = sum(line["epoch"] != BEFORE for line in records.lines)
-    count = f"{done} epoch{'' if done == 1 else 's'} of {config.train.trajectories} pictures"
-    if config.train.shuffle_rewards:
-        return f"nothing to learn from, as rewards were shuffled (train.shuffle_rewards: a control); {count}"
-    goal = f"towards pictures that {config.reward.name} scores higher"
-    return f"{goal}; {count}; {config.objective.kind}: {facts.towards(config)}"
-
-
-def _reward(change: Change) -> str:
+        why = "too few evaluations, or only bad images" if facts.evaluated else "evaluation.images=0"
+        unknown = f"not judged ({why}): whether the reward rose is not known; learner.evaluate, below, finds out"
+        return [f"trained: {goal}", unknown]
     bad = f" ({change.bad} bad ones left out)" if change.bad else ""
-    return (
+    lines = [
+        f"trained: {goal}",
         f"evaluated reward {change.before:.3f} -> {change.after:.3f} on {change.images} fixed images{bad}: "
-        f"{change.gain:+.3f}, 95 % interval {change.low:+.3f} to {change.high:+.3f}: {VERDICTS[change.verdict]}"
-    )
-
-
-def _diversity(records: Records) -> list[str]:
-    values = [line["eval_distance"] for line in records.lines if line.get("eval_distance") is not None]
-    if len(values) < 2 or not values[0] > 0 or not np.isfinite(values[-1]):
-        return []
-    kept = values[-1] / values[0]
-    return [f"diversity among a prompt's pictures: {values[0]:.3g} -> {values[-1]:.3g}, {kept:.0%} of what it was"]
-
-
-def _collapse(records: Records) -> list[str]:
-    """Of all evaluations, not of the last alone: a run that got over it is worth a look too."""
-    warnings, none = facts.collapse(records.lines)
-    if warnings:
+        f"{change.gain:+.3f}, 95 % interval {change.low:+.3f} to {change.high:+.3f}: {VERDICTS[change.verdict]}",
+    ]
+    for label, other in changes.items():
+        form, name = (".0%", SHARES[label]) if label in SHARES else (".3f", f"{label}, not trained on")
+        lines.append(f"{name}: {other.before:{form}} -> {other.after:{form}}")
+    apart = [line["eval_distance"] for line in facts.lines if line.get("eval_distance") is not None]
+    if len(apart) > 1 and apart[0] > 0 and np.isfinite(apart[-1]):
+        kept = f"{apart[0]:.3g} -> {apart[-1]:.3g}, {apart[-1] / apart[0]:.0%} of what it was"
+        lines.append(f"diversity among a prompt's pictures: {kept}")
+    warnings, none = facts.collapse()
+    if warnings:  # of all evaluations, not of the last alone: a run that got over it is worth a look too
         epoch, text = warnings[-1]
-        return [f"SIGNS OF COLLAPSE after epoch {epoch}: {text}. Look at the pictures before you use this LoRA"]
-    return [f"{none[0].lower()}{none[1:].removesuffix('.')}"] if none else []
+        lines.append(f"SIGNS OF COLLAPSE after epoch {epoch}: {text}. Look at the pictures before you use this LoRA")
+    return [*lines, f"{none[0].lower()}{none[1:].removesuffix('.')}"] if none else lines
 
 
 def next_commands(records: Records, config: Config) -> list[str]:
@@ -97,9 +278,7 @@ def next_commands(records: Records, config: Config) -> list[str]:
 
 def interpreter() -> str:
     """This Python, as briefly as a shell here would find it: `make` calls it without an activated environment."""
-    found = shutil.which("python")
-    if found and os.path.abspath(found) == os.path.abspath(sys.executable):
+    in_path, path = shutil.which("python"), Path(sys.executable)
+    if in_path and os.path.abspath(in_path) == os.path.abspath(path):
         return "python"
-    path = Path(sys.executable)
-    inside = path.is_relative_to(Path.cwd())
-    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

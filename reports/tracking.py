@@ -29,40 +29,34 @@ POLL_SECONDS = 0.05
 def tracking_uri(config: Config, storage: Storage) -> str:
     """The server of mlflow.uri or MLFLOW_TRACKING_URI, else a SQLite file beside the run directory (for a run on an
     object store: in ./runs)."""
-    if config.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return config.mlflow.uri or os.environ["MLFLOW_TRACKING_URI"]
     folder = storage.local.parent if storage.local else Path.cwd() / "runs"
-    return f"sqlite:///{folder.absolute()}/mlflow.db"
+    return config.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
 
 
 class Tracker:
-    """Starts the mirror, tells it when there is news, and passes on what it says."""
+    """Starts the mirror, tells it when there is news, and passes on what it says.
+
+    Raises:
+        OSError: its process cannot be started.
+    """
 
     def __init__(self, records: Records, config: Config, say: Callable[[str], None]) -> None:
         self._records, self._config, self._say = records, config, say
         self._state = "starting"  # then ok or failing, as the mirror reports
         self._last_words = ""
         self._mlflow_run_id: str | None = None
-        self._mirror: subprocess.Popen[str] | None = None
-        if not config.mlflow.enabled:
-            return
         uri = without_passwords(tracking_uri(config, records.storage))
         look = f" (look: mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite:") else ""
         say(f"MLflow: {uri}, experiment {config.mlflow.experiment}{look}")
         self._folder = TemporaryFolder()  # for MLflow's temporary files, should the mirror be killed
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        try:
-            self._mirror = subprocess.Popen(
-                # Server and experiment are in the run's config: an argument would show a password to every user.
-                [sys.executable, "-m", "learner.upload", str(records.storage), "--follow"], text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._folder.path), **self._folder.mark},
-                start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
-            )  # fmt: skip
-        except OSError as error:
-            self._folder.remove()
-            say(f"warning: no MLflow, its process cannot be started: {error}")
-            return
+        self._mirror = subprocess.Popen(
+            # Server and experiment are in the run's config: an argument would show a password to every user.
+            [sys.executable, "-m", "learner.upload", str(records.storage), "--follow"], text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._folder.path), **self._folder.mark},
+            start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
+        )  # fmt: skip
         self._reader = threading.Thread(target=self._read, name="mlflow-mirror", daemon=True)
         self._reader.start()
 
@@ -73,47 +67,34 @@ class Tracker:
 
     def finish(self, status: str) -> None:
         """Let the mirror send the rest, for at most mlflow.finish_seconds (a moment, if its server does not answer or a
-        signal ends the run), and stop it. `status` is FINISHED, FAILED or KILLED. Safe to call twice."""
-        if self._mirror is None:
-            return
+        signal ends the run), and stop it. `status` is FINISHED, FAILED or KILLED."""
         self._tell(f"finish {status}")
-        complete = self._wait() == 0
+        limit = GRACE_SECONDS if self._state == "failing" else self._config.mlflow.finish_seconds
+        start = time.monotonic()
+        while (status_of_mirror := self._mirror.poll()) is None:
+            if time.monotonic() - start > (min(limit, GRACE_SECONDS) if signals.hurry() else limit):
+                break
+            time.sleep(POLL_SECONDS)
         self._mirror.kill()
         self._reader.join(GRACE_SECONDS)
         self._folder.remove()
-        self._mirror = None
         with contextlib.suppress(StorageError):  # a full disk has been said already
             self._note()
-        if not complete:
+        if status_of_mirror != 0:
             words = f" ({self._last_words})" if self._last_words else ""
-            self._say(
-                f"MLflow does not have everything{words}; send it: python -m learner.upload {self._records.storage}"
-            )
-
-    def _wait(self) -> int | None:
-        """The mirror's exit status, or None if it does not end in time."""
-        assert self._mirror is not None
-        start = time.monotonic()
-        limit = GRACE_SECONDS if self._state == "failing" else self._config.mlflow.finish_seconds
-        while (status := self._mirror.poll()) is None:
-            if time.monotonic() - start > (min(limit, GRACE_SECONDS) if signals.hurry() else limit):
-                return None
-            time.sleep(POLL_SECONDS)
-        return status
+            remedy = f"python -m learner.upload {self._records.storage}"
+            self._say(f"MLflow does not have everything{words}; send it: {remedy}")
 
     def _note(self) -> None:
         if self._mlflow_run_id and self._records.about.get("mlflow_run_id") != self._mlflow_run_id:
             self._records.note(mlflow_run_id=self._mlflow_run_id)
 
     def _tell(self, word: str) -> None:
-        if self._mirror is not None and self._mirror.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):  # it ended: finish will say so
-                self._mirror.stdin.write(f"{word}\n")
-                self._mirror.stdin.flush()
+        with contextlib.suppress(OSError, ValueError):  # it ended: finish will say so
+            print(word, file=self._mirror.stdin)
 
     def _read(self) -> None:
-        assert self._mirror is not None and self._mirror.stdout is not None
-        for line in self._mirror.stdout:
+        for line in self._mirror.stdout or ():
             kind, _, text = line.strip().partition(" ")
             if kind == "state":
                 self._state = text

@@ -32,17 +32,11 @@ class RunViews:
     def open(self) -> None:
         """There is something to do: from here on MLflow and status.json follow the run, until `close`."""
         config, storage = self._config, self._records.storage
-
-        def track() -> None:
-            self._tracker = Tracker(self._records, config, self.say)
-
-        def beat() -> None:
-            uri = tracking_uri(config, storage) if config.mlflow.enabled else None
-            quiet = config.run.ready_seconds if config.run.runner == "ray" else config.run.train_seconds
-            self._heartbeat = Heartbeat(storage, config.train.epochs, uri, quiet)
-
-        self._try("MLflow", track)
-        self._try("status.json", beat)
+        uri = tracking_uri(config, storage) if config.mlflow.enabled else None
+        quiet = config.run.ready_seconds if config.run.runner == "ray" else config.run.train_seconds
+        if uri:
+            self._tracker = self._try("MLflow", lambda: Tracker(self._records, config, self.say))
+        self._heartbeat = self._try("status.json", lambda: Heartbeat(storage, config.train.epochs, uri, quiet))
 
     def say(self, text: str) -> None:
         self._bar.around(self._say, text)
@@ -68,20 +62,25 @@ class RunViews:
         if line["epoch"] != BEFORE and line["eval_reward_mean"] is not None and not last:
             self._draw_report()
         self._track(Tracker.notify)
-        self._try("summary", lambda: self.say(_summary(self._config, line, seconds)))
+        self._try("summary", lambda: self.say(_epoch_line(self._config, line, seconds)))
 
     def finished(self) -> None:
         """Pictures, report, what changed in plain words, what to type next: from the records alone."""
-        storage, evaluated = self._records.storage, self._records.evaluated()
-        pictured = len(evaluated) > 1 and self._try("pictures", lambda: self._save_pictures(evaluated[-1]))
-        reported = self._draw_report()
-        self._try("summary", lambda: self._say_all(summary.describe))
-        if pictured:
-            self.say(f"pictures: {storage}/before.png, {storage}/after.png")
-        self.say(f"LoRA: {checkpoint.lora_folder(storage)}")
-        if reported:
-            self.say(f"report: {storage}/{html.FILE}")
-        self._try("summary", lambda: self._say_all(summary.next_commands))
+        records, config, storage = self._records, self._config, self._records.storage
+        evaluated = records.evaluated()
+
+        def save_pictures() -> str:
+            storage.write("before.png", records.sheet(BEFORE))
+            storage.write("after.png", records.sheet(evaluated[-1]))
+            return f"pictures: {storage}/before.png, {storage}/after.png"
+
+        pictures = len(evaluated) > 1 and self._try("pictures", save_pictures)
+        report = self._draw_report()
+        changed = self._try("summary", lambda: summary.describe(records, config)) or []
+        commands = self._try("summary", lambda: summary.next_commands(records, config)) or []
+        for text in (*changed, pictures, f"LoRA: {checkpoint.lora_folder(storage)}", report, *commands):
+            if text:
+                self.say(text)
 
     def close(self, status: str, reason: str | None = None) -> None:
         """`status` is FINISHED, FAILED or KILLED, `reason` why it failed."""
@@ -89,19 +88,15 @@ class RunViews:
         self._beat(lambda heartbeat: heartbeat.end(ENDS[status], reason))
         self._track(lambda tracker: tracker.finish(status))
 
-    def _save_pictures(self, last: int) -> None:
-        for name, epoch in (("before", BEFORE), ("after", last)):
-            self._records.storage.write(f"{name}.png", self._records.sheet(epoch))
+    def _draw_report(self) -> str | None:
+        """What is said of it at the end."""
+        storage = self._records.storage
 
-    def _draw_report(self) -> bool:
-        def draw() -> None:
-            self._records.storage.write(html.FILE, html.render(self._records, self._config))
+        def draw() -> str:
+            storage.write(html.FILE, html.render(self._records, self._config))
+            return f"report: {storage}/{html.FILE}"
 
         return self._try(html.FILE, draw, " (later: python -m learner.report RUN)")
-
-    def _say_all(self, words: Callable[[Records, Config], list[str]]) -> None:
-        for text in words(self._records, self._config):
-            self.say(text)
 
     def _beat(self, call: Callable[[Heartbeat], None]) -> None:
         if (heartbeat := self._heartbeat) is not None:
@@ -111,21 +106,20 @@ class RunViews:
         if (tracker := self._tracker) is not None:
             self._try("MLflow", lambda: call(tracker))
 
-    def _try(self, view: str, call: Callable[[], None], remedy: str = "") -> bool:
-        """Whether it could be shown. A warning is said once, however often a view fails."""
+    def _try(self, view: str, call: Callable[[], Any], remedy: str = "") -> Any:
+        """What the call returns; None where it fails. A warning is said once, however often a view fails."""
         try:
-            call()
+            return call()
         except Exception as error:
             warning = f"warning: no {view}: {type(error).__name__}: {error}{remedy}"
             if warning not in self._warned:
                 self._warned.add(warning)
                 self.say(warning)
-            return False
-        return True
+            return None
 
 
-def _summary(config: Config, line: dict[str, Any], seconds: float) -> str:
-    """The line of output of an epoch."""
+def _epoch_line(config: Config, line: dict[str, Any], seconds: float) -> str:
+    """What is said of a closed epoch."""
     if line["epoch"] == BEFORE:
         images = config.evaluation.images
         return f"before training: evaluated reward {line['eval_reward_mean']:.3f} on {images} fixed images"

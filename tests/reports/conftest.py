@@ -1,14 +1,10 @@
-"""One made-up run and one real one, for all tests of what is made of a run's records."""
+"""One made-up run for all tests of what is made of a run's records."""
 
-import contextlib
-import io
 import shutil
 from pathlib import Path
 
 import pytest
 from made_up_run import made_up_run
-
-from learner.run import main
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +17,3 @@ def made_up(tmp_path_factory) -> Path:
 def copied(made_up, tmp_path) -> Path:
     """The same, to be changed; with a blank in its name."""
     return shutil.copytree(made_up, tmp_path / "a run")
-
-
-@pytest.fixture(scope="session")
-def real(small_settings, tmp_path_factory) -> tuple[list[str], Path, list[str]]:
-    """Settings, folder and printed lines of a run of two epochs."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    settings = [*small_settings, "run.runner=inprocess", f"run.dir={folder}", "evaluation.held_out=[shapes_accuracy]"]
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(settings) == 0
-    return settings, folder, out.getvalue().splitlines()

@@ -12,7 +12,7 @@ from diffusion.trajectory import Chunk, Scores
 from learner.config import config_yaml, load_config
 from records.run_folder import BEFORE, SCHEMA, Records
 from records.storage import Storage
-from reports import facts
+from reports import summary
 from reports.pictures import contact_sheet, png
 
 NASTY = "<script>alert(1)</script> & \"quotes' in a prompt"
@@ -101,7 +101,7 @@ def made_up_run(folder: Path, epochs: int = 12, settings: tuple[str, ...] = ()) 
             save_evaluation(folder, epoch, list(before + rng.normal(0.1, 0.02, 20)))
     records.keep(lines)
     (folder / "quarantine").mkdir()
-    for i in range(facts.SHOWN + 2):
+    for i in range(summary.SHOWN + 2):
         one = {"reason": f"NaN <i>reward</i> {i}", "prompt": NASTY, "epoch": i, "trajectory_id": 29}
         (folder / f"quarantine/epoch-{i:06d}-trajectory-29.json").write_text(json.dumps(one))
     event = {"time": 1.8e9, "text": "sampler <2> is gone: replacing the actor"}

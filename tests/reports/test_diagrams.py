@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from reports import diagrams
-from reports.diagrams import Series, curves
+from reports.diagrams import curves
 
 LEFT = diagrams.PLOT_AREA[0] * diagrams.WIDTH
 
@@ -27,6 +27,11 @@ def dots(svg: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r'<use xlink:href="#m\w+" x="([\d.]+)" y="([\d.]+)"', svg)]
 
 
+def lines(values) -> list[dict]:
+    """Of metrics.jsonl: the metric x, from epoch 1 on."""
+    return [{"epoch": i, "x": value, "eval_x": value} for i, value in enumerate(values)]
+
+
 def test_a_smoothed_line_is_the_mean_of_the_epochs_around():
     values = np.random.default_rng(0).normal(size=50)
     assert [diagrams.window(count) for count in (1, 9, 10, 39, 40, 50, 1000)] == [1, 1, 3, 3, 5, 5, 101]
@@ -36,22 +41,25 @@ def test_a_smoothed_line_is_the_mean_of_the_epochs_around():
         assert means[i] == pytest.approx(values[i - reach : i + reach + 1].mean(), abs=1e-12)
 
 
-def test_every_spike_of_a_thinned_line_is_seen():
+def test_every_spike_of_a_long_line_is_seen():
     values = np.zeros(5000)
     values[[1234, 4321]] = 9.0, -7.0
-    epochs, kept = diagrams.thinned(np.arange(5000), values)
-    assert len(kept) <= diagrams.POINTS and (values[epochs] == kept).all()
-    assert dict(zip(epochs, kept, strict=True)) | {1234: 9.0, 4321: -7.0} == dict(zip(epochs, kept, strict=True))
+    svg = curves("t", "u", {"eval_x": "s"}, lines(values)).svg
+    (path,) = re.findall(r'd="(M [^"]+)" style="fill: none; stroke: var\(--c0', svg)
+    heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
+    top, middle, bottom = (y for y in (min(heights), heights[0], max(heights)))
+    assert len(heights) < 20 and (middle - top) / (bottom - middle) == pytest.approx(9 / 7, abs=0.01)
 
 
 def test_a_long_run_stays_small():
-    diagram = curves("t", "u", [Series("s", [(float(i), float(np.sin(i))) for i in range(10_000)])])
+    noise = np.random.default_rng(0).normal(size=10_000)
+    diagram = curves("t", "u", {"x": "s"}, lines(noise))
     assert diagram.window == 1001 and len(diagram.svg) < 20_000 and not dots(diagram.svg)
 
 
 def test_dots_stand_at_their_values():
-    points = [(1.0, 0.25), (2.0, float("nan")), (3.0, 1e300), (4.0, 0.75)]
-    diagram = curves("t", "u", [Series("s", points), Series("none", [(1.0, float("inf"))])])
+    values = [0.25, float("nan"), 1e300, 0.75]
+    diagram = curves("t", "u", {"x": "s", "none": "none"}, [{**line, "none": float("inf")} for line in lines(values)])
     assert diagram.lines == [("s", 0.75)] and diagram.window == 1
     (x0, y0), (x1, y1) = dots(diagram.svg)
     across = {text: x for x, _, text in labels(diagram.svg) if text in "1234"}
@@ -63,15 +71,15 @@ def test_dots_stand_at_their_values():
     ]
     up = np.polyfit(named, rules, 1)
     assert len(named) == len(rules) > 2 and (y0, y1) == pytest.approx(np.polyval(up, (0.25, 0.75)), abs=0.1) and y1 < y0
-    assert len(dots(curves("t", "u", [Series("s", [(1.0, 3.0)])]).svg)) == 1
-    assert curves("t", "u", [Series("s", [])]) is None
+    assert len(dots(curves("t", "u", {"x": "s"}, lines([3.0])).svg)) == 1
+    assert curves("t", "u", {"x": "s"}, lines([None])) is None
 
 
 def test_intervals_are_bars():
-    points = [(1.0, 0.5), (2.0, 0.5)]
-    bars = [(1.0, 0.4, 0.6), (2.0, float("nan"), 0.6)]
-    svg = curves("t", "u", [Series("s", points, False, bars)]).svg
-    assert svg.count("stroke-opacity: 0.65") == 1
+    bars = [(1.0, 0.4, 0.6), (2.0, 0.3, 0.6)]
+    both = [{**line, "y": 0.5} for line in lines([0.5, 0.5])]
+    assert curves("t", "u", {"x": "s", "y": "z"}, both, bars).svg.count("stroke-opacity: 0.65") == 0
+    assert curves("t", "u", {"eval_y": "s"}, [{**line, "eval_y": 0.5} for line in both], bars).svg.count("0.65") == 2
 
 
 @pytest.mark.parametrize(
@@ -79,7 +87,7 @@ def test_intervals_are_bars():
     [(0, 1), (0.501, 0.7), (-3, 12000), (1e-9, 2e-9), (-1e30, 1e30), (4.9999, 5.0001), (0.1, 0.1 + 1e-16)],
 )  # fmt: skip
 def test_what_is_beside_the_axis_is_short(low, high):
-    beside = [text for x, _, text in labels(curves("t", "u", [Series("s", [(1.0, low), (9.0, high)])]).svg) if x < LEFT]
+    beside = [text for x, _, text in labels(curves("t", "u", {"x": "s"}, lines([low, high])).svg) if x < LEFT]
     assert 2 <= len(beside) <= 8 and max(map(len, beside)) <= 7
 
 
@@ -100,8 +108,10 @@ def test_the_heat_map_is_each_epochs_histogram():
 def test_colours_are_the_pages_and_nothing_is_left_of_this_machine():
     def draw() -> str:
         noise = np.random.default_rng(0).normal(size=(5, 60))
-        series = [Series(str(i), list(enumerate(row))) for i, row in enumerate(noise)]
-        return curves("t", "u", [*series, Series("few", [(0, 1.0)])]).svg
+        rows = [{"epoch": i, **{str(k): value for k, value in enumerate(column)}} for i, column in enumerate(noise.T)]
+        return curves(
+            "t", "u", {**{str(k): str(k) for k in range(5)}, "few": "few"}, [{**rows[0], "few": 1.0}, *rows]
+        ).svg
 
     svg = draw()
     for name in ("c0", "c1", "c2", "c3", "line", "soft"):
@@ -111,6 +121,7 @@ def test_colours_are_the_pages_and_nothing_is_left_of_this_machine():
         assert draw() == svg  # whoever draws it, with whatever settings
 
 
+@pytest.mark.long
 def test_matplotlib_is_imported_only_to_draw():
     command = "import sys, reports.html, reports.pictures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], timeout=120).returncode == 0

@@ -15,7 +15,8 @@ from commands import report
 from learner.config import load_config, saved_config
 from records.run_folder import BEFORE, Records
 from records.storage import Storage
-from reports import facts, html
+from reports import html, summary
+from reports.summary import Facts
 
 
 def page_of(folder: Path) -> str:
@@ -29,20 +30,26 @@ def words(page: str) -> str:
     return " ".join(unescape(without).split())
 
 
+def facts_of(folder: Path, lines, *settings: str) -> Facts:
+    records = Records.open(Storage(str(folder)))
+    records.lines = lines
+    return Facts(records, load_config(overrides=settings))
+
+
 @pytest.fixture(scope="module")
 def page(made_up) -> str:
     return page_of(made_up)
 
 
-def test_a_real_run_has_its_report_and_it_can_be_made_anew(real):
-    before = (real[1] / "report.html").read_text()
+def test_a_real_run_has_its_report_and_it_can_be_made_anew(finished_run):
+    before, records = (finished_run / "report.html").read_text(), Records.open(Storage(str(finished_run)))
     text = words(before)
     for what in ("2 of 2", "finished", "95 % interval", "Where the time goes", "load_lora_weights", "run.resume=never"):
         assert what in text
     assert before.count("<img ") == 2 * 4 + before.count("best: ") + before.count("median: ") + before.count("worst: ")
     assert before.count("best: ") > 1
     made = re.compile(r"Page made [^;]+;")
-    assert made.sub("", page_of(real[1])) == made.sub("", before)
+    assert made.sub("", html.render(records, saved_config(records)).decode()) == made.sub("", before)
 
 
 def test_it_needs_nothing_from_elsewhere(page):
@@ -55,6 +62,7 @@ def test_it_needs_nothing_from_elsewhere(page):
 
 def test_no_password_is_on_the_page(made_up):
     records = Records.open(Storage(str(made_up)))
+    records.about["branched_from"] = "s3://me:s3cret@store/run"
     shown = html.render(records, load_config(overrides=["mlflow.uri=https://me:s3cret@tracking.example/x"])).decode()
     files = [base64.b64decode(data) for data in re.findall(r"data:text/yaml;base64,([^\"']+)", shown)]
     assert files and b"tracking.example" in files[0]
@@ -91,15 +99,6 @@ def test_the_headline_is_the_paired_change(page, made_up):
     assert "failed: StorageError" in text and "12 of 12" in text
 
 
-@pytest.mark.parametrize(("change", "verdict"), [(-0.1, "the reward fell"), (0.0, "no change that can be told")])
-def test_the_headline_claims_no_more_than_the_interval(copied, change, verdict):
-    save_evaluation(copied, BEFORE, [0.5] * 20)
-    noise = np.random.default_rng(1).normal(0, 0.01, 20)
-    save_evaluation(copied, 11, list(0.5 + change + noise - noise.mean()))
-    text = words(page_of(copied))
-    assert verdict in text and "the reward rose" not in text
-
-
 def test_collapse_is_said_loudly_or_its_absence(page, copied):
     assert 'class="warning" role="alert"' in page
     assert f"Signs of collapse: look at the pictures. epoch 12: {COLLAPSE}" in words(page)
@@ -107,9 +106,9 @@ def test_collapse_is_said_loudly_or_its_absence(page, copied):
     (copied / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     sound = page_of(copied)
     assert 'class="warning"' not in sound and "No sign of collapse in 3 evaluations." in words(sound)
-    assert facts.collapse(lines[:4]) == ([], None)  # nothing was evaluated since training began
+    assert facts_of(copied, lines[:4]).collapse() == ([], None)  # nothing was evaluated since training began
     bare = [{key: value for key, value in line.items() if key != "eval_vendi"} for line in lines]
-    assert "diversity was not measured" in facts.collapse(bare)[1]
+    assert "diversity was not measured" in facts_of(copied, bare).collapse()[1]
 
 
 def test_there_is_a_curve_for_whatever_was_measured(page):
@@ -125,26 +124,22 @@ def test_there_is_a_curve_for_whatever_was_measured(page):
     assert "flow-only fits" not in page  # it was never anything but null
 
 
-def test_every_pair_is_shown_and_none_is_chosen(page):
-    assert page.count('alt="before: ') == 20 and page.count('alt="after epoch 12: ') == 20
-    assert "not chosen by how they came out" in words(page)
-
-
-def test_the_evaluation_table_says_what_the_floor_is(page):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "not chosen by how they came out",
+        "Evaluation after 24 policy updates", "0.612 0.580 to 0.640 0.500 0.010",  # the newer one
+        "over the base, same noise: +0.110 (+0.090 to +0.130)",
+        "the same figure of the base model against itself, drawn with other seeds",
+        f"Held out: {LABEL} a reward not trained on 7.250", "−0.002 – 1.00e−04",  # no interval, no base
+        "2 trajectories went with an actor or a node and were made again; 12 were bad and set aside",
+        "and 2 more in quarantine/", "Last events (3 since the last start)",
+    ],
+)  # fmt: skip
+def test_it_says_what_it_shows(page, said):
     text = words(page)
-    assert "Evaluation after 24 policy updates" in text and "0.612 0.580 to 0.640 0.500 0.010" in text
-    assert "0.111" not in text  # the older evaluation
-    assert "over the base, same noise: +0.110 (+0.090 to +0.130)" in text
-    assert "the same figure of the base model against itself, drawn with other seeds" in text
-    assert f"Held out: {LABEL} a reward not trained on 7.250" in text
-    assert "−0.002 – 1.00e−04" in text  # no interval, no base
-    assert "effective number of different pictures" not in text  # null
-
-
-def test_faults_are_told(page):
-    text = words(page)
-    assert "2 trajectories went with an actor or a node and were made again; 12 were bad and set aside" in text
-    assert "and 2 more in quarantine/" in text and "Last events (3 since the last start)" in text
+    assert said in text and "0.111" not in text and "effective number of different pictures" not in text
+    assert page.count('alt="before: ') == page.count('alt="after epoch 12: ') == 20
 
 
 def test_how_to_make_it_again_and_how_to_load_the_lora(page, made_up):
@@ -159,10 +154,12 @@ def test_how_to_make_it_again_and_how_to_load_the_lora(page, made_up):
     assert f'pipe.load_lora_weights("{lora}")' in text and "num_inference_steps=10, eta=1.0, guidance_scale=3.0" in text
 
 
-def test_a_model_without_prompts_has_its_own_way_to_load(tmp_path):
-    folder = made_up_run(tmp_path / "run", 4, ("prompts.path=null", "model.path=somewhere/ddpm"))
+def test_without_prompts_and_evaluations(tmp_path):
+    folder = made_up_run(tmp_path / "run", 4, ("prompts.path=null", "model.path=some/ddpm", "evaluation.images=0"))
+    shutil.rmtree(folder / "evaluation")
     text = words(page_of(folder))
     assert "PeftModel.from_pretrained" in text and "StableDiffusionPipeline" not in text
+    assert "evaluation.images is 0" in text
 
 
 def remove(*patterns):
@@ -221,12 +218,6 @@ def test_it_works_with_whatever_is_there(copied, change, there, not_there):
     assert [what for what in not_there if what in text] == []
 
 
-def test_no_evaluations_are_asked_for(tmp_path):
-    folder = made_up_run(tmp_path / "run", 4, ("evaluation.images=0",))
-    shutil.rmtree(folder / "evaluation")
-    assert "evaluation.images is 0" in words(page_of(folder))
-
-
 @pytest.mark.parametrize("damage", ["none", "run.json", "config.yaml", "metrics.jsonl", "kind"])
 def test_what_is_no_run_is_said_in_one_line(copied, capsys, damage):
     if damage == "none":
@@ -249,6 +240,7 @@ def test_a_link_out_of_the_run_is_not_followed(copied, tmp_path):
     assert "Best, median" not in words(page_of(copied))
 
 
+@pytest.mark.long
 def test_it_stays_small(tmp_path):
     """As the demo: 40 epochs, 32 pairs on the sheets."""
     assert len(page_of(made_up_run(tmp_path / "demo", 40))) < 3e6
@@ -261,18 +253,17 @@ def test_it_stays_small(tmp_path):
      (4.44e-4, False, "4.44e−04"), (float("nan"), True, "–"), (None, False, "–")],
 )  # fmt: skip
 def test_numbers_for_people(value, sign, text):
-    assert facts.number(value, sign) == text
+    assert summary.number(value, sign) == text
+    assert summary.number(0.00004, True, like=0.7) == "0.000" and summary.number(0.0123, True, 25.0) == "+0.01"
 
 
-def test_a_change_has_the_places_of_what_changed():
-    assert facts.number(0.00004, True, like=0.7) == "0.000" and facts.number(0.0123, True, 25.0) == "+0.01"
-
-
-def test_the_parts_of_an_epoch_follow_each_other():
+def test_the_parts_of_an_epoch_follow_each_other(made_up):
     line = {"sample_seconds": 2.0, "score_seconds": 3.0, "train_seconds": 4.0, "seconds": 10.0, "trajectories": 20}
-    for overlap, wanted in ((True, [2.0, 1.0, 4.0, 3.0]), (False, [2.0, 3.0, 4.0, 1.0])):
-        assert [seconds for _, seconds, _ in facts.timings([line], overlap)] == wanted
-    evaluated = line | {"seconds": 30.0}
-    parts = facts.timings([line, line, evaluated], overlap=False)
+    line["epoch"], alone = 0, "run.runner=inprocess"
+    for runner, wanted in (("ray", [2.0, 1.0, 4.0, 3.0]), ("inprocess", [2.0, 3.0, 4.0, 1.0])):
+        parts = facts_of(made_up, [line], f"run.runner={runner}").timings()
+        assert [seconds for _, seconds, _ in parts] == wanted
+    parts = facts_of(made_up, [line, line, line | {"seconds": 30.0}], alone).timings()
     assert [share for *_, share in parts] == [0.12, 0.18, 0.24, 0.46] and parts[-1][1] == 1.0
-    assert facts.throughput([line, line]) == (2.0, 20.0) and facts.timings([], True) == []
+    twice = facts_of(made_up, [line, line], alone)
+    assert (twice.rate, twice.seconds) == (2.0, 20.0) and facts_of(made_up, [], alone).timings() == []

@@ -13,12 +13,12 @@ from PIL import Image
 from diffusion.trajectory import Chunk, Scores
 from records.run_folder import BEFORE, Records
 from records.storage import Storage
-from reports import html_pictures
-from reports.pictures import contact_sheet, png, tiles
+from reports import html
+from reports.pictures import contact_sheet, tiles
 
 
 def test_pairs_stand_side_by_side_with_their_rewards(made_up):
-    prompts = html_pictures.pairs(Records.open(Storage(str(made_up))), [BEFORE, 3, 7, 11])
+    prompts = html.pairs(Records.open(Storage(str(made_up))), [BEFORE, 3, 7, 11])
     assert sum(len(prompt.rows) for prompt in prompts) == 20 and [prompt.text for prompt in prompts] == list(PROMPTS)
     rewards = {
         epoch: json.loads((made_up / f"evaluation/{name_of(epoch)}.json").read_text())["reward"]
@@ -38,7 +38,7 @@ def test_sheets_of_other_prompts_are_no_pairs(copied):
     file = copied / "evaluation/epoch-before.json"
     table = json.loads(file.read_text())
     file.write_text(json.dumps(table | {"prompt": table["prompt"][::-1]}))
-    prompts = html_pictures.pairs(Records.open(Storage(str(copied))), [BEFORE, 11])
+    prompts = html.pairs(Records.open(Storage(str(copied))), [BEFORE, 11])
     assert {shot.label for prompt in prompts for row in prompt.rows for shot in row} == {"after epoch 12"}
 
 
@@ -49,10 +49,10 @@ def colour(source: str) -> np.ndarray:
 
 
 def test_best_median_and_worst_are_those_of_the_last_epochs(made_up):
-    prompts, first, last = html_pictures.extremes(Storage(str(made_up)))
-    epochs = range(12 - html_pictures.LAST_EPOCHS, 12)
+    prompts, first, last = html.extremes(Storage(str(made_up)))
+    epochs = range(12 - html.LAST_EPOCHS, 12)
     rows = [row for e in epochs for row in pq.read_table(made_up / f"trajectories/{name_of(e)}.parquet").to_pylist()]
-    assert (first, last) == (8, 12) and 0 < len(prompts) <= html_pictures.PROMPTS
+    assert (first, last) == (8, 12) and 0 < len(prompts) <= html.PROMPTS
     groups = {}
     for row in sorted((row for row in rows if row["reward"] is not None), key=lambda row: row["reward"]):
         groups.setdefault(row["prompt"], []).append(row)
@@ -62,29 +62,38 @@ def test_best_median_and_worst_are_those_of_the_last_epochs(made_up):
         some = groups[prompt.text]
         wanted = {"best": some[-1], "median": some[(len(some) - 1) // 2], "worst": some[0]}
         (shown,) = prompt.rows
-        assert [shot.label for shot in shown] == list(wanted)
+        assert [(shot.label, shot.reward) for shot in shown] == [(key, row["reward"]) for key, row in wanted.items()]
         for shot in shown:
-            assert shot.reward == wanted[shot.label]["reward"]
-            assert base64.b64decode(shot.source.partition("base64,")[2]) == wanted[shot.label]["thumbnail_png"]
+            thumbnail = picture(wanted[shot.label]["trajectory_id"], 1).ravel()
+            assert colour(shot.source) == pytest.approx(thumbnail, abs=4)
 
 
-def test_large_thumbnails_are_made_small_and_what_is_none_is_left_out(tmp_path, monkeypatch):
+def test_of_few_trajectories_there_is_what_there_is(tmp_path):
+    save_trajectories(tmp_path, 0, [0.5, 1.0, 3.0, 2.0, None, None, None, 0.75, 0.1])  # by prompt 0 1 2 3 4 0 1 0 1
+    prompts, *_ = html.extremes(Storage(str(tmp_path)))
+    labels = [[(shot.label, shot.reward) for shot in prompt.rows[0]] for prompt in prompts]
+    assert [len(row) for row in labels[:2]] == [2, 2] and labels[0] == [("best", 0.75), ("worst", 0.5)]
+    assert labels[2] == [("the only one", 3.0)]
+
+
+def test_large_pictures_are_made_small_and_what_is_none_is_left_out(tmp_path, monkeypatch):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), np.uint8))
-    source = html_pictures._source(png(noise))
+    source = html._jpeg(noise)
     assert source.startswith("data:image/jpeg") and len(source) < 80_000
     assert Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))).size == (144, 192)
-    assert html_pictures._source(b"<svg onload=alert(1)>") is None
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a picture that would fill the memory
-    assert html_pictures._source(png(noise)) is None
+    save_trajectories(tmp_path, 0, [0.5])
+    assert html.extremes(Storage(str(tmp_path)))[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a picture that would fill the memory
+    assert html.extremes(Storage(str(tmp_path)))[0] == []
 
 
 def test_rewards_of_a_long_run_are_thinned_and_bad_ones_left_out(tmp_path):
     for epoch in range(100):
         save_trajectories(tmp_path, epoch, [0.0, float(epoch), None], thumbnails=False)
-    found = html_pictures.rewards(Storage(str(tmp_path)))
-    assert len(found) == html_pictures.EPOCHS_READ
-    assert (found[0][0], found[-1][0]) == (1, 100)
-    assert all(values.tolist() == [0.0, epoch - 1] for epoch, values in found)
+    columns = html.rewards_of(Storage(str(tmp_path)))
+    assert len(columns) == html.EPOCHS_READ
+    assert (columns[0][0], columns[-1][0]) == (1, 100)
+    assert all(values.tolist() == [0.0, epoch - 1] for epoch, values in columns)
 
 
 def test_tiles_are_the_pictures_of_a_sheet():

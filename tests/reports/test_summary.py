@@ -2,6 +2,7 @@
 
 import io
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,15 +15,19 @@ from learner.config import load_config
 from learner.run import main, say
 from records.run_folder import BEFORE, Records
 from records.storage import Storage
-from reports import summary
+from reports import html, summary
 from reports.views import RunViews
 
 
 def said(copied, *settings) -> list[str]:
-    """What a run says at its end, made-up figures and all."""
+    """What a run says at its end, made-up figures and all, without its pictures and report."""
+    records, config = Records.open(Storage(str(copied))), load_config(overrides=["evaluation.images=16", *settings])
+    return [*summary.describe(records, config), *summary.next_commands(records, config)]
+
+
+def finish(copied) -> list[str]:
     records, lines = Records.open(Storage(str(copied))), []
-    config = load_config(overrides=["evaluation.images=16", *settings])
-    controller.finish(records, RunViews(records, config, lines.append))
+    controller.finish(records, RunViews(records, load_config(), lines.append))
     return lines
 
 
@@ -46,14 +51,22 @@ def test_a_gain_is_said_with_its_interval_and_what_it_means(copied):
     assert len(lines) <= 12
 
 
-@pytest.mark.parametrize(("change", "words"), [(-0.2, "it FELL by more than chance"), (0.0, "this may be chance")])
-def test_no_gain_is_said_as_plainly(copied, change, words):
+@pytest.mark.parametrize(
+    ("change", "words", "on_the_page"),
+    [
+        (-0.2, "it FELL by more than chance", "the reward fell"),
+        (0.0, "this may be chance", "no change that can"),
+    ],
+)
+def test_no_gain_is_said_as_plainly(copied, change, words, on_the_page):
     before = np.random.default_rng(1).normal(0.5, 0.05, 20)
     moved = before + change + np.random.default_rng(2).permutation(np.repeat([-0.02, 0.02], 10))
     save_evaluation(copied, BEFORE, list(before))
     save_evaluation(copied, 11, list(moved))
     (reward,) = [line for line in said(copied) if line.startswith("evaluated reward ")]
     assert words in reward and "rose" not in reward
+    page = html.render(Records.open(Storage(str(copied))), load_config()).decode()
+    assert on_the_page in page and "the reward rose" not in page
 
 
 def test_collapse_is_the_loudest_line(copied):
@@ -76,14 +89,12 @@ def test_without_an_evaluation_nothing_is_claimed_and_the_way_to_one_is_told(cop
         assert "--images 144" in line  # whole chunks
 
 
-def test_all_bad_images_are_no_judgement(copied):
+def test_all_bad_images_are_no_judgement_and_a_control_is_called_one(copied):
     for epoch in (BEFORE, 3, 7, 11):
         save_evaluation(copied, epoch, [None] * 20)
-    assert any(line.startswith("not judged (too few evaluations, or only bad images)") for line in said(copied))
-
-
-def test_a_control_is_called_one(copied):
-    assert said(copied, "train.shuffle_rewards=true")[0].startswith("trained: nothing to learn from, as rewards were")
+    lines = said(copied, "train.shuffle_rewards=true")
+    assert lines[0].startswith("trained: nothing to learn from, as rewards were")
+    assert lines[1].startswith("not judged (too few evaluations, or only bad images)")
 
 
 def test_what_rewards_not_trained_on_say(copied):
@@ -93,17 +104,15 @@ def test_what_rewards_not_trained_on_say(copied):
     lines = said(copied)
     assert "pictures that show exactly what their prompt says: 33% -> 67%" in lines  # the bad one is left out
     assert "other, not trained on: 5.000 -> 4.500" in lines
-    save_evaluation(copied, 11, [0.5] * 4)
-    assert any("no summary" in line or "evaluated reward" in line for line in said(copied))
 
 
 def test_the_end_has_the_report_and_commands_that_a_shell_takes(copied):
-    lines, records = said(copied), Records.open(Storage(str(copied)))
+    lines, records = finish(copied), Records.open(Storage(str(copied)))
     assert f"report: {copied}/report.html" in lines and (copied / "report.html").is_file()
     commands = [shlex.split(line, comments=True) for line in lines[lines.index("next:") + 1 :]]
     assert [command[2] for command in commands] == ["learner.evaluate", "learner.generate", "learner.compare"]
     assert all(command[1] == "-m" and str(copied) in command for command in commands)  # with a blank in its name
-    assert commands[1][-2:] == ["--prompt", records.evaluation_prompt(11)]
+    assert commands[1][-2:] == ["--prompt", records.evaluation(11)["prompt"][0]]
     where = subprocess.run([commands[0][0], "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
     assert where.stdout.strip() == sys.prefix  # this very environment
 
@@ -132,14 +141,15 @@ def test_words_that_cannot_be_found_do_not_fail_a_run(copied, monkeypatch):
         raise LookupError("no such figure")
 
     monkeypatch.setattr(summary, "describe", broken)
-    lines = said(copied)
+    lines = finish(copied)
     assert "warning: no summary: LookupError: no such figure" in lines and any("report: " in line for line in lines)
 
 
-def test_a_real_run_ends_in_these_words(real, capsys):
-    settings, _, first = real
-    end = first[next(i for i, line in enumerate(first) if line.startswith("trained: ")) :]
-    assert "2 epochs of 8 pictures" in end[0] and end[-4] == "next:" and len(end) <= 13
-    assert any(line.startswith("pictures that show exactly what their prompt says: ") for line in end)
-    assert main(settings) == 0  # nothing is left to do: the same words from the records
-    assert capsys.readouterr().out.splitlines()[-len(end) :] == end
+def test_a_real_run_ends_in_these_words(finished_run, small_settings, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+    settings = ["run.runner=inprocess", "lora.alpha=3", "evaluation.seed=5", f"run.dir={folder}"]
+    assert main([*small_settings, *settings]) == 0  # nothing is left to do: the words are from the records
+    said = capsys.readouterr().out.splitlines()
+    end = said[next(i for i, line in enumerate(said) if line.startswith("trained: ")) :]
+    assert "2 epochs of 8 pictures" in end[0] and end[1].startswith("evaluated reward ") and end[-4] == "next:"
+    assert f"pictures: {folder}/before.png, {folder}/after.png" in end and len(end) <= 13
