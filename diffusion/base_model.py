@@ -37,12 +37,15 @@ class BaseModel:
 
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
-        kind, unused = diffusers.StableDiffusionPipeline, ("vae", "safety_checker", "feature_extractor")
-        options: dict[str, Any] = dict.fromkeys(unused) | {"requires_safety_checker": False, "use_safetensors": True}
-        if unconditional := is_unconditional(path):
-            kind, options = diffusers.DDPMPipeline, {}  # old ones have a .bin alone: read with weights_only
+        folder, unconditional, dtypes = locate(path), is_unconditional(path), {"unet": dtype, "default": torch.float32}
         with load_errors(path):
-            pipeline = kind.from_pretrained(locate(path), dtype={"unet": dtype, "default": torch.float32}, **options)
+            if unconditional:  # old ones have a .bin alone: read with weights_only
+                pipeline = diffusers.DDPMPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=None)
+            else:
+                pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+                    folder, dtype=dtypes, vae=None, safety_checker=None, feature_extractor=None,
+                    requires_safety_checker=False, use_safetensors=True,
+                )  # fmt: skip
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
         self.scheduler = pipeline.scheduler
