@@ -43,6 +43,7 @@ from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import build
 from learner.config import Config
+from learner.protocol import receipts
 from learner.protocol.buffer import Buffer, Work
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Training, Vitals
@@ -160,7 +161,8 @@ class RayRunner:
             try:
                 if attempts:  # the files of an epoch that is not closed are about to be the last checkpoint
                     files = self._files or self.hooks.last_checkpoint()
-                    self._group.start(files, time.monotonic() + self.config.run.ready_seconds)
+                    held, _ = self._group.start(files, time.monotonic() + self.config.run.ready_seconds)
+                    receipts.check_ranks([self.snapshot.sha256, held.sha256])
                 return work()
             except RanksLost as lost:
                 attempts, (cause,) = attempts + 1, lost.args

@@ -44,7 +44,6 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException, Im
 REWARD = {"reward_mean": "training rollouts, mean", "eval_reward_mean": "fixed images"}
 DIVERSITY = [
     ("Different pictures (Vendi score)", "effective number among the fixed images", {"eval_vendi": "fixed images"}),
-    ("Vendi score of a prompt", "effective number, mean over prompts", {"eval_vendi_per_prompt": "fixed images"}),
     ("Distance within a prompt", "mean cosine distance of two pictures", {"eval_distance": "fixed images"}),
 ]
 LEARNING = [

@@ -39,11 +39,9 @@ FIGURES = {  # of evaluation/step-N.json: name, and what it is
     "reward": ("Reward", "mean over the evaluated pictures"),
     "accuracy": ("Accuracy", "share of pictures that are right"),
     "vendi": ("Vendi score", "effective number of different pictures"),
-    "vendi_per_prompt": ("Vendi score of a prompt", "the same among one prompt's pictures, mean over prompts"),
     "distance": ("Distance within a prompt", "mean cosine distance of two pictures' features"),
     "fid": ("Drift (FID)", "Frechet distance from the base model's pictures"),
     "kid": ("Drift (KID)", "kernel distance from the base model's pictures"),
-    "fid_per_prompt": ("Drift of a prompt (FID)", "the same among one prompt's pictures, mean over prompts"),
 }
 NUMBERS = "value", "low", "high", "base", "floor", "gain", "gain_low", "gain_high"  # of each
 VERDICTS = {

@@ -45,7 +45,7 @@ def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
     if evaluated:
         line |= {
             "eval_reward_mean": 0.5 + 0.1 * progress, "eval_reward_mean/held out": 5 - progress, "eval_vendi": 12.5,
-            "eval_vendi_per_prompt": 2.5, "eval_distance": 0.3, "collapse": COLLAPSE if progress == 1 else None,
+            "eval_distance": 0.3, "collapse": COLLAPSE if progress == 1 else None,
         }  # fmt: skip
     return line
 
