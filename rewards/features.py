@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards.aesthetic import CLIP, clip_asset, clip_tower
 from rewards.names import FeatureKind
 from rewards.network import short_side
 from rewards.weights import WeightsNotFound, find
@@ -41,6 +40,8 @@ def load(kind: FeatureKind, clip: str | None = None, device: str = "cpu") -> Fea
 
         model, _ = dreamsim(pretrained=True, device=device)  # it downloads its weights itself
     else:
+        from rewards.aesthetic import CLIP, clip_asset, clip_tower  # here: transformers takes a second
+
         [folder] = find([clip_asset("evaluation.clip", clip or CLIP)])
         model = clip_tower(folder, device)
 
@@ -60,4 +61,6 @@ def require(kind: FeatureKind, clip: str | None = None) -> None:
     if kind == "dreamsim" and importlib.util.find_spec("dreamsim") is None:
         raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
     if kind == "clip":
+        from rewards.aesthetic import CLIP, clip_asset
+
         find([clip_asset("evaluation.clip", clip or CLIP)], fetch=False)
