@@ -179,7 +179,7 @@ class RayRunner:
             self.hooks.progress("sampling and scoring", scored, total)
             if scored == total:
                 return self.buffer.take(epoch, self.snapshot.version)
-            self.rollouts.wait()
+            self.rollouts.pause()
 
     def _pump_and_look(self) -> None:
         self._pump()
@@ -187,7 +187,7 @@ class RayRunner:
 
     def _turn(self, waiting_on: Sequence[ray.ObjectRef]) -> None:
         """Wait a little for one of these, or for an actor; then take in what is done, and hand out work."""
-        self.rollouts.wait(waiting_on)
+        self.rollouts.pause(waiting_on)
         self._pump()
 
     def _pump(self) -> None:

@@ -127,7 +127,7 @@ class Rollouts:
                     done(work.chunk, scores)
             if not self.buffer.part("evaluate"):
                 return
-            self.wait()
+            self.pause()
 
     def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Done) -> None:
         """As evaluation/image_sets.py's Pools say; raises what `pump` does."""
@@ -135,7 +135,7 @@ class Rollouts:
         self.made_again.clear()
         self.evaluate(chunks, done, self.pump)
 
-    def wait(self, also: Sequence[ray.ObjectRef] = ()) -> None:
+    def pause(self, also: Sequence[ray.ObjectRef] = ()) -> None:
         """A little, for an actor's answer or one of these."""
         wait_any([*also, *self.samplers.waiting_on, *self.scorers.waiting_on], POLL_SECONDS)
 

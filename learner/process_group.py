@@ -46,7 +46,7 @@ def join(address: str, rank: int, world_size: int, seconds: float, whole_gpu: bo
 
     def meet() -> None:
         try:
-            dist.init_process_group(backend, address, timeout, world_size, rank)
+            dist.init_process_group(backend, address, timeout=timeout, world_size=world_size, rank=rank)
             joined.set_result(None)
         except BaseException as error:
             joined.set_exception(error)

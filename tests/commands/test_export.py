@@ -66,7 +66,9 @@ def test_plain_diffusers_draws_the_samplers_pixels(exported, exports, tiny_pipel
     settings = opened.config.rollout_settings()
     trajectories, _ = Sampler(model, settings).sample(Chunk(0, "evaluate", 0, 11, PROMPTS, (0, 1)), snapshot)
     ours = Decoder(tiny_pipeline)(torch.from_numpy(trajectories.states[:, -1])).permute(0, 2, 3, 1).numpy()
-    initial, *draws = [noise.normal(11, noise.EVALUATION, 0, range(2), i, model.latent_shape) for i in range(5)]
+    shape = model.latent_shape
+    normal = [torch.from_numpy(noise.normal(11, noise.EVALUATION, 0, range(2), i, shape)) for i in range(5)]
+    initial, *draws = normal
 
     class Recorded(DDIMScheduler):
         def step(self, *arguments, eta=0.0, generator=None, **more):

@@ -97,8 +97,8 @@ def test_reward_models_cost_what_their_networks_do():
     for name, published in (("hpsv2", 0.38e12), ("aesthetic", 0.16e12), ("imagereward", 0.135e12)):
         assert plan.REWARDS[name] == pytest.approx(published, rel=0.05)
     with torch.device("meta"):
-        network, side = hpsv2.Network(hpsv2.Size().config()), hpsv2.Size.image
-        inputs = torch.zeros(1, 3, side, side), torch.zeros(1, hpsv2.Size.context, dtype=torch.int64)
+        network = hpsv2.Network(hpsv2.clip_config())
+        inputs = torch.zeros(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.int64)
     assert plan.REWARDS["hpsv2"] == pytest.approx(plan._count(lambda: network(*inputs)), rel=1e-4)
 
 

@@ -220,8 +220,9 @@ def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run
 
     monkeypatch.setattr(tracking.subprocess, "Popen", no_process)
     records = Records.open(Storage(str(run)))
-    Tracker(records, saved_config(records), said.append).finish("FINISHED")
-    assert "cannot be started: no processes left" in said[-1] and "open-sesame" not in " ".join([*started, *said])
+    with pytest.raises(OSError, match="no processes left"):
+        Tracker(records, saved_config(records), said.append)
+    assert started and "open-sesame" not in " ".join([*started, *said])
     assert upload.main([str(run), "--uri", uri]) == 1
 
 

@@ -140,5 +140,5 @@ def test_a_tiny_decoder_that_is_not_there_or_of_another_kind_is_named(settings_o
     assert main([*settings, "model.tiny_decoder=./nowhere"]) == 2
     assert "model.tiny_decoder: no such folder: nowhere" in capsys.readouterr().err
     assert main([*settings, "model.path=models/shapes", f"model.tiny_decoder={taesd}"]) == 2
-    assert "channels and 4 times" in capsys.readouterr().err
+    assert "decodes (channels, magnification) (4, 8), the VAE of models/shapes (4, 4)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -116,7 +116,7 @@ def test_there_is_a_curve_for_whatever_was_measured(page):
     assert [unescape(title) for title in titles] == [
         "Reward", "Part of the reward: sharp & bright", f"Part of the reward: {LABEL}", "Held-out reward: held out",
         "Rewards of the training rollouts",
-        "Different pictures (Vendi score)", "Vendi score of a prompt", "Distance within a prompt",
+        "Different pictures (Vendi score)", "Distance within a prompt",
         "Loss", "Clipped", "Step size", "Gradient norm before clipping", "Staleness", "Seconds an epoch",
     ]  # fmt: skip
     assert words(page).count("bold: mean of 3 epochs") == 9  # the training figures; evaluations are not smoothed
