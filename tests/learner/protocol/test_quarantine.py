@@ -61,7 +61,7 @@ def test_by_default_a_bad_trajectory_ends_the_run_with_the_way_out(settings, tmp
 def test_set_aside_it_is_counted_kept_and_not_trained_on(kind, settings, settings_of, tmp_path, monkeypatch):
     poison(monkeypatch)
     settings = [*settings, *settings_of(kind), "reward.on_bad_reward=quarantine"]
-    folder, stopped = tmp_path / "run", tmp_path / "stopped"
+    folder = tmp_path / "run"
     assert main([*settings, f"run.dir={folder}"]) == 0
 
     facts = json.loads((folder / "quarantine/epoch-000001-trajectory-5.json").read_text())
@@ -81,6 +81,14 @@ def test_set_aside_it_is_counted_kept_and_not_trained_on(kind, settings, setting
     good = [row["reward"] for row in rows if row["epoch"] == EPOCH and row["reward"] is not None]
     assert lines[2]["reward_mean"] == pytest.approx(np.mean(good))
 
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["dag_db", "nabla_db"])
+def test_a_stopped_run_sets_aside_the_same(kind, settings, settings_of, tmp_path, monkeypatch):
+    poison(monkeypatch)
+    settings = [*settings, *settings_of(kind), "reward.on_bad_reward=quarantine"]
+    folder, stopped = tmp_path / "run", tmp_path / "stopped"
+    assert main([*settings, f"run.dir={folder}"]) == 0
     with killed(InProcessRunner, "checkpoint_files", 3):  # its files are written, the epoch is not closed
         main([*settings, f"run.dir={stopped}"])
     assert list((stopped / "quarantine").iterdir())
