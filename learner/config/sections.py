@@ -245,7 +245,7 @@ class Mlflow(Section):
     experiment: str = key("tributary", "MLflow experiment")
     group: str | None = key(
         None,
-        "name of a group of runs: MLflow nests them under a parent run of that name",
+        "name of a group of runs: MLflow nests them under the oldest of them",
         pattern=r"^[\w .:/=+-]{1,200}$",
     )
     registered_model: str | None = key(
