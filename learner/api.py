@@ -75,11 +75,15 @@ def train(
         ConfigError: bad settings; a line for each fault.
         RunFailure: the run cannot be begun or ended early; the same call goes on from its last closed epoch.
     """
-    own, name = (reward, _name_of(reward)) if callable(reward) else (None, reward)
+    own, name = None, reward
+    if callable(reward):  # reward.name is where it can be imported from, if it can
+        kind = reward if hasattr(reward, "__qualname__") else type(reward)
+        own, name = reward, f"{kind.__module__}:{kind.__qualname__}"
     texts, folder = None if prompts is None else list(prompts), None if run_dir is None else str(run_dir)
-    given = {"reward.name": name, "prompts.path": texts, "run.runner": runner, "run.dir": folder}
+    arguments = {"reward.name": name, "prompts.path": texts, "run.runner": runner, "run.dir": folder}
+    changes = {**(settings or {}), **{key: value for key, value in arguments.items() if value is not None}}
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
-    built = load_config(source, {**(settings or {}), **{key: it for key, it in given.items() if it is not None}})
+    built = load_config(source, changes)
 
     def warn(text: str) -> None:
         say(f"warning: {text}")
@@ -92,13 +96,8 @@ def train(
 
 
 def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[list[str], Placement, dict[str, float]]:
-    """Everything that would otherwise fail only after actors are up, all of it said at once: the prompts, what would
-    run where, and the cluster's resources. `own_reward`: a function in place of the reward that the config names.
-
-    Raises:
-        ConfigError: a line for each fault.
-        ClusterUnreachable: see there.
-    """
+    """Everything that would otherwise fail only after actors are up: the prompts, what would run where, and the
+    cluster's resources. Raises a ConfigError, a line for each fault, or ClusterUnreachable."""
     faults: list[str] = []
 
     def attempt(step: Callable[[], Any], prefix: str = "") -> Any:  # None where it fails
@@ -141,12 +140,7 @@ def run(
     own_reward: Reward | None = None,
 ) -> None:  # fmt: skip
     """Train an opened run to its end, and close it. `complain` is told why it ends early, before what was started is
-    stopped.
-
-    Raises:
-        RunFailure: see there; the same run can be gone on with.
-        KeyboardInterrupt: the same.
-    """
+    stopped; then the RunFailure or KeyboardInterrupt is raised again."""
     records, config, done = opened.records, opened.config, opened.epochs_done
     views = RunViews(records, config, say)
     runner: Runner | None = None
@@ -154,8 +148,7 @@ def run(
     try:
         say(f"run directory: {records.storage}")
         if opened.checkpoint:
-            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
-                "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
+            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done")
         if records.about["finished"] and done >= config.train.epochs:
             say("nothing is left to do")
         elif config.train.stop_on_collapse and (signs := controller.collapsed(records)):
@@ -172,13 +165,12 @@ def run(
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"
-    except (RunFailure, ConfigError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        complain(f"{reason} (once that is mended, the same command goes on from what is done in {records.storage})")
-        raise
-    except KeyboardInterrupt:
-        status = "KILLED"
-        complain(f"interrupted; the same command goes on from what is done in {records.storage}")
+    except (RunFailure, ConfigError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            status = "KILLED"
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        complain(f"{reason or 'interrupted'}; the same command goes on from what is done in {records.storage}")
         raise
     finally:
         signals.closing()
@@ -202,9 +194,3 @@ def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runne
     from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
 
     return RayRunner(config, files, hooks, records.about["name"], reward)
-
-
-def _name_of(reward: Reward) -> str:
-    """As reward.name has it: where the function can be imported from, if it can."""
-    kind = reward if hasattr(reward, "__qualname__") else type(reward)
-    return f"{kind.__module__}:{kind.__qualname__}"

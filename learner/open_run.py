@@ -50,12 +50,8 @@ class OpenRun:
 
 
 def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
-    """Where the run lives or will live; nothing is made. `source` is the config file, which names new runs.
-
-    Raises:
-        ConfigError: run.dir cannot be followed, or the run there has other settings or prompts.
-        StorageError: a folder cannot be read.
-    """
+    """Where the run lives or will live; nothing is made. `source` is the config file, which names new runs. Raises a
+    ConfigError where run.dir cannot be followed, or the run there has other settings or prompts."""
     wanted = _facts(config, prompts)
     if config.run.dir:
         storage = Storage(_absolute(config.run.dir, config))
@@ -76,13 +72,8 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
 
 
 def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -> OpenRun:
-    """The run that the config means; its folder is made if need be.
-
-    Raises:
-        ConfigError: as `find`.
-        CheckpointError: the run's checkpoints cannot be used.
-        StorageError: another process writes the run, or its folder cannot be read or written.
-    """
+    """The run that the config means; its folder is made if need be. Raises as `find`, a CheckpointError where none of
+    the run's checkpoints is whole, and a StorageError where another process writes the run."""
     storage, wanted = find(config, source, prompts), _facts(config, prompts)
     with contextlib.ExitStack() as undo:
         if held := lock.take(storage):
@@ -100,15 +91,6 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
         storage.write(CONFIG, config_yaml(config))  # what may change may have
         return OpenRun(records, config, newest, undo.pop_all().close)
-
-
-def whereabouts(config: Config, source: Path, prompts: Sequence[str]) -> str:
-    """For a plan. Raises as `find`."""
-    storage = find(config, source, prompts)
-    if not storage.exists(RUN):
-        return f"{storage}, new"
-    steps = checkpoint.steps(storage)
-    return f"{storage}, going on from {checkpoint.name_of(steps[-1]) if steps else 'the beginning'}"
 
 
 def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
@@ -149,17 +131,11 @@ def _new_folder(config: Config, source: Path) -> Storage:
 
 
 def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Config:
-    """The run's own settings, when this config may go on with it.
-
-    Raises:
-        ConfigError: it may not; a line for each key that differs.
-    """
-    storage, about = records.storage, records.about
-    if about["format"] != FORMAT:
-        raise ConfigError(
-            f"run.dir: {storage} is of format {about['format']}, this Tributary reads {FORMAT}: use the version that "
-            "wrote it, or choose another run.dir"
-        )
+    """The run's own settings, when this config may go on with it. Raises a ConfigError, a line for each key that
+    differs, where it may not."""
+    storage, about, other = records.storage, records.about, "or choose another run.dir"
+    if (written_as := about["format"]) != FORMAT:
+        raise ConfigError(f"run.dir: {storage} is of format {written_as}; use the version that wrote it, {other}")
     saved = saved_config(records)
     ours, theirs = config.binding(), saved.binding()
     faults = [
@@ -168,10 +144,7 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
         if ours[key] != theirs[key]
     ]
     if not faults and about["prompts_sha256"] != wanted["prompts_sha256"]:
-        faults = [
-            f"prompts.path: {config.prompts.path!s:.200} (or evaluation.prompts) is not what the run in {storage} "
-            "began with; put the old file back, or choose another run.dir"
-        ]
+        faults = [f"prompts.path, evaluation.prompts: the run in {storage} began with others; put them back, {other}"]
     raise_faults(faults)
     return saved
 

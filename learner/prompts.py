@@ -53,11 +53,6 @@ def evaluation_prompts(config: Config) -> list[str]:
     return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
 
 
-def example_prompt(config: Config) -> str:
-    """One that the reward is made for, to try batch sizes with. Raises as read_prompts."""
-    return training_prompts(config)[0]
-
-
 def _items(file: Path, column: str) -> list[Any]:
     """Strings or objects that a file holds; of Parquet the column alone, if it is there."""
     kind = file.suffix.lower()

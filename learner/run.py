@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.plan:
             from commands import plan
 
-            print(plan.describe(config, placement, resources, open_run.whereabouts(config, source, prompts)))
+            storage = open_run.find(config, source, prompts)
+            place = f"{storage}, {'going on' if storage.exists(open_run.RUN) else 'new'}"
+            print(plan.describe(config, placement, resources, place))
             return 0
         opened = open_run.open_run(config, source, prompts, warn)
         api.run(opened, resources, say, complain)
