@@ -37,9 +37,7 @@ class Run(Section):
     dir: str | None = key(None, "run directory or fsspec URL; default runs/NAME-DATE-TIME, NAME from the config file")
     root: str | None = key(None, "where a relative run.dir is; default: here, or ~/tributary in a submitted Ray job")
     resume: Literal["auto", "never"] = key(
-        "auto",
-        "auto: go on with the run in run.dir, or without run.dir with the newest unfinished run of the same settings; "
-        "never: start afresh",
+        "auto", "auto: go on with the run in run.dir, else the newest unfinished of the same settings; never: afresh"
     )
     keep_checkpoints: int = key(3, "newest checkpoints kept, beside those of evaluated epochs; 0: all", ge=0)
     thumbnail_pixels: int = key(64, "side of the pictures in trajectories/*.parquet; 0: none", ge=0)
@@ -65,9 +63,8 @@ class Model(Section):
 class Prompts(Section):
     path: str | tuple[str, ...] | None = key(
         "configs/prompts/shapes_placed.txt",
-        "a file, .txt (a prompt a line), .json, .jsonl, .csv or .parquet; or, where no file has that name, a set: "
-        "animals, imagenet_classes, and from the hub drawbench and hpdv2:STYLE (photo, paintings, anime, concept-art, "
-        "also several as photo+paintings); or a list of prompts; null for models that take none",
+        "file (.txt, .json, .jsonl, .csv, .parquet), or set: animals, imagenet_classes, drawbench, hpdv2:STYLE (photo, "
+        "paintings, anime, concept-art; several with +); or a list of prompts; null for models that take none",
     )
     column: str = key("prompt", "column or key that holds the prompt in .json, .jsonl, .csv and .parquet")
     per_prompt: int = key(4, "trajectories drawn for each prompt of an epoch, side by side", ge=1)
@@ -82,15 +79,11 @@ class SamplerConfig(Section):
     guidance: float = key(5.0, "classifier-free guidance scale w, in rollout and training; 1: off", ge=1)
     eta: float = key(1.0, "noise scale of DDIM; 1 is the papers'", gt=0)
     grid: Grid = key(
-        "ddim",
-        "timesteps: ddim (the scheduler's own spacing), or dpm_solver: of first-order SDE-DPM-Solver++ with "
-        "final_sigmas_type=sigma_min, which with eta 1 is that sampler",
+        "ddim", "timesteps: ddim (the scheduler's own), or dpm_solver (first-order SDE-DPM-Solver++'s, at eta 1)"
     )
     transitions: Selection = key("all", "which transitions to train on: all, random or low_variance")
     transition_fraction: float = key(1.0, "share of transitions for random and low_variance", gt=0, le=1)
-    state_precision: StatePrecision = key(
-        "float32", "of stored states and model outputs; float16 halves the object store, log p_F stays exact"
-    )
+    state_precision: StatePrecision = key("float32", "of stored states and outputs; float16 halves the object store")
 
 
 class RewardConfig(Section):
@@ -100,23 +93,15 @@ class RewardConfig(Section):
     name: str = key("shapes_alignment", "reward by name, or your own as module:callable")
     weights: str | None = key(None, "weights of the reward model: path or hub id")
     backend: Backend = key(
-        "native",
-        "native: our own code, differentiable; package: imagereward's and hpsv2's packages in an environment of "
-        "their own (python -m rewards.package build NAME), without gradients",
+        "native", "native: our code; package: imagereward's or hpsv2's, no gradients (python -m rewards.package)"
     )
     options: dict[str, Any] = key({}, "the reward's keyword arguments; a callable of yours is called with them first")
-    batch: int | None = key(
-        None, "images scored at once; default: what free GPU memory holds (on a CPU 32, with gradients 16)", ge=1
-    )
+    batch: int | None = key(None, "images scored at once; default: what free GPU memory holds (CPU: 32)", ge=1)
     on_bad_reward: Literal["stop", "quarantine"] = key(
-        "stop",
-        "what a NaN or infinite reward, one that raises, a black image or latents that are not numbers do: stop "
-        "ends the run; quarantine sets the trajectory aside in quarantine/ and trains on another of its chunk",
+        "stop", "on a reward that is NaN or raises, a black image, bad latents: stop; or set it aside in quarantine/"
     )
     quarantine_limit: int = key(16, "trajectories that a run may set aside before it ends", ge=0)
-    black_images: Literal["bad", "allow"] = key(
-        "bad", "an all-black image is the mark of NaN latents or a safety checker; allow where it may be right"
-    )
+    black_images: Literal["bad", "allow"] = key("bad", "bad: black images mark NaN latents; allow: they are right")
 
 
 class LoraConfig(Section):
@@ -138,16 +123,12 @@ class FlowConfig(Section):
 class LearnerConfig(Section):
     ranks: int | None = key(None, "data-parallel learner processes; default from the resources found", ge=1)
     gpus: float | None = key(None, "GPUs of a learner rank; default: a whole one, if there are enough", ge=0)
-    attempts: int = key(
-        3, "times an epoch's training is tried: when ranks die or hang, all start anew from the last checkpoint", ge=1
-    )
+    attempts: int = key(3, "times an epoch's training is tried; ranks start anew from the last checkpoint", ge=1)
     labels: Labels = key({}, "labels of the nodes for learner ranks; values as Ray's: x, !x, in(x, y), !in(x)")
     learning_rate: float = key(3e-4, "AdamW learning rate of the LoRA", gt=0)
     weight_decay: float = key(1e-4, "AdamW weight decay of the LoRA", ge=0)
     max_grad_norm: float = key(1.0, "gradient norm clip, for LoRA and flow network separately", gt=0)
-    micro_batch: int | None = key(
-        8, "transitions a forward and backward pass; null: what free GPU memory holds, once a run (CPU: 8)", ge=1
-    )
+    micro_batch: int | None = key(8, "transitions a backward pass; null: what free GPU memory holds (CPU: 8)", ge=1)
     gradient_checkpointing: bool = key(False, "compute activations twice: less memory, a third more work")
 
 
@@ -165,42 +146,25 @@ class Objective(Section):
     forward_looking_decay: Decay = key("none", "weight of psi by timestep: none (the paper), sqrt_abar or abar")
     reward_offset: float = key(0.0, "subtracted from rewards: shifts log Z alone; near their mean f has less to do")
     forward_looking_from: int = key(0, "psi is 0 before this step, and nothing is decoded there", ge=0)
-    forward_looking_decoder: Literal["full", "tiny"] = key(
-        "full", "of psi's clean predictions: full (the VAE, images' always), or tiny (model.tiny_decoder)"
-    )
-    clean_prediction: CleanPrediction = key(
-        "conditional", "model output behind psi: conditional (DAG's code), or guided (nabla's; foretells better)"
-    )
+    forward_looking_decoder: Literal["full", "tiny"] = key("full", "psi's: full (VAE), or tiny (model.tiny_decoder)")
+    clean_prediction: CleanPrediction = key("conditional", "output behind psi: conditional (DAG), or guided (nabla)")
     detach_next_flow: bool = key(True, "no gradient into f(x_t'), h(x_t'); false is the published code")
     penalty: Penalty = key("squared", "dag_db, dag_kl: of the residual, squared or huber")
     huber_width: float = key(1.0, "residual in nats where huber turns linear", gt=0)
     transition_weight: Weighting = key("uniform", "uniform, or variance: weight sigma_t^2 over its mean")
-    last_transition: Literal["train", "skip"] = key(
-        "train", "skip: not trained on, the state before it counts as terminal (its 1/sigma^2 drowns the rest)"
-    )
+    last_transition: Literal["train", "skip"] = key("train", "skip: not trained on, the state before it is terminal")
     regulariser: float = key(1.0, "weight of the squared change of the model output within an epoch's updates", ge=0)
     clip_range: float = key(
-        1e-4,
-        "dag_kl, ddpo: how far the ratio to the rollout policy may leave 1; under mean log-probabilities 1e-4 is "
-        "D x 1e-4 nats (1.64 at D = 16384), under sum 1e-4 nats",
-        gt=0,
+        1e-4, "dag_kl, ddpo: how far the ratio to the rollout policy may leave 1 (under mean: D x 1e-4 nats)", gt=0
     )
-    old_log_prob: Literal["sampler", "learner"] = key(
-        "sampler", "dag_kl, ddpo: whose log p_F of the rollout policy; the learner's is of its own precision"
-    )
+    old_log_prob: Literal["sampler", "learner"] = key("sampler", "dag_kl, ddpo: whose log p_F of the rollout policy")
     group_size: int = key(8, "dag_kl: transitions that are compared with each other, of one chunk", ge=2)
     kl_weight: float | None = key(None, "dag_kl: weight of the policy loss; default: the final beta (the paper)", ge=0)
-    advantage: Literal["epoch", "prompt"] = key(
-        "epoch", "ddpo: rewards are compared with the epoch's, or the prompt's last 16 once it has 16"
-    )
+    advantage: Literal["epoch", "prompt"] = key("epoch", "ddpo: rewards beside the epoch's, or the prompt's last 16")
     pretrained_strength: float = key(1.0, "residual nabla-DB: exponent eta_p of the base model's density", ge=0)
-    flow_start: Literal["zero", "reference"] = key(
-        "zero", "nabla_db: what h_phi is added to, nothing (the paper) or the frozen model's own score"
-    )
+    flow_start: Literal["zero", "reference"] = key("zero", "nabla_db: h_phi adds to 0 (paper) or the base's score")
     reverse_weight: float = key(1.0, "nabla-DB: weight of the reverse loss", ge=0)
-    reverse_transitions: Literal["all", "inner"] = key(
-        "all", "nabla-DB: reverse loss on every transition, or (published) on all but the last"
-    )
+    reverse_transitions: Literal["all", "inner"] = key("all", "nabla-DB, reverse loss: all, or all but the last")
     decay_terminal: bool = key(False, "nabla-DB: the image's reward gradient fades by abar_0 too (published), not by 1")
 
     @model_validator(mode="before")
@@ -233,8 +197,7 @@ class Evaluation(Section):
         (), "rewards that judge evaluation images and are never trained on: names, or {name, weights, options}"
     )
     features: FeatureKind = key(
-        "pixels",
-        "measure of diversity and drift: pixels (mean colours of an 8 x 8 grid), clip, or dreamsim (a package)",
+        "pixels", "measure of diversity and drift: pixels (colours of an 8 x 8 grid), clip, or dreamsim (a package)"
     )
     clip: str | None = key(None, "for features=clip: folder or hub id; default: openai/clip-vit-large-patch14")
 
@@ -244,13 +207,9 @@ class Mlflow(Section):
     uri: str | None = key(None, "server; default MLFLOW_TRACKING_URI, else mlflow.db beside the run directory")
     experiment: str = key("tributary", "MLflow experiment")
     group: str | None = key(
-        None,
-        "name of a group of runs: MLflow nests them under a parent run of that name",
-        pattern=r"^[\w .:/=+-]{1,200}$",
+        None, "group of runs: MLflow nests them under a parent run of that name", pattern=r"^[\w .:/=+-]{1,200}$"
     )
     registered_model: str | None = key(
-        None,
-        "name in MLflow's model registry for the finished run's LoRA; default: not registered",
-        pattern=r"^[\w .=+-]{0,199}[\w=+-]$",
+        None, "name in MLflow's registry for the finished LoRA; default: none", pattern=r"^[\w .=+-]{0,199}[\w=+-]$"
     )
     finish_seconds: float = key(30, "longest wait for a last upload; `python -m learner.upload` does the rest", ge=0)
