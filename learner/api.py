@@ -62,13 +62,10 @@ def train(
 
     Args:
         config: a YAML preset's path, sections of keys as a dict, or a Config; default: the demo's preset.
-        settings: `{"section.key": value}`, in place of the config's.
+        settings: `{"section.key": value}`, in place of the config's, as are prompts, runner (run.runner) and run_dir.
         reward: a function `(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, or a reward's name. With an
             attribute `differentiable = True` it serves the nabla objectives. On Ray it is sent to the reward actors.
             Commands that read the run later, such as learner.evaluate, find it only if it can be imported.
-        prompts: in place of prompts.path.
-        runner: run.runner; `inprocess` needs no Ray.
-        run_dir: run.dir.
         say: gets each line of progress.
 
     Raises:
@@ -90,7 +87,7 @@ def train(
 
     read, _, resources = check(built, warn, own)
     opened = open_run(built, Path("run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG), read, warn)
-    run(opened, resources, say, own_reward=own)
+    run(opened, resources, say, lambda text: None, own)
     storage = opened.records.storage
     return TrainedRun(str(storage), opened.records.lines, str(checkpoint.lora_folder(storage)))
 
@@ -136,19 +133,16 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
 
 
 def run(
-    opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None,
-    own_reward: Reward | None = None,
-) -> None:  # fmt: skip
+    opened: OpenRun, resources: dict[str, float], say: Say, complain: Say, own_reward: Reward | None = None
+) -> None:
     """Train an opened run to its end, and close it. `complain` is told why it ends early, before what was started is
     stopped; then the RunFailure or KeyboardInterrupt is raised again."""
-    records, config, done = opened.records, opened.config, opened.epochs_done
-    views = RunViews(records, config, say)
-    runner: Runner | None = None
-    status, reason = "FAILED", None
+    records, config, begun, done = opened.records, opened.config, opened.checkpoint, opened.epochs_done
+    views, runner, status, reason = RunViews(records, config, say), None, "FAILED", None
     try:
         say(f"run directory: {records.storage}")
-        if opened.checkpoint:
-            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done")
+        if begun:
+            say(f"going on from {begun.name}: {done} of {config.train.epochs} epochs are done")
         if records.about["finished"] and done >= config.train.epochs:
             say("nothing is left to do")
         elif config.train.stop_on_collapse and (signs := controller.collapsed(records)):
@@ -157,7 +151,7 @@ def run(
             records.note(finished=False, environment=environment.facts(), cluster=resources)
             views.open()
             if done < config.train.epochs:
-                runner, begun = _start(opened, views, own_reward), opened.checkpoint
+                runner = _start(opened, views, own_reward)
                 if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
                     raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
                 pixels = config.run.thumbnail_pixels
@@ -166,10 +160,8 @@ def run(
         controller.finish(records, views)
         status = "FINISHED"
     except (RunFailure, ConfigError, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            status = "KILLED"
-        else:
-            reason = f"{type(error).__name__}: {error}"
+        killed = isinstance(error, KeyboardInterrupt)
+        status, reason = ("KILLED", None) if killed else ("FAILED", f"{type(error).__name__}: {error}")
         complain(f"{reason or 'interrupted'}; the same command goes on from what is done in {records.storage}")
         raise
     finally:

@@ -100,8 +100,7 @@ def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
 
 
 def _absolute(url: str, config: Config) -> str:
-    """Relative run directories are in run.root, else in the working directory. That of a submitted Ray job is deleted
-    with the job: there they are in the user's home."""
+    """Relative ones are in run.root, else here; in a submitted Ray job, whose folder is deleted, in the user's home."""
     if "://" in url:
         return url
     root = config.run.root or str(Path.home() / "tributary" if environment.in_submitted_job() else Path.cwd())

@@ -1,7 +1,5 @@
-"""The main job: `python -m learner.run [--config FILE] [section.key=value ...]`.
-
-This file is the front door: it imports neither torch nor Ray before the settings are sound. The job is learner/api.py.
-"""
+"""The main job: `python -m learner.run [--config FILE] [section.key=value ...]`. Imports neither torch nor Ray before
+the settings are sound. The job is learner/api.py."""
 
 from __future__ import annotations
 
@@ -67,14 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _faults_seen_at_once(config: Config) -> list[str]:
     """What can be found to be wrong without torch: prompt files, the model's folder, a reward of no known name."""
     prompts = partial(training_prompts, config), partial(evaluation_prompts, config)
-    model = partial(locate, str(resolve(config.model.path)))
-    faults = []
-    for step in (*prompts, model, partial(registry.check_name, config.reward.name, config.reward.backend)):
+    reward, faults = partial(registry.check_name, config.reward.name, config.reward.backend), []
+    for step in (*prompts, partial(locate, str(resolve(config.model.path))), reward):
         try:
             step()
         except ValueError as error:
             faults.append(str(error))
-    return list(dict.fromkeys(faults))
+    return faults
 
 
 def say(text: str) -> None:
