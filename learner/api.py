@@ -1,7 +1,5 @@
-"""The job, for the command and for Python: `learner.train(config, reward=my_function)`.
-
-The composition root: here the epoch loop meets its runner, its records and its views.
-"""
+"""The job, for the command and for Python: `learner.train(config, reward=my_function)`. Here the epoch loop meets its
+runner, its records and its views."""
 
 from __future__ import annotations
 
@@ -76,8 +74,12 @@ def train(
     if callable(reward):  # reward.name is where it can be imported from, if it can
         kind = reward if hasattr(reward, "__qualname__") else type(reward)
         own, name = reward, f"{kind.__module__}:{kind.__qualname__}"
-    texts, folder = None if prompts is None else list(prompts), None if run_dir is None else str(run_dir)
-    arguments = {"reward.name": name, "prompts.path": texts, "run.runner": runner, "run.dir": folder}
+    arguments = {
+        "reward.name": name,
+        "prompts.path": prompts,
+        "run.runner": runner,
+        "run.dir": run_dir and str(run_dir),
+    }
     changes = {**(settings or {}), **{key: value for key, value in arguments.items() if value is not None}}
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
     built = load_config(source, changes)
@@ -137,7 +139,8 @@ def run(
 ) -> None:
     """Train an opened run to its end, and close it. `complain` is told why it ends early, before what was started is
     stopped; then the RunFailure or KeyboardInterrupt is raised again."""
-    records, config, begun, done = opened.records, opened.config, opened.checkpoint, opened.epochs_done
+    records, config, begun = opened.records, opened.config, opened.checkpoint
+    done = begun.manifest["next_epoch"] if begun else 0
     views, runner, status, reason = RunViews(records, config, say), None, "FAILED", None
     try:
         say(f"run directory: {records.storage}")

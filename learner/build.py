@@ -29,11 +29,9 @@ class Parts:
     learner: Callable[[dict[str, bytes] | None], Learner]  # a checkpoint's files
 
 
-def parts(config: Config, own_reward: Reward | None = None) -> Parts:
-    """`own_reward`: a Python object in place of the reward that the config names."""
-    return Parts(
-        partial(build_sampler, config), partial(build_scorer, config, own_reward), partial(build_learner, config)
-    )
+def parts(config: Config, reward: Reward | None = None) -> Parts:
+    """`reward`: a Python object in place of the one that the config names."""
+    return Parts(partial(build_sampler, config), partial(build_scorer, config, reward), partial(build_learner, config))
 
 
 def prepare_process(config: Config) -> None:

@@ -11,9 +11,8 @@
     closing epoch e        its checkpoint, on disk                 this loop: now a later epoch may be sampled
     the views              nothing; and nothing waits for them     told of progress, events, closed epochs and the end
 
-It never sees a trajectory: runners hand references from actor to actor, and none of their waits is without a deadline.
-The checkpoint closes an epoch; whatever a killed run wrote after its last one is dropped and made again, bit by bit the
-same.
+Runners hand trajectories from actor to actor; none of their waits is without a deadline. Whatever a killed run wrote
+after its last checkpoint is dropped and made again, bit by bit the same.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, Scores
 from learner.config import Config, config_yaml
 from learner.objectives.base import anneal
@@ -35,9 +35,7 @@ from learner.protocol.chunks import evaluation_chunks, training_chunks
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Runner, Vitals
 from records import checkpoint
-from records.checkpoint import CheckpointError
 from records.run_folder import BEFORE, CONFIG, Records
-from records.storage import StorageError
 
 Judge = Callable[[int, Sequence[Scores]], dict[str, Any]]  # records an evaluation; returns its part of the metrics line
 
@@ -59,8 +57,8 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     config, records = opened.config, opened.records
     prompts = training_prompts(config)
     fixed = evaluation_chunks(config, evaluation_prompts(config))
-    ledger = Ledger(opened.checkpoint.manifest["ledger"] if opened.checkpoint else None)
-    epochs = range(opened.epochs_done, config.train.epochs)
+    begun = opened.checkpoint.manifest if opened.checkpoint else {}
+    ledger, epochs = Ledger(begun.get("ledger")), range(begun.get("next_epoch", 0), config.train.epochs)
     runner.begin(lambda epoch: training_chunks(config, prompts, epoch), epochs, ledger)
     views.running(runner.vitals)
     views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
@@ -132,7 +130,7 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
     keep, always = config.run.keep_checkpoints, {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
         checkpoint.prune(records.storage, keep, always, records.run_id, lambda text: views.say(f"warning: {text}"))
-    except (StorageError, CheckpointError) as error:  # the new one is there: that matters
+    except RunFailure as error:  # the new one is there: that matters
         views.say(f"warning: an old checkpoint stays: {error}")
 
 

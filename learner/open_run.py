@@ -1,7 +1,5 @@
-"""Which run a command means: a new one, or one to go on with; and whether it may.
-
-The same command given again goes on where the run stopped, and does nothing where it is done.
-"""
+"""Which run a command means: a new one, or one to go on with; and whether it may. The same command given again goes on
+where the run stopped, and does nothing where it is done."""
 
 from __future__ import annotations
 
@@ -29,24 +27,9 @@ class OpenRun:
 
     records: Records
     config: Config
+    as_begun: Config  # with what it leaves open as the run began
     checkpoint: Checkpoint | None
     close: Callable[[], None]
-
-    @property
-    def as_begun(self) -> Config:
-        """The config with the learner ranks and batch sizes that the run began with, where it leaves them open: sums in
-        another order, products of other shapes, have other last bits."""
-        if self.checkpoint is None:
-            return self.config
-        saved, learner, reward = self.checkpoint.manifest, self.config.learner, self.config.reward
-        sizes = saved["batch_sizes"]
-        mine = {"micro_batch": learner.micro_batch or sizes["micro_batch"], "ranks": saved["ranks"]}
-        reward = reward.model_copy(update={"batch": reward.batch or sizes.get("score")})
-        return self.config.model_copy(update={"learner": learner.model_copy(update=mine), "reward": reward})
-
-    @property
-    def epochs_done(self) -> int:
-        return int(self.checkpoint.manifest["next_epoch"]) if self.checkpoint else 0
 
 
 def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
@@ -84,13 +67,13 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
             Records.create(storage, Path(str(storage)).name, config_yaml(config), wanted)
         records = Records.open(storage)
         saved = _settings_of(records, config, wanted)
-        newest = checkpoint.load_newest(storage, records.run_id, warn)
+        newest, as_begun = checkpoint.load_newest(storage, records.run_id, warn), config
         if newest:
-            _warn_of_changes(saved, config, newest.manifest, warn)
+            as_begun = _as_begun(config, saved, newest.manifest, warn)
             checkpoint.drop_after(storage, newest.manifest["step"])
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
         storage.write(CONFIG, config_yaml(config))  # what may change may have
-        return OpenRun(records, config, newest, undo.pop_all().close)
+        return OpenRun(records, config, as_begun, newest, undo.pop_all().close)
 
 
 def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
@@ -148,13 +131,18 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
     return saved
 
 
-def _warn_of_changes(saved: Config, config: Config, manifest: dict[str, Any], warn: Warn) -> None:
-    """Of what may be set anew and changes the result: batches by their last bits, epochs by beta's schedule."""
-    sizes, annealed = manifest["batch_sizes"], manifest["next_epoch"] and config.objective.anneal_fraction
+def _as_begun(config: Config, saved: Config, manifest: dict[str, Any], warn: Warn) -> Config:
+    """With the learner ranks and batch sizes that the run began with, where they are open: other sums and products have
+    other last bits. Warns of those that are set anew, and of epochs that change beta's schedule."""
+    sizes, learner, reward = manifest["batch_sizes"], config.learner, config.reward
+    annealed = manifest["next_epoch"] and config.objective.anneal_fraction
     for key, now, then in (
-        ("learner.micro_batch", config.learner.micro_batch, sizes["micro_batch"]),
-        ("reward.batch", config.reward.batch, sizes.get("score")),
+        ("learner.micro_batch", learner.micro_batch, sizes["micro_batch"]),
+        ("reward.batch", reward.batch, sizes.get("score")),
         ("train.epochs", annealed and config.train.epochs, saved.train.epochs),
     ):
         if now and then and now != then:
             warn(f"{key} is {now} now, it was {then}: from here on the result differs from an unbroken run's")
+    mine = {"micro_batch": learner.micro_batch or sizes["micro_batch"], "ranks": manifest["ranks"]}
+    reward = reward.model_copy(update={"batch": reward.batch or sizes.get("score")})
+    return config.model_copy(update={"learner": learner.model_copy(update=mine), "reward": reward})

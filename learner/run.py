@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from cluster import signals
+from commands import outcome
 from diffusion.failures import RunFailure
 from diffusion.locate import locate
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, config_yaml, known_keys, raise_faults, read_config
 from learner.config.load import resolve
 from learner.prompts import evaluation_prompts, training_prompts
 from rewards import registry
+
+complain = partial(outcome.complain, "run")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,10 +81,6 @@ def say(text: str) -> None:
     """Print, with what the terminal's encoding lacks escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def complain(text: str) -> None:
-    print(f"learner.run: {text}", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
