@@ -74,13 +74,8 @@ def train(
     if callable(reward):  # reward.name is where it can be imported from, if it can
         kind = reward if hasattr(reward, "__qualname__") else type(reward)
         own, name = reward, f"{kind.__module__}:{kind.__qualname__}"
-    arguments = {
-        "reward.name": name,
-        "prompts.path": prompts,
-        "run.runner": runner,
-        "run.dir": run_dir and str(run_dir),
-    }
-    changes = {**(settings or {}), **{key: value for key, value in arguments.items() if value is not None}}
+    keys = {"reward.name": name, "prompts.path": prompts, "run.runner": runner, "run.dir": run_dir and str(run_dir)}
+    changes = {**(settings or {}), **{key: value for key, value in keys.items() if value is not None}}
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
     built = load_config(source, changes)
 
