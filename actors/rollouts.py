@@ -26,7 +26,7 @@ from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
 from learner import build
 from learner.config import Config
-from learner.prompts import example_prompt
+from learner.prompts import training_prompts
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
 from rewards.scorer import SCORE_BATCH
@@ -68,7 +68,7 @@ class Rollouts:
         self._answers("ready", deadline, ["sampler", "scorer"])
         if latent is not None:
             share = min(1.0, self.shares["scorer"].gpus or 1.0)
-            arguments = latent, example_prompt(self.config), self.config.model.device, share
+            arguments = latent, training_prompts(self.config)[0], self.config.model.device, share
             self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments)[0])
 
     def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[list[Any]]:

@@ -26,7 +26,7 @@ from diffusion.trajectory import CleanPredictions, Trajectories
 from learner import build
 from learner.config import Config, ConfigError, load_config
 from learner.objectives.needs import NEEDS
-from learner.prompts import example_prompt, training_prompts
+from learner.prompts import training_prompts
 from learner.protocol.chunks import training_chunks
 from learner.update import Learner, Scored
 from rewards.scorer import Scorer
@@ -89,7 +89,7 @@ class Bench:
         self.model.unet.eval()
         self.scorer = build.build_scorer(self.config)
         self.start = lora.snapshot(self.model.unet, 0)
-        self.prompt = example_prompt(self.config)
+        self.prompt = training_prompts(self.config)[0]
         # As a run would choose them.
         device, latent = build.device(self.config), self.model.latent_shape
         self.batch = self.scorer.batch or self.scorer.fitting_batch(latent, self.prompt, device)

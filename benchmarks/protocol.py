@@ -47,7 +47,7 @@ from learner.config import Config, load_config
 from learner.inprocess import InProcessRunner
 from learner.protocol.chunks import training_chunks
 from learner.protocol.ledger import Ledger
-from learner.protocol.runner import Runner
+from learner.protocol.runner import Hooks, Runner
 from records import environment
 
 SECONDS = 120  # deadline of anything here
@@ -70,9 +70,9 @@ def settings(trajectories: int, *overrides: str) -> Config:
 
 
 @contextmanager
-def running(kind: Callable[[Config], Runner], config: Config, emulation: Emulation) -> Iterator[Runner]:
+def running(kind: Callable[..., Runner], config: Config, emulation: Emulation) -> Iterator[Runner]:
     with patch.object(build, "parts", lambda _: emulated.parts(emulation)):
-        runner = kind(config)
+        runner = kind(config, None, Hooks())
         try:
             yield runner
         finally:

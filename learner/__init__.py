@@ -20,6 +20,5 @@ def __getattr__(name: str) -> Any:
     """Public names, imported when they are asked for: commands that need none of them start fast."""
     if name not in __all__:
         raise AttributeError(f"module 'learner' has no attribute {name!r}")
-    return getattr(
-        importlib.import_module("learner.api" if name in ("train", "TrainedRun") else "learner.config"), name
-    )
+    module = "learner.api" if name in ("train", "TrainedRun") else "learner.config"
+    return getattr(importlib.import_module(module), name)

@@ -1,4 +1,5 @@
-"""`python -m learner` lists all commands; `python -m learner VERB ...`, and `tributary VERB ...`, run one."""
+"""`python -m learner` lists all commands; `python -m learner VERB ...`, `python -m learner.VERB ...` and `tributary
+VERB ...` run one."""
 
 from __future__ import annotations
 
@@ -33,8 +34,7 @@ def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
         spec = importlib.machinery.PathFinder.find_spec(name)
         places = [] if spec is None else list(spec.submodule_search_locations or [spec.origin or ""])
         if places and all(Path(place).resolve() != ROOT / name for place in places):
-            remedy = "rename it, or start from another directory"
-            print(f"learner.{verb}: {places[0]} hides Tributary's own package {name!r}: {remedy}", file=sys.stderr)
+            print(f"learner.{verb}: {places[0]} hides Tributary's own package {name!r}: rename it", file=sys.stderr)
             hidden = True
     if hidden:
         sys.exit(2)
@@ -44,7 +44,9 @@ def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
     signals.leave(importlib.import_module(VERBS[verb][0]).main(arguments))
 
 
-def main() -> None:
+def console() -> None:
+    """The script `tributary`. Like `python -m` it finds a user's own rewards in the current directory."""
+    sys.path.insert(0, str(Path.cwd()))
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in VERBS:
         enter(verb, arguments)
@@ -56,11 +58,5 @@ def main() -> None:
     print(text)
 
 
-def console() -> None:
-    """The script `tributary`. Like `python -m` it finds a user's own rewards in the current directory."""
-    sys.path.insert(0, str(Path.cwd()))
-    main()
-
-
 if __name__ == "__main__":
-    main()
+    console()

@@ -1,7 +1,5 @@
-"""The job, for the command and for Python: `learner.train(config, reward=my_function)`.
-
-The composition root: here the epoch loop meets its runner, its records and its views.
-"""
+"""The job, for the command and for Python: `learner.train(config, reward=my_function)`. Here the epoch loop meets its
+runner, its records and its views."""
 
 from __future__ import annotations
 
@@ -62,43 +60,38 @@ def train(
 
     Args:
         config: a YAML preset's path, sections of keys as a dict, or a Config; default: the demo's preset.
-        settings: `{"section.key": value}`, in place of the config's.
+        settings: `{"section.key": value}`, in place of the config's, as are prompts, runner (run.runner) and run_dir.
         reward: a function `(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, or a reward's name. With an
             attribute `differentiable = True` it serves the nabla objectives. On Ray it is sent to the reward actors.
             Commands that read the run later, such as learner.evaluate, find it only if it can be imported.
-        prompts: in place of prompts.path.
-        runner: run.runner; `inprocess` needs no Ray.
-        run_dir: run.dir.
         say: gets each line of progress.
 
     Raises:
         ConfigError: bad settings; a line for each fault.
         RunFailure: the run cannot be begun or ended early; the same call goes on from its last closed epoch.
     """
-    own, name = (reward, _name_of(reward)) if callable(reward) else (None, reward)
-    texts, folder = None if prompts is None else list(prompts), None if run_dir is None else str(run_dir)
-    given = {"reward.name": name, "prompts.path": texts, "run.runner": runner, "run.dir": folder}
+    own, name = None, reward
+    if callable(reward):  # reward.name is where it can be imported from, if it can
+        kind = reward if hasattr(reward, "__qualname__") else type(reward)
+        own, name = reward, f"{kind.__module__}:{kind.__qualname__}"
+    keys = {"reward.name": name, "prompts.path": prompts, "run.runner": runner, "run.dir": run_dir and str(run_dir)}
+    changes = {**(settings or {}), **{key: value for key, value in keys.items() if value is not None}}
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
-    built = load_config(source, {**(settings or {}), **{key: it for key, it in given.items() if it is not None}})
+    built = load_config(source, changes)
 
     def warn(text: str) -> None:
         say(f"warning: {text}")
 
     read, _, resources = check(built, warn, own)
     opened = open_run(built, Path("run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG), read, warn)
-    run(opened, resources, say, own_reward=own)
+    run(opened, resources, say, lambda text: None, own)
     storage = opened.records.storage
     return TrainedRun(str(storage), opened.records.lines, str(checkpoint.lora_folder(storage)))
 
 
 def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[list[str], Placement, dict[str, float]]:
-    """Everything that would otherwise fail only after actors are up, all of it said at once: the prompts, what would
-    run where, and the cluster's resources. `own_reward`: a function in place of the reward that the config names.
-
-    Raises:
-        ConfigError: a line for each fault.
-        ClusterUnreachable: see there.
-    """
+    """Everything that would otherwise fail only after actors are up: the prompts, what would run where, and the
+    cluster's resources. Raises a ConfigError, a line for each fault, or ClusterUnreachable."""
     faults: list[str] = []
 
     def attempt(step: Callable[[], Any], prefix: str = "") -> Any:  # None where it fails
@@ -137,25 +130,17 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
 
 
 def run(
-    opened: OpenRun, resources: dict[str, float], say: Say, complain: Say = lambda text: None,
-    own_reward: Reward | None = None,
-) -> None:  # fmt: skip
+    opened: OpenRun, resources: dict[str, float], say: Say, complain: Say, own_reward: Reward | None = None
+) -> None:
     """Train an opened run to its end, and close it. `complain` is told why it ends early, before what was started is
-    stopped.
-
-    Raises:
-        RunFailure: see there; the same run can be gone on with.
-        KeyboardInterrupt: the same.
-    """
-    records, config, done = opened.records, opened.config, opened.epochs_done
-    views = RunViews(records, config, say)
-    runner: Runner | None = None
-    status, reason = "FAILED", None
+    stopped; then the RunFailure or KeyboardInterrupt is raised again."""
+    records, config, begun = opened.records, opened.config, opened.checkpoint
+    done = begun.manifest["next_epoch"] if begun else 0
+    views, runner, status, reason = RunViews(records, config, say), None, "FAILED", None
     try:
         say(f"run directory: {records.storage}")
-        if opened.checkpoint:
-            say(f"going on from {opened.checkpoint.name}: {done} of {config.train.epochs} epochs are done "
-                "(run.resume=never with another run.dir starts afresh)")  # fmt: skip
+        if begun:
+            say(f"going on from {begun.name}: {done} of {config.train.epochs} epochs are done")
         if records.about["finished"] and done >= config.train.epochs:
             say("nothing is left to do")
         elif config.train.stop_on_collapse and (signs := controller.collapsed(records)):
@@ -164,7 +149,7 @@ def run(
             records.note(finished=False, environment=environment.facts(), cluster=resources)
             views.open()
             if done < config.train.epochs:
-                runner, begun = _start(opened, views, own_reward), opened.checkpoint
+                runner = _start(opened, views, own_reward)
                 if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
                     raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
                 pixels = config.run.thumbnail_pixels
@@ -172,13 +157,10 @@ def run(
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"
-    except (RunFailure, ConfigError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        complain(f"{reason} (once that is mended, the same command goes on from what is done in {records.storage})")
-        raise
-    except KeyboardInterrupt:
-        status = "KILLED"
-        complain(f"interrupted; the same command goes on from what is done in {records.storage}")
+    except (RunFailure, ConfigError, KeyboardInterrupt) as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        status, reason = ("KILLED", None) if killed else ("FAILED", f"{type(error).__name__}: {error}")
+        complain(f"{reason or 'interrupted'}; the same command goes on from what is done in {records.storage}")
         raise
     finally:
         signals.closing()
@@ -202,9 +184,3 @@ def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runne
     from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
 
     return RayRunner(config, files, hooks, records.about["name"], reward)
-
-
-def _name_of(reward: Reward) -> str:
-    """As reward.name has it: where the function can be imported from, if it can."""
-    kind = reward if hasattr(reward, "__qualname__") else type(reward)
-    return f"{kind.__module__}:{kind.__qualname__}"

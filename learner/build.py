@@ -19,8 +19,6 @@ from rewards import judges, registry
 from rewards.registry import Reward
 from rewards.scorer import Scorer
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -31,27 +29,23 @@ class Parts:
     learner: Callable[[dict[str, bytes] | None], Learner]  # a checkpoint's files
 
 
-def parts(config: Config, own_reward: Reward | None = None) -> Parts:
-    """`own_reward`: a Python object in place of the reward that the config names."""
-    return Parts(
-        partial(build_sampler, config), partial(build_scorer, config, own_reward), partial(build_learner, config)
-    )
+def parts(config: Config, reward: Reward | None = None) -> Parts:
+    """`reward`: a Python object in place of the one that the config names."""
+    return Parts(partial(build_sampler, config), partial(build_scorer, config, reward), partial(build_learner, config))
 
 
 def prepare_process(config: Config) -> None:
     """Thread count of this process (results depend on it), and an allocator that keeps its pages."""
     torch.set_num_threads(config.run.cpu_threads)
-    # glibc returns every freed tensor above 128 kB to the kernel: keeping the pages saves a third of scoring on a CPU.
-    with contextlib.suppress(OSError, AttributeError):  # another libc
+    with contextlib.suppress(OSError, AttributeError):  # another libc; this saves a third of scoring on a CPU
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def device(config: Config) -> str:
-    if config.model.device != "auto":
-        return config.model.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    return available if config.model.device == "auto" else config.model.device
 
 
 def build_model(config: Config, training: bool = False) -> BaseModel:

@@ -11,9 +11,8 @@
     closing epoch e        its checkpoint, on disk                 this loop: now a later epoch may be sampled
     the views              nothing; and nothing waits for them     told of progress, events, closed epochs and the end
 
-It never sees a trajectory: runners hand references from actor to actor, and none of their waits is without a deadline.
-The checkpoint closes an epoch; whatever a killed run wrote after its last one is dropped and made again, bit by bit the
-same.
+Runners hand trajectories from actor to actor; none of their waits is without a deadline. Whatever a killed run wrote
+after its last checkpoint is dropped and made again, bit by bit the same.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, Scores
 from learner.config import Config, config_yaml
 from learner.objectives.base import anneal
@@ -35,9 +35,7 @@ from learner.protocol.chunks import evaluation_chunks, training_chunks
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Runner, Vitals
 from records import checkpoint
-from records.checkpoint import CheckpointError
 from records.run_folder import BEFORE, CONFIG, Records
-from records.storage import StorageError
 
 Judge = Callable[[int, Sequence[Scores]], dict[str, Any]]  # records an evaluation; returns its part of the metrics line
 
@@ -59,19 +57,19 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     config, records = opened.config, opened.records
     prompts = training_prompts(config)
     fixed = evaluation_chunks(config, evaluation_prompts(config))
-    ledger = Ledger(opened.checkpoint.manifest["ledger"] if opened.checkpoint else None)
-    epochs = range(opened.epochs_done, config.train.epochs)
+    begun = opened.checkpoint.manifest if opened.checkpoint else {}
+    ledger, epochs = Ledger(begun.get("ledger")), range(begun.get("next_epoch", 0), config.train.epochs)
     runner.begin(lambda epoch: training_chunks(config, prompts, epoch), epochs, ledger)
     views.running(runner.vitals)
     views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
     if opened.checkpoint is None:
-        first = fixed and _line(config, BEFORE, runner, ledger, _evaluate(runner, fixed, BEFORE, judge, views))
-        if first:
-            records.append(first)
+        if fixed:
+            evaluated = _evaluate(runner, fixed, BEFORE, judge, views)
+            records.append(_line(config, BEFORE, runner, ledger, None, **evaluated))
         _save(opened, runner, ledger, 0, views)
-        if first:
-            views.epoch_closed(first, 0.0)
+        if fixed:
+            views.epoch_closed(records.lines[-1], 0.0)
     for epoch in epochs:
         start = time.perf_counter()
         beta = anneal(config.objective.beta, epoch, config.train.epochs, config.objective.anneal_fraction)
@@ -82,8 +80,8 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         quarantine.write(records.storage, result.set_aside, count, limit)
         due = fixed and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
         evaluated = _evaluate(runner, fixed, epoch, judge, views) if due else {}
-        line = _line(config, epoch, runner, ledger, evaluated, result, beta, time.perf_counter() - start)
-        line["lost_trajectories"] = lost
+        evaluated |= {"beta": beta, "seconds": time.perf_counter() - start, "lost_trajectories": lost}
+        line = _line(config, epoch, runner, ledger, result, **evaluated)
         records.append(line)
         _save(opened, runner, ledger, epoch + 1, views)
         runner.closed(epoch)
@@ -108,8 +106,7 @@ def collapsed(records: Records) -> str | None:
 def _evaluate(runner: Runner, fixed: Sequence[Chunk], epoch: int, judge: Judge, views: Views) -> dict[str, Any]:
     scores = runner.evaluate(fixed)
     if bad := [reason for part in scores for reason in part.bad.values()]:
-        where = "are bad and left out of the evaluated reward"
-        views.event(f"warning: {len(bad)} evaluation images {where}; the first: {bad[0]}")
+        views.event(f"warning: {len(bad)} evaluation images are bad and left out of the reward; the first: {bad[0]}")
     return judge(epoch, scores)
 
 
@@ -133,37 +130,32 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
     keep, always = config.run.keep_checkpoints, {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
         checkpoint.prune(records.storage, keep, always, records.run_id, lambda text: views.say(f"warning: {text}"))
-    except (StorageError, CheckpointError) as error:  # the new one is there: that matters
+    except RunFailure as error:  # the new one is there: that matters
         views.say(f"warning: an old checkpoint stays: {error}")
 
 
 def _line(
-    config: Config, epoch: int, runner: Runner, ledger: Ledger, evaluated: dict[str, Any],
-    result: EpochResult | None = None, beta: float | None = None, seconds: float = 0.0,
-) -> dict[str, Any]:  # fmt: skip
+    config: Config, epoch: int, runner: Runner, ledger: Ledger, result: EpochResult | None, **measured: Any
+) -> dict[str, Any]:
     """A line of metrics.jsonl. `policy_version` is the one that the epoch ends with, and that was evaluated; `step`
     counts policy updates; epoch -1, before training, has neither loss nor training rewards."""
-    rewards, quarantining = np.asarray(result.rewards if result else []), config.reward.on_bad_reward == "quarantine"
+    rewards, set_aside = np.asarray(result.rewards if result else []), len(result.set_aside) if result else 0
     return {
         "epoch": epoch,
         "step": (epoch + 1) * config.steps_per_epoch,
         "time": time.time(),
         "policy_version": runner.snapshot.version,
         "adapter_sha256": runner.snapshot.sha256,
-        "beta": beta,
-        "loss": None,
+        **dict.fromkeys(("beta", "loss", "eval_reward_mean")),
         **(result.training.metrics if result else {}),
         "reward_mean": float(rewards.mean()) if result else None,
         "reward_std": float(rewards.std()) if result else None,
         **{f"reward_mean/{label}": value for label, value in (result.reward_parts if result else {}).items()},
-        "eval_reward_mean": None,
-        **evaluated,
-        "seconds": seconds,
-        "sample_seconds": result.sample_seconds if result else None,
-        "score_seconds": result.score_seconds if result else None,
-        "train_seconds": result.train_seconds if result else None,
-        "trajectories": len(rewards) + (len(result.set_aside) if result else 0),
-        **({"quarantined": len(result.set_aside) if result else 0} if quarantining else {}),
+        "seconds": 0.0,
+        **{name: getattr(result, name, None) for name in ("sample_seconds", "score_seconds", "train_seconds")},
+        "trajectories": len(rewards) + set_aside,
+        **({"quarantined": set_aside} if config.reward.on_bad_reward == "quarantine" else {}),
         "trajectories_trained": ledger.totals["trained"],
         "updates": result.training.updates if result else [],
+        **measured,
     }

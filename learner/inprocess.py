@@ -7,39 +7,52 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from diffusion.rollout import Sampler
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import build
 from learner.config import Config
-from learner.prompts import example_prompt
+from learner.prompts import training_prompts
 from learner.protocol import receipts
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from rewards.registry import Reward
-from rewards.scorer import Scorer
 
 
-class InProcessRunner:
+class InProcessPools:
+    """See evaluation/image_sets.py's Pools."""
+
+    description = "in process: 1 sampler, 1 scorer"
+
+    def __init__(self, config: Config, own_reward: Reward | None = None) -> None:
+        self.parts = build.parts(config, own_reward)
+        self.sampler, self.scorer = self.parts.sampler(), self.parts.scorer()
+
+    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
+        for chunk in chunks:
+            trajectories, clean = self.sampler.sample(chunk, snapshot)
+            receipts.check(trajectories, {snapshot.version: snapshot.sha256}, str(chunk.key))
+            done(chunk, self.scorer.score(clean))
+
+    def close(self) -> None: ...
+
+
+class InProcessRunner(InProcessPools):
     """Runs every part in turn in this process. See learner/protocol/runner.py for the contract."""
 
+    description = "in process: 1 sampler, 1 scorer, 1 learner"
     ranks = 1
 
     def __init__(
-        self, config: Config, files: dict[str, bytes] | None = None, hooks: Hooks | None = None,
-        own_reward: Reward | None = None,
-    ) -> None:  # fmt: skip
-        parts = build.parts(config, own_reward)
-        self.config, self.hooks = config, hooks or Hooks()
-        self.sampler, self.scorer, self.learner = parts.sampler(), parts.scorer(), parts.learner(files)
-        self.snapshot = self.learner.published
-        self.dimensions = self.learner.dimensions
+        self, config: Config, files: dict[str, bytes] | None, hooks: Hooks, own_reward: Reward | None = None
+    ) -> None:
+        super().__init__(config, own_reward)
+        self.config, self.hooks, self.learner = config, hooks, self.parts.learner(files)
+        self.snapshot, self.dimensions = self.learner.published, self.learner.dimensions
         self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(
-            self.learner.model.latent_shape, example_prompt(config), build.device(config)
+            self.learner.model.latent_shape, training_prompts(config)[0], build.device(config)
         )
         self.batch_sizes = {"micro_batch": self.learner.fit_micro_batch(), "score": self.scorer.batch}
-        self.description = "in process: 1 sampler, 1 scorer, 1 learner"
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
         self.buffer = Buffer(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
@@ -48,15 +61,13 @@ class InProcessRunner:
     def train_epoch(self, epoch: int, beta: float) -> EpochResult:
         chunks = self.buffer.admit()
         for number, chunk in enumerate(chunks, 1):
-            key = chunk.key
             start = time.perf_counter()
-            self.buffer.given(key, self.snapshot)
+            self.buffer.given(chunk.key, self.snapshot)
             trajectories, clean = self.sampler.sample(chunk, self.snapshot)
             middle = time.perf_counter()
-            receipt = trajectories.receipt(socket.gethostname(), middle - start)
-            self.buffer.sampled(key, receipt, trajectories)
+            self.buffer.sampled(chunk.key, trajectories.receipt(socket.gethostname(), middle - start), trajectories)
             scores = self.scorer.score(clean)
-            self.buffer.scored(key, scores.verdict(time.perf_counter() - middle), scores)
+            self.buffer.scored(chunk.key, scores.verdict(time.perf_counter() - middle), scores)
             self.hooks.progress("sampling and scoring", number, len(chunks))
         self.hooks.progress("training", 0, 1)
         start = time.perf_counter()
@@ -74,11 +85,14 @@ class InProcessRunner:
         return EpochResult(accounts, training, training.set_aside, sampling, scoring, time.perf_counter() - start)
 
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        each = []
-        for chunk in chunks:
-            each.append(_judged(self.sampler, self.scorer, chunk, self.snapshot))
-            self.hooks.progress("evaluating", len(each), len(chunks))
-        return each
+        scores: list[Scores] = []
+
+        def done(_: Chunk, judged: Scores) -> None:
+            scores.append(judged)
+            self.hooks.progress("evaluating", len(scores), len(chunks))
+
+        self.judge(self.snapshot, chunks, done)
+        return scores
 
     def checkpoint_files(self) -> dict[str, bytes]:
         return self.learner.state_files()
@@ -88,26 +102,3 @@ class InProcessRunner:
 
     def closed(self, epoch: int) -> None:
         self.buffer.close(epoch)
-
-    def close(self) -> None: ...
-
-
-class InProcessPools:
-    """See evaluation/image_sets.py's Pools."""
-
-    description = "in process: 1 sampler, 1 scorer"
-
-    def __init__(self, config: Config) -> None:
-        self.sampler, self.scorer = build.build_sampler(config), build.build_scorer(config)
-
-    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
-        for chunk in chunks:
-            done(chunk, _judged(self.sampler, self.scorer, chunk, snapshot))
-
-    def close(self) -> None: ...
-
-
-def _judged(sampler: Sampler, scorer: Scorer, chunk: Chunk, snapshot: Snapshot) -> Scores:
-    trajectories, clean = sampler.sample(chunk, snapshot)
-    receipts.check(trajectories, {snapshot.version: snapshot.sha256}, str(chunk.key))
-    return scorer.score(clean)

@@ -1,7 +1,5 @@
-"""Which run a command means: a new one, or one to go on with; and whether it may.
-
-The same command given again goes on where the run stopped, and does nothing where it is done.
-"""
+"""Which run a command means: a new one, or one to go on with; and whether it may. The same command given again goes on
+where the run stopped, and does nothing where it is done."""
 
 from __future__ import annotations
 
@@ -29,33 +27,14 @@ class OpenRun:
 
     records: Records
     config: Config
+    as_begun: Config  # with what it leaves open as the run began
     checkpoint: Checkpoint | None
     close: Callable[[], None]
 
-    @property
-    def as_begun(self) -> Config:
-        """The config with the learner ranks and batch sizes that the run began with, where it leaves them open: sums in
-        another order, products of other shapes, have other last bits."""
-        if self.checkpoint is None:
-            return self.config
-        saved, learner, reward = self.checkpoint.manifest, self.config.learner, self.config.reward
-        sizes = saved["batch_sizes"]
-        mine = {"micro_batch": learner.micro_batch or sizes["micro_batch"], "ranks": saved["ranks"]}
-        reward = reward.model_copy(update={"batch": reward.batch or sizes.get("score")})
-        return self.config.model_copy(update={"learner": learner.model_copy(update=mine), "reward": reward})
-
-    @property
-    def epochs_done(self) -> int:
-        return int(self.checkpoint.manifest["next_epoch"]) if self.checkpoint else 0
-
 
 def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
-    """Where the run lives or will live; nothing is made. `source` is the config file, which names new runs.
-
-    Raises:
-        ConfigError: run.dir cannot be followed, or the run there has other settings or prompts.
-        StorageError: a folder cannot be read.
-    """
+    """Where the run lives or will live; nothing is made. `source` is the config file, which names new runs. Raises a
+    ConfigError where run.dir cannot be followed, or the run there has other settings or prompts."""
     wanted = _facts(config, prompts)
     if config.run.dir:
         storage = Storage(_absolute(config.run.dir, config))
@@ -76,13 +55,8 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
 
 
 def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -> OpenRun:
-    """The run that the config means; its folder is made if need be.
-
-    Raises:
-        ConfigError: as `find`.
-        CheckpointError: the run's checkpoints cannot be used.
-        StorageError: another process writes the run, or its folder cannot be read or written.
-    """
+    """The run that the config means; its folder is made if need be. Raises as `find`, a CheckpointError where none of
+    the run's checkpoints is whole, and a StorageError where another process writes the run."""
     storage, wanted = find(config, source, prompts), _facts(config, prompts)
     with contextlib.ExitStack() as undo:
         if held := lock.take(storage):
@@ -93,22 +67,13 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
             Records.create(storage, Path(str(storage)).name, config_yaml(config), wanted)
         records = Records.open(storage)
         saved = _settings_of(records, config, wanted)
-        newest = checkpoint.load_newest(storage, records.run_id, warn)
+        newest, as_begun = checkpoint.load_newest(storage, records.run_id, warn), config
         if newest:
-            _warn_of_changes(saved, config, newest.manifest, warn)
+            as_begun = _as_begun(config, saved, newest.manifest, warn)
             checkpoint.drop_after(storage, newest.manifest["step"])
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
         storage.write(CONFIG, config_yaml(config))  # what may change may have
-        return OpenRun(records, config, newest, undo.pop_all().close)
-
-
-def whereabouts(config: Config, source: Path, prompts: Sequence[str]) -> str:
-    """For a plan. Raises as `find`."""
-    storage = find(config, source, prompts)
-    if not storage.exists(RUN):
-        return f"{storage}, new"
-    steps = checkpoint.steps(storage)
-    return f"{storage}, going on from {checkpoint.name_of(steps[-1]) if steps else 'the beginning'}"
+        return OpenRun(records, config, as_begun, newest, undo.pop_all().close)
 
 
 def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
@@ -118,8 +83,7 @@ def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
 
 
 def _absolute(url: str, config: Config) -> str:
-    """Relative run directories are in run.root, else in the working directory. That of a submitted Ray job is deleted
-    with the job: there they are in the user's home."""
+    """Relative ones are in run.root, else here; in a submitted Ray job, whose folder is deleted, in the user's home."""
     if "://" in url:
         return url
     root = config.run.root or str(Path.home() / "tributary" if environment.in_submitted_job() else Path.cwd())
@@ -149,17 +113,11 @@ def _new_folder(config: Config, source: Path) -> Storage:
 
 
 def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Config:
-    """The run's own settings, when this config may go on with it.
-
-    Raises:
-        ConfigError: it may not; a line for each key that differs.
-    """
-    storage, about = records.storage, records.about
-    if about["format"] != FORMAT:
-        raise ConfigError(
-            f"run.dir: {storage} is of format {about['format']}, this Tributary reads {FORMAT}: use the version that "
-            "wrote it, or choose another run.dir"
-        )
+    """The run's own settings, when this config may go on with it. Raises a ConfigError, a line for each key that
+    differs, where it may not."""
+    storage, about, other = records.storage, records.about, "or choose another run.dir"
+    if (written_as := about["format"]) != FORMAT:
+        raise ConfigError(f"run.dir: {storage} is of format {written_as}; use the version that wrote it, {other}")
     saved = saved_config(records)
     ours, theirs = config.binding(), saved.binding()
     faults = [
@@ -168,21 +126,23 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
         if ours[key] != theirs[key]
     ]
     if not faults and about["prompts_sha256"] != wanted["prompts_sha256"]:
-        faults = [
-            f"prompts.path: {config.prompts.path!s:.200} (or evaluation.prompts) is not what the run in {storage} "
-            "began with; put the old file back, or choose another run.dir"
-        ]
+        faults = [f"prompts.path, evaluation.prompts: the run in {storage} began with others; put them back, {other}"]
     raise_faults(faults)
     return saved
 
 
-def _warn_of_changes(saved: Config, config: Config, manifest: dict[str, Any], warn: Warn) -> None:
-    """Of what may be set anew and changes the result: batches by their last bits, epochs by beta's schedule."""
-    sizes, annealed = manifest["batch_sizes"], manifest["next_epoch"] and config.objective.anneal_fraction
+def _as_begun(config: Config, saved: Config, manifest: dict[str, Any], warn: Warn) -> Config:
+    """With the learner ranks and batch sizes that the run began with, where they are open: other sums and products have
+    other last bits. Warns of those that are set anew, and of epochs that change beta's schedule."""
+    sizes, learner, reward = manifest["batch_sizes"], config.learner, config.reward
+    annealed = manifest["next_epoch"] and config.objective.anneal_fraction
     for key, now, then in (
-        ("learner.micro_batch", config.learner.micro_batch, sizes["micro_batch"]),
-        ("reward.batch", config.reward.batch, sizes.get("score")),
+        ("learner.micro_batch", learner.micro_batch, sizes["micro_batch"]),
+        ("reward.batch", reward.batch, sizes.get("score")),
         ("train.epochs", annealed and config.train.epochs, saved.train.epochs),
     ):
         if now and then and now != then:
             warn(f"{key} is {now} now, it was {then}: from here on the result differs from an unbroken run's")
+    mine = {"micro_batch": learner.micro_batch or sizes["micro_batch"], "ranks": manifest["ranks"]}
+    reward = reward.model_copy(update={"batch": reward.batch or sizes.get("score")})
+    return config.model_copy(update={"learner": learner.model_copy(update=mine), "reward": reward})

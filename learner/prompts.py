@@ -14,15 +14,9 @@ from rewards import prompt_sets
 
 
 def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str = "prompts.path") -> list[str]:
-    """Prompts in file order, stripped; empty ones are skipped, and in .txt lines that start with #.
-
-    .json holds a list and .jsonl lines of strings or objects with the key `column`; .csv (with a header) and .parquet
-    a column of that name. A file with another ending is read as .txt. Where there is no file `source`, it may be the
-    name of a set (rewards/prompt_sets.py).
-
-    Raises:
-        ConfigError: the file or set cannot be read, is not UTF-8, has no such column, or holds no prompt; names `key`.
-    """
+    """Prompts in file order, stripped, without empty ones. .json holds a list and .jsonl lines of strings or objects
+    with the key `column`; .csv and .parquet a column of that name; other files a prompt a line, # begins a comment.
+    Where there is no file `source`, it may be the name of a set. Raises a ConfigError that names `key`."""
     file = resolve(source) if isinstance(source, str) else None
     try:
         if file is None:
@@ -53,11 +47,6 @@ def evaluation_prompts(config: Config) -> list[str]:
     return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
 
 
-def example_prompt(config: Config) -> str:
-    """One that the reward is made for, to try batch sizes with. Raises as read_prompts."""
-    return training_prompts(config)[0]
-
-
 def _items(file: Path, column: str) -> list[Any]:
     """Strings or objects that a file holds; of Parquet the column alone, if it is there."""
     kind = file.suffix.lower()
@@ -79,9 +68,7 @@ def _items(file: Path, column: str) -> list[Any]:
         return rows
     if kind not in (".json", ".jsonl"):
         return [line for line in lines if not line.lstrip().startswith("#")]
-    if kind == ".jsonl":
-        text = "[" + ",\n".join(line for line in lines if line.strip()) + "]"
-    items = json.loads(text)
+    items = json.loads(text if kind == ".json" else "[" + ",\n".join(filter(str.strip, lines)) + "]")
     if not isinstance(items, list):
         raise ValueError(f"holds a JSON {type(items).__name__}, expected a list")
     return items

@@ -1,7 +1,5 @@
-"""The main job: `python -m learner.run [--config FILE] [section.key=value ...]`.
-
-This file is the front door: it imports neither torch nor Ray before the settings are sound. The job is learner/api.py.
-"""
+"""The main job: `python -m learner.run [--config FILE] [section.key=value ...]`. Imports neither torch nor Ray before
+the settings are sound. The job is learner/api.py."""
 
 from __future__ import annotations
 
@@ -17,12 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from cluster import signals
+from commands import outcome
 from diffusion.failures import RunFailure
 from diffusion.locate import locate
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, config_yaml, known_keys, raise_faults, read_config
 from learner.config.load import resolve
 from learner.prompts import evaluation_prompts, training_prompts
 from rewards import registry
+
+complain = partial(outcome.complain, "run")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.plan:
             from commands import plan
 
-            print(plan.describe(config, placement, resources, open_run.whereabouts(config, source, prompts)))
+            storage = open_run.find(config, source, prompts)
+            place = f"{storage}, {'going on' if storage.exists(open_run.RUN) else 'new'}"
+            print(plan.describe(config, placement, resources, place))
             return 0
         opened = open_run.open_run(config, source, prompts, warn)
         api.run(opened, resources, say, complain)
@@ -65,24 +68,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _faults_seen_at_once(config: Config) -> list[str]:
     """What can be found to be wrong without torch: prompt files, the model's folder, a reward of no known name."""
     prompts = partial(training_prompts, config), partial(evaluation_prompts, config)
-    model = partial(locate, str(resolve(config.model.path)))
-    faults = []
-    for step in (*prompts, model, partial(registry.check_name, config.reward.name, config.reward.backend)):
+    reward, faults = partial(registry.check_name, config.reward.name, config.reward.backend), []
+    for step in (*prompts, partial(locate, str(resolve(config.model.path))), reward):
         try:
             step()
         except ValueError as error:
             faults.append(str(error))
-    return list(dict.fromkeys(faults))
+    return faults
 
 
 def say(text: str) -> None:
     """Print, with what the terminal's encoding lacks escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def complain(text: str) -> None:
-    print(f"learner.run: {text}", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

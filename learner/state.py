@@ -36,22 +36,21 @@ def parse(content: bytes) -> dict[str, Any]:
 
 def dump_replay(replay: Iterable[Sequence[Sequence[Experience]]]) -> bytes:
     """Epochs of updates of scored trajectories."""
-    return dump({"epochs": [[[_pack(experience) for experience in update] for update in epoch] for epoch in replay]})
+
+    def pack(experience: Experience) -> dict[str, Any]:
+        fields = asdict(experience.trajectories) | {"rewards": experience.scores.rewards}
+        return _converted(fields | {"prepared": experience.prepared}, np.ndarray, lambda array: torch.tensor(array))
+
+    return dump({"epochs": [[[pack(experience) for experience in update] for update in epoch] for epoch in replay]})
 
 
 def parse_replay(content: bytes) -> list[list[list[Experience]]]:
-    return [[[_unpack(packed) for packed in update] for update in epoch] for epoch in parse(content)["epochs"]]
+    def unpack(packed: dict[str, Any]) -> Experience:
+        fields = _converted(packed, torch.Tensor, torch.Tensor.numpy)
+        chunk, rewards, prepared = Chunk(**fields.pop("chunk")), fields.pop("rewards"), fields.pop("prepared")
+        return Experience(Trajectories(chunk, **fields), Scores(chunk, rewards), prepared)
 
-
-def _pack(experience: Experience) -> dict[str, Any]:
-    fields = asdict(experience.trajectories) | {"rewards": experience.scores.rewards, "prepared": experience.prepared}
-    return _converted(fields, np.ndarray, lambda array: torch.from_numpy(np.array(array)))
-
-
-def _unpack(packed: dict[str, Any]) -> Experience:
-    fields = _converted(packed, torch.Tensor, torch.Tensor.numpy)
-    chunk, rewards, prepared = Chunk(**fields.pop("chunk")), fields.pop("rewards"), fields.pop("prepared")
-    return Experience(Trajectories(chunk, **fields), Scores(chunk, rewards), prepared)
+    return [[[unpack(packed) for packed in update] for update in epoch] for epoch in parse(content)["epochs"]]
 
 
 def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:

@@ -36,9 +36,8 @@ def contradictions(config: Config) -> Iterator[str]:
         if getattr(config.train, key) and needs.uses_ratio:
             allowed = ", ".join(kind for kind, other in NEEDS.items() if not other.uses_ratio)
             yield (
-                f"train.{key}: {given.kind} learns from the ratio of the current policy to the one that sampled, which "
-                f"has no gradient outside 1 +- objective.clip_range {given.clip_range:g}: it cannot use trajectories "
-                f"of earlier policies; use train.{key}=0, or one of {allowed}"
+                f"train.{key}: {given.kind} learns from the ratio of the current policy to the one that sampled, and "
+                f"cannot use trajectories of earlier policies; use train.{key}=0, or one of {allowed}"
             )
     if (config.flow.fit_steps or config.flow.warmup_steps) and needs.flow != "log_flow":
         allowed = ", ".join(kind for kind, other in NEEDS.items() if other.flow == "log_flow")

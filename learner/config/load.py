@@ -31,12 +31,9 @@ class ConfigError(ValueError):
 
 
 def raise_faults(faults: Sequence[str]) -> None:
-    """
-    Raises:
-        ConfigError: there are some.
-    """
+    """Raises a ConfigError if there are some; what is there twice is said once."""
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
 
 
 def load_config(source: Source = None, overrides: Overrides = ()) -> Config:

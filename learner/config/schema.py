@@ -93,5 +93,4 @@ def known_keys() -> dict[str, Any]:
 
 def section_types() -> dict[str, type[Section]]:
     """Every section by name."""
-    kinds = ((name, field.annotation) for name, field in Config.model_fields.items())
-    return {name: kind for name, kind in kinds if isinstance(kind, type) and issubclass(kind, Section)}
+    return {name: type(field.default) for name, field in Config.model_fields.items() if name != "config_version"}
