@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Sequence
+from math import prod
 
 from diffusion.rollout import Sampler
 from diffusion.snapshot import Snapshot
@@ -34,7 +35,7 @@ class InProcessRunner:
         self.config, self.hooks = config, hooks or Hooks()
         self.sampler, self.scorer, self.learner = parts.sampler(), parts.scorer(), parts.learner(files)
         self.snapshot = self.learner.published
-        self.dimensions = self.learner.dimensions
+        self.dimensions = prod(self.learner.model.latent_shape)
         self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(
             self.learner.model.latent_shape, example_prompt(config), build.device(config)
         )
