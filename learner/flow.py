@@ -47,8 +47,7 @@ class FlowNetwork(nn.Module):
 
 
 class GradientNetwork(nn.Module):
-    """Learned part of grad_x log F(x_t), [B, C, H, W], nabla-DB's flow network: a small U-Net of one layer a block,
-    with cross-attention in all blocks but the deepest."""
+    """Learned part of grad_x log F(x_t), [B, C, H, W]: a small U-Net, cross-attention in all blocks but the deepest."""
 
     def __init__(self, channels: int, cross_attention_dim: int | None, widths: Sequence[int]) -> None:
         super().__init__()

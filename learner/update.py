@@ -88,8 +88,7 @@ class Learner:
         for parameter in [*self.policy_parameters, *self.flow_parameters]:
             parameter.grad = None
 
-    def rest(self) -> None:
-        """Between turns on a shared GPU."""
+    def rest(self) -> None:  # between turns on a shared GPU
         gpu_memory.release(self.model.device)
 
     def publish(self, version: int) -> lora.Snapshot:

@@ -96,15 +96,13 @@ class Buffer:
         return sorted(part, key=lambda work: work.chunk.index)
 
     def take(self, epoch: int, version: int) -> list[Work]:
-        """A whole epoch, in chunk order, to be trained on by policy `version`; it stays here until it is closed. Raises
-        StaleWeights if that is not the epoch's number."""
+        """A whole epoch, to be trained on by policy `version`: StaleWeights if that is not the epoch's number."""
         if version != epoch:
             raise StaleWeights(f"epoch {epoch} was to be trained by policy version {version}")
         return self.part("train", epoch)
 
     @property
-    def in_work(self) -> int:
-        """Epochs admitted and not closed yet."""
+    def in_work(self) -> int:  # epochs admitted and not closed yet
         return self.ledger.following - self.closed
 
     def close(self, epoch: int) -> None:

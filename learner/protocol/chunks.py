@@ -10,7 +10,7 @@ from learner.config import Config
 
 
 def training_chunks(config: Config, prompts: Sequence[str], epoch: int) -> list[Chunk]:
-    """Of one epoch. Prompts come in shuffled passes over the set, each `per_prompt` times in a row: it needs no state."""
+    """Of one epoch: prompts come in shuffled passes over the set, each `per_prompt` times in a row, without a state."""
     seed, each = config.run.seed, config.prompts.per_prompt
     draws = config.train.trajectories // each
     order = []

@@ -40,10 +40,9 @@ def set_aside(trajectories: Trajectories, scores: Scores) -> list[SetAside]:
     for row, reason in sorted(scores.bad.items()):
         number = chunk.trajectory_ids[row]
         stem = f"epoch-{chunk.epoch:06d}-trajectory-{number}"
-        what = {"reason": reason, "prompt": chunk.prompts[row], "epoch": chunk.epoch, "trajectory_id": number}
-        policy = {"policy_version": trajectories.policy_version, "adapter_sha256": trajectories.adapter_sha256}
-        # The whole batch: a rollout's last bits depend on it.
-        facts = {**what, "row": row, **policy, "chunk": asdict(chunk)}
+        facts = {"reason": reason, "prompt": chunk.prompts[row], "epoch": chunk.epoch, "trajectory_id": number}
+        facts |= {"policy_version": trajectories.policy_version, "adapter_sha256": trajectories.adapter_sha256}
+        facts |= {"row": row, "chunk": asdict(chunk)}  # the whole batch: a rollout's last bits depend on it
         rows = {name: np.ascontiguousarray(getattr(trajectories, name)[row]) for name in ARRAYS}
         files = {f"{stem}.safetensors": save({"timesteps": trajectories.timesteps, **rows})}
         if image := scores.bad_images.get(row):
