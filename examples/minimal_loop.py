@@ -53,10 +53,9 @@ def train(config: Config) -> lora.Snapshot:
                 log_pf = kernel.log_pf(output, batch.t, batch.x, batch.x_next, "mean")
                 log_pb = kernel.log_pb(batch.t, batch.x, batch.x_next, "mean")
                 f, f_next = both_ends(flow, batch, gradient=True)
-                log_flow = db.log_flow(f, psi=beta * batch.reward)
                 log_reward, psi_next = beta * batch.reward_terminal, beta * batch.reward_next
                 log_flow_next = db.next_log_flow(f_next, psi_next, log_reward, batch.terminal, detach=True)
-                delta = db.residual(log_flow, log_pf, log_pb, log_flow_next)
+                delta = f + beta * batch.reward + log_pf - log_pb - log_flow_next
                 (delta.square().mean() * (len(delta) / count)).backward()
         for name, optimizer in optimizers.items():
             clip_grad_norm_(networks[name], config.learner.max_grad_norm)

@@ -90,7 +90,7 @@ def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_w
     from learner.flow import FlowNetwork, GradientNetwork  # here: it imports diffusers, which a driver can do without
 
     if config.needs.flow == "gradient":
-        return GradientNetwork(latent_shape, embedding_width, config.flow.widths)
+        return GradientNetwork(latent_shape[0], embedding_width, config.flow.widths)
     return FlowNetwork(latent_shape[0], embedding_width, config.flow.widths, config.flow.stem_stride)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,34 +19,32 @@ from learner.objectives.base import Transitions
 
 @dataclass
 class Experience:
-    """One chunk's trajectories and their rewards. `prepared` holds arrays [B, K, ...], by selected transition."""
+    """One chunk's trajectories and their rewards."""
 
     trajectories: Trajectories
     scores: Scores
-    prepared: dict[str, np.ndarray] = field(default_factory=dict)
+    prepared: dict[str, np.ndarray] = field(default_factory=dict)  # [B, K, ...], by selected transition
 
     def __len__(self) -> int:
         """Transitions to train on."""
         return self.trajectories.selected.size
 
-    def rewards(self) -> Iterator[tuple[int, str, float]]:
-        """Id, prompt and raw reward of each image."""
-        chunk = self.trajectories.chunk
-        return zip(chunk.trajectory_ids, chunk.prompts, self.scores.rewards[:, -1].tolist(), strict=True)
-
     def kept(self, output: bool) -> Experience:
-        """To be trained on in later epochs: a copy of what is only read from the object store, which would keep all of
-        it there. Without `output`, a third of a trajectory's bytes, the rollout's model output goes: flow-only fits
-        do not use it."""
+        """For later epochs: a copy of what is read from the object store, which would keep all of it there. Without
+        `output` the rollout's model output, a third of the bytes, goes: flow-only fits do not use it."""
+
+        def own(record: Any) -> Any:
+            arrays = {name: value.copy() for name, value in vars(record).items() if isinstance(value, np.ndarray)}
+            return replace(record, **arrays)
+
         trajectories = self.trajectories
         if not output:
             trajectories = replace(trajectories, model_output=trajectories.model_output[:, :, :0])
-        return Experience(_own(trajectories), _own(self.scores), self.prepared)
+        return Experience(own(trajectories), own(self.scores), self.prepared)
 
     def order(self, group: int) -> np.ndarray:
-        """Positions of the transitions in selected.ravel(), in the order they are trained on. Objectives that compare
-        transitions get them mixed over trajectories and timesteps, by the chunk's own draw: the groups are the same
-        whatever the ranks, the micro-batches or the chunk's place."""
+        """Positions of the transitions in selected.ravel(), in the order they are trained on. Groups mix trajectories
+        and timesteps by the chunk's own draw: they are the same whatever the ranks or micro-batches."""
         if group == 1:
             return np.arange(len(self))
         chunk = self.trajectories.chunk
@@ -70,10 +68,18 @@ class Experience:
             moved = gpu_memory.to_device(array, model.device)
             return moved.float() if moved.dtype == torch.float16 else moved
 
+        def gradient(step: np.ndarray) -> Tensor | None:
+            """[b, C, H, W] of the reward to the clean predictions at (row, step); 0 where there is none."""
+            if self.scores.gradients is None or self.scores.gradient_row is None:
+                return None
+            at = self.scores.gradient_row[row, step]
+            selected = self.scores.gradients[at]
+            selected[at < 0] = 0
+            return tensor(selected)
+
         times = np.append(trajectories.timesteps, 0)
         # States without a reward have psi = 0 (forward_looking none, or before forward_looking_from).
         rewards = np.nan_to_num(self.scores.rewards - np.float32(objective.reward_offset))
-        gradient, gradient_next = (self._gradient(row, step + ahead) for ahead in (0, 1))
         return Transitions(
             x=tensor(trajectories.states[row, step]),
             x_next=tensor(trajectories.states[row, step + 1]),
@@ -87,20 +93,10 @@ class Experience:
             terminal=tensor(step + 1 >= end),
             log_pf_old=tensor(trajectories.log_pf[row, step]),
             output_old=tensor(trajectories.model_output[row, column]),
-            clean_gradient=None if gradient is None else tensor(gradient),
-            clean_gradient_next=None if gradient_next is None else tensor(gradient_next),
+            clean_gradient=gradient(step),
+            clean_gradient_next=gradient(step + 1),
             prepared={name: tensor(values[row, column]) for name, values in self.prepared.items()},
         )
-
-    def _gradient(self, row: np.ndarray, step: np.ndarray) -> np.ndarray | None:
-        """Gradients [b, C, H, W] of the reward to the clean predictions at (row, step); 0 where there is none."""
-        gradients, index = self.scores.gradients, self.scores.gradient_row
-        if gradients is None or index is None:
-            return None
-        at = index[row, step]
-        selected = gradients[at]
-        selected[at < 0] = 0
-        return selected
 
 
 def concatenate(parts: Sequence[Transitions]) -> Transitions:
@@ -123,14 +119,3 @@ def made_up(size: int, model: BaseModel, times: Sequence[int], gradients: bool) 
         terminal=index > 0, log_pf_old=number, output_old=x.clone(), clean_gradient=gradient,
         clean_gradient_next=gradient, prepared={"advantage": number},
     )  # fmt: skip
-
-
-Arrays = TypeVar("Arrays", Trajectories, Scores)
-
-
-def _own(record: Arrays) -> Arrays:
-    """With arrays of its own memory."""
-    arrays: dict[str, Any] = {
-        name: value.copy() for name, value in vars(record).items() if isinstance(value, np.ndarray)
-    }
-    return replace(record, **arrays)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Sequence
+from math import prod
 
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
@@ -48,7 +49,7 @@ class InProcessRunner(InProcessPools):
     ) -> None:
         super().__init__(config, own_reward)
         self.config, self.hooks, self.learner = config, hooks, self.parts.learner(files)
-        self.snapshot, self.dimensions = self.learner.published, self.learner.dimensions
+        self.snapshot, self.dimensions = self.learner.published, prod(self.learner.model.latent_shape)
         self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(
             self.learner.model.latent_shape, training_prompts(config)[0], build.device(config)
         )

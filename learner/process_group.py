@@ -1,7 +1,5 @@
-"""The data-parallel process group of the learner ranks: gloo on CPU, NCCL where every rank has a GPU.
-
-Every collective of the learner is here, so that a group that is broken is told from a defect of the learner's own.
-"""
+"""The data-parallel process group of the learner ranks and its collectives: gloo on CPU, NCCL where every rank has a
+GPU. All are here, so that a broken group is told from a defect of the learner's own."""
 
 from __future__ import annotations
 
@@ -33,11 +31,8 @@ def free_address(ip: str) -> str:
 
 
 def join(address: str, rank: int, world_size: int, seconds: float, whole_gpu: bool) -> None:
-    """Join the group; every collective ends within `seconds` or raises. One rank needs no group.
-
-    Raises:
-        GroupBroken: not all ranks came within `seconds`; this process cannot try again.
-    """
+    """Join the group; every collective ends within `seconds` or raises GroupBroken, as does this: a process cannot try
+    twice. One rank needs no group."""
     if world_size == 1 or dist.is_initialized():
         return
     backend = "nccl" if whole_gpu and torch.cuda.is_available() else "gloo"
@@ -51,8 +46,7 @@ def join(address: str, rank: int, world_size: int, seconds: float, whole_gpu: bo
         except BaseException as error:
             joined.set_exception(error)
 
-    # In a thread that can be left behind: to reach a rank 0 that never comes, torch waits ever longer between its
-    # tries, in all up to twice the timeout.
+    # In a thread that can be left behind: for a rank 0 that never comes torch waits up to twice the timeout.
     threading.Thread(target=meet, daemon=True).start()
     with errors(f"joining the {world_size} learner ranks at {address}"):
         try:
@@ -61,19 +55,10 @@ def join(address: str, rank: int, world_size: int, seconds: float, whole_gpu: bo
             raise RuntimeError(f"rank {rank}: not all came within {seconds:g} s") from None
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextlib.contextmanager
 def errors(what: str) -> Iterator[None]:
-    """Around collectives and nothing else: gloo raises plain RuntimeErrors when a peer is gone or silent. (NCCL ends
-    the process.)
-
-    Raises:
-        GroupBroken: with torch's reason in its first line.
-    """
+    """Around collectives and nothing else: gloo's RuntimeErrors, when a peer is gone or silent, become GroupBroken with
+    the reason in the first line. (NCCL ends the process.)"""
     try:
         yield
     except RuntimeError as error:
@@ -82,14 +67,8 @@ def errors(what: str) -> Iterator[None]:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Every gradient becomes its mean over ranks, the same bits on each.
-
-    In one buffer that is always laid out the same: a ring's sum depends on a number's place in it, and
-    DistributedDataParallel changes places after the first backward pass, so that a restart would have other last bits.
-
-    Raises:
-        GroupBroken: a rank is gone or silent.
-    """
+    """Every gradient becomes its mean over ranks, the same bits on each: a ring's sum depends on a number's place, and
+    DistributedDataParallel changes places after the first backward pass. Raises GroupBroken."""
     if not dist.is_initialized():
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -101,7 +80,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def gather(mine: Any) -> list[Any]:
-    """Every rank's object, in the order of ranks; raises as average_gradients."""
+    """Every rank's object, in the order of ranks. Raises GroupBroken."""
     if not dist.is_initialized():
         return [mine]
     parts: list[Any] = [None] * dist.get_world_size()

@@ -1,8 +1,7 @@
 """The learner: GFlowNet updates of the LoRA and the flow network from scored trajectories.
 
-Plain Python and torch; one instance a rank. With several ranks each holds an equal share of every update's
-trajectories and the gradients are averaged (learner/process_group.py), so any number of ranks does the same update.
-What is minimised is the objective's business (learner/objectives/).
+One instance a rank, which holds an equal share of every update's trajectories. Gradients are averaged over ranks
+(learner/process_group.py), so any number of ranks does the same update.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from learner.protocol import quarantine, receipts
 from learner.protocol.runner import Training
 
 Scored = tuple[Trajectories, Scores]
+Compute = Callable[[Transitions], dict[str, Tensor]]  # values by name, [b, ...]
 ANCHOR = "anchor"  # in Transitions.prepared: outputs that the regulariser holds the policy to
 MICRO_BATCH = 8  # where no GPU's memory says
 MOST = 64  # a larger one gains nothing, and must fit into a chunk's transitions
@@ -43,10 +43,9 @@ class NonFiniteGradient(RunFailure, ArithmeticError):
 
 
 class Learner:
-    """Holds the policy's adapter, the flow network and their optimizers."""
+    """The policy's adapter, the flow network that the objective asks for, and their optimizers: equal on all ranks."""
 
     def __init__(self, model: BaseModel, flow: nn.Module | None, config: Config) -> None:
-        """`model` has its adapter attached; `flow` is the network that the objective asks for. Equal on all ranks."""
         self.model, self.config = model, config
         self.kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)
         self.objective = OBJECTIVES[config.objective.kind](config.objective, self.kernel)
@@ -69,14 +68,9 @@ class Learner:
         self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
 
-    @property
-    def dimensions(self) -> int:
-        """D: numbers in one latent."""
-        return int(np.prod(self.model.latent_shape))
-
     def fit_micro_batch(self, share: float = 1.0) -> int:
-        """Unless the config gives one, the largest micro-batch that this process's `share` of the free GPU memory
-        holds, or another rank's. Gradients depend on it in their last bits: a run's checkpoints keep it."""
+        """Unless the config gives one, the largest micro-batch that every rank's `share` of the free GPU memory holds.
+        Gradients depend on it in their last bits: a run's checkpoints keep it."""
         if self.config.learner.micro_batch is None and self.model.device.type == "cuda":
             with gpu_memory.smaller("learner.micro_batch", 1):
                 fits = gpu_memory.largest_batch(self._try_micro_batch, self.model.device, MOST, share)
@@ -94,16 +88,11 @@ class Learner:
         for parameter in [*self.policy_parameters, *self.flow_parameters]:
             parameter.grad = None
 
-    def rest(self) -> None:
-        """Between turns on a shared GPU."""
+    def rest(self) -> None:  # between turns on a shared GPU
         gpu_memory.release(self.model.device)
 
     def publish(self, version: int) -> lora.Snapshot:
-        """The adapter as it stands, as this version; later trajectories must carry its hash.
-
-        Raises:
-            StaleWeights: it is bitwise the one before.
-        """
+        """The adapter as it stands, as this version. Raises StaleWeights if it is bitwise the one before."""
         fresh = lora.snapshot(self.model.unet, version)
         receipts.check_moved(self.published, fresh)
         self.published = fresh
@@ -113,13 +102,7 @@ class Learner:
 
     def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
         """A step of the policy for each of `updates`, this rank's share of that update; then train.replay_updates more,
-        each on an update of an earlier epoch.
-
-        Raises:
-            StaleWeights: trajectories of another adapter than the published one and the train.max_staleness before.
-            GroupBroken: another rank is gone or silent.
-            OutOfMemory: the micro-batch is too large for the GPU.
-        """
+        each on an update of an earlier epoch. Raises StaleWeights, GroupBroken or OutOfMemory."""
         scored = [pair for update in updates for pair in update]
         for trajectories, _ in scored:
             receipts.check(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")
@@ -142,12 +125,11 @@ class Learner:
         train = self.config.train
         self._prepare([experience for update in fresh for experience in update])
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
-        # The same draws on every rank: each holds its share of the same past update.
-        draws = [
-            noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, len(fresh) + i).integers(len(earlier))
-            for i in range(train.replay_updates if earlier else 0)
-        ]
-        updates = [*fresh, *(earlier[draw] for draw in draws)]
+        updates = list(fresh)
+        for index in range(len(fresh), len(fresh) + (train.replay_updates if earlier else 0)):
+            # The same draws on every rank: each holds its share of the same past update.
+            draws = noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, index)
+            updates.append(earlier[draws.integers(len(earlier))])
         if self.replay.maxlen:
             self.replay.append([[each.kept(train.replay_updates > 0) for each in update] for update in fresh])
         updates[1:] = map(self._anchored, updates[1:])
@@ -158,7 +140,10 @@ class Learner:
 
     def _prepare(self, experiences: Sequence[Experience]) -> None:
         """Let the objective compute what it needs once an epoch."""
-        mine = [row for experience in experiences for row in experience.rewards()]
+        mine: list[tuple[int, str, float]] = []  # id, prompt and raw reward of each image
+        for experience in experiences:
+            chunk, rewards = experience.trajectories.chunk, experience.scores.rewards[:, -1].tolist()
+            mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, strict=True)
         rows = sorted(row for part in process_group.gather(mine) for row in part)
         self.objective.begin_epoch(*zip(*rows, strict=True))
         for experience in experiences:
@@ -166,9 +151,7 @@ class Learner:
             experience.prepared |= computed
             experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
 
-    def _by_transition(
-        self, experience: Experience, compute: Callable[[Transitions], dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
+    def _by_transition(self, experience: Experience, compute: Compute) -> dict[str, np.ndarray]:
         """What `compute` returns of each micro-batch, as arrays [B, K, ...] by selected transition."""
         positions = [part for window in experience.windows(self.micro_batch, self.objective.group) for part in window]
         values: list[dict[str, Tensor]] = []
@@ -186,17 +169,16 @@ class Learner:
         metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
         batches = (batch for experience in update for batch in self._micro_batches(experience, beta))
         # The first update starts where the regulariser holds the policy: nothing to hold yet (see _anchored).
-        held = index > 0 or not self._lags(update)
+        held = index > 0 or not self._off_policy(update)
         return metrics | self.update(batches, sum(map(len, update)), beta, held)
 
-    def _lags(self, update: Sequence[Experience]) -> bool:
-        """Whether an earlier policy sampled some of it."""
+    def _off_policy(self, update: Sequence[Experience]) -> bool:
         return any(each.trajectories.policy_version != self.published.version for each in update)
 
     def _anchored(self, update: Sequence[Experience]) -> list[Experience]:
         """Where an earlier policy sampled, have the regulariser hold the policy to what it is before the epoch's
         updates: to hold it to what it was then would take back what it has learned since (ADR 22)."""
-        if not self.config.objective.regulariser or not self._lags(update):
+        if not self.config.objective.regulariser or not self._off_policy(update):
             return list(update)
         with torch.no_grad():
             anchors = [self._by_transition(each, lambda batch: {ANCHOR: self.policy.output(batch)}) for each in update]
@@ -228,12 +210,8 @@ class Learner:
             yield from batches
 
     def update(self, batches: Iterable[Transitions], count: int, beta: float, held: bool = True) -> dict[str, float]:
-        """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions of
-        the micro-batches, with the regulariser if `held`. Returns the loss's parts, and gradient norms before clipping.
-
-        Raises:
-            NonFiniteGradient: the network whose gradient it was is unchanged.
-        """
+        """One policy step (and flow step, when the two train on one loss) on the mean over all `count` transitions,
+        with the regulariser if `held`. Returns the loss's parts, and gradient norms before clipping."""
         joint = self.flow is not None and self.config.flow.fit_steps == 0
         sums: dict[str, Tensor] = {}  # on the device: reading them out would make the host wait
         for batch in batches:
@@ -278,18 +256,14 @@ class Learner:
         return norm.item()
 
     def state_files(self) -> dict[str, bytes]:
-        """What this rank adds to a checkpoint: the rollouts that it may still train on; from rank 0 also what is equal
-        on all ranks: networks, optimizers and, under lora/, the adapter for other programs."""
+        """What this rank adds to a checkpoint: the rollouts that it may still train on; rank 0 also networks,
+        optimizers and, under lora/, the adapter for other programs."""
         files = {state.replay_file(self.rank): state.dump_replay(self.replay)}
         if self.rank == 0:
             files |= {f"lora/{name}": content for name, content in lora.files(self.model.unet).items()}
-            saved = {
-                "version": self.published.version,
-                "recent": self.recent,
-                "adapter": torch.from_numpy(np.array(self.published.flat)),
-                "objective": self.objective.memory,
-                **{name: part.state_dict() for name, part in self._parts.items()},
-            }
+            saved = {name: part.state_dict() for name, part in self._parts.items()}
+            saved |= {"version": self.published.version, "recent": self.recent, "objective": self.objective.memory}
+            saved["adapter"] = torch.from_numpy(np.array(self.published.flat))
             files[state.LEARNER_FILE] = state.dump(saved)
         return files
 

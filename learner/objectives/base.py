@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel
 from learner.config.sections import Objective as Settings
-from learner.objectives.needs import Decay, Needs
+from learner.objectives.needs import Needs
 from learner.objectives.policy_gradient import clipped
 
 Flow = nn.Module | None  # the network that the objective trains beside the policy, as needs.flow says
@@ -78,13 +77,11 @@ class Objective:
         return int(cls.needs.uses_ratio and settings.old_log_prob == "learner")
 
     def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:
-        """Hear of all trajectories of the epoch, on all ranks, in the order of their ids, before `prepare`. Rewards are
-        raw, of the images."""
+        """All trajectories of the epoch, on all ranks, in the order of their ids, and their images' raw rewards."""
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`. For a
-        ratio the learner's own log p_F of the rollout's weights, if objective.old_log_prob says so: in low precision
-        the sampler's differs by more than a clip range, if only by the shape of the batch."""
+        """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`: here
+        the learner's own log p_F of the rollout's weights, from which the sampler's differs in low precision."""
         if not (self.needs.uses_ratio and self.settings.old_log_prob == "learner"):
             return {}
         with torch.no_grad():
@@ -113,36 +110,32 @@ class Objective:
         return log_pf if self.settings.log_prob_reduction == "sum" else log_pf / batch.x[0].numel()
 
     def policy_loss(self, batch: Transitions, log_pf: Tensor, advantage: Tensor) -> Loss:
-        """Weighted mean of the clipped policy-gradient loss, for `advantage` [b] without gradient; `clipped` is the
-        share of ratios outside of the clip."""
+        """Weighted mean of the clipped loss for `advantage` [b]; `clipped` is the share of ratios outside the clip."""
         each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, self.settings.clip_range)
         loss = (self.weights(batch) * each).mean()
         return loss, {"policy_loss": loss, "clipped": outside.float().mean()}
 
     def weights(self, batch: Transitions) -> Tensor:
-        """Weight [b] of each transition: 1, or sigma_t^2 over its mean on the grid (objective.transition_weight). The
-        last transition's sigma is tiny and its gradient, 1/sigma^2, drowns the others."""
+        """[b]: 1, or sigma_t^2 over its mean on the grid, as objective.transition_weight says."""
         variance = self.kernel.variance(batch.t, batch.x.dtype)
         if self.settings.transition_weight == "uniform":
             return torch.ones_like(variance)
         return variance / self.kernel.variance(self.kernel.timesteps, batch.x.dtype).mean()
+
+    def gamma(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weight gamma_t [b] of the forward-looking reward: a clean prediction from noise says little of the image."""
+        abar, decay = self.kernel.abar(t, dtype), self.settings.forward_looking_decay
+        if decay == "none":
+            return torch.ones_like(abar)
+        return abar.sqrt() if decay == "sqrt_abar" else abar
 
 
 def both_ends(flow: Flow, batch: Transitions, gradient: bool) -> tuple[Tensor, Tensor]:
     """The flow network at x and at x_next, in one call; without `gradient` as constants."""
     assert flow is not None
     x, t = torch.cat([batch.x.detach(), batch.x_next]), torch.cat([batch.t, batch.t_next])
-    with contextlib.nullcontext() if gradient else torch.no_grad():
-        here, after = flow(x, t, torch.cat([batch.embeddings, batch.embeddings])).chunk(2)
-    return here, after
-
-
-def gamma(abar: Tensor, decay: Decay) -> Tensor:
-    """Weight gamma_t [b] of the forward-looking reward: 1, or the shrinking of arXiv 2412.07775 (sqrt(abar_t) or
-    abar_t). A clean prediction from pure noise says little about the image; at t = 0 gamma is 1 by definition."""
-    if decay == "none":
-        return torch.ones_like(abar)
-    return abar.sqrt() if decay == "sqrt_abar" else abar
+    with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+        return flow(x, t, torch.cat([batch.embeddings, batch.embeddings])).chunk(2)
 
 
 def anneal(beta: float, epoch: int, epochs: int, fraction: float) -> float:

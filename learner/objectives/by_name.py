@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from learner.config import Config
 from learner.config.sections import Objective as Settings
 from learner.objectives.base import Objective
 from learner.objectives.db import DagDB
@@ -11,9 +10,6 @@ from learner.objectives.ddpo import DDPO
 from learner.objectives.kl import DagKL
 from learner.objectives.nabla_db import NablaDB
 from learner.objectives.residual_nabla_db import ResidualNablaDB, ResidualNablaDBNoFlow
-
-if TYPE_CHECKING:
-    from learner.config import Config
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "dag_db": DagDB,
@@ -38,7 +34,7 @@ def target(settings: Settings, dimensions: int | None = None) -> str:
 def describe(config: Config, dimensions: int) -> str:
     """What the run trains towards, in words, for latents of D = `dimensions`."""
     settings, kind = config.objective, OBJECTIVES[config.objective.kind]
-    published = {**Settings(kind=settings.kind, setting=settings.setting).model_dump(), "beta": settings.beta}
+    published = Settings(kind=settings.kind, setting=settings.setting, beta=settings.beta).model_dump()
     other = [key for key, value in settings.model_dump().items() if key != "reward_offset" and value != published[key]]
     but = f", but {', '.join(other)}" if other and settings.setting == "faithful" else ""
     text = f"{settings.kind} ({settings.setting}{but}): {target(settings, dimensions)}"

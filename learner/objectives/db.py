@@ -5,9 +5,8 @@ forward-looking state flow  log F(x_t) = f_phi(x_t) + psi(x_t)  and  log F(x_0) 
 
     delta = log F(x_t) + log p_F(x_t'|x_t) - log p_B(x_t|x_t') - log F(x_t')
 
-psi may be any function of the state, as long as one stored value serves both ends (it does: rewards are scored
-once a state). All values are in nats; with `mean` log-probabilities they are nats per dimension, and the target
-is exp(D beta r).
+psi may be any function of the state, as long as one stored value serves both ends. All values are in nats; with `mean`
+log-probabilities they are nats per dimension, and the target is exp(D beta r).
 """
 
 from __future__ import annotations
@@ -15,40 +14,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from learner.objectives.base import Flow, Loss, Objective, Transitions, both_ends, gamma
-from learner.objectives.needs import NEEDS, Penalty
-
-
-def residual(log_flow: Tensor, log_pf: Tensor, log_pb: Tensor, log_flow_next: Tensor) -> Tensor:
-    """Detailed-balance residual delta [b], in nats (per dimension if the log-probabilities are means)."""
-    return log_flow + log_pf - log_pb - log_flow_next
-
-
-def penalty(delta: Tensor, kind: Penalty, huber_width: float = 1.0) -> Tensor:
-    """Per-transition loss [b]: delta^2, or Huber (quadratic within huber_width, then linear, same curvature)."""
-    if kind == "squared":
-        return delta.square()
-    return 2 * torch.nn.functional.huber_loss(delta, torch.zeros_like(delta), reduction="none", delta=huber_width)
-
-
-def log_flow(f: Tensor, psi: Tensor) -> Tensor:
-    """Forward-looking log F(x_t) [b] of a state that is not terminal."""
-    return f + psi
+from learner.objectives.base import Flow, Loss, Objective, Transitions, both_ends
+from learner.objectives.needs import NEEDS
 
 
 def next_log_flow(f_next: Tensor, psi_next: Tensor, log_reward: Tensor, terminal: Tensor, detach: bool) -> Tensor:
-    """log F(x_t') [b]: log_reward = beta r(x_0) where `terminal`, else f_phi(x_t') + psi(x_t').
-
-    `detach` stops the gradient into f_phi(x_t') (semi-gradient, the corrected setting): the published residual
-    gradient lets f(x_t') absorb part of the mismatch of fixed-variance steps.
-    """
+    """log F(x_t') [b]: log_reward = beta r(x_0) where `terminal`, else f_phi(x_t') + psi(x_t'). `detach` stops the
+    gradient into f_phi(x_t'): otherwise it absorbs part of the mismatch of fixed-variance steps."""
     ahead = (f_next.detach() if detach else f_next) + psi_next
     return torch.where(terminal, log_reward, ahead)
 
 
 class DagDB(Objective):
-    """DAG-DB (arXiv 2406.00633, Eq. 8): the mean over transitions of the squared (or Huber) residual trains policy and
-    flow. Log-probabilities are sums or means over dimensions, as objective.log_prob_reduction says."""
+    """The mean over transitions of the squared (or Huber) residual trains policy and flow."""
 
     needs = NEEDS["dag_db"]
     target = (
@@ -65,18 +43,20 @@ class DagDB(Objective):
         return self.penalty(self.residual(batch, self.log_pf_old(batch), flow, beta, flow_gradient=True)).mean()
 
     def penalty(self, delta: Tensor) -> Tensor:
-        return penalty(delta, self.settings.penalty, self.settings.huber_width)
+        """[b]: delta^2, or Huber (quadratic within huber_width, then linear, same curvature)."""
+        if self.settings.penalty == "squared":
+            return delta.square()
+        width, zero = self.settings.huber_width, torch.zeros_like(delta)
+        return 2 * nn.functional.huber_loss(delta, zero, reduction="none", delta=width)
 
     def residual(self, batch: Transitions, log_pf: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Tensor:
-        """delta [b] of the batch under the current flow network (Eq. 8), rewards multiplied by beta."""
+        """delta [b], in nats (per dimension if log-probabilities are means), rewards multiplied by beta."""
         settings = self.settings
         f, f_next = both_ends(flow, batch, flow_gradient)
         scale = beta if settings.forward_looking != "none" else 0.0
-        psi, psi_next = (
-            scale * gamma(self.kernel.abar(t, batch.x.dtype), settings.forward_looking_decay) * reward
-            for t, reward in ((batch.t, batch.reward), (batch.t_next, batch.reward_next))
-        )
+        psi = scale * self.gamma(batch.t, batch.x.dtype) * batch.reward
+        psi_next = scale * self.gamma(batch.t_next, batch.x.dtype) * batch.reward_next
         log_reward = beta * batch.reward_terminal
         log_flow_next = next_log_flow(f_next, psi_next, log_reward, batch.terminal, settings.detach_next_flow)
         log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, settings.log_prob_reduction)
-        return residual(log_flow(f, psi), log_pf, log_pb, log_flow_next)
+        return f + psi + log_pf - log_pb - log_flow_next

@@ -1,7 +1,6 @@
 """DDPO: clipped policy gradient on the reward of the image (arXiv 2305.13301). The baseline to beat.
 
-It maximises the expected reward and has no target distribution. Every transition of a trajectory carries the same
-standardised reward; there is no flow network.
+Every transition of a trajectory carries the same standardised reward; there is no flow network.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.kernels import DDIMKernel
-from learner.config.sections import Objective as Settings
 from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions
 from learner.objectives.needs import NEEDS
 from learner.objectives.policy_gradient import ADVANTAGE_LIMIT
@@ -22,15 +19,11 @@ HISTORY = 16  # rewards remembered of a prompt, and needed before its own statis
 
 
 class DDPO(Objective):
-    """DDPO (arXiv 2305.13301). Advantage = (R - mean) / std over the epoch's trajectories on all ranks, or over the
-    prompt's last 16."""
+    """Advantage = (R - mean) / std over the epoch's trajectories on all ranks, or over the prompt's last 16."""
 
     needs = NEEDS["ddpo"]
     target = "maximises the expected reward; it has no target distribution, and beta does not matter"
-
-    def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
-        super().__init__(settings, kernel)
-        self._advantages: dict[int, float] = {}
+    _advantages: dict[int, float]  # of the epoch's trajectories, by id
 
     def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:
         values = advantages(prompts, rewards, self.memory if self.settings.advantage == "prompt" else None)

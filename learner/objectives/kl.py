@@ -19,15 +19,13 @@ from learner.objectives.policy_gradient import leave_one_out
 
 
 class DagKL(DagDB):
-    """DAG-KL (arXiv 2406.00633, Eq. 14): L = kl_weight x mean clipped policy loss + mean delta^2 with log p_F detached.
-    Log-probabilities, and so the ratio, are sums or means over dimensions, as objective.log_prob_reduction says."""
+    """L = kl_weight x mean clipped policy loss + mean delta^2 with log p_F detached."""
 
     needs = NEEDS["dag_kl"]
 
     @torch.no_grad()
     def prepare_window(self, policy: Policy, batches: Sequence[Transitions], flow: Flow, beta: float) -> None:
-        """Advantages of groups that are spread over micro-batches. A batch that holds whole groups finds them itself,
-        in `loss`, without another pass."""
+        """Advantages of groups that are spread over micro-batches; those of whole groups come without another pass."""
         if len(batches) == 1:
             return
         raw = [-self.residual(batch, self.log_pf(batch, policy.output(batch)), flow, beta, False) for batch in batches]

@@ -7,8 +7,8 @@ g(x_t) = grad_{x_t} log F(x_t):
     reverse  (by x_t):   grad log p_F(x_t'|x_t) = grad log p_B(x_t|x_t') - g(x_t)
 
 with g(x_0) = beta grad r(x_0) at the end. Forward-looking, g(x_t) = h_phi(x_t) + beta gamma_t grad_{x_t} r(xhat(x_t)):
-any fixed vector field may be added to h_phi, as long as both conditions see the same. All log-probabilities are summed
-over dimensions, so beta is the true exponent: the target is exp(beta r). Losses are means over dimensions.
+any fixed vector field may be added to h_phi, as long as both conditions see the same. Log-probabilities are summed over
+dimensions, so beta is the true exponent: the target is exp(beta r). Losses are means over dimensions.
 """
 
 from __future__ import annotations
@@ -17,23 +17,18 @@ import torch
 from torch import Tensor
 
 from learner.config.sections import Objective as Settings
-from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions, both_ends, gamma
+from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions, both_ends
 from learner.objectives.needs import NEEDS
 
 
 def mean_square(residual: Tensor) -> Tensor:
-    """[b]: mean of the squared residual [b, C, H, W] over dimensions (not a sum)."""
+    """[b], over dimensions (not a sum) of the residual [b, C, H, W]."""
     return residual.square().flatten(1).mean(1)
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
 class NablaDB(Objective):
-    """nabla-DB (arXiv 2412.07775): forward and reverse loss, of log-probabilities summed over dimensions. The forward
-    loss trains the policy (and, as published, the flow), the reverse loss the flow alone: as in the published code no
-    gradient goes through the policy's score with respect to x_t."""
+    """Forward and reverse loss. The forward loss trains the policy (and, as published, the flow), the reverse loss the
+    flow alone: as in the published code no gradient goes through the policy's score with respect to x_t."""
 
     needs = NEEDS["nabla_db"]
     target = "target proportional to exp({beta:g} x reward), whatever the base model's own density"
@@ -56,17 +51,15 @@ class NablaDB(Objective):
 
     @torch.no_grad()
     def _start(self, policy: Policy, batch: Transitions, x: Tensor, t: Tensor) -> Tensor:
-        """The frozen model's score -eps / sqrt(1 - abar_t) [b, C, H, W]: without it h_phi would first have to learn
-        what the base model knows, and the forward loss would unlearn the policy meanwhile."""
+        """The frozen model's score -eps / sqrt(1 - abar_t) [b, C, H, W]: h_phi then need not learn it first."""
         if self.settings.flow_start == "zero":
             return torch.zeros_like(x)
         inner = t.clamp(min=1)
-        noise = _wide((1 - self.kernel.abar(inner, x.dtype)).sqrt(), x)
+        noise = (1 - self.kernel.abar(inner, x.dtype)).sqrt().reshape(-1, 1, 1, 1)
         return -self.kernel.epsilon(policy.reference(x, inner, batch.embeddings), inner, x) / noise
 
     def state_gradient(self, policy: Policy, batch: Transitions, after: bool = False) -> Tensor:
-        """J^T clean_gradient at x, or at x_next `after`, J the Jacobian of the clean prediction: the chain rule's
-        second factor, computed where the U-Net is. The first one came from the reward actors."""
+        """J^T clean_gradient at x, or at x_next `after`; J is the Jacobian of the clean prediction."""
         x, t, factor = batch.x, batch.t, batch.clean_gradient
         if after:
             x, t, factor = batch.x_next, batch.t_next, batch.clean_gradient_next
@@ -80,12 +73,11 @@ class NablaDB(Objective):
             # Of the weights that the rollout took its clean prediction from.
             reference, model = self.settings.forward_looking == "base", policy.model
             output = model.predict_reference(*inputs) if reference else model.predict(*inputs)[0]
-            clean = torch.where(_wide(t == 0, x), x, self.kernel.clean(output, inputs[1], x))
+            clean = torch.where((t == 0).reshape(-1, 1, 1, 1), x, self.kernel.clean(output, inputs[1], x))
             return torch.autograd.grad(clean, x, factor.to(clean.dtype))[0]
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        """Mean over transitions of the squared residuals of both conditions, with weights. Without a flow network
-        h_phi = 0, and the forward condition alone is left."""
+        """Of both conditions. Without a flow network h_phi = 0, and the forward condition alone is left."""
         transition, settings = (batch.t, batch.x, batch.x_next), self.settings
         h = h_next = torch.zeros_like(batch.x)
         if flow is not None:
@@ -93,20 +85,18 @@ class NablaDB(Objective):
         if "start" in batch.prepared:
             h, h_next = h + batch.prepared["start"], h_next + batch.prepared["start_next"]
         ahead = h_next.detach() if settings.detach_next_flow else h_next
-        ahead = torch.where(_wide(batch.terminal, h), torch.zeros_like(h_next), ahead)
-        fade, fade_next = (
-            gamma(self.kernel.abar(t, h.dtype), settings.forward_looking_decay) for t in (batch.t, batch.t_next)
-        )
+        ahead = torch.where(batch.terminal.reshape(-1, 1, 1, 1), torch.zeros_like(h_next), ahead)
+        fade_next = self.gamma(batch.t_next, h.dtype)
         if not settings.decay_terminal:
             fade_next = torch.where(batch.terminal, torch.ones_like(fade_next), fade_next)
-        g_next = ahead + beta * _wide(fade_next, h) * batch.prepared["gradient_next"]
+        g_next = ahead + beta * fade_next.reshape(-1, 1, 1, 1) * batch.prepared["gradient_next"]
 
         weights, score = self.weights(batch), self.kernel.score_pf(output, *transition)
         loss = (weights * mean_square(score - self.known_score_next(batch) - g_next)).mean()
         parts = {"forward_loss": loss}
         if flow is None:
             return loss, parts
-        g = h + beta * _wide(fade, h) * batch.prepared["gradient"]
+        g = h + beta * self.gamma(batch.t, h.dtype).reshape(-1, 1, 1, 1) * batch.prepared["gradient"]
         log_pf = self.kernel.log_pf(output, *transition, "sum")
         score = torch.autograd.grad(log_pf.sum(), batch.x, retain_graph=True)[0].detach()  # through the U-Net
         each = weights * mean_square(score - self.known_score(batch) + g)

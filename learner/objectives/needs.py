@@ -1,7 +1,4 @@
-"""What each objective requires and sets by default. Imports no torch: the configuration is checked without it.
-
-The formulas are one file an objective beside this one; a new objective has an entry here and in by_name.py.
-"""
+"""What each objective requires and sets by default. Imports no torch: the configuration is checked without it."""
 
 from __future__ import annotations
 

@@ -9,14 +9,8 @@ ADVANTAGE_LIMIT = 5.0
 
 
 def leave_one_out(raw: Tensor, group_size: int) -> Tensor:
-    """Advantages [b]: raw [b] standardised within each run of `group_size`, an entry against the others.
-
-    b_i = mean of the others; d_i = A_i - b_i; v_i = mean of the others' d_j^2; d_i / (sqrt(v_i) + 1e-8), clipped to
-    +-5. The published code does this over its micro-batch of 8, different prompts and timesteps mixed.
-
-    Raises:
-        ValueError: b is no multiple of group_size, or group_size < 2.
-    """
+    """Advantages [b]: raw [b] standardised within each run of `group_size`, an entry against the others: b_i = mean of
+    the others; d_i = A_i - b_i; v_i = mean of the others' d_j^2; d_i / (sqrt(v_i) + 1e-8), clipped to +-5."""
     if group_size < 2 or len(raw) % group_size:
         raise ValueError(f"{len(raw)} transitions do not make leave-one-out groups of {group_size}")
     grouped = raw.reshape(-1, group_size)

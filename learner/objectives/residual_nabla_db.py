@@ -22,7 +22,7 @@ from learner.objectives.needs import NEEDS
 
 
 class ResidualNablaDB(NablaDB):
-    """Residual nabla-DB (arXiv 2412.07775): forward, reverse and terminal loss; log-probabilities are sums."""
+    """Forward, reverse and terminal loss; log-probabilities are sums."""
 
     needs = NEEDS["residual_nabla_db"]
     target = "target proportional to p_ref{strength} x exp({beta:g} x reward)"
@@ -33,8 +33,7 @@ class ResidualNablaDB(NablaDB):
         return 7 - _shared(settings)  # the same, and the reference at x forward and back
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        """Beside the reward's gradients: the reference's output at x, and the gradient of its log p(x_next|x) with
-        respect to x. Neither changes with training."""
+        """Beside the reward's gradients the reference's output at x, and its log p(x_next|x)'s gradient to x."""
         assert batch.clean_gradient is not None
         with torch.enable_grad():
             x = batch.x.detach().requires_grad_()

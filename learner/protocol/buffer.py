@@ -4,10 +4,8 @@
 
 Version v of the policy is what v epochs of training made. Epoch e is trained by version e; its trajectories may be
 sampled by any of the versions e - max_staleness .. e. The bound is held twice: an epoch is admitted only when that many
-epochs before it are closed, and older weights are refused when a sampler is given the chunk. With max_staleness 0
-sampling waits for every update, as in the papers. Finished work is kept across weight changes; what is not yet given
-to a sampler gets the newest weights. At most max_staleness + 1 epochs are in work: that bounds the object store too,
-and makes the samplers wait for a slow learner.
+epochs before it are closed, and older weights are refused when a sampler is given the chunk. What is not yet given to a
+sampler gets the newest weights. At most max_staleness + 1 epochs are in work: that bounds the object store too.
 """
 
 from __future__ import annotations
@@ -16,17 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion.failures import RunFailure
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Receipt, Verdict
 from learner.protocol import receipts
 from learner.protocol.ledger import Ledger
+from learner.protocol.receipts import StaleWeights
 
 Account = tuple[Chunk, Receipt, Verdict]
-
-
-class TooStale(RunFailure, RuntimeError):
-    """A policy further behind than train.max_staleness allows: a defect, never trained on."""
+ChunksOf = Callable[[int], Sequence[Chunk]]  # of an epoch
 
 
 @dataclass
@@ -50,12 +45,9 @@ class Work:
 class Buffer:
     """The work of a run from its next epoch on, and of evaluations, which no ledger counts."""
 
-    def __init__(
-        self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, max_staleness: int, ledger: Ledger
-    ) -> None:  # fmt: skip
-        """`epochs` are those left to train."""
+    def __init__(self, chunks_of: ChunksOf, epochs: range, max_staleness: int, ledger: Ledger) -> None:
         self.chunks_of, self.epochs, self.max_staleness, self.ledger = chunks_of, epochs, max_staleness, ledger
-        self.closed = epochs.start  # epochs that are done: trained, recorded, in a checkpoint
+        self.closed = epochs.start  # epochs in a checkpoint; `epochs` are those left to train
         self.works: dict[ChunkKey, Work] = {}
 
     def admit(self) -> list[Chunk]:
@@ -72,21 +64,15 @@ class Buffer:
         self.works |= {chunk.key: Work(chunk) for chunk in chunks}
 
     def given(self, key: ChunkKey, snapshot: Snapshot) -> None:
-        """A sampler gets the chunk, for the first time or again, with these weights.
-
-        Raises:
-            TooStale: they are not of the chunk's epoch, or of the max_staleness before.
-        """
+        """A sampler gets the chunk, for the first time or again, with these weights. Raises StaleWeights if they are
+        not of the chunk's epoch, or of the max_staleness before."""
         if key.purpose == "train" and not 0 <= key.epoch - snapshot.version <= self.max_staleness:
             limit = f"train.max_staleness is {self.max_staleness}"
-            raise TooStale(f"{key} was to be sampled by policy version {snapshot.version}: {limit}")
+            raise StaleWeights(f"{key} was to be sampled by policy version {snapshot.version}: {limit}")
         self.works[key].snapshot = snapshot
 
     def sampled(self, key: ChunkKey, receipt: Receipt, trajectories: Any, clean: Any = None) -> None:
-        """
-        Raises:
-            StaleWeights: the sampler had other weights than it was given.
-        """
+        """Raises StaleWeights if the sampler had other weights than it was given."""
         work = self.works[key]
         assert work.snapshot is not None
         receipts.check(receipt, {work.snapshot.version: work.snapshot.sha256}, str(key))
@@ -110,23 +96,17 @@ class Buffer:
         return sorted(part, key=lambda work: work.chunk.index)
 
     def take(self, epoch: int, version: int) -> list[Work]:
-        """A whole epoch, in chunk order, to be trained on by policy `version`; it stays here until it is closed.
-
-        Raises:
-            TooStale: that is not the version of the epoch's number.
-        """
+        """A whole epoch, to be trained on by policy `version`: StaleWeights if that is not the epoch's number."""
         if version != epoch:
-            raise TooStale(f"epoch {epoch} was to be trained by policy version {version}")
+            raise StaleWeights(f"epoch {epoch} was to be trained by policy version {version}")
         return self.part("train", epoch)
 
     @property
-    def in_work(self) -> int:
-        """Epochs admitted and not closed yet."""
+    def in_work(self) -> int:  # epochs admitted and not closed yet
         return self.ledger.following - self.closed
 
     def close(self, epoch: int) -> None:
-        """The epoch is trained, recorded and in a checkpoint: nothing of it is needed any more, and another one may
-        begin."""
+        """The epoch is in a checkpoint: nothing of it is needed any more, and another one may begin."""
         for work in self.part("train", epoch):
             del self.works[work.chunk.key]
         self.closed = epoch + 1

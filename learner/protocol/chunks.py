@@ -10,8 +10,7 @@ from learner.config import Config
 
 
 def training_chunks(config: Config, prompts: Sequence[str], epoch: int) -> list[Chunk]:
-    """The epoch's chunks. Prompts come in shuffled passes over the whole set, each `per_prompt` times in a row;
-    the place in that order follows from the epoch, so it needs no state."""
+    """Of one epoch: prompts come in shuffled passes over the set, each `per_prompt` times in a row, without a state."""
     seed, each = config.run.seed, config.prompts.per_prompt
     draws = config.train.trajectories // each
     order = []
@@ -22,8 +21,7 @@ def training_chunks(config: Config, prompts: Sequence[str], epoch: int) -> list[
 
 
 def evaluation_chunks(config: Config, prompts: Sequence[str]) -> list[Chunk]:
-    """The fixed evaluation set, in whole chunks: the same prompts and noise before, during and after training, in every
-    run."""
+    """The fixed evaluation set, in whole chunks: the same prompts and noise at every time, in every run."""
     size = config.sampler.chunk_size
     count = -(-config.evaluation.images // size) * size
     return _cut([prompts[i % len(prompts)] for i in range(count)], size, "evaluate", 0, config.evaluation.seed)

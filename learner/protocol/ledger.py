@@ -1,7 +1,6 @@
 """The ledger: every trajectory id of an epoch is issued, sampled, scored and trained (or, being bad, quarantined)
 exactly once. What went with an actor or a node is issued again and counted as lost; whatever else departs from the
-order is a defect, and ends the run rather than training on something twice or not at all.
-"""
+order is a defect, and ends the run: LedgerError."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any
 
 from diffusion.failures import RunFailure
 
-BEFORE = {  # each stage, and where a trajectory may come from to it
+BEFORE = {  # each stage, and those before it
     "issued": ("issued", "sampled", "scored"),  # again
     "sampled": ("issued",),
     "scored": ("sampled",),
@@ -44,20 +43,12 @@ class Ledger:
         return self.epochs + len(self._stages)
 
     def open(self, epoch: int, ids: Iterable[int]) -> None:
-        """Issue an epoch's trajectories. Epochs come in order, each once; several may be in work.
-
-        Raises:
-            LedgerError: another epoch is next.
-        """
+        """Issue an epoch's trajectories. Epochs come in order, each once; several may be in work."""
         if epoch != self.following:
             raise LedgerError(f"epoch {epoch} was issued, but {self.following} is next")
         self._stages[epoch] = dict.fromkeys(ids, "issued")
 
     def advance(self, epoch: int, ids: Iterable[int], stage: str) -> None:
-        """
-        Raises:
-            LedgerError: one of the epoch's trajectories cannot be in `stage` after what it is; names it.
-        """
         stages = self._stages.get(epoch, {})
         for number in ids:
             if (now := stages.get(number)) not in BEFORE[stage]:
@@ -66,11 +57,7 @@ class Ledger:
             self._lost[epoch] += stage == "issued"
 
     def close(self, epoch: int) -> int:
-        """The epoch, the first in work, is over; returns how many trajectories had to be made again.
-
-        Raises:
-            LedgerError: not everything issued was trained on or quarantined, or another epoch is the first in work.
-        """
+        """The epoch, the first in work, is trained or quarantined; returns how many trajectories were made again."""
         if epoch != self.epochs or epoch not in self._stages:
             raise LedgerError(f"epoch {epoch} was to be closed, but {self.epochs} is next")
         stages = self._stages[epoch]

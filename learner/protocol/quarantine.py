@@ -28,7 +28,7 @@ class QuarantineFull(RunFailure, RuntimeError):
 
 @dataclass(frozen=True)
 class SetAside:
-    """One bad trajectory and its files by name, the last of which says all that is needed to make it again."""
+    """One bad trajectory and its files by name. The last says what made it: a write that was cut short lacks it."""
 
     trajectory_id: int
     files: dict[str, bytes]
@@ -39,22 +39,15 @@ def set_aside(trajectories: Trajectories, scores: Scores) -> list[SetAside]:
     chunk, bad = trajectories.chunk, []
     for row, reason in sorted(scores.bad.items()):
         number = chunk.trajectory_ids[row]
-        facts = {
-            "reason": reason,
-            "prompt": chunk.prompts[row],
-            "epoch": chunk.epoch,
-            "trajectory_id": number,
-            "row": row,
-            "policy_version": trajectories.policy_version,
-            "adapter_sha256": trajectories.adapter_sha256,
-            "chunk": asdict(chunk),  # the whole batch: a rollout's last bits depend on it
-        }
+        stem = f"epoch-{chunk.epoch:06d}-trajectory-{number}"
+        facts = {"reason": reason, "prompt": chunk.prompts[row], "epoch": chunk.epoch, "trajectory_id": number}
+        facts |= {"policy_version": trajectories.policy_version, "adapter_sha256": trajectories.adapter_sha256}
+        facts |= {"row": row, "chunk": asdict(chunk)}  # the whole batch: a rollout's last bits depend on it
         rows = {name: np.ascontiguousarray(getattr(trajectories, name)[row]) for name in ARRAYS}
-        name = f"epoch-{chunk.epoch:06d}-trajectory-{number}"
-        files = {f"{name}.safetensors": save({"timesteps": trajectories.timesteps, **rows})}
+        files = {f"{stem}.safetensors": save({"timesteps": trajectories.timesteps, **rows})}
         if image := scores.bad_images.get(row):
-            files[f"{name}.png"] = image
-        files[f"{name}.json"] = (json.dumps(facts, indent=1) + "\n").encode()
+            files[f"{stem}.png"] = image
+        files[f"{stem}.json"] = (json.dumps(facts, indent=1) + "\n").encode()
         bad.append(SetAside(number, files))
     return bad
 
@@ -75,12 +68,7 @@ def replaced(trajectories: Trajectories, scores: Scores) -> tuple[Trajectories, 
 
 
 def write(storage: Storage, bad: Sequence[SetAside], count: int, limit: int) -> None:
-    """Write `bad`, the newest of `count` that the run has set aside so far.
-
-    Raises:
-        StorageError: the disk is full, read-only, gone ...
-        QuarantineFull: `count` is more than `limit`.
-    """
+    """Write `bad`, the newest of `count` set aside so far. Raises QuarantineFull past `limit`."""
     for trajectory in bad:
         for name, content in trajectory.files.items():
             storage.write(f"{FOLDER}/{name}", content)

@@ -10,7 +10,7 @@ from diffusion.trajectory import Receipt, Trajectories
 
 
 class StaleWeights(RunFailure, RuntimeError):
-    """Trajectories that were not made by the published adapter, or an adapter that training did not change."""
+    """An adapter that is not the published one, too far behind (train.max_staleness), or not changed by training."""
 
 
 class RanksDiverged(RunFailure, RuntimeError):
@@ -18,11 +18,7 @@ class RanksDiverged(RunFailure, RuntimeError):
 
 
 def check(receipt: Receipt | Trajectories, published: Mapping[int, str], where: str) -> None:
-    """The adapter that sampled the chunk (`where`) must be one of the `published` ones, sha256 by version.
-
-    Raises:
-        StaleWeights: it is not.
-    """
+    """Raise StaleWeights unless the adapter that sampled the chunk (`where`) is `published`, sha256 by version."""
     if published.get(receipt.policy_version) != receipt.adapter_sha256:
         each = " and ".join(f"version {version} is {sha256[:12]}" for version, sha256 in sorted(published.items()))
         raise StaleWeights(
@@ -32,11 +28,7 @@ def check(receipt: Receipt | Trajectories, published: Mapping[int, str], where: 
 
 
 def check_moved(before: Snapshot, after: Snapshot) -> None:
-    """Training must have changed the adapter: publishing the old one again would go unnoticed by the hashes.
-
-    Raises:
-        StaleWeights: it is the same, bit by bit.
-    """
+    """Raise StaleWeights if training did not change the adapter, which `check` would not notice."""
     if after.sha256 == before.sha256:
         raise StaleWeights(
             f"version {after.version} is bitwise version {before.version}: training did not reach the adapter, "
@@ -45,10 +37,6 @@ def check_moved(before: Snapshot, after: Snapshot) -> None:
 
 
 def check_ranks(sha256s: Sequence[str]) -> None:
-    """
-    Raises:
-        RanksDiverged: the ranks do not all publish the same adapter.
-    """
     if len(set(sha256s)) > 1:
         each = ", ".join(f"rank {rank} {sha256[:12]}" for rank, sha256 in enumerate(sha256s))
         raise RanksDiverged(f"the learner ranks' adapters differ after the same updates: {each}")

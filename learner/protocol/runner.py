@@ -10,17 +10,16 @@ from typing import Any, Protocol
 
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
-from learner.protocol.buffer import Account
+from learner.protocol.buffer import Account, ChunksOf
 from learner.protocol.ledger import Ledger
 from learner.protocol.quarantine import SetAside
 
 
 @dataclass(frozen=True)
 class Training:
-    """What an epoch of training did, means over ranks: loss and its parts by objective, drift (squared change of the
-    output since rollout), kl (nats a transition, rollout policy to current), gradient norms, flow loss."""
+    """What an epoch of training did."""
 
-    metrics: dict[str, float]  # means over the epoch's updates
+    metrics: dict[str, float]  # means over ranks and updates: see Learner.update; staleness and replay age
     updates: list[dict[str, float]]  # the same of each update
     trajectory_ids: tuple[int, ...]  # this rank's, in the order trained
     set_aside: tuple[SetAside, ...] = ()  # this rank's bad ones
@@ -28,8 +27,7 @@ class Training:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What comes back of an epoch. Sampling and scoring overlap on Ray: there seconds of each are what the learner
-    waited for its last chunk, little or nothing if train.max_staleness lets them run ahead."""
+    """What comes back of an epoch. On Ray the seconds of sampling and scoring are what the learner waited for them."""
 
     accounts: Sequence[Account]  # in chunk order
     training: Training  # of rank 0: metrics are means over ranks
@@ -78,7 +76,7 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class Vitals:
-    """A run at a glance, between two turns of its runner. Actors and chunks by role: sampler, scorer, learner."""
+    """A run at a glance. Actors and chunks by role: sampler, scorer, learner."""
 
     policy_version: int
     epochs_in_work: int  # begun to be sampled and not closed yet
@@ -99,36 +97,19 @@ class Hooks:
 
 
 class Runner(Protocol):
-    """Does epochs with one current policy version; `snapshot` is the newest, which the next chunks are sampled with.
+    """Made from a config, the files of a checkpoint to go on from, if there is one, and hooks. Then `begin`, and for
+    each epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`."""
 
-    A runner is made from a config, the files of a checkpoint to go on from, if there is one, and hooks. Then `begin`,
-    and for each epoch `train_epoch`, `checkpoint_files` and, when they are written, `closed`.
-    """
-
-    snapshot: Snapshot
+    snapshot: Snapshot  # the newest policy version, which the next chunks are sampled with
     description: str
     dimensions: int  # D, numbers in one latent
     ranks: int
     batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
 
-    def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
-        """`epochs` are those left, `chunks_of` gives the chunks of one. The runner opens an epoch in the ledger when it
-        begins to sample it, up to train.max_staleness epochs before its turn."""
-
-    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
-        """Sample, score and train on an epoch's chunks, then publish the next policy version."""
-
-    def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]:
-        """Scores and images of the evaluation chunks under the current version, in their order."""
-
-    def checkpoint_files(self) -> dict[str, bytes]:
-        """The learner's state (learner/state.py) and, under lora/, the adapter for other programs; once an epoch."""
-
-    def vitals(self) -> Vitals:
-        """How it stands just now; from `begin` on."""
-
-    def closed(self, epoch: int) -> None:
-        """The epoch is in a checkpoint: nothing of it is needed any more."""
-
-    def close(self) -> None:
-        """Stop everything that was started; safe to call twice."""
+    def begin(self, chunks_of: ChunksOf, epochs: range, ledger: Ledger) -> None: ...  # `epochs` are those left
+    def train_epoch(self, epoch: int, beta: float) -> EpochResult: ...  # and publish the next policy version
+    def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]: ...  # under the newest version, with images
+    def checkpoint_files(self) -> dict[str, bytes]: ...  # learner/state.py's, and under lora/ the adapter's
+    def vitals(self) -> Vitals: ...  # just now; from `begin` on
+    def closed(self, epoch: int) -> None: ...  # it is in a checkpoint: nothing of it is needed any more
+    def close(self) -> None: ...  # stop everything that was started; safe to call twice

@@ -115,7 +115,7 @@ def test_a_just_sampled_trajectorys_ratio_is_one_in_bfloat16(settings_of_preset)
     one = Experience(trajectories, build.build_scorer(config).score(sampler.sample(chunk, snapshot)[1]))
     learner._prepare([one])
     for batch in learner._micro_batches(one, 1.0):
-        per_dimension = (batch.prepared["log_pf_old"] - batch.log_pf_old) / learner.dimensions
+        per_dimension = (batch.prepared["log_pf_old"] - batch.log_pf_old) / batch.x[0].numel()
         assert per_dimension.abs().max() < 1e-5
         _, parts = learner.loss(batch, 1.0)
         assert parts["clipped"] == 0

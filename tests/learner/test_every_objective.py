@@ -96,7 +96,7 @@ def _rank(rank: int, count: int, address: str, configs: list[Config], epochs, qu
     process_group.join(address, rank, count, 60, whole_gpu=False)
     for config, epoch in zip(configs, epochs, strict=True):
         queue.put((config.objective.kind, rank, gradients(new_learner(config), epoch[rank::count]).numpy()))
-    process_group.leave()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

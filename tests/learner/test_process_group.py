@@ -69,7 +69,7 @@ def _broken(rank, count, address, operation, victim, blow, queue):
         meet()
     except GroupBroken as error:
         queue.put((rank, str(error), time.monotonic() - start))
-    process_group.leave()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("operation", ["averaging", "gathering"])
@@ -127,7 +127,7 @@ def _averages(rank, count, address, queue):
     parameters[1].grad = torch.arange(4.0) * rank
     process_group.average_gradients(parameters)
     queue.put((parameters[0].grad.tolist(), parameters[1].grad.tolist(), parameters[2].grad))
-    process_group.leave()
+    torch.distributed.destroy_process_group()
 
 
 def test_gradients_become_their_mean_in_their_own_shapes():

@@ -20,7 +20,7 @@ def _train(rank, count, address, config: Config, epochs, files, queue) -> None:
         learner.train_epoch(epoch, BETA, [scored_epoch(config, learner.published, epoch)[rank::count]])
         learner.publish(epoch + 1)
     queue.put((rank, learner.state_files()))
-    process_group.leave()
+    torch.distributed.destroy_process_group()
 
 
 def trained(count: int, config: Config, epochs, files=None) -> dict[str, bytes]:

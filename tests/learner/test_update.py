@@ -35,7 +35,7 @@ def test_just_sampled_trajectories_have_their_stored_log_pf(prepared):
     with torch.no_grad():
         output, _ = learner.model.predict(batch.x, batch.t, batch.embeddings, learner.config.sampler.guidance)
     recomputed = learner.kernel.log_pf(output, batch.t, batch.x, batch.x_next, "mean")
-    torch.testing.assert_close(recomputed, batch.log_pf_old / learner.dimensions, rtol=0, atol=1e-5)
+    torch.testing.assert_close(recomputed, batch.log_pf_old / batch.x[0].numel(), rtol=0, atol=1e-5)
     _, parts = learner.loss(batch, beta=1.0)
     assert parts["drift"].item() < 1e-9
 

@@ -1,22 +1,29 @@
 """The pieces of DAG-DB's loss: see test_slow_loops.py for the whole of it against a loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from learner.config.sections import Objective as Settings
 from learner.objectives import db
-from learner.objectives.base import anneal, gamma
+from learner.objectives.base import Objective, anneal
+
+
+def penalty(delta: torch.Tensor, kind: str, width: float = 1.0) -> torch.Tensor:
+    return db.DagDB(Settings(penalty=kind, huber_width=width), None).penalty(delta)
 
 
 def test_penalty_properties():
     delta = torch.linspace(-4, 4, 81, dtype=torch.float64)
     for kind in ("squared", "huber"):
-        g = db.penalty(delta, kind)
-        assert (g >= 0).all() and db.penalty(torch.zeros(1), kind).item() == 0
+        g = penalty(delta, kind)
+        assert (g >= 0).all() and penalty(torch.zeros(1), kind).item() == 0
         torch.testing.assert_close(g, g.flip(0))
     small = delta[delta.abs() <= 1]
-    torch.testing.assert_close(db.penalty(small, "huber"), small.square())
+    torch.testing.assert_close(penalty(small, "huber"), small.square())
     large = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert torch.diff(db.penalty(large, "huber", 0.5)).item() == pytest.approx(2 * 0.5)
+    assert torch.diff(penalty(large, "huber", 0.5)).item() == pytest.approx(2 * 0.5)
 
 
 def test_next_flow_gradient_only_when_faithful_and_never_at_the_end():
@@ -36,6 +43,11 @@ def test_annealing_is_linear_over_the_first_half():
 
 def test_decay_fades_towards_the_noise_and_is_one_at_the_image():
     abar = torch.tensor([0.01, 0.25, 1.0])
-    assert gamma(abar, "none").tolist() == [1, 1, 1]
-    torch.testing.assert_close(gamma(abar, "sqrt_abar"), torch.tensor([0.1, 0.5, 1.0]))
-    assert torch.equal(gamma(abar, "abar"), abar)
+
+    def gamma(decay: str) -> torch.Tensor:
+        kernel = SimpleNamespace(abar=lambda t, dtype: abar[t].to(dtype))
+        return Objective(Settings(forward_looking_decay=decay), kernel).gamma(torch.arange(3), torch.float32)
+
+    assert gamma("none").tolist() == [1, 1, 1]
+    torch.testing.assert_close(gamma("sqrt_abar"), torch.tensor([0.1, 0.5, 1.0]))
+    assert torch.equal(gamma("abar"), abar)

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Receipt, Verdict
-from learner.protocol.buffer import Buffer, TooStale
+from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
 from learner.protocol.receipts import StaleWeights
 
@@ -80,7 +80,7 @@ class Run:
         for wrong in (too_old, key.epoch + 1):
             if wrong >= 0:
                 said = f"policy version {wrong}: train.max_staleness is {self.staleness}"
-                with pytest.raises(TooStale, match=said):
+                with pytest.raises(StaleWeights, match=said):
                     self.buffer.given(key, snapshot(wrong))
         self.buffer.given(key, snapshot(self.version))
         self.waiting.remove(key)
@@ -115,7 +115,7 @@ class Run:
 
     def train(self) -> None:
         for wrong in {self.version - 1, self.version + 1}:
-            with pytest.raises(TooStale, match=f"epoch {self.epoch} was to be trained by policy version {wrong}"):
+            with pytest.raises(StaleWeights, match=f"epoch {self.epoch} was to be trained by policy version {wrong}"):
                 self.buffer.take(self.epoch, wrong)
         works = self.buffer.take(self.epoch, self.version)
         for work in works:

@@ -178,7 +178,7 @@ def _rank(rank, count, address, config, epoch, queue) -> None:
     learner = build.build_learner(config)
     training = learner.train_epoch(0, 5.0, [epoch[rank::count]])
     queue.put((rank, learner.publish(1).sha256, training.trajectory_ids, len(training.set_aside)))
-    process_group.leave()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
