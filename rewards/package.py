@@ -14,21 +14,48 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rewards import package_environment, package_worker
+from rewards import package_worker
 from rewards.weights import Asset, find
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ANSWER_LIMIT = 1 << 20  # bytes
+NAMES = ("hpsv2", "imagereward")
+MARKER = "tributary-lock.txt"  # in a whole environment: the lock file that it was built from
 LINES_SHOWN = 8
 SECONDS_TO_END = 5.0
 
 
+class EnvironmentMissing(ValueError):
+    """No environment for a package where it was looked for, or not one that fits; the message says how to get it."""
+
+
 class PackageFailed(RuntimeError):
-    """The worker raised, ended, answered nonsense or nothing in time; the message has its last words and the remedy."""
+    """The worker raised, ended, sent no answer or none in time; the message has its last words and the remedy."""
+
+
+def place(name: str) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser().absolute() / "tributary" / "packages" / name
+
+
+def lock(name: str) -> Path:
+    return Path(__file__).resolve().parent / "locks" / f"{name}.txt"
+
+
+def interpreter(name: str) -> Path:
+    """That of a whole environment. Raises EnvironmentMissing where there is none, or one of another lock."""
+    python, marker = place(name) / "bin" / "python", place(name) / MARKER
+    # An interpreter that was removed since leaves a link to nowhere.
+    if marker.is_file() and marker.read_bytes() == lock(name).read_bytes() and python.exists():
+        return python
+    raise EnvironmentMissing(
+        f"reward.backend: there is no environment for {name} in {place(name)}, or one of another Tributary; `python -m "
+        f"rewards.package build {name}` builds it (some minutes, 1.2 GB), on every machine that scores"
+    )
 
 
 class PackageReward:
@@ -59,7 +86,7 @@ class PackageReward:
         self.assets: list[Asset] = models[name].assets(weights, **options)
         if name == "hpsv2":
             self.assets = self.assets[:1]  # the package brings its tokenizer
-        self.python = package_environment.find(name)
+        self.python = interpreter(name)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -73,7 +100,7 @@ class PackageReward:
             self._start(torch.get_num_threads())
         pixels = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
         array = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        scores = self._ask({"shape": array.shape, "prompts": list(prompts)}, array.tobytes(), len(images))
+        scores = self._ask({"shape": array.shape, "prompts": list(prompts)}, array.tobytes())
         return torch.tensor(scores, dtype=torch.float32)
 
     def close(self) -> None:
@@ -96,30 +123,22 @@ class PackageReward:
             self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **streams)
         # Also when this object is forgotten, or the interpreter ends.
         self._end = weakref.finalize(self, _end, self._process, self._socket, self._output)
-        self._ask({"package": self.name, "files": files, "device": self.device, "threads": threads}, b"", 0)
+        self._ask({"package": self.name, "files": files, "device": self.device, "threads": threads})
 
-    def _ask(self, request: dict[str, Any], pixels: bytes, count: int) -> list[float]:
-        """The `count` scores of the worker's answer."""
+    def _ask(self, request: dict[str, Any], pixels: bytes = b"") -> list[float]:
+        """The scores of the worker's answer, one an image."""
         try:
             self._socket.settimeout(self.seconds)
             self._socket.sendall(json.dumps(request).encode() + b"\n" + pixels)
             with self._socket.makefile("rb") as stream:
-                line = stream.readline(ANSWER_LIMIT)
-            if not line:
-                raise ConnectionError
-            answer = json.loads(line)
-            if "error" in answer:
-                fault = f"raised {answer['error']}"
-            elif len(answer["scores"]) == count:
-                return [float(score) for score in answer["scores"]]
-            else:
-                fault = f"gave {len(answer['scores'])} scores for {count} images"
+                answer = json.loads(stream.readline())
+            if "error" not in answer:
+                return answer["scores"]
+            fault = f"raised {answer['error']}"
         except TimeoutError:
             fault = f"did not answer within {self.seconds:g} s"
-        except ConnectionError:
+        except (ConnectionError, ValueError):  # the other end is closed
             fault = self._how_it_ended()
-        except (ValueError, TypeError, KeyError) as error:  # no JSON, or other JSON
-            fault = f"sent what is no answer ({type(error).__name__}: {error})"
         except BaseException:
             self.close()  # an answer may be under way: the next question would get it
             raise
@@ -133,11 +152,10 @@ class PackageReward:
 
     def _how_it_ended(self) -> str:
         assert self._process is not None
-        try:
+        with suppress(subprocess.TimeoutExpired):
             status = self._process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            return "closed its end of the connection"
-        return f"was ended by signal {-status} (9: out of memory?)" if status < 0 else f"ended with status {status}"
+            return f"was ended by signal {-status} (9: out of memory?)" if status < 0 else f"ended with status {status}"
+        return "sent no answer"
 
     def _last_words(self) -> str:
         file = self._output.fileno()

@@ -23,7 +23,7 @@ KEPT: list[Any] = []  # a torch library's declarations go with it
 Score = Callable[[Any, list[str]], list[float]]
 
 
-def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
+def main() -> None:
     """Load what the first request names, then score. A request is a line of JSON and raw pixels, an answer a line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
@@ -33,14 +33,16 @@ def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
         request, answer = json.loads(line), dict[str, Any](scores=[])
         try:
             if score is None:
-                make = (models or MODELS)[request["package"]]
-                score = make(request["files"], request["device"], request["threads"])
+                score = MODELS[request["package"]](request["files"], request["device"], request["threads"])
             else:
                 import numpy as np
 
                 pixels = stream.read(math.prod(request["shape"]))
                 pictures = np.frombuffer(pixels, np.uint8).reshape(request["shape"])
-                answer = {"scores": score(pictures, request["prompts"])}
+                scores = score(pictures, request["prompts"])
+                if len(scores) != len(pictures):
+                    raise ValueError(f"{len(scores)} scores for {len(pictures)} images")
+                answer = {"scores": scores}
         except Exception as error:  # the packages' code, and what they call, may raise anything
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}

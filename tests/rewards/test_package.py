@@ -11,9 +11,8 @@ import psutil
 import pytest
 import torch
 
-from rewards import package, package_environment, package_worker, registry
-from rewards.package import PackageFailed, PackageReward
-from rewards.package_environment import EnvironmentMissing
+from rewards import package, package_worker, registry
+from rewards.package import EnvironmentMissing, PackageFailed, PackageReward
 
 IMAGES = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 4, 6)
 PROMPTS = ["one", "two", "three"]
@@ -51,7 +50,8 @@ def make(files, device, threads):
         return scores[:-1] if "few" in prompts else [float("nan")] + scores[1:] if "nan" in prompts else scores
     return score
 
-worker.main({"hpsv2": make})
+worker.MODELS["hpsv2"] = make
+worker.main()
 """
 
 
@@ -65,12 +65,12 @@ def make(tmp_path, monkeypatch):
         (tmp_path / "fake.py").write_text(script)
         (tmp_path / "weights.pt").write_text(weights)
         for name in ("hpsv2", "imagereward"):
-            python = package_environment.place(name) / "bin" / "python"
+            python = package.place(name) / "bin" / "python"
             python.parent.mkdir(parents=True, exist_ok=True)
             # -I and the worker's file are what a real interpreter would be given; -I is kept from the fake.
             python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
             python.chmod(0o755)
-            shutil.copy(package_environment.lock(name), python.parents[1] / package_environment.MARKER)
+            shutil.copy(package.lock(name), python.parents[1] / package.MARKER)
         rewards.append(PackageReward("hpsv2", str(tmp_path / "weights.pt"), **options))
         return rewards[-1]
 
@@ -156,11 +156,8 @@ time.sleep(60)
     [
         ("print('hello')", "ended with status 0; .*last words: hello"),
         ("import nothing_of_that_name", "ended with status 1; .*nothing_of_that_name"),
-        (OTHER.format("connection.close()"), "closed its end of the connection"),
-        (OTHER.format("send(b'garbage\\n')"), r"sent what is no answer \(JSONDecodeError"),
-        (OTHER.format("send(b'[3]\\n')"), r"sent what is no answer \(TypeError"),
-        (OTHER.format("send(b'{}\\n')"), r"sent what is no answer \(KeyError"),
-        (OTHER.format("send(bytes(2 << 20))"), r"sent what is no answer \(JSONDecodeError"),
+        (OTHER.format("connection.close()"), "sent no answer"),
+        (OTHER.format("send(b'garbage\\n')"), "sent no answer"),
         (OTHER.format("send(b'{')"), "did not answer within"),
     ],
 )
