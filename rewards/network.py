@@ -125,21 +125,18 @@ def fill(
     """
     wanted = layout(network, published)
     held = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
+    wrong = {key: shape for key, shape in wanted.items() if key in held and tuple(held[key].shape) != shape}
     faults = {
         "missing": [key for key in wanted if key not in held],
         "extra": [key for key in held if key not in wanted],
-        "of another shape": [
-            f"{key} {list(held[key].shape)} (expected {list(shape)})"
-            for key, shape in wanted.items()
-            if key in held and tuple(held[key].shape) != shape
-        ],
+        "of another shape": [f"{key} {list(held[key].shape)} (expected {list(wrong[key])})" for key in wrong],
     }
-    if any(faults.values()):
-        named = [
-            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
-            for kind, keys in faults.items()
-            if keys
-        ]
+    named = [
+        f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+        for kind, keys in faults.items()
+        if keys
+    ]
+    if named:
         raise BadWeights(f"{what}, of {len(wanted)} keys {'; '.join(named)}")
     tensors = {}
     for key in network.state_dict():

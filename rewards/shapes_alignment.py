@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.shapes.detector import MIN_CONTRAST, Reading, along, halves, read
+from models.shapes.detector import MIN_CONTRAST, along, halves, read
 from models.shapes.world import BACKGROUNDS, COLOURS, PAIR_RADII, RADII, SHAPES, Scene, Thing, parse
 
 BACKGROUND_WEIGHT, COLOUR_WEIGHT, FORM_WEIGHT = 0.15, 0.25, 0.6
@@ -50,10 +50,29 @@ class ShapesAlignment:
     def score(self, picture: np.ndarray, scene: Scene) -> float:
         """Of a picture [H, W, 3], values 0..255."""
         pair = len(scene.things) == 2
-        readings = [read(part) for part in (halves(picture) if pair else [picture])]
-        things = np.mean([_thing(reading, thing, pair) for reading, thing in zip(readings, scene.things, strict=True)])
-        background = np.mean([_background(reading, scene.background) for reading in readings])
-        return float(things + BACKGROUND_WEIGHT * background)
+        things, backgrounds = [], []
+        for part, thing in zip(halves(picture) if pair else [picture], scene.things, strict=True):
+            reading, shape = read(part), SHAPES.index(thing.shape)
+            iou_margin = _margin(-reading.iou, shape)
+            hue_margin = _margin(reading.colour_distance, list(COLOURS).index(thing.colour))
+            seen = reading.contrast, iou_margin, reading.radius_as[shape], hue_margin, functools.partial(along, reading)
+            things.append(thing_score(thing, pair, *seen, _sigmoid, max))
+            if scene.background is not None:
+                margin = _margin(reading.background_distance, list(BACKGROUNDS).index(scene.background))
+                backgrounds.append(_sigmoid(RGB_SLOPE * margin))
+        return float(np.mean(things) + BACKGROUND_WEIGHT * np.mean(backgrounds or 1.0))
+
+
+class ShapesAccuracy(ShapesAlignment):
+    """1 where a picture shows every object with the asked colour, shape, size and place, else 0. For judging; a reward
+    of two values is a poor one to train on."""
+
+    name = "shapes_accuracy"
+
+    def score(self, picture: np.ndarray, scene: Scene) -> float:
+        from models.shapes.measure import correct  # here: it imports diffusers
+
+        return float(correct(picture, scene))
 
 
 def thing_score(
@@ -76,22 +95,8 @@ def thing_score(
     return sigmoid((contrast - MIN_CONTRAST) / 10) * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
 
 
-def _thing(reading: Reading, thing: Thing, pair: bool) -> float:
-    shape = SHAPES.index(thing.shape)
-    return thing_score(
-        thing, pair, reading.contrast, reading.iou[shape] - np.delete(reading.iou, shape).max(),
-        reading.radius_as[shape], _margin(reading.colour_distance, list(COLOURS).index(thing.colour)),
-        functools.partial(along, reading), _sigmoid, max,
-    )  # fmt: skip
-
-
-def _background(reading: Reading, asked: str | None) -> float:
-    if asked is None:
-        return 1.0
-    return _sigmoid(RGB_SLOPE * _margin(reading.background_distance, list(BACKGROUNDS).index(asked)))
-
-
 def _margin(distance: np.ndarray, asked: int) -> float:
+    """How much nearer the asked one is than the nearest other."""
     return np.delete(distance, asked).min() - distance[asked]
 
 

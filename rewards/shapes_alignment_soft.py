@@ -54,10 +54,8 @@ def _score(picture: Tensor, thing: Thing, background: str | None, pair: bool) ->
         (x, y), (height, width) = PLACES[place], alpha.shape
         return x * (cx - width / 2) + y * (cy - height / 2)
 
-    whole = graded.thing_score(
-        thing, pair, _length(direction), iou[shape] - _soft_maximum(_without(iou, shape)), radius[shape],
-        _margin(ink, COLOURS, thing.colour), towards, torch.sigmoid, torch.maximum,
-    )  # fmt: skip
+    seen = _length(direction), _lead(iou, shape, 20.0), radius[shape], _margin(ink, COLOURS, thing.colour), towards
+    whole = graded.thing_score(thing, pair, *seen, torch.sigmoid, torch.maximum)
     if background is None:
         return whole + graded.BACKGROUND_WEIGHT
     return whole + graded.BACKGROUND_WEIGHT * torch.sigmoid(graded.RGB_SLOPE * _margin(ground, BACKGROUNDS, background))
@@ -83,19 +81,15 @@ def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
 
 
 def _margin(colour: Tensor, known: dict[str, tuple[int, int, int]], asked: str) -> Tensor:
-    distance = _length((colour.new_tensor(list(known.values())) - colour).T)
-    index = list(known).index(asked)
-    return -_soft_maximum(-_without(distance, index), 0.1) - distance[index]
+    return _lead(-_length((colour.new_tensor(list(known.values())) - colour).T), list(known).index(asked), 0.1)
 
 
-def _without(values: Tensor, index: int) -> Tensor:
-    return torch.cat([values[:index], values[index + 1 :]])
+def _lead(values: Tensor, index: int, sharpness: float) -> Tensor:
+    """How far the value at `index` is above a soft maximum of the others."""
+    others = torch.cat([values[:index], values[index + 1 :]])
+    return values[index] - (others * torch.softmax(sharpness * others, 0)).sum()
 
 
 def _length(vectors: Tensor) -> Tensor:
     """Euclidean length over the first dimension, with a gradient everywhere."""
     return (vectors.square().sum(0) + TINY).sqrt()
-
-
-def _soft_maximum(values: Tensor, sharpness: float = 20.0) -> Tensor:
-    return (values * torch.softmax(sharpness * values, 0)).sum()
