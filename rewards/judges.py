@@ -12,7 +12,7 @@ import torch
 from rewards import features, registry
 from rewards.features import Features
 from rewards.names import FeatureKind
-from rewards.weighted_sum import Term, check_terms, load_terms, read_terms
+from rewards.weighted_sum import Term, each_term, read_terms
 
 WHERE = "evaluation.held_out"
 HeldOut = Sequence[str | dict[str, Any]]  # names, or {name, weights?, options?}
@@ -45,13 +45,13 @@ class Judges:
 
 def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -> Judges:
     """Raises ValueError as `check` does, and for a reward that cannot be made."""
-    return Judges(load_terms(_terms(held_out), device, WHERE), features.load(kind, clip, device))
+    return Judges(each_term(_terms(held_out), lambda term: term.load(device), WHERE), features.load(kind, clip, device))
 
 
 def check(held_out: HeldOut, kind: FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
     """Raises ValueError naming the entry of evaluation.held_out, or evaluation.features, where `build` would fail, or a
     reward refuse a prompt."""
-    check_terms(_terms(held_out), prompts, where=WHERE)
+    each_term(_terms(held_out), lambda term: term.check(prompts), WHERE)
     features.require(kind, clip)
 
 

@@ -6,7 +6,7 @@ Imports no torch by itself: names are checked before anything heavy is loaded.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import pkgutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -153,27 +153,26 @@ def _named_options(name: str, options: dict[str, Any]) -> Iterator[None]:
 def _maker(name: str, weights: str | None, device: str, backend: Backend) -> tuple[Any, dict[str, Any]]:
     """What makes the reward, imported only now (the reward models need transformers), and what it takes but options."""
     check_name(name, backend)
+    settings: dict[str, Any] = {"weights": weights, "device": device}
     if backend == "package":
-        return _class("package:PackageReward"), {"name": name, "weights": weights, "device": device}
-    if name in MODELS:
-        return _class(MODELS[name]), {"weights": weights, "device": device}
-    if weights is not None:
+        place, settings["name"] = "package:PackageReward", name
+    elif name in MODELS:
+        place = MODELS[name]
+    elif weights is not None:
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
-    if name == SUM:
-        return _class("weighted_sum:WeightedSum"), {"device": device}
-    return (_class(PLAIN[name]), {}) if name in PLAIN else (user_reward, {"name": name})
-
-
-def _class(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(f"rewards.{module}"), attribute)
+    elif name == SUM:
+        place, settings = "weighted_sum:WeightedSum", {"device": device}
+    elif name in PLAIN:
+        place, settings = PLAIN[name], {}
+    else:
+        return user_reward, {"name": name}
+    return pkgutil.resolve_name(f"rewards.{place}"), settings
 
 
 def _import(name: str) -> Any:
-    module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        function = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         looked = "looked in the current directory and PYTHONPATH"
         raise UnknownReward(f"reward.name: cannot import {name!r}: {error} ({looked})") from error
     if not callable(function):
