@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +35,15 @@ def load(kind: FeatureKind, clip: str | None = None, device: str = "cpu") -> Fea
     """
     if kind == "pixels":
         return pixels
-    require(kind, clip)
+    found = require(kind, clip, fetch=True)
     if kind == "dreamsim":
         from dreamsim import dreamsim
 
         model, _ = dreamsim(pretrained=True, device=device)  # it downloads its weights itself
     else:
-        from rewards.aesthetic import CLIP, clip_asset, clip_tower  # here: transformers takes a second
+        from rewards.aesthetic import clip_tower  # here: transformers takes a second
 
-        [folder] = find([clip_asset("evaluation.clip", clip or CLIP)])
-        model = clip_tower(folder, device)
+        model = clip_tower(found[0], device)
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
@@ -56,11 +56,12 @@ def load(kind: FeatureKind, clip: str | None = None, device: str = "cpu") -> Fea
     return embed
 
 
-def require(kind: FeatureKind, clip: str | None = None) -> None:
-    """Raises WeightsNotFound where not all is there that `load` reads. Nothing is downloaded."""
+def require(kind: FeatureKind, clip: str | None = None, fetch: bool = False) -> list[Any]:
+    """The paths that `load` reads, as `weights.find`; raises WeightsNotFound where not all is there."""
     if kind == "dreamsim" and importlib.util.find_spec("dreamsim") is None:
         raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
-    if kind == "clip":
-        from rewards.aesthetic import CLIP, clip_asset
+    if kind != "clip":
+        return []
+    from rewards.aesthetic import CLIP, clip_asset
 
-        find([clip_asset("evaluation.clip", clip or CLIP)], fetch=False)
+    return find([clip_asset("evaluation.clip", clip or CLIP)], fetch)
