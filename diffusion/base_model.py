@@ -1,7 +1,6 @@
 """Base models: prompts -> embeddings, guided U-Net output, latents -> images.
 
-diffusers, transformers and PEFT are imported inside functions, in the modules beside too: their five CPU seconds are
-for processes with a model, not for the driver of a run on Ray.
+diffusers, transformers and PEFT are imported inside functions: their five CPU seconds are for processes with a model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import lora
 from diffusion.kernels import DDIMKernel
-from diffusion.locate import is_unconditional, load_errors, locate
+from diffusion.locate import INDEX, TINY_DECODER, is_unconditional, load_errors, locate
 from diffusion.settings import Grid
 
 
@@ -31,21 +30,19 @@ class BaseModel:
     _adapted = True
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Raises BaseModelError: the path is no pipeline folder, and the hub does not have it or cannot be reached."""
+        """Raises BaseModelError as `locate.is_unconditional`."""
         import diffusers
         import transformers
 
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
         folder, unconditional, dtypes = locate(path), is_unconditional(path), {"unet": dtype, "default": torch.float32}
+        kind, options = diffusers.StableDiffusionPipeline, dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
+        options |= {"requires_safety_checker": False, "use_safetensors": True}
+        if unconditional:  # old ones have a .bin alone: read with weights_only
+            kind, options = diffusers.DDPMPipeline, {"use_safetensors": None}
         with load_errors(path):
-            if unconditional:  # old ones have a .bin alone: read with weights_only
-                pipeline = diffusers.DDPMPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=None)
-            else:
-                pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-                    folder, dtype=dtypes, vae=None, safety_checker=None, feature_extractor=None,
-                    requires_safety_checker=False, use_safetensors=True,
-                )  # fmt: skip
+            pipeline = kind.from_pretrained(folder, dtype=dtypes, **options)
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
         self.scheduler = pipeline.scheduler
@@ -55,21 +52,18 @@ class BaseModel:
         self._embeddings: dict[str, Tensor] = {}
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
+    def latent_shape(self) -> tuple[int, int, int]:  # C, H, W
         return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
 
     @property
-    def embedding_width(self) -> int | None:
-        """E of a prompt's embedding; None for models without prompts."""
+    def embedding_width(self) -> int | None:  # E; None for models without prompts
         return getattr(self.unet.config, "cross_attention_dim", None)
 
     def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
         return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta, grid)
 
     def speed_up(self, channels_last: bool = False, compiled: bool = False, checkpointing: bool = False) -> None:
-        """Memory layout of the convolutions, torch.compile of the U-Net's blocks, activations computed again in the
-        backward pass instead of kept: the same function, in other last bits (checkpointing: in the same)."""
+        """The same function in other last bits, with activations computed again in the backward pass in the same."""
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if checkpointing:
@@ -80,7 +74,7 @@ class BaseModel:
             self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
     def attach_lora(self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.TARGETS) -> None:
-        """Add the adapter; the same seed gives the same initial adapter on every machine. `targets` as lora.attach."""
+        """As lora.attach; the same seed gives the same initial adapter on every machine."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             lora.attach(self.unet, rank, alpha, targets)
@@ -141,20 +135,14 @@ class Decoder:
         """`path` is a pipeline's, with `tiny` that of the autoencoder itself. Raises as BaseModel."""
         self.device, self.dtype = torch.device(device), dtype
         self.vae: Any = None
-        if tiny:
-            from diffusers import AutoencoderTiny
+        if tiny or not is_unconditional(path):
+            from diffusers import AutoencoderKL, AutoencoderTiny
 
-            folder = locate(path, "config.json", "model.tiny_decoder")
-            with load_errors(path, "model.tiny_decoder"):
-                self.vae = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        elif not is_unconditional(path):
-            from diffusers import AutoencoderKL
-
-            with load_errors(path):
-                folder = locate(path)
-                self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True)
-        if self.vae is not None:
-            self.vae.to(device).requires_grad_(False).eval()
+            kind, *place = (AutoencoderTiny, *TINY_DECODER) if tiny else (AutoencoderKL, INDEX, "model.path")
+            folder, options = locate(path, *place), {} if tiny else {"subfolder": "vae"}
+            with load_errors(path, place[1]):
+                vae = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+            self.vae = vae.to(device).requires_grad_(False).eval()
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from diffusion.kernels import DDIMKernel
-from diffusion.locate import BaseModelError, is_unconditional, load_errors, locate, part_config
+from diffusion.locate import TINY_DECODER, BaseModelError, is_unconditional, load_errors, locate, part_config
 from diffusion.settings import Grid
 
 
@@ -15,9 +15,8 @@ def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> D
     """The kernel of a pipeline's scheduler. Raises BaseModelError as `is_unconditional`, ValueError as DDIMKernel."""
     from diffusers import DDIMScheduler
 
-    config = part_config(path, "scheduler")
     with load_errors(path):
-        scheduler = DDIMScheduler.from_config(config)
+        scheduler = DDIMScheduler.from_config(part_config(path, "scheduler"))
     return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
 
 
@@ -57,8 +56,8 @@ def tiny_without_weights(path: str) -> Any:
     """The AutoencoderTiny on torch's meta device. Raises as check_tiny_decoder."""
     from diffusers import AutoencoderTiny
 
-    folder = locate(path, "config.json", "model.tiny_decoder")
-    with load_errors(path, "model.tiny_decoder"), torch.device("meta"):
+    folder = locate(path, *TINY_DECODER)
+    with load_errors(path, TINY_DECODER[1]), torch.device("meta"):
         return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
 
 

@@ -1,8 +1,7 @@
 """What the reward models share: how they see pictures, and how they are built from published weights.
 
-CLIP's and BLIP's authors resize 8-bit pictures with PIL. Autograd does not reach through that; torch's antialiased
-bicubic resize has the same kernel, but does not round to 8 bits in between (up to 4.5e-3 of an ImageReward). So there
-is one resize for reports, one for gradients. Weights are never initialised, always strict, always float32 and frozen.
+CLIP's and BLIP's authors resize 8-bit pictures with PIL, which autograd does not reach through; torch's bicubic resize
+has the same kernel, but does not round to 8 bits in between. So there is one for reports, one for gradients.
 """
 
 from __future__ import annotations
@@ -119,9 +118,8 @@ def fill(
 ) -> Module:  # fmt: skip
     """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
 
-    `state` holds the checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. The one buffer that
-    no checkpoint holds, `position_ids`, [1, length] from 0, is made anew. Raises BadWeights, which names `what`, and
-    the keys that are missing, extra or of another shape.
+    `state` holds the checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. Raises BadWeights,
+    which names `what`, and the keys that are missing, extra or of another shape.
     """
     wanted = layout(network, published)
     held = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
@@ -147,8 +145,7 @@ def fill(
         tensors[key] = tensor.T if origin.transposed else tensor
     network.load_state_dict(tensors, strict=True, assign=True)
     for part in network.modules():
-        ids = getattr(part, "position_ids", None)
-        if isinstance(ids, Tensor):
+        if isinstance(ids := getattr(part, "position_ids", None), Tensor):  # [1, length], in no checkpoint
             part.position_ids = torch.arange(ids.shape[-1])[None]
     return network.eval().requires_grad_(False).to(device)
 

@@ -1,7 +1,5 @@
-"""Scores by the reward packages' own code, which runs in an environment of its own (docs/adr/0014).
-
-`python -m rewards.package build imagereward|hpsv2` makes that environment.
-"""
+"""Scores by the reward packages' own code, which runs in an environment of its own (docs/adr/0014):
+`python -m rewards.package build imagereward|hpsv2` makes it."""
 
 from __future__ import annotations
 
@@ -61,10 +59,9 @@ def interpreter(name: str) -> Path:
 class PackageReward:
     """`imagereward` or `hpsv2` as its package computes it; scores without gradients.
 
-    A process that runs package_worker.py does so, at the other end of a socket without a name. It starts at the first
-    call, reads the weights once and ends with this object, or after an error. A request is a line of JSON and raw
-    8-bit pixels, as the packages read them from files; an answer is a line of JSON: nothing is pickled. What the worker
-    prints goes to a file without a name, so that it never waits for a reader; its last lines are in every error.
+    A process that runs package_worker.py does so. It starts at the first call, reads the weights once and ends with
+    this object, or after an error. A request is a line of JSON and raw 8-bit pixels, an answer a line of JSON. What it
+    prints goes to a file, so that it never waits for a reader; its last lines are in every error.
     """
 
     differentiable = False
@@ -72,10 +69,8 @@ class PackageReward:
     def __init__(
         self, name: str, weights: str | None = None, device: str = "cpu", *, seconds: float = 300.0, **options: Any
     ) -> None:
-        """`seconds`: the deadline for loading, and for one call. `options`: those of the native model's `assets`.
-
-        Raises ValueError or TypeError for an unknown name or option, EnvironmentMissing (a ValueError).
-        """
+        """`seconds`: the deadline for loading, and for one call. `options`: those of the native model's `assets`, with
+        its errors. Raises ValueError for an unknown name, EnvironmentMissing."""
         from rewards.hpsv2 import HPSv2
         from rewards.imagereward import ImageReward
 
@@ -90,10 +85,7 @@ class PackageReward:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[B] float32 on the CPU. What is not finite is passed on: the scorer names its prompt.
-
-        Raises PackageFailed, after which the process is gone and another call starts another; WeightsNotFound.
-        """
+        """[B] float32 on the CPU. Raises PackageFailed, after which another call starts another process."""
         import torch
 
         if self._process is None:
@@ -126,7 +118,6 @@ class PackageReward:
         self._ask({"package": self.name, "files": files, "device": self.device, "threads": threads})
 
     def _ask(self, request: dict[str, Any], pixels: bytes = b"") -> list[float]:
-        """The scores of the worker's answer, one an image."""
         try:
             self._socket.settimeout(self.seconds)
             self._socket.sendall(json.dumps(request).encode() + b"\n" + pixels)
@@ -153,8 +144,7 @@ class PackageReward:
     def _how_it_ended(self) -> str:
         assert self._process is not None
         with suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(SECONDS_TO_END)
-            return f"was ended by signal {-status} (9: out of memory?)" if status < 0 else f"ended with status {status}"
+            return f"ended with status {self._process.wait(SECONDS_TO_END)} (-9: out of memory?)"
         return "sent no answer"
 
     def _last_words(self) -> str:

@@ -58,7 +58,6 @@ def _end_with(parent: int) -> None:
 
 
 def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
-    """image-reward 1.5: `files` has weights, med_config and tokenizer (a folder)."""
     torch = _torch(threads)
     # Its own __init__ modules also import the fine-tuning code and two more scores: diffusers, datasets, CLIP.
     _without_init("ImageReward", "ImageReward.models")
@@ -86,7 +85,7 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
 
 
 def hps(files: dict[str, str], device: str, threads: int) -> Score:
-    """hpsv2 1.2.0: `files` has weights. The body of its `score()`, which reads them anew at every call, for a batch."""
+    """The body of hpsv2 1.2.0's `score()`, which reads the weights anew at every call, for a batch."""
     torch = _torch(threads)
     _without_init("hpsv2")  # which imports a progress bar and the benchmark's code
     # A stray import in its factory, which needs Tk.

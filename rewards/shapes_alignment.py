@@ -1,8 +1,4 @@
-"""Graded prompt alignment for the shapes model: how nearly a picture shows what its prompt says.
-
-Every part is graded and none is flat near its top, so that small improvements show. Read by
-models/shapes/detector.py, without any network; not differentiable.
-"""
+"""Prompt alignment for the shapes model, by models/shapes/detector.py, without any network; not differentiable."""
 
 from __future__ import annotations
 
@@ -26,7 +22,8 @@ PLACE_WEIGHT = 0.5  # of form, when a place is named
 
 
 class ShapesAlignment:
-    """0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a margin, so [0, 1] a picture.
+    """How nearly a picture shows what its prompt says: 0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a
+    margin, so [0, 1] a picture, and none flat near its top: small improvements show.
 
     Form is the overlap with the asked shape against the best other shape; when the prompt names a size, it is
     multiplied by how well the radius fits; when it names a place, half of form's weight goes to how far the object
@@ -37,12 +34,11 @@ class ShapesAlignment:
     differentiable = False
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt that is not of the shapes world."""
+        """Raises ValueError, as scoring does, for a prompt that is not of the shapes world."""
         for prompt in prompts:
             parse(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Raises ValueError for a prompt that is not of the shapes world, naming it."""
         pixels = images.detach().clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).cpu().numpy()
         scores = [self.score(picture, parse(prompt)) for picture, prompt in zip(pixels, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)

@@ -1,8 +1,5 @@
 """Prompt alignment for the shapes model that autograd can follow: shapes_alignment.py's parts, made of smooth pieces.
-
-For objectives that learn from the gradient of the reward. Medians become weighted means and the best other shape a
-soft maximum, contrast is the object's own colour's: on drawings the two rank alike, on formless noise they may not.
-"""
+Medians become weighted means, the best other shape a soft maximum: on drawings the two rank alike."""
 
 from __future__ import annotations
 
@@ -20,8 +17,6 @@ TINY = 1e-3
 
 
 class ShapesAlignmentSoft(graded.ShapesAlignment):
-    """The same sum of sigmoids of margins, [0, 1] a picture, with a gradient to the images."""
-
     name = "shapes_alignment_soft"
     differentiable = True
 
