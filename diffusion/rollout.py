@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import gpu_memory, lora, noise, transitions
+from diffusion import gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
@@ -45,7 +45,7 @@ class Sampler:
         selected, model_output = np.zeros((batch, 0), np.int64), np.zeros((batch, 0, *model.latent_shape), np.float32)
         if training:
             steps, key = n - settings.skip_last, (chunk.seed, chunk.epoch, chunk.trajectory_ids)
-            selected = transitions.select(settings.selection, settings.fraction, steps, *key)
+            selected = noise.select_transitions(settings.selection, settings.fraction, steps, *key)
         chosen = np.zeros((batch, n + 1), bool)
         np.put_along_axis(chosen, selected, True, axis=1)
         needed = states_with_reward(settings, chosen)

@@ -42,7 +42,7 @@ PLAIN = {
     "jpeg_incompressibility": "jpeg:JpegIncompressibility",
     "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
-    "shapes_alignment_soft": "shapes_alignment_soft:ShapesAlignmentSoft",
+    "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",
 }
 MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
 SUM = "weighted_sum"
