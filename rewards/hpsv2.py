@@ -86,7 +86,7 @@ class HPSv2(NetworkReward):
         ]
 
     def __init__(self, weights: str | None = None, device: str = "cpu", *, size: Sizes = None, **options: Any) -> None:
-        """`weights` and `options`: those of `assets`, with its errors. Raises WeightsNotFound, BadWeights."""
+        """As `assets`. Raises WeightsNotFound, BadWeights."""
         file, folder = find(self.assets(weights, size=size, **options))
         config = clip_config(**size or {})
         with torch.device("meta"):

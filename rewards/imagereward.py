@@ -80,7 +80,7 @@ class ImageReward(NetworkReward):
     def __init__(
         self, weights: str | None = None, device: str = "cpu", *, vision: Sizes = None, **options: Any
     ) -> None:
-        """`weights` and `options`: those of `assets`, with its errors. Raises WeightsNotFound, BadWeights."""
+        """As `assets`. Raises WeightsNotFound, BadWeights."""
         file, med, folder = find(self.assets(weights, vision=vision, **options))
         config = vision_config(**vision or {})
         text = text_config(med, config.hidden_size)

@@ -24,8 +24,7 @@ def is_name(name: str) -> bool:
 
 
 def fetch(name: str) -> list[str]:
-    """The prompts of `animals`, `imagenet_classes`, `drawbench` or `hpdv2:STYLE+STYLE...`, in the order of their files.
-    Raises PromptSetError."""
+    """The prompts of `animals`, `drawbench`, `hpdv2:STYLE+STYLE...`, in their files' order. Raises PromptSetError."""
     if name in LISTS:
         return _read(FOLDER / f"{name}.txt", name)
     files = name.removeprefix("hpdv2:").split("+")

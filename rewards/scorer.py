@@ -92,8 +92,8 @@ class Scorer:
             raise BadReward(f"reward {self.reward.name} is not differentiable, as the objective needs")
 
     def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0) -> int:
-        """Images that decoder and reward hold at once in this process's `share` of the free GPU memory: the largest
-        power of two. Rewards depend on it in their last bits, so it is found once a run. Elsewhere a constant."""
+        """Images at once in this process's `share` of the free GPU memory; elsewhere a constant. Rewards depend on it in
+        their last bits, so it is found once a run."""
         if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
             return GRADIENT_BATCH if self.gradients else SCORE_BATCH
 
@@ -114,11 +114,8 @@ class Scorer:
         gpu_memory.release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def score(self, clean: CleanPredictions) -> Scores:
-        """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient.
-
-        Raises BadReward where the reward raised, or it or its gradient is NaN or infinite somewhere, an image is black,
-        latents are not numbers (where bad trajectories are set aside, only if none is good); OutOfMemory.
-        """
+        """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient. Raises
+        BadReward where a trajectory is bad (where such are set aside, only if none is good); OutOfMemory."""
         chunk, row, step, at_end = clean.chunk, clean.row, clean.step, clean.step == clean.num_steps
         judged = _Judgement(clean, self.gradients and chunk.purpose == "train", self.quarantine)
         inner = step < clean.terminal if self.tiny else np.zeros(len(step), bool)
@@ -157,8 +154,7 @@ class Scorer:
         return {"images": pictures, "held_out": held_out, "features": judged.by_trajectory(features, rows)}
 
     def _judge_batch(self, judged: _Judgement, positions: np.ndarray, decoder: Decode) -> None:
-        """Decode and score the latents at `positions`. One that is bad does not change the others' values. If the
-        reward raises and bad trajectories are set aside, those it raises on alone are bad."""
+        """Decode and score the latents at `positions`. If the reward raises, those it raises on alone are bad."""
         clean, differentiate = judged.clean, judged.gradients is not None
         row, at_end = clean.row[positions], clean.step[positions] == clean.num_steps
         latents = torch.from_numpy(clean.latents[positions].astype(np.float32))

@@ -42,8 +42,7 @@ class WeightedSum:
     name = "weighted_sum"
 
     def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu") -> None:
-        """`terms`: [{"name": ..., "weight": ..., "weights": ..., "options": {...}}, ...], the last two as `load` takes
-        them, where there are any. Raises ValueError, which names the term that is wrong or cannot be made."""
+        """`terms`: what `Term` has. Raises ValueError, which names the term that is wrong or cannot be made."""
         self.terms = read_terms(terms)
         self.rewards = each_term(self.terms, lambda term: term.load(device))
         self.differentiable = all(reward.differentiable for reward in self.rewards.values())
@@ -58,7 +57,6 @@ class WeightedSum:
         return {label: reward(images, prompts) for label, reward in self.rewards.items()}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B prompts -> [B] on the images' device."""
         return self.total(self.parts(images, prompts), images.device)
 
     def total(self, parts: dict[str, Tensor], device: torch.device) -> Tensor:
