@@ -92,8 +92,8 @@ class Scorer:
             raise BadReward(f"reward {self.reward.name} is not differentiable, as the objective needs")
 
     def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0) -> int:
-        """Images at once in this process's `share` of the free GPU memory; elsewhere a constant. Rewards depend on it in
-        their last bits, so it is found once a run."""
+        """Images at once in this process's `share` of the free GPU memory; elsewhere a constant. Found once a run:
+        rewards depend on it in their last bits."""
         if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
             return GRADIENT_BATCH if self.gradients else SCORE_BATCH
 
