@@ -156,8 +156,9 @@ def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> D
     """The kernel of a pipeline's scheduler. Raises BaseModelError as `is_unconditional`, ValueError as DDIMKernel."""
     from diffusers import DDIMScheduler
 
+    config = part_config(path, "scheduler")
     with load_errors(path):
-        scheduler = DDIMScheduler.from_config(part_config(path, "scheduler"))
+        scheduler = DDIMScheduler.from_config(config)
     return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
 
 
