@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from rewards.package import MARKER, NAMES, EnvironmentMissing, interpreter, lock, place
+from rewards.package_environment import MARKER, NAMES, EnvironmentMissing, find, lock, place
 
 BUILD_SECONDS = 3600  # of one step, and for another's build
 BPE = "bpe_simple_vocab_16e6.txt.gz"
@@ -48,7 +48,7 @@ def build(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{name}.lock"), timeout=BUILD_SECONDS):
             with contextlib.suppress(EnvironmentMissing):
-                return interpreter(name)
+                return find(name)
             print(f"{name}: building in {folder} (some minutes)", file=sys.stderr)
             shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed
             try:
@@ -59,7 +59,7 @@ def build(name: str) -> Path:
                 shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise BuildFailed(str(error)) from error
-    return interpreter(name)
+    return find(name)
 
 
 def _install(name: str, folder: Path) -> None:

@@ -12,48 +12,20 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rewards import package_worker
+from rewards import package_environment, package_worker
 from rewards.weights import Asset, find
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAMES = ("hpsv2", "imagereward")
-MARKER = "tributary-lock.txt"  # in a whole environment: the lock file that it was built from
 LINES_SHOWN = 8
 SECONDS_TO_END = 5.0
 
 
-class EnvironmentMissing(ValueError):
-    """No environment for a package where it was looked for, or not one that fits; the message says how to get it."""
-
-
 class PackageFailed(RuntimeError):
     """The worker raised, ended, sent no answer or none in time; the message has its last words and the remedy."""
-
-
-def place(name: str) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser().absolute() / "tributary" / "packages" / name
-
-
-def lock(name: str) -> Path:
-    return Path(__file__).resolve().parent / "locks" / f"{name}.txt"
-
-
-def interpreter(name: str) -> Path:
-    """That of a whole environment. Raises EnvironmentMissing where there is none, or one of another lock."""
-    python, marker = place(name) / "bin" / "python", place(name) / MARKER
-    # An interpreter that was removed since leaves a link to nowhere.
-    if marker.is_file() and marker.read_bytes() == lock(name).read_bytes() and python.exists():
-        return python
-    raise EnvironmentMissing(
-        f"reward.backend: there is no environment for {name} in {place(name)}, or one of another Tributary; `python -m "
-        f"rewards.package build {name}` builds it (some minutes, 1.2 GB), on every machine that scores"
-    )
 
 
 class PackageReward:
@@ -81,7 +53,7 @@ class PackageReward:
         self.assets: list[Asset] = models[name].assets(weights, **options)
         if name == "hpsv2":
             self.assets = self.assets[:1]  # the package brings its tokenizer
-        self.python = interpreter(name)
+        self.python = package_environment.find(name)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 
 from commands import build_package
 from commands.build_package import BPE, BuildFailed
-from rewards import package, package_worker
-from rewards.package import EnvironmentMissing
+from rewards import package_environment, package_worker
+from rewards.package_environment import EnvironmentMissing
 
 
 class Pip:
@@ -34,7 +34,7 @@ class Pip:
 
 def test_a_build_is_whole_or_not_there_and_done_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = package.place("hpsv2")
+    folder = package_environment.place("hpsv2")
     monkeypatch.setattr(build_package, "_run", Pip(fails="--requirement"))
     assert build_package.main(["build", "hpsv2"]) == 1
     assert "no network" in capsys.readouterr().err and not folder.exists()
@@ -44,15 +44,15 @@ def test_a_build_is_whole_or_not_there_and_done_once(tmp_path, monkeypatch, caps
     assert build_package.main(["build", "hpsv2"]) == 0
     assert capsys.readouterr().out.split() == ["reward.name=hpsv2", "reward.backend=package"]
     assert (folder / "lib/python3.11/site-packages/hpsv2/src/open_clip" / BPE).exists()
-    assert package.interpreter("hpsv2") == folder / "bin" / "python"
+    assert package_environment.find("hpsv2") == folder / "bin" / "python"
     _venv, first, rest = pip.commands
     assert first.endswith("locks/hpsv2.txt torch setuptools wheel") and "--no-deps" not in first
     assert "--no-deps" in rest and rest.endswith("locks/hpsv2.txt")
     assert build_package.main(["build", "hpsv2"]) == 0 and len(pip.commands) == 3
-    (folder / package.MARKER).write_text("torch==1.0\n")
+    (folder / package_environment.MARKER).write_text("torch==1.0\n")
     with pytest.raises(EnvironmentMissing, match="of another Tributary"):
-        package.interpreter("hpsv2")
-    assert build_package.build("hpsv2") == package.interpreter("hpsv2") and len(pip.commands) == 6
+        package_environment.find("hpsv2")
+    assert build_package.build("hpsv2") == package_environment.find("hpsv2") and len(pip.commands) == 6
 
 
 def test_what_fails_is_shown_with_its_last_lines(tmp_path, monkeypatch, capsys):
@@ -64,9 +64,9 @@ def test_what_fails_is_shown_with_its_last_lines(tmp_path, monkeypatch, capsys):
         build_package._run([sys.executable, "-c", "import sys; sys.exit('no such version')"])
 
 
-@pytest.mark.parametrize("name", package.NAMES)
+@pytest.mark.parametrize("name", package_environment.NAMES)
 def test_locks_pin_everything_and_what_builds_the_rest(name):
-    lines = [line for line in package.lock(name).read_text().splitlines() if line[:1] != "#"]
+    lines = [line for line in package_environment.lock(name).read_text().splitlines() if line[:1] != "#"]
     assert all(line.count("==") == 1 and " " not in line for line in lines) and name in package_worker.MODELS
     pinned = dict(line.split("==") for line in lines)
     assert len(pinned) == len(lines) and {"torch", "setuptools", "wheel"} <= set(pinned)

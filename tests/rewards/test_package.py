@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch
 
-from rewards import package, package_worker, registry
-from rewards.package import EnvironmentMissing, PackageFailed, PackageReward
+from rewards import package, package_environment, package_worker, registry
+from rewards.package import PackageFailed, PackageReward
+from rewards.package_environment import EnvironmentMissing
 
 IMAGES = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 4, 6)
 PROMPTS = ["one", "two", "three"]
@@ -65,12 +66,12 @@ def make(tmp_path, monkeypatch):
         (tmp_path / "fake.py").write_text(script)
         (tmp_path / "weights.pt").write_text(weights)
         for name in ("hpsv2", "imagereward"):
-            python = package.place(name) / "bin" / "python"
+            python = package_environment.place(name) / "bin" / "python"
             python.parent.mkdir(parents=True, exist_ok=True)
             # -I and the worker's file are what a real interpreter would be given; -I is kept from the fake.
             python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
             python.chmod(0o755)
-            shutil.copy(package.lock(name), python.parents[1] / package.MARKER)
+            shutil.copy(package_environment.lock(name), python.parents[1] / package_environment.MARKER)
         rewards.append(PackageReward("hpsv2", str(tmp_path / "weights.pt"), **options))
         return rewards[-1]
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from commands.build_package import BPE, build
 from rewards import package_worker, registry
-from rewards.package import PackageReward, place
+from rewards.package import PackageReward
+from rewards.package_environment import place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
