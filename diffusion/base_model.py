@@ -91,7 +91,7 @@ class BaseModel:
             lora.switch(self.unet, before)
 
     def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
-        """The backward pass computes a block's activations again, when the adapter is on: it must be as it was."""
+        """A block's activations are computed again when the adapter is on: it must be as it was."""
         function = block.__call__ if self._adapted else self.without_lora()(block.__call__)
         return checkpoint(function, *arguments, use_reentrant=False)
 
@@ -107,8 +107,8 @@ class BaseModel:
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
     def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
-        """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32; guided =
-        out(x, t, "") + guidance * (out(x, t, c) - out(x, t, "")). With guidance 1 both are the conditional output."""
+        """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32; with guidance 1 both
+        are the conditional one."""
         if guidance == 1.0:
             conditional = self._output(x, t, embeddings)
             return conditional, conditional
@@ -128,8 +128,7 @@ class BaseModel:
 
 
 class Decoder:
-    """Latents -> images, for reward actors: the base model's VAE alone (a model without one has images already), or a
-    tiny autoencoder's decoder in its place (AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.5)."""
+    """Latents -> images: the base model's VAE alone (a model without one has images already), or an AutoencoderTiny."""
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False) -> None:
         """`path` is a pipeline's, with `tiny` that of the autoencoder itself. Raises as BaseModel."""
@@ -163,8 +162,7 @@ def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> D
 
 
 def check_parts(path: str) -> None:
-    """Read the configurations of U-Net, VAE and text encoder. Raises BaseModelError as load_kernel, or for an
-    unconditional U-Net of a kind that cannot be trained here."""
+    """Raises BaseModelError where a part has no configuration, or a U-Net without text cannot be trained here."""
     unet = part_config(path, "unet")
     if not is_unconditional(path):
         for name in ("vae", "text_encoder"):

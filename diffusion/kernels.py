@@ -20,8 +20,8 @@ from diffusion.settings import Grid, Reduction
 
 
 class DDIMKernel:
-    """Gaussian transition densities on a fixed timestep grid. Schedule constants are float64, and arithmetic is float32
-    or wider whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
+    """Gaussian transition densities on a fixed timestep grid. Constants are float64, arithmetic is float32 or wider
+    whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
 
     def __init__(
         self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str = "epsilon", eta: float = 1.0
@@ -133,7 +133,6 @@ class DDIMKernel:
         return -(x - self._at("root_shrink", t, x) * x_next) / self._at("noising", t, x)
 
     def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """x_next = mu_theta + sigma_t * noise."""
         mean = self.mean(model_output, t, x)
         return mean + self._at("root_sigma", t, mean) * noise
 
@@ -148,7 +147,6 @@ class DDIMKernel:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

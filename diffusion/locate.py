@@ -34,16 +34,15 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
 
 
 def is_unconditional(path: str) -> bool:
-    """Whether the pipeline draws pixels without text, VAE or guidance. Raises BaseModelError as `locate`, or if the hub
-    cannot be reached."""
+    """Whether the pipeline draws pixels without text. Raises BaseModelError as `locate`, or where no hub answers."""
     folder = locate(path)
     with load_errors(path):
         return _read(folder, INDEX)["_class_name"] in UNCONDITIONAL
 
 
 def part_config(path: str, name: str) -> dict[str, Any]:
-    """The configuration of a pipeline's unet, vae, text_encoder or scheduler. Early DDPM pipelines, such as
-    google/ddpm-cifar10-32, keep all files at the top. Raises as `is_unconditional`."""
+    """Of a pipeline's unet, vae, text_encoder or scheduler. Early DDPM pipelines, such as google/ddpm-cifar10-32, keep
+    all files at the top. Raises as `is_unconditional`."""
     folder, file = locate(path), "scheduler_config.json" if name == "scheduler" else "config.json"
     with load_errors(path):
         try:

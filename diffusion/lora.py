@@ -24,8 +24,8 @@ METADATA_KEY = "lora_adapter_metadata"
 
 
 def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS) -> None:
-    """Add a LoRA (gaussian A, zero B, float32) to the modules whose names end in `targets`, or match that regular
-    expression. Draws from torch's global generator: seed it first."""
+    """Add a float32 LoRA to the modules whose names end in `targets`, or match that regular expression. Draws from
+    torch's global generator: seed it first."""
     from peft import LoraConfig, inject_adapter_in_model
 
     unet.requires_grad_(False)

@@ -22,8 +22,8 @@ class Sampler:
         self._loaded: tuple[int, str] | None = None
 
     def sample(self, chunk: Chunk, snapshot: lora.Snapshot) -> tuple[Trajectories, CleanPredictions]:
-        """Load the snapshot, if it is not the one loaded, and roll out the chunk; OutOfMemory if the GPU is too small.
-        The trajectories carry the hash of the adapter as it stands in the module, not of what was sent."""
+        """Roll out the chunk; OutOfMemory if the GPU is too small. The trajectories carry the hash of the adapter as it
+        stands in the module, not of what was sent."""
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
             self._loaded = (snapshot.version, snapshot.sha256)

@@ -24,8 +24,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def short_side(images: Tensor, side: int) -> Tensor:
-    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP. By PIL, as their authors do, unless the
-    images need a gradient. [B, 3, H, W] in [0, 1] -> [B, 3, side, side]."""
+    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP. [B, 3, H, W] in [0, 1] -> [B, 3, side,
+    side]. By PIL, unless the images need a gradient."""
     height, width = images.shape[-2:]
     longer = int(side * max(height, width) / min(height, width))
     size = (longer, side) if height > width else (side, longer)
@@ -49,7 +49,6 @@ def _normalise(images: Tensor) -> Tensor:
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """At least float32."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     if tuple(images.shape[-2:]) == size:
         return images
@@ -57,7 +56,6 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Through 8-bit pictures; float32."""
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
     if tuple(images.shape[-2:]) != size:
@@ -70,8 +68,6 @@ def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class NetworkReward:
-    """One network, normalised pixels [B, 3, side, side] and what `tokens` returns -> scores [B]."""
-
     differentiable = True
     resize = staticmethod(short_side)
 
@@ -102,7 +98,6 @@ class Published(NamedTuple):
 
 
 def layout(network: nn.Module, published: Callable[[str], Published] = Published) -> dict[str, tuple[int, ...]]:
-    """Every key of the checkpoint and its shape."""
     shapes = {}
     for key, tensor in network.state_dict().items():
         origin, shape = published(key), tuple(tensor.shape)

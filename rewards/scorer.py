@@ -144,7 +144,6 @@ class Scorer:
         return Scores(chunk, rewards, parts=parts, bad=judged.bad, bad_images=bad_images, **further)
 
     def _judge_further(self, judged: _Judgement) -> dict[str, Any]:
-        """An evaluation chunk's images, and what the other judges say of them."""
         rows, pictures = list(judged.pictures), np.stack(list(judged.pictures.values()))
         if self.judges is None:
             return {"images": pictures}
@@ -196,7 +195,6 @@ class Scorer:
             whole[positions] = part.detach().float().cpu().numpy()
 
     def _differentiate(self, scores: Tensor, latents: Tensor) -> Tensor:
-        """[b, C, H, W] of each latent's own score, through reward and decoder."""
         name, gradients = self.reward.name, None
         with named_failure(RewardRaised, f"the gradient of reward {name} failed on {len(scores)} images", self.reward):
             if scores.requires_grad:
