@@ -15,8 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement, counted
-from diffusion import lora, transitions
-from diffusion.loading import tiny_without_weights, without_weights
+from diffusion import lora, noise
+from diffusion.base_model import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from learner.build import flow_network
 from learner.config import Config, resolve
@@ -101,7 +101,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     settings, n, count = config.rollout_settings(), config.sampler.steps, config.train.trajectories
     ids = list(range(config.sampler.chunk_size))
     end = n - settings.skip_last
-    selected = transitions.select(settings.selection, settings.fraction, end, config.run.seed, 0, ids)
+    selected = noise.select_transitions(settings.selection, settings.fraction, end, config.run.seed, 0, ids)
     chosen = np.zeros((len(ids), n + 1), bool)
     np.put_along_axis(chosen, selected, True, axis=1)
     needed = states_with_reward(settings, chosen)

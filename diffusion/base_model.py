@@ -1,7 +1,6 @@
 """Base models: prompts -> embeddings, guided U-Net output, latents -> images.
 
-diffusers, transformers and PEFT are imported inside functions, in the modules beside too: their five CPU seconds are
-for processes with a model, not for the driver of a run on Ray.
+diffusers, transformers and PEFT are imported inside functions: their five CPU seconds are for processes with a model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import lora
 from diffusion.kernels import DDIMKernel
-from diffusion.locate import is_unconditional, load_errors, locate
+from diffusion.locate import INDEX, TINY_DECODER, BaseModelError, is_unconditional, load_errors, locate, part_config
 from diffusion.settings import Grid
 
 
@@ -31,21 +30,19 @@ class BaseModel:
     _adapted = True
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Raises BaseModelError: the path is no pipeline folder, and the hub does not have it or cannot be reached."""
+        """Raises BaseModelError as `locate.is_unconditional`."""
         import diffusers
         import transformers
 
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
         folder, unconditional, dtypes = locate(path), is_unconditional(path), {"unet": dtype, "default": torch.float32}
+        kind, options = diffusers.StableDiffusionPipeline, dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
+        options |= {"requires_safety_checker": False, "use_safetensors": True}
+        if unconditional:  # old ones have a .bin alone: read with weights_only
+            kind, options = diffusers.DDPMPipeline, {"use_safetensors": None}
         with load_errors(path):
-            if unconditional:  # old ones have a .bin alone: read with weights_only
-                pipeline = diffusers.DDPMPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=None)
-            else:
-                pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-                    folder, dtype=dtypes, vae=None, safety_checker=None, feature_extractor=None,
-                    requires_safety_checker=False, use_safetensors=True,
-                )  # fmt: skip
+            pipeline = kind.from_pretrained(folder, dtype=dtypes, **options)
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
         self.scheduler = pipeline.scheduler
@@ -55,21 +52,18 @@ class BaseModel:
         self._embeddings: dict[str, Tensor] = {}
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
+    def latent_shape(self) -> tuple[int, int, int]:  # C, H, W
         return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
 
     @property
-    def embedding_width(self) -> int | None:
-        """E of a prompt's embedding; None for models without prompts."""
+    def embedding_width(self) -> int | None:  # E; None for models without prompts
         return getattr(self.unet.config, "cross_attention_dim", None)
 
     def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
         return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta, grid)
 
     def speed_up(self, channels_last: bool = False, compiled: bool = False, checkpointing: bool = False) -> None:
-        """Memory layout of the convolutions, torch.compile of the U-Net's blocks, activations computed again in the
-        backward pass instead of kept: the same function, in other last bits (checkpointing: in the same)."""
+        """The same function in other last bits, with activations computed again in the backward pass in the same."""
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if checkpointing:
@@ -80,7 +74,7 @@ class BaseModel:
             self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
     def attach_lora(self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.TARGETS) -> None:
-        """Add the adapter; the same seed gives the same initial adapter on every machine. `targets` as lora.attach."""
+        """As lora.attach; the same seed gives the same initial adapter on every machine."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             lora.attach(self.unet, rank, alpha, targets)
@@ -97,7 +91,7 @@ class BaseModel:
             lora.switch(self.unet, before)
 
     def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
-        """The backward pass computes a block's activations again, when the adapter is on: it must be as it was."""
+        """A block's activations are computed again when the adapter is on: it must be as it was."""
         function = block.__call__ if self._adapted else self.without_lora()(block.__call__)
         return checkpoint(function, *arguments, use_reentrant=False)
 
@@ -113,8 +107,8 @@ class BaseModel:
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
     def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
-        """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32; guided =
-        out(x, t, "") + guidance * (out(x, t, c) - out(x, t, "")). With guidance 1 both are the conditional output."""
+        """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32; with guidance 1 both
+        are the conditional one."""
         if guidance == 1.0:
             conditional = self._output(x, t, embeddings)
             return conditional, conditional
@@ -134,27 +128,20 @@ class BaseModel:
 
 
 class Decoder:
-    """Latents -> images, for reward actors: the base model's VAE alone (a model without one has images already), or a
-    tiny autoencoder's decoder in its place (AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.5)."""
+    """Latents -> images: the base model's VAE alone (a model without one has images already), or an AutoencoderTiny."""
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False) -> None:
         """`path` is a pipeline's, with `tiny` that of the autoencoder itself. Raises as BaseModel."""
         self.device, self.dtype = torch.device(device), dtype
         self.vae: Any = None
-        if tiny:
-            from diffusers import AutoencoderTiny
+        if tiny or not is_unconditional(path):
+            from diffusers import AutoencoderKL, AutoencoderTiny
 
-            folder = locate(path, "config.json", "model.tiny_decoder")
-            with load_errors(path, "model.tiny_decoder"):
-                self.vae = AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        elif not is_unconditional(path):
-            from diffusers import AutoencoderKL
-
-            with load_errors(path):
-                folder = locate(path)
-                self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True)
-        if self.vae is not None:
-            self.vae.to(device).requires_grad_(False).eval()
+            kind, *place = (AutoencoderTiny, *TINY_DECODER) if tiny else (AutoencoderKL, INDEX, "model.path")
+            folder, options = locate(path, *place), {} if tiny else {"subfolder": "vae"}
+            with load_errors(path, place[1]):
+                vae = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+            self.vae = vae.to(device).requires_grad_(False).eval()
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
@@ -162,3 +149,64 @@ class Decoder:
         if self.vae is not None:
             images = self.vae.decode(images.to(self.dtype) / self.vae.config.scaling_factor).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> DDIMKernel:
+    """The kernel of a pipeline's scheduler. Raises BaseModelError as `is_unconditional`, ValueError as DDIMKernel."""
+    from diffusers import DDIMScheduler
+
+    config = part_config(path, "scheduler")
+    with load_errors(path):
+        scheduler = DDIMScheduler.from_config(config)
+    return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
+
+
+def check_parts(path: str) -> None:
+    """Raises BaseModelError where a part has no configuration, or a U-Net without text cannot be trained here."""
+    unet = part_config(path, "unet")
+    if not is_unconditional(path):
+        for name in ("vae", "text_encoder"):
+            part_config(path, name)
+        return
+    wanted = {"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "class_embed_type": None}
+    faults = [f"its {key} is {unet[key]}, not {good}" for key, good in wanted.items() if unet.get(key, good) != good]
+    if not isinstance(unet.get("sample_size"), int):
+        faults.append("its sample_size is no single number")
+    blocks = [*unet.get("down_block_types", ()), *unet.get("up_block_types", ())]
+    if not unet.get("add_attention", True) and not any("Attn" in block for block in blocks):
+        faults.append("it has no attention for a LoRA to adapt")
+    if faults:
+        raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {', '.join(faults)}")
+
+
+def check_tiny_decoder(path: str, pipeline: str) -> None:
+    """Raises BaseModelError if it is no AutoencoderTiny, or decodes other latents than the pipeline's."""
+    tiny, vae = tiny_without_weights(path).config, without_weights(pipeline)[1]
+    if vae is None:
+        raise BaseModelError(f"objective.forward_looking_decoder: {pipeline} has no VAE that a tiny one could spare")
+    tiny_shape = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
+    shape = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if tiny_shape != shape:
+        raise BaseModelError(
+            f"model.tiny_decoder: {path} decodes (channels, magnification) {tiny_shape}, the VAE of {pipeline} {shape}"
+        )
+
+
+def tiny_without_weights(path: str) -> Any:
+    """The AutoencoderTiny on torch's meta device. Raises as check_tiny_decoder."""
+    from diffusers import AutoencoderTiny
+
+    folder = locate(path, *TINY_DECODER)
+    with load_errors(path, TINY_DECODER[1]), torch.device("meta"):
+        return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
+
+
+def without_weights(path: str) -> tuple[Any, Any]:
+    """U-Net and VAE (None if there is none) on torch's meta device, for counting. Raises BaseModelError."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+
+    unet, vae = part_config(path, "unet"), None if is_unconditional(path) else part_config(path, "vae")
+    with load_errors(path), torch.device("meta"):
+        if vae is None:
+            return UNet2DModel.from_config(unet), None
+        return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)

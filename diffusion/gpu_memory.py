@@ -17,8 +17,7 @@ class OutOfMemory(RunFailure, RuntimeError):
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device. To a GPU from page-locked memory: the host goes on, so that the next batch
-    travels while the GPU works on the one before."""
+    """The array as a tensor; to a GPU from page-locked memory, so that the next batch travels while the GPU works."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -31,7 +30,7 @@ def release(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def smaller(setting: str, value: object) -> Iterator[None]:
-    """Raises OutOfMemory where torch does, with the setting to make smaller."""
+    """Raises OutOfMemory where torch does."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -20,15 +20,14 @@ from diffusion.settings import Grid, Reduction
 
 
 class DDIMKernel:
-    """Gaussian transition densities on a fixed timestep grid. Schedule constants are float64, and arithmetic is float32
-    or wider whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
+    """Gaussian transition densities on a fixed timestep grid. Constants are float64, arithmetic is float32 or wider
+    whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
 
     def __init__(
         self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str = "epsilon", eta: float = 1.0
     ) -> None:
-        """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0, where the model is evaluated;
-        with `eta` 1 sigma is the posterior ("small") variance of DDPM. Raises ValueError if a transition has no density
-        or the prediction type is unknown."""
+        """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0; with `eta` 1 sigma is the
+        posterior ("small") variance of DDPM. Raises ValueError if a transition has no density."""
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
         timesteps = timesteps.to(torch.int64).cpu()
@@ -52,16 +51,15 @@ class DDIMKernel:
             "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after,
         }  # fmt: skip
         roots = {f"root_{name}": table.sqrt() for name, table in squares.items()}
-        # [T] float64 of every timestep, by device: a copy to a GPU makes the host wait, so each is made once.
-        self._tables: dict[torch.device, dict[str, Tensor]] = {torch.device("cpu"): squares | roots}
+        # [T] float64 by device: a copy to a GPU makes the host wait, so each is made once.
+        self._tables = {torch.device("cpu"): squares | roots}
 
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
-        """The kernel of any diffusers scheduler (Stable Diffusion 1.5 ships PNDM): only its settings are read. Equal to
-        diffusers' DDIM step with `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading
-        spacing without an offset (DDPM pipelines) would evaluate the model at timestep 0; it gets offset 1. `grid`
-        dpm_solver has the timesteps of first-order SDE-DPM-Solver++ (arXiv 2412.07775's 20 steps), whose steps are DDIM
-        steps with eta 1. Raises ValueError as the constructor."""
+        """The kernel of any diffusers scheduler: only its settings are read. Equal to diffusers' DDIM step with
+        `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading spacing without an offset would
+        evaluate the model at timestep 0; it gets offset 1. `grid` dpm_solver: the timesteps of first-order
+        SDE-DPM-Solver++ (arXiv 2412.07775), whose steps are DDIM steps with eta 1."""
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         own = DDIMScheduler.from_config(scheduler.config)
@@ -110,12 +108,12 @@ class DDIMKernel:
         return self._table("sigma", t.device)[t].to(dtype)
 
     def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_F(x_next | x), over all dimensions ("sum") or per dimension ("mean")."""
+        """log p_F(x_next | x)."""
         mean, x_next = self.mean(model_output, t, x), _wide(x_next)
         return _log_normal(x_next - mean, self._at("sigma", t, mean), reduction)
 
     def log_pb(self, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_B(x | x_next), over all dimensions ("sum") or per dimension ("mean")."""
+        """log p_B(x | x_next)."""
         x, x_next = _wide(x), _wide(x_next)
         residual = x - self._at("root_shrink", t, x) * x_next
         return _log_normal(residual, self._at("noising", t, x), reduction)
@@ -135,7 +133,6 @@ class DDIMKernel:
         return -(x - self._at("root_shrink", t, x) * x_next) / self._at("noising", t, x)
 
     def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """x_next = mu_theta + sigma_t * noise."""
         mean = self.mean(model_output, t, x)
         return mean + self._at("root_sigma", t, mean) * noise
 
@@ -150,7 +147,6 @@ class DDIMKernel:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,7 +1,5 @@
 """Where a base model's parts are: a diffusers pipeline folder or a hub id, and which kind of pipeline it is.
-
-Imports neither torch nor diffusers: a model's path is checked before anything slow starts.
-"""
+Imports neither torch nor diffusers: a model's path is checked before anything slow starts."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from typing import Any
 from diffusion.failures import RunFailure
 
 INDEX = "model_index.json"
+TINY_DECODER = ("config.json", "model.tiny_decoder")  # the index of one, and its setting
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # pixels from noise: a U-Net and a scheduler, nothing else
 
 
@@ -23,8 +22,7 @@ class BaseModelError(RunFailure, ValueError):
 
 
 def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
-    """The folder, of a pipeline or of another model with its `index` file, or the hub id that `path` names. Raises
-    BaseModelError, which names the setting `key`, if there is no such folder or no index in it."""
+    """The folder with an `index` file, or the hub id that `path` names. Raises BaseModelError, which names `key`."""
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / index).is_file():
@@ -36,16 +34,15 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
 
 
 def is_unconditional(path: str) -> bool:
-    """Whether the pipeline draws pixels without text, VAE or guidance. Raises BaseModelError as `locate`, or if the hub
-    cannot be reached."""
+    """Whether the pipeline draws pixels without text. Raises BaseModelError as `locate`, or where no hub answers."""
     folder = locate(path)
     with load_errors(path):
         return _read(folder, INDEX)["_class_name"] in UNCONDITIONAL
 
 
 def part_config(path: str, name: str) -> dict[str, Any]:
-    """The configuration of a pipeline's unet, vae, text_encoder or scheduler. Early DDPM pipelines, such as
-    google/ddpm-cifar10-32, keep all files at the top. Raises as `is_unconditional`."""
+    """Of a pipeline's unet, vae, text_encoder or scheduler. Early DDPM pipelines, such as google/ddpm-cifar10-32, keep
+    all files at the top. Raises as `is_unconditional`."""
     folder, file = locate(path), "scheduler_config.json" if name == "scheduler" else "config.json"
     with load_errors(path):
         try:
@@ -58,8 +55,7 @@ def part_config(path: str, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def load_errors(path: str, key: str = "model.path") -> Iterator[None]:
-    """What loading raises becomes a BaseModelError: one line that names the setting and the path, and how to get what
-    reads like a hub id."""
+    """What loading raises becomes a BaseModelError: one line with setting and path, and how to get a hub id."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, TypeError, NotImplementedError) as error:

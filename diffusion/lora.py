@@ -1,7 +1,6 @@
 """The adapter as a flat buffer, and as files that other programs load.
 
-One contiguous float32 vector is what crosses the network and what receipts hash. Its parameters are sorted by name, so
-that the layout depends on the module alone.
+One float32 vector is what crosses the network and what receipts hash, its parameters sorted by name.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ METADATA_KEY = "lora_adapter_metadata"
 
 
 def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS) -> None:
-    """Add a LoRA (gaussian A, zero B, float32) to the modules whose names end in `targets`, or match that regular
-    expression. Draws from torch's global generator: seed it first."""
+    """Add a float32 LoRA to the modules whose names end in `targets`, or match that regular expression. Draws from
+    torch's global generator: seed it first."""
     from peft import LoraConfig, inject_adapter_in_model
 
     unet.requires_grad_(False)
@@ -38,7 +37,6 @@ def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | st
 
 
 def switch(unet: nn.Module, on: bool) -> None:
-    """Whether the module computes with its adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in unet.modules():
@@ -52,7 +50,6 @@ def named(unet: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def snapshot(unet: nn.Module, version: int) -> Snapshot:
-    """Copy the adapter out of the module."""
     flat = torch.cat([p.detach().float().flatten() for _, p in named(unet)]).cpu().numpy()
     flat.flags.writeable = False
     return Snapshot(version, flat, digest(flat))
@@ -70,7 +67,6 @@ def load(unet: nn.Module, flat: np.ndarray) -> None:
 
 
 def save_files(unet: nn.Module, folder: Path) -> None:
-    """Write `files` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files(unet).items():
         (folder / name).write_bytes(content)

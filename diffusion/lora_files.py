@@ -1,7 +1,7 @@
 """LoRA files as the adapter: what diffusers, kohya's scripts (ComfyUI, A1111) and PEFT write. Only safetensors.
 
-diffusers names the weights. Refused is what it would silently load as something else than was trained: damage, several
-ranks or alphas, other kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...].
+Refused is what diffusers would silently load as something else than was trained: damage, several ranks or alphas, other
+kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...].
 """
 
 from __future__ import annotations
@@ -49,26 +49,21 @@ class AdapterFile:
 
     @property
     def modules(self) -> list[str]:
-        return _modules(self.state)
+        return sorted({name.rsplit(".", 2)[0] for name in self.state})
 
     @property
-    def targets(self) -> list[str]:
-        """The ends of these names: to_q, to_out.0, ..."""
-        return sorted({re.findall(r"[^.]*[a-z][^.]*(?:\.\d+)?$", name)[0] for name in self.modules})
-
-    @property
-    def flat(self) -> np.ndarray:
-        """float32 [P], in the order of diffusion/lora.py."""
+    def flat(self) -> np.ndarray:  # float32 [P], in the order of diffusion/lora.py
         return torch.cat([self.state[name].flatten() for name in sorted(self.state)]).numpy()
 
     @property
-    def sha256(self) -> str:
-        """Of that buffer: what receipts, checkpoints and records call the adapter's."""
+    def sha256(self) -> str:  # of that buffer
         return digest(self.flat)
 
-    def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """A [rank, in, ...] and B [out, rank, ...]."""
-        return self.state[f"{module}.lora_A.weight"], self.state[f"{module}.lora_B.weight"]
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B by module."""
+        state = self.state
+        return {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in self.modules}
 
 
 def read(path: str | Path) -> AdapterFile:
@@ -100,7 +95,7 @@ def read(path: str | Path) -> AdapterFile:
             PREFIX.sub("", name, count=1).replace(".default.", "."): tensor.float().contiguous()
             for name, tensor in convert_unet_state_dict_to_peft(named).items()
         }
-        factors = [(state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]) for module in _modules(state)]
+        factors = AdapterFile(str(file), 0, 0, state).factors.values()
     except (KeyError, ValueError) as error:  # a partner is missing, or weights of an alpha are
         raise BadAdapter(f"{file} is not whole: {' '.join(str(error).split())[:200]}; {AGAIN}") from error
     ranks = {rank for a, b in factors for rank in (a.shape[0], b.shape[1])}
@@ -118,8 +113,7 @@ def read(path: str | Path) -> AdapterFile:
 
 
 def attach(model: BaseModel, adapter: AdapterFile) -> Snapshot:
-    """Give a model without adapter this one, bit by bit, with its own rank, alpha and modules; raises as require_fit.
-    Returns it as the module then has it, as version 0."""
+    """Give a model without adapter this one, bit by bit; raises as require_fit. Returns it as the module has it."""
     require_fit(model.unet, adapter)
     model.attach_lora(adapter.rank, adapter.alpha, seed=0, targets="|".join(map(re.escape, adapter.modules)))
     lora.load(model.unet, adapter.flat)
@@ -130,9 +124,8 @@ def attach(model: BaseModel, adapter: AdapterFile) -> Snapshot:
 def merge(unet: nn.Module, adapter: AdapterFile) -> None:
     """Add alpha / rank * B A to the weights of a U-Net without adapter, computed in float32; raises as require_fit."""
     require_fit(unet, adapter)
-    for name in adapter.modules:
+    for name, (a, b) in adapter.factors.items():
         weight: Any = unet.get_submodule(name).weight
-        a, b = adapter.factors(name)
         change = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape) * (adapter.alpha / adapter.rank)
         weight.copy_(weight.float() + change.to(weight.device))
 
@@ -140,14 +133,13 @@ def merge(unet: nn.Module, adapter: AdapterFile) -> None:
 def require_fit(unet: nn.Module, adapter: AdapterFile) -> None:
     """Raises BadAdapter if the U-Net lacks a module that is adapted, or has another shape there; names the first."""
     layers = dict(unet.named_modules())
-    for name in adapter.modules:
-        a, b = adapter.factors(name)
-        weight = getattr(layers.get(name), "weight", None)
-        if weight is None or list(weight.shape) != [b.shape[0], *a.shape[1:]]:
+    for name, (a, b) in adapter.factors.items():
+        weight, shape = getattr(layers.get(name), "weight", None), [b.shape[0], *a.shape[1:]]
+        if weight is None or list(weight.shape) != shape:
+            there = "there is none" if weight is None else list(weight.shape)
             raise BadAdapter(
-                f"{adapter.source} is a LoRA of another base model: its {name} is {[b.shape[0], *a.shape[1:]]}, in "
-                f"this U-Net {'there is none' if weight is None else list(weight.shape)}; name the base model that it "
-                "was made for"
+                f"{adapter.source} is a LoRA of another base model: its {name} is {shape}, in this U-Net {there}; name "
+                "the base model that it was made for"
             )
 
 
@@ -160,10 +152,6 @@ def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
     head = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8
     return len(head).to_bytes(8, "little") + head + content[start:]
-
-
-def _modules(state: Mapping[str, Tensor]) -> list[str]:
-    return sorted({name.rsplit(".", 2)[0] for name in state})
 
 
 def _find(path: Path) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import gpu_memory, lora, noise, transitions
+from diffusion import gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
@@ -22,8 +22,8 @@ class Sampler:
         self._loaded: tuple[int, str] | None = None
 
     def sample(self, chunk: Chunk, snapshot: lora.Snapshot) -> tuple[Trajectories, CleanPredictions]:
-        """Load the snapshot, if it is not the one loaded, and roll out the chunk; OutOfMemory if the GPU is too small.
-        The trajectories carry the hash of the adapter as it stands in the module, not of what was sent."""
+        """Roll out the chunk; OutOfMemory if the GPU is too small. The trajectories carry the hash of the adapter as it
+        stands in the module, not of what was sent."""
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
             self._loaded = (snapshot.version, snapshot.sha256)
@@ -45,7 +45,7 @@ class Sampler:
         selected, model_output = np.zeros((batch, 0), np.int64), np.zeros((batch, 0, *model.latent_shape), np.float32)
         if training:
             steps, key = n - settings.skip_last, (chunk.seed, chunk.epoch, chunk.trajectory_ids)
-            selected = transitions.select(settings.selection, settings.fraction, steps, *key)
+            selected = noise.select_transitions(settings.selection, settings.fraction, steps, *key)
         chosen = np.zeros((batch, n + 1), bool)
         np.put_along_axis(chosen, selected, True, axis=1)
         needed = states_with_reward(settings, chosen)

@@ -18,5 +18,4 @@ class Snapshot:
 
 
 def digest(flat: np.ndarray) -> str:
-    """sha256 of the buffer's bytes."""
     return hashlib.sha256(np.ascontiguousarray(flat, np.float32).data).hexdigest()

@@ -1,6 +1,6 @@
 """Statistics of evaluated pictures, from their features and rewards alone: diversity, drift, and 95 % intervals.
 
-Features are [n, F], a row a picture (rewards/features.py). Rows with a NaN, of bad pictures, are left out. Every draw
+Features are [n, F], a row a picture (rewards/judges.py). Rows with a NaN, of bad pictures, are left out. Every draw
 has a fixed seed.
 """
 

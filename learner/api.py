@@ -16,8 +16,8 @@ from cluster import signals
 from cluster.nodes import totals
 from cluster.placement import Placement, Share, place_for
 from cluster.session import nodes_at_hand
+from diffusion.base_model import check_parts, check_tiny_decoder, load_kernel
 from diffusion.failures import RunFailure
-from diffusion.loading import check_parts, check_tiny_decoder, load_kernel
 from diffusion.locate import is_unconditional
 from evaluation import collapse
 from learner import controller

@@ -59,7 +59,7 @@ IMAGES = pa.schema(
         ("reward", pa.float32()),  # raw, of the reward trained on; null of a bad image
         ("reward_parts", pa.map_(pa.string(), pa.float32())),
         ("held_out", pa.map_(pa.string(), pa.float32())),  # raw, of rewards not trained on, by label
-        ("features", pa.list_(pa.float32())),  # rewards/features.py
+        ("features", pa.list_(pa.float32())),  # rewards/judges.py
         ("thumbnail_png", pa.binary()),
         ("bad", pa.string()),
     ],

@@ -76,7 +76,7 @@ def reward_in_words(trained: Trained) -> str:
 
 def objective_in_words(trained: Trained) -> str:
     """What was trained towards; without its target where the base model, whose size that takes, is not at hand."""
-    from diffusion.loading import without_weights
+    from diffusion.base_model import without_weights
     from diffusion.locate import BaseModelError
     from learner.objectives.by_name import describe
 

@@ -34,8 +34,6 @@ class Network(nn.Module):
 
 
 class Aesthetic(NetworkReward):
-    """How well liked a picture would be, whatever the prompt."""
-
     name = "aesthetic"
 
     @staticmethod

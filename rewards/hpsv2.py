@@ -1,7 +1,5 @@
-"""Human Preference Score v2: the cosine of OpenCLIP ViT-H/14's embeddings of picture and prompt, in [-1, 1].
-
-Wu et al. 2023, arXiv 2306.09341; github.com/tgxs002/HPSv2.
-"""
+"""Human Preference Score v2 (arXiv 2306.09341, github.com/tgxs002/HPSv2): how well people would prefer a picture for
+its prompt. The cosine of OpenCLIP ViT-H/14's embeddings of both, in [-1, 1]; a prompt's first 75 tokens count."""
 
 from __future__ import annotations
 
@@ -70,8 +68,6 @@ class Network(nn.Module):
 
 
 class HPSv2(NetworkReward):
-    """How well people would prefer a picture for its prompt, whose first 75 tokens count."""
-
     name = "hpsv2"
     resize = staticmethod(long_side)
 
@@ -79,11 +75,8 @@ class HPSv2(NetworkReward):
     def assets(
         weights: str | None = None, *, version: str = "v2.1", tokenizer: str = TOKENIZER, size: Sizes = None
     ) -> list[Asset]:
-        """What is read: `weights`, the checkpoint, by default that of `version`, and `tokenizer`, CLIP's, a folder or
-        hub id. `size`: of `clip_config`, where it is not the published one.
-
-        Raises ValueError for another version, TypeError for other keys of `size`.
-        """
+        """What is read: `weights`, by default of `version`, and CLIP's `tokenizer`, a folder or hub id. `size`: of
+        `clip_config`, where it is not the published one. Raises ValueError or TypeError for others."""
         clip_config(**size or {})
         if version not in HPS_FILES:
             raise ValueError(f"reward.options.version: {version!r}, expected {' or '.join(HPS_FILES)}")
@@ -93,7 +86,7 @@ class HPSv2(NetworkReward):
         ]
 
     def __init__(self, weights: str | None = None, device: str = "cpu", *, size: Sizes = None, **options: Any) -> None:
-        """`weights` and `options`: those of `assets`, with its errors. Raises WeightsNotFound, BadWeights."""
+        """As `assets`. Raises WeightsNotFound, BadWeights."""
         file, folder = find(self.assets(weights, size=size, **options))
         config = clip_config(**size or {})
         with torch.device("meta"):

@@ -1,7 +1,5 @@
-"""ImageReward: BLIP's ViT-L/16 read by a BERT with cross-attention, and a linear stack; about mean 0, deviation 1.
-
-Xu et al. 2023, arXiv 2304.05977; github.com/THUDM/ImageReward.
-"""
+"""ImageReward (arXiv 2304.05977, github.com/THUDM/ImageReward): how well people would like a picture for its prompt.
+BLIP's ViT-L/16 read by a BERT with cross-attention, and a linear stack; about mean 0, deviation 1."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from rewards.weights import Asset, BadWeights, find, read
 WEIGHTS, MED_CONFIG = "THUDM/ImageReward:ImageReward.pt", "THUDM/ImageReward:med_config.json"
 TOKENIZER = "bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, by its authors
-TOKENS = 35
+TOKENS = 35  # with begin and end
 UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")  # published too
 MED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -64,17 +62,14 @@ class Network(nn.Module):
 
 
 class ImageReward(NetworkReward):
-    """How well people would like a picture for its prompt, whose first 33 word pieces count."""
-
     name = "imagereward"
 
     @staticmethod
     def assets(
         weights: str | None = None, *, tokenizer: str = TOKENIZER, med_config: str = MED_CONFIG, vision: Sizes = None
     ) -> list[Asset]:
-        """What is read: `weights`, ImageReward.pt, `med_config`, its text tower's configuration, and `tokenizer`,
-        BERT's, a folder or hub id. `vision`: of `vision_config`, where it is not the published one; TypeError for its
-        other keys."""
+        """What is read: `weights`, `med_config`, the text tower's configuration, and BERT's `tokenizer`, a folder or
+        hub id. `vision`: of `vision_config`, where it is not the published one; TypeError for its other keys."""
         vision_config(**vision or {})
         return [
             Asset("reward.weights", weights or WEIGHTS, ("ImageReward.pt",)),
@@ -85,7 +80,7 @@ class ImageReward(NetworkReward):
     def __init__(
         self, weights: str | None = None, device: str = "cpu", *, vision: Sizes = None, **options: Any
     ) -> None:
-        """`weights` and `options`: those of `assets`, with its errors. Raises WeightsNotFound, BadWeights."""
+        """As `assets`. Raises WeightsNotFound, BadWeights."""
         file, med, folder = find(self.assets(weights, vision=vision, **options))
         config = vision_config(**vision or {})
         text = text_config(med, config.hidden_size)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from rewards import features, registry
-from rewards.features import Features
+from rewards import registry
 from rewards.names import FeatureKind
-from rewards.weighted_sum import Term, check_terms, load_terms, read_terms
+from rewards.network import short_side
+from rewards.weighted_sum import Term, each_term, read_terms
+from rewards.weights import WeightsNotFound, find
 
+Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F] float32; never trained on
+SIDE = 8  # of the grid of cells
+OF_MEAN = 2.0  # weight of the mean colour beside the 64 cells
 WHERE = "evaluation.held_out"
 HeldOut = Sequence[str | dict[str, Any]]  # names, or {name, weights?, options?}
 
@@ -44,15 +51,14 @@ class Judges:
 
 
 def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -> Judges:
-    """Raises ValueError as `check` does, and for a reward that cannot be made."""
-    return Judges(load_terms(_terms(held_out), device, WHERE), features.load(kind, clip, device))
+    """Raises ValueError as `check`, or for a reward that cannot be made."""
+    return Judges(each_term(_terms(held_out), lambda term: term.load(device), WHERE), load_features(kind, clip, device))
 
 
 def check(held_out: HeldOut, kind: FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
-    """Raises ValueError naming the entry of evaluation.held_out, or evaluation.features, where `build` would fail, or a
-    reward refuse a prompt."""
-    check_terms(_terms(held_out), prompts, where=WHERE)
-    features.require(kind, clip)
+    """Raises ValueError, which names the setting, where `build` would fail, or a reward refuse a prompt."""
+    each_term(_terms(held_out), lambda term: term.check(prompts), WHERE)
+    require_features(kind, clip)
 
 
 def labels(held_out: HeldOut) -> list[str]:
@@ -65,3 +71,48 @@ def _terms(held_out: HeldOut) -> dict[str, Term]:
     if weighted := [index for index, entry in enumerate(entries) if "weight" in entry]:
         raise ValueError(f"{WHERE}[{weighted[0]}]: a held-out reward has no weight")
     return read_terms([{**entry, "weight": 1.0} for entry in entries], WHERE) if entries else {}
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Colours of an 8 x 8 grid as they differ from the picture's mean colour, and that: F = 195. For plain pictures
+    such as the embedded model's; on photographs it sees layout and colour alone."""
+    cells = F.adaptive_avg_pool2d(images.float(), SIDE).flatten(2) * 2 - 1
+    mean = cells.mean(2)
+    return torch.cat([(cells - mean[..., None]).flatten(1), OF_MEAN * mean], 1)
+
+
+def load_features(kind: FeatureKind, clip: str | None = None, device: str = "cpu") -> Features:
+    """`clip`: OpenAI's CLIP, a folder or hub id as transformers saves it; its image embedding has length 1. dreamsim:
+    that package's (arXiv 2306.09344); never run in development. Raises WeightsNotFound, BadWeights."""
+    if kind == "pixels":
+        return pixels
+    found = require_features(kind, clip, fetch=True)
+    if kind == "dreamsim":
+        from dreamsim import dreamsim
+
+        model, _ = dreamsim(pretrained=True, device=device)  # it downloads its weights itself
+    else:
+        from rewards.aesthetic import clip_tower  # here: transformers takes a second
+
+        model = clip_tower(found[0], device)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            if kind == "dreamsim":
+                resized = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
+                return model.embed(resized.to(device)).float()
+            seen = short_side(images, model.config.image_size).to(device, torch.float32)
+            return F.normalize(model(pixel_values=seen).image_embeds, dim=-1)
+
+    return embed
+
+
+def require_features(kind: FeatureKind, clip: str | None = None, fetch: bool = False) -> list[Any]:
+    """The paths that `load_features` reads, as `weights.find`; raises WeightsNotFound where not all is there."""
+    if kind == "dreamsim" and importlib.util.find_spec("dreamsim") is None:
+        raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
+    if kind != "clip":
+        return []
+    from rewards.aesthetic import CLIP, clip_asset
+
+    return find([clip_asset("evaluation.clip", clip or CLIP)], fetch)

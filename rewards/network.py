@@ -1,8 +1,7 @@
 """What the reward models share: how they see pictures, and how they are built from published weights.
 
-CLIP's and BLIP's authors resize 8-bit pictures with PIL. Autograd does not reach through that; torch's antialiased
-bicubic resize has the same kernel, but does not round to 8 bits in between (up to 4.5e-3 of an ImageReward). So there
-is one resize for reports, one for gradients. Weights are never initialised, always strict, always float32 and frozen.
+CLIP's and BLIP's authors resize 8-bit pictures with PIL, which autograd does not reach through; torch's bicubic resize
+has the same kernel, but does not round to 8 bits in between. So there is one for reports, one for gradients.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def short_side(images: Tensor, side: int) -> Tensor:
-    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP. By PIL, as their authors do, unless the
-    images need a gradient. [B, 3, H, W] in [0, 1] -> [B, 3, side, side]."""
+    """The short side to `side`, the centre cut out, normalised: CLIP, BLIP. [B, 3, H, W] in [0, 1] -> [B, 3, side,
+    side]. By PIL, unless the images need a gradient."""
     height, width = images.shape[-2:]
     longer = int(side * max(height, width) / min(height, width))
     size = (longer, side) if height > width else (side, longer)
@@ -50,7 +49,6 @@ def _normalise(images: Tensor) -> Tensor:
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """At least float32."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     if tuple(images.shape[-2:]) == size:
         return images
@@ -58,7 +56,6 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Through 8-bit pictures; float32."""
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
     if tuple(images.shape[-2:]) != size:
@@ -71,8 +68,6 @@ def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class NetworkReward:
-    """One network, normalised pixels [B, 3, side, side] and what `tokens` returns -> scores [B]."""
-
     differentiable = True
     resize = staticmethod(short_side)
 
@@ -103,7 +98,6 @@ class Published(NamedTuple):
 
 
 def layout(network: nn.Module, published: Callable[[str], Published] = Published) -> dict[str, tuple[int, ...]]:
-    """Every key of the checkpoint and its shape."""
     shapes = {}
     for key, tensor in network.state_dict().items():
         origin, shape = published(key), tuple(tensor.shape)
@@ -119,27 +113,23 @@ def fill(
 ) -> Module:  # fmt: skip
     """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
 
-    `state` holds the checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. The one buffer that
-    no checkpoint holds, `position_ids`, [1, length] from 0, is made anew. Raises BadWeights, which names `what`, and
-    the keys that are missing, extra or of another shape.
+    `state` holds the checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. Raises BadWeights,
+    which names `what`, and the keys that are missing, extra or of another shape.
     """
     wanted = layout(network, published)
     held = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
+    wrong = {key: shape for key, shape in wanted.items() if key in held and tuple(held[key].shape) != shape}
     faults = {
         "missing": [key for key in wanted if key not in held],
         "extra": [key for key in held if key not in wanted],
-        "of another shape": [
-            f"{key} {list(held[key].shape)} (expected {list(shape)})"
-            for key, shape in wanted.items()
-            if key in held and tuple(held[key].shape) != shape
-        ],
+        "of another shape": [f"{key} {list(held[key].shape)} (expected {list(wrong[key])})" for key in wrong],
     }
-    if any(faults.values()):
-        named = [
-            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
-            for kind, keys in faults.items()
-            if keys
-        ]
+    named = [
+        f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+        for kind, keys in faults.items()
+        if keys
+    ]
+    if named:
         raise BadWeights(f"{what}, of {len(wanted)} keys {'; '.join(named)}")
     tensors = {}
     for key in network.state_dict():
@@ -150,8 +140,7 @@ def fill(
         tensors[key] = tensor.T if origin.transposed else tensor
     network.load_state_dict(tensors, strict=True, assign=True)
     for part in network.modules():
-        ids = getattr(part, "position_ids", None)
-        if isinstance(ids, Tensor):
+        if isinstance(ids := getattr(part, "position_ids", None), Tensor):  # [1, length], in no checkpoint
             part.position_ids = torch.arange(ids.shape[-1])[None]
     return network.eval().requires_grad_(False).to(device)
 

@@ -1,7 +1,5 @@
-"""Scores by the reward packages' own code, which runs in an environment of its own (docs/adr/0014).
-
-`python -m rewards.package build imagereward|hpsv2` makes that environment.
-"""
+"""Scores by the reward packages' own code, which runs in an environment of its own (docs/adr/0014):
+`python -m rewards.package build imagereward|hpsv2` makes it."""
 
 from __future__ import annotations
 
@@ -22,22 +20,20 @@ from rewards.weights import Asset, find
 if TYPE_CHECKING:
     from torch import Tensor
 
-ANSWER_LIMIT = 1 << 20  # bytes
 LINES_SHOWN = 8
 SECONDS_TO_END = 5.0
 
 
 class PackageFailed(RuntimeError):
-    """The worker raised, ended, answered nonsense or nothing in time; the message has its last words and the remedy."""
+    """The worker raised, ended, sent no answer or none in time; the message has its last words and the remedy."""
 
 
 class PackageReward:
     """`imagereward` or `hpsv2` as its package computes it; scores without gradients.
 
-    A process that runs package_worker.py does so, at the other end of a socket without a name. It starts at the first
-    call, reads the weights once and ends with this object, or after an error. A request is a line of JSON and raw
-    8-bit pixels, as the packages read them from files; an answer is a line of JSON: nothing is pickled. What the worker
-    prints goes to a file without a name, so that it never waits for a reader; its last lines are in every error.
+    A process that runs package_worker.py does so. It starts at the first call, reads the weights once and ends with
+    this object, or after an error. A request is a line of JSON and raw 8-bit pixels, an answer a line of JSON. What it
+    prints goes to a file, so that it never waits for a reader; its last lines are in every error.
     """
 
     differentiable = False
@@ -45,10 +41,8 @@ class PackageReward:
     def __init__(
         self, name: str, weights: str | None = None, device: str = "cpu", *, seconds: float = 300.0, **options: Any
     ) -> None:
-        """`seconds`: the deadline for loading, and for one call. `options`: those of the native model's `assets`.
-
-        Raises ValueError or TypeError for an unknown name or option, EnvironmentMissing (a ValueError).
-        """
+        """`seconds`: the deadline for loading, and for one call. `options`: those of the native model's `assets`, with
+        its errors. Raises ValueError for an unknown name, EnvironmentMissing."""
         from rewards.hpsv2 import HPSv2
         from rewards.imagereward import ImageReward
 
@@ -63,17 +57,14 @@ class PackageReward:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[B] float32 on the CPU. What is not finite is passed on: the scorer names its prompt.
-
-        Raises PackageFailed, after which the process is gone and another call starts another; WeightsNotFound.
-        """
+        """[B] float32 on the CPU. Raises PackageFailed, after which another call starts another process."""
         import torch
 
         if self._process is None:
             self._start(torch.get_num_threads())
         pixels = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
         array = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        scores = self._ask({"shape": array.shape, "prompts": list(prompts)}, array.tobytes(), len(images))
+        scores = self._ask({"shape": array.shape, "prompts": list(prompts)}, array.tobytes())
         return torch.tensor(scores, dtype=torch.float32)
 
     def close(self) -> None:
@@ -96,30 +87,21 @@ class PackageReward:
             self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **streams)
         # Also when this object is forgotten, or the interpreter ends.
         self._end = weakref.finalize(self, _end, self._process, self._socket, self._output)
-        self._ask({"package": self.name, "files": files, "device": self.device, "threads": threads}, b"", 0)
+        self._ask({"package": self.name, "files": files, "device": self.device, "threads": threads})
 
-    def _ask(self, request: dict[str, Any], pixels: bytes, count: int) -> list[float]:
-        """The `count` scores of the worker's answer."""
+    def _ask(self, request: dict[str, Any], pixels: bytes = b"") -> list[float]:
         try:
             self._socket.settimeout(self.seconds)
             self._socket.sendall(json.dumps(request).encode() + b"\n" + pixels)
             with self._socket.makefile("rb") as stream:
-                line = stream.readline(ANSWER_LIMIT)
-            if not line:
-                raise ConnectionError
-            answer = json.loads(line)
-            if "error" in answer:
-                fault = f"raised {answer['error']}"
-            elif len(answer["scores"]) == count:
-                return [float(score) for score in answer["scores"]]
-            else:
-                fault = f"gave {len(answer['scores'])} scores for {count} images"
+                answer = json.loads(stream.readline())
+            if "error" not in answer:
+                return answer["scores"]
+            fault = f"raised {answer['error']}"
         except TimeoutError:
             fault = f"did not answer within {self.seconds:g} s"
-        except ConnectionError:
+        except (ConnectionError, ValueError):  # the other end is closed
             fault = self._how_it_ended()
-        except (ValueError, TypeError, KeyError) as error:  # no JSON, or other JSON
-            fault = f"sent what is no answer ({type(error).__name__}: {error})"
         except BaseException:
             self.close()  # an answer may be under way: the next question would get it
             raise
@@ -133,11 +115,9 @@ class PackageReward:
 
     def _how_it_ended(self) -> str:
         assert self._process is not None
-        try:
-            status = self._process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            return "closed its end of the connection"
-        return f"was ended by signal {-status} (9: out of memory?)" if status < 0 else f"ended with status {status}"
+        with suppress(subprocess.TimeoutExpired):
+            return f"ended with status {self._process.wait(SECONDS_TO_END)} (-9: out of memory?)"
+        return "sent no answer"
 
     def _last_words(self) -> str:
         file = self._output.fileno()

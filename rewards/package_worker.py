@@ -1,5 +1,5 @@
-"""Scores pictures with a package's own code, in the package's own environment: it imports nothing of this project, and
-at first only the standard library. package.py starts it with one end of a socket and its own process id."""
+"""Scores pictures with a package's own code, in the package's own environment: it imports nothing of this project.
+package.py starts it with one end of a socket and its own process id."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT: list[Any] = []  # a torch library's declarations go with it
 Score = Callable[[Any, list[str]], list[float]]
 
 
-def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
+def main() -> None:
     """Load what the first request names, then score. A request is a line of JSON and raw pixels, an answer a line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
@@ -33,14 +33,16 @@ def main(models: dict[str, Callable[..., Score]] | None = None) -> None:
         request, answer = json.loads(line), dict[str, Any](scores=[])
         try:
             if score is None:
-                make = (models or MODELS)[request["package"]]
-                score = make(request["files"], request["device"], request["threads"])
+                score = MODELS[request["package"]](request["files"], request["device"], request["threads"])
             else:
                 import numpy as np
 
                 pixels = stream.read(math.prod(request["shape"]))
                 pictures = np.frombuffer(pixels, np.uint8).reshape(request["shape"])
-                answer = {"scores": score(pictures, request["prompts"])}
+                scores = score(pictures, request["prompts"])
+                if len(scores) != len(pictures):
+                    raise ValueError(f"{len(scores)} scores for {len(pictures)} images")
+                answer = {"scores": scores}
         except Exception as error:  # the packages' code, and what they call, may raise anything
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
@@ -56,7 +58,6 @@ def _end_with(parent: int) -> None:
 
 
 def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
-    """image-reward 1.5: `files` has weights, med_config and tokenizer (a folder)."""
     torch = _torch(threads)
     # Its own __init__ modules also import the fine-tuning code and two more scores: diffusers, datasets, CLIP.
     _without_init("ImageReward", "ImageReward.models")
@@ -84,7 +85,7 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
 
 
 def hps(files: dict[str, str], device: str, threads: int) -> Score:
-    """hpsv2 1.2.0: `files` has weights. The body of its `score()`, which reads them anew at every call, for a batch."""
+    """The body of hpsv2 1.2.0's `score()`, which reads the weights anew at every call, for a batch."""
     torch = _torch(threads)
     _without_init("hpsv2")  # which imports a progress bar and the benchmark's code
     # A stray import in its factory, which needs Tk.

@@ -24,16 +24,13 @@ def is_name(name: str) -> bool:
 
 
 def fetch(name: str) -> list[str]:
-    """The prompts of `animals`, `imagenet_classes`, `drawbench` or `hpdv2:STYLE+STYLE...`, in the order of their files.
-    Raises PromptSetError."""
+    """The prompts of `animals`, `drawbench`, `hpdv2:STYLE+STYLE...`, in their files' order. Raises PromptSetError."""
     if name in LISTS:
         return _read(FOLDER / f"{name}.txt", name)
-    files = ["drawbench"] if name == "drawbench" else name.removeprefix("hpdv2:").split("+")
+    files = name.removeprefix("hpdv2:").split("+")
     if name != "drawbench" and not (is_name(name) and set(files) <= set(STYLES) and len(set(files)) == len(files)):
-        raise PromptSetError(
-            f"{name!r} is no prompt set; there are {', '.join(NAMES)}, and several styles at once as "
-            "hpdv2:photo+paintings"
-        )
+        several = "and several styles at once as hpdv2:photo+paintings"
+        raise PromptSetError(f"{name!r} is no prompt set; there are {', '.join(NAMES)}, {several}")
     return [prompt for file in files for prompt in _read(_download(name, file), name)]
 
 

@@ -1,12 +1,10 @@
 """Rewards by name, or a user's own as module:callable: `load` makes one, `check` finds its faults before.
-
-Imports no torch by itself: names are checked before anything heavy is loaded.
-"""
+Imports no torch by itself."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import pkgutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,9 +38,9 @@ class BadReward(RunFailure, ValueError):
 PLAIN = {
     "jpeg_compressibility": "jpeg:JpegCompressibility",
     "jpeg_incompressibility": "jpeg:JpegIncompressibility",
-    "shapes_accuracy": "shapes_accuracy:ShapesAccuracy",
+    "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
-    "shapes_alignment_soft": "shapes_alignment_soft:ShapesAlignmentSoft",
+    "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",
 }
 MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
 SUM = "weighted_sum"
@@ -52,13 +50,10 @@ NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
 def load(
     name: str, weights: str | None = None, device: str = "cpu", backend: Backend = "native", **options: Any
 ) -> Reward:
-    """The reward called `name`, or a user's own as `module:callable`.
+    """The reward called `name`, or a user's own as `module:callable`. `weights` is a path or hub id; `options` go to
+    the reward's constructor. `backend` package: as its authors' package computes it (rewards/package.py).
 
-    `weights` is a path or hub id for rewards that have weights; `options` go to the reward's constructor. `backend`
-    package: imagereward and hpsv2 as their authors' packages compute them (rewards/package.py), without gradients.
-
-    Raises UnknownReward, ValueError for weights or options that this reward does not take; of a reward model also
-    WeightsNotFound and BadWeights.
+    Raises UnknownReward, ValueError for weights or options that this reward does not take, WeightsNotFound, BadWeights.
     """
     make, settings = _maker(name, weights, device, backend)
     with _named_options(name, options):
@@ -69,12 +64,9 @@ def check(
     name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None,
     backend: Backend = "native",
 ) -> None:  # fmt: skip
-    """Find out before anything starts whether `load` would fail, the reward refuse a prompt, or an `objective` that
-    learns from its gradient find none. A user's own reward is only imported, not made: it may need the actor's device.
-    Of a reward model nothing is read or downloaded: its files are looked for here, in the hub's cache and at the hub.
-
-    Raises ValueError as `load` does, or naming the prompt, or reward and objective.
-    """
+    """Raises ValueError where `load` would fail, the reward refuse a prompt, or an `objective` that learns from its
+    gradient find none. A user's own reward is only imported, not made: it may need the actor's device. Of a reward
+    model nothing is read or downloaded: its files are looked for."""
     check_options(options)
     reward, settings = _maker(name, weights, "cpu", backend)
     with _named_options(name, options):
@@ -122,8 +114,8 @@ def check_options(options: dict[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def named_failure(kind: type[Exception], text: str, reward: Any) -> Iterator[None]:
-    """What a reward's code raises, and it may raise anything, becomes `kind`: `text`, type and message; of a user's
-    own, or one in a sum, also the lines of its file. But for a lack of GPU memory, which is not the reward's fault."""
+    """What a reward's code raises becomes `kind`: `text`, type and message; of a user's own, or one in a sum, also the
+    lines of its file. But for a lack of GPU memory, which is not the reward's fault."""
     import torch
 
     try:
@@ -153,27 +145,26 @@ def _named_options(name: str, options: dict[str, Any]) -> Iterator[None]:
 def _maker(name: str, weights: str | None, device: str, backend: Backend) -> tuple[Any, dict[str, Any]]:
     """What makes the reward, imported only now (the reward models need transformers), and what it takes but options."""
     check_name(name, backend)
+    settings: dict[str, Any] = {"weights": weights, "device": device}
     if backend == "package":
-        return _class("package:PackageReward"), {"name": name, "weights": weights, "device": device}
-    if name in MODELS:
-        return _class(MODELS[name]), {"weights": weights, "device": device}
-    if weights is not None:
+        place, settings["name"] = "package:PackageReward", name
+    elif name in MODELS:
+        place = MODELS[name]
+    elif weights is not None:
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
-    if name == SUM:
-        return _class("weighted_sum:WeightedSum"), {"device": device}
-    return (_class(PLAIN[name]), {}) if name in PLAIN else (user_reward, {"name": name})
-
-
-def _class(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(f"rewards.{module}"), attribute)
+    elif name == SUM:
+        place, settings = "weighted_sum:WeightedSum", {"device": device}
+    elif name in PLAIN:
+        place, settings = PLAIN[name], {}
+    else:
+        return user_reward, {"name": name}
+    return pkgutil.resolve_name(f"rewards.{place}"), settings
 
 
 def _import(name: str) -> Any:
-    module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        function = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         looked = "looked in the current directory and PYTHONPATH"
         raise UnknownReward(f"reward.name: cannot import {name!r}: {error} ({looked})") from error
     if not callable(function):
@@ -199,8 +190,7 @@ class UserReward:
 
 
 def user_reward(name: str, **options: Any) -> UserReward:
-    """The callable `module:callable`, (images, prompts) -> [B]; a class, or a function where there are options, is
-    called with them first. Raises UnknownReward where it cannot be imported or made."""
+    """The callable `module:callable`; a class, or a function where there are options, is called with them first."""
     function = _import(name)
     reward = UserReward(name, function)
     if options or isinstance(function, type):

@@ -60,10 +60,8 @@ class _Judgement:
         """Raises BadReward where nothing of the chunk, a whole one and not one row of it, can be used."""
         if len(self.bad) == len(self.chunk.prompts) == len(set(self.clean.row.tolist())):
             broken = f": reward {reward} is broken" if all(" failed on " in why for why in self.bad.values()) else ""
-            raise BadReward(
-                f"all {len(self.bad)} trajectories of {self.chunk.key} are bad{broken}; "
-                f"the first: {self.bad[min(self.bad)]}"
-            )
+            bad, first = f"all {len(self.bad)} trajectories of {self.chunk.key} are bad", self.bad[min(self.bad)]
+            raise BadReward(f"{bad}{broken}; the first: {first}")
 
     def by_trajectory(self, values: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """[B, ...] from `values` of the trajectories `rows`; NaN of the others and of bad ones."""
@@ -91,12 +89,11 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if self.gradients and not self.reward.differentiable:
-            name = self.reward.name
-            raise BadReward(f"reward {name} is not differentiable: the objective cannot learn from its gradient")
+            raise BadReward(f"reward {self.reward.name} is not differentiable, as the objective needs")
 
     def fitting_batch(self, latent: tuple[int, int, int], prompt: str, device: str, share: float = 1.0) -> int:
-        """Images that decoder and reward hold at once in this process's `share` of the free GPU memory: the largest
-        power of two. Rewards depend on it in their last bits, so it is found once a run. Elsewhere a constant."""
+        """Images at once in this process's `share` of the free GPU memory; elsewhere a constant. Found once a run:
+        rewards depend on it in their last bits."""
         if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
             return GRADIENT_BATCH if self.gradients else SCORE_BATCH
 
@@ -117,11 +114,8 @@ class Scorer:
         gpu_memory.release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def score(self, clean: CleanPredictions) -> Scores:
-        """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient.
-
-        Raises BadReward where the reward raised, or it or its gradient is NaN or infinite somewhere, an image is black,
-        latents are not numbers (where bad trajectories are set aside, only if none is good); OutOfMemory.
-        """
+        """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient. Raises
+        BadReward where a trajectory is bad (where such are set aside, only if none is good); OutOfMemory."""
         chunk, row, step, at_end = clean.chunk, clean.row, clean.step, clean.step == clean.num_steps
         judged = _Judgement(clean, self.gradients and chunk.purpose == "train", self.quarantine)
         inner = step < clean.terminal if self.tiny else np.zeros(len(step), bool)
@@ -133,17 +127,15 @@ class Scorer:
             judged.require_some_good(self.reward.name)
             further = self._judge_further(judged) if chunk.purpose == "evaluate" else {}
         rewards = np.full((len(chunk.prompts), clean.num_steps + 1), np.nan, np.float32)
-        rewards[row, step] = judged.rewards
-        rewards[list(judged.bad)] = np.nan
+        index = np.full(rewards.shape, -1, np.int64)
+        rewards[row, step], index[row, step] = judged.rewards, np.arange(len(row))
+        rewards[list(judged.bad)], index[list(judged.bad)] = np.nan, -1
         if judged.gradients is not None:
-            index = np.full(rewards.shape, -1, np.int64)
-            index[row, step] = np.arange(len(row))
-            index[list(judged.bad)] = -1
             further |= {"gradients": judged.gradients, "gradient_row": index}
         if chunk.purpose == "train" and self.thumbnail_pixels:
             further["thumbnails"] = tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures.values())
         if chunk.purpose == "train" and self.shuffle:
-            good = np.array([row for row in range(len(rewards)) if row not in judged.bad])
+            good = np.setdiff1d(np.arange(len(rewards)), list(judged.bad))
             order = noise.generator(chunk.seed, noise.SHUFFLE, chunk.epoch, chunk.index).permutation(len(good))
             rewards[good[order]] = rewards[good[np.roll(order, 1)]]  # nobody keeps their own
         parts = {label: judged.by_trajectory(part[at_end], row[at_end]) for label, part in judged.parts.items()}
@@ -152,7 +144,6 @@ class Scorer:
         return Scores(chunk, rewards, parts=parts, bad=judged.bad, bad_images=bad_images, **further)
 
     def _judge_further(self, judged: _Judgement) -> dict[str, Any]:
-        """An evaluation chunk's images, and what the other judges say of them."""
         rows, pictures = list(judged.pictures), np.stack(list(judged.pictures.values()))
         if self.judges is None:
             return {"images": pictures}
@@ -162,8 +153,7 @@ class Scorer:
         return {"images": pictures, "held_out": held_out, "features": judged.by_trajectory(features, rows)}
 
     def _judge_batch(self, judged: _Judgement, positions: np.ndarray, decoder: Decode) -> None:
-        """Decode and score the latents at `positions`. One that is bad does not change the others' values. If the
-        reward raises and bad trajectories are set aside, those it raises on alone are bad."""
+        """Decode and score the latents at `positions`. If the reward raises, those it raises on alone are bad."""
         clean, differentiate = judged.clean, judged.gradients is not None
         row, at_end = clean.row[positions], clean.step[positions] == clean.num_steps
         latents = torch.from_numpy(clean.latents[positions].astype(np.float32))
@@ -205,11 +195,9 @@ class Scorer:
             whole[positions] = part.detach().float().cpu().numpy()
 
     def _differentiate(self, scores: Tensor, latents: Tensor) -> Tensor:
-        """[b, C, H, W] of each latent's own score, through reward and decoder."""
         name, gradients = self.reward.name, None
-        if scores.requires_grad:
-            failed = f"the gradient of reward {name} failed on {len(scores)} images"
-            with named_failure(RewardRaised, failed, self.reward):
+        with named_failure(RewardRaised, f"the gradient of reward {name} failed on {len(scores)} images", self.reward):
+            if scores.requires_grad:
                 (gradients,) = torch.autograd.grad(scores.sum(), latents, allow_unused=True)
         if gradients is None:
             raise BadReward(
@@ -220,8 +208,8 @@ class Scorer:
 
     def _judge(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores [B], and of a sum of rewards each one's own [B]."""
-        about = f"{len(images)} images with prompts from {prompts[0]!r} to {prompts[-1]!r}"
-        with named_failure(RewardRaised, f"reward {self.reward.name} failed on {about}", self.reward):
+        failed = f"failed on {len(images)} images with prompts from {prompts[0]!r} to {prompts[-1]!r}"
+        with named_failure(RewardRaised, f"reward {self.reward.name} {failed}", self.reward):
             if isinstance(self.reward, WeightedSum):
                 parts = self.reward.parts(images, prompts)
                 return self.reward.total(parts, images.device), parts

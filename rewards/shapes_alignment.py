@@ -1,8 +1,4 @@
-"""Graded prompt alignment for the shapes model: how nearly a picture shows what its prompt says.
-
-Every part is graded and none is flat near its top, so that small improvements show. Read by
-models/shapes/detector.py, without any network; not differentiable.
-"""
+"""Prompt alignment for the shapes model, by geometry alone: graded, right or wrong, and with a gradient."""
 
 from __future__ import annotations
 
@@ -14,8 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.shapes.detector import MIN_CONTRAST, Reading, along, halves, read
-from models.shapes.world import BACKGROUNDS, COLOURS, PAIR_RADII, RADII, SHAPES, Scene, Thing, parse
+from models.shapes.detector import MIN_CONTRAST, UNIT, along, halves, read
+from models.shapes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    PAIR_RADII,
+    PLACES,
+    RADII,
+    SHAPES,
+    Scene,
+    Thing,
+    parse,
+    signed_distance,
+)
 
 BACKGROUND_WEIGHT, COLOUR_WEIGHT, FORM_WEIGHT = 0.15, 0.25, 0.6
 IOU_SLOPE = 12.0  # per unit of IoU margin
@@ -23,10 +30,13 @@ RGB_SLOPE = 1 / 15  # per unit of RGB distance margin
 SIZE_SLOPE = 0.8  # per pixel of radius outside the size's own range
 PLACE_SLOPE, PLACE_MIDDLE = 0.3, 8.0  # per pixel towards the place, and where the score is one half
 PLACE_WEIGHT = 0.5  # of form, when a place is named
+INK_POWER = 8  # weight of a pixel in the object's colour: its RGB distance from the background to this power
+TINY = 1e-3
 
 
 class ShapesAlignment:
-    """0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a margin, so [0, 1] a picture.
+    """How nearly a picture shows what its prompt says: 0.15 background + 0.25 colour + 0.6 form, each a sigmoid of a
+    margin, so [0, 1] a picture, and none flat near its top: small improvements show.
 
     Form is the overlap with the asked shape against the best other shape; when the prompt names a size, it is
     multiplied by how well the radius fits; when it names a place, half of form's weight goes to how far the object
@@ -37,12 +47,11 @@ class ShapesAlignment:
     differentiable = False
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt that is not of the shapes world."""
+        """Raises ValueError, as scoring does, for a prompt that is not of the shapes world."""
         for prompt in prompts:
             parse(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Raises ValueError for a prompt that is not of the shapes world, naming it."""
         pixels = images.detach().clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).cpu().numpy()
         scores = [self.score(picture, parse(prompt)) for picture, prompt in zip(pixels, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
@@ -50,10 +59,29 @@ class ShapesAlignment:
     def score(self, picture: np.ndarray, scene: Scene) -> float:
         """Of a picture [H, W, 3], values 0..255."""
         pair = len(scene.things) == 2
-        readings = [read(part) for part in (halves(picture) if pair else [picture])]
-        things = np.mean([_thing(reading, thing, pair) for reading, thing in zip(readings, scene.things, strict=True)])
-        background = np.mean([_background(reading, scene.background) for reading in readings])
-        return float(things + BACKGROUND_WEIGHT * background)
+        things, backgrounds = [], []
+        for part, thing in zip(halves(picture) if pair else [picture], scene.things, strict=True):
+            reading, shape = read(part), SHAPES.index(thing.shape)
+            iou_margin = _margin(-reading.iou, shape)
+            hue_margin = _margin(reading.colour_distance, list(COLOURS).index(thing.colour))
+            seen = reading.contrast, iou_margin, reading.radius_as[shape], hue_margin, functools.partial(along, reading)
+            things.append(thing_score(thing, pair, *seen, _sigmoid, max))
+            if scene.background is not None:
+                margin = _margin(reading.background_distance, list(BACKGROUNDS).index(scene.background))
+                backgrounds.append(_sigmoid(RGB_SLOPE * margin))
+        return float(np.mean(things) + BACKGROUND_WEIGHT * np.mean(backgrounds or 1.0))
+
+
+class ShapesAccuracy(ShapesAlignment):
+    """1 where a picture shows every object with the asked colour, shape, size and place, else 0. For judging; a reward
+    of two values is a poor one to train on."""
+
+    name = "shapes_accuracy"
+
+    def score(self, picture: np.ndarray, scene: Scene) -> float:
+        from models.shapes.measure import correct  # here: it imports diffusers
+
+        return float(correct(picture, scene))
 
 
 def thing_score(
@@ -76,24 +104,89 @@ def thing_score(
     return sigmoid((contrast - MIN_CONTRAST) / 10) * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
 
 
-def _thing(reading: Reading, thing: Thing, pair: bool) -> float:
-    shape = SHAPES.index(thing.shape)
-    return thing_score(
-        thing, pair, reading.contrast, reading.iou[shape] - np.delete(reading.iou, shape).max(),
-        reading.radius_as[shape], _margin(reading.colour_distance, list(COLOURS).index(thing.colour)),
-        functools.partial(along, reading), _sigmoid, max,
-    )  # fmt: skip
-
-
-def _background(reading: Reading, asked: str | None) -> float:
-    if asked is None:
-        return 1.0
-    return _sigmoid(RGB_SLOPE * _margin(reading.background_distance, list(BACKGROUNDS).index(asked)))
-
-
 def _margin(distance: np.ndarray, asked: int) -> float:
+    """How much nearer the asked one is than the nearest other."""
     return np.delete(distance, asked).min() - distance[asked]
 
 
 def _sigmoid(x: float) -> float:
     return float(1 / (1 + np.exp(-x)))
+
+
+class ShapesAlignmentSoft(ShapesAlignment):
+    """The same parts made of smooth pieces, with a gradient to the images. Medians become weighted means, the best
+    other shape a soft maximum: on drawings the two rank alike, on formless noise they may not."""
+
+    name = "shapes_alignment_soft"
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        scores = []
+        for picture, prompt in zip(images * 255, prompts, strict=True):
+            scene = parse(prompt)
+            middle = picture.shape[2] // 2
+            pair = len(scene.things) == 2
+            parts = [picture[:, :, :middle], picture[:, :, middle:]] if pair else [picture]
+            things = zip(parts, scene.things, strict=True)
+            scores.append(
+                torch.stack([_soft_score(part, thing, scene.background, pair) for part, thing in things]).mean()
+            )
+        return torch.stack(scores)
+
+
+def _soft_score(picture: Tensor, thing: Thing, background: str | None, pair: bool) -> Tensor:
+    """Of one object in its picture, or half picture, [3, H, W] in 0..255."""
+    frame = [picture[:, :2], picture[:, -2:], picture[:, :, :2], picture[:, :, -2:]]
+    ground = torch.cat([edge.flatten(1) for edge in frame], 1).mean(1)
+    difference = _length(picture - ground[:, None, None])
+    weight = (difference / difference.max()) ** INK_POWER
+    ink = (picture * weight).sum((1, 2)) / (weight.sum() + TINY)
+    direction = ink - ground
+    alpha = ((picture - ground[:, None, None]) * direction[:, None, None]).sum(0) / (direction.square().sum() + 1)
+    alpha = ((alpha - 0.15) / 0.7).clamp(0, 1)
+    iou, radius, (cx, cy) = _fit(alpha)
+    shape = SHAPES.index(thing.shape)
+
+    def towards(place: str) -> Tensor:
+        (x, y), (height, width) = PLACES[place], alpha.shape
+        return x * (cx - width / 2) + y * (cy - height / 2)
+
+    seen = _length(direction), _lead(iou, shape, 20.0), radius[shape], _soft_margin(ink, COLOURS, thing.colour), towards
+    whole = thing_score(thing, pair, *seen, torch.sigmoid, torch.maximum)
+    if background is None:
+        return whole + BACKGROUND_WEIGHT
+    return whole + BACKGROUND_WEIGHT * torch.sigmoid(RGB_SLOPE * _soft_margin(ground, BACKGROUNDS, background))
+
+
+def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Soft IoU [shapes] and radius [shapes] of every shape's drawing of the area and centroid of `alpha` [H, W]."""
+    height, width = alpha.shape
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    x, y = x.to(alpha), y.to(alpha)
+    area = alpha.sum() + TINY
+    cx, cy = (alpha * x).sum() / area, (alpha * y).sum() / area
+    ious, radii = [], []
+    for shape in SHAPES:
+        unit_area, unit_y = UNIT[shape]
+        r = (area / unit_area).sqrt()
+        # A little off the centroid: hypot and the angle have no derivative at the very middle.
+        distance = signed_distance(shape, x - cx + TINY, y - (cy - unit_y * r) + TINY, r, torch)
+        ideal = (0.5 - distance).clamp(0, 1)
+        ious.append(torch.minimum(alpha, ideal).sum() / (torch.maximum(alpha, ideal).sum() + TINY))
+        radii.append(r)
+    return torch.stack(ious), torch.stack(radii), (cx, cy)
+
+
+def _soft_margin(colour: Tensor, known: dict[str, tuple[int, int, int]], asked: str) -> Tensor:
+    return _lead(-_length((colour.new_tensor(list(known.values())) - colour).T), list(known).index(asked), 0.1)
+
+
+def _lead(values: Tensor, index: int, sharpness: float) -> Tensor:
+    """How far the value at `index` is above a soft maximum of the others."""
+    others = torch.cat([values[:index], values[index + 1 :]])
+    return values[index] - (others * torch.softmax(sharpness * others, 0)).sum()
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Euclidean length over the first dimension, with a gradient everywhere."""
+    return (vectors.square().sum(0) + TINY).sqrt()

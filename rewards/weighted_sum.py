@@ -29,6 +29,12 @@ class Term(BaseModel, extra="forbid", strict=True):
         registry.check_options(options)
         return options
 
+    def load(self, device: str) -> registry.Reward:
+        return registry.load(self.name, self.weights, device, **self.options)
+
+    def check(self, prompts: Sequence[str], objective: str | None = None) -> None:
+        registry.check(self.name, self.weights, self.options, prompts, objective)
+
 
 class WeightedSum:
     """sum_k weight_k * reward_k. Differentiable when every term is."""
@@ -36,23 +42,21 @@ class WeightedSum:
     name = "weighted_sum"
 
     def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu") -> None:
-        """`terms`: [{"name": ..., "weight": ..., "weights": ..., "options": {...}}, ...], the last two as `load` takes
-        them, where there are any. Raises ValueError, which names the term that is wrong or cannot be made."""
+        """`terms`: what `Term` has. Raises ValueError, which names the term that is wrong or cannot be made."""
         self.terms = read_terms(terms)
-        self.rewards = load_terms(self.terms, device)
+        self.rewards = each_term(self.terms, lambda term: term.load(device))
         self.differentiable = all(reward.differentiable for reward in self.rewards.values())
 
     @staticmethod
     def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None) -> None:
         """As `registry.check`, of every term; the ValueError names it."""
-        check_terms(read_terms(terms), prompts, objective)
+        each_term(read_terms(terms), lambda term: term.check(prompts, objective))
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Raw scores [B] of each term, unweighted, by label: its name, with _2, _3 and so on where that is taken."""
         return {label: reward(images, prompts) for label, reward in self.rewards.items()}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B prompts -> [B] on the images' device."""
         return self.total(self.parts(images, prompts), images.device)
 
     def total(self, parts: dict[str, Tensor], device: torch.device) -> Tensor:
@@ -89,13 +93,3 @@ def each_term(terms: dict[str, Term], act: Callable[[Term], Result], where: str 
             kind = type(error) if isinstance(error, RunFailure) else ValueError
             raise kind(f"{where}[{index}] ({term.name}): {error}") from error
     return results
-
-
-def load_terms(terms: dict[str, Term], device: str, where: str = WHERE) -> dict[str, registry.Reward]:
-    return each_term(terms, lambda term: registry.load(term.name, term.weights, device, **term.options), where)
-
-
-def check_terms(
-    terms: dict[str, Term], prompts: Sequence[str], objective: str | None = None, where: str = WHERE
-) -> None:
-    each_term(terms, lambda term: registry.check(term.name, term.weights, term.options, prompts, objective), where)

@@ -20,7 +20,7 @@ HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  
 
 
 class WeightsNotFound(RunFailure, ValueError):
-    """What a reward is read from is neither here nor to be had; the message says what, from where, which setting."""
+    """What a reward is read from is neither here nor to be had; the message names the setting."""
 
 
 class BadWeights(RunFailure, ValueError):
@@ -38,11 +38,9 @@ class Asset:
 
 
 def find(assets: Sequence[Asset], fetch: bool = True) -> list[Any]:
-    """The local path of each, downloaded where need be. Without `fetch` nothing is: the hub is only asked whether it
-    would give what is not here, and that has None for a path.
-
-    Raises WeightsNotFound, which names all that is missing at once, wrong paths before any hub is asked.
-    """
+    """The local path of each, downloaded where need be. Without `fetch` the hub is only asked whether it would give
+    what is not here, and that has None for a path. Raises WeightsNotFound, which names all that is missing at once,
+    wrong paths before any hub is asked."""
     paths: list[Path | None] = []
     for look in (_local, lambda asset: _local(asset) or _from_hub(asset, fetch)):
         paths, missing = [], []
@@ -100,10 +98,8 @@ def _from_hub(asset: Asset, fetch: bool) -> Path | None:
 
 
 def read(path: Path, inside: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or torch checkpoint, under the key `inside` where there is one.
-
-    Raises BadWeights where it is unreadable, code instead of tensors, or not tensors by name.
-    """
+    """The tensors of a safetensors file or torch checkpoint, under the key `inside` where there is one. Raises
+    BadWeights where it is unreadable, code instead of tensors, or not tensors by name."""
     import torch
     from safetensors.torch import load_file
 

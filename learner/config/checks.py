@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from diffusion.transitions import select
+from diffusion.noise import select_transitions
 from learner.config.schema import Config
 from learner.objectives.needs import NEEDS
 
@@ -55,7 +55,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
     if needs.compares_groups:
         sampler, end = config.sampler, config.sampler.steps - (given.last_transition == "skip")
-        each = select(sampler.transitions, sampler.transition_fraction, end, 0, 0, [0]).shape[1]
+        each = select_transitions(sampler.transitions, sampler.transition_fraction, end, 0, 0, [0]).shape[1]
         if chunk * each % given.group_size:
             yield (
                 f"objective.group_size: {given.group_size} does not divide the {chunk * each} transitions of a chunk "

@@ -14,8 +14,7 @@ from safetensors import safe_open
 
 from commands import export
 from diffusion import lora, lora_files
-from diffusion.base_model import BaseModel
-from diffusion.loading import load_kernel
+from diffusion.base_model import BaseModel, load_kernel
 from learner.config import load_config
 from learner.run import main as run_main
 from reports import model_card

@@ -15,7 +15,7 @@ from diffusion.locate import is_unconditional, part_config
 assert not is_unconditional("models/shapes") and is_unconditional(sys.argv[1])
 assert part_config(sys.argv[1], "unet")["sample_size"] == 16
 print(*{"torch", "diffusers", "transformers", "huggingface_hub"} & set(sys.modules))
-import diffusion.loading, diffusion.lora_files, diffusion.rollout
+import diffusion.base_model, diffusion.lora_files, diffusion.rollout
 print(*{"diffusers", "transformers", "peft"} & set(sys.modules))
 """
 

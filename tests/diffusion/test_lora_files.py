@@ -60,7 +60,6 @@ def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, name):
     folder, flat = saved
     adapter = lora_files.read(folder / name)
     assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
-    assert adapter.targets == sorted(lora.TARGETS)
     assert adapter.source == str(folder / (name or lora.DIFFUSERS_FILE))
     model = BaseModel(tiny_pipeline)
     snapshot = lora_files.attach(model, adapter)
@@ -108,7 +107,7 @@ def test_a_lora_on_other_modules_keeps_them(tiny_pipeline, tmp_path):
     half, again, plain = (BaseModel(tiny_pipeline, dtype=dtype) for dtype in (torch.bfloat16, *[torch.float32] * 2))
     for file, adapted in ((lora.DIFFUSERS_FILE, half), ("theirs.safetensors", again)):
         adapter = lora_files.read(tmp_path / file)
-        assert adapter.targets == ["conv_out", "proj_in", "to_q"] and (adapter.rank, adapter.alpha) == (3, 5)
+        assert (adapter.rank, adapter.alpha) == (3, 5)
         assert np.array_equal(lora_files.attach(adapted, adapter).flat, flat.astype(np.float32))
     with torch.no_grad():
         expected = model.predict(x, t, embeddings, 1.0)[0]

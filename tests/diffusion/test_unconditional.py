@@ -10,8 +10,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from peft import PeftModel
 
 from diffusion import lora, noise
-from diffusion.base_model import BaseModel, Decoder
-from diffusion.loading import load_kernel, without_weights
+from diffusion.base_model import BaseModel, Decoder, load_kernel, without_weights
 from learner.run import main
 from records.storage import Storage
 from rewards import registry

@@ -9,7 +9,7 @@ from brightness import Brightness, clean, scorer
 from tiny_models import write_aesthetic
 from transformers import CLIPVisionModelWithProjection
 
-from rewards import features, judges
+from rewards import judges
 from rewards.judges import Judges
 from rewards.network import short_side
 from rewards.scorer import BadReward
@@ -34,7 +34,7 @@ def test_pixels_tell_place_and_colour_apart():
     scenes[1, 1:, 8:24, 8:24] = 0
     scenes[2, 1:, 8:24, 40:56] = 0  # at the right
     scenes[3, :2, 8:24, 8:24] = 0  # blue
-    found = torch.nn.functional.normalize(features.pixels(scenes), dim=1)
+    found = torch.nn.functional.normalize(judges.pixels(scenes), dim=1)
     cosines = found @ found.T
     assert found.shape == (4, 195) and found.dtype == torch.float32
     assert cosines[0, 1] == pytest.approx(1) and cosines[0, 2] < 0.8 and cosines[0, 3] < 0.8
@@ -45,24 +45,24 @@ def test_clip_features_are_the_models_own_embedding(clip):
     model = CLIPVisionModelWithProjection.from_pretrained(clip)
     with torch.no_grad():
         expected = model(pixel_values=short_side(images, model.config.image_size)).image_embeds
-    embedded = features.load("clip", str(clip))(images)
+    embedded = judges.load_features("clip", str(clip))(images)
     torch.testing.assert_close(embedded, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-5)
 
 
 def test_features_that_cannot_be_had_are_named(clip, tmp_path):
     with pytest.raises(WeightsNotFound, match="dreamsim: no such package"):
-        features.require("dreamsim")
+        judges.require_features("dreamsim")
     with pytest.raises(WeightsNotFound, match=r"evaluation\.clip"):
-        features.require("clip", str(tmp_path / "nowhere"))
-    features.require("pixels")
+        judges.require_features("clip", str(tmp_path / "nowhere"))
+    judges.require_features("pixels")
     (tmp_path / "config.json").write_text((clip / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(BadWeights):
-        features.load("clip", str(tmp_path))
+        judges.load_features("clip", str(tmp_path))
 
 
 def test_every_judge_sees_every_picture_in_batches():
-    judge = Judges({"bright": Brightness()}, features.pixels)
+    judge = Judges({"bright": Brightness()}, judges.pixels)
     whole = judge(PICTURES, ["a"] * 5, 5)
     parts = judge(PICTURES, ["a"] * 5, 2)
     np.testing.assert_allclose(whole[0]["bright"], PICTURES.mean((1, 2, 3)) / 255, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_what_cannot_judge_is_said_with_its_place(given, said):
 
 
 def test_evaluation_images_alone_are_judged_further_and_bad_rows_are_not():
-    judging = scorer(judges=Judges({"mine": Brightness()}, features.pixels), quarantine=True)
+    judging = scorer(judges=Judges({"mine": Brightness()}, judges.pixels), quarantine=True)
     evaluated = judging.score(clean(purpose="evaluate"))
     np.testing.assert_allclose(evaluated.held_out["mine"], evaluated.rewards[:, -1], atol=2e-3)
     assert evaluated.features.shape == (2, 195)
@@ -105,4 +105,4 @@ def test_evaluation_images_alone_are_judged_further_and_bad_rows_are_not():
 
 def test_a_held_out_reward_that_raises_is_named():
     with pytest.raises(BadReward, match=r"evaluation\.held_out: mine: RuntimeError: no such luck"):
-        scorer(judges=Judges({"mine": Broken()}, features.pixels)).score(clean(purpose="evaluate"))
+        scorer(judges=Judges({"mine": Broken()}, judges.pixels)).score(clean(purpose="evaluate"))

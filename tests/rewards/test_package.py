@@ -51,7 +51,8 @@ def make(files, device, threads):
         return scores[:-1] if "few" in prompts else [float("nan")] + scores[1:] if "nan" in prompts else scores
     return score
 
-worker.main({"hpsv2": make})
+worker.MODELS["hpsv2"] = make
+worker.main()
 """
 
 
@@ -112,8 +113,8 @@ def test_scores_come_back_in_order_whatever_the_package_prints(make):
             "raise",
             r"raised ValueError: no such prompt; .*python -m rewards.package build hpsv2.*last words: .*Traceback",
         ),
-        ("die", r"ended with status 3; .*about to go"),
-        ("killed", r"was ended by signal 9 \(9: out of memory\?\)"),
+        ("die", r"ended with status 3 .*about to go"),
+        ("killed", r"ended with status -9 \(-9: out of memory\?\)"),
         ("sleep", r"did not answer within 1 s; .*reward\.options\.seconds"),
         ("few", r"2 scores for 3 images"),
         ("stopped", r"did not answer within 1 s"),
@@ -154,13 +155,10 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("print('hello')", "ended with status 0; .*last words: hello"),
-        ("import nothing_of_that_name", "ended with status 1; .*nothing_of_that_name"),
-        (OTHER.format("connection.close()"), "closed its end of the connection"),
-        (OTHER.format("send(b'garbage\\n')"), r"sent what is no answer \(JSONDecodeError"),
-        (OTHER.format("send(b'[3]\\n')"), r"sent what is no answer \(TypeError"),
-        (OTHER.format("send(b'{}\\n')"), r"sent what is no answer \(KeyError"),
-        (OTHER.format("send(bytes(2 << 20))"), r"sent what is no answer \(JSONDecodeError"),
+        ("print('hello')", "ended with status 0 .*last words: hello"),
+        ("import nothing_of_that_name", "ended with status 1 .*nothing_of_that_name"),
+        (OTHER.format("connection.close()"), "sent no answer"),
+        (OTHER.format("send(b'garbage\\n')"), "sent no answer"),
         (OTHER.format("send(b'{')"), "did not answer within"),
     ],
 )

@@ -26,7 +26,7 @@ from exact_problem import (
     train,
 )
 
-from diffusion import transitions
+from diffusion import noise
 
 PUBLISHED = {"setting": "faithful", "forward_looking": "base"}
 
@@ -179,7 +179,7 @@ def test_rollouts_five_refreshes_old():
 @pytest.mark.long
 def test_low_variance_subsampling_reaches_the_full_sets_target_at_a_third_of_its_cost():
     steps, count, fraction = 20, 64, 0.3
-    pool = [transitions.select("low_variance", fraction, steps, 0, epoch, range(count)) for epoch in range(50)]
+    pool = [noise.select_transitions("low_variance", fraction, steps, 0, epoch, range(count)) for epoch in range(50)]
     assert pool[0].size <= 0.35 * steps * count
     turn = itertools.cycle(pool)
 

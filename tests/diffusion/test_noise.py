@@ -1,6 +1,6 @@
 import numpy as np
 
-from diffusion.transitions import select
+from diffusion.noise import select_transitions as select
 
 IDS = range(200)
 
