@@ -13,13 +13,10 @@ draw is keyed by what it is for.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from diffusion.failures import RunFailure
@@ -53,7 +50,7 @@ def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> No
     sums = {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:
-        _link(storage.local / FOLDER / LATEST, Path(name).name)
+        storage.link(f"{FOLDER}/{LATEST}", name.removeprefix(f"{FOLDER}/"))
 
 
 def steps(storage: Storage) -> list[int]:
@@ -69,16 +66,16 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
     try:
         content = storage.read(f"{name_of(step)}/{MANIFEST}")
         about = json.loads(content)
-        written_as, seal = about["format"], about.pop(SEAL, None)  # older formats have no seal
+        written_as, _ = about["format"], about.pop(SEAL, None)  # older formats have no seal
     except (StorageError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{place} is not whole: {error}") from error
-    if (seal or written_as == FORMAT) and _sealed(about) != content:
-        raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
     if written_as != FORMAT:
         raise CheckpointError(
             f"{place} is of format {written_as}, this Tributary reads {FORMAT}: use the version that wrote it, or "
             "start afresh with run.resume=never and another run.dir"
         )
+    if _sealed(about) != content:
+        raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
     origin = about.get("run_id"), about.get("step")
     if origin != (run_id, step):
         raise CheckpointError(f"{place} is not its own: it was written as step {origin[1]} of run {origin[0]}")
@@ -120,9 +117,8 @@ def lora_folder(storage: Storage) -> str:
 
 def drop_after(storage: Storage, step: int) -> None:
     """Remove the checkpoints of later steps: they were passed over."""
-    for later in steps(storage):
-        if later > step:
-            storage.remove(name_of(later))
+    for later in (later for later in steps(storage) if later > step):
+        storage.remove(name_of(later))
 
 
 def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
@@ -140,14 +136,3 @@ def _sealed(about: dict[str, Any]) -> bytes:
     """A manifest as it is written: with its own sha256, so that a changed one is known like any other file."""
     seal = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**about, SEAL: seal}, indent=1) + "\n").encode()
-
-
-def _link(link: Path, name: str) -> None:
-    """A convenience for people; some file systems have no links, and a copied run has a folder there."""
-    aside = link.with_name(f".{LATEST}.new")
-    with contextlib.suppress(OSError):
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(name)
-        if link.is_dir() and not link.is_symlink():
-            shutil.rmtree(link)
-        aside.replace(link)

@@ -28,43 +28,30 @@ EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
 NEEDED = ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256")  # in run.json
 BEFORE = -1  # the "epoch" of the evaluation before training
 
-SCHEMA = pa.schema(
-    [
-        ("run_id", pa.string()),
-        ("epoch", pa.int32()),
-        ("trajectory_id", pa.int64()),
-        ("policy_version", pa.int32()),  # that sampled it
-        ("adapter_sha256", pa.string()),  # as it stood in the sampler's module
-        ("prompt", pa.string()),
-        ("reward", pa.float32()),  # raw, of the image; null of a bad one
-        ("reward_parts", pa.map_(pa.string(), pa.float32())),  # of a weighted_sum, each reward's own by its label
-        ("log_pf_sum", pa.float64()),  # nats, over all transitions and dimensions
-        ("log_pb_sum", pa.float64()),
-        ("beta", pa.float64()),  # that the epoch trained with
-        ("thumbnail_png", pa.binary()),
-        ("sampler_node", pa.string()),
-        ("chunk", pa.int32()),
-        ("sample_seconds", pa.float32()),  # of the whole chunk
-        ("score_seconds", pa.float32()),
-        ("bad", pa.string()),  # why it was set aside and not trained on
-    ],
-    metadata={"tributary_format": str(FORMAT)},
-)
+KINDS = {"parts": pa.map_(pa.string(), pa.float32()), "vector": pa.list_(pa.float32())}
 
-# Of evaluation/*.parquet: the fixed images, a row each.
-IMAGES = pa.schema(
-    [
-        ("number", pa.int64()),  # names the noise
-        ("prompt", pa.string()),
-        ("reward", pa.float32()),  # raw, of the reward trained on; null of a bad image
-        ("reward_parts", pa.map_(pa.string(), pa.float32())),
-        ("held_out", pa.map_(pa.string(), pa.float32())),  # raw, of rewards not trained on, by label
-        ("features", pa.list_(pa.float32())),  # rewards/features.py
-        ("thumbnail_png", pa.binary()),
-        ("bad", pa.string()),
-    ],
-    metadata={"tributary_format": str(FORMAT)},
-)
+
+def _schema(columns: str) -> pa.Schema:
+    """Of names and types by turns."""
+    words = columns.split()
+    fields = [(name, KINDS.get(kind, kind)) for name, kind in zip(words[::2], words[1::2], strict=True)]
+    return pa.schema(fields, metadata={"tributary_format": str(FORMAT)})
+
+
+# A row a trajectory; docs/data.md says what each column is.
+SCHEMA = _schema("""
+    run_id string           epoch int32             trajectory_id int64     policy_version int32
+    adapter_sha256 string   prompt string           reward float32          reward_parts parts
+    log_pf_sum float64      log_pb_sum float64      beta float64            thumbnail_png binary
+    sampler_node string     chunk int32             sample_seconds float32  score_seconds float32
+    bad string
+""")
+
+# A row an image; rewards as they come, null of a bad image; `held_out` are rewards that are not trained on.
+IMAGES = _schema("""
+    number int64            prompt string           reward float32          reward_parts parts
+    held_out parts          features vector         thumbnail_png binary    bad string
+""")
 
 
 @dataclass
@@ -87,7 +74,7 @@ class Records:
 
     @classmethod
     def open(cls, storage: Storage) -> Records:
-        """A run that is here already. Raises a StorageError where there is none, or a file is damaged."""
+        """Raises a StorageError where there is no run, or a file is damaged."""
         return cls(storage, storage.read_json(RUN, *NEEDED), storage.read_json_lines(METRICS, "epoch"))
 
     @property
@@ -126,9 +113,8 @@ class Records:
         .json, for paired comparisons: columns prompt and reward, and by label reward_parts and held_out."""
         table: dict[str, Any] = {key: [row[key] for row in rows] for key in ("prompt", "reward")}
         for key in ("reward_parts", "held_out"):
-            parts = [dict(row[key]) for row in rows]
-            if parts[0]:
-                table[key] = {label: [part[label] for part in parts] for label in parts[0]}
+            if labels := list(dict(rows[0][key])):
+                table[key] = {label: [dict(row[key])[label] for row in rows] for label in labels}
         name = f"{EVALUATION}/{_name(epoch)}"
         self.storage.write(f"{name}.png", sheet)
         self.storage.write(f"{name}.parquet", parquet(rows, IMAGES))
@@ -144,11 +130,11 @@ class Records:
         return self.storage.read_json(f"{EVALUATION}/{_name(epoch)}.json", "prompt", "reward")
 
     def images(self, epoch: int) -> bytes:
-        """Parquet of the fixed images after an epoch, columns of IMAGES."""
+        """save_evaluation's .parquet."""
         return self.storage.read(f"{EVALUATION}/{_name(epoch)}.parquet")
 
     def sheet(self, epoch: int) -> bytes:
-        """PNG of the contact sheet after an epoch."""
+        """save_evaluation's .png."""
         return self.storage.read(f"{EVALUATION}/{_name(epoch)}.png")
 
 
