@@ -20,7 +20,7 @@ import ray
 from actors.crew import Crew
 from actors.pool import Pool
 from actors.shells import RewardActor, SamplerActor
-from cluster.placement import Asked, ready
+from cluster.placement import ready
 from cluster.waits import ObjectLost, get, put, wait_any
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
@@ -69,11 +69,13 @@ class Rollouts:
         if latent is not None:
             share = min(1.0, self.shares["scorer"].gpus or 1.0)
             arguments = latent, example_prompt(self.config), self.config.model.device, share
-            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments)[0])
+            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments))
 
-    def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[list[Any]]:
-        calls = [[getattr(actor, method).remote(*arguments) for actor in self.pools[role].calls] for role in roles]
-        asked = [Asked(f"{role}s", self.shares[role], refs) for role, refs in zip(roles, calls, strict=True)]
+    def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[Any]:
+        calls = {
+            role: [getattr(actor, method).remote(*arguments) for actor in self.pools[role].calls] for role in roles
+        }
+        asked = {f"{role}s": (self.shares[role], refs) for role, refs in calls.items()}
         return ready(asked, deadline, self.config.run.ready_seconds)
 
     def publish(self, snapshot: Snapshot) -> None:

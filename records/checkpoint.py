@@ -1,11 +1,10 @@
 """Checkpoints: `checkpoints/step-NNNNNN/`, all that a run needs to go on bitwise; step counts policy updates.
 
-    lora/                adapter for diffusers and, as kohya.safetensors, for ComfyUI and A1111
-    learner.pt           adapter, flow network, both optimizers         (learner/state.py)
-    replay-RANK.pt       rollouts that the flow fits draw from
-    config.yaml          every setting
-    state.json           the manifest, written last: cursor, ledger, versions, batch sizes, sha256 of every file
-                         and of itself
+    lora/            adapter for diffusers and, as kohya.safetensors, for ComfyUI and A1111
+    learner.pt       adapter, flow network, both optimizers         (learner/state.py)
+    replay-RANK.pt   rollouts that the flow fits draw from
+    config.yaml      every setting
+    state.json       the manifest, written last: cursor, ledger, versions, batch sizes, sha256 of all files and its own
 
 Only what the manifest lists is read, and nothing outside of the run's folder. There is no random state to keep: every
 draw is keyed by what it is for.
@@ -46,8 +45,7 @@ def name_of(step: int) -> str:
 
 def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> None:
     """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links."""
-    name = name_of(about["step"])
-    sums = {file: sha256(content).hexdigest() for file, content in files.items()}
+    name, sums = name_of(about["step"]), {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:
         storage.link(f"{FOLDER}/{LATEST}", name.removeprefix(f"{FOLDER}/"))
@@ -64,8 +62,7 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
     changed, or is of another format, run or step."""
     place = f"{storage}/{name_of(step)}"
     try:
-        content = storage.read(f"{name_of(step)}/{MANIFEST}")
-        about = json.loads(content)
+        about = json.loads(content := storage.read(f"{name_of(step)}/{MANIFEST}"))
         written_as, _ = about["format"], about.pop(SEAL, None)  # older formats have no seal
     except (StorageError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{place} is not whole: {error}") from error
@@ -76,9 +73,8 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
         )
     if _sealed(about) != content:
         raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
-    origin = about.get("run_id"), about.get("step")
-    if origin != (run_id, step):
-        raise CheckpointError(f"{place} is not its own: it was written as step {origin[1]} of run {origin[0]}")
+    if (origin := (about.get("step"), about.get("run_id"))) != (step, run_id):
+        raise CheckpointError(f"{place} is not its own: it was written as step {origin[0]} of run {origin[1]}")
     return about
 
 

@@ -75,25 +75,38 @@ class Storage:
             return True
 
     def write(self, name: str, content: bytes) -> None:
+        if self.local:
+            return self.write_folder(name, {"": content})
         with self._errors("write", name):
-            if self.local:
-                self._write_local(name, {"": content})
-            else:
-                self._fs.pipe_file(self._path(name), content)
+            self._fs.pipe_file(self._path(name), content)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
-        """All or nothing (see the module's docstring); an older folder of that name is replaced."""
+        """All or nothing (see the module's docstring); an older folder of that name is replaced. Locally a file is a
+        folder's only one, named ""."""
         for file in files:
             _require_within(file)
-        with self._errors("write", name):
-            if self.local:
-                return self._write_local(name, files)
+        if not self.local:
             self.remove(name)
             for file, content in files.items():
                 self.write(f"{name}/{file}", content)
+            return
+        with self._errors("write", name), contextlib.ExitStack() as undo:
+            target = Path(self._path(name, followed=False))
+            aside = _beside(target, ASIDE)
+            _delete(aside)
+            undo.callback(_delete, aside)
+            for file, content in files.items():
+                (aside / file).parent.mkdir(parents=True, exist_ok=True)
+                (aside / file).write_bytes(content)
+            for path in (*aside.rglob("*"), aside):
+                _sync(path)
+            if aside.is_dir():
+                self.remove(name)
+            aside.replace(target)
+            _sync(target.parent)
 
     def link(self, name: str, target: str) -> None:
         """Point the local link `name` at `target` beside it. A convenience for people: some file systems have no links.
@@ -106,26 +119,6 @@ class Storage:
             if not link.is_symlink():
                 _delete(link)
             aside.replace(link)
-
-    def _write_local(self, name: str, files: Mapping[str, bytes]) -> None:
-        """A folder's files by name, or a file as the only one, named ""."""
-        target = Path(self._path(name, followed=False))
-        aside = _beside(target, ASIDE)
-        _delete(aside)
-        try:
-            for file, content in files.items():
-                (aside / file).parent.mkdir(parents=True, exist_ok=True)
-                (aside / file).write_bytes(content)
-            for path in (*aside.rglob("*"), aside):
-                _sync(path)
-            if aside.is_dir():
-                self.remove(name)
-            aside.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                _delete(aside)
-            raise
-        _sync(target.parent)
 
     def read(self, name: str) -> bytes:
         with self._errors("read", name):

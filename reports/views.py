@@ -57,7 +57,7 @@ class RunViews:
         self._beat(Heartbeat.turn)
 
     def epoch_closed(self, line: dict[str, Any], seconds: float) -> None:
-        self._beat(Heartbeat.closed)
+        self._beat(lambda heartbeat: heartbeat.turn(closed=True))
         last = line["epoch"] + 1 == self._config.train.epochs  # then it is drawn at the end
         if line["epoch"] != BEFORE and line["eval_reward_mean"] is not None and not last:
             self._draw_report()
