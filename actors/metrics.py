@@ -58,9 +58,9 @@ class Metrics:
     def show(self, vitals: Vitals) -> None:
         """Set every gauge."""
         self._due = time.monotonic() + SECONDS
-        mean, most = vitals.staleness
         values = {"policy_version": vitals.policy_version, "epochs_in_work": vitals.epochs_in_work}
-        for name, value in {**values, "staleness_mean": mean, "staleness_max": most, **self._last_epoch}.items():
+        behind = dict(zip(("staleness_mean", "staleness_max"), vitals.staleness, strict=True))
+        for name, value in {**values, **behind, **self._last_epoch}.items():
             self.record(name, value)
         for role, count in vitals.actors.items():
             self.record("actors", count, role=role)

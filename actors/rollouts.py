@@ -9,6 +9,7 @@ Weights travel with each call, so a chunk is sampled with those that are the new
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from actors.crew import Crew
 from actors.pool import Pool
 from actors.shells import RewardActor, SamplerActor
 from cluster.placement import ready
-from cluster.waits import ObjectLost, get, put, wait_any
+from cluster.waits import ObjectLost, done, get, put
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
 from learner import build
@@ -32,8 +33,8 @@ from learner.protocol.ledger import Ledger
 from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25
-SHOWN_PROMPTS = 8
-Done = Callable[[Chunk, Scores], None]
+SHOWN_CHARACTERS = 1000  # of a chunk's prompts
+Take = Callable[[Chunk, Scores], None]
 REMEDIES = {
     "sampler": "a smaller sampler.chunk_size takes less memory",
     "scorer": "leave out the one that ends the reward's process, or have the reward raise an error for it "
@@ -110,8 +111,8 @@ class Rollouts:
             raise ObjectLost(f"{key} was made and lost {times} times (run.chunk_attempts)")
         self.samplers.submit(key, first=True)
 
-    def evaluate(self, chunks: Sequence[Chunk], done: Done, pump: Callable[[], None]) -> None:
-        """Before all that wait. `done` gets each chunk as it is scored; `pump` is this object's or calls that."""
+    def evaluate(self, chunks: Sequence[Chunk], take: Take, pump: Callable[[], None]) -> None:
+        """Before all that wait. `take` gets each chunk as it is scored; `pump` is this object's or calls that."""
         self.buffer.add(chunks)
         for chunk in reversed(chunks):
             self.samplers.submit(chunk.key, first=True)
@@ -126,20 +127,20 @@ class Rollouts:
                     self.make_again(key)
                 else:
                     del self.buffer.works[key]
-                    done(work.chunk, scores)
+                    take(work.chunk, scores)
             if not self.buffer.part("evaluate"):
                 return
             self.pause()
 
-    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Done) -> None:
+    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], take: Take) -> None:
         """As evaluation/image_sets.py's Pools say; raises what `pump` does."""
         self.publish(snapshot)
         self.made_again.clear()
-        self.evaluate(chunks, done, self.pump)
+        self.evaluate(chunks, take, self.pump)
 
     def pause(self, also: Sequence[ray.ObjectRef] = ()) -> None:
         """A little, for an actor's answer or one of these."""
-        wait_any([*also, *self.samplers.waiting_on, *self.scorers.waiting_on], POLL_SECONDS)
+        done([*also, *self.samplers.waiting_on, *self.scorers.waiting_on], POLL_SECONDS, enough=1)
 
     def _sample(self, sampler: Any, key: ChunkKey) -> list[ray.ObjectRef]:
         self.buffer.given(key, self._snapshot)
@@ -154,9 +155,8 @@ class Rollouts:
             self.buffer.lose(key)
 
     def _remedy(self, role: str, key: ChunkKey) -> str:
-        prompts = list(map(repr, dict.fromkeys(self.buffer.works[key].chunk.prompts)))
-        more = [f"{len(prompts) - SHOWN_PROMPTS} more"] if len(prompts) > SHOWN_PROMPTS else []
-        return f"its prompts: {', '.join(prompts[:SHOWN_PROMPTS] + more)}; {REMEDIES[role]}"
+        prompts = ", ".join(map(repr, dict.fromkeys(self.buffer.works[key].chunk.prompts)))
+        return f"its prompts: {textwrap.shorten(prompts, SHOWN_CHARACTERS)}; {REMEDIES[role]}"
 
 
 def evaluation_pools(config: Config, say: Callable[[str], None]) -> Rollouts:

@@ -14,6 +14,7 @@ from diffusion.failures import RunFailure
 CONNECT_SECONDS = 20.0
 DEFAULT_FILE = Path("~/.ray/auth_token")  # Ray's
 OPEN = "anyone who reaches it can run code there and read the run"
+REMEDY = "start it with RAY_AUTH_MODE=token on every node (docs/operations.md)"
 
 
 class ClusterUnreachable(RunFailure, ConnectionError):
@@ -46,8 +47,7 @@ def takes_any_token(address: str) -> str | None:
         return None
     with contextlib.suppress(ClusterUnreachable):
         require_answer(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_AUTH_TOKEN_PATH="")
-        remedy = "start it with RAY_AUTH_MODE=token on every node (docs/operations.md)"
-        return f"the Ray cluster at {address} takes any token: {OPEN}; {remedy}"
+        return f"the Ray cluster at {address} takes any token: {OPEN}; {REMEDY}"
     return None
 
 

@@ -97,8 +97,9 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
         for name, role, theirs in zip(ROLES, roles, usable, strict=True):
             if not theirs:
                 raise PlacementError(f"{name}.labels: no node has {role.labels}; the cluster has {listed(nodes)}")
-    cpus, gpus, units = _amounts(used)
-    room = [_amounts(theirs)[2] for theirs in usable]
+    cpus, gpus = sum(node.cpus for node in used), sum(int(node.gpus) for node in used)
+    units = gpus or int(cpus)
+    room = [sum(int(node.gpus) for node in theirs) or int(sum(node.cpus for node in theirs)) for theirs in usable]
     ranks = trainer.ranks
     if ranks is None:
         chunks_per_update = config.train.trajectories // config.sampler.chunk_size // config.train.updates_per_epoch
@@ -114,7 +115,8 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
         Share(count, 0.0, gpu, role.labels, () if gpu else _last(theirs))
         for count, gpu, role, theirs in zip(counts, _gpus(counts, asked, gpus, autoscale), roles, usable, strict=True)
     ]
-    return Placement(*_with_cpus(shares, nodes, cpus, autoscale), tuple(nodes))
+    sampler, scorer, rank = _with_cpus(shares, nodes, cpus, autoscale)
+    return Placement(sampler, scorer, rank, tuple(nodes))
 
 
 def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> tuple[int, int]:
@@ -122,12 +124,12 @@ def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> t
     one of each. Those that the config counts stay if they fit; the others grow and shrink with what the learner ranks
     leave of the nodes that they may use. What does not fit is left out, lest one role take the other's room."""
     ranks, roles = placement.ranks, (placement.samplers, placement.scorers)
-    before, after = (_left([ranks], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
 
     def grown(share: Share) -> float:
         """Its count by the change of the room for its kind."""
-        may_use = ([free for free in there if free.node.matches(share.labels)] for there in (before, after))
-        old, new = (sum(sum(free.devices) if share.gpus else free.cpus for free in there) for there in may_use)
+        rooms = (_left([ranks], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
+        may_use = ([free for free in room if free.node.matches(share.labels)] for room in rooms)
+        old, new = (sum(sum(free.devices) if share.gpus else free.cpus for free in room) for room in may_use)
         return share.count * new / old if old > 0 else share.count
 
     samplers = config.sampler.actors or max(1, math.ceil(grown(placement.samplers) - 1e-6))
@@ -178,12 +180,6 @@ def _late(seconds: float, waiting_for: str) -> DeadlineExceeded:
     return DeadlineExceeded(f"run.ready_seconds={seconds:g}: still waiting for {waiting_for}; the cluster has {there}")
 
 
-def _amounts(nodes: Sequence[Node]) -> tuple[float, int, int]:
-    """CPUs and whole GPUs; and how many actors they are for: one a GPU, or a CPU where there are none."""
-    cpus, gpus = sum(node.cpus for node in nodes), sum(int(node.gpus) for node in nodes)
-    return cpus, gpus, gpus or int(cpus)
-
-
 def _last(nodes: Sequence[Node]) -> tuple[str, ...]:
     """Nodes that actors without a GPU leave to those with one, where there are others."""
     with_gpus = tuple(node.id for node in nodes if node.gpus)
@@ -199,13 +195,12 @@ def _gpus(counts: Sequence[int], asked: Sequence[float | None], gpus: int, autos
     sharing = sum(count for count, share in zip(counts, shares, strict=True) if share is None)
     fair = _part(math.ceil(sharing / left)) if sharing and left > 0 else 0.0
     each = [fair if share is None else share for share in shares]
-    terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
     total = sum(count * share for count, share in zip(counts, each, strict=True))
     if total > gpus + 1e-6 and not autoscale:
-        raise PlacementError(
-            f"sampler.gpus, reward.gpus, learner.gpus: {terms} = {total:g} GPUs asked for, the cluster has {gpus}"
-            + ("" if gpus else " (or model.device is cpu)")
-        )
+        terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
+        has = f"{gpus}" if gpus else "0 (or model.device is cpu)"
+        asks = f"{terms} = {total:g} GPUs asked for, the cluster has {has}"
+        raise PlacementError(f"sampler.gpus, reward.gpus, learner.gpus: {asks}")
     for role, share in zip(ROLES, each, strict=True):
         if share > 1 and share % 1:
             raise PlacementError(f"{role}.gpus: {share:g} is neither a whole number of GPUs nor a part of one")

@@ -32,8 +32,6 @@ class CheckpointError(RunFailure, ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its place, its manifest, and the learner's files by name."""
-
     name: str  # checkpoints/step-NNNNNN
     manifest: dict[str, Any]
     files: dict[str, bytes]
@@ -44,7 +42,7 @@ def name_of(step: int) -> str:
 
 
 def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links."""
+    """In one piece; `checkpoints/latest` is pointed at it where the storage has links."""
     name, sums = name_of(about["step"]), {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:

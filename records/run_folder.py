@@ -1,9 +1,6 @@
 """The durable record of a run: settings, metrics, trajectories, evaluations, pictures. MLflow is only a view of it.
-
-Written by the driver alone, each file in one piece. What belongs to an epoch is on disk before the checkpoint that
-closes the epoch; `drop_after` removes what a killed driver wrote beyond its last checkpoint, so that there are neither
-holes nor repeats.
-"""
+What belongs to an epoch is on disk before the checkpoint that closes the epoch; `drop_after` removes what a killed
+driver wrote beyond its last checkpoint, so that there are neither holes nor repeats."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,13 +126,8 @@ class Records:
         """What save_evaluation's .json holds; null of bad images."""
         return self.storage.read_json(f"{EVALUATION}/{_name(epoch)}.json", "prompt", "reward")
 
-    def images(self, epoch: int) -> bytes:
-        """save_evaluation's .parquet."""
-        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.parquet")
-
-    def sheet(self, epoch: int) -> bytes:
-        """save_evaluation's .png."""
-        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.png")
+    def evaluation_file(self, epoch: int, kind: Literal["png", "parquet"]) -> bytes:
+        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.{kind}")
 
 
 def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

@@ -70,8 +70,8 @@ class RunViews:
         evaluated = records.evaluated()
 
         def save_pictures() -> str:
-            storage.write("before.png", records.sheet(BEFORE))
-            storage.write("after.png", records.sheet(evaluated[-1]))
+            storage.write("before.png", records.evaluation_file(BEFORE, "png"))
+            storage.write("after.png", records.evaluation_file(evaluated[-1], "png"))
             return f"pictures: {storage}/before.png, {storage}/after.png"
 
         pictures = len(evaluated) > 1 and self._try("pictures", save_pictures)

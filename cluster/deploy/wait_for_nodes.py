@@ -1,7 +1,5 @@
 """Wait until the Ray cluster at RAY_ADDRESS has its nodes: python -m cluster.deploy.wait_for_nodes COUNT SECONDS.
-
-slurm.sh and skypilot.yaml call it. Exit status 0 when COUNT nodes are alive, else 1 with one line after SECONDS.
-"""
+slurm.sh and skypilot.yaml call it. Exit status 0 when COUNT nodes are alive, else 1 with one line after SECONDS."""
 
 import os
 import sys
