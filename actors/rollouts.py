@@ -1,11 +1,5 @@
 """Chunks through samplers and reward actors: for training, and for evaluation with or without a learner.
-
-    submitted -> [sampler] -> receipt checked -> [reward actor] -> scored, in the buffer
-        ^            |                                |
-        '------------+----- lost: made again ---------'
-
-Weights travel with each call, so a chunk is sampled with those that are the newest when a sampler is free for it.
-"""
+Weights travel with each call, so a chunk is sampled with those that are the newest when a sampler is free for it."""
 
 from __future__ import annotations
 

@@ -73,14 +73,10 @@ def counted(number: int, what: str) -> str:
 
 
 def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Placement:
-    """Placement of a run on the cluster's nodes; without `learner`, of an evaluation.
-
-    Counts that the config leaves open come from the nodes; CPUs are shared out evenly, in fractions if need be. Each
-    learner rank takes a whole GPU, and samplers and scorers share the rest; if too few are left for that, all roles
-    share all GPUs. With run.autoscale nodes may be missing: what is asked for is asked of Ray.
-
-    Raises a PlacementError where that cannot be: no CPU at all, a role without a node, more GPUs asked for than there
-    are or one and a part, actors that fit on no single nodes."""
+    """Placement of a run on the cluster's nodes; without `learner`, of an evaluation. Counts that the config leaves out
+    come from the nodes; CPUs are shared out evenly, in fractions if need be. Each learner rank takes a whole GPU, and
+    samplers and scorers share the rest; if too few are left for that, all roles share all GPUs. With run.autoscale
+    nodes may be missing: what is asked for is asked of Ray. Raises a PlacementError where that cannot be."""
     autoscale, device, trainer = config.run.autoscale, config.model.device, config.learner
     if not learner:
         trainer = trainer.model_copy(update={"ranks": 0, "gpus": None, "labels": {}})
