@@ -1,8 +1,6 @@
 """What a run tells Prometheus, through Ray's metrics agents: `ray_tributary_...`, counters with `_total` behind.
-
 The driver alone exports. Ray sends every 10 s, and forgets a gauge that was not set for 20 s, so all of them are set
-again every second. `cluster/deploy/grafana.json` shows them.
-"""
+again every second. `cluster/deploy/grafana.json` shows them."""
 
 from __future__ import annotations
 
@@ -67,10 +65,6 @@ class Metrics:
         for state, chunks in (("waiting", vitals.waiting), ("running", vitals.running)):
             for role, count in chunks.items():
                 self.record("chunks", count, role=role, state=state)
-
-    def chunk(self, role: str, stage: str, trajectories: int, seconds: float) -> None:
-        self.record("trajectories", trajectories, stage=stage)
-        self.record("chunk_seconds", seconds, role=role)
 
     def trained(self, result: EpochResult) -> None:
         self.record("trajectories", len(result.rewards), stage="trained")

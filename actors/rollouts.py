@@ -82,17 +82,19 @@ class Rollouts:
     def pump(self) -> None:
         """Hand out what there is room for and take in what is done, without blocking. Raises StaleWeights; ActorDied,
         DeadlineExceeded or ObjectLost of a chunk lost run.chunk_attempts times; BadReward, and what parts raise."""
-        metrics = self.crew.metrics
+        record = self.crew.metrics.record
         for key, (trajectories, clean), receipt in self.samplers.pump():
             self.buffer.sampled(key, receipt, trajectories, clean)
-            metrics.record("receipts", 1, outcome="verified")
-            metrics.chunk("sampler", "sampled", len(receipt.log_pf_sum), receipt.seconds)
+            record("receipts", 1, outcome="verified")
+            record("trajectories", len(receipt.log_pf_sum), stage="sampled")
+            record("chunk_seconds", receipt.seconds, role="sampler")
             if key.purpose == "train":
                 self.sampled_at = time.perf_counter()
             self.scorers.submit(key, first=key.purpose == "evaluate")
         for key, (scores,), verdict in self.scorers.pump():
             self.buffer.scored(key, verdict, scores)
-            metrics.chunk("scorer", "scored", len(verdict.rewards), verdict.seconds)
+            record("trajectories", len(verdict.rewards), stage="scored")
+            record("chunk_seconds", verdict.seconds, role="scorer")
         for pool in self.pools.values():  # the weights could not be fetched; a node went with its objects
             while pool.inputs_lost:
                 self.make_again(pool.inputs_lost.pop())

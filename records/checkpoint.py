@@ -6,9 +6,7 @@
     config.yaml      every setting
     state.json       the manifest, written last: cursor, ledger, versions, batch sizes, sha256 of all files and its own
 
-Only what the manifest lists is read, and nothing outside of the run's folder. There is no random state to keep: every
-draw is keyed by what it is for.
-"""
+Only what the manifest lists is read. There is no random state to keep: every draw is keyed by what it is for."""
 
 from __future__ import annotations
 
@@ -117,8 +115,7 @@ def drop_after(storage: Storage, step: int) -> None:
 
 def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
     """Remove all but the newest `keep` checkpoints and the steps in `always`; keep 0 keeps all. The newest whole one
-    stays in any case: it is read back before anything goes, and `warn` hears of newer ones that are not as written.
-    Raises a CheckpointError if none is whole: then none is removed."""
+    stays in any case: it is read back before anything goes. Raises a CheckpointError if none is whole: none goes."""
     spare = [step for step in steps(storage)[:-keep] if step not in always] if keep else []
     newest = load_newest(storage, run_id, warn) if spare else None
     for step in spare:

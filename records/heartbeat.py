@@ -1,8 +1,6 @@
-"""The driver's sign of life, `status.json` in the run's folder, and what is known of a run from its files alone.
-
-For whoever looks from outside (commands/status.py) and may reach nothing but the files, at any time. A run never reads
-its sign of life, and goes on where it cannot be written. Imports neither numpy nor pyarrow: a look takes no time.
-"""
+"""The driver's sign of life, `status.json` in the run's folder, and what is known of a run from its files alone: for
+whoever looks from outside (commands/status.py). A run never reads its sign of life, and goes on where it cannot be
+written. Imports neither numpy nor pyarrow: a look takes no time."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ class Heartbeat:
         self._write(state="starting", reason=None, mlflow=uri, quiet_seconds=quiet, **identity)
 
     def running(self, vitals: Callable[[], dict[str, Any]], turns: bool) -> None:
-        """The run has started. With `turns`, `turn` is called all the time."""
+        """With `turns`, `turn` is called all the time from now on."""
         self._vitals = vitals
         self._write(state="running", **({"quiet_seconds": QUIET * self._seconds} if turns else {}))
 

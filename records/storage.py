@@ -1,9 +1,7 @@
 """Where a run's files live: a local or mounted folder, or any fsspec URL (s3://, gs://, ...). Only the driver writes.
-
 A reader never sees half a file or folder: locally it is written aside, synced and renamed. An object store's put is
 atomic, and a folder's last file (a checkpoint's manifest) says that it is whole. Names may come from files that someone
-else wrote (that manifest), so none leads out of the root.
-"""
+else wrote (that manifest), so none leads out of the root."""
 
 from __future__ import annotations
 
@@ -129,7 +127,7 @@ class Storage:
         return self._objects(name, [self.read(name)], keys)[0]
 
     def read_json_lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
-        """Objects that have these keys, one a line; none where there is no such file."""
+        """One a line; none where there is no such file."""
         return self._objects(name, self.read(name).splitlines() if self.exists(name) else [], keys)
 
     def exists(self, name: str) -> bool:
