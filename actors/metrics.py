@@ -1,8 +1,6 @@
 """What a run tells Prometheus, through Ray's metrics agents: `ray_tributary_...`, counters with `_total` behind.
-
 The driver alone exports. Ray sends every 10 s, and forgets a gauge that was not set for 20 s, so all of them are set
-again every second. `cluster/deploy/grafana.json` shows them.
-"""
+again every second. `cluster/deploy/grafana.json` shows them."""
 
 from __future__ import annotations
 
@@ -58,19 +56,15 @@ class Metrics:
     def show(self, vitals: Vitals) -> None:
         """Set every gauge."""
         self._due = time.monotonic() + SECONDS
-        mean, most = vitals.staleness
         values = {"policy_version": vitals.policy_version, "epochs_in_work": vitals.epochs_in_work}
-        for name, value in {**values, "staleness_mean": mean, "staleness_max": most, **self._last_epoch}.items():
+        behind = dict(zip(("staleness_mean", "staleness_max"), vitals.staleness, strict=True))
+        for name, value in {**values, **behind, **self._last_epoch}.items():
             self.record(name, value)
         for role, count in vitals.actors.items():
             self.record("actors", count, role=role)
         for state, chunks in (("waiting", vitals.waiting), ("running", vitals.running)):
             for role, count in chunks.items():
                 self.record("chunks", count, role=role, state=state)
-
-    def chunk(self, role: str, stage: str, trajectories: int, seconds: float) -> None:
-        self.record("trajectories", trajectories, stage=stage)
-        self.record("chunk_seconds", seconds, role=role)
 
     def trained(self, result: EpochResult) -> None:
         self.record("trajectories", len(result.rewards), stage="trained")

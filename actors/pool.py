@@ -1,8 +1,6 @@
 """Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline, the dead replaced.
-
 Work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another one. Idle
-actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)
-"""
+actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)"""
 
 from __future__ import annotations
 

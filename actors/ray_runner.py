@@ -6,16 +6,9 @@
                            | '----- newest weights, with each sampling call <-- object store <--'     |
                            '------ closed: one more epoch may be admitted <-- checkpoint written <----'
 
-    who waits                for what                             what ends the wait
-    -----------------------  -----------------------------------  ---------------------------------------------------
-    an epoch                 train.max_staleness: open epochs     `closed` (the controller, after its checkpoint)
-    a chunk in a pool        a sampler or reward actor with room  an answer; run.chunk_seconds: who has it is replaced
-    `train_epoch`            every chunk of the epoch, scored     the pools; run.chunk_attempts losses of one: an error
-    a learner rank           the other ranks, in a collective     they come; run.train_seconds: all start anew
-    `_with_ranks`            the ranks' answers                   they come, or one is lost: all start anew from the
-                                                                  last checkpoint; learner.attempts times: an error
-    `evaluate`               its chunks, scored                   the pools: they go before training chunks
-    a role short of actors   a node                               `_follow_nodes` finds one that has joined
+Who waits for what is said in learner/controller.py. Every wait here ends with an answer or at its deadline: a chunk's
+(run.chunk_seconds), and who has it is replaced, run.chunk_attempts times; the learner ranks' (run.train_seconds), and
+all start anew from the last checkpoint, learner.attempts times. When a node joins, a role that is short gets actors.
 
 One thread drives it all: whatever is waited for, `_turn` meanwhile hands out work, takes in what is done and replaces
 the dead. Which chunk may be sampled when, and what it is behind, is learner/protocol/buffer.py's business.
@@ -107,14 +100,13 @@ class RayRunner:
         trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         set_aside = [bad for training in trainings for bad in training.set_aside]
         self.ledger.advance(epoch, (bad.trajectory_id for bad in set_aside), "quarantined")
-        for training in trainings:
-            self.ledger.advance(epoch, training.trajectory_ids, "trained")
+        self.ledger.advance(epoch, (it for training in trainings for it in training.trajectory_ids), "trained")
         self.rollouts.publish(self.snapshot)
         seconds = max(0.0, self.rollouts.sampled_at - start), scored - start, time.perf_counter() - scored
         accounts = [work.account() for work in self.buffer.take(epoch, epoch)]
-        result = EpochResult(accounts, trainings[0], set_aside, *seconds)
         behind = [epoch - receipt.policy_version for _, receipt, _ in accounts]
         self._staleness = mean(behind), max(behind)
+        result = EpochResult(accounts, trainings[0], set_aside, *seconds)
         self.crew.metrics.trained(result)
         return result
 
@@ -146,13 +138,14 @@ class RayRunner:
 
     def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Fetch and train; what turns out to be lost is made again first."""
-        works = self._await_epoch(epoch)
-        while lost := self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works]):
+        while True:
+            works = self._await_epoch(epoch)
+            lost = self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works])
+            if not lost:
+                return self._group.train(epoch, beta)
             self.hooks.say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
             for place in lost:
                 self.rollouts.make_again(works[place].chunk.key)
-            works = self._await_epoch(epoch)
-        return self._group.train(epoch, beta)
 
     def _with_ranks(self, work: Callable[[], Any]) -> Any:
         """Have the learner ranks do something; if they are lost on the way, again from the last checkpoint."""

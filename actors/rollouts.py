@@ -1,14 +1,9 @@
 """Chunks through samplers and reward actors: for training, and for evaluation with or without a learner.
-
-    submitted -> [sampler] -> receipt checked -> [reward actor] -> scored, in the buffer
-        ^            |                                |
-        '------------+----- lost: made again ---------'
-
-Weights travel with each call, so a chunk is sampled with those that are the newest when a sampler is free for it.
-"""
+Weights travel with each call, so a chunk is sampled with those that are the newest when a sampler is free for it."""
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,8 +15,8 @@ import ray
 from actors.crew import Crew
 from actors.pool import Pool
 from actors.shells import RewardActor, SamplerActor
-from cluster.placement import Asked, ready
-from cluster.waits import ObjectLost, get, put, wait_any
+from cluster.placement import ready
+from cluster.waits import ObjectLost, done, get, put
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
 from learner import build
@@ -32,8 +27,8 @@ from learner.protocol.ledger import Ledger
 from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25
-SHOWN_PROMPTS = 8
-Done = Callable[[Chunk, Scores], None]
+SHOWN_CHARACTERS = 1000  # of a chunk's prompts
+Take = Callable[[Chunk, Scores], None]
 REMEDIES = {
     "sampler": "a smaller sampler.chunk_size takes less memory",
     "scorer": "leave out the one that ends the reward's process, or have the reward raise an error for it "
@@ -69,11 +64,13 @@ class Rollouts:
         if latent is not None:
             share = min(1.0, self.shares["scorer"].gpus or 1.0)
             arguments = latent, training_prompts(self.config)[0], self.config.model.device, share
-            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments)[0])
+            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments))
 
-    def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[list[Any]]:
-        calls = [[getattr(actor, method).remote(*arguments) for actor in self.pools[role].calls] for role in roles]
-        asked = [Asked(f"{role}s", self.shares[role], refs) for role, refs in zip(roles, calls, strict=True)]
+    def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[Any]:
+        calls = {
+            role: [getattr(actor, method).remote(*arguments) for actor in self.pools[role].calls] for role in roles
+        }
+        asked = {f"{role}s": (self.shares[role], refs) for role, refs in calls.items()}
         return ready(asked, deadline, self.config.run.ready_seconds)
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -85,17 +82,19 @@ class Rollouts:
     def pump(self) -> None:
         """Hand out what there is room for and take in what is done, without blocking. Raises StaleWeights; ActorDied,
         DeadlineExceeded or ObjectLost of a chunk lost run.chunk_attempts times; BadReward, and what parts raise."""
-        metrics = self.crew.metrics
+        record = self.crew.metrics.record
         for key, (trajectories, clean), receipt in self.samplers.pump():
             self.buffer.sampled(key, receipt, trajectories, clean)
-            metrics.record("receipts", 1, outcome="verified")
-            metrics.chunk("sampler", "sampled", len(receipt.log_pf_sum), receipt.seconds)
+            record("receipts", 1, outcome="verified")
+            record("trajectories", len(receipt.log_pf_sum), stage="sampled")
+            record("chunk_seconds", receipt.seconds, role="sampler")
             if key.purpose == "train":
                 self.sampled_at = time.perf_counter()
             self.scorers.submit(key, first=key.purpose == "evaluate")
         for key, (scores,), verdict in self.scorers.pump():
             self.buffer.scored(key, verdict, scores)
-            metrics.chunk("scorer", "scored", len(verdict.rewards), verdict.seconds)
+            record("trajectories", len(verdict.rewards), stage="scored")
+            record("chunk_seconds", verdict.seconds, role="scorer")
         for pool in self.pools.values():  # the weights could not be fetched; a node went with its objects
             while pool.inputs_lost:
                 self.make_again(pool.inputs_lost.pop())
@@ -108,8 +107,8 @@ class Rollouts:
             raise ObjectLost(f"{key} was made and lost {times} times (run.chunk_attempts)")
         self.samplers.submit(key, first=True)
 
-    def evaluate(self, chunks: Sequence[Chunk], done: Done, pump: Callable[[], None]) -> None:
-        """Before all that wait. `done` gets each chunk as it is scored; `pump` is this object's or calls that."""
+    def evaluate(self, chunks: Sequence[Chunk], take: Take, pump: Callable[[], None]) -> None:
+        """Before all that wait. `take` gets each chunk as it is scored; `pump` is this object's or calls that."""
         self.buffer.add(chunks)
         for chunk in reversed(chunks):
             self.samplers.submit(chunk.key, first=True)
@@ -124,20 +123,20 @@ class Rollouts:
                     self.make_again(key)
                 else:
                     del self.buffer.works[key]
-                    done(work.chunk, scores)
+                    take(work.chunk, scores)
             if not self.buffer.part("evaluate"):
                 return
             self.pause()
 
-    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Done) -> None:
+    def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], take: Take) -> None:
         """As evaluation/image_sets.py's Pools say; raises what `pump` does."""
         self.publish(snapshot)
         self.made_again.clear()
-        self.evaluate(chunks, done, self.pump)
+        self.evaluate(chunks, take, self.pump)
 
     def pause(self, also: Sequence[ray.ObjectRef] = ()) -> None:
         """A little, for an actor's answer or one of these."""
-        wait_any([*also, *self.samplers.waiting_on, *self.scorers.waiting_on], POLL_SECONDS)
+        done([*also, *self.samplers.waiting_on, *self.scorers.waiting_on], POLL_SECONDS, enough=1)
 
     def _sample(self, sampler: Any, key: ChunkKey) -> list[ray.ObjectRef]:
         self.buffer.given(key, self._snapshot)
@@ -152,9 +151,8 @@ class Rollouts:
             self.buffer.lose(key)
 
     def _remedy(self, role: str, key: ChunkKey) -> str:
-        prompts = list(map(repr, dict.fromkeys(self.buffer.works[key].chunk.prompts)))
-        more = [f"{len(prompts) - SHOWN_PROMPTS} more"] if len(prompts) > SHOWN_PROMPTS else []
-        return f"its prompts: {', '.join(prompts[:SHOWN_PROMPTS] + more)}; {REMEDIES[role]}"
+        prompts = ", ".join(map(repr, dict.fromkeys(self.buffer.works[key].chunk.prompts)))
+        return f"its prompts: {textwrap.shorten(prompts, SHOWN_CHARACTERS)}; {REMEDIES[role]}"
 
 
 def evaluation_pools(config: Config, say: Callable[[str], None]) -> Rollouts:

@@ -14,6 +14,7 @@ from diffusion.failures import RunFailure
 CONNECT_SECONDS = 20.0
 DEFAULT_FILE = Path("~/.ray/auth_token")  # Ray's
 OPEN = "anyone who reaches it can run code there and read the run"
+REMEDY = "start it with RAY_AUTH_MODE=token on every node (docs/operations.md)"
 
 
 class ClusterUnreachable(RunFailure, ConnectionError):
@@ -27,9 +28,9 @@ def require_answer(address: str, **changed: str) -> None:
         return
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     command += [] if address == "auto" else ["--address", address]
-    environment = os.environ | changed
+    env = os.environ | changed
     try:
-        check = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, env=environment)
+        check = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, env=env)
     except subprocess.TimeoutExpired:
         raise ClusterUnreachable(
             f"RAY_ADDRESS: no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s; start one, or unset it to "
@@ -46,8 +47,7 @@ def takes_any_token(address: str) -> str | None:
         return None
     with contextlib.suppress(ClusterUnreachable):
         require_answer(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_AUTH_TOKEN_PATH="")
-        remedy = "start it with RAY_AUTH_MODE=token on every node (docs/operations.md)"
-        return f"the Ray cluster at {address} takes any token: {OPEN}; {remedy}"
+        return f"the Ray cluster at {address} takes any token: {OPEN}; {REMEDY}"
     return None
 
 
@@ -63,8 +63,7 @@ def faults_here() -> list[str]:
 
 
 def ensure_token() -> None:
-    """Makes a token for this process and those it starts, if the user has none: a Ray that demands one cannot start
-    without."""
+    """Makes a token for this process and those it starts, if the user has none: Ray cannot start without."""
     file = _token_file()
     if os.environ["RAY_AUTH_MODE"].lower() == "token" and file == DEFAULT_FILE.expanduser() and not file.exists():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from cluster.waits import DeadlineExceeded
 
 ANSWER_SECONDS = 10.0
-SELECTOR = re.compile(r"(?P<no>!?)(?:in\((?P<several>[^()!]+)\)|(?P<single>[^()!]+))")
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,13 @@ class Node:
     id: str = ""
 
     def matches(self, selector: Mapping[str, str]) -> bool:
-        """Whether Ray would place an actor with this label selector here."""
-        return all(_means(wanted, self.labels.get(label)) for label, wanted in selector.items())
+        """Whether Ray would place an actor here whose label selector has x, !x, in(x,y) or !in(x,y) by label. A label
+        that is not there is unlike any value."""
+        for label, wanted in selector.items():
+            values = wanted.removeprefix("!").removeprefix("in(").removesuffix(")").split(",")
+            if (self.labels.get(label) in values) == wanted.startswith("!"):
+                return False
+        return True
 
     def __str__(self) -> str:
         labels = {key: value for key, value in self.labels.items() if key != "ray.io/node-id"}
@@ -42,11 +45,8 @@ def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
     """The nodes that Ray, which must be initialised, holds to be alive: a few milliseconds. Raises DeadlineExceeded if
     Ray's control store does not answer within `seconds`."""
     address, answers = ray.get_runtime_context().gcs_address, []
-
-    def ask() -> None:
-        answers.append(get_cluster_status(address))  # of its deadlines none is kept: 30 s when the store is gone
-
-    thread = threading.Thread(target=ask, daemon=True)
+    # Of its own deadlines none is kept: 30 s when the store is gone.
+    thread = threading.Thread(target=lambda: answers.append(get_cluster_status(address)), daemon=True)
     thread.start()
     thread.join(seconds)
     if not answers:
@@ -60,7 +60,6 @@ def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
 
 
 def listed(nodes: Sequence[Node]) -> str:
-    """For messages."""
     return "; ".join(map(str, nodes)) or "no nodes"
 
 
@@ -68,10 +67,3 @@ def totals(nodes: Sequence[Node]) -> dict[str, float]:
     """CPUs and GPUs of all of them, where there are any."""
     amounts = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
     return {name: amount for name, amount in amounts.items() if amount}
-
-
-def _means(wanted: str, value: str | None) -> bool:
-    """Ray's operators: x, !x, in(x,y), !in(x,y); a label that is not there is unlike any value."""
-    if (parts := SELECTOR.fullmatch(wanted)) is None:
-        return False
-    return (value in (parts["several"] or parts["single"]).split(",")) != bool(parts["no"])

@@ -49,8 +49,8 @@ class Share:
         return options | ({"label_selector": dict(self.labels)} if self.labels else {})
 
     def __str__(self) -> str:
-        gpus = f", {self.gpus:g} GPU" if self.gpus else ""
-        return f"{self.cpus:g} CPU{gpus}" + (f", labels {dict(self.labels)}" if self.labels else "")
+        amounts = [f"{amount:g} {kind}" for amount, kind in ((self.cpus, "CPU"), (self.gpus, "GPU")) if amount]
+        return ", ".join([*amounts, f"labels {dict(self.labels)}"] if self.labels else amounts)
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,10 @@ def counted(number: int, what: str) -> str:
 
 
 def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Placement:
-    """Placement of a run on the cluster's nodes; without `learner`, of an evaluation.
-
-    Counts that the config leaves open come from the nodes; CPUs are shared out evenly, in fractions if need be. Each
-    learner rank takes a whole GPU, and samplers and scorers share the rest; if too few are left for that, all roles
-    share all GPUs. With run.autoscale nodes may be missing: what is asked for is asked of Ray.
-
-    Raises a PlacementError where that cannot be: no CPU at all, a role without a node, more GPUs asked for than there
-    are or one and a part, actors that fit on no single nodes."""
+    """Placement of a run on the cluster's nodes; without `learner`, of an evaluation. Counts that the config leaves out
+    come from the nodes; CPUs are shared out evenly, in fractions if need be. Each learner rank takes a whole GPU, and
+    samplers and scorers share the rest; if too few are left for that, all roles share all GPUs. With run.autoscale
+    nodes may be missing: what is asked for is asked of Ray. Raises a PlacementError where that cannot be."""
     autoscale, device, trainer = config.run.autoscale, config.model.device, config.learner
     if not learner:
         trainer = trainer.model_copy(update={"ranks": 0, "gpus": None, "labels": {}})
@@ -89,7 +85,6 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
         nodes = [replace(node, gpus=0.0) for node in nodes]
     usable = [[node for node in nodes if node.matches(role.labels)] for role in roles]
     used = [node for node in nodes if any(node in theirs for theirs in usable)]
-    cpus, gpus = sum(node.cpus for node in used), sum(int(node.gpus) for node in used)
     if not autoscale:
         if device == "cuda" and not any(node.gpus for node in nodes):
             raise PlacementError("model.device: cuda was asked for, but the cluster has no GPU")
@@ -98,6 +93,7 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
         for name, role, theirs in zip(ROLES, roles, usable, strict=True):
             if not theirs:
                 raise PlacementError(f"{name}.labels: no node has {role.labels}; the cluster has {listed(nodes)}")
+    cpus, gpus = sum(node.cpus for node in used), sum(int(node.gpus) for node in used)
     units = gpus or int(cpus)
     room = [sum(int(node.gpus) for node in theirs) or int(sum(node.cpus for node in theirs)) for theirs in usable]
     ranks = trainer.ranks
@@ -112,11 +108,10 @@ def place_for(config: Config, nodes: Sequence[Node], learner: bool = True) -> Pl
         for role, theirs in zip(roles, usable, strict=True)
     ]
     shares = [
-        Share(count, 0.0, each, role.labels, () if each else _last(theirs))
-        for count, each, role, theirs in zip(counts, _gpus(counts, asked, gpus, autoscale), roles, usable, strict=True)
+        Share(count, 0.0, gpu, role.labels, () if gpu else _last(theirs))
+        for count, gpu, role, theirs in zip(counts, _gpus(counts, asked, gpus, autoscale), roles, usable, strict=True)
     ]
-    cpu = _share(cpus, sum(counts)) if autoscale else _fitting_cpu(shares, nodes, cpus)
-    sampler, scorer, rank = (replace(share, cpus=cpu) for share in shares)
+    sampler, scorer, rank = _with_cpus(shares, nodes, cpus, autoscale)
     return Placement(sampler, scorer, rank, tuple(nodes))
 
 
@@ -125,34 +120,22 @@ def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> t
     one of each. Those that the config counts stay if they fit; the others grow and shrink with what the learner ranks
     leave of the nodes that they may use. What does not fit is left out, lest one role take the other's room."""
     ranks, roles = placement.ranks, (placement.samplers, placement.scorers)
-    before, after = (_left([ranks], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
 
     def grown(share: Share) -> float:
         """Its count by the change of the room for its kind."""
-        may_use = ([free for free in there if free.node.matches(share.labels)] for there in (before, after))
-        old, new = (sum(sum(free.devices) if share.gpus else free.cpus for free in there) for there in may_use)
+        rooms = (_left([ranks], there) or [_Free(node) for node in there] for there in (placement.nodes, nodes))
+        may_use = ([free for free in room if free.node.matches(share.labels)] for room in rooms)
+        old, new = (sum(sum(free.devices) if share.gpus else free.cpus for free in room) for room in may_use)
         return share.count * new / old if old > 0 else share.count
 
     samplers = config.sampler.actors or max(1, math.ceil(grown(placement.samplers) - 1e-6))
-    scorers = config.reward.actors or max(1, math.floor(grown(placement.scorers) + 1e-6))
-    counts = [samplers, scorers]
-
-    def fit() -> bool:
+    counts = [samplers, config.reward.actors or max(1, math.floor(grown(placement.scorers) + 1e-6))]
+    while max(counts) > 1:
         wanted = [replace(share, count=count) for share, count in zip(roles, counts, strict=True)]
-        return _left([ranks, *wanted], nodes) is not None
-
-    while max(counts) > 1 and not fit():
+        if _left([ranks, *wanted], nodes) is not None:
+            break
         counts[counts.index(max(counts))] -= 1
     return counts[0], counts[1]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Calls to actors of one role (`samplers`) that were just started with this share each."""
-
-    role: str
-    share: Share
-    refs: list[ray.ObjectRef]
 
 
 def reserve(placement: Placement, seconds: float) -> PlacementGroup:
@@ -174,19 +157,18 @@ def in_group(placement: Placement, group: PlacementGroup) -> list[dict[str, Any]
     return [{**placement.ranks.resources, "max_restarts": 0, "scheduling_strategy": place} for place in places]
 
 
-def ready(asked: Sequence[Asked], deadline: float, limit: float) -> list[list[Any]]:
-    """The answers of all, role by role. `deadline` is of time.monotonic; `limit` is run.ready_seconds. Raises
-    DeadlineExceeded, which says who is missing, what each asks for, and what the cluster has, or ActorDied: an actor
-    could not start, and why."""
-    what = "starting " + ", ".join(f"{len(calls.refs)} {calls.role}" for calls in asked)
-    refs = [ref for calls in asked for ref in calls.refs]
+def ready(calls: Mapping[str, tuple[Share, list[ray.ObjectRef]]], deadline: float, limit: float) -> list[Any]:
+    """All answers of calls to actors that were just started: by role (`samplers`), each one's share and the calls.
+    `deadline` is of time.monotonic; `limit` is run.ready_seconds. Raises DeadlineExceeded, which says who is missing,
+    what each asks for, and what the cluster has, or ActorDied: an actor could not start, and why."""
+    what = "starting " + ", ".join(f"{len(refs)} {role}" for role, (_, refs) in calls.items())
+    seconds, everyone = max(0.0, deadline - time.monotonic()), [ref for _, refs in calls.values() for ref in refs]
     try:
-        answers = iter(get(refs, max(0.0, deadline - time.monotonic()), what, f"run.ready_seconds={limit:g}"))
+        return get(everyone, seconds, what, f"run.ready_seconds={limit:g}")
     except DeadlineExceeded:
-        missing = ((calls, len(calls.refs) - len(done(calls.refs))) for calls in asked)
-        texts = [f"{n} of {len(calls.refs)} {calls.role} ({calls.share} each)" for calls, n in missing if n]
+        missing = ((role, share, len(refs), len(refs) - len(done(refs))) for role, (share, refs) in calls.items())
+        texts = [f"{n} of {count} {role} ({share} each)" for role, share, count, n in missing if n]
         raise _late(limit, " and ".join(texts)) from None
-    return [[next(answers) for _ in calls.refs] for calls in asked]
 
 
 def _late(seconds: float, waiting_for: str) -> DeadlineExceeded:
@@ -207,41 +189,35 @@ def _gpus(counts: Sequence[int], asked: Sequence[float | None], gpus: int, autos
     if shares[2] is None and (left > ranks or (left == ranks and None not in shares[:2])):
         shares[2], left = 1.0, left - ranks
     sharing = sum(count for count, share in zip(counts, shares, strict=True) if share is None)
-    fair = _share(left, sharing) if sharing and left > 0 else 0.0
+    fair = _part(math.ceil(sharing / left)) if sharing and left > 0 else 0.0
     each = [fair if share is None else share for share in shares]
-    terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
     total = sum(count * share for count, share in zip(counts, each, strict=True))
     if total > gpus + 1e-6 and not autoscale:
-        raise PlacementError(
-            f"sampler.gpus, reward.gpus, learner.gpus: {terms} = {total:g} GPUs asked for, the cluster has {gpus}"
-            + ("" if gpus else " (or model.device is cpu)")
-        )
+        terms = " + ".join(f"{count} x {share:g}" for count, share in zip(counts, each, strict=True))
+        has = f"{gpus}" if gpus else "0 (or model.device is cpu)"
+        asks = f"{terms} = {total:g} GPUs asked for, the cluster has {has}"
+        raise PlacementError(f"sampler.gpus, reward.gpus, learner.gpus: {asks}")
     for role, share in zip(ROLES, each, strict=True):
         if share > 1 and share % 1:
             raise PlacementError(f"{role}.gpus: {share:g} is neither a whole number of GPUs nor a part of one")
     return each
 
 
-def _share(amount: float, among: int) -> float:
-    """What each of `among` actors gets of `amount` devices: a whole one, or 1/k of one so that k of them fill a
-    device exactly (a fraction never spans two devices)."""
-    return 1.0 if among <= amount else _part(math.ceil(among / amount) if amount else among)
-
-
 def _part(k: int) -> float:
+    """1/k of a device, so that k actors fill it exactly (a fraction never spans two devices)."""
     return math.floor(10_000 / k) / 10_000
 
 
-def _fitting_cpu(shares: Sequence[Share], nodes: Sequence[Node], cpus: float) -> float:
-    """The largest share of a CPU, 1/k of one, with which every actor fits on a node that it may use."""
+def _with_cpus(shares: Sequence[Share], nodes: Sequence[Node], cpus: float, autoscale: bool) -> list[Share]:
+    """With the largest part of a CPU, 1/k of one, with which every actor fits on a node that it may use."""
     total = sum(share.count for share in shares)
-    fewest = max(1, math.ceil(total / cpus)) if cpus else 1
+    fewest = max(1, math.ceil(total / cpus)) if cpus else total
     for k in range(fewest, fewest + 4 * total):
-        if _left([replace(share, cpus=_part(k)) for share in shares], nodes) is not None:
-            return _part(k)
+        placed = [replace(share, cpus=_part(k)) for share in shares]
+        if autoscale or _left(placed, nodes) is not None:
+            return placed
     wanted = ", ".join(
-        f"{role} {share.count} x {share.gpus:g} GPU" + (f" where {dict(share.labels)}" if share.labels else "")
-        for role, share in zip(ROLES, shares, strict=True)
+        f"{share.count} x {share} ({role})" for role, share in zip(ROLES, shares, strict=True) if str(share)
     )
     raise PlacementError(
         f"sampler.actors, reward.actors, learner.ranks: {wanted} do not fit on single nodes; the cluster has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -29,13 +30,10 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
 
         cpus, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
         return [Node("this machine", cpus, gpus, free_cpus=cpus, free_gpus=gpus)]
-    session = Session(cpu_threads)
-    try:
+    with contextlib.closing(Session(cpu_threads)):
         if open_to_all := auth.takes_any_token(address):
             warn(open_to_all)
         return alive_nodes()
-    finally:
-        session.close()
 
 
 class Session:
@@ -44,11 +42,10 @@ class Session:
     answer, or does not know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives."""
 
     def __init__(self, cpu_threads: int) -> None:
-        # Actors without a share of a GPU must not see any.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))
-        # Failures that were survived are said by the run, in a line; Ray would print their tracebacks.
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+        # Actors without a share of a GPU must not see any. Failures survived are said by the run, without a traceback.
+        for name in ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_IGNORE_UNHANDLED_ERRORS"):
+            os.environ.setdefault(name, "1")
         address = os.environ.get("RAY_ADDRESS") or "local"
         self._connected = not ray.is_initialized()
         self._folder = temp_folders.TemporaryFolder() if self._connected and address == "local" else None
@@ -81,7 +78,6 @@ class Session:
 
 
 def _init(address: str, **options: Any) -> None:
-    """Raises ClusterUnreachable: another version of Ray or Python, a port, ..."""
     # Workers have our environment by inheritance, or with the submitted job. By a runtime environment Ray's logs would
     # have it too, HF_TOKEN included.
     common = {"namespace": "tributary", "log_to_driver": False, "logging_level": logging.WARNING}

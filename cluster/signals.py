@@ -1,7 +1,5 @@
-"""Signals that end a run: Ctrl-C, SIGTERM (`ray job stop`, which kills 3 s later) and SIGHUP.
-
-Standard library alone: it is active before torch is imported, which takes seconds.
-"""
+"""Signals that end a run: Ctrl-C, SIGTERM (`ray job stop`, which kills 3 s later) and SIGHUP. Standard library alone:
+it is active before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -37,16 +35,11 @@ def watch(program: str) -> None:
             signal.signal(number, _end)
 
 
-def running() -> None:
-    """Something is about to be started: from here on an end has to be clean."""
+def enter(stage: Literal["running", "closing"]) -> None:
+    """Something is about to be started: from here on an end has to be clean. Or that has begun, for whatever reason:
+    nothing interrupts it, but what waits asks for the `status`."""
     global _stage
-    _stage = "running"
-
-
-def closing() -> None:
-    """The clean end has begun, for whatever reason: nothing interrupts it, but what waits asks `hurry`."""
-    global _stage
-    _stage = "closing"
+    _stage = stage
 
 
 def leave(status: int) -> NoReturn:
@@ -61,15 +54,10 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def hurry() -> bool:
-    """Whether a signal has come."""
-    return _status > 0
-
-
-def status() -> int:
+def status(before_any: int = 130) -> int:
     """Exit status after an interrupt: 130 for Ctrl-C, 143 for SIGTERM. The exception cannot tell: Ray makes a
-    KeyboardInterrupt of its own of what it meets in a call."""
-    return _status or 130
+    KeyboardInterrupt of its own of what it meets in a call. `before_any` signal has come: that."""
+    return _status or before_any
 
 
 @contextlib.contextmanager

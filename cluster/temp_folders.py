@@ -1,8 +1,6 @@
 """Temporary folders that are removed with their process: at its end, or, if it was killed, when the next one starts.
-
 The owner holds a lock on its folder, which the kernel releases with the process. Processes that work for the owner have
-the folder's name in their environment, and end with it.
-"""
+the folder's name in their environment, and end with it."""
 
 from __future__ import annotations
 
@@ -64,11 +62,8 @@ def sweep() -> None:
 
 def end_processes(path: Path, grace: float) -> None:
     """Those that work for the folder's owner, if any is left after `grace` seconds."""
-    working = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # another user's, or gone a moment ago
-            if process.environ().get(VARIABLE) == str(path) and process.pid != os.getpid():
-                working.append(process)
+    mark, processes = (VARIABLE, str(path)), psutil.process_iter(["environ"])  # None of another user's
+    working = [each for each in processes if mark in (each.info["environ"] or {}).items() and each.pid != os.getpid()]
     _, left = psutil.wait_procs(working, timeout=grace)
     for process in left:
         with contextlib.suppress(psutil.Error):

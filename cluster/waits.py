@@ -48,15 +48,9 @@ def put(value: Any, what: str) -> ray.ObjectRef:
         raise ObjectLost(f"{what}: {_reason(error)}") from error
 
 
-def wait_any(refs: Sequence[ray.ObjectRef], seconds: float) -> None:
-    """Wait until one of `refs` is done, for at most `seconds`."""
-    if refs:
-        ray.wait(list(refs), num_returns=1, timeout=max(0.0, seconds))
-
-
-def done(refs: Sequence[ray.ObjectRef], seconds: float = 0.0) -> list[ray.ObjectRef]:
-    """All of `refs` that are done; waits for the rest for at most `seconds`."""
-    return ray.wait(list(refs), num_returns=len(refs), timeout=max(0.0, seconds))[0] if refs else []
+def done(refs: Sequence[ray.ObjectRef], seconds: float = 0.0, enough: int | None = None) -> list[ray.ObjectRef]:
+    """Those of `refs` that are done; waits for `enough` of them (all) for at most `seconds`."""
+    return ray.wait(list(refs), num_returns=enough or len(refs), timeout=max(0.0, seconds))[0] if refs else []
 
 
 def _reason(error: RayError) -> str:

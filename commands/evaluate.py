@@ -191,7 +191,7 @@ def run(
 
     if status := attempt(verb, look):
         return status
-    signals.running()
+    signals.enter("running")
     try:
         then(judge(targets, Cache(args.cache)))
     except RunFailure as error:

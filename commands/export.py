@@ -72,7 +72,7 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
             content[name] = lora_files.with_metadata(content[name], _metadata(about, form, adapter))
     sheets = {"before.png": BEFORE, "after.png": trained.epochs - 1}  # of the base model, and of this very checkpoint
     if trained.epochs and set(sheets.values()) <= set(records.evaluated()):
-        content |= {name: records.sheet(epoch) for name, epoch in sheets.items()}
+        content |= {name: records.evaluation_file(epoch, "png") for name, epoch in sheets.items()}
     page = model_card.card(trained, form, adapter, base, [name for name in sheets if name in content], about)
     write(url, content | {"README.md": page.encode()}, {"form": form, **about})
 

@@ -49,8 +49,6 @@ def follow(mirror: Mirror) -> int:
     """Obey the driver's lines until it finishes or is gone. Exit status 0: MLflow has everything."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    from records.lock import in_use
-
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to all: the driver says when we end
     words: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read, args=[words], daemon=True).start()
@@ -63,7 +61,7 @@ def follow(mirror: Mirror) -> int:
                 monitor = SystemMetricsMonitor(mirror.run_id, resume_logging=True, tracking_uri=mirror.uri)
                 monitor.start()
             if word == "gone":  # the driver was killed; unless another one has taken the run over
-                if not in_use(mirror.storage):
+                if not mirror.storage.in_use():
                     mirror.client.set_terminated(mirror.run_id, "KILLED")
                 return 1
             if word.startswith("finish"):
@@ -147,7 +145,6 @@ def main(arguments: list[str] | None = None) -> int:
     server = without_passwords(uri)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    from records.lock import in_use
     from reports.mlflow_mirror import Mirror
 
     for package in ("mlflow", "alembic"):  # after mlflow's import, which sets its own level
@@ -161,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.follow:
             return follow(mirror)
         mirror.connect()
-        if in_use(storage):
+        if storage.in_use():
             mirror.sync()
             print(f"MLflow at {server} has all closed epochs of {storage}, still going on (run {mirror.run_id})")
             return 0

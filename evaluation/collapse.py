@@ -33,14 +33,14 @@ def judge(
         StorageError: it could not be recorded.
     """
     records.save_evaluation(epoch, image_rows(scores, thumbnail_pixels), draw(scores))
-    now = read_images(records.images(epoch))
+    now = read_images(records.evaluation_file(epoch, "parquet"))
     line: dict[str, Any] = {"eval_reward_mean": mean_of_good(now.rewards)}
     line |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
     if now.features is not None:
         line["eval_vendi"] = vendi(now.features)
         line["eval_distance"] = mean_of_good(prompt_distances(now.features, now.prompts))
     if epoch != BEFORE and BEFORE in records.evaluated():
-        line["collapse"] = "; ".join(signs(read_images(records.images(BEFORE)), now)) or None
+        line["collapse"] = "; ".join(signs(read_images(records.evaluation_file(BEFORE, "parquet")), now)) or None
     return line
 
 

@@ -163,7 +163,7 @@ def run(
         complain(f"{reason or 'interrupted'}; the same command goes on from what is done in {records.storage}")
         raise
     finally:
-        signals.closing()
+        signals.enter("closing")
         if runner is not None:
             runner.close()
         views.close(status, reason)

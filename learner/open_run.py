@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.config import Config, ConfigError, config_yaml, raise_faults, saved_config
-from records import checkpoint, environment, lock
+from records import checkpoint, environment
 from records.checkpoint import Checkpoint
 from records.run_folder import BEFORE, CONFIG, FORMAT, METRICS, RUN, Records
 from records.storage import Storage
@@ -59,7 +59,7 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
     the run's checkpoints is whole, and a StorageError where another process writes the run."""
     storage, wanted = find(config, source, prompts), _facts(config, prompts)
     with contextlib.ExitStack() as undo:
-        if held := lock.take(storage):
+        if held := storage.lock():
             undo.callback(held.release)
         if storage.exists(RUN):
             storage.tidy()
@@ -99,7 +99,7 @@ def _newest_unfinished(config: Config, wanted: dict[str, Any]) -> Storage | None
         storage = Storage(f"{folder}/{name}")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run, or not ours
             about = json.loads(storage.read(RUN))
-            if {**wanted, "finished": False}.items() <= about.items() and not lock.in_use(storage):
+            if {**wanted, "finished": False}.items() <= about.items() and not storage.in_use():
                 runs.append((float(about["created"]), name))
     return Storage(f"{folder}/{max(runs)[1]}") if runs else None
 

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     143: SIGTERM."""
     args = _parser().parse_intermixed_args(arguments)
     source, opened = args.config or DEFAULT_CONFIG, None
-    signals.running()
+    signals.enter("running")
     try:
         config, faults = read_config(source, args.overrides)
         if args.print_config:

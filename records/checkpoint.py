@@ -1,25 +1,19 @@
 """Checkpoints: `checkpoints/step-NNNNNN/`, all that a run needs to go on bitwise; step counts policy updates.
 
-    lora/                adapter for diffusers and, as kohya.safetensors, for ComfyUI and A1111
-    learner.pt           adapter, flow network, both optimizers         (learner/state.py)
-    replay-RANK.pt       rollouts that the flow fits draw from
-    config.yaml          every setting
-    state.json           the manifest, written last: cursor, ledger, versions, batch sizes, sha256 of every file
-                         and of itself
+    lora/            adapter for diffusers and, as kohya.safetensors, for ComfyUI and A1111
+    learner.pt       adapter, flow network, both optimizers         (learner/state.py)
+    replay-RANK.pt   rollouts that the flow fits draw from
+    config.yaml      every setting
+    state.json       the manifest, written last: cursor, ledger, versions, batch sizes, sha256 of all files and its own
 
-Only what the manifest lists is read, and nothing outside of the run's folder. There is no random state to keep: every
-draw is keyed by what it is for.
-"""
+Only what the manifest lists is read. There is no random state to keep: every draw is keyed by what it is for."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from diffusion.failures import RunFailure
@@ -36,8 +30,6 @@ class CheckpointError(RunFailure, ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its place, its manifest, and the learner's files by name."""
-
     name: str  # checkpoints/step-NNNNNN
     manifest: dict[str, Any]
     files: dict[str, bytes]
@@ -48,12 +40,11 @@ def name_of(step: int) -> str:
 
 
 def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Write a checkpoint in one piece, and point `checkpoints/latest` at it where the storage has links."""
-    name = name_of(about["step"])
-    sums = {file: sha256(content).hexdigest() for file, content in files.items()}
+    """In one piece; `checkpoints/latest` is pointed at it where the storage has links."""
+    name, sums = name_of(about["step"]), {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
     if storage.local:
-        _link(storage.local / FOLDER / LATEST, Path(name).name)
+        storage.link(f"{FOLDER}/{LATEST}", name.removeprefix(f"{FOLDER}/"))
 
 
 def steps(storage: Storage) -> list[int]:
@@ -67,21 +58,19 @@ def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
     changed, or is of another format, run or step."""
     place = f"{storage}/{name_of(step)}"
     try:
-        content = storage.read(f"{name_of(step)}/{MANIFEST}")
-        about = json.loads(content)
-        written_as, seal = about["format"], about.pop(SEAL, None)  # older formats have no seal
+        about = json.loads(content := storage.read(f"{name_of(step)}/{MANIFEST}"))
+        written_as, _ = about["format"], about.pop(SEAL, None)  # older formats have no seal
     except (StorageError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{place} is not whole: {error}") from error
-    if (seal or written_as == FORMAT) and _sealed(about) != content:
-        raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
     if written_as != FORMAT:
         raise CheckpointError(
             f"{place} is of format {written_as}, this Tributary reads {FORMAT}: use the version that wrote it, or "
             "start afresh with run.resume=never and another run.dir"
         )
-    origin = about.get("run_id"), about.get("step")
-    if origin != (run_id, step):
-        raise CheckpointError(f"{place} is not its own: it was written as step {origin[1]} of run {origin[0]}")
+    if _sealed(about) != content:
+        raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
+    if (origin := (about.get("step"), about.get("run_id"))) != (step, run_id):
+        raise CheckpointError(f"{place} is not its own: it was written as step {origin[0]} of run {origin[1]}")
     return about
 
 
@@ -120,15 +109,13 @@ def lora_folder(storage: Storage) -> str:
 
 def drop_after(storage: Storage, step: int) -> None:
     """Remove the checkpoints of later steps: they were passed over."""
-    for later in steps(storage):
-        if later > step:
-            storage.remove(name_of(later))
+    for later in (later for later in steps(storage) if later > step):
+        storage.remove(name_of(later))
 
 
 def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
     """Remove all but the newest `keep` checkpoints and the steps in `always`; keep 0 keeps all. The newest whole one
-    stays in any case: it is read back before anything goes, and `warn` hears of newer ones that are not as written.
-    Raises a CheckpointError if none is whole: then none is removed."""
+    stays in any case: it is read back before anything goes. Raises a CheckpointError if none is whole: none goes."""
     spare = [step for step in steps(storage)[:-keep] if step not in always] if keep else []
     newest = load_newest(storage, run_id, warn) if spare else None
     for step in spare:
@@ -140,14 +127,3 @@ def _sealed(about: dict[str, Any]) -> bytes:
     """A manifest as it is written: with its own sha256, so that a changed one is known like any other file."""
     seal = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**about, SEAL: seal}, indent=1) + "\n").encode()
-
-
-def _link(link: Path, name: str) -> None:
-    """A convenience for people; some file systems have no links, and a copied run has a folder there."""
-    aside = link.with_name(f".{LATEST}.new")
-    with contextlib.suppress(OSError):
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(name)
-        if link.is_dir() and not link.is_symlink():
-            shutil.rmtree(link)
-        aside.replace(link)

@@ -23,12 +23,10 @@ def facts() -> dict[str, str]:
     submitted Ray job's code came in (its name is a hash of the content), machine."""
     import torch  # here: whoever only asks for in_submitted_job must start fast
 
-    commit = _git("rev-parse", "HEAD")
-    changed = "+" if commit and _git("status", "--porcelain", "--untracked-files=no") else ""
     job = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
     return {name: next((found.version for found in distributions(name=name)), "") for name in PACKAGES} | {
         "python": platform.python_version(),
-        "git_commit": commit + changed,
+        "git_commit": _git_commit(),
         "working_dir": (job.get("runtime_env") or {}).get("working_dir") or "",
         "host": platform.node(),
         "machine": platform.processor() or platform.machine(),
@@ -36,9 +34,9 @@ def facts() -> dict[str, str]:
     }
 
 
-def _git(*arguments: str) -> str:
-    """Its output here; empty where it fails."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+def _git_commit() -> str:
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+")
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

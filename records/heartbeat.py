@@ -1,8 +1,6 @@
-"""The driver's sign of life, `status.json` in the run's folder, and what is known of a run from its files alone.
-
-For whoever looks from outside (commands/status.py) and may reach nothing but the files, at any time. A run never reads
-its sign of life, and goes on where it cannot be written. Imports neither numpy nor pyarrow: a look takes no time.
-"""
+"""The driver's sign of life, `status.json` in the run's folder, and what is known of a run from its files alone: for
+whoever looks from outside (commands/status.py). A run never reads its sign of life, and goes on where it cannot be
+written. Imports neither numpy nor pyarrow: a look takes no time."""
 
 from __future__ import annotations
 
@@ -34,16 +32,14 @@ class Heartbeat:
         """`epochs` the run is to have. While it starts, or where turns come only between pieces of work,
         `quiet_seconds` may pass without a sign."""
         self._vitals: Callable[[], dict[str, Any]] = dict  # of the runner, once it runs
-        self._storage = storage
-        self._seconds = SECONDS if storage.local else OBJECT_STORE_SECONDS
+        self._storage, self._seconds = storage, SECONDS if storage.local else OBJECT_STORE_SECONDS
+        self._facts: dict[str, Any] = {"doing": "starting", "done": 0, "total": 0, "events": 0, "last_events": []}
         identity = {"process": os.getpid(), "host": socket.gethostname(), "since": time.time(), "epochs": epochs}
-        progress = {"doing": "starting", "done": 0, "total": 0, "events": 0, "last_events": []}
-        self._facts: dict[str, Any] = {"state": "starting", "reason": None, **identity, **progress}
         uri, quiet = without_passwords(mlflow_uri) if mlflow_uri else None, max(quiet_seconds, QUIET * self._seconds)
-        self._write(mlflow=uri, quiet_seconds=quiet)
+        self._write(state="starting", reason=None, mlflow=uri, quiet_seconds=quiet, **identity)
 
     def running(self, vitals: Callable[[], dict[str, Any]], turns: bool) -> None:
-        """The run has started. With `turns`, `turn` is called all the time."""
+        """With `turns`, `turn` is called all the time from now on."""
         self._vitals = vitals
         self._write(state="running", **({"quiet_seconds": QUIET * self._seconds} if turns else {}))
 
@@ -57,14 +53,9 @@ class Heartbeat:
         self._facts["events"] += 1
         self._facts["last_events"] = [*self._facts["last_events"], {"time": time.time(), "text": text}][-EVENTS:]
 
-    def turn(self) -> None:
-        """Write if it is time to."""
-        if time.monotonic() >= self._due:
-            self._write()
-
-    def closed(self) -> None:
-        """An epoch is closed: written now, where a write costs little."""
-        if self._storage.local:
+    def turn(self, closed: bool = False) -> None:
+        """Write if it is time to; where a write costs little, also when an epoch is `closed`."""
+        if time.monotonic() >= self._due or (closed and self._storage.local):
             self._write()
 
     def end(self, state: str, reason: str | None = None) -> None:
@@ -86,30 +77,26 @@ def look(storage: Storage, now: float) -> dict[str, Any]:
     lines = storage.read_json_lines(METRICS, "epoch", "seconds")
     signs = "state", "process", "host", "since", "time", "quiet_seconds"
     beat = storage.read_json(FILE, *signs) if storage.exists(FILE) else {}
-    trained = [line for line in lines if line["epoch"] >= 0]
-    done, total, state = len(trained), beat.get("epochs"), _state(about, beat, now)
+    trained, last = [line for line in lines if line["epoch"] >= 0], lines[-1] if lines else {}
+    left, state = (beat.get("epochs") or 0) - len(trained), _state(about, beat, now)
     usual = median(line["seconds"] for line in trained[-EPOCHS:]) if trained else None
-    vitals = "process", "host", "since", "epochs", "staleness", "epochs_in_work", "actors", "waiting", "running"
+    told = "reason", "process", "host", "since", "epochs", "staleness", "epochs_in_work", "actors", "waiting", "running"
     return {
-        "name": about["name"],
-        "run_id": about.get("run_id"),
+        **{key: about.get(key) for key in ("name", "run_id", "mlflow_run_id")},
         "directory": str(storage),
         "state": state,
-        "reason": beat.get("reason"),
-        **{key: beat.get(key) for key in (*vitals, "mlflow")},
+        **{key: beat.get(key) for key in (*told, "mlflow")},
         "last_sign_seconds": max(0.0, now - beat["time"]) if beat else None,
         "doing": {key: beat.get(key) for key in ("doing", "done", "total")} if state == "running" else None,
-        "epochs_done": done,
-        "step": lines[-1].get("step") if lines else 0,
-        "policy_version": lines[-1].get("policy_version") if lines else 0,
+        "epochs_done": len(trained),
+        **{key: last.get(key, 0) for key in ("step", "policy_version")},
         "epoch_seconds": usual,
-        "seconds_left": usual * max(0, total - done) if usual is not None and total and state == "running" else None,
+        "seconds_left": usual * max(0, left) if usual is not None and state == "running" else None,
         "lost_trajectories": sum(line.get("lost_trajectories") or 0 for line in trained),
         "events": beat.get("events", 0),
         "last_events": beat.get("last_events", []),
         "lora": checkpoint.lora_folder(storage) if checkpoint.steps(storage) else None,
         "report": f"{storage}/{REPORT}" if storage.exists(REPORT) else None,
-        "mlflow_run_id": about.get("mlflow_run_id"),
         "lines": [{key: value for key, value in line.items() if key != "updates"} for line in lines],
     }
 

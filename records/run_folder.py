@@ -1,9 +1,6 @@
 """The durable record of a run: settings, metrics, trajectories, evaluations, pictures. MLflow is only a view of it.
-
-Written by the driver alone, each file in one piece. What belongs to an epoch is on disk before the checkpoint that
-closes the epoch; `drop_after` removes what a killed driver wrote beyond its last checkpoint, so that there are neither
-holes nor repeats.
-"""
+What belongs to an epoch is on disk before the checkpoint that closes the epoch; `drop_after` removes what a killed
+driver wrote beyond its last checkpoint, so that there are neither holes nor repeats."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,7 +84,7 @@ class Records:
 
     @classmethod
     def open(cls, storage: Storage) -> Records:
-        """A run that is here already. Raises a StorageError where there is none, or a file is damaged."""
+        """Raises a StorageError where there is no run, or a file is damaged."""
         return cls(storage, storage.read_json(RUN, *NEEDED), storage.read_json_lines(METRICS, "epoch"))
 
     @property
@@ -126,9 +123,8 @@ class Records:
         .json, for paired comparisons: columns prompt and reward, and by label reward_parts and held_out."""
         table: dict[str, Any] = {key: [row[key] for row in rows] for key in ("prompt", "reward")}
         for key in ("reward_parts", "held_out"):
-            parts = [dict(row[key]) for row in rows]
-            if parts[0]:
-                table[key] = {label: [part[label] for part in parts] for label in parts[0]}
+            if labels := list(dict(rows[0][key])):
+                table[key] = {label: [dict(row[key])[label] for row in rows] for label in labels}
         name = f"{EVALUATION}/{_name(epoch)}"
         self.storage.write(f"{name}.png", sheet)
         self.storage.write(f"{name}.parquet", parquet(rows, IMAGES))
@@ -143,13 +139,8 @@ class Records:
         """What save_evaluation's .json holds; null of bad images."""
         return self.storage.read_json(f"{EVALUATION}/{_name(epoch)}.json", "prompt", "reward")
 
-    def images(self, epoch: int) -> bytes:
-        """Parquet of the fixed images after an epoch, columns of IMAGES."""
-        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.parquet")
-
-    def sheet(self, epoch: int) -> bytes:
-        """PNG of the contact sheet after an epoch."""
-        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.png")
+    def evaluation_file(self, epoch: int, kind: Literal["png", "parquet"]) -> bytes:
+        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.{kind}")
 
 
 def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

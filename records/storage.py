@@ -1,9 +1,7 @@
 """Where a run's files live: a local or mounted folder, or any fsspec URL (s3://, gs://, ...). Only the driver writes.
-
 A reader never sees half a file or folder: locally it is written aside, synced and renamed. An object store's put is
-atomic, and a folder's last file (the manifest of `records/checkpoint.py`) says that it is whole. Names may come from
-files that someone else wrote (that manifest), so none leads out of the root.
-"""
+atomic, and a folder's last file (a checkpoint's manifest) says that it is whole. Names may come from files that someone
+else wrote (that manifest), so none leads out of the root."""
 
 from __future__ import annotations
 
@@ -13,16 +11,19 @@ import json
 import operator
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
 from diffusion.failures import RunFailure
 
 ASIDE, GONE = ".new", ".old"
+LOCK = "run.lock"  # names the process that last wrote the run
 
 
 class StorageError(RunFailure, OSError):
@@ -45,34 +46,56 @@ class Storage:
     def __str__(self) -> str:  # the absolute path or URL
         return str(self.local) if self.local else self._fs.unstrip_protocol(self._root)
 
+    def lock(self) -> FileLock | None:
+        """One process writes a run: make and lock its local folder, or find it in use. The kernel drops the lock with
+        the process. Object stores have none."""
+        if self.local is None:
+            return None
+        lock = FileLock(self.local / LOCK, blocking=False, mode=0o644, fallback_to_soft=False)
+        with self._errors("write", LOCK):
+            self.local.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                owner = Path(lock.lock_file).read_text(errors="replace").strip()
+                raise StorageError(f"{self} is in use by {owner}; wait for it, or choose another") from None
+            Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        return lock
+
+    def in_use(self) -> bool:
+        """Whether a process has the lock."""
+        if self.local is None or not (self.local / LOCK).exists():
+            return False
+        try:
+            with FileLock(self.local / LOCK, blocking=False, fallback_to_soft=False):
+                return False
+        except (Timeout, OSError):
+            return True
+
     def write(self, name: str, content: bytes) -> None:
+        if self.local:
+            return self.write_folder(name, {"": content})
         with self._errors("write", name):
-            if self.local:
-                self._write_local(name, {"": content})
-            else:
-                self._fs.pipe_file(self._path(name), content)
+            self._fs.pipe_file(self._path(name), content)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
-        """All or nothing (see the module's docstring); an older folder of that name is replaced."""
+        """All or nothing (see the module's docstring); an older folder of that name is replaced. Locally a file is a
+        folder's only one, named ""."""
         for file in files:
             _require_within(file)
-        if self.local:
-            with self._errors("write", name):
-                self._write_local(name, files)
+        if not self.local:
+            self.remove(name)
+            for file, content in files.items():
+                self.write(f"{name}/{file}", content)
             return
-        self.remove(name)
-        for file, content in files.items():
-            self.write(f"{name}/{file}", content)
-
-    def _write_local(self, name: str, files: Mapping[str, bytes]) -> None:
-        """A folder's files by name, or a file as the only one, named ""."""
-        target = Path(self._path(name, followed=False))
-        aside = _beside(target, ASIDE)
-        _delete(aside)
-        try:
+        with self._errors("write", name), contextlib.ExitStack() as undo:
+            target = Path(self._path(name, followed=False))
+            aside = _beside(target, ASIDE)
+            _delete(aside)
+            undo.callback(_delete, aside)
             for file, content in files.items():
                 (aside / file).parent.mkdir(parents=True, exist_ok=True)
                 (aside / file).write_bytes(content)
@@ -81,11 +104,19 @@ class Storage:
             if aside.is_dir():
                 self.remove(name)
             aside.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                _delete(aside)
-            raise
-        _sync(target.parent)
+            _sync(target.parent)
+
+    def link(self, name: str, target: str) -> None:
+        """Point the local link `name` at `target` beside it. A convenience for people: some file systems have no links.
+        What a copied run has there instead, a folder, is replaced."""
+        with contextlib.suppress(OSError):
+            link = Path(self._path(name, followed=False))
+            aside = _beside(link, ASIDE)
+            _delete(aside)
+            aside.symlink_to(target)
+            if not link.is_symlink():
+                _delete(link)
+            aside.replace(link)
 
     def read(self, name: str) -> bytes:
         with self._errors("read", name):
@@ -96,7 +127,7 @@ class Storage:
         return self._objects(name, [self.read(name)], keys)[0]
 
     def read_json_lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
-        """Objects that have these keys, one a line; none where there is no such file."""
+        """One a line; none where there is no such file."""
         return self._objects(name, self.read(name).splitlines() if self.exists(name) else [], keys)
 
     def exists(self, name: str) -> bool:

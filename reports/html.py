@@ -185,7 +185,7 @@ def pairs(records: Records, evaluated: Sequence[int]) -> list[Prompt]:
         label = "before" if epoch == BEFORE else f"after epoch {epoch + 1}"
         with contextlib.suppress(*UNREADABLE):
             table = records.evaluation(epoch)
-            with Image.open(io.BytesIO(records.sheet(epoch))) as sheet:
+            with Image.open(io.BytesIO(records.evaluation_file(epoch, "png"))) as sheet:
                 cut = tiles(sheet, len(table["prompt"][:SHEET_IMAGES]))
             shown = [Picture(label, _jpeg(tile), reward) for tile, reward in zip(cut, table["reward"], strict=False)]
             prompts = prompts or table["prompt"][: len(shown)]

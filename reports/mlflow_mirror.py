@@ -90,7 +90,9 @@ class Mirror:
                 self._logged.add(line["epoch"] + 1)
         for epoch in records.evaluated():
             if epoch < done:
-                self._send_picture("evaluation/samples", records.sheet(epoch), epoch + 1, _time(records, epoch + 1))
+                self._send_picture(
+                    "evaluation/samples", records.evaluation_file(epoch, "png"), epoch + 1, _time(records, epoch + 1)
+                )
 
     def finish(self, status: str) -> None:
         """Send all of the run but its model, and close the MLflow run with FINISHED, FAILED or KILLED.

@@ -72,7 +72,7 @@ class Tracker:
         limit = GRACE_SECONDS if self._state == "failing" else self._config.mlflow.finish_seconds
         start = time.monotonic()
         while (status_of_mirror := self._mirror.poll()) is None:
-            if time.monotonic() - start > (min(limit, GRACE_SECONDS) if signals.hurry() else limit):
+            if time.monotonic() - start > (min(limit, GRACE_SECONDS) if signals.status(0) else limit):
                 break
             time.sleep(POLL_SECONDS)
         self._mirror.kill()

@@ -57,7 +57,7 @@ class RunViews:
         self._beat(Heartbeat.turn)
 
     def epoch_closed(self, line: dict[str, Any], seconds: float) -> None:
-        self._beat(Heartbeat.closed)
+        self._beat(lambda heartbeat: heartbeat.turn(closed=True))
         last = line["epoch"] + 1 == self._config.train.epochs  # then it is drawn at the end
         if line["epoch"] != BEFORE and line["eval_reward_mean"] is not None and not last:
             self._draw_report()
@@ -70,8 +70,8 @@ class RunViews:
         evaluated = records.evaluated()
 
         def save_pictures() -> str:
-            storage.write("before.png", records.sheet(BEFORE))
-            storage.write("after.png", records.sheet(evaluated[-1]))
+            storage.write("before.png", records.evaluation_file(BEFORE, "png"))
+            storage.write("after.png", records.evaluation_file(evaluated[-1], "png"))
             return f"pictures: {storage}/before.png, {storage}/after.png"
 
         pictures = len(evaluated) > 1 and self._try("pictures", save_pictures)

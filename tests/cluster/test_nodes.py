@@ -12,7 +12,7 @@ from test_placement import place
 
 from cluster import nodes as cluster_nodes
 from cluster.nodes import alive_nodes, listed
-from cluster.placement import Asked, Share, in_group, ready, reserve
+from cluster.placement import Share, in_group, ready, reserve
 from cluster.waits import DeadlineExceeded
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
@@ -106,7 +106,7 @@ def test_a_late_start_says_what_is_asked_and_what_is_there(cluster):
     actors = [ray.remote(where_class()).options(**share.spread).remote() for _ in range(3)]
     try:
         with pytest.raises(DeadlineExceeded) as caught:
-            ready([Asked("samplers", share, [actor.node.remote() for actor in actors])], time.monotonic() + 5, 5)
+            ready({"samplers": (share, [actor.node.remote() for actor in actors])}, time.monotonic() + 5, 5)
     finally:
         for actor in actors:
             ray.kill(actor)

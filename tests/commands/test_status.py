@@ -139,7 +139,7 @@ def test_writes_are_rare_but_for_an_epochs_end(storage, monkeypatch):
         beat.turn()
         beat.progress("training", 0, 1)
     assert written == []
-    beat.closed()
+    beat.turn(closed=True)
     assert len(written) == (1 if storage.local else 0)  # an object store takes its time
     clock += heartbeat.SECONDS if storage.local else heartbeat.OBJECT_STORE_SECONDS
     beat.turn()
@@ -154,7 +154,7 @@ def test_a_full_disk_is_no_reason_to_stop(storage, monkeypatch, at_once):
     beat = beating(storage)
     monkeypatch.setattr(Storage, "write", full)
     beat.progress("training", 0, 1)
-    beat.closed()
+    beat.turn(closed=True)
     beat.end("failed")
 
 

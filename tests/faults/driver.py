@@ -28,7 +28,7 @@ from benchmarks.emulated import Emulation
 from learner import build, controller, run
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
-from records import checkpoint, lock, storage
+from records import checkpoint, storage
 from records.run_folder import Records
 from records.storage import Storage
 from reports.views import RunViews
@@ -88,8 +88,8 @@ def _old_folder(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
 
 BEFORE, AFTER = True, False
 POINTS = {
-    "before the lock": Point(lock, "take", BEFORE),
-    "lock taken": Point(lock, "take", AFTER),
+    "before the lock": Point(Storage, "lock", BEFORE),
+    "lock taken": Point(Storage, "lock", AFTER),
     "before run.json": Point(Records, "note", BEFORE),
     "run.json written": Point(Records, "note", AFTER),
     "actors up": Point(RayRunner, "_start", AFTER),

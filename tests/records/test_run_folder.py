@@ -112,8 +112,12 @@ def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
 def test_all_that_was_found_on_the_fixed_images_comes_back(records):
     features = np.arange(8, dtype=np.float32).reshape(4, 2)
     save(records, 0, 16, held_out={"other": np.array([1.0, np.nan, 3.0, 4.0], np.float32)}, features=features)
-    images, prompts = read_images(records.images(0)), list(scores()[0].chunk.prompts)
-    assert images.rewards.tolist() == [0, 1, 2, 3] and list(images.prompts) == prompts and records.sheet(0) == b"sheet"
+    images, prompts = read_images(records.evaluation_file(0, "parquet")), list(scores()[0].chunk.prompts)
+    assert (
+        images.rewards.tolist() == [0, 1, 2, 3]
+        and list(images.prompts) == prompts
+        and records.evaluation_file(0, "png") == b"sheet"
+    )
     np.testing.assert_array_equal(images.held_out["other"], [1, np.nan, 3, 4])
     np.testing.assert_array_equal(images.features, features)
     held_out = {"other": [1, None, 3, 4]}
