@@ -6,7 +6,6 @@ and drift) and sheet.png (the same noise, base model and every adapter side by s
 from __future__ import annotations
 
 import io
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +19,12 @@ from records.storage import Storage
 
 FILE = "comparison"
 COLUMNS = ("accuracy", "vendi", "distance", "fid")
-COLOURS = ("#2f7ed8", "#e07b39", "#3a9d6e", "#b0518c", "#8a7a2f", "#5b6bbf", "#c0433f", "#4aa5a8")
 Figure = dict[str, Any]  # as of image_sets.compare
 
 
 def require_alike(targets: Sequence[Target]) -> None:
-    """
-    Raises:
-        ConfigError: two were not to be judged on the same pictures or by the same rewards; says which setting to give.
-    """
+    """Raises a ConfigError where two were not to be judged on the same pictures or by the same rewards; it says which
+    setting to give."""
     first, *others = [(target.name, target.sets()["base"].facts) for target in targets]
     for name, facts in others:
         if key := next((key for key in facts if facts[key] != first[1][key]), None):
@@ -41,7 +37,8 @@ def table(judged: Sequence[Judged]) -> str:
     """Markdown: a line an adapter, best reward first; a last one of the base model."""
     held_out = list(judged[0].figures["held_out"])
     head = ["adapter", "reward", "gain [95 %]", *held_out, "accuracy", "Vendi", "distance", "drift (fid)"]
-    head += ["trajectories", _unit(judged)]
+    devices = "GPU" if any(result.figures.get("gpus") for result in judged) else "CPU"
+    head += ["trajectories", f"{devices} seconds"]
     rows = [head, ["---"] * len(head)]
 
     def columns(figures: Figure) -> list[Figure | None]:
@@ -70,22 +67,18 @@ def pareto(judged: Sequence[Judged]) -> bytes:
     for axes, (key, title) in zip(picture.subplots(1, 2, sharey=True), panels.items(), strict=True):
         axes.set(xlabel=title, ylabel=f"reward ({judged[0].target.config.reward.name})")
         axes.grid(alpha=0.25)
-        for result, colour in zip(judged, itertools.cycle(COLOURS)):
+        for result in judged:
             values = result.figures[key], result.figures["reward"]
             x, y = ([figure["value"]] for figure in values)
             xerr, yerr = (
                 [[f["value"] - f["low"]], [f["high"] - f["value"]]] if f["low"] is not None else None for f in values
             )
-            axes.errorbar(x, y, yerr, xerr, "o", color=colour, elinewidth=1, capsize=2, label=result.target.name)
+            axes.errorbar(x, y, yerr, xerr, "o", elinewidth=1, capsize=2, label=result.target.name)
         base = judged[0].figures
         axes.plot([base[key]["base"]], [base["reward"]["base"]], "k*", markersize=11, label="base model")
     picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     picture.savefig(file := io.BytesIO(), format="png", dpi=120)
     return file.getvalue()
-
-
-def _unit(judged: Sequence[Judged]) -> str:
-    return "GPU seconds" if any(result.figures.get("gpus") for result in judged) else "CPU seconds"
 
 
 def _cost(figures: Figure) -> float | None:
@@ -99,10 +92,7 @@ def _with_interval(figure: Figure, value: str = "value", low: str = "low", high:
 
 
 def write(judged: Sequence[Judged], out: Path) -> None:
-    """
-    Raises:
-        StorageError: the folder cannot be written.
-    """
+    """Raises a StorageError if the folder cannot be written."""
     from reports import pictures
 
     storage, text = Storage(str(out)), table(judged)

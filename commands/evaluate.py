@@ -29,16 +29,10 @@ from evaluation.image_sets import Cache, Pools
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, saved_config
 from records.heartbeat import REPORT
 from records.run_folder import Records
+from reports import summary
 from reports.progress import Bar
 
 UPLOAD_SECONDS = 120
-TITLES = {
-    "accuracy": "prompt accuracy",
-    "vendi": "diversity (Vendi)",
-    "distance": "distance within a prompt",
-    "fid": "drift from the base (Frechet)",
-    "kid": "drift (kernel)",
-}
 
 
 @dataclass(frozen=True)
@@ -52,17 +46,10 @@ class Judged:
 
 def judge(targets: Sequence[Target], cache: Cache) -> list[Judged]:
     """Judge each, write its files, and print its table. Targets of one config share their actors, which are started
-    when a picture is missing.
-
-    Raises:
-        Exception: what sampling, scoring or writing raises; what is finished stays.
-    """
+    when a picture is missing. Raises what sampling, scoring or writing does; what is finished stays."""
     results = []
     with Bar() as bar:
-
-        def say(text: str) -> None:
-            bar.around(functools.partial(print, flush=True), text)
-
+        say = functools.partial(bar.around, functools.partial(print, flush=True))
         for config, alike in itertools.groupby(targets, key=lambda target: target.config):
             with contextlib.ExitStack() as stack:
                 pools = functools.cache(functools.partial(_start, config, say, stack))
@@ -79,11 +66,10 @@ def judge(targets: Sequence[Target], cache: Cache) -> list[Judged]:
 
 
 def _start(config: Config, say: Callable[[str], None], stack: contextlib.ExitStack) -> Pools:
-    pools: Pools
     if config.run.runner == "inprocess":
         from learner.inprocess import InProcessPools
 
-        pools = InProcessPools(config)
+        pools: Pools = InProcessPools(config)
     else:
         from actors.rollouts import evaluation_pools
 
@@ -95,16 +81,13 @@ def _start(config: Config, say: Callable[[str], None], stack: contextlib.ExitSta
 
 def table(judged: Judged) -> str:
     """The figures for a terminal."""
-    target, figures = judged.target, judged.figures
-    rows = {f"reward, {target.config.reward.name}": figures["reward"]}
-    rows |= {f"held out: {label}": figure for label, figure in figures["held_out"].items()}
-    rows |= {title: figures[name] for name, title in TITLES.items() if figures[name]}
-    evaluation = target.config.evaluation
-    lines = [f"{target.name}: {evaluation.images} images, features: {evaluation.features}"]
+    config = judged.target.config
+    settings = f"reward: {config.reward.name}, features: {config.evaluation.features}"
+    lines = [f"{judged.target.name}: {config.evaluation.images} images, {settings}"]
     lines.append(f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}{'noise alone':>13}")
-    for title, figure in rows.items():
-        value, low, high, base, floor = (number(figure[k]) for k in ("value", "low", "high", "base", "floor"))
-        lines.append(f"{title:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
+    for row in summary.rows(judged.figures):
+        value, low, high, base, floor = (number(row[key]) for key in ("value", "low", "high", "base", "floor"))
+        lines.append(f"{row['name']:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
     return "\n".join(lines)
 
 
@@ -158,11 +141,7 @@ def parser(
     add = parser.add_argument
     add("names", nargs="+", metavar="RUN_OR_LORA", help="and key=value settings, as learner.run takes them")
     add("--base", help="base model, instead of the run's (model.path)")
-    add(
-        "--config",
-        type=Path,
-        help=f"settings, instead of the run's (of a LoRA that is in no run: {DEFAULT_CONFIG.name})",
-    )
+    add("--config", type=Path, help=f"settings, instead of the run's (of a LoRA in no run: {DEFAULT_CONFIG.name})")
     add("--images", type=int, help="how many (evaluation.images)")
     add("--prompts", help="file or set of prompts (evaluation.prompts)")
     add("--step", type=int, help="of a run: which checkpoint (default: the newest)")

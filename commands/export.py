@@ -37,12 +37,8 @@ GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}  # Stable Diffusion's, by the width 
 def export(trained: Trained, form: str, url: str, base_model: str | None = None) -> None:
     """Write the folder `url` in one piece. Where model.path is a folder, the card names `base_model`, a hub id.
 
-    Raises:
-        ValueError: the model has no such form, or `url` holds other files; names the remedy.
-        BadAdapter, CheckpointError: the checkpoint's LoRA is not what it should be.
-        BaseModelError: `fused`, and the base model is not there.
-        StorageError, OSError: something cannot be read or written.
-    """
+    Raises a ValueError, which names the remedy, if the model has no such form or `url` holds other files; BadAdapter,
+    CheckpointError, BaseModelError and OSError for what cannot be read or written."""
     from diffusion import lora, lora_files
     from records.run_folder import BEFORE
     from reports import model_card
@@ -134,12 +130,8 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
 
 
 def write(url: str, content: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
-    """Make `url` the folder of these files and of a manifest, in one piece; an earlier export is replaced.
-
-    Raises:
-        ValueError: it holds other files.
-        StorageError: it cannot be read or written.
-    """
+    """Make `url` the folder of these files and of a manifest, in one piece; an earlier export is replaced. Raises a
+    ValueError if it holds other files, a StorageError if it cannot be read or written."""
     storage = Storage(url)
     require_replaceable(storage)
     manifest = json.dumps({**about, "files": {file: _sha256(data) for file, data in content.items()}}, indent=1) + "\n"
@@ -149,11 +141,7 @@ def write(url: str, content: Mapping[str, bytes], about: Mapping[str, Any]) -> N
 
 
 def require_replaceable(storage: Storage) -> None:
-    """
-    Raises:
-        ValueError: there is something that no export wrote, or that was changed since.
-        StorageError: it cannot be read.
-    """
+    """Raises a ValueError for something that no export wrote, or that was changed since; and a StorageError."""
     folder = storage.local
     strange = files_in(folder) if folder else storage.entries()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -179,9 +167,7 @@ def files_in(folder: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the folder; exit status 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m learner.export", description="Write a run's LoRA for other programs, with a model card."
-    )
+    parser = argparse.ArgumentParser("python -m learner.export", description="Write a run's LoRA for other programs.")
     parser.add_argument("run", help="run directory or URL")
     parser.add_argument("--format", required=True, choices=FORMATS, help="peft: for models without text")
     parser.add_argument("--out", help="folder or URL to write; default: RUN/export/FORMAT")

@@ -30,14 +30,7 @@ def draw(
     config: Config, adapter: AdapterFile | None, prompts: Sequence[str], images: int
 ) -> list[tuple[np.ndarray, ...]]:  # fmt: skip
     """For each prompt `images` pictures [n, H, W, 3] uint8 by the base model of `config` and, with an adapter, by it
-    with that.
-
-    Raises:
-        BadAdapter: the adapter was made for another base model.
-        BaseModelError: the base model is not there.
-        OutOfMemory: a chunk does not fit on the GPU.
-        ValueError: the sampling settings do not fit the model.
-    """
+    with that. Raises BadAdapter, BaseModelError, OutOfMemory, or a ValueError for settings that do not fit it."""
     import torch
 
     from diffusion import lora, lora_files
@@ -77,10 +70,7 @@ def draw(
 
 def settings(run_config: Config | None, base: str | None, seed: int | None, sampling: dict[str, Any]) -> Config:
     """The run's settings, the demo's, or of another base model the defaults; with this base model, seed and `sampling`.
-
-    Raises:
-        ValueError: one of these cannot be.
-    """
+    Raises a ValueError for one that cannot be."""
     config = run_config or (Config() if base else load_config())
     try:
         sampler = SamplerConfig(**config.sampler.model_dump() | sampling)
@@ -93,11 +83,7 @@ def settings(run_config: Config | None, base: str | None, seed: int | None, samp
 
 
 def write(args: argparse.Namespace) -> None:
-    """
-    Raises:
-        OSError, ValueError: bad input.
-        OutOfMemory: the GPU is too small.
-    """
+    """Raises an OSError or a ValueError for bad input, OutOfMemory where the GPU is too small."""
     if args.images < 1:
         raise ValueError(f"--images: expected 1 or more, got {args.images}")
     if args.out.suffix.lower() != ".png":

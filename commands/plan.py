@@ -65,11 +65,7 @@ class Work:
 
 
 def costs(config: Config) -> Costs:
-    """Count on the meta device.
-
-    Raises:
-        BaseModelError: the model's configuration cannot be read.
-    """
+    """Count on the meta device. Raises a BaseModelError if the model's configuration cannot be read."""
     unet, vae = without_weights(str(resolve(config.model.path)))
     shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     width = getattr(unet.config, "cross_attention_dim", None)  # none without prompts

@@ -18,6 +18,7 @@ from rich.text import Text
 from commands.outcome import attempt
 from records.heartbeat import EPOCHS, FILE, RUN, look
 from records.storage import Storage, StorageError
+from reports.summary import clock, duration
 
 EVENTS = 5
 BARS = "▁▂▃▄▅▆▇█"
@@ -46,9 +47,9 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         progress += f", {doing['doing']}" + (f" {doing['done']}/{doing['total']}" if doing["total"] > 1 else "")
     progress += f"; step {status['step']}, policy version {status['policy_version']}"
     if status["epoch_seconds"] is not None:
-        progress += f"; {_duration(status['epoch_seconds'])} an epoch"
+        progress += f"; {duration(status['epoch_seconds'])} an epoch"
     if status["seconds_left"] is not None:
-        progress += f", about {_duration(status['seconds_left'])} left"
+        progress += f", about {duration(status['seconds_left'])} left"
     yield "progress", progress
     rewards = [line["reward_mean"] for line in trained if line.get("reward_mean") is not None]
     if len(rewards) > 1:
@@ -64,7 +65,7 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "lost", f"{status['lost_trajectories']} trajectories, made again"
     if status["events"]:
         yield "events", f"{status['events']} since this start (faults survived, nodes), the last:"
-        yield from (("", f"{_clock(event['time'])} {event['text']}") for event in status["last_events"][-EVENTS:])
+        yield from (("", f"{clock(event['time'])} {event['text']}") for event in status["last_events"][-EVENTS:])
     yield from ((label, status[key]) for label, key in (("LoRA", "lora"), ("report", "report")) if status[key])
     if status["mlflow"]:
         yield "MLflow", _mlflow(status["mlflow"], status["mlflow_run_id"])
@@ -72,13 +73,13 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _state_in_words(status: dict[str, Any]) -> str:
     who, state = f"process {status['process']} on {status['host']}", status["state"]
-    ago = _duration(status["last_sign_seconds"]) if status["last_sign_seconds"] is not None else ""
+    ago = duration(status["last_sign_seconds"]) if status["last_sign_seconds"] is not None else ""
     way_on = "the same command goes on"
     if state == "unknown":
         return f"no {FILE}: not begun, or by an older Tributary"
     return {
         "starting": f"starting, by {who}, last sign of life {ago} ago",
-        "running": f"running by {who} since {_clock(status['since'])}, last sign of life {ago} ago",
+        "running": f"running by {who} since {clock(status['since'])}, last sign of life {ago} ago",
         "silent": f"no sign of life for {ago} from {who}",
         "gone": f"ended without a word: {who} is gone, its last sign of life was {ago} ago; {way_on}",
         "finished": "finished" + (f" {ago} ago" if ago else ""),
@@ -108,21 +109,10 @@ def _sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 def _mlflow(uri: str, run_id: str | None) -> str:
+    page = f"/#/runs/{run_id}" if run_id else ""
     if uri.startswith("http"):
-        return f"{uri.rstrip('/')}/#/runs/{run_id}" if run_id else uri
-    command = f"mlflow ui --backend-store-uri {uri}"
-    return f"{command}, then /#/runs/{run_id}" if run_id else command
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+        return uri.rstrip("/") + page
+    return f"mlflow ui --backend-store-uri {uri}" + (f", then {page}" if page else "")
 
 
 def _printable(line: str) -> str:

@@ -40,8 +40,6 @@ DEFAULTS = {
 }  # fmt: skip
 RETRY_SECONDS = 30.0
 GONE_SECONDS = 5.0  # for the last words when the driver was killed
-
-
 tell = functools.partial(print, flush=True)
 
 
@@ -125,9 +123,7 @@ def reason(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: MLflow has everything; 1: it does not answer; 2: no such run, or its server must be confirmed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m learner.upload", description="Send to MLflow what it lacks of a run."
-    )
+    parser = argparse.ArgumentParser("python -m learner.upload", description="Send to MLflow what it lacks of a run.")
     parser.add_argument("run", help="run directory or URL")
     parser.add_argument("--uri", help="tracking server (default: the run's mlflow.uri, MLFLOW_TRACKING_URI, or sqlite)")
     parser.add_argument("--experiment", help="MLflow experiment (default: the run's)")

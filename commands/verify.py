@@ -50,9 +50,8 @@ def report(name: str, make: Callable[[], Any]) -> int:
     broken = "; ".join(failures(reward))
     scores = ", ".join(f"{score:.4f}" for score in reward(pictures(), PROMPTS).tolist())
     seconds = time.monotonic() - start
-    print(
-        f"{name}: {f'FAILED: {broken}' if broken else 'ok'} (scores of three test pictures: {scores}; {seconds:.0f} s)"
-    )
+    outcome = f"FAILED: {broken}" if broken else "ok"
+    print(f"{name}: {outcome} (scores of three test pictures: {scores}; {seconds:.0f} s)")
     return 1 if broken else 0
 
 

@@ -56,11 +56,7 @@ class Trained:
         return {name.removeprefix(f"{LORA}/"): content for name, content in files if name.startswith(f"{LORA}/")}
 
     def adapter(self) -> AdapterFile:
-        """
-        Raises:
-            BadAdapter: its file is no LoRA.
-            CheckpointError: it is not the adapter that the checkpoint was written of.
-        """
+        """Raises BadAdapter if its file is no LoRA, a CheckpointError if the checkpoint was written of another one."""
         from diffusion import lora_files
 
         source = f"{self.records.storage}/{self.checkpoint.name}/{LORA}"
@@ -75,11 +71,8 @@ class Trained:
 
 def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Trained:
     """The run in directory or URL `url` at its newest whole checkpoint, or at that of `step`. `warn` hears of
-    checkpoints that are passed over.
-
-    Raises:
-        StorageError, ConfigError, CheckpointError: there is no run, no such checkpoint, or none that is whole.
-    """
+    checkpoints that are passed over. Raises a StorageError, ConfigError or CheckpointError if there is no run, no such
+    checkpoint, or none that is whole."""
     storage = Storage(url)
     if not storage.exists(RUN):
         raise StorageError(f"there is no {RUN} in {storage}; give a run's directory")
@@ -99,11 +92,8 @@ def open_adapter(
     name: str, step: int | None, warn: Callable[[str], None]
 ) -> tuple[Callable[[], AdapterFile], Config | None, Trained | None]:
     """What reads the adapter of a run's folder or URL, of a checkpoint's folder, or of a LoRA's file or folder; the
-    settings of the run that it lies in; and the run, if that was named.
-
-    Raises:
-        ValueError: there is nothing, or `step` is of what is no run; and as `open_trained`.
-    """
+    settings of the run that it lies in; and the run, if that was named. Raises a ValueError if there is nothing, or
+    `step` is of what is no run; and as `open_trained`."""
     if "://" in name or Storage(name).exists(RUN):
         trained = open_trained(name, step, warn)
         return trained.adapter, trained.config, trained

@@ -27,11 +27,8 @@ def judge(
     scores: Sequence[Scores],
 ) -> dict[str, Any]:  # fmt: skip
     """Records the evaluation after an epoch, with a contact sheet (PNG) by `draw`. Returns what a line of metrics.jsonl
-    has of it: means of the good images' rewards, diversity, and signs of collapse since before training.
-
-    Raises:
-        StorageError: it could not be recorded.
-    """
+    has of it: means of the good images' rewards, diversity, and signs of collapse since before training. Raises a
+    StorageError if it could not be recorded."""
     records.save_evaluation(epoch, image_rows(scores, thumbnail_pixels), draw(scores))
     now = read_images(records.evaluation_file(epoch, "parquet"))
     line: dict[str, Any] = {"eval_reward_mean": mean_of_good(now.rewards)}

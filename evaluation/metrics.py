@@ -13,7 +13,6 @@ import numpy as np
 RESAMPLES = 10_000  # of a bootstrap
 HALVES = 100  # random halves of the pictures
 LEVEL = 0.95  # of every interval
-Statistic = Callable[..., float]
 Interval = tuple[float, float]
 
 
@@ -91,7 +90,7 @@ def paired_interval(before: np.ndarray, after: np.ndarray) -> Interval:
     return mean_interval(after - before)
 
 
-def half_interval(statistic: Statistic, *features: np.ndarray) -> Interval:
+def half_interval(statistic: Callable[..., float], *features: np.ndarray) -> Interval:
     """Interval (low, high) of a statistic of whole sets, such as `vendi` and `fid`, around its value.
 
     By half-sampling, since pictures drawn twice would look like a lack of diversity: the statistic of half of them,

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -29,14 +28,14 @@ from learner.config import Config
 from records.heartbeat import without_passwords
 from records.run_folder import BEFORE, TRAJECTORIES, Records
 from records.storage import Storage, StorageError
-from reports.diagrams import HEIGHT, WIDTH, Diagram, curves, heat_map
+from reports.diagrams import HEIGHT, WIDTH, Diagram, curves
 from reports.model_card import usage
 from reports.pictures import SHEET_IMAGES, tiles
-from reports.summary import Facts, clock, duration, evenly, figures, number, state
+from reports.summary import Facts, clock, duration, figures, number, state
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")  # now: files may change under a run
-EVALUATIONS, EPOCHS_READ = 12, 40  # evenly chosen, whose intervals are drawn; whose rewards are in the heat map
+INTERVALS = 20  # are drawn at most, of evenly chosen evaluations
 LAST_EPOCHS, PROMPTS = 5, 6  # among whose trajectories the best and worst are looked for
 SIDE, QUALITY = 192, 88  # pixels at most, and JPEG quality, of a picture
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException, Image.DecompressionBombError)
@@ -78,12 +77,8 @@ class Prompt:
 
 
 def render(records: Records, config: Config) -> bytes:
-    """The page. Works at any time of a run, with whatever is there.
-
-    Raises:
-        ValueError, TypeError, LookupError, AttributeError: metrics or evaluations hold what they never should.
-        StorageError: a file that must be there cannot be read.
-    """
+    """The page, at any time of a run, of whatever is there. Raises a StorageError if a file that must be there cannot
+    be read, and what Python does if metrics or evaluations hold what they never should."""
     facts, known, judgement = Facts(records, config), state(records.storage), None
     with contextlib.suppress(StorageError):  # a damaged evaluation
         judgement = figures(records.storage)
@@ -99,7 +94,6 @@ def render(records: Records, config: Config) -> bytes:
         size=(WIDTH, HEIGHT),
         curves=_sections(facts),
         time_curve=curves("Seconds an epoch", "seconds", SECONDS, facts.trained),
-        epochs_read=EPOCHS_READ,
         before_after=pairs(records, facts.evaluated),
         extremes=extremes(records.storage),
         figures=judgement,
@@ -116,35 +110,32 @@ def _sections(facts: Facts) -> dict[str, list[Diagram]]:
     for prefix, words in (("reward_mean/", "Part of the reward"), ("eval_reward_mean/", "Held-out reward")):
         for key in dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)):
             labels.setdefault(key.removeprefix(prefix), words)
-    after = evenly([epoch for epoch in facts.evaluated if epoch != BEFORE], EVALUATIONS)
+    after = [epoch for epoch in facts.evaluated if epoch != BEFORE][:: -max(1, -(-len(facts.evaluated) // INTERVALS))]
     changes = [change for epoch in after if (change := facts.changes(epoch).get(""))]
     intervals = [(change.epoch, change.before + change.low, change.before + change.high) for change in changes]
     rewards = [curves("Reward", "raw reward", REWARD, lines, intervals)] + [
         curves(f"{words}: {label}", "raw reward", {f"{key}/{label}": kind for key, kind in REWARD.items()}, lines)
         for label, words in labels.items()
     ]
-    rewards.append(heat_map("Rewards of the training rollouts", "raw reward", rewards_of(facts.records.storage)))
     betas = {line.get("beta") for line in lines} - {None}
-    diversity, learning = (
-        [curves(title, unit, names, lines) for title, unit, names in wanted if title != BETA or len(betas) > 1]
-        for wanted in (DIVERSITY, LEARNING)
-    )
+    learning = [curves(*diagram, lines) for diagram in LEARNING if diagram[0] != BETA or len(betas) > 1]
+    diversity = [curves(*diagram, lines) for diagram in DIVERSITY]
     sections = {"Reward": rewards, "Diversity": diversity, "Learning": learning}
     drawn = {name: [diagram for diagram in diagrams if diagram] for name, diagrams in sections.items()}
     return {name: diagrams for name, diagrams in drawn.items() if diagrams}
 
 
-def rewards_of(storage: Storage) -> list[tuple[int, np.ndarray]]:
-    """(epochs done, rewards [n] of its good trajectories) of at most EPOCHS_READ epochs, in order."""
-    tables = _trajectories(storage, slice(None), EPOCHS_READ, ["reward"])
-    return [(epoch, table["reward"].to_numpy()) for epoch, table in tables.items()]
-
-
 def extremes(storage: Storage) -> tuple[list[Prompt], int, int]:
     """Best, median and worst trajectory of each of the PROMPTS prompts with most trajectories in the last epochs, and
     the first and last of these epochs. Empty without thumbnails."""
-    columns = ["prompt", "reward", "thumbnail_png"]
-    tables = _trajectories(storage, slice(-LAST_EPOCHS, None), LAST_EPOCHS, columns)
+    columns, tables = ["prompt", "reward", "thumbnail_png"], {}
+    matches = (re.fullmatch(r"epoch-(\d+)\.parquet", name) for name in storage.entries(TRAJECTORIES))
+    for epoch, name in sorted((int(match[1]), match[0]) for match in matches if match)[-LAST_EPOCHS:]:
+        with contextlib.suppress(*UNREADABLE):
+            content = io.BytesIO(storage.read(f"{TRAJECTORIES}/{name}"))  # refuses links that lead out of the run
+            table = pq.read_table(content, columns=columns).to_pandas(ignore_metadata=True)[columns]
+            if len(good := table[np.isfinite(table["reward"].astype(float))]):
+                tables[epoch + 1] = good
     groups = pd.concat(tables.values()).groupby("prompt", sort=False) if tables else ()
     prompts = []
     for text, rows in sorted(groups, key=lambda group: -len(group[1]))[:PROMPTS]:  # of equal ones those met first
@@ -158,22 +149,6 @@ def extremes(storage: Storage) -> tuple[list[Prompt], int, int]:
                 shown.append(Picture(label, _jpeg(picture), reward))
         prompts += [Prompt(text, [shown], count)] if shown else []
     return prompts, min(tables, default=0), max(tables, default=0)
-
-
-def _trajectories(storage: Storage, which: slice, count: int, columns: list[str]) -> dict[int, pd.DataFrame]:
-    """By epochs done, some columns, the reward among them, of the good trajectories of at most `count` epochs; without
-    those that have none, or no such column, or cannot be read."""
-    matches = (re.fullmatch(r"epoch-(\d+)\.parquet", name) for name in storage.entries(TRAJECTORIES))
-    tables = {}
-    for epoch in evenly(sorted(int(match[1]) for match in matches if match)[which], count):
-        name = f"{TRAJECTORIES}/epoch-{epoch:06d}.parquet"
-        with contextlib.suppress(*UNREADABLE):
-            if storage.exists(name):  # refuses links that lead out of the run
-                source: Any = storage.local / name if storage.local else io.BytesIO(storage.read(name))
-                with pq.ParquetFile(source) as file:
-                    table = file.read(columns=columns).to_pandas(ignore_metadata=True)[columns]
-                tables[epoch + 1] = table[np.isfinite(table["reward"].astype(float))]
-    return {epoch: table for epoch, table in tables.items() if len(table)}
 
 
 def pairs(records: Records, evaluated: Sequence[int]) -> list[Prompt]:

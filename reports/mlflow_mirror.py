@@ -74,7 +74,7 @@ class Mirror:
         params = [Param(key, without_passwords(str(value))) for key, value in config.binding().items()]
         self.client.log_batch(self.run_id, params=params)
         self._join_group(config.mlflow.group)
-        self._logged = self._steps(SENTINEL)
+        self._logged = {entry.step for entry in self.client.get_metric_history(self.run_id, SENTINEL)}
         images = (file.path.split("/")[-1] for file in self.client.list_artifacts(self.run_id, "images"))
         self._pictures = {name.split("+timestamp")[0] for name in images if name.endswith(".webp")}  # written last
         return self.run_id
@@ -95,11 +95,8 @@ class Mirror:
                 )
 
     def finish(self, status: str) -> None:
-        """Send all of the run but its model, and close the MLflow run with FINISHED, FAILED or KILLED.
-
-        Raises:
-            StorageError: the run is finished, but not all of its epochs could be read.
-        """
+        """Send all of the run but its model, and close the MLflow run with FINISHED, FAILED or KILLED. Raises a
+        StorageError if the run is finished, but not all of its epochs could be read."""
         self.sync()
         records = Records.open(self.storage)
         config = saved_config(records)
@@ -118,11 +115,7 @@ class Mirror:
 
     def send_model(self, registered_model: str | None) -> str | None:
         """The newest checkpoint's LoRA as a logged model and, given a name, as a version of that registered model.
-        Returns why there is none, if so.
-
-        Raises:
-            CheckpointError: the LoRA cannot be read, or is not as written.
-        """
+        Returns why there is none, if so. Raises a CheckpointError if the LoRA cannot be read, or is not as written."""
         records = Records.open(self.storage)
         manifest = self._newest(records)
         if manifest is None or DIFFUSERS not in manifest["files"]:
@@ -160,9 +153,6 @@ class Mirror:
             with contextlib.suppress(CheckpointError):
                 return checkpoint.manifest(self.storage, step, records.run_id)
         return None
-
-    def _steps(self, metric: str) -> set[int]:
-        return {entry.step for entry in self.client.get_metric_history(self.run_id, metric)}
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         self.client.log_batch(self.run_id, tags=[RunTag(key, without_passwords(value)) for key, value in tags.items()])
@@ -214,7 +204,7 @@ class Mirror:
     def _send_judgements(self, records: Records) -> None:
         """Figures and pictures that commands/evaluate.py left: judged/NAME the value, judged/NAME_base and
         judged/NAME_floor beside it. MLflow takes no metric back: those of an epoch's first judgement stay."""
-        judged = self._steps(f"judged/{SENTINEL}")
+        judged = {entry.step for entry in self.client.get_metric_history(self.run_id, f"judged/{SENTINEL}")}
         for place in summary.judgements(self.storage).values():
             try:
                 tree = json.loads(self.storage.read(place))

@@ -116,11 +116,7 @@ def card(
     trained: Trained, form: str, adapter: AdapterFile, base: Base, sheets: Sequence[str], about: dict[str, str]
 ) -> str:
     """The page, for an export of `form`; `sheets` are files of contact sheets beside it, of the base model and tuned;
-    `about` is what every file of the export says of itself.
-
-    Raises:
-        StorageError: the run's records cannot be read.
-    """
+    `about` is what every file of the export says of itself. Raises a StorageError if a record cannot be read."""
     from huggingface_hub import ModelCard, ModelCardData
 
     from reports.summary import Facts, figures

@@ -60,7 +60,7 @@ def _sheet(groups: Sequence[Sequence[Image.Image]], captions: Sequence[str], col
     for i, (group, text) in enumerate(zip(groups, captions, strict=True)):
         x, y = (i % columns) * width + GAP // 2, (i // columns) * height + GAP // 2
         for place, picture in enumerate(group):
-            sheet.paste(_scaled(picture.convert("RGB"), side), (x + place * (side + THIN), y))
+            sheet.paste(picture.convert("RGB").resize((side, side)), (x + place * (side + THIN), y))
         lines = textwrap.wrap(text, count * side // 6, max_lines=CAPTION_LINES, placeholder=" ...")
         for line, words in enumerate(lines):
             pen.text((x, y + side + line * LINE), words, fill="black")
@@ -88,7 +88,7 @@ def comparison(prompts: Sequence[str], pictures: Sequence[tuple[np.ndarray, ...]
             strip = Image.new("RGB", (width, side + SPACE), "white")
             ImageDraw.Draw(strip).text((0, side // 2), label, FAINT, _font(LABEL_SIZE), anchor="lm")
             for i, pixels in enumerate(row):
-                strip.paste(_scaled(Image.fromarray(pixels), side), (LABEL + i * (side + SPACE), 0))
+                strip.paste(Image.fromarray(pixels).resize((side, side)), (LABEL + i * (side + SPACE), 0))
             strips.append(strip)
     strips.append(_text(legend, width, LEGEND_SIZE, FAINT, 4))
     pixels = np.concatenate([np.asarray(strip) for strip in strips])
@@ -96,22 +96,16 @@ def comparison(prompts: Sequence[str], pictures: Sequence[tuple[np.ndarray, ...]
 
 
 def _text(text: str, width: int, size: int, colour: str, lines: int) -> Image.Image:
-    """A strip of at most that many lines, with a space beneath."""
-    wrapped, height = _wrapped(text, width, size, lines), round(size * 1.35)
-    strip = Image.new("RGB", (width, len(wrapped) * height + SPACE), "white")
-    for i, line in enumerate(wrapped):
-        ImageDraw.Draw(strip).text((0, i * height), line, colour, _font(size))
-    return strip
-
-
-def _wrapped(text: str, width: int, size: int, lines: int) -> list[str]:
-    """In lines of at most `width` pixels, as long as they can be."""
-    wrapped: list[str] = []
+    """A strip of at most that many lines, as long as `width` pixels allow, with a space beneath."""
+    font, height, wrapped = _font(size), round(size * 1.35), list[str]()
     for letters in range(max(SHORTEST, int(4 * width / size)), SHORTEST - 1, -1):
         wrapped = textwrap.wrap(text, letters, max_lines=lines, placeholder=" ...")
-        if all(_font(size).getlength(line) <= width for line in wrapped):
+        if all(font.getlength(line) <= width for line in wrapped):
             break
-    return wrapped
+    strip = Image.new("RGB", (width, len(wrapped) * height + SPACE), "white")
+    for i, line in enumerate(wrapped):
+        ImageDraw.Draw(strip).text((0, i * height), line, colour, font)
+    return strip
 
 
 @cache
@@ -120,10 +114,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def png(picture: Image.Image) -> bytes:

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,7 +22,6 @@ import yaml
 
 from evaluation.metrics import paired_interval
 from learner.config import Config
-from learner.objectives.by_name import target
 from learner.protocol.quarantine import FOLDER as QUARANTINE
 from records.heartbeat import look, without_passwords
 from records.run_folder import BEFORE, EVALUATION, Records
@@ -74,6 +72,8 @@ class Facts:
     """Of a run, or of its first `epochs` epochs."""
 
     def __init__(self, records: Records, config: Config, epochs: float = math.inf) -> None:
+        from learner.objectives.by_name import target  # here: torch comes with it
+
         self.records, self.config = records, config
         self.lines = [line for line in records.lines if line["epoch"] < epochs]
         self.trained = [line for line in self.lines if line["epoch"] != BEFORE]
@@ -164,11 +164,7 @@ def judgements(storage: Storage) -> dict[int, str]:
 
 
 def figures(storage: Storage, until: float = math.inf) -> tuple[int, list[dict[str, Any]]] | None:
-    """(policy updates, `rows`) of the newest judgement, until step `until`.
-
-    Raises:
-        StorageError: it is damaged.
-    """
+    """(policy updates, `rows`) of the newest judgement, until step `until`. Raises a StorageError if it is damaged."""
     steps = [(step, place) for step, place in judgements(storage).items() if step <= until]
     if not steps:
         return None
@@ -193,11 +189,6 @@ def rows(judgement: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in table if row["value"] is not None]
 
 
-def evenly(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of them, evenly chosen, the first and the last among them."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), count)).round().astype(int)]
-
-
 def number(value: float | None, sign: bool = False, like: float | None = None) -> str:
     """For people: about four figures, or to as many places as `like` has; a true minus sign; a dash for what is not
     known."""
@@ -211,8 +202,8 @@ def number(value: float | None, sign: bool = False, like: float | None = None) -
 
 
 def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 

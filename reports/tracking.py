@@ -34,11 +34,7 @@ def tracking_uri(config: Config, storage: Storage) -> str:
 
 
 class Tracker:
-    """Starts the mirror, tells it when there is news, and passes on what it says.
-
-    Raises:
-        OSError: its process cannot be started.
-    """
+    """Starts the mirror (an OSError where it cannot), tells it when there is news, and passes on what it says."""
 
     def __init__(self, records: Records, config: Config, say: Callable[[str], None]) -> None:
         self._records, self._config, self._say = records, config, say

@@ -65,7 +65,7 @@ def test_a_run_is_judged(run, judge, cache, capsys):
         assert figure["low"] <= figure["value"] <= figure["high"]
     assert set(figures["held_out"]) == {"jpeg_incompressibility"}  # accuracy has a key of its own
     assert figures["fid"]["floor"] == figures["fid"]["base"] > 0
-    assert "reward, shapes_alignment" in said and "noise alone" in said
+    assert "reward: shapes_alignment" in said and "noise alone" in said
     rows = pq.read_table(run / "evaluation/step-000002.parquet").to_pylist()
     assert [row["number"] for row in rows] == list(range(8))
     assert figures["reward"]["value"] == pytest.approx(np.mean([row["reward"] for row in rows]), rel=1e-6)

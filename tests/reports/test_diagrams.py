@@ -1,7 +1,5 @@
 """Diagrams: dots stand at their values, smoothing is a mean, thinning hides nothing, colours are the page's."""
 
-import base64
-import io
 import re
 import subprocess
 import sys
@@ -9,7 +7,6 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
 
 from reports import diagrams
 from reports.diagrams import curves
@@ -89,20 +86,6 @@ def test_intervals_are_bars():
 def test_what_is_beside_the_axis_is_short(low, high):
     beside = [text for x, _, text in labels(curves("t", "u", {"x": "s"}, lines([low, high])).svg) if x < LEFT]
     assert 2 <= len(beside) <= 8 and max(map(len, beside)) <= 7
-
-
-def test_the_heat_map_is_each_epochs_histogram():
-    columns = [(1, np.array([0.0] * 90 + [1.0] * 10)), (2, np.array([])), (3, np.array([1.0] * 100))]
-    diagram = diagrams.heat_map("t", "u", columns)
-    content = re.search(r'href="data:image/png;base64,([^"]+)"', diagram.svg)[1]
-    opacity = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))[..., 3] / 255
-    assert opacity.shape == (20, 2) and [text for *_, text in labels(diagram.svg)[:2]] == ["1", "3"]
-    assert re.search(r"matrix\([\d.]+ 0 0 -", diagram.svg)  # turned over: the first row is the lowest
-    assert opacity[0] == pytest.approx([np.sqrt(0.9), 0], abs=0.01)
-    assert opacity[-1] == pytest.approx([np.sqrt(0.1), 1], abs=0.01) and not opacity[1:-1].any()
-    assert diagram.lines == [("median", 1.0)] and diagram.heat
-    assert diagrams.heat_map("t", "u", [(1, np.array([]))]) is None
-    assert diagrams.heat_map("t", "u", [(1, np.array([2.0] * 9))]).svg
 
 
 def test_colours_are_the_pages_and_nothing_is_left_of_this_machine():

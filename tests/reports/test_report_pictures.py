@@ -87,15 +87,6 @@ def test_large_pictures_are_made_small_and_what_is_none_is_left_out(tmp_path, mo
     assert html.extremes(Storage(str(tmp_path)))[0] == []
 
 
-def test_rewards_of_a_long_run_are_thinned_and_bad_ones_left_out(tmp_path):
-    for epoch in range(100):
-        save_trajectories(tmp_path, epoch, [0.0, float(epoch), None], thumbnails=False)
-    columns = html.rewards_of(Storage(str(tmp_path)))
-    assert len(columns) == html.EPOCHS_READ
-    assert (columns[0][0], columns[-1][0]) == (1, 100)
-    assert all(values.tolist() == [0.0, epoch - 1] for epoch, values in columns)
-
-
 def test_tiles_are_the_pictures_of_a_sheet():
     images = np.stack([picture(i, 64) for i in range(11)])
     scores = [Scores(Chunk(0, "evaluate", 0, 0, ("p",) * 11, tuple(range(11))), np.zeros((11, 1), np.float32), images)]
