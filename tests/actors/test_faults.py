@@ -1,17 +1,10 @@
-"""Faults in a run with a real model. tests/faults has all kinds of them, over emulated parts."""
-
-import json
+"""Faults in a run with a real model. tests/faults has all kinds of them, over emulated parts, and lost actors around
+a real model too (test_matrix_shapes.py, test_hosts.py)."""
 
 import pytest
-from emulated_run import outcome
-from faulty import DiesOnce, ScorerDiesOnce
+from emulated_run import totals
 
-from actors import rollouts
 from learner.run import main
-
-
-def totals(folder) -> dict[str, int]:
-    return json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
 
 
 @pytest.mark.long
@@ -26,22 +19,6 @@ def test_a_skipped_load_ends_the_run(driver_looks, small_settings, tmp_path, mon
     assert main([*small_settings, *settings]) == 1
     said = capfd.readouterr().err
     assert "StaleWeights: chunk" in said and "epoch 1 was sampled by adapter" in said
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_lost_actors_are_replaced_and_nothing_changes(cluster, small_settings, monkeypatch, tmp_path, capfd):
-    inprocess, run = tmp_path / "inprocess", tmp_path / "run"
-    assert main([*small_settings, "run.runner=inprocess", f"run.dir={inprocess}"]) == 0
-    monkeypatch.setattr(rollouts, "SamplerActor", DiesOnce)
-    monkeypatch.setattr(rollouts, "RewardActor", ScorerDiesOnce)
-    assert main([*small_settings, "sampler.actors=2", "reward.actors=1", f"run.dir={run}"]) == 0
-    assert (tmp_path / "died").exists() and (tmp_path / "scorer-died").exists()
-    assert capfd.readouterr().out.count("replacing the actor") == 2
-    assert outcome(run)["LoRA"] == outcome(inprocess)["LoRA"]
-    counts = totals(run)
-    assert counts.pop("lost") in (4, 8)  # one chunk of four was in the sampler's hands, and perhaps one queued behind
-    assert counts == {"issued": 16, "sampled": 16, "scored": 16, "trained": 16, "quarantined": 0}
 
 
 @pytest.mark.ray

@@ -12,13 +12,6 @@ class Broken(Emulation):
     marks: str = ""  # folder where it leaves a mark, which is the proof that it was struck
 
 
-class NeverLoads(EmulatedSampler):
-    """New weights come, and are never copied into the module."""
-
-    def load(self, flat):
-        pass
-
-
 class StaleAfterRestart(EmulatedSampler):
     """Dies once, and the one that takes its place keeps the weights it was built with."""
 

@@ -1,31 +1,27 @@
-"""One local Ray for the runs of a module that need none of their own, and a run on it that suffers a fault."""
+"""A run without a fault, and one that suffers one."""
 
-import os
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import injected
 import pytest
-from emulated_run import SETTINGS
+from emulated_run import SETTINGS, outcome, use_emulated_parts
 from injected import WITNESS
 
-from cluster.session import Session
 from learner import build, run
-from learner.config import ROOT
 
 PROCESSES = 4  # that must get their turn before a fault is noticed: raylet, control store, actor, driver
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Each run kills its own actors. Workers find injected.py and benchmarks/."""
+def unbroken(tmp_path_factory):
+    """The outcome of a run over emulated parts without a fault."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), prepend=os.pathsep)
-        session = Session(1)
-        yield session
-        session.close()
+        use_emulated_parts(patched)
+        assert run.main([*SETTINGS, "run.runner=inprocess", f"run.dir={folder}"]) == 0
+    return outcome(folder)
 
 
 @dataclass(frozen=True)

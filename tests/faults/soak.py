@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ |= {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}  # read when Ray is imported
 
 import psutil
-from emulated_run import SETTINGS, lost, outcome
+from emulated_run import SETTINGS, outcome, totals
 from ray.cluster_utils import Cluster
 from ray_nodes import cluster_of
 
@@ -189,9 +189,10 @@ def main() -> int:
         print("\n".join(text for _, text in driver.heard[-20:]))
         print(f"exit status {status}; files in {place}")
         return 1
-    one, other = outcome(place / "unbroken"), outcome(place / "run")
-    different = [name for name in one if one[name] != other[name]]
-    print(f"{args.epochs} epochs in {time.monotonic() - begun:.0f} s; {lost(place / 'run')} trajectories made again")
+    expected, got = outcome(place / "unbroken"), outcome(place / "run")
+    different = [name for name in expected if expected[name] != got[name]]
+    lost = totals(place / "run")["lost"]
+    print(f"{args.epochs} epochs in {time.monotonic() - begun:.0f} s; {lost} trajectories made again")
     print(f"different: {', '.join(different)}; files in {place}" if different else "bitwise the unbroken run's")
     return 1 if different else 0
 
