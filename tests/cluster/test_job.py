@@ -92,11 +92,8 @@ def ours(head) -> list[str]:
     lines = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, KeyError):
-            line = " ".join(process.cmdline())
-            if (
-                re.search(r"learner\.|ray::\w+Actor", line)
-                and process.environ().get("HOME") == head.environment["HOME"]
-            ):
+            line, home = " ".join(process.cmdline()), process.environ().get("HOME")
+            if re.search(r"learner\.|ray::\w+Actor", line) and home == head.environment["HOME"]:
                 lines.append(line)
     return lines
 
