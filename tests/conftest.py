@@ -74,8 +74,7 @@ def cluster():
     from cluster.session import Session
 
     with pytest.MonkeyPatch.context() as patched:
-        folders = (ROOT, ROOT / "tests/actors", ROOT / "tests/faults")
-        patched.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)
+        patched.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests/faults'}", prepend=os.pathsep)
         session = Session(1)
         yield session
         session.close()

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 import psutil
 
 
+def wait_for(there, seconds: float, said=lambda: "") -> None:
+    """Until `there()`; what was said is shown if it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.05)
+
+
 def processes(folder: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():

@@ -67,13 +67,6 @@ def last_words(folder) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("learner.run:")]
 
 
-def wait_for(there, process, seconds=200):
-    deadline = time.monotonic() + seconds
-    while not there():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def files_with_secrets(*folders) -> list[str]:
     patterns = [part for secret in SECRETS.values() for part in ("-e", secret)]
     done = subprocess.run(["grep", "-rlasF", *patterns, *map(str, folders)], capture_output=True, text=True, timeout=60)
@@ -86,8 +79,8 @@ def files_with_secrets(*folders) -> list[str]:
 def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
     (signals, status), run = STOPS[how], tmp_path / "run"
     process, temporary = start(*EMULATED, "mlflow.enabled=true")
-    wait_for((run / "checkpoints/step-000002/state.json").exists, process)
-    wait_for(lambda: "mlflow_run_id" in json.loads((run / "run.json").read_text()), process)
+    ray_processes.wait_for((run / "checkpoints/step-000002/state.json").exists, 200)
+    ray_processes.wait_for(lambda: "mlflow_run_id" in json.loads((run / "run.json").read_text()), 200)
     time.sleep(0.3)  # an epoch takes at least a second
     traces = ray_processes.traces(temporary)
     assert [path.stat().st_mode & 0o077 for path in Path(temporary).iterdir()] == [0, 0]  # Ray, MLflow

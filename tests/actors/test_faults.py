@@ -29,7 +29,7 @@ def test_nan_is_set_aside_by_the_rank_that_would_have_trained_on_it(cluster, sma
     settings = [
         f"run.dir={tmp_path / 'run'}", f"prompts.path={tmp_path / 'prompts.txt'}", "sampler.actors=1",
         "prompts.per_prompt=1", "evaluation.images=0", "reward.actors=1", "train.epochs=1", "learner.ranks=2",
-        "reward.name=faulty:NanForRings", "reward.on_bad_reward=quarantine",
+        "reward.name=broken_parts:NanForRings", "reward.on_bad_reward=quarantine",
     ]  # fmt: skip
     assert main([*small_settings, *settings]) == 0
     counts = totals(tmp_path / "run")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -152,10 +151,7 @@ def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
 @pytest.mark.slow
 def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path, token):
     process, rays = slurm(1, "--", "bash", "-c", "touch $FAKES/running; exec sleep 300")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "running").exists():
-        assert process.poll() is None and time.monotonic() < deadline, said(tmp_path)[-3000:]
-        time.sleep(0.2)
+    ray_processes.wait_for((tmp_path / "running").exists, 120, lambda: said(tmp_path)[-3000:])
     process.send_signal(signal.SIGUSR1)
     process.wait(60)
     asked = (tmp_path / "scontrol.log").read_text().splitlines()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import ray
 from ray_nodes import cluster_of
+from ray_processes import wait_for
 from test_placement import place
 
 from cluster import nodes as cluster_nodes
@@ -31,10 +32,7 @@ def cluster():
 
 def eventually(condition) -> None:
     """Of the nodes alive: Ray collects what is free now and then."""
-    deadline = time.monotonic() + 20
-    while not condition(nodes := alive_nodes()):
-        assert time.monotonic() < deadline, listed(nodes)
-        time.sleep(0.1)
+    wait_for(lambda: condition(alive_nodes()), 20, lambda: listed(alive_nodes()))
 
 
 def where_class() -> type:

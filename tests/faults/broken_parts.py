@@ -50,3 +50,10 @@ class SamplingDiesOfChunk1(EmulatedSampler):
 class Unbuildable(EmulatedScorer):
     def __init__(self, emulation):
         raise OSError("the reward's own words: no /no/weights.bin")
+
+
+class NanForRings:
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        scores[[i for i, prompt in enumerate(prompts) if "ring" in prompt]] = float("nan")
+        return scores

@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import injected
@@ -31,7 +33,7 @@ class Broken:
     status: int
     said: list[tuple[float, str]]  # when, what
     struck: float
-    lateness: float  # of this machine at most, in doing what it is asked to do at a time: others may be at work on it
+    lateness: float  # of this machine at most: others may be at work on it
 
     @property
     def complaints(self) -> list[str]:
@@ -54,29 +56,27 @@ def break_a_run(cluster, tmp_path, monkeypatch):
 
     def go(parts, fault, *settings: str) -> Broken:
         monkeypatch.setattr(build, "parts", lambda config, own_reward=None: injected.parts(parts, fault))
-        with Lateness() as lateness:
+        with watched() as late:
             status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
         print("\n".join(f"{when:.2f} {text}" for when, text in said))
-        return Broken(status, said, (tmp_path / WITNESS).stat().st_mtime, lateness.most)
+        return Broken(status, said, (tmp_path / WITNESS).stat().st_mtime, max(late))
 
     return go
 
 
-class Lateness:
-    def __init__(self) -> None:
-        self.most, self._over = 0.0, threading.Event()
-        self._watch = threading.Thread(target=self._sample, daemon=True)
+@contextmanager
+def watched() -> Iterator[list[float]]:
+    """How late this machine is in doing what it is asked to do at a time, again and again while this is entered."""
+    over, late = threading.Event(), [0.0]
 
-    def __enter__(self) -> "Lateness":
-        self._watch.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._over.set()
-        self._watch.join(5)
-
-    def _sample(self) -> None:
-        while not self._over.is_set():
+    def watch() -> None:
+        while not over.is_set():
             then = time.monotonic() + 0.05
             time.sleep(0.05)
-            self.most = max(self.most, time.monotonic() - then)
+            late.append(time.monotonic() - then)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield late
+    over.set()
+    thread.join(5)

@@ -7,7 +7,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from emulated_run import SETTINGS, outcome, use_emulated_parts
 from hosts import HEALTH_CHECKS
 from injected import WITNESS
 from ray_nodes import cluster_of
+from ray_processes import wait_for
 
 from learner import run
 from learner.config import ROOT
@@ -67,9 +67,7 @@ def test_a_lost_node_costs_nothing_but_time(kind, two_nodes, unbroken, tmp_path)
     settings = [*SETTINGS, "learner.ranks=1", "sampler.actors=4", "run.ready_seconds=120", f"run.dir={folder}"]
     command = [sys.executable, HERE / "driver.py", "--folder", tmp_path, "--fault", "sampler", "serving", kind]
     driver = subprocess.Popen([*command, "--", *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 150
-    while not (tmp_path / WITNESS).exists() and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: (tmp_path / WITNESS).exists() or driver.poll() is not None, 150)
     two_nodes.add_node(num_cpus=2)
     said, _ = driver.communicate(timeout=240)
     print(said)
@@ -147,10 +145,7 @@ def test_a_lost_mlflow_server_costs_a_warning(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
 
     def strike() -> None:
-        deadline = time.monotonic() + 240
-        while not shown(database):
-            assert time.monotonic() < deadline and server.poll() is None
-            time.sleep(0.5)
+        wait_for(lambda: shown(database), 240)
         (tmp_path / WITNESS).touch(exist_ok=False)
         for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)):
             process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
