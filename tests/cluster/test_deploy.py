@@ -172,15 +172,12 @@ def test_the_operators_rules_hold():
     assert elastic and spec["enableInTreeAutoscaling"]
 
 
-SKYPILOT_KEYS = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "setup", "run"}
-SKYPILOT_RESOURCES = {"accelerators", "use_spot", "disk_size", "job_recovery"}
-
-
 def test_skypilot_reads_its_file(monkeypatch, tmp_path):
     """By SkyPilot where it is installed (it is no dependency), else the keys that it was seen to know."""
     [tree] = documents("skypilot.yaml")
     assert tree["envs"] == {"BUCKET": None} and tree["secrets"] == {"RAY_AUTH_TOKEN": None}
-    assert set(tree) == SKYPILOT_KEYS and set(tree["resources"]) == SKYPILOT_RESOURCES
+    assert set(tree) == {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "setup", "run"}
+    assert set(tree["resources"]) == {"accelerators", "use_spot", "disk_size", "job_recovery"}
     assert set(tree["resources"]["job_recovery"]) == {"strategy", "max_restarts_on_errors"}
     for script in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=tree[script], text=True, check=True)
