@@ -67,6 +67,19 @@ def shared(tmp_path_factory, worker_id):
     return share
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """One local Ray for a module's runs, each of which kills its own actors. Workers find benchmarks/ and what is
+    injected."""
+    from cluster.session import Session
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests/faults'}", prepend=os.pathsep)
+        session = Session(1)
+        yield session
+        session.close()
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(shared) -> str:
     """A randomly initialised pipeline of the embedded model's own classes: for plumbing, not for pictures."""

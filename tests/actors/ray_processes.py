@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import psutil
 
 
-def _processes(folder: str) -> list[psutil.Process]:
+def wait_for(there, seconds: float, said=lambda: "") -> None:
+    """Until `there()`; what was said is shown if it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.05)
+
+
+def processes(folder: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -22,7 +30,7 @@ def _processes(folder: str) -> list[psutil.Process]:
 def of(folder: str) -> list[str]:
     """Command lines of the living processes that belong to the session under `folder`."""
     lines = []
-    for process in _processes(folder):
+    for process in processes(folder):
         with contextlib.suppress(psutil.Error):
             lines.append(" ".join(process.cmdline()))
     return lines
@@ -58,7 +66,7 @@ class Traces:
 def traces(folder: str) -> Traces:
     """Of the living run with Ray under `folder`."""
     ports, shared_memory = set(), set()
-    for process in _processes(folder):
+    for process in processes(folder):
         with contextlib.suppress(psutil.Error):
             ports |= {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
             shared_memory |= {m.path for m in process.memory_maps() if m.path.startswith("/dev/shm")}

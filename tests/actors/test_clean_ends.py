@@ -1,5 +1,5 @@
-"""Runs on Ray that shall not go on: one clear message, nothing half-written, nothing left. Or killed at once, and the
-same command goes on as if nothing had been (tests/faults/test_driver_kills.py: at all other moments)."""
+"""Runs on Ray that shall not go on: one clear message, nothing half-written, nothing left. (Killed drivers:
+tests/faults/test_driver_kills.py.)"""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray_processes
-from emulated_run import SETTINGS, outcome
+from emulated_run import SETTINGS
 
 from learner.config import ROOT
 
@@ -29,13 +29,6 @@ import driver
 signals.leave(driver.main())
 """
 EMULATED = ["-c", LAUNCH, "--seconds", "0", "0.5", "0", "--", *SETTINGS, "learner.ranks=1", "train.epochs=50"]
-SLOW_REWARD = """
-import time
-
-def brightness(images, prompts):
-    time.sleep(0.5)
-    return images.mean((1, 2, 3))
-"""
 SECRETS = {"RAY_AUTH_TOKEN": "c0ffee" * 10 + "abcd", "HF_TOKEN": "hf_nobodysTokenAtAll"}
 STOPS = {
     "ctrl-c": ([signal.SIGINT], 130),
@@ -47,11 +40,11 @@ STOPS = {
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a run with known tokens in a session of its own, like a terminal, and with a Ray of its own:
-    start(folder, command) -> (process, Ray's folder)."""
-    started = []
+    """Start a run in tmp_path/run with known tokens in a session of its own, like a terminal, and with a Ray of its
+    own: start(command) -> (process, Ray's folder)."""
+    started, folder = [], tmp_path / "run"
 
-    def go(folder, *command):
+    def go(*command):
         temporary = tempfile.mkdtemp(prefix="tr-", dir="/tmp")  # short: sockets' paths are limited
         process = subprocess.Popen(
             [sys.executable, *command, f"run.dir={folder}"], cwd=tmp_path, text=True, start_new_session=True,
@@ -68,18 +61,10 @@ def start(tmp_path):
             process.wait(10)
 
 
-def said(folder) -> tuple[str, list[str]]:
-    """What a run said, and its last words."""
+def last_words(folder) -> list[str]:
     out, err = (folder.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
     assert "Traceback" not in out + err and not any(secret in out + err for secret in SECRETS.values())
-    return out, [line for line in err.splitlines() if line.startswith("learner.run:")]
-
-
-def wait_for(there, process, seconds=200):
-    deadline = time.monotonic() + seconds
-    while not there():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    return [line for line in err.splitlines() if line.startswith("learner.run:")]
 
 
 def files_with_secrets(*folders) -> list[str]:
@@ -93,9 +78,9 @@ def files_with_secrets(*folders) -> list[str]:
 )
 def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
     (signals, status), run = STOPS[how], tmp_path / "run"
-    process, temporary = start(run, *EMULATED, "mlflow.enabled=true")
-    wait_for((run / "checkpoints/step-000002/state.json").exists, process)
-    wait_for(lambda: "mlflow_run_id" in json.loads((run / "run.json").read_text()), process)
+    process, temporary = start(*EMULATED, "mlflow.enabled=true")
+    ray_processes.wait_for((run / "checkpoints/step-000002/state.json").exists, 200)
+    ray_processes.wait_for(lambda: "mlflow_run_id" in json.loads((run / "run.json").read_text()), 200)
     time.sleep(0.3)  # an epoch takes at least a second
     traces = ray_processes.traces(temporary)
     assert [path.stat().st_mode & 0o077 for path in Path(temporary).iterdir()] == [0, 0]  # Ray, MLflow
@@ -105,7 +90,7 @@ def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
         os.killpg(process.pid, number)  # as a terminal does
         time.sleep(0.2)
     assert process.wait(10) == status
-    assert said(run)[1] == [f"learner.run: interrupted; the same command goes on from what is done in {run}"]
+    assert last_words(run) == [f"learner.run: interrupted; the same command goes on from what is done in {run}"]
     traces.assert_nothing_left()
     assert not list(run.rglob("*.new")) and files_with_secrets(tmp_path) == []
 
@@ -114,42 +99,12 @@ def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
 def test_a_signal_while_it_starts_leaves_nothing(after, start, small_settings, tmp_path):
     """While torch is imported, the input checked, Ray started, the actors."""
     settings = [*small_settings, "train.epochs=50", "sampler.actors=1", "reward.actors=1", "mlflow.enabled=true"]
-    process, temporary = start(tmp_path / "run", "-m", "learner.run", *settings)
+    process, temporary = start("-m", "learner.run", *settings)
     time.sleep(after)
     # Ctrl-C is for the whole group, `kill` for one. (Ray's own servers, told to end in mid-start, abort the driver.)
     send, number = (os.killpg, signal.SIGINT) if after % 4 else (os.kill, signal.SIGTERM)
     send(process.pid, number)
     assert process.wait(10) == 128 + number
-    (line,) = said(tmp_path / "run")[1]
+    (line,) = last_words(tmp_path / "run")
     assert re.search("interrupted before anything was started|the same command goes on", line)
     assert ray_processes.all_gone(temporary) and not os.listdir(temporary)
-
-
-@pytest.mark.slow
-def test_after_kill_9_of_the_driver_the_same_command_goes_on_bitwise(start, small_settings, tmp_path):
-    """In mid-epoch 2 of 4, with a real model and 2 ranks."""
-    (tmp_path / "mine.py").write_text(SLOW_REWARD)
-    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    command = [
-        "-m", "learner.run", *small_settings, "train.epochs=4", "evaluation.every=2", "flow.replay_epochs=2",
-        "sampler.actors=1", "reward.actors=1", "learner.ranks=2", "reward.name=mine:brightness",
-    ]  # fmt: skip
-    process, _ = start(unbroken, *command)
-    assert process.wait(240) == 0
-    process, temporary = start(killed, *command)
-    wait_for((killed / "checkpoints/step-000002/state.json").exists, process)
-    time.sleep(0.3)  # epochs 0 and 1 are closed, and an epoch takes at least a second
-    process.kill()
-    process.wait(10)
-    assert ray_processes.all_gone(temporary, 60)  # Ray's own doing: its agents look for their parent now and then
-    assert [line["epoch"] for line in outcome(killed)["metrics"]] == [-1, 0, 1]
-    earlier = {file: file.stat().st_mtime_ns for file in (killed / "trajectories").iterdir()}
-    process, temporary = start(killed, *command)
-    assert process.wait(240) == 0
-    assert ray_processes.all_gone(temporary)
-    out, _ = said(killed)
-    assert "going on from checkpoints/step-000002: 2 of 4 epochs are done" in out
-    assert "epoch 1/4" not in out and "epoch 2/4" not in out and "epoch 3/4" in out
-    assert all(file.stat().st_mtime_ns == then for file, then in earlier.items())
-    assert outcome(killed) == outcome(unbroken)
-    assert [row[:2] for row in outcome(killed)["rows"]] == [(epoch, i) for epoch in range(4) for i in range(8)]

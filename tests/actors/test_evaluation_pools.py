@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
-from faulty import EmulatedDiesOnce
+from injected import WITNESS, Fault
+from injected import parts as with_fault
 
 from actors import rollouts
 from actors.rollouts import evaluation_pools
@@ -19,8 +19,7 @@ from learner.config import load_config
 from learner.protocol.receipts import StaleWeights
 
 pytestmark = pytest.mark.ray
-EMULATION = emulated.Emulation()
-SAMPLER = partial(emulated.EmulatedSampler, EMULATION)
+PARTS = emulated.parts(emulated.Emulation())
 SNAPSHOT = Snapshot(0, np.ones(64, np.float32), digest(np.ones(64, np.float32)))
 CHUNKS = [Chunk(i, "evaluate", 0, 0, ("a ring", "a star"), (2 * i, 2 * i + 1)) for i in range(6)]
 
@@ -29,9 +28,8 @@ CHUNKS = [Chunk(i, "evaluate", 0, 0, ("a ring", "a star"), (2 * i, 2 * i + 1)) f
 def judge(cluster, monkeypatch):
     """Rewards of CHUNKS by emulated parts on Ray, and what was said."""
 
-    def go(samplers: int, sampler=SAMPLER):
+    def go(samplers: int, parts=PARTS):
         said, rewards = [], {}
-        parts = build.Parts(sampler, partial(emulated.EmulatedScorer, EMULATION), None)
         monkeypatch.setattr(build, "parts", lambda config: parts)
         config = load_config(overrides=[f"sampler.actors={samplers}", "reward.actors=1"])
         pools = evaluation_pools(config, said.append)
@@ -45,11 +43,11 @@ def judge(cluster, monkeypatch):
 
 
 def test_any_number_of_samplers_gives_the_same_figures_and_one_that_dies_changes_none(judge, tmp_path):
-    sampler, scorer = SAMPLER(), emulated.EmulatedScorer(EMULATION)
+    sampler, scorer = PARTS.sampler(), PARTS.scorer()
     expected = [scorer.score(sampler.sample(chunk, SNAPSHOT)[1]).rewards[:, -1].tolist() for chunk in CHUNKS]
     assert judge(1) == judge(3) == (expected, [])
-    figures, said = judge(2, partial(EmulatedDiesOnce, tmp_path / "died"))
-    assert figures == expected and (tmp_path / "died").exists() and any("replacing the actor" in text for text in said)
+    figures, said = judge(2, with_fault(PARTS, Fault("sampler", "serving", "kill", str(tmp_path), epoch=-1)))
+    assert figures == expected and (tmp_path / WITNESS).exists() and any("replacing the actor" in text for text in said)
 
 
 def test_weights_that_do_not_arrive_end_it(judge, monkeypatch):

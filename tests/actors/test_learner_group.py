@@ -106,7 +106,7 @@ def test_all_are_up_before_any_is_told_to_meet_the_others(world):
 PAIRS = [(f"t{i}", f"s{i}") for i in range(8)]
 
 
-def test_every_update_is_the_same_chunks_whatever_the_ranks(group, world):
+def test_every_update_is_the_same_chunks_whatever_the_ranks_and_gives_all_accounts_and_files(group, world):
     """What is lost is named by its place in the epoch."""
     assert group.fetch(1, PAIRS) == []
     first, second = (called(rank, "fetch")[1] for rank in world.spawned)
@@ -114,9 +114,6 @@ def test_every_update_is_the_same_chunks_whatever_the_ranks(group, world):
     assert second == [[PAIRS[1], PAIRS[3]], [PAIRS[5], PAIRS[7]]]
     world.spawned[0].answers["fetch"], world.spawned[1].answers["fetch"] = [(0, 1)], [(1, 0)]
     assert group.fetch(1, PAIRS) == [2, 5]
-
-
-def test_training_gives_all_accounts_and_all_files(group):
     trainings, snapshot, files = group.train(1, 0.5)
     assert [training.trajectory_ids for training in trainings] == [(0,), (1,)] and snapshot.version == 1
     assert files == {"rank-0": b"state", "rank-1": b"state"}
@@ -144,7 +141,11 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
 
 
 @pytest.mark.parametrize("others", [{}, {"train_epoch": GroupBroken("closed by peer")}])
-def test_a_defect_is_no_loss_and_comes_before_the_group_that_it_broke(others, group, world):
+def test_a_defect_or_another_adapter_is_no_loss_and_comes_before_the_group_that_it_broke(others, group, world):
+    training, _, _ = world.spawned[1].answers["train_epoch"]
+    world.spawned[1].answers["train_epoch"] = (training, "another", None)
+    with pytest.raises(RanksDiverged):
+        group.train(1, 0.5)
     world.spawned[0].answers.update(others)
     world.spawned[1].answers["train_epoch"] = ZeroDivisionError("why")
     with pytest.raises(ZeroDivisionError, match="why"):
@@ -164,13 +165,6 @@ def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(method, w
         group.fetch(1, PAIRS)
         group.train(1, 0.5)
     assert seconds < world.now <= seconds + 0.5
-
-
-def test_ranks_that_hold_different_adapters_end_the_run(group, world):
-    training, _, _ = world.spawned[1].answers["train_epoch"]
-    world.spawned[1].answers["train_epoch"] = (training, "another", None)
-    with pytest.raises(RanksDiverged):
-        group.train(1, 0.5)
 
 
 def look(group, world, seconds: float) -> None:
@@ -229,11 +223,11 @@ def fetching(monkeypatch, answers: dict, now: list[float]):
 
 
 def test_a_rank_says_which_of_its_objects_are_lost(monkeypatch):
-    answers = {"t0": 0.0, "s0": 0.0, "t1": ObjectLost("gone"), "s1": 0.0, "t2": 0.0, "s2": ObjectLost("gone")}
-    actor = fetching(monkeypatch, answers, [0.0])
-    assert actor.fetch(1, [[("t0", "s0")], [("t1", "s1"), ("t2", "s2")]], 3.0) == [(1, 0), (1, 1)]
+    answers = dict.fromkeys(("t0", "s0", "s1", "t2"), 0.0) | dict.fromkeys(("t1", "s2"), ObjectLost("gone"))
+    actor, pairs = fetching(monkeypatch, answers, [0.0]), [[("t0", "s0")], [("t1", "s1"), ("t2", "s2")]]
+    assert actor.fetch(1, pairs, 3.0) == [(1, 0), (1, 1)]
     answers.update(t1=0.0, s2=0.0)
-    assert actor.fetch(1, [[("t0", "s0")], [("t1", "s1"), ("t2", "s2")]], 3.0) == []
+    assert actor.fetch(1, pairs, 3.0) == []
     assert actor.fetched[1][1] == ("the t2", "the s2")
 
 

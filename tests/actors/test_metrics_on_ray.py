@@ -8,14 +8,12 @@ from dataclasses import replace
 
 import pytest
 import ray
-from emulated_run import SETTINGS
+from emulated_run import SETTINGS, use_emulated_parts
 from ray.util import list_named_actors
 from test_metrics import VITALS, exported, without_ending
 
 from actors.metrics import Metrics
 from actors.rollouts import Rollouts
-from benchmarks import emulated
-from learner import build
 from learner.run import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
@@ -57,7 +55,7 @@ def often():
 @pytest.fixture
 def settings(often, cluster, tmp_path, monkeypatch):
     """Of three epochs of 16 emulated trajectories in chunks of 4, named `mine`."""
-    monkeypatch.setattr(build, "parts", lambda *_: emulated.parts(emulated.Emulation(sample_seconds=0.1)))
+    use_emulated_parts(monkeypatch, sample_seconds=0.1)
     return [*SETTINGS, "learner.ranks=1", f"run.dir={tmp_path / 'mine'}"]
 
 

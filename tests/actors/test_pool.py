@@ -74,14 +74,11 @@ def test_replacements_that_never_start_end_the_run_only_when_nobody_is_left(worl
             pool.pump()
 
 
-def test_work_whose_input_is_gone_is_handed_back(world):
+def test_work_whose_input_is_gone_is_handed_back_and_what_remote_code_raises_is_never_tried_again(world):
     pool, actor = world.pool("a", keys=1)
     world.failed[actor.calls[0]] = ObjectLost("the node went")
     assert pool.pump() == [] and pool.inputs_lost == [0] and pool.load() == (0, 0) and list(pool.calls) == [actor]
-
-
-def test_what_remote_code_raises_is_never_tried_again(world):
-    pool, actor = world.pool("a", keys=1)
+    pool, actor = world.pool("b", keys=1)
     world.failed[actor.calls[0]] = ZeroDivisionError("data")
     with pytest.raises(ZeroDivisionError):
         pool.pump()
@@ -138,21 +135,16 @@ def test_a_driver_that_was_stopped_does_not_blame_its_actors(world):
     assert not world.killed
 
 
-def test_actors_that_died_while_idle_cost_no_key_an_attempt(world):
+@pytest.mark.parametrize("asked_in_time", [True, False])
+def test_actors_that_died_while_idle_cost_no_key_an_attempt(asked_in_time, world):
+    """The first death that is met uncovers the others."""
     pool, *dead, alive = world.pool("a b c d", attempts=2)
+    pool.pump()  # all that were asked have answered
     world.die(*dead)
-    for _ in range(2):
+    for _ in range(2 * asked_in_time):
         world.now += 1.5
         pool.pump()
-    assert list(pool.calls) == [alive] and len(world.spawned) == len(world.said) == 3
-    submit(pool, 0)
-    assert world.finish(pool) == [0]
-
-
-def test_the_first_death_uncovers_the_other_idle_dead(world):
-    pool, *dead, _ = world.pool("a b c d", attempts=2)
-    pool.pump()  # all that were asked have answered
-    world.die(*dead)  # and it is too early to ask again
+    assert not asked_in_time or (list(pool.calls) == [alive] and len(world.said) == 3)
     submit(pool, 0)
     assert world.finish(pool) == [0] and len(world.spawned) == 3
 
@@ -245,8 +237,8 @@ def test_a_bigger_pool_is_filled_up_and_a_smaller_one_keeps_who_works(world):
 
 
 def test_replacements_beyond_a_smaller_pool_are_called_off(world):
-    pool, a, b, c = world.pool("a b c")
-    world.die(b, c)
+    pool, a, *dead = world.pool("a b c")
+    world.die(*dead)
     world.now = 1.5
     for _ in range(2):
         pool.pump()

@@ -4,18 +4,13 @@ import json
 
 import pytest
 import tiny_models
-from emulated_run import SETTINGS, outcome
+from emulated_run import SETTINGS, lora, outcome, use_emulated_parts
 
-from benchmarks import emulated, pipelines
-from learner import build
+from benchmarks import pipelines
 from learner.objectives.by_name import OBJECTIVES
 from learner.run import main
 
 pytestmark = pytest.mark.ray
-
-
-def lora(folder) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / "checkpoints/latest/lora").iterdir()}
 
 
 def assert_same_bits(settings: list[str], folder, **ways: str) -> None:
@@ -26,7 +21,7 @@ def assert_same_bits(settings: list[str], folder, **ways: str) -> None:
 
 def test_three_samplers_give_the_outcome_of_the_inprocess_run(cluster, tmp_path, monkeypatch):
     """Of emulated parts: records, evaluations and ledger too. tests/faults/test_matrix.py has it with 2 ranks."""
-    monkeypatch.setattr(build, "parts", lambda *_: emulated.parts(emulated.Emulation()))
+    use_emulated_parts(monkeypatch)
     settings = [*SETTINGS, "sampler.actors=3", "learner.ranks=1"]
     for runner in ("inprocess", "ray"):
         assert main([*settings, f"run.runner={runner}", f"run.dir={tmp_path / runner}"]) == 0

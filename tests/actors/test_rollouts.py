@@ -1,6 +1,7 @@
 """What is done about things that went with their node or their actor, over pools that only write down what they get."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -39,19 +40,12 @@ class FakePool:
         return ["trajectories", "clean"], RECEIPT
 
 
-class Quiet:
-    """A stand-in for the metrics: whatever is told, nothing comes of it."""
-
-    def __getattr__(self, name):
-        return lambda *_, **__: None
-
-
 @pytest.fixture
 def made(monkeypatch):
     """Rollouts in the middle of their work, of one evaluation chunk."""
     share = SimpleNamespace(gpus=0, count=0, spread={})
     crew = SimpleNamespace(
-        config=Config(), placement=SimpleNamespace(samplers=share, scorers=share), metrics=Quiet(), said=[],
+        config=Config(), placement=SimpleNamespace(samplers=share, scorers=share), metrics=Mock(), said=[],
         spawn=print, failed=print, description="", close=print,
     )  # fmt: skip
     crew.say = crew.said.append
@@ -84,10 +78,7 @@ def test_evaluation_images_that_went_with_their_node_are_made_again(made, monkey
 
 
 def test_images_that_are_lost_every_time_end_the_run(made, monkeypatch):
-    def get(*_):
-        raise ObjectLost("gone")
-
-    monkeypatch.setattr(rollouts, "get", get)
+    monkeypatch.setattr(rollouts, "get", Mock(side_effect=ObjectLost("gone")))
     words = r"chunk 0 of the evaluation set was made and lost 3 times \(run\.chunk_attempts\)"
     with pytest.raises(ObjectLost, match=words):
         evaluated(made)
@@ -111,13 +102,9 @@ def test_whoever_costs_every_actor_its_process_is_named_with_its_prompts_and_the
 
 
 def test_ranks_that_cannot_start_are_said_as_what_they_died_of(monkeypatch):
-    cause, closed = ObjectLost("the checkpoint does not fit"), []
-
-    def start(*_):
-        raise RanksLost(cause)
-
-    monkeypatch.setattr(RayRunner, "_start", start)
-    monkeypatch.setattr(ray_runner, "Crew", lambda *_: SimpleNamespace(close=lambda: closed.append(True)))
+    cause, crew = ObjectLost("the checkpoint does not fit"), Mock()
+    monkeypatch.setattr(RayRunner, "_start", Mock(side_effect=RanksLost(cause)))
+    monkeypatch.setattr(ray_runner, "Crew", lambda *_: crew)
     with pytest.raises(ObjectLost) as raised:
         RayRunner(Config())
-    assert raised.value is cause and closed
+    assert raised.value is cause and crew.close.called

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from hosts import HEALTH_CHECKS
 from kuberay_fields import MANIFESTS
 from ray.scripts.scripts import start as ray_start
 
@@ -22,12 +23,6 @@ from learner.config import ROOT, load_config
 DEPLOY = ROOT / "cluster" / "deploy"
 WAYS = ("slurm.sh", "ray_up.yaml", "kuberay_cluster.yaml", "kuberay_job.yaml", "skypilot.yaml")
 PAGES = ("README.md", "docs/operations.md", "docs/deploy.md")
-FAST_HEALTH = {
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 def text(name: str) -> str:
@@ -61,16 +56,20 @@ def kuberay(way: str) -> dict:
     return spec.get("rayClusterSpec", spec)
 
 
-# Token authentication
-
-
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_has_token_authentication_on(way):
+def test_every_way_has_token_authentication_on_a_closed_dashboard_and_a_head_that_notices_a_cut_node_in_seconds(way):
+    hosts = set(re.findall(r"dashboard-host[=:] ?(\S+)", uncommented(way)))
     if way.startswith("kuberay"):
         assert kuberay(way)["authOptions"] == {"mode": "token"}
+        head = kuberay(way)["headGroupSpec"]
+        assert hosts == {"0.0.0.0"} and head.get("serviceType", "ClusterIP") == "ClusterIP"
+        container = head["template"]["spec"]["containers"][0]
+        assert {item["name"]: item["value"] for item in container["env"]} == HEALTH_CHECKS
         return
     for commands in started(way):
         assert commands.index("RAY_AUTH_MODE=token") < commands.index("ray start")
+    before = started(way)[0].partition("ray start --head")[0]
+    assert dict(re.findall(r"(RAY_health\w+)=(\d+)", before)) == HEALTH_CHECKS and hosts == {"127.0.0.1"}
 
 
 def test_every_documented_command_that_starts_a_cluster_has_token_authentication_on():
@@ -82,55 +81,25 @@ def test_every_documented_command_that_starts_a_cluster_has_token_authentication
     assert not any(re.search(r"RAY_AUTH_MODE=(?!token)", text(page)) for page in PAGES)
 
 
-@pytest.mark.parametrize("name", [*WAYS, *PAGES])
-def test_a_token_is_made_where_only_its_owner_reads_it(name):
+@pytest.mark.parametrize("name", [*WAYS, "Dockerfile", *PAGES])
+def test_a_token_is_made_where_only_its_owner_reads_it_and_no_secret_is_in_a_file(name):
     for line in text(name).splitlines():
         if "get-auth-token" in line or "auth_token}'" in line:
             assert line.lstrip().startswith("(umask 077;"), line
-
-
-@pytest.mark.parametrize("name", [*WAYS, "Dockerfile", *PAGES])
-def test_no_secret_is_in_a_file(name):
     named = r"(?i:token|secret|password)\w*[=:]\s*[\"']?[\w-]{16,}"
     assert not re.search(rf"[0-9a-f]{{32,}}|AKIA[0-9A-Z]{{16}}|hf_\w{{20,}}|PRIVATE KEY|{named}", text(name))
     for value in re.findall(r"RAY_AUTH_TOKEN\b\s*[=:]\s*(\S+)", text(name)):
         assert value in ("$(cat", "null"), value
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_dashboard_open_to_the_network_is_behind_a_service_that_asks_for_the_token(way):
-    hosts = set(re.findall(r"dashboard-host[=:] ?(\S+)", uncommented(way)))
-    assert hosts == ({"0.0.0.0"} if way.startswith("kuberay") else {"127.0.0.1"})
-    if way.startswith("kuberay"):
-        assert kuberay(way)["headGroupSpec"].get("serviceType", "ClusterIP") == "ClusterIP"
-
-
-# What the commands say
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_head_notices_a_cut_node_in_seconds(way):
-    if way.startswith("kuberay"):
-        head = kuberay(way)["headGroupSpec"]["template"]["spec"]["containers"][0]
-        assert {item["name"]: item["value"] for item in head["env"]} == FAST_HEALTH
-    else:
-        before = started(way)[0].partition("ray start --head")[0]
-        assert dict(re.findall(r"(RAY_health\w+)=(\d+)", before)) == FAST_HEALTH
-
-
 @pytest.mark.parametrize("name", [*WAYS, *PAGES])
-def test_options_of_ray_start_exist(name):
+def test_options_of_ray_start_and_settings_of_runs_exist(name):
     known = {option for parameter in ray_start.params for option in parameter.opts}
     used = {f"--{key}" for params in re.findall(r"rayStartParams:((?:\n {6,}[\w-]+: .*)+)", text(name))
             for key in re.findall(r"\n +([\w-]+):", params)}  # fmt: skip
     for command in re.findall(r"ray start\b(?:\s+-[^|&;\n]*)+", text(name)):
         used |= set(re.findall(r"\s(--[a-z][\w-]*)", command))
-    assert used <= known
-    assert used or name in PAGES
-
-
-@pytest.mark.parametrize("name", [*WAYS, *PAGES])
-def test_runs_are_started_with_settings_that_exist(name):
+    assert used <= known and (used or name in PAGES)
     lines = "\n".join(blocks(name)) if name in PAGES else text(name)
     found = re.findall(r"(?:python -m learner\.run|sbatch.*/slurm\.sh)\b([^;\n]*)", lines)
     commands = [shlex.split(words, comments=True) for words in found if "$@" not in words and " -- " not in words]
@@ -152,9 +121,6 @@ def test_the_documented_labels_are_settings_and_on_nodes(tmp_path):
         assert set(re.findall(r"learner|sampler", asked)) <= given
 
 
-# Each file against its schema
-
-
 def test_ray_up_keeps_to_rays_schema():
     ray_up = documents("ray_up.yaml")[0]
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
@@ -170,15 +136,11 @@ def test_ray_up_keeps_to_rays_schema():
     assert "chmod 600 ~/.ray/auth_token" in ray_up["setup_commands"]
 
 
-@pytest.mark.parametrize("name", ["kuberay_cluster.yaml", "kuberay_job.yaml"])
-def test_kubernetes_manifests_have_only_fields_that_exist(name):
-    for manifest in documents(name):
-        jsonschema.Draft7Validator(MANIFESTS[manifest["kind"]]).validate(manifest)
-
-
-def test_the_job_has_the_cluster_that_jobs_are_submitted_to():
+def test_kubernetes_manifests_have_only_fields_that_exist_and_the_job_has_the_cluster_that_jobs_are_submitted_to():
     claim, cluster = documents("kuberay_cluster.yaml")
     other_claim, job = documents("kuberay_job.yaml")
+    for manifest in (claim, cluster, job):
+        jsonschema.Draft7Validator(MANIFESTS[manifest["kind"]]).validate(manifest)
     assert claim == other_claim and cluster["spec"] == job["spec"]["rayClusterSpec"]
     spec = job["spec"]
     assert spec["submissionMode"] == "K8sJobMode" and spec["shutdownAfterJobFinishes"]
@@ -210,15 +172,12 @@ def test_the_operators_rules_hold():
     assert elastic and spec["enableInTreeAutoscaling"]
 
 
-SKYPILOT_KEYS = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "setup", "run"}
-SKYPILOT_RESOURCES = {"accelerators", "use_spot", "disk_size", "job_recovery"}
-
-
 def test_skypilot_reads_its_file(monkeypatch, tmp_path):
     """By SkyPilot where it is installed (it is no dependency), else the keys that it was seen to know."""
     [tree] = documents("skypilot.yaml")
     assert tree["envs"] == {"BUCKET": None} and tree["secrets"] == {"RAY_AUTH_TOKEN": None}
-    assert set(tree) == SKYPILOT_KEYS and set(tree["resources"]) == SKYPILOT_RESOURCES
+    assert set(tree) == {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "setup", "run"}
+    assert set(tree["resources"]) == {"accelerators", "use_spot", "disk_size", "job_recovery"}
     assert set(tree["resources"]["job_recovery"]) == {"strategy", "max_restarts_on_errors"}
     for script in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=tree[script], text=True, check=True)
@@ -228,31 +187,22 @@ def test_skypilot_reads_its_file(monkeypatch, tmp_path):
     assert task.num_nodes == 2 and [resources.use_spot for resources in task.resources] == [True]
 
 
-# The image
-
-
 def instructions() -> list[tuple[str, str]]:
     lines = [line for line in text("Dockerfile").splitlines() if line.strip() and not line.startswith("#")]
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
 
 
-def project() -> dict:
-    return tomllib.loads(text("pyproject.toml"))["project"]
-
-
-def test_the_image_is_of_the_right_python_and_runs_as_a_user_without_rights():
+def test_the_image_runs_as_a_user_without_rights_and_installs_what_is_depended_on_in_pinned_versions():
+    project = tomllib.loads(text("pyproject.toml"))["project"]
     first, *middle, last = instructions()
     assert {word for word, _ in middle} <= {"ENV", "RUN", "WORKDIR", "COPY"} and last == ("USER", "1000")
-    assert first == ("FROM", "python:3.11-slim") and project()["requires-python"] == ">=3.11,<3.12"
+    assert first == ("FROM", "python:3.11-slim") and project["requires-python"] == ">=3.11,<3.12"
     assert "torchvision" not in text("Dockerfile") + text("constraints.txt")
-
-
-def test_the_image_installs_what_is_depended_on_in_pinned_versions():
     [line] = [rest for word, rest in instructions() if word == "RUN" and "tomllib" in rest]
     script = shlex.split(line)[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     needed = done.stdout.split()
-    assert needed == project()["dependencies"]
+    assert needed == project["dependencies"]
     pinned = {name.lower() for name in re.findall(r"^([\w.-]+)==", text("constraints.txt"), re.M)}
     assert {re.match(r"[\w.-]+", name)[0].lower() for name in needed} <= pinned
     assert all("-c constraints.txt" in rest for word, rest in instructions() if word == "RUN" and "pip install" in rest)

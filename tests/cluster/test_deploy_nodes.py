@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+import ray_processes
 import yaml
 
 from learner.config import ROOT
@@ -65,23 +64,6 @@ sys.exit(7)
 """
 
 
-def processes(folder: str) -> list[psutil.Process]:
-    """Those whose command lines name `folder`."""
-    named = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if folder in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                named.append(process)
-    return named
-
-
-def gone(folder: str, seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while processes(folder) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return not processes(folder)
-
-
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
     """Fakes on PATH, and a home."""
@@ -124,7 +106,7 @@ def slurm(environment, tmp_path):
     for process, rays in begun:  # what a script that failed its test has left
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        for left in processes(rays):
+        for left in ray_processes.processes(rays):
             left.kill()
         shutil.rmtree(rays, ignore_errors=True)
 
@@ -143,14 +125,18 @@ def said(folder: Path) -> str:
     return (folder / "job.log").read_text()
 
 
+def seen_by_the_job(folder: Path) -> dict:
+    seen = json.loads((folder / "seen.json").read_text())
+    assert seen["roles"] == ["learner", "sampler"] and seen["ours"] == 0 and seen["strangers"] != 0
+    return seen
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     process, rays = slurm(2, "--", sys.executable, str(tmp_path / "job.py"))
     assert process.wait(200) == 7, said(tmp_path)[-3000:]  # the command's own
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    assert seen["roles"] == ["learner", "sampler"]
-    assert seen["ours"] == 0 and seen["strangers"] != 0
+    seen = seen_by_the_job(tmp_path)
     assert seen["noticed"] < 15  # 5.4 s when idle; without the health-check settings over 60
     token = tmp_path / "home/.ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
@@ -158,23 +144,20 @@ def test_a_slurm_job_has_its_nodes_its_token_and_a_clean_end(slurm, tmp_path):
     assert token.read_text() not in said(tmp_path)
     steps = (tmp_path / "srun.log").read_text()
     assert "--nodelist=alpha" in steps and "--exclude=alpha" in steps and token.read_text() not in steps
-    assert gone(rays) and not Path(rays).exists()
+    assert ray_processes.all_gone(rays) and not Path(rays).exists()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_slurm_job_near_its_time_limit_is_queued_again(slurm, tmp_path, token):
     process, rays = slurm(1, "--", "bash", "-c", "touch $FAKES/running; exec sleep 300")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "running").exists():
-        assert process.poll() is None and time.monotonic() < deadline, said(tmp_path)[-3000:]
-        time.sleep(0.2)
+    ray_processes.wait_for((tmp_path / "running").exists, 120, lambda: said(tmp_path)[-3000:])
     process.send_signal(signal.SIGUSR1)
     process.wait(60)
     asked = (tmp_path / "scontrol.log").read_text().splitlines()
     assert asked[-1] == f"requeue {rays.removeprefix('/tmp/ray-')}"
     assert token.read_text() == "1" * 64
-    assert gone(rays) and not Path(rays).exists()
+    assert ray_processes.all_gone(rays) and not Path(rays).exists()
 
 
 def test_a_slurm_job_refuses_a_token_that_others_can_read(slurm, tmp_path, token):
@@ -201,7 +184,7 @@ def test_nodes_that_do_not_come_end_the_job_within_the_deadline(slurm, tmp_path)
     process, rays = slurm(2, "--", "true", TRIBUTARY_READY_SECONDS="25")
     assert process.wait(120) == 1
     assert "1 of 2 nodes joined" in said(tmp_path)
-    assert gone(rays) and not Path(rays).exists()
+    assert ray_processes.all_gone(rays) and not Path(rays).exists()
 
 
 @pytest.mark.ray
@@ -229,8 +212,7 @@ def test_skypilots_nodes_find_each_other_and_end_with_the_head(environment, tmp_
             for process in (head, other):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    assert seen["roles"] == ["learner", "sampler"] and seen["ours"] == 0 and seen["strangers"] != 0
+    seen_by_the_job(tmp_path)
     assert "2" * 64 not in said(tmp_path)
-    assert gone(rays)
+    assert ray_processes.all_gone(rays)
     shutil.rmtree(rays, ignore_errors=True)

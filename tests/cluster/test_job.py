@@ -4,12 +4,12 @@ import contextlib
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from ray_processes import wait_for
 
 from learner.config import DEFAULT_CONFIG, ROOT
 from records.run_folder import Records
@@ -92,11 +92,8 @@ def ours(head) -> list[str]:
     lines = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, KeyError):
-            line = " ".join(process.cmdline())
-            if (
-                re.search(r"learner\.|ray::\w+Actor", line)
-                and process.environ().get("HOME") == head.environment["HOME"]
-            ):
+            line, home = " ".join(process.cmdline()), process.environ().get("HOME")
+            if re.search(r"learner\.|ray::\w+Actor", line) and home == head.environment["HOME"]:
                 lines.append(line)
     return lines
 
@@ -116,17 +113,11 @@ def test_a_stopped_job_leaves_nothing_on_the_cluster(head, job, tmp_path):
     run = tmp_path / "run"
     settings = ("train.epochs=50", "mlflow.enabled=true", f"run.dir={run}")
     job("submit", "--no-wait", "--submission-id", "ours", *RUN, *settings)
-    deadline = time.monotonic() + 240
-    while not (run / "checkpoints/step-000001/state.json").exists():
-        assert time.monotonic() < deadline, job("logs", "ours")[-3000:]
-        time.sleep(0.1)
+    wait_for((run / "checkpoints/step-000001/state.json").exists, 240, lambda: job("logs", "ours")[-3000:])
     assert len(ours(head)) >= 5 and "SamplerActor" in left(head)
     said = job("stop", "ours")
-    gone_by = time.monotonic() + 10
+    wait_for(lambda: not ours(head), 10, lambda: str(ours(head)))
     assert "stopped" in said.lower(), said
-    while ours(head):
-        assert time.monotonic() < gone_by, ours(head)
-        time.sleep(0.2)
     assert left(head) == "LEFT 0 []"
     log = job("logs", "ours")
     assert f"interrupted; the same command goes on from what is done in {run}" in log and "Traceback" not in log

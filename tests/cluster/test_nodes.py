@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import ray
 from ray_nodes import cluster_of
+from ray_processes import wait_for
 from test_placement import place
 
 from cluster import nodes as cluster_nodes
@@ -31,10 +32,7 @@ def cluster():
 
 def eventually(condition) -> None:
     """Of the nodes alive: Ray collects what is free now and then."""
-    deadline = time.monotonic() + 20
-    while not condition(nodes := alive_nodes()):
-        assert time.monotonic() < deadline, listed(nodes)
-        time.sleep(0.1)
+    wait_for(lambda: condition(alive_nodes()), 20, lambda: listed(alive_nodes()))
 
 
 def where_class() -> type:
@@ -65,9 +63,7 @@ def kinds(cluster):
 
 
 def test_the_nodes_are_told_with_what_is_free(kinds):
-    assert [(node.cpus, node.gpus, node.labels["kind"]) for node in sorted(alive_nodes(), key=str)].count(
-        (4.0, 2.0, "gpu")
-    ) == 2
+    assert Counter((node.cpus, node.gpus, node.labels["kind"]) for node in alive_nodes())[4.0, 2.0, "gpu"] == 2
     kinds({"num_cpus": 3, "label_selector": {"kind": "cpu"}})
     eventually(lambda nodes: "4 CPU (1 free), 0 GPU (0 free), labels {'kind': 'cpu'}" in listed(nodes))
 

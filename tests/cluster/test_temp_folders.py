@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
+from ray_processes import wait_for
 
 from cluster import temp_folders
 from cluster.temp_folders import MARKER, VARIABLE, TemporaryFolder, sweep
@@ -67,10 +67,7 @@ def test_one_in_use_is_left_alone_and_that_of_a_killed_owner_swept(base, owner):
     process.kill()
     process.wait(10)
     mine = TemporaryFolder()
-    deadline = time.monotonic() + 10
-    while alive(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not alive(worker), 10)
     assert os.listdir(base) == [mine.path.name]
     mine.remove()
 

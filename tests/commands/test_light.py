@@ -31,7 +31,7 @@ SEMANTIC = [  # arguments that no parser refuses
 ]  # fmt: skip
 SETTINGS = [(verb, "RUN", "evaluation.imges=3", "sampler.steps=none") for verb in ("evaluate", "compare")]
 PARSED = [(verb, option) for verb in VERBS for option in ("--help", "--no-such-option")]
-LINES = [*PARSED, *SEMANTIC, *SETTINGS, ("status", "RUN")]
+LINES = [*PARSED, *SEMANTIC, *SETTINGS, ("status", "RUN"), ("run", "--print-config")]
 
 
 @pytest.fixture(scope="module")

@@ -38,17 +38,18 @@ def taesd(tmp_path_factory) -> str:
 
 @pytest.fixture
 def settings_of_preset(sd15, tmp_path):
-    """Overrides that leave a preset as it is but for its size, and for weights and prompts that are not here."""
+    """Arguments for a preset as it is but for its size, and for weights and prompts that are not here. The run is in
+    tmp_path/run."""
 
     def make(name: str) -> list[str]:
         (tmp_path / "prompts.txt").write_text("a fox\na green chair\n")
-        settings = [*SMALL, f"model.path={sd15}", f"prompts.path={tmp_path / 'prompts.txt'}"]
+        settings = ["--config", str(CONFIGS / f"{name}.yaml"), *SMALL, f"model.path={sd15}"]
+        settings += [f"prompts.path={tmp_path / 'prompts.txt'}", f"run.dir={tmp_path / 'run'}"]
         reward = load_config(CONFIGS / f"{name}.yaml").reward.name
         if reward in tiny_models.WRITE:
             options = tiny_models.WRITE[reward](tmp_path)
-            settings += [f"reward.weights={options.pop('weights')}"]
             assert options.pop("name") == reward
-            settings += [f"reward.options={json.dumps(options)}"]
+            settings += [f"reward.weights={options.pop('weights')}", f"reward.options={json.dumps(options)}"]
         return settings
 
     return make
@@ -63,8 +64,7 @@ SHORTEST = ("sd15_incompressibility", "dag_db")  # in `make test`
 
 @pytest.mark.parametrize("name", [PRESETS[0], *(pytest.param(name, marks=pytest.mark.long) for name in PRESETS[1:])])
 def test_the_plan_of_every_preset(name, settings_of_preset, tmp_path, capsys):
-    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *settings_of_preset(name), f"run.dir={tmp_path / 'run'}"]
-    assert main([*arguments, "--plan"]) == 0
+    assert main([*settings_of_preset(name), "--plan"]) == 0
     said = capsys.readouterr().out
     assert "an epoch: rollout" in said and "transitions trained on" in said
     assert not (tmp_path / "run").exists()
@@ -75,9 +75,8 @@ def test_the_plan_of_every_preset(name, settings_of_preset, tmp_path, capsys):
     [case if case == SHORTEST else pytest.param(*case, marks=pytest.mark.long) for case in CASES],
 )
 def test_a_small_epoch_in_bfloat16(name, kind, settings_of_preset, sd15, tmp_path):
-    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *settings_of_preset(name), f"objective.kind={kind}"]
     assert load_config(CONFIGS / f"{name}.yaml").model.dtype == "bfloat16"
-    assert main([*arguments, f"run.dir={tmp_path / 'run'}"]) == 0
+    assert main([*settings_of_preset(name), f"objective.kind={kind}"]) == 0
     before, after = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert before["eval_reward_mean"] != after["eval_reward_mean"]
     assert np.isfinite([after[key] for key in ("loss", "grad_norm", "drift", "kl")]).all()
@@ -90,20 +89,14 @@ def test_a_small_epoch_in_bfloat16(name, kind, settings_of_preset, sd15, tmp_pat
     pipe.load_lora_weights(str(saved / "lora"))
     trained = torch.load(saved / "learner.pt", weights_only=True)["adapter"].numpy()
     assert np.abs(trained).max() > 0
-    np.testing.assert_array_equal(flat_adapter(pipe.unet), trained.astype(np.float32))
-
-
-def flat_adapter(unet: torch.nn.Module) -> np.ndarray:
-    """As the sampler's, of an adapter that plain diffusers loaded."""
-    return np.concatenate([p.detach().float().numpy().ravel() for _, p in lora.named(unet)])
+    loaded = np.concatenate([p.detach().float().numpy().ravel() for _, p in lora.named(pipe.unet)])
+    np.testing.assert_array_equal(loaded, trained.astype(np.float32))
 
 
 def test_a_just_sampled_trajectorys_ratio_is_one_in_bfloat16(settings_of_preset):
     """Recomputed by the learner, in micro-batches of another shape than the rollout's."""
-    config = load_config(
-        CONFIGS / "sd15_compressibility.yaml",
-        [*settings_of_preset("sd15_compressibility"), "objective.kind=dag_kl", "learner.micro_batch=3"],
-    )
+    _, preset, *settings = settings_of_preset("sd15_compressibility")
+    config = load_config(preset, [*settings, "objective.kind=dag_kl", "learner.micro_batch=3"])
     sampler, learner = build.build_sampler(config), build.build_learner(config)
     flat = learner.published.flat + 0.05 * np.random.default_rng(0).standard_normal(learner.published.flat.shape)
     snapshot = lora.Snapshot(1, flat.astype(np.float32), lora.digest(flat.astype(np.float32)))
@@ -124,19 +117,15 @@ def test_a_just_sampled_trajectorys_ratio_is_one_in_bfloat16(settings_of_preset)
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_tiny_decoder_and_half_precision_states_serve_a_preset(precision, settings_of_preset, taesd, tmp_path):
-    arguments = [
-        "--config", str(CONFIGS / "sd15_incompressibility.yaml"), *settings_of_preset("sd15_incompressibility"),
-        "objective.forward_looking_decoder=tiny", f"model.tiny_decoder={taesd}", "objective.forward_looking_from=2",
-        f"sampler.state_precision={precision}", f"run.dir={tmp_path / 'run'}",
-    ]  # fmt: skip
-    assert main(arguments) == 0
+    settings = ["objective.forward_looking_decoder=tiny", f"model.tiny_decoder={taesd}"]
+    settings += ["objective.forward_looking_from=2", f"sampler.state_precision={precision}"]
+    assert main([*settings_of_preset("sd15_incompressibility"), *settings]) == 0
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["loss"])
 
 
 def test_a_tiny_decoder_that_is_not_there_or_of_another_kind_is_named(settings_of_preset, taesd, tmp_path, capsys):
-    settings = ["--config", str(CONFIGS / "sd15_incompressibility.yaml"), *settings_of_preset("sd15_incompressibility")]
-    settings += ["objective.forward_looking_decoder=tiny", f"run.dir={tmp_path / 'run'}"]
+    settings = [*settings_of_preset("sd15_incompressibility"), "objective.forward_looking_decoder=tiny"]
     assert main([*settings, "model.tiny_decoder=./nowhere"]) == 2
     assert "model.tiny_decoder: no such folder: nowhere" in capsys.readouterr().err
     assert main([*settings, "model.path=models/shapes", f"model.tiny_decoder={taesd}"]) == 2

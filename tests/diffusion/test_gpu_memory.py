@@ -47,15 +47,11 @@ def test_the_largest_power_of_two_that_fits(monkeypatch, total, each, share, exp
 
 def test_what_does_not_fit_at_all_is_said_with_the_setting(monkeypatch):
     gpu = Pretended(monkeypatch, 10 * GB, 9 * GB, 2 * GB, GB)
-    with (
-        pytest.raises(OutOfMemory, match=r"learner\.micro_batch=1 does not fit .* fewer actors .* allocate 2\.00 GiB"),
-        gpu_memory.smaller("learner.micro_batch", 1),
-    ):
+    said = r"learner\.micro_batch=1 does not fit .* fewer actors .* allocate 2\.00 GiB"
+    with pytest.raises(OutOfMemory, match=said), gpu_memory.smaller("learner.micro_batch", 1):
         gpu_memory.largest_batch(gpu.trial, torch.device("cuda"), 64)
-    with (
-        pytest.raises(OutOfMemory, match=r"learner\.micro_batch=32 does not fit into GPU memory; make it smaller"),
-        gpu_memory.smaller("learner.micro_batch", 32),
-    ):
+    said = r"learner\.micro_batch=32 does not fit into GPU memory; make it smaller"
+    with pytest.raises(OutOfMemory, match=said), gpu_memory.smaller("learner.micro_batch", 32):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 

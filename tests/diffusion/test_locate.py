@@ -41,9 +41,8 @@ def test_a_hub_id_that_cannot_be_had_is_named_with_the_command_to_get_it():
     assert locate("someone/model") == "someone/model"
     with pytest.raises(BaseModelError, match="no such folder"):
         locate("/nowhere")
-    with pytest.raises(
-        BaseModelError, match=re.escape("`hf download someone/model --local-dir FOLDER`, then set model.path=")
-    ):
+    remedy = re.escape("`hf download someone/model --local-dir FOLDER`, then set model.path=")
+    with pytest.raises(BaseModelError, match=remedy):
         is_unconditional("someone/model")
     with pytest.raises(BaseModelError, match="reachable on the hub"):
         part_config("someone/model", "unet")

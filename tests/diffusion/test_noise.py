@@ -5,11 +5,8 @@ from diffusion.noise import select_transitions as select
 IDS = range(200)
 
 
-def test_all_selects_every_step():
+def test_all_selects_every_step_and_random_a_sorted_set_of_the_asked_size_uniformly():
     assert select("all", 0.3, 5, 0, 0, range(2)).tolist() == [[0, 1, 2, 3, 4]] * 2
-
-
-def test_random_is_a_sorted_set_of_the_asked_size_and_uniform():
     chosen = select("random", 0.4, 10, 0, 0, IDS)
     assert chosen.shape == (200, 4)
     assert (np.diff(chosen, axis=1) > 0).all()

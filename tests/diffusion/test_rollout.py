@@ -12,8 +12,7 @@ from diffusion.trajectory import Chunk
 
 
 def chunk(purpose="train", ids=(0, 1, 2, 3), seed=5):
-    prompts = ("a red circle", "a blue star", "a green ring", "a pink square")
-    return Chunk(0, purpose, 2, seed, prompts, ids)
+    return Chunk(0, purpose, 2, seed, ("a red circle", "a blue star", "a green ring", "a pink square"), ids)
 
 
 def sampler(path: str, **settings) -> Sampler:
@@ -52,7 +51,7 @@ def test_same_chunk_same_bits_in_another_sampler_after_other_work(tiny_pipeline)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_stored_log_pf_is_that_of_the_stored_states(tiny_pipeline, precision):
+def test_stored_log_probabilities_are_those_of_the_stored_states_and_the_receipt_sums_them(tiny_pipeline, precision):
     """In half precision too: states are rounded as they are made, and sampling goes on from the rounded state."""
     made = sampler(tiny_pipeline, state_precision=precision)
     trajectories, clean = made.sample(chunk(), moved(made.model))
@@ -67,6 +66,13 @@ def test_stored_log_pf_is_that_of_the_stored_states(tiny_pipeline, precision):
         np.testing.assert_array_equal(output.numpy().astype(precision), trajectories.model_output[:, i])
         log_pf = made.kernel.log_pf(output, t, x, x_next, "sum")
         np.testing.assert_array_equal(log_pf.numpy(), trajectories.log_pf[:, i])
+        log_pb = made.kernel.log_pb(t, x, x_next, "sum")
+        np.testing.assert_allclose(trajectories.log_pb[:, i], log_pb.numpy(), rtol=1e-5)
+    receipt = trajectories.receipt("here", 2.0)
+    np.testing.assert_allclose(receipt.log_pf_sum, trajectories.log_pf.astype(np.float64).sum(1))
+    np.testing.assert_allclose(receipt.log_pb_sum, trajectories.log_pb.astype(np.float64).sum(1))
+    known = (receipt.policy_version, receipt.adapter_sha256, receipt.node, receipt.seconds)
+    assert known == (1, trajectories.adapter_sha256, "here", 2.0)
 
 
 def test_guidance_mixes_the_conditional_and_the_empty_prompt(tiny_pipeline):
@@ -124,24 +130,9 @@ def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipelin
     assert clean.terminal == 3 and clean.step.tolist() == [3, 4] * 4
 
 
-def test_the_receipt_sums_what_is_stored(tiny_pipeline):
-    made = sampler(tiny_pipeline)
-    trajectories, _ = made.sample(chunk(), moved(made.model))
-    states = torch.from_numpy(trajectories.states)
-    for i, timestep in enumerate(trajectories.timesteps.tolist()):
-        log_pb = made.kernel.log_pb(torch.full((4,), timestep), states[:, i], states[:, i + 1], "sum")
-        np.testing.assert_allclose(trajectories.log_pb[:, i], log_pb.numpy(), rtol=1e-5)
-    receipt = trajectories.receipt("here", 2.0)
-    np.testing.assert_allclose(receipt.log_pf_sum, trajectories.log_pf.astype(np.float64).sum(1))
-    np.testing.assert_allclose(receipt.log_pb_sum, trajectories.log_pb.astype(np.float64).sum(1))
-    known = (receipt.policy_version, receipt.adapter_sha256, receipt.node, receipt.seconds)
-    assert known == (1, trajectories.adapter_sha256, "here", 2.0)
-
-
 def test_the_reference_looks_only_where_a_reward_is_needed(tiny_pipeline, monkeypatch):
     """For a third of the transitions less than all of the frozen model's passes, and the same clean predictions."""
-    counted = []
-    whole = BaseModel.predict_reference
+    counted, whole = [], BaseModel.predict_reference
     monkeypatch.setattr(
         BaseModel, "predict_reference", lambda self, x, *rest: counted.append(len(x)) or whole(self, x, *rest)
     )

@@ -19,8 +19,7 @@ SETTINGS = (
     "prompts.path=null", "sampler.guidance=1", "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=4",
     "train.trajectories=8", "train.epochs=2", "train.updates_per_epoch=1", "evaluation.images=4", "lora.rank=2",
     "learner.micro_batch=4", "flow.warmup_steps=2", "flow.fit_steps=2", "flow.batch=8", "flow.widths=[8,16]",
-    "flow.stem_stride=1",
-    "mlflow.enabled=false", "run.runner=inprocess", "reward.name=jpeg_incompressibility",
+    "flow.stem_stride=1", "mlflow.enabled=false", "run.runner=inprocess", "reward.name=jpeg_incompressibility",
 )  # fmt: skip
 
 
@@ -78,9 +77,8 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
 
     # The images of the last evaluation, drawn again with plain diffusers and PEFT at the same noise.
     unet = PeftModel.from_pretrained(UNet2DModel.from_pretrained(f"{ddpm}/unet"), str(adapter)).merge_and_unload()
-    scheduler = DDIMScheduler.from_pretrained(
-        f"{ddpm}/scheduler", clip_sample=False, steps_offset=1, set_alpha_to_one=False
-    )
+    fixed = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}
+    scheduler = DDIMScheduler.from_pretrained(f"{ddpm}/scheduler", **fixed)
     scheduler.set_timesteps(4)
     draws = [torch.from_numpy(noise.normal(0, noise.EVALUATION, 0, range(4), i, (3, 16, 16))) for i in range(5)]
     x = draws[0]
@@ -89,8 +87,8 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
             x = scheduler.step(unet(x, t).sample, t, x, eta=1.0, variance_noise=draws[i + 1]).prev_sample
     name = "bright:reward" if overrides else "jpeg_incompressibility"
     drawn, close = registry.load(name)(Decoder(ddpm)(x), [""] * 4), 1e-5 if overrides else 2e-3
-    recorded = json.loads((run / "evaluation/epoch-000001.json").read_text())["reward"]
-    untrained = json.loads((run / "evaluation/epoch-before.json").read_text())["reward"]
+    files = (run / f"evaluation/epoch-{epoch}.json" for epoch in ("000001", "before"))
+    recorded, untrained = (json.loads(file.read_text())["reward"] for file in files)
     assert drawn.tolist() == pytest.approx(recorded, abs=close)
     assert np.abs(np.subtract(recorded, untrained)).max() > 2 * close
 

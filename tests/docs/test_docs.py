@@ -14,20 +14,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from learner.__main__ import PACKAGES as OWN
 from learner.__main__ import VERBS
 from learner.config import known_keys
+from learner.objectives.by_name import OBJECTIVES
+from learner.objectives.needs import NEEDS
+from rewards.registry import MODELS, NAMES, PLAIN
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-]
-PACKAGES = (
-    "actors", "benchmarks", "cluster", "commands", "diffusion", "evaluation", "examples", "learner", "models",
-    "records", "reports", "rewards",
-)  # fmt: skip
+DOCUMENTS = [ROOT / f"{page}.md" for page in ("README", "CONTRIBUTING", "CHANGELOG")]
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
+PACKAGES = {*OWN, "learner", "benchmarks", "examples"}
 SECTIONS = {key.split(".")[0] for key in known_keys()}
 FILES = ("json", "jsonl", "yaml", "txt", "py", "md", "lock", "db", "csv", "parquet", "png", "html", "sh", "pt")
 FENCE = re.compile(r"^(```+|~~~+)(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
@@ -144,12 +141,9 @@ def command_file(module: str, verb: str = "") -> Path | None:
     for node in ast.walk(ast.parse(text_of(file))) if file else ():
         if isinstance(node, ast.ImportFrom) and "main" in {alias.name for alias in node.names}:
             return module_file(node.module or "")
-        if (
-            isinstance(node, ast.Call)
-            and getattr(node.func, "id", "") == "enter"
-            and isinstance(node.args[0], ast.Constant)
-        ):
-            return module_file(VERBS[node.args[0].value][0])
+        match node:
+            case ast.Call(func=ast.Name(id="enter"), args=[ast.Constant(value=own), *_]):
+                return module_file(VERBS[own][0])
     return file
 
 
@@ -163,13 +157,7 @@ def functions(file: Path) -> set[str]:
 def flags(file: Path) -> set[str]:
     """That the module, or one of the project's that it imports, gives to a parser."""
     tree = ast.parse(text_of(file))
-    short = {  # add = parser.add_argument
-        target.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and getattr(node.value, "attr", "") == "add_argument"
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    short = re.findall(r"(\w+) = [\w.]*\.add_argument$", text_of(file), re.MULTILINE)  # add = parser.add_argument
     options = {
         word.value
         for node in ast.walk(tree)
@@ -236,11 +224,8 @@ def test_what_is_named_is_there(path, faults):
     assert list(faults(path)) == []
 
 
-def test_documents_stay_short():
+def test_documents_stay_short_and_the_page_of_settings_is_the_schemas():
     assert {name(path): len(text_of(path).splitlines()) for path in DOCUMENTS if text_of(path).count("\n") > 400} == {}
-
-
-def test_the_page_of_settings_is_the_schemas():
     spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs" / "site" / "settings.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -248,22 +233,12 @@ def test_the_page_of_settings_is_the_schemas():
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "write it anew: python docs/site/settings.py"
 
 
-def test_the_reference_has_the_modules_that_matter():
-    """Whoever adds an objective or a reward adds its line."""
+def test_reference_and_tables_have_every_objective_and_reward():
+    """Whoever adds an objective or a reward adds its line, in the tables of the readme and of the pages on them too."""
     listed = set(re.findall(r"\]\(\.\./([\w/]+\.py)\)", text_of(ROOT / "docs" / "api.md")))
     objectives = {name(file) for file in (ROOT / "learner" / "objectives").glob("*.py")}
-    from rewards.registry import MODELS, PLAIN
-
     rewards = {f"rewards/{place.split(':')[0]}.py" for place in (MODELS | PLAIN).values()}
     assert objectives | rewards <= listed
-
-
-def test_the_tables_name_every_objective_and_reward():
-    """Of the readme, and of the pages that explain them."""
-    from learner.objectives.by_name import OBJECTIVES
-    from learner.objectives.needs import NEEDS
-    from rewards.registry import NAMES
-
     assert set(OBJECTIVES) == set(NEEDS)
     for page, names in (("README.md", {*NEEDS, *NAMES}), ("docs/algorithms.md", NEEDS), ("docs/rewards.md", NAMES)):
         first_cells = " ".join(re.findall(r"^\|([^|]+)\|", text_of(ROOT / page), re.MULTILINE))

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_training_example_runs(tmp_path):
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    (example,) = (
-        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "learner.train(" in block
-    )
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (example,) = (block for block in blocks if "learner.train(" in block)
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # the example is run from a clone
     done = subprocess.run(

@@ -22,18 +22,13 @@ MINUTES = 15
 
 
 def steps(text: str) -> list[tuple[str | None, str]]:
-    """In order: (file, its content) and (None, shell commands).
-
-    Raises:
-        ValueError: Python that the text does not say where to save.
-    """
+    """In order: (file, its content) and (None, shell commands)."""
     found: list[tuple[str | None, str]] = []
     for block in BLOCK.finditer(text):
         kind, body = block.groups()
         name = FILE.search(text[: block.start()].rstrip())
-        if kind == "python" and not name:
-            raise ValueError(f"no file name before: {body}")
-        found.append((name[1] if kind == "python" and name else None, body))
+        assert name or kind == "sh", f"no file name before: {body}"
+        found.append((name[1] if kind == "python" else None, body))
     return found
 
 
@@ -67,13 +62,6 @@ def mean_ink(file: Path) -> float:
     return float((np.linalg.norm(picture - picture[0, 0], axis=2) > 0.4).mean())
 
 
-def test_blocks_are_taken_in_order_with_their_files():
-    text = "Save it as `a.py`:\n\n```python\nx = 1\n```\n\n```bash\nmake setup\n```\n\n```sh\npython a.py\n```\n"
-    assert steps(text) == [("a.py", "x = 1\n"), (None, "python a.py\n")]
-    with pytest.raises(ValueError, match="no file name"):
-        steps("Look:\n\n```python\nx = 1\n```\n")
-
-
 def test_every_command_of_it_is_complete():
     found = steps(TUTORIAL.read_text())
     assert [name for name, _ in found if name] == ["my_reward.py", "draw.py"]
@@ -100,13 +88,8 @@ def test_the_whole_of_it(tmp_path):
         "bigger/export/fused/README.md", "mlflow.db",
     ):  # fmt: skip
         assert (runs / name).stat().st_size > 0
-    assert {path.name for path in folder.iterdir()} - before <= {
-        "my_reward.py",
-        "draw.py",
-        "runs",
-        "home",
-        "__pycache__",
-    }
+    new = {path.name for path in folder.iterdir()} - before
+    assert new <= {"my_reward.py", "draw.py", "runs", "home", "__pycache__"}
 
     figures = json.loads((runs / "bigger/evaluation/step-000016.json").read_text())
     assert figures["reward"]["gain_low"] > 0 and figures["reward"]["gain"] > 3 * figures["reward"]["floor"]
@@ -118,7 +101,7 @@ def test_the_whole_of_it(tmp_path):
     assert "no sign of collapse in 2 evaluations" in first
     assert "COLLAPSE? " in second and "SIGNS OF COLLAPSE after epoch 6" in second
     compared = json.loads((runs / "comparison/comparison.json").read_text())
-    mild, harsh = (next(one for one in compared if one["name"] == name) for name in ("bigger", "too_much"))
+    mild, harsh = (next(run for run in compared if run["name"] == name) for name in ("bigger", "too_much"))
     assert harsh["reward"]["value"] > mild["reward"]["value"]
     assert harsh["accuracy"]["value"] < mild["accuracy"]["value"] - 0.2
     drawn = np.mean([mean_ink(runs / f"drawn-{i}.png") for i in range(4)])

@@ -12,13 +12,6 @@ class Broken(Emulation):
     marks: str = ""  # folder where it leaves a mark, which is the proof that it was struck
 
 
-class NeverLoads(EmulatedSampler):
-    """New weights come, and are never copied into the module."""
-
-    def load(self, flat):
-        pass
-
-
 class StaleAfterRestart(EmulatedSampler):
     """Dies once, and the one that takes its place keeps the weights it was built with."""
 
@@ -57,3 +50,10 @@ class SamplingDiesOfChunk1(EmulatedSampler):
 class Unbuildable(EmulatedScorer):
     def __init__(self, emulation):
         raise OSError("the reward's own words: no /no/weights.bin")
+
+
+class NanForRings:
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3))
+        scores[[i for i, prompt in enumerate(prompts) if "ring" in prompt]] = float("nan")
+        return scores

@@ -1,31 +1,29 @@
-"""One local Ray for the runs of a module that need none of their own, and a run on it that suffers a fault."""
+"""A run without a fault, and one that suffers one."""
 
-import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import injected
 import pytest
-from emulated_run import SETTINGS
+from emulated_run import SETTINGS, outcome, use_emulated_parts
 from injected import WITNESS
 
-from cluster.session import Session
 from learner import build, run
-from learner.config import ROOT
 
 PROCESSES = 4  # that must get their turn before a fault is noticed: raylet, control store, actor, driver
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Each run kills its own actors. Workers find injected.py and benchmarks/."""
+def unbroken(tmp_path_factory):
+    """The outcome of a run over emulated parts without a fault."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), prepend=os.pathsep)
-        session = Session(1)
-        yield session
-        session.close()
+        use_emulated_parts(patched)
+        assert run.main([*SETTINGS, "run.runner=inprocess", f"run.dir={folder}"]) == 0
+    return outcome(folder)
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Broken:
     status: int
     said: list[tuple[float, str]]  # when, what
     struck: float
-    lateness: float  # of this machine at most, in doing what it is asked to do at a time: others may be at work on it
+    lateness: float  # of this machine at most: others may be at work on it
 
     @property
     def complaints(self) -> list[str]:
@@ -58,29 +56,27 @@ def break_a_run(cluster, tmp_path, monkeypatch):
 
     def go(parts, fault, *settings: str) -> Broken:
         monkeypatch.setattr(build, "parts", lambda config, own_reward=None: injected.parts(parts, fault))
-        with Lateness() as lateness:
+        with watched() as late:
             status = run.main([*SETTINGS, f"run.dir={tmp_path / 'run'}", *settings])
         print("\n".join(f"{when:.2f} {text}" for when, text in said))
-        return Broken(status, said, (tmp_path / WITNESS).stat().st_mtime, lateness.most)
+        return Broken(status, said, (tmp_path / WITNESS).stat().st_mtime, max(late))
 
     return go
 
 
-class Lateness:
-    def __init__(self) -> None:
-        self.most, self._over = 0.0, threading.Event()
-        self._watch = threading.Thread(target=self._sample, daemon=True)
+@contextmanager
+def watched() -> Iterator[list[float]]:
+    """How late this machine is in doing what it is asked to do at a time, again and again while this is entered."""
+    over, late = threading.Event(), [0.0]
 
-    def __enter__(self) -> "Lateness":
-        self._watch.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._over.set()
-        self._watch.join(5)
-
-    def _sample(self) -> None:
-        while not self._over.is_set():
+    def watch() -> None:
+        while not over.is_set():
             then = time.monotonic() + 0.05
             time.sleep(0.05)
-            self.most = max(self.most, time.monotonic() - then)
+            late.append(time.monotonic() - then)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield late
+    over.set()
+    thread.join(5)

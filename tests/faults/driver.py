@@ -34,7 +34,7 @@ from records.storage import Storage
 from reports.views import RunViews
 
 STEP = "checkpoints/step-000004"  # epochs are 0, 1, 2; epoch 1 ends with this checkpoint
-Which = Callable[[tuple[Any, ...], dict[str, Any]], bool]
+Which = Callable[[tuple[Any, ...], dict[str, Any]], bool]  # of the positional and the named arguments
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class Point:
         real, calls = getattr(self.owner, self.name), []
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            chosen = self.which(arguments, named)
-            calls.append(chosen)
-            now = chosen and sum(calls) == self.nth
+            calls.append(self.which(arguments, named))
+            now = calls[-1] and sum(calls) == self.nth
             if now and self.before:
                 strike()
             result = real(*arguments, **named)
@@ -74,15 +73,11 @@ def _argument(place: int, value: Any) -> Which:
     return which
 
 
-def _of_epoch_1(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+def _of_epoch_1(arguments: tuple[Any, ...], _: dict[str, Any]) -> bool:
     return (arguments[1].purpose, arguments[1].epoch) == ("train", 1)
 
 
-def _finished(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    return bool(named.get("finished"))
-
-
-def _old_folder(arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+def _old_folder(arguments: tuple[Any, ...], _: dict[str, Any]) -> bool:
     return str(arguments[0]).endswith(storage.GONE) and Path(arguments[0]).exists()
 
 
@@ -125,7 +120,7 @@ POINTS = {
     "buffer closed": Point(RayRunner, "closed", AFTER, 2),
     "before the report": Point(RunViews, "_draw_report", BEFORE),
     "before the end": Point(controller, "finish", BEFORE),
-    "noted as finished": Point(Records, "note", AFTER, 1, _finished),
+    "noted as finished": Point(Records, "note", AFTER, 1, lambda _, named: bool(named.get("finished"))),
     "after the end": Point(controller, "finish", AFTER),
 }
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,6 @@ class Host:
     name: str
     address: str
     port: str
-    cpus: int
-    labels: dict[str, str] = field(default_factory=dict)
 
 
 class Hosts:
@@ -64,7 +62,7 @@ class Hosts:
     Each has the label host=hN, N from 0. All processes and namespaces are gone afterwards, whatever happened.
     """
 
-    def __init__(self, cpus: list[int], environment: dict[str, str] | None = None) -> None:
+    def __init__(self, cpus: list[int]) -> None:
         self._prefix = f"tr{secrets.token_hex(3)}"
         self._switch = f"{self._prefix}-switch"
         self._folder = Path(tempfile.mkdtemp(prefix="tr-", dir="/tmp"))  # short: sockets' paths are limited
@@ -73,7 +71,7 @@ class Hosts:
         token.write_text(secrets.token_hex(32))
         self.environment = {
             **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT), **HEALTH_CHECKS, **(environment or {}),
+            "PYTHONPATH": str(ROOT), **HEALTH_CHECKS,
         }  # fmt: skip
         self.environment.pop("RAY_AUTH_TOKEN", None)
         self._cpus = cpus
@@ -104,8 +102,7 @@ class Hosts:
     def join(self, cpus: int) -> Host:
         """Another host, wired up, its raylet in the cluster."""
         number = len(self._hosts)
-        labels = {"host": f"h{number}"}
-        host = Host(f"{self._prefix}-h{number}", f"10.77.0.{number + 1}", f"h{number}", cpus, labels)
+        host = Host(f"{self._prefix}-h{number}", f"10.77.0.{number + 1}", f"h{number}")
         _ip("netns", "add", host.name)
         self._hosts.append(host)
         cable = ("link", "add", "eth0", "netns", host.name, "type", "veth", "peer", "name", host.port)
@@ -114,19 +111,11 @@ class Hosts:
         _ip("-n", host.name, "link", "set", "lo", "up")
         _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
         _ip("-n", host.name, "link", "set", "eth0", "up")
-        self.start_raylet(host)
-        return host
-
-    def start_raylet(self, host: Host) -> None:
-        """Also on a host whose raylet is gone: it then joins as a new node."""
-        place = ["--head", "--port=6379", "--include-dashboard=false"] if host is self._hosts[0] else [
-            f"--address={self.ray_address}"
-        ]  # fmt: skip
-        labels = ",".join(f"{key}={value}" for key, value in host.labels.items())
+        place = [f"--address={self.ray_address}"] if number else ["--head", "--port=6379", "--include-dashboard=false"]
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", *place, f"--node-ip-address={host.address}",
-            f"--temp-dir={self._folder / host.port}", f"--num-cpus={host.cpus}", "--num-gpus=0",
-            f"--object-store-memory={100 * 2**20}", f"--labels={labels}", "--disable-usage-stats",
+            f"--temp-dir={self._folder / host.port}", f"--num-cpus={cpus}", "--num-gpus=0",
+            f"--object-store-memory={100 * 2**20}", f"--labels=host={host.port}", "--disable-usage-stats",
         ]  # fmt: skip
         log = self._folder / f"{host.port}.log"
         with log.open("a") as stream:
@@ -135,6 +124,7 @@ class Hosts:
                 env=self.environment, timeout=START_SECONDS,
             )  # fmt: skip
         assert done.returncode == 0, log.read_text()[-3000:]
+        return host
 
     def inside(self, host: Host, command: list[str]) -> list[str]:
         return ["ip", "netns", "exec", host.name, *command]

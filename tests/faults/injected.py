@@ -85,16 +85,16 @@ def _on_the_drivers_node() -> bool:
 class Around:
     """A part with a fault: whatever is not struck is the part's own."""
 
-    def __init__(self, part: Any, fault: Fault, role: str) -> None:
-        self.part, self.fault, self.role = part, fault, role
-        fault.came(role)
+    def __init__(self, build: Any, fault: Fault, *state: Any) -> None:
+        self.part, self.fault = build(*state), fault
+        fault.came(self.role)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
 
 
 class SamplerAround(Around):
-    loaded = ""
+    role, loaded = "sampler", ""
 
     def sample(self, chunk, snapshot):
         fault = self.fault
@@ -113,6 +113,8 @@ class SamplerAround(Around):
 
 
 class ScorerAround(Around):
+    role = "scorer"
+
     @property
     def batch(self):
         return self.part.batch
@@ -129,16 +131,20 @@ class ScorerAround(Around):
 
 
 class LearnerAround(Around):
-    def __init__(self, part: Any, fault: Fault) -> None:
-        super().__init__(part, fault, f"rank {part.rank}")
-        train_update = part._train
+    def __init__(self, build: Any, fault: Fault, *state: Any) -> None:
+        super().__init__(build, fault, *state)
+        train_update = self.part._train
 
         def train(epoch, index, *rest):
             if index > 0 and fault.here(self.role, "serving", epoch):  # the first update has met the other ranks
                 fault.strike()
             return train_update(epoch, index, *rest)
 
-        part._train = train
+        self.part._train = train
+
+    @property
+    def role(self) -> str:
+        return f"rank {self.part.rank}"
 
     def train_epoch(self, epoch, beta, updates):
         others = self.fault.role in ("sampler", "scorer")
@@ -159,19 +165,11 @@ class LearnerAround(Around):
         return files
 
 
-def _around(around: Any, build: Any, fault: Fault, *roles: str) -> Any:
-    return around(build(), fault, *roles)
-
-
-def _learner_around(build: Any, fault: Fault, files: dict[str, bytes] | None) -> Any:
-    return LearnerAround(build(files), fault)
-
-
 def parts(whole: Parts, fault: Fault) -> Parts:
     """In the place of what learner.build.parts returns: the same with the fault."""
     return replace(
         whole,
-        sampler=partial(_around, SamplerAround, whole.sampler, fault, "sampler"),
-        scorer=partial(_around, ScorerAround, whole.scorer, fault, "scorer"),
-        learner=partial(_learner_around, whole.learner, fault),
+        sampler=partial(SamplerAround, whole.sampler, fault),
+        scorer=partial(ScorerAround, whole.scorer, fault),
+        learner=partial(LearnerAround, whole.learner, fault),
     )

@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ |= {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}  # read when Ray is imported
 
 import psutil
-from emulated_run import SETTINGS, lost, outcome
+from emulated_run import SETTINGS, outcome, totals
 from ray.cluster_utils import Cluster
 from ray_nodes import cluster_of
 
@@ -41,7 +41,6 @@ WEIGHTS = {
 }  # fmt: skip
 SECONDS = ("0.2", "0.05", "0.4")  # of a chunk's sampling and scoring, and of an epoch's training
 DEADLINES = ("run.chunk_seconds=4", "run.train_seconds=6", "run.ready_seconds=120")
-NOTICED = ("replacing", "anew")
 FIND_SECONDS = 30.0
 
 
@@ -51,7 +50,7 @@ class Driver:
     def __init__(self, folder: Path, settings: list[str], seconds: Sequence[str] = ("0", "0", "0")) -> None:
         self.command = [sys.executable, str(HERE / "driver.py"), "--seconds", *seconds, "--", *settings]
         self.command += [f"run.dir={folder}"]
-        self.heard: list[tuple[float, str]] = []
+        self.heard: list[str] = []
         self.typed_ends = 0
         self.start()
 
@@ -65,22 +64,22 @@ class Driver:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self.heard.append((time.monotonic(), line.rstrip()))
+            self.heard.append(line.rstrip())
 
     def epochs(self) -> int:
         """How many are done."""
-        done = [text for _, text in self.heard if text.startswith("epoch ")]
+        done = [text for text in self.heard if text.startswith("epoch ")]
         return int(done[-1].split()[1].split("/")[0]) if done else 0
 
     def at_work(self) -> bool:
         """Whether all its actors are up."""
-        return any("epochs of" in text for _, text in self.heard[self._before :])
+        return any("epochs of" in text for text in self.heard[self._before :])
 
     def over(self) -> bool:
         """Whether the run is. One that ended in a typed error goes on by the same command."""
-        if self.process.poll() == 1 and any("the same command goes on" in text for _, text in self.heard[-3:]):
+        if self.process.poll() == 1 and any("the same command goes on" in text for text in self.heard[-3:]):
             self.typed_ends += 1
-            print(f"ended: {self.heard[-1][1]}", flush=True)
+            print(f"ended: {self.heard[-1]}", flush=True)
             self.start()
         return self.process.poll() is not None
 
@@ -94,7 +93,7 @@ class Soak:
     def __init__(self, rng: random.Random, cluster: Cluster, driver: Driver) -> None:
         self.rng, self.cluster, self.driver = rng, cluster, driver
         self.node = cluster.add_node(num_cpus=2)
-        self.faults: list[tuple[float, str, str]] = []  # when, kind, role
+        self.faults: list[str] = []
 
     def strike(self) -> None:
         (kind, role) = self.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
@@ -105,7 +104,7 @@ class Soak:
             self.node = self.cluster.add_node(num_cpus=2)
         elif not self._signal(role, signal.SIGKILL if kind == "kill" else signal.SIGSTOP):
             return
-        self.faults.append((time.monotonic(), kind, role))
+        self.faults.append(f"{kind} {role}")
         print(f"fault {len(self.faults)}: {kind} {role} after {self.driver.epochs()} epochs", flush=True)
 
     def _signal(self, role: str, number: int) -> bool:
@@ -118,16 +117,6 @@ class Soak:
                     return True
             time.sleep(0.1)
         return False
-
-    def detection(self) -> dict[str, list[float]]:
-        """Seconds from each fault until the driver's next word of one; what another fault explains is left out."""
-        found: dict[str, list[float]] = {}
-        for place, (when, kind, role) in enumerate(self.faults):
-            until = self.faults[place + 1][0] if place + 1 < len(self.faults) else float("inf")
-            words = [at for at, text in self.driver.heard if when < at < until and any(w in text for w in NOTICED)]
-            if words and role not in ("driver", "node"):
-                found.setdefault(f"{kind} {role}", []).append(words[0] - when)
-        return found
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -179,19 +168,17 @@ def main() -> int:
         if driver.process.poll() is None:
             driver.process.kill()
         several.close()
-    counts = Counter(f"{kind} {role}" for _, kind, role in soak.faults)
-    print(f"{len(soak.faults)} faults: {', '.join(f'{count} x {name}' for name, count in counts.most_common())}")
-    for name, seconds in soak.detection().items():
-        middle = sorted(seconds)[len(seconds) // 2]
-        print(f"noticed, {name}: median {middle:.2f} s, most {max(seconds):.2f} s, of {len(seconds)}")
+    counts = ", ".join(f"{count} x {name}" for name, count in Counter(soak.faults).most_common())
+    print(f"{len(soak.faults)} faults: {counts}")
     print(f"ended in a typed error and was started again: {driver.typed_ends} times")
     if status:
-        print("\n".join(text for _, text in driver.heard[-20:]))
+        print("\n".join(driver.heard[-20:]))
         print(f"exit status {status}; files in {place}")
         return 1
-    one, other = outcome(place / "unbroken"), outcome(place / "run")
-    different = [name for name in one if one[name] != other[name]]
-    print(f"{args.epochs} epochs in {time.monotonic() - begun:.0f} s; {lost(place / 'run')} trajectories made again")
+    expected, got = outcome(place / "unbroken"), outcome(place / "run")
+    different = [name for name in expected if expected[name] != got[name]]
+    lost = totals(place / "run")["lost"]
+    print(f"{args.epochs} epochs in {time.monotonic() - begun:.0f} s; {lost} trajectories made again")
     print(f"different: {', '.join(different)}; files in {place}" if different else "bitwise the unbroken run's")
     return 1 if different else 0
 

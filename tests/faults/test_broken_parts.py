@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from broken_parts import Broken, DiesOfChunk1, NeverLoads, SamplingDiesOfChunk1, StaleAfterRestart, Unbuildable
+from broken_parts import Broken, DiesOfChunk1, SamplingDiesOfChunk1, StaleAfterRestart, Unbuildable
 from emulated_run import SETTINGS
 
 from actors import rollouts
@@ -47,12 +47,6 @@ def test_a_push_of_base_only_weights_ends_the_run(named, run, monkeypatch):
     monkeypatch.setattr(rollouts, "put", base_only)
     complaint, said = run()
     assert "StaleWeights" in complaint and "the new weights did not arrive" in complaint and "epoch 1/3" in said
-
-
-@pytest.mark.long
-def test_a_skipped_load_ends_the_run(run):
-    complaint, _ = run(sampler=NeverLoads)
-    assert "StaleWeights: chunk" in complaint and "epoch 1 was sampled by adapter" in complaint
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pyarrow.parquet as pq
 import pytest
+from emulated_run import lora
 from hosts import Hosts, why_not
 
 from learner.run import main
@@ -110,10 +111,6 @@ def drive(hosts, settings, tmp_path) -> Iterator[Callable[..., Driven]]:
     yield go
     for run in started:
         run.stop()
-
-
-def lora(folder) -> list[bytes]:
-    return [file.read_bytes() for file in sorted((folder / "checkpoints/latest/lora").iterdir())]
 
 
 def sampled_on(folder, epoch: int) -> set[str]:

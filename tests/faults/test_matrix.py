@@ -4,20 +4,18 @@ witness that the fault struck, and a deadline for its being noticed."""
 from dataclasses import dataclass
 
 import pytest
-from emulated_run import SETTINGS, lost, outcome
+from emulated_run import outcome, totals
 from injected import Fault
 
 from benchmarks import emulated
 from benchmarks.emulated import Emulation
 from diffusion.gpu_memory import OutOfMemory
-from learner import build, run
 from learner.process_group import GroupBroken
 from learner.update import NonFiniteGradient
 from rewards.scorer import BadReward
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
-CHUNK_SECONDS, TRAIN_SECONDS = 2, 3  # deadlines of the cells with a stopped process
 SHORTEST = ("sampler-serving-kill", "rank_0-publishing-kill")  # in `make test`; of the others see `make test-long`
 ORDINARY = (
     "sampler-idle-kill", "sampler-idle-stop", "sampler-serving-kill", "sampler-serving-stop",
@@ -57,52 +55,37 @@ class Cell:
         return type(self.kind).__name__ if data else None
 
     @property
-    def settings(self) -> list[str]:
-        ranks = [f"learner.ranks={2 if self.role.startswith('rank') else 1}"]
-        if self.kind != "stop":
-            return ranks
-        return [*ranks, f"run.chunk_seconds={CHUNK_SECONDS}", f"run.train_seconds={TRAIN_SECONDS}"]
+    def ranks(self) -> int:
+        return 2 if self.role.startswith("rank") else 1
 
-    @property
-    def limit(self) -> float:
-        """Seconds from the fault until the driver says so."""
+    def timing(self, chunk_seconds: float, train_seconds: float) -> tuple[list[str], float]:
+        """Settings, and seconds from the fault until the driver says so, by these deadlines of a stopped process."""
+        ranks = [f"learner.ranks={self.ranks}"]
         if self.kind != "stop":
-            return 2.0
-        at_work_as_rank = self.role.startswith("rank") and self.state != "idle"
-        return 1.0 + (TRAIN_SECONDS if at_work_as_rank else CHUNK_SECONDS)
+            return ranks, 2.0
+        seconds = train_seconds if self.ranks > 1 and self.state != "idle" else chunk_seconds
+        return [*ranks, f"run.chunk_seconds={chunk_seconds}", f"run.train_seconds={train_seconds}"], 1.0 + seconds
 
 
 def cells():
+    at_work = {role: [error] for role, error in DATA.items()}
+    for rank in ("rank 0", "rank 1"):
+        at_work[rank].append(GroupBroken("injected: a peer is gone"))
     for role, state in [(role, state) for role, states in STATES.items() for state in states]:
-        kinds = ["kill", "stop"]
-        if state != "idle":
-            kinds.append(DATA[role])
-            if role.startswith("rank"):
-                kinds.append(GroupBroken("injected: a peer is gone"))
-        for kind in kinds:
+        for kind in ["kill", "stop", *(at_work[role] if state != "idle" else ())]:
             cell = Cell(role, state, kind)
             marks = [pytest.mark.long] if cell.name in ORDINARY else [pytest.mark.slow]
             yield pytest.param(cell, id=cell.name, marks=[] if cell.name in SHORTEST else marks)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(build, "parts", lambda config, own_reward=None: emulated.parts(Emulation()))
-        folder = tmp_path_factory.mktemp("runs") / "unbroken"
-        assert run.main([*SETTINGS, "run.runner=inprocess", f"run.dir={folder}"]) == 0
-    return outcome(folder)
-
-
 @pytest.mark.parametrize("cell", cells())
 def test_cell(cell, break_a_run, unbroken, tmp_path):
     fault = Fault(cell.role, cell.state, cell.kind, str(tmp_path))
-    if cell.state == "idle" and not cell.role.startswith("rank"):  # a long training: the idle are asked meanwhile
-        emulation, settings = Emulation(train_seconds=4.0), [*cell.settings, "run.train_seconds=30"]
-    else:
-        emulation, settings = Emulation(), cell.settings
+    (settings, limit), emulation = cell.timing(chunk_seconds=2, train_seconds=3), Emulation()
+    if cell.state == "idle" and cell.ranks == 1:  # a long training: the idle are asked meanwhile
+        emulation, settings = Emulation(train_seconds=4.0), [*settings, "run.train_seconds=30"]
     broken = break_a_run(emulated.parts(emulation), fault, *settings)
-    broken.assert_noticed(cell.limit)
+    broken.assert_noticed(limit)
     if cell.typed:
         (complaint,) = broken.complaints
         assert broken.status == 1 and complaint.startswith(f"{cell.typed}: injected") and "\n" not in complaint
@@ -112,9 +95,9 @@ def test_cell(cell, break_a_run, unbroken, tmp_path):
     assert outcome(tmp_path / "run") == unbroken
     if cell.role == "sampler" and cell.kind == "kill" and cell.state != "idle":
         # The chunk of four that it was at, and perhaps the one that was queued with it.
-        assert lost(tmp_path / "run") in (4, 8)
+        assert totals(tmp_path / "run")["lost"] in (4, 8)
     elif cell.kind == "kill":
-        assert lost(tmp_path / "run") == 0
+        assert totals(tmp_path / "run")["lost"] == 0
 
 
 @pytest.mark.long

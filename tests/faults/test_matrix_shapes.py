@@ -1,5 +1,7 @@
 """The cells of the kill matrix once more, around the embedded model's own parts: `make faults-shapes`."""
 
+import functools
+
 import pytest
 from emulated_run import SETTINGS, outcome
 from injected import Fault
@@ -10,36 +12,29 @@ from learner.config import load_config
 
 pytestmark = [pytest.mark.shapes, pytest.mark.ray]
 
-CHUNK_SECONDS, TRAIN_SECONDS = 10, 20  # of the cells with a stopped process
 SMALLER = ("sampler.steps=4", "learner.micro_batch=16", "flow.warmup_steps=2", "flow.fit_steps=2", "flow.batch=8")
 
 
 @pytest.fixture(scope="module")
 def unbroken(cluster, tmp_path_factory):
     """By number of ranks: theirs have other last bits."""
-    outcomes = {}
 
+    @functools.cache
     def go(ranks):
-        if ranks not in outcomes:
-            folder = tmp_path_factory.mktemp("runs") / "unbroken"
-            assert run.main([*SETTINGS, *SMALLER, f"learner.ranks={ranks}", f"run.dir={folder}"]) == 0
-            outcomes[ranks] = outcome(folder)
-        return outcomes[ranks]
+        folder = tmp_path_factory.mktemp("runs") / "unbroken"
+        assert run.main([*SETTINGS, *SMALLER, f"learner.ranks={ranks}", f"run.dir={folder}"]) == 0
+        return outcome(folder)
 
     return go
 
 
 @pytest.mark.parametrize("cell", [pytest.param(*cell.values, id=cell.id) for cell in cells()])
 def test_cell(cell, break_a_run, unbroken, tmp_path):
-    ranks = 2 if cell.role.startswith("rank") else 1
-    expected = None if cell.typed else unbroken(ranks)
-    settings, limit = [*SMALLER, f"learner.ranks={ranks}"], 2.0
-    if cell.kind == "stop":
-        settings += [f"run.chunk_seconds={CHUNK_SECONDS}", f"run.train_seconds={TRAIN_SECONDS}"]
-        in_training = cell.role.startswith("rank") and cell.state != "idle"
-        limit = 1.0 + (TRAIN_SECONDS if in_training else CHUNK_SECONDS)
-    config = load_config(overrides=[*SETTINGS, *settings])
-    broken = break_a_run(build.parts(config), Fault(cell.role, cell.state, cell.kind, str(tmp_path)), *settings)
+    expected = None if cell.typed else unbroken(cell.ranks)
+    settings, limit = cell.timing(chunk_seconds=10, train_seconds=20)
+    parts = build.parts(load_config(overrides=[*SETTINGS, *SMALLER, *settings]))
+    fault = Fault(cell.role, cell.state, cell.kind, str(tmp_path))
+    broken = break_a_run(parts, fault, *SMALLER, *settings)
     if cell.typed:
         assert broken.status == 1 and any(text.startswith(f"{cell.typed}: injected") for text in broken.complaints)
         return

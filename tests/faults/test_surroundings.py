@@ -3,22 +3,22 @@
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from emulated_run import SETTINGS, outcome
+from emulated_run import SETTINGS, outcome, use_emulated_parts
+from hosts import HEALTH_CHECKS
 from injected import WITNESS
 from ray_nodes import cluster_of
+from ray_processes import wait_for
 
-from benchmarks import emulated
-from benchmarks.emulated import Emulation
-from learner import build, run
+from learner import run
 from learner.config import ROOT
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.long]
@@ -27,15 +27,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
-    emulated_parts = emulated.parts(Emulation())
-    monkeypatch.setattr(build, "parts", lambda config, own_reward=None: emulated_parts)
-
-
-@pytest.fixture
-def unbroken(tmp_path, parts):
-    folder = tmp_path / "unbroken"
-    assert run.main([*SETTINGS, "run.runner=inprocess", f"run.dir={folder}"]) == 0
-    return outcome(folder)
+    use_emulated_parts(monkeypatch)
 
 
 @pytest.fixture
@@ -61,10 +53,8 @@ def after_the_first_epoch(monkeypatch):
 def two_nodes(tmp_path, monkeypatch):
     """A head and another node, each with raylet and workers of its own."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
-    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
-    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
-    monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
+    for name, value in HEALTH_CHECKS.items():
+        monkeypatch.setenv(name, value)
     with cluster_of({"num_cpus": 2}, {"num_cpus": 2}) as cluster:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         yield cluster
@@ -77,9 +67,7 @@ def test_a_lost_node_costs_nothing_but_time(kind, two_nodes, unbroken, tmp_path)
     settings = [*SETTINGS, "learner.ranks=1", "sampler.actors=4", "run.ready_seconds=120", f"run.dir={folder}"]
     command = [sys.executable, HERE / "driver.py", "--folder", tmp_path, "--fault", "sampler", "serving", kind]
     driver = subprocess.Popen([*command, "--", *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 150
-    while not (tmp_path / WITNESS).exists() and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: (tmp_path / WITNESS).exists() or driver.poll() is not None, 150)
     two_nodes.add_node(num_cpus=2)
     said, _ = driver.communicate(timeout=240)
     print(said)
@@ -134,8 +122,6 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
 @pytest.fixture
 def mlflow_server(tmp_path):
     """(its process, its URL, its database)."""
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     database, log = tmp_path / "mlflow.db", (tmp_path / "server.log").open("w")
@@ -159,10 +145,7 @@ def test_a_lost_mlflow_server_costs_a_warning(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
 
     def strike() -> None:
-        deadline = time.monotonic() + 240
-        while not shown(database):
-            assert time.monotonic() < deadline and server.poll() is None
-            time.sleep(0.5)
+        wait_for(lambda: shown(database), 240)
         (tmp_path / WITNESS).touch(exist_ok=False)
         for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)):
             process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)

@@ -3,11 +3,9 @@
 from contextlib import contextmanager
 
 import pytest
-from emulated_run import SETTINGS
+from emulated_run import IN_PROCESS, SETTINGS, use_emulated_parts
 
-from benchmarks import emulated
 from commands import plan
-from learner import build
 from learner.run import main
 from reports import html
 
@@ -17,10 +15,10 @@ def light_parts():
     """Settings of a run in a third of a second, over parts that compute next to nothing, while this is entered: no
     report is drawn, and a plan is only its place."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "parts", lambda config, own_reward=None: emulated.parts(emulated.Emulation()))
+        use_emulated_parts(patch)
         patch.setattr(html, "render", lambda records, config: b"drawn")
         patch.setattr(plan, "describe", lambda config, placement, resources, place: place)
-        yield [*SETTINGS, "run.runner=inprocess", "learner.ranks=1"]
+        yield [*SETTINGS, *IN_PROCESS]
 
 
 @pytest.fixture

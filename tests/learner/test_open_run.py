@@ -3,12 +3,11 @@
 Over emulated parts; that the learner's own state goes on bitwise is test_every_objective.py's.
 """
 
-import json
 import shutil
 from contextlib import contextmanager
 
 import pytest
-from emulated_run import outcome
+from emulated_run import outcome, totals
 
 from learner import controller
 from learner.config import CONFIG_VERSION, load_config, saved_config
@@ -90,8 +89,8 @@ def test_a_run_killed_anywhere_ends_as_the_unbroken_one(go, owner, name, count, 
         go(folder)
     assert go(folder) == 0
     assert outcome(folder) == outcome(unbroken)
-    totals = json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
-    assert totals == {"issued": 48, "sampled": 48, "scored": 48, "trained": 48, "quarantined": 0, "lost": 0}
+    whole = {"issued": 48, "sampled": 48, "scored": 48, "trained": 48, "quarantined": 0, "lost": 0}
+    assert totals(folder) == whole
     for picture in ("before.png", "after.png"):
         assert (folder / picture).read_bytes() == (unbroken / picture).read_bytes()
 
@@ -153,10 +152,9 @@ def test_what_a_run_cannot_go_on_with_is_refused_key_by_key_and_by_a_plan(
 
 def test_a_prompt_file_that_has_changed_is_refused(go, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\na blue ring\n")
-    assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == 0
-    prompts.write_text("a red ring\n")
-    assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == 2
+    for text, status in (("a red ring\na blue ring\n", 0), ("a red ring\n", 2)):
+        prompts.write_text(text)
+        assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == status
     assert "prompts.path" in capsys.readouterr().err
 
 
@@ -238,8 +236,7 @@ def test_a_run_lives_on_an_fsspec_url_too(go, unbroken):
 def test_a_resumed_run_keeps_the_ranks_and_batches_that_it_began_with(light, tmp_path):
     """Open in the config, they are found once, kept in the checkpoint, and may be made smaller by hand."""
     said: list[str] = []
-    settings = [*light, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null"]
-    settings += [f"run.dir={tmp_path / 'run'}"]
+    settings = [*light, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null", f"run.dir={tmp_path}/run"]
     assert main(settings) == 0
     storage = Storage(str(tmp_path / "run"))
     saved = checkpoint.load(storage, 2, Records.open(storage).run_id)

@@ -32,13 +32,10 @@ def test_draws_common_prompts_and_leaves_headroom_on_rare_ones(pipeline):
     assert accuracy(pipeline, "small", 96) <= 0.5
 
 
-def test_loads_in_one_precision_and_is_small(pipeline):
+def test_loads_in_one_precision_is_small_and_every_word_is_one_token(pipeline):
     dtypes = {p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()}
     assert dtypes == {torch.float32}
     assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 6e6
     assert pipeline.scheduler.config.set_alpha_to_one is False
-
-
-def test_every_word_is_one_token(pipeline):
     ids = pipeline.tokenizer("a small red circle and a blue square on a white background").input_ids
     assert len(ids) == 12 + 2

@@ -61,15 +61,13 @@ def test_a_file_that_is_cut_short_missing_or_has_a_flipped_bit_anywhere_is_passe
 EDITED_FILES = ({}, {"learner.pt": SUMS["learner.pt"]}, {**SUMS, "more": ""}, ["learner.pt"])
 
 
-@pytest.mark.parametrize(
-    "changes", [{"next_epoch": 1}, {"sha256": ""}, {"format": 1}, *({"files": files} for files in EDITED_FILES)]
-)
-def test_an_edited_manifest_is_passed_over(storage, changes):
+EDITED = ({"next_epoch": 1}, {"sha256": ""}, {"format": 1}, *({"files": files} for files in EDITED_FILES))
+
+
+@pytest.mark.parametrize("changes", EDITED)
+def test_an_edited_manifest_or_that_of_another_run_or_step_is_passed_over(storage, changes):
     storage.write_json(f"{NEWEST}/state.json", storage.read_json(f"{NEWEST}/state.json", "step") | changes)
     assert_passed_over(storage)
-
-
-def test_the_manifest_of_another_run_or_step_is_passed_over(storage):
     other = Storage(f"{storage}/other")
     save(other, 4, run_id="another run")
     storage.write(f"{NEWEST}/state.json", other.read(f"{NEWEST}/state.json"))
@@ -83,10 +81,9 @@ def test_a_manifest_that_names_files_elsewhere_is_passed_over(storage, tmp_path,
     """As someone would write it who knows how manifests are sealed."""
     (tmp_path / "secret").write_bytes(b"secret")
     name = name.format(root=tmp_path)
-    about = {"run_id": RUN, "step": 4, "next_epoch": 2}
+    about = {"format": checkpoint.FORMAT, "run_id": RUN, "step": 4, "next_epoch": 2}
     sums = {**SUMS, name: sha256(b"secret").hexdigest()}
-    sealed = checkpoint._sealed({"format": checkpoint.FORMAT, **about, "files": sums})
-    storage.write(f"{NEWEST}/state.json", sealed)
+    storage.write(f"{NEWEST}/state.json", checkpoint._sealed({**about, "files": sums}))
     assert_passed_over(storage)
 
 
@@ -95,8 +92,7 @@ def test_a_checkpoint_with_a_link_to_elsewhere_is_passed_over(tmp_path, linked):
     storage = Storage(str(tmp_path / "run"))
     for step in (2, 4):
         save(storage, step)
-    moved = tmp_path / "moved"
-    place = tmp_path / "run" / NEWEST / linked
+    moved, place = tmp_path / "moved", tmp_path / "run" / NEWEST / linked
     place.rename(moved)
     place.symlink_to(moved)
     assert_passed_over(storage)
@@ -104,21 +100,18 @@ def test_a_checkpoint_with_a_link_to_elsewhere_is_passed_over(tmp_path, linked):
     assert moved.exists() and checkpoint.steps(storage) == [2]
 
 
-def test_none_whole_is_an_error_not_a_fresh_start(storage):
-    for step in (0, 2, 4):
-        storage.remove(f"checkpoints/step-{step:06d}/state.json")
-    with pytest.raises(CheckpointError, match="not whole"):
-        newest(storage)
-
-
 @pytest.mark.parametrize("sealed", [False, True])
-def test_checkpoints_of_another_format_are_said(storage, sealed):
+def test_checkpoints_of_another_format_are_said_and_none_whole_is_an_error_not_a_fresh_start(storage, sealed):
     for step in (0, 2, 4):
         name = f"checkpoints/step-{step:06d}/state.json"
         about = {**json.loads(storage.read(name)), "format": 4}
         del about["sha256"]
         storage.write(name, checkpoint._sealed(about) if sealed else json.dumps(about).encode())
     with pytest.raises(CheckpointError, match="is of format 4, this Tributary reads 5: use the version that wrote it"):
+        newest(storage)
+    for step in (0, 2, 4):
+        storage.remove(f"checkpoints/step-{step:06d}/state.json")
+    with pytest.raises(CheckpointError, match="not whole"):
         newest(storage)
 
 

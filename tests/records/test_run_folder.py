@@ -104,12 +104,13 @@ def test_each_reward_of_a_sum_is_recorded_alone(small_settings, tmp_path):
         assert row["reward"] == pytest.approx(whole, abs=1e-5)  # the two nearly cancel
     assert len({part["jpeg_compressibility"] for part in parts}) > 1
     for name in parts[0]:
-        assert line[f"reward_mean/{name}"] == pytest.approx(sum(part[name] for part in parts) / len(parts), rel=1e-5)
+        assert line[f"reward_mean/{name}"] == pytest.approx(np.mean([part[name] for part in parts]), rel=1e-5)
     evaluated = json.loads((tmp_path / "run/evaluation/epoch-000000.json").read_text())
     assert set(evaluated["reward_parts"]) == set(parts[0]) and len(evaluated["reward_parts"]["shapes_alignment"]) == 4
 
 
 def test_all_that_was_found_on_the_fixed_images_comes_back(records):
+    """Figures of a finished adapter are no evaluation of an epoch."""
     features = np.arange(8, dtype=np.float32).reshape(4, 2)
     save(records, 0, 16, held_out={"other": np.array([1.0, np.nan, 3.0, 4.0], np.float32)}, features=features)
     images, prompts = read_images(records.evaluation_file(0, "parquet")), list(scores()[0].chunk.prompts)
@@ -126,9 +127,6 @@ def test_all_that_was_found_on_the_fixed_images_comes_back(records):
     assert rows.schema.names == IMAGES.names and rows.schema.metadata[b"tributary_format"] == str(FORMAT).encode()
     with Image.open(io.BytesIO(rows["thumbnail_png"][0].as_py())) as picture:
         assert max(picture.size) <= 16
-
-
-def test_figures_of_a_finished_adapter_are_no_evaluation_of_an_epoch(records):
     save(records, 0, 0)
     records.storage.write("evaluation/step-000002.json", b"{}")
     assert records.evaluated() == [0]
