@@ -126,22 +126,21 @@ def test_a_lora_of_its_own_is_judged_like_the_runs(run, judge, tmp_path):
     """By the settings of the run that it lies in, or of --config."""
     assert judge() == 0
     elsewhere = shutil.copytree(run / "checkpoints/latest/lora", tmp_path / "elsewhere")
-    for i, (source, *more) in enumerate(
-        [
-            (run / LORA,),
-            (elsewhere, "--config", run / "config.yaml"),
-            (run / "checkpoints/latest/lora/kohya.safetensors",),
-        ]
-    ):
+    kohya, config = run / "checkpoints/latest/lora/kohya.safetensors", ("--config", run / "config.yaml")
+    for i, (source, *more) in enumerate([(run / LORA,), (elsewhere, *config), (kohya,)]):
         assert judge("--out", tmp_path / f"{i}", *more, source=source) == 0
         (file,) = (tmp_path / f"{i}").glob("*.json")
         figures = json.loads(file.read_text())
         assert {name: figures[name] for name in KEYS} == {name: figures_of(run)[name] for name in KEYS}
 
 
-def test_what_cannot_be_judged_is_refused_before_anything_starts(run, tmp_path, refused):
+def test_what_cannot_be_judged_is_refused_before_anything_starts_and_all_faults_at_once(run, tmp_path, refused, capsys):
+    assert main([str(run), str(tmp_path / "nowhere"), "evaluation.features=clips", *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert "nowhere: no such file or folder" in said and "evaluation.features" in said
+    assert "7 is not a multiple of sampler.chunk_size 4" in refused("evaluate", run, "--images", 7, *SMALL)
+    assert "evaluation.held_out[0] (beauty)" in refused("evaluate", run, *SMALL, "evaluation.held_out=[beauty]")
     (tmp_path / "pictures").mkdir()
-    assert "nowhere: no such file or folder" in refused("evaluate", tmp_path / "nowhere")
     assert "pictures holds no LoRA" in refused("evaluate", tmp_path / "pictures")
     assert "name a run or a LoRA" in refused("evaluate", *SMALL)
     torn, other = tmp_path / "torn.safetensors", tmp_path / "other.safetensors"
@@ -160,14 +159,6 @@ def test_what_cannot_be_judged_is_refused_before_anything_starts(run, tmp_path, 
     file = run / "checkpoints/step-000002/lora/kohya.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     assert "is not what was written" in refused("evaluate", run, "--step", 2, *SMALL)
-
-
-def test_all_faults_are_said_at_once(run, tmp_path, refused, capsys):
-    assert main([str(run), str(tmp_path / "nowhere"), "evaluation.features=clips", *SMALL]) == 2
-    said = capsys.readouterr().err
-    assert "nowhere: no such file" in said and "evaluation.features" in said
-    assert "7 is not a multiple of sampler.chunk_size 4" in refused("evaluate", run, "--images", 7, *SMALL)
-    assert "evaluation.held_out[0] (beauty)" in refused("evaluate", run, *SMALL, "evaluation.held_out=[beauty]")
 
 
 def test_a_base_models_own_adapter_has_the_floors_as_figures(run, judge, tmp_path):

@@ -199,7 +199,10 @@ def test_a_torn_checkpoint_is_passed_over(run, tmp_path, refused, capsys):
     assert lora_files.read(tmp_path / "out").sha256 == saved["adapter_sha256"]
 
 
-def test_what_cannot_be_exported(run, tmp_path, refused):
+def test_what_cannot_be_exported(run, tmp_path, monkeypatch, refused):
+    with monkeypatch.context() as patched:
+        patched.setattr(model_card, "card", lambda *_: Path("/gone").read_text())
+        assert "/gone" in refused("export", run, "--format", "fused") and not (run / "export").exists()
     assert "use --format diffusers, kohya or fused" in refused("export", run, "--format", "peft")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"(\n  path: )/\S+", r"\1/gone/model", text, count=1))
@@ -216,21 +219,6 @@ def test_what_cannot_be_exported(run, tmp_path, refused):
     assert "no checkpoint yet" in refused(*kohya)
     (run / "config.yaml").write_text("{")
     assert "config.yaml" in refused(*kohya) and not (run / "export").exists()
-
-
-def test_folders_are_written_whole_and_never_over_anothers(exported, exports, tmp_path, monkeypatch, refused):
-    """The rest is in test_export_folder.py."""
-    assert "not as an export wrote it" in refused("export", exported, "--format", "kohya", "--out", exported)
-    first = files_of(exports["kohya"])
-
-    def fail(*arguments):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(model_card, "card", fail)
-    assert "no space left" in refused("export", exported, "--format", "kohya")
-    assert files_of(exports["kohya"]) == first
-    assert "no space left" in refused("export", exported, "--format", "fused", "--out", tmp_path / "other")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_somebody_sent_is_read_and_not_obeyed(run, tmp_path, refused):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 
@@ -148,11 +149,9 @@ def test_writes_are_rare_but_for_an_epochs_end(storage, monkeypatch):
 
 
 def test_a_full_disk_is_no_reason_to_stop(storage, monkeypatch, at_once):
-    def full(*_):
-        raise StorageError("no space left") from OSError(errno.ENOSPC, "full")
-
-    beat = beating(storage)
-    monkeypatch.setattr(Storage, "write", full)
+    beat, full = beating(storage), StorageError("no space left")
+    full.__cause__ = OSError(errno.ENOSPC, "full")
+    monkeypatch.setattr(Storage, "write", Mock(side_effect=full))
     beat.progress("training", 0, 1)
     beat.closed()
     beat.end("failed")
@@ -199,11 +198,11 @@ def test_a_finished_run_is_seen(finished_run, capsys):
 
 
 def test_a_run_is_seen_while_it_trains_and_says_why_it_fails(small_settings, tmp_path, monkeypatch):
-    settings = [*small_settings, "sampler.steps=2", "run.runner=inprocess", f"run.dir={tmp_path / 'mine'}"]
-    files, train, seen = InProcessRunner.checkpoint_files, InProcessRunner.train_epoch, []
+    storage, seen = Storage(str(tmp_path / "mine")), []
+    files, train = InProcessRunner.checkpoint_files, InProcessRunner.train_epoch
 
     def spying(self):
-        seen.append(look(Storage(str(tmp_path / "mine"))))
+        seen.append(look(storage))
         if len(seen) == 2:
             monkeypatch.setattr(heartbeat, "SECONDS", 1000.0)  # from here on only an epoch's end is written
         return files(self)
@@ -211,16 +210,16 @@ def test_a_run_is_seen_while_it_trains_and_says_why_it_fails(small_settings, tmp
     def fails(self, epoch, beta):
         if epoch == 0:
             return train(self, epoch, beta)
-        seen.append(look(Storage(str(tmp_path / "mine"))))
+        seen.append(look(storage))
         raise StorageError("the storage's own words")
 
     monkeypatch.setattr(InProcessRunner, "checkpoint_files", spying)
     monkeypatch.setattr(InProcessRunner, "train_epoch", fails)
     monkeypatch.setattr(heartbeat, "SECONDS", 0.0)
-    assert main(settings) == 1
+    assert main([*small_settings, "sampler.steps=2", "run.runner=inprocess", f"run.dir={storage}"]) == 1
     assert [each["state"] for each in seen] == ["running"] * 3
     assert [each["doing"]["doing"] for each in seen] == ["evaluating", "training", "training"]
     assert [each["epochs_in_work"] for each in seen[:2]] == [0, 1]
     assert seen[2]["doing"] == {"doing": "training", "done": 0, "total": 1}
-    failed = look(Storage(str(tmp_path / "mine")))
+    failed = look(storage)
     assert (failed["state"], failed["reason"]) == ("failed", "StorageError: the storage's own words")

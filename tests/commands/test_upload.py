@@ -12,9 +12,12 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow.diffusers
 import pytest
+from test_mlflow_mirror import assert_whole
+from test_open_run import Killed
 
 from commands import upload
 from learner.config import saved_config
@@ -25,10 +28,6 @@ from records.storage import Storage
 from reports import tracking
 from reports.mlflow_mirror import Mirror
 from reports.tracking import Tracker
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -71,24 +70,14 @@ def require_no_doubles(client, run) -> None:
         assert max(steps.values()) == 1, f"{key} is logged twice at a step"
 
 
-def assert_complete(uri: str, folder) -> None:
+def assert_complete(uri: str, folder, name: str | None = None) -> None:
     """Everything of the run's records is there, once."""
-    client, run = only_run(uri)
-    records = Records.open(Storage(str(folder)))
-    assert run.data.tags["tributary.run_id"] == records.run_id
-    require_no_doubles(client, run)
-    losses = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
-    assert losses == {line["epoch"] + 1: line["loss"] for line in records.lines if line["epoch"] >= 0}
-    updates = client.get_metric_history(run.info.run_id, "update/loss")
-    assert [metric.step for metric in updates] == list(range(1, records.lines[-1]["step"] + 1))
-    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
-    steps = sorted(int(path.split("+step+")[1].split("+")[0]) for path in pictures)
-    assert steps == [epoch + 1 for epoch in records.evaluated()]
-    top = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert top == {"images", "config.yaml", "evaluation.json", "report.html"}
-    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    assert (model.name, model.status) == (f"lora-step-{records.lines[-1]['step']:06d}", "READY")
-    assert run.data.params["lora.rank"] == "2" and run.info.status == "FINISHED"
+    run = only_run(uri)[1]
+    assert run.info.status == "FINISHED"
+    mirror = Mirror(Storage(str(folder)), uri, "tributary")
+    mirror.connect()
+    assert mirror.run_id == run.info.run_id
+    assert_whole(mirror, name)
 
 
 @pytest.mark.long
@@ -135,10 +124,9 @@ def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, 
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "open-sesame")
     assert upload.main([str(run)]) == 2
     assert f"token would be sent to {server}" in capsys.readouterr().err
-    for environment in ({"MLFLOW_TRACKING_URI": server}, {"MLFLOW_TRACKING_TOKEN": ""}):
+    for name, value in (("MLFLOW_TRACKING_URI", server), ("MLFLOW_TRACKING_TOKEN", "")):
         with monkeypatch.context() as patched:
-            for name, value in environment.items():
-                patched.setenv(name, value)
+            patched.setenv(name, value)
             assert upload.main([str(run)]) == 1  # there is none
     assert upload.main([str(run), "--uri", server]) == 1
 
@@ -227,20 +215,11 @@ def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run
 
 
 def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
-    said = []
+    said, refuse = [], Mock(side_effect=ConnectionError("gone\n<html>"))
     monkeypatch.setattr(upload, "tell", said.append)
-
-    class Refusing:
-        storage = Storage(str(run))
-
-        def send_model(self, name):
-            raise ConnectionError("gone\n<html>")
-
-    upload._send_model(Refusing())
-    assert said == [
-        "say warning: MLflow did not take the run's model (ConnectionError: gone); send it: "
-        f"python -m learner.upload {run}"
-    ]
+    upload._send_model(Mock(storage=Storage(str(run)), send_model=refuse))
+    warning = "say warning: MLflow did not take the run's model (ConnectionError: gone); send it: "
+    assert said == [f"{warning}python -m learner.upload {run}"]
 
 
 @pytest.mark.long
@@ -306,7 +285,7 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
         server = serve(tmp_path, port)
         for _ in range(2):
             assert upload.main([str(tmp_path / "run")]) == 0
-            assert_complete(uri, tmp_path / "run")
+            assert_complete(uri, tmp_path / "run", "shapes")
         (version,) = mlflow.MlflowClient(uri).search_model_versions("name='shapes'")
         adapter = mlflow.diffusers.load_model(f"models:/shapes/{version.version}").adapter_path
         assert [file.suffix for file in Path(adapter).iterdir()] == [".safetensors"]

@@ -9,7 +9,7 @@ from scored_epochs import scored_epoch, stir
 from test_process_group import Ranks
 
 from diffusion.base_model import Decoder
-from learner import build, process_group
+from learner import build, process_group, state
 from learner.config import Config, ConfigError, load_config
 from learner.experience import Experience
 from learner.objectives.by_name import OBJECTIVES, describe
@@ -37,9 +37,12 @@ def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_o
     ]  # fmt: skip
     for folder, epochs in (("unbroken", 3), ("stopped", 2), ("stopped", 3)):
         assert main([*settings, f"train.epochs={epochs}", f"run.dir={tmp_path / folder}"]) == 0
+    latest = [tmp_path / run / "checkpoints/latest" for run in ("unbroken", "stopped")]
     for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
-        unbroken, stopped = (tmp_path / run / "checkpoints/latest/lora" / name for run in ("unbroken", "stopped"))
-        assert unbroken.read_bytes() == stopped.read_bytes()
+        unbroken, stopped = ((folder / "lora" / name).read_bytes() for folder in latest)
+        assert unbroken == stopped
+    unbroken, stopped = (state.parse((folder / state.LEARNER_FILE).read_bytes()) for folder in latest)
+    torch.testing.assert_close(unbroken["flow"], stopped["flow"], rtol=0, atol=0)
 
 
 def new_learner(config: Config, version: int = 0) -> Learner:
@@ -201,6 +204,8 @@ def test_ddpo_standardises_over_the_whole_epoch_and_scores_the_images_alone(conf
 
 QUIET = ("flow.fit_steps=0", "flow.warmup_steps=0")
 NO_FLOW = "objective.kind=residual_nabla_db_no_flow"
+WIDTHS = ("[]", "[0]", "[2,4]", "[20,32]")
+MALFORMED = {"objective.kind": ("[dag_db]", "dag"), "objective.setting": ["{a: 1}"], "flow.widths": WIDTHS}
 
 
 @pytest.mark.parametrize(
@@ -214,13 +219,8 @@ NO_FLOW = "objective.kind=residual_nabla_db_no_flow"
         (("objective.kind=ddpo",), ("flow.fit_steps",)),
         ((NO_FLOW, "objective.forward_looking=none", *QUIET), ("nothing to learn from",)),
         (("objective.kind=nabla_db", "train.shuffle_rewards=true", *QUIET), ("shuffle_rewards",)),
-        (
-            ("objective.kind=dag_kl", "objective.group_size=10"),
-            ("objective.group_size: 10 does not divide the 144",),
-        ),
-        *(((wrong,), (wrong.split("=")[0],)) for wrong in ("objective.kind=[dag_db]", "objective.setting={a: 1}")),
-        (("objective.kind=dag",), ("objective.kind",)),
-        *(((f"flow.widths={widths}",), ("flow.widths",)) for widths in ("[]", "[0]", "[2,4]", "[20,32]")),
+        (("objective.kind=dag_kl", "objective.group_size=10"), ("objective.group_size: 10 does not divide the 144",)),
+        *(((f"{key}={value}",), (key,)) for key, values in MALFORMED.items() for value in values),
     ],
 )
 def test_what_contradicts_an_objective_is_refused(overrides, said):
@@ -238,12 +238,10 @@ def test_widths_that_are_not_refused_make_a_network(kind, widths, configured):
         assert flow(torch.zeros(1, 4, 16, 16), torch.ones(1), torch.zeros(1, 3, width or 0)).abs().sum() == 0
 
 
-def test_the_start_line_says_what_is_not_faithful():
+def test_the_setting_sets_what_is_not_given_and_the_start_line_says_what_is_not_faithful():
     for more, said in (({}, "(faithful): target"), ({"penalty": "huber"}, "(faithful, but penalty): target")):
         assert said in describe(Config.model_validate({"objective": {"setting": "faithful", **more}}), 4)
 
-
-def test_the_setting_sets_what_is_not_given():
     def settings(**given):
         return Config.model_validate({"objective": given}).objective
 

@@ -12,7 +12,6 @@ from learner import process_group
 from learner.process_group import GroupBroken
 
 LIMIT = 3.0  # seconds, of every collective
-MARGIN = 1.0
 
 
 class Ranks:
@@ -76,9 +75,8 @@ def _broken(rank, count, address, operation, victim, blow, queue):
 @pytest.mark.parametrize(("blow", "least", "most"), [(signal.SIGKILL, 0.0, 1.0), (signal.SIGSTOP, LIMIT, LIMIT + 1)])
 def test_a_rank_that_is_gone_or_silent_breaks_the_group_in_time(operation, blow, least, most):
     with Ranks(_broken, 2, operation, 1, blow) as ranks:
-        answers = {rank: (said, seconds) for rank, said, seconds in ranks.answers(2)}
-    assert answers[1][0] == "struck"
-    said, seconds = answers[0]
+        (_, said, seconds), struck = sorted(ranks.answers(2))
+    assert struck[:2] == (1, "struck")
     print(f"{blow.name} in {operation}: {seconds:.2f} s: {said}")
     assert said.startswith(operation)
     assert least - 0.05 <= seconds < most
@@ -88,9 +86,8 @@ def test_a_rank_that_is_gone_or_silent_breaks_the_group_in_time(operation, blow,
 def test_all_of_four_ranks_hear_of_it(blow):
     with Ranks(_broken, 4, "averaging", 2, blow) as ranks:
         seconds = {rank: seconds for rank, _, seconds in ranks.answers(4)}
-    print(blow.name, {rank: round(after, 2) for rank, after in seconds.items()})
-    assert sorted(seconds) == [0, 1, 2, 3]
-    assert max(seconds.values()) < LIMIT + MARGIN
+    print(blow.name, seconds)
+    assert sorted(seconds) == [0, 1, 2, 3] and max(seconds.values()) < LIMIT + 1
 
 
 def _joins(rank, count, address, queue):

@@ -50,6 +50,8 @@ def test_the_printed_config_reads_back_as_the_same(tmp_path, capsys):
         ),
         (("model.path=no/hub-id", "reward.name=nowhere:f"), ("no/hub-id", "cannot import 'nowhere:f'")),
         (("model.path=BROKEN", "run.runner=inprocess"), ("model.path: ", "BROKEN")),
+        (("objective.kind=nabla_db", "reward.name=jpeg_incompressibility", "flow.fit_steps=0", "flow.warmup_steps=0",
+          "flow.stem_stride=1"), ("jpeg_incompressibility is not differentiable",)),
         (("reward.options={colour: 3}",), ("reward.options",)),
         (("prompts.path=[a dog]",), ("a dog",)),  # which the reward cannot judge
         (("prompts.per_prompt=0", "prompts.path=/no/file"), ("prompts.per_prompt", "/no/file")),

@@ -83,11 +83,8 @@ def made_up_run(folder: Path, epochs: int = 12, settings: tuple[str, ...] = ()) 
     """Files of a run with all that a report may show; every fourth epoch is evaluated."""
     given = ["evaluation.images=20", "sampler.chunk_size=4", f"train.epochs={epochs}", "run.runner=ray", *settings]
     config = load_config(overrides=given)
-    identity = {
-        "config_digest": "c" * 64,
-        "prompts_sha256": "p" * 64,
-        "environment": {"git_commit": "a1b2c3+", "gpu": ""},
-    }
+    identity = {"config_digest": "c" * 64, "prompts_sha256": "p" * 64}
+    identity["environment"] = {"git_commit": "a1b2c3+", "gpu": ""}
     records = Records.create(Storage(str(folder)), folder.name, config_yaml(config), identity)
     rng = np.random.default_rng(0)
     before = rng.normal(0.5, 0.05, 20)

@@ -65,10 +65,8 @@ def test_dots_stand_at_their_values():
     across = {text: x for x, _, text in labels(diagram.svg) if text in "1234"}
     assert list(across) == ["1", "2", "3", "4"] and (x0, x1) == pytest.approx((across["1"], across["4"]), abs=0.1)
     named = [float(text) for x, _, text in labels(diagram.svg) if x < LEFT]
-    rules = [
-        float(y)
-        for y in re.findall(r'd="M [\d.]+ ([\d.]+) L [^"]+" style="fill: none; stroke: var\(--line\)', diagram.svg)
-    ]
+    rule = r'd="M [\d.]+ ([\d.]+) L [^"]+" style="fill: none; stroke: var\(--line\)'
+    rules = [float(y) for y in re.findall(rule, diagram.svg)]
     up = np.polyfit(named, rules, 1)
     assert len(named) == len(rules) > 2 and (y0, y1) == pytest.approx(np.polyval(up, (0.25, 0.75)), abs=0.1) and y1 < y0
     assert len(dots(curves("t", "u", {"x": "s"}, lines([3.0])).svg)) == 1
@@ -109,9 +107,8 @@ def test_colours_are_the_pages_and_nothing_is_left_of_this_machine():
     def draw() -> str:
         noise = np.random.default_rng(0).normal(size=(5, 60))
         rows = [{"epoch": i, **{str(k): value for k, value in enumerate(column)}} for i, column in enumerate(noise.T)]
-        return curves(
-            "t", "u", {**{str(k): str(k) for k in range(5)}, "few": "few"}, [{**rows[0], "few": 1.0}, *rows]
-        ).svg
+        names = [*map(str, range(5)), "few"]
+        return curves("t", "u", dict(zip(names, names, strict=True)), [{**rows[0], "few": 1.0}, *rows]).svg
 
     svg = draw()
     for name in ("c0", "c1", "c2", "c3", "line", "soft"):

@@ -1,5 +1,6 @@
 """What MLflow has of a run: all of it, once, whatever was cut short; a LoRA that loads; nothing that is a secret."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import mlflow.diffusers
 import pytest
 from PIL import Image
+from test_open_run import Killed
 
 from commands import upload
 from learner.config import config_yaml
@@ -20,6 +22,7 @@ RANK, ALPHA = 2, 3.0  # of the finished run
 LATEST = "checkpoints/latest/lora"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FIGURE = {"value": 0.81, "low": 0.8, "high": 0.82, "base": 0.7, "floor": 0.01}
+JUDGED = "evaluation/step-000002.png"
 PASSWORD = "open-sesame"
 
 
@@ -49,7 +52,7 @@ def run(finished_run, tables, tmp_path):
     shutil.copy(tables, tmp_path)
     folder = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
     (folder / "evaluation/step-000002.json").write_bytes(judgement(2))
-    (folder / "evaluation/step-000002.png").write_bytes(picture())
+    (folder / JUDGED).write_bytes(picture())
     return folder
 
 
@@ -75,17 +78,21 @@ def models(mirror):
     return mirror.client.search_logged_models([mirror.experiment_id])
 
 
-def assert_whole(mirror) -> None:
-    """Everything of the run is there, once."""
+def assert_whole(mirror, name: str | None = "shapes") -> None:
+    """Everything of the run is there, once, and its model has a version under that name."""
     client, records = mirror.client, Records.open(mirror.storage)
-    run, evaluated = client.get_run(mirror.run_id), records.evaluated()
+    run, evaluated, steps = client.get_run(mirror.run_id), records.evaluated(), records.lines[-1]["step"]
     (model,) = models(mirror)
     for key in run.data.metrics:
         own = [entry for entry in client.get_metric_history(mirror.run_id, key) if entry.model_id is None]
         assert max(Counter(entry.step for entry in own).values()) == 1, key
     assert dict(history(mirror, "loss")) == {line["epoch"] + 1: line["loss"] for line in records.lines[1:]}
-    assert {step for step, _ in history(mirror, "update/loss")} == {1, 2}
-    pictures = {*(f"evaluation~samples+step+{epoch + 1}" for epoch in evaluated), "judged~base_and_tuned+step+2"}
+    assert {step for step, _ in history(mirror, "update/loss")} == set(range(1, steps + 1))
+    pictures = {f"evaluation~samples+step+{epoch + 1}" for epoch in evaluated}
+    if mirror.storage.exists(JUDGED):
+        pictures.add("judged~base_and_tuned+step+2")
+    top = {file.path for file in client.list_artifacts(mirror.run_id)}
+    assert top == {"images", "config.yaml", TABLE, "report.html"} and run.data.params["lora.rank"] == f"{RANK}"
     names = [Path(file.path).name for file in client.list_artifacts(mirror.run_id, "images")]
     assert Counter(name.split("+timestamp")[0] for name in names if name.endswith("webp")) == Counter(pictures)
     assert {name.split("+timestamp")[0] for name in names if name.endswith("png")} == pictures
@@ -95,10 +102,10 @@ def assert_whole(mirror) -> None:
     rewards = [reward for epoch in evaluated for reward in records.evaluation(epoch)["reward"]]
     assert [row[1] for row in table["data"]] == pytest.approx(rewards, abs=1e-9)
     assert [row[2:] for row in table["data"]] == [[image, epoch + 1] for epoch in evaluated for image in range(4)]
-    assert model.status == "READY" and model.name == "lora-step-000002"
-    assert (model.model_id, 2) in [(output.model_id, output.step) for output in run.outputs.model_outputs]
-    (version,) = client.search_model_versions("name='shapes'")
-    assert (version.version, version.source) == (1, f"models:/{model.model_id}")
+    assert model.status == "READY" and model.name == f"lora-step-{steps:06d}"
+    assert (model.model_id, steps) in [(output.model_id, output.step) for output in run.outputs.model_outputs]
+    versions = [(version.version, version.source) for version in client.search_model_versions("name='shapes'")]
+    assert versions == ([(1, f"models:/{model.model_id}")] if name else [])
 
 
 def test_a_run_is_there_once_however_often_it_is_sent(sent, monkeypatch):
@@ -114,10 +121,6 @@ def test_a_run_is_there_once_however_often_it_is_sent(sent, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sent.uri)  # load_table goes by it alone
     table = sent.client.load_table(sent.experiment_id, TABLE, [sent.run_id])
     assert len(table) == 4 * len(records.evaluated()) and table["prompt"].str.len().min() > 0
-
-
-class Killed(BaseException):
-    pass
 
 
 CALLS = ("log_batch", "log_model_artifacts")
@@ -143,13 +146,10 @@ def test_an_upload_killed_anywhere_is_completed_by_the_next(call, done, run, mon
 
     for number in range(1, 100):
         left = number
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
             patched.setattr(mlflow.MlflowClient, call, killed)
-            try:
-                assert upload.main([str(run), "--registered-model", "shapes"]) == 0
-                break  # there are no more calls
-            except Killed:
-                pass
+            assert upload.main([str(run), "--registered-model", "shapes"]) == 0
+            break  # there are no more calls
     assert number > 1
     assert_whole(mirror_of(run))
 
@@ -164,20 +164,14 @@ def test_a_table_has_parts_and_judges(run):
 
 
 def test_judgements_are_metrics_of_their_epoch_and_the_first_stays(sent):
-    for name, content in {
-        "step-000004.json": judgement(2, reward={**FIGURE, "value": 0.9}),
-        "step-000006.json": b'{"epochs_done": 1',
-        "step-000008.json": judgement(None),
-        "step-000010.json": b"[1]",
-    }.items():
-        sent.storage.write(f"evaluation/{name}", content)
+    later = judgement(2, reward={**FIGURE, "value": 0.9}), b'{"epochs_done": 1', judgement(None), b"[1]"
+    for step, content in enumerate(later, 3):
+        sent.storage.write(f"evaluation/step-{step:06d}.json", content)
     sent.finish("FINISHED")
     assert set(history(sent, "judged/reward")) == {(2, 0.81)} and set(history(sent, "judged/fid_floor")) == {(2, 0.01)}
     names = {key for key in sent.client.get_run(sent.run_id).data.metrics if key.startswith("judged/")}
-    judged = ("reward", "fid", "held_out/my judge_2")
-    assert names == {f"judged/{name}{suffix}" for name in judged for suffix in ("", "_base", "_floor")} | {
-        "judged/epochs_done"
-    }
+    judged = (f"{name}{more}" for name in ("reward", "fid", "held_out/my judge_2") for more in ("", "_base", "_floor"))
+    assert names == {f"judged/{name}" for name in (*judged, "epochs_done")}
 
 
 def test_mlflow_loads_the_adapter_with_its_alpha_and_without_code(sent, run, tmp_path, monkeypatch):

@@ -18,12 +18,10 @@ from reports.pictures import contact_sheet, tiles
 
 
 def test_pairs_stand_side_by_side_with_their_rewards(made_up):
-    prompts = html.pairs(Records.open(Storage(str(made_up))), [BEFORE, 3, 7, 11])
+    records = Records.open(Storage(str(made_up)))
+    prompts = html.pairs(records, [BEFORE, 3, 7, 11])
     assert sum(len(prompt.rows) for prompt in prompts) == 20 and [prompt.text for prompt in prompts] == list(PROMPTS)
-    rewards = {
-        epoch: json.loads((made_up / f"evaluation/{name_of(epoch)}.json").read_text())["reward"]
-        for epoch in (BEFORE, 11)
-    }
+    rewards = {epoch: records.evaluation(epoch)["reward"] for epoch in (BEFORE, 11)}
     for i, prompt in enumerate(prompts):
         for k, row in enumerate(prompt.rows):
             number = i + k * len(PROMPTS)

@@ -1,6 +1,7 @@
 """Held-out rewards and features of evaluation images."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,11 +17,6 @@ from rewards.scorer import BadReward
 from rewards.weights import BadWeights, WeightsNotFound
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-
-
-class Broken(Brightness):
-    def __call__(self, images, prompts):
-        raise RuntimeError("no such luck")
 
 
 @pytest.fixture
@@ -105,4 +101,5 @@ def test_evaluation_images_alone_are_judged_further_and_bad_rows_are_not():
 
 def test_a_held_out_reward_that_raises_is_named():
     with pytest.raises(BadReward, match=r"evaluation\.held_out: mine: RuntimeError: no such luck"):
-        scorer(judges=Judges({"mine": Broken()}, features.pixels)).score(clean(purpose="evaluate"))
+        broken = Brightness(Mock(side_effect=RuntimeError("no such luck")))
+        scorer(judges=Judges({"mine": broken}, features.pixels)).score(clean(purpose="evaluate"))

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from brightness import Brightness, require_slope
 
 from diffusion.base_model import Decoder
 from diffusion.trajectory import Chunk, CleanPredictions
-from learner.run import main
 from models.shapes.measure import scenes
 from models.shapes.world import draw
 from rewards import registry
@@ -35,16 +35,9 @@ def test_soft_alignment_agrees_with_the_graded_one(kind):
 
 @pytest.mark.parametrize("kind", ["seen", "small", "two", "right"])
 def test_soft_alignment_gradient_is_that_of_finite_differences(kind):
-    images, prompts = pictures(kind, 6)
-    images = images.double().requires_grad_()
     reward = registry.load("shapes_alignment_soft")
     assert reward.differentiable
-    gradient = torch.autograd.grad(reward(images, prompts).sum(), images)[0]
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(3):
-        way = torch.randn(images.shape, generator=generator, dtype=torch.float64)
-        up, down = (reward(images.detach() + sign * 1e-6 * way, prompts).sum() for sign in (1, -1))
-        assert (gradient * way).sum().item() == pytest.approx(((up - down) / 2e-6).item(), rel=1e-3)
+    require_slope(reward, *pictures(kind, 6), 1e-6, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +85,9 @@ def test_evaluation_needs_no_gradients_and_training_one_that_has_them(decoder):
 @pytest.mark.parametrize("factor", [1.0, torch.nn.Parameter(torch.ones(()))])
 def test_a_gradient_that_does_not_reach_the_images_is_refused(decoder, factor):
     """Not even one of the reward's own weights will do."""
-
-    class Detached:
-        name, differentiable = "detached", True
-
-        def __call__(self, images, prompts):
-            return images.detach().mean((1, 2, 3)) * factor
-
+    detached = Brightness(lambda scores: scores.detach() * factor, differentiable=True)
     with pytest.raises(BadReward, match="no way"):
-        Scorer(decoder, Detached(), gradients=True).score(predictions())
+        Scorer(decoder, detached, gradients=True).score(predictions())
 
 
 def test_a_class_may_say_so_when_it_is_made(decoder, tmp_path, monkeypatch):
@@ -119,10 +106,3 @@ def test_objectives_and_rewards_that_do_not_fit_are_refused_before_anything_star
         said = rf"objective\.kind: {kind} learns from .* {reward} is not differentiable; .*shapes_alignment_soft"
         with pytest.raises(ValueError, match=said):
             registry.check(reward, None, {}, ["a red circle"], kind)
-
-
-def test_a_run_is_refused_before_it_begins(tmp_path, capsys):
-    settings = ["objective.kind=nabla_db", "reward.name=jpeg_incompressibility", "flow.fit_steps=0"]
-    settings += ["flow.warmup_steps=0", "flow.stem_stride=1", "run.runner=inprocess", f"run.dir={tmp_path / 'run'}"]
-    assert main(settings) == 2 and not (tmp_path / "run").exists()
-    assert "jpeg_incompressibility is not differentiable" in capsys.readouterr().err

@@ -69,27 +69,22 @@ def checked(settings: dict, objective=None):
 def test_a_wrong_key_is_named_with_its_file(name, kind, tmp_path):
     key, state = ONE_KEY[name]
     written = key.replace(".", "__")
-    if kind == "missing":
-        changed, said = {written: None}, rf"1 missing: {key}$"
-    elif kind == "extra":
-        changed, said = {"surprise__weight": torch.zeros(2)}, r"1 extra: surprise.weight$"
-    else:
-        changed = {written: state[key][:-1]}
-        said = rf"1 of another shape: {key} \[.*\] \(expected \["
+    changed, said = {
+        "missing": ({written: None}, rf"1 missing: {key}$"),
+        "extra": ({"surprise__weight": torch.zeros(2)}, r"1 extra: surprise.weight$"),
+        "misshapen": ({written: state[key][:-1]}, rf"1 of another shape: {key} \[.*\] \(expected \["),
+    }[kind]
     settings = WRITE[name](tmp_path, **changed)
     with pytest.raises(BadWeights, match=said) as error:
         loaded(settings)
     assert settings["weights"] in str(error.value)
 
 
-def test_many_wrong_keys_are_counted(tmp_path):
+def test_many_wrong_keys_are_counted_and_a_wrong_clip_tower_is_named(tmp_path):
     settings = write_hpsv2(tmp_path)
     settings["size"] = {**settings["size"], "text_layers": 3}
     with pytest.raises(BadWeights, match=r"12 missing: transformer\.resblocks\.2\.\S+, .*, \.\.\."):
         loaded(settings)
-
-
-def test_a_wrong_clip_tower_is_named(tmp_path):
     with pytest.raises(BadWeights, match=r"config\.json: hidden_act is gelu, expected quick_gelu"):
         loaded(write_aesthetic(tmp_path, activation="gelu"))
     settings = write_aesthetic(tmp_path)
@@ -152,12 +147,11 @@ def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_pat
         with pytest.raises(WeightsNotFound, match=f"reward.weights: no such file or folder: {wrong}"):
             act({**settings, "weights": str(wrong)})
     companion = "clip" if name == "aesthetic" else "tokenizer"
-    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: no such file or folder: a/b/c"):
-        act({**settings, companion: "a/b/c"})
-    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: {tmp_path} holds no "):
-        act({**settings, companion: str(tmp_path)})
-    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: .* is a file, expected the folder"):
-        act({**settings, companion: settings["weights"]})
+    places = {"a/b/c": "no such file or folder: a/b/c", str(tmp_path): f"{tmp_path} holds no "}
+    places[settings["weights"]] = ".* is a file, expected the folder"
+    for place, said in places.items():
+        with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: {said}"):
+            act({**settings, companion: place})
 
 
 @pytest.mark.parametrize("act", [loaded, checked])
@@ -242,10 +236,8 @@ def test_check_reads_no_weights_and_knows_the_options(name, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("weights were read"))
     checked(settings, "nabla_db")
     wrong_options = [({"colour": 3}, rf"reward\.options: {name}: .*colour")]
-    if name != "aesthetic":
-        wrong_options.append(
-            ({"size" if name == "hpsv2" else "vision": {"depth": 3}}, rf"reward\.options: {name}: .*depth")
-        )
+    if size := {"hpsv2": "size", "imagereward": "vision"}.get(name):
+        wrong_options.append(({size: {"depth": 3}}, rf"reward\.options: {name}: .*depth"))
     if name == "hpsv2":
         wrong_options.append(({"version": "v3"}, r"reward\.options\.version: 'v3', expected v2\.0 or v2\.1"))
     for act in (checked, loaded):

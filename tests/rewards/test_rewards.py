@@ -78,24 +78,17 @@ def test_a_foreign_prompt_is_named(name):
         registry.check(name, None, {}, ["a red circle", "a dog"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "kind", "said"),
-    [
-        (["beauty"], {}, registry.UnknownReward, "jpeg_compressibility"),
-        (["no_such_module:f"], {}, registry.UnknownReward, "no_such_module"),
-        (["jpeg_compressibility", "x"], {}, ValueError, "weights"),
-        (["jpeg_compressibility"], {"colour": 3}, ValueError, "jpeg"),
-    ],
-)
-def test_unknown_names_options_and_weights_are_refused(arguments, options, kind, said):
-    with pytest.raises(kind, match=said):
-        registry.load(*arguments, **options)
-
-
-@pytest.mark.parametrize("options", [{"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}])
-def test_options_that_no_reward_can_have_are_named(options):
-    with pytest.raises(ValueError, match=r"reward\.options: .* cannot be one; name, weights"):
-        registry.check("jpeg_compressibility", None, options, [])
+def test_unknown_names_options_and_weights_are_refused():
+    for name, said in (("beauty", "jpeg_compressibility"), ("no_such_module:f", "no_such_module")):
+        with pytest.raises(registry.UnknownReward, match=said):
+            registry.load(name)
+    with pytest.raises(ValueError, match="weights"):
+        registry.load("jpeg_compressibility", "x")
+    with pytest.raises(ValueError, match="jpeg"):
+        registry.load("jpeg_compressibility", colour=3)
+    for options in ({"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}):  # that no reward can have
+        with pytest.raises(ValueError, match=r"reward\.options: .* cannot be one; name, weights"):
+            registry.check("jpeg_compressibility", None, options, [])
 
 
 OWN = """

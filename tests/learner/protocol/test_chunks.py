@@ -11,9 +11,8 @@ def test_an_epoch_is_cut_into_chunks_with_every_trajectory_once(small_config):
 
 def test_prompts_come_in_shuffled_passes_over_the_whole_set(small_config):
     prompts = [str(i) for i in range(8)]
-    drawn = [
-        p for epoch in range(6) for chunk in training_chunks(small_config(), prompts, epoch) for p in chunk.prompts[::2]
-    ]
+    chunks = [chunk for epoch in range(6) for chunk in training_chunks(small_config(), prompts, epoch)]
+    drawn = [prompt for chunk in chunks for prompt in chunk.prompts[::2]]
     passes = [drawn[i : i + 8] for i in range(0, len(drawn), 8)]
     assert all(sorted(part) == prompts for part in passes)
     assert passes[0] != passes[1]
