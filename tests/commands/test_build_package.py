@@ -13,8 +13,6 @@ from rewards.package_environment import EnvironmentMissing
 
 
 class Pip:
-    """Stands for the commands of a build."""
-
     def __init__(self, fails: str = "none of them") -> None:
         self.commands, self.fails = [], fails
 

@@ -34,7 +34,6 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def judge(run, cache):
-    """Judge the run, or `source`."""
 
     def go(*more, source=run, cache=cache) -> int:
         return main([str(source), "--images", "8", "--cache", str(cache), *SMALL, *map(str, more)])
@@ -162,7 +161,6 @@ def test_what_cannot_be_judged_is_refused_before_anything_starts_and_all_faults_
 
 
 def test_a_base_models_own_adapter_has_the_floors_as_figures(run, judge, tmp_path):
-    """An adapter of zeros: its pictures are the base model's."""
     nothing = tmp_path / "nothing.safetensors"
     with safe_open(str(run / LORA), "pt") as opened:
         metadata = opened.metadata()

@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -54,10 +55,7 @@ def test_a_file_or_a_failure_leaves_all_as_it_was(out, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds file, which is not"):
         write(str(tmp_path / "file"), content(), {})
 
-    def fail(*arguments):
-        raise OSError(28, "no space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "no space left on device")))
     with pytest.raises(StorageError, match="no space left"):
         write(str(out), content("second"), {})
     assert (out / "unet" / "weights").read_text() == "first" and [path.name for path in out.parent.iterdir()] == ["out"]

@@ -25,6 +25,9 @@ def without_text(ddpm, tmp_path_factory):
     return ddpm, folder
 
 
+OUT_OF_RANGE = {"--images": "0", "--seed": "-1", "--steps": "1", "--eta": "0", "--guidance": "0.5"}
+
+
 def pictures(folder, label, prompt=1) -> np.ndarray:
     files = sorted(folder.glob(f"prompt-{prompt:02d}-image-*-{label}.png"))
     return np.stack([np.asarray(Image.open(file)) for file in files])
@@ -155,11 +158,7 @@ def test_what_cannot_be_drawn_is_refused(finished_run, without_text, tmp_path, r
         (("--lora", finished_run, *prompt, "--out", damaged / "grid.png"), "cannot write grid.png"),
         ((*prompt, *grid, "--step", "1"), "--step: of which run?"),
         (("--lora", finished_run, *grid), "--prompt: what shall be drawn"),
-        (("--lora", finished_run, *prompt, *grid, "--images", "0"), "--images"),
-        (("--lora", finished_run, *prompt, *grid, "--seed", "-1"), "--seed"),
-        (("--lora", finished_run, *prompt, *grid, "--steps", "1"), "--steps"),
-        (("--lora", finished_run, *prompt, *grid, "--eta", "0"), "--eta"),
-        (("--lora", finished_run, *prompt, *grid, "--guidance", "0.5"), "--guidance"),
+        *((("--lora", finished_run, *prompt, *grid, option, value), option) for option, value in OUT_OF_RANGE.items()),
     ):
         assert message in refused("generate", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors"]

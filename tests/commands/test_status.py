@@ -49,7 +49,6 @@ def at_once(monkeypatch):
 
 
 def beating(storage, uri: str | None = None, quiet_seconds: float = 30.0) -> Heartbeat:
-    """Of a run that is going on."""
     beat = Heartbeat(storage, 10, uri, quiet_seconds)
     beat.running(lambda: asdict(VITALS), turns=False)
     return beat
@@ -92,7 +91,6 @@ def test_a_run_that_goes_on(storage, at_once):
 
 
 def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
-    """Which turns shorten, and the start prolongs."""
     beat = Heartbeat(storage, 10, None, 1000.0)
     assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
     beat.running(lambda: asdict(VITALS), turns=True)

@@ -64,14 +64,7 @@ def only_run(uri: str):
     return client, run
 
 
-def require_no_doubles(client, run) -> None:
-    for key in run.data.metrics:
-        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
-        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
-
-
 def assert_complete(uri: str, folder, name: str | None = None) -> None:
-    """Everything of the run's records is there, once."""
     run = only_run(uri)[1]
     assert run.info.status == "FINISHED"
     mirror = Mirror(Storage(str(folder)), uri, "tributary")
@@ -133,7 +126,6 @@ def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, 
 
 @pytest.fixture
 def tracked(run):
-    """A tracker of the run, and what it said."""
     records, said = Records.open(Storage(str(run))), []
     config = saved_config(records)
     config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"enabled": True})})
@@ -236,7 +228,10 @@ def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, gone_after, monk
     while any("SystemMetrics" in thread.name for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    require_no_doubles(*only_run(uri))
+    client, shown = only_run(uri)
+    for key in shown.data.metrics:
+        steps = Counter(metric.step for metric in client.get_metric_history(shown.info.run_id, key))
+        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
 
 
 def serve(folder, port: int) -> subprocess.Popen:

@@ -49,7 +49,6 @@ def test_frechet_distance_is_that_of_the_sets_moments():
 
 
 def test_kernel_distance_is_the_unbiased_one():
-    """Pair by pair."""
     a, b = RNG.normal(size=(12, 4)), RNG.normal(size=(10, 4)) + 0.5
 
     def mean(x, y, *without):
@@ -100,9 +99,8 @@ def test_a_bootstrap_interval_is_the_percentiles_of_resampled_means():
     good = values[:-1]
     means = good[np.random.default_rng(5).integers(0, 80, (10_000, 80))].mean(1)
     standard_error = good.std() / np.sqrt(80)
-    np.testing.assert_allclose(
-        metrics.mean_interval(values), np.quantile(means, [0.025, 0.975]), rtol=0, atol=0.1 * standard_error
-    )
+    quantiles = np.quantile(means, [0.025, 0.975])
+    np.testing.assert_allclose(metrics.mean_interval(values), quantiles, rtol=0, atol=0.1 * standard_error)
     assert metrics.mean_interval(np.array([3.0, np.nan])) == (3, 3)
     assert np.isnan(metrics.mean_interval(np.array([np.nan]))).all()
 

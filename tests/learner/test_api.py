@@ -12,7 +12,6 @@ PROMPTS = ["a red circle", "a blue\nring"]
 
 
 def blue(images, prompts):
-    """How much bluer than red."""
     return (images[:, 2] - images[:, 0]).mean((1, 2))
 
 

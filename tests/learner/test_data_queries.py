@@ -33,7 +33,6 @@ def run(small_settings, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(run) -> list[dict]:
-    """Of all files, read one by one."""
     files = sorted(run.glob("trajectories/epoch-*.parquet"))
     return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
 
@@ -53,14 +52,11 @@ def good(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["bad"] is None]
 
 
-def test_the_page_has_the_format_and_the_columns_that_the_files_have(rows, found):
+def test_the_page_has_the_format_and_the_columns_that_the_files_have(run, rows, found):
     assert found["version"] == FORMAT and f"this page describes {FORMAT}." in PAGE
     listed = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \|$", PAGE, re.M)
     assert listed == [(field.name, str(field.type)) for field in SCHEMA]
     assert list(rows[0]) == SCHEMA.names
-
-
-def test_what_it_says_of_columns_is_so(run, rows):
     assert [(row["epoch"], row["trajectory_id"]) for row in rows] == [(e, i) for e in range(3) for i in range(8)]
     assert {row["policy_version"] - row["epoch"] for row in rows} == {0}
     assert {row["run_id"] for row in rows} == {json.loads((run / "run.json").read_text())["run_id"]}
@@ -88,23 +84,16 @@ def test_the_best_images_of_each_prompt(run, rows, found):
     assert written and all(content.startswith(b"\x89PNG") for content in written.values())
 
 
-def test_reward_against_epoch(run, rows, found):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    table = found["by_epoch"]
-    assert table.index.tolist() == [0, 1, 2]
-    for line in lines:
-        mine = table.loc[line["epoch"]]
+def test_reward_against_epoch_and_samples_by_policy_version(run, rows, found):
+    assert found["by_epoch"].index.tolist() == found["by_version"].index.tolist() == [0, 1, 2]
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        mine = found["by_epoch"].loc[line["epoch"]]
         assert mine["mean"] == pytest.approx(line["reward_mean"], rel=1e-6)
         assert mine["deviation"] == pytest.approx(line["reward_std"], rel=1e-5, abs=1e-9)
         rewards = [row["reward"] for row in good(rows) if row["epoch"] == line["epoch"]]
         assert (mine["least"], mine["most"], mine["good"]) == (min(rewards), max(rewards), len(rewards))
         assert mine["bad"] == line["quarantined"] == (line["epoch"] == BAD_EPOCH)
-
-
-def test_samples_by_policy_version(rows, found):
-    table = found["by_version"]
-    assert table.index.tolist() == [0, 1, 2]
-    for version, mine in table.iterrows():
+    for version, mine in found["by_version"].iterrows():
         made = [row for row in rows if row["policy_version"] == version]
         assert mine["trajectories"] == len(made) == 8 and mine["adapters"] == 1 and mine["most_behind"] == 0
         assert mine["mean_reward"] == pytest.approx(np.mean([row["reward"] for row in good(made)]), rel=1e-6)

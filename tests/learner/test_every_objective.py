@@ -258,7 +258,6 @@ def test_the_setting_sets_what_is_not_given_and_the_start_line_says_what_is_not_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trying_a_micro_batch_changes_nothing(kind, configured):
-    """What a GPU's memory is measured with: a forward and backward pass that leaves no trace."""
     learner, other = (new_learner(configured(kind, "objective.advantage=prompt"), version=1) for _ in range(2))
     scored = scored_epoch(learner.config, learner.published)
     for size in (1, 2):

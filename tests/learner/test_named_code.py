@@ -39,7 +39,6 @@ def ran(tmp_path):
 
 @pytest.mark.parametrize("with_upload", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_runs_own_files_import_nothing(with_upload, settings, ran, tmp_path, capsys):
-    """Not even one that names the other module in every config."""
     run = tmp_path / "run"
     assert main(settings) == 0
     for file in (run / "config.yaml", *run.glob("checkpoints/step-*/config.yaml")):

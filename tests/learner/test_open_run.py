@@ -6,6 +6,7 @@ Over emulated parts; that the learner's own state goes on bitwise is test_every_
 import json
 import shutil
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 from emulated_run import outcome
@@ -32,7 +33,7 @@ def go(light):
 
 
 class Killed(BaseException):
-    """Nothing of ours catches it: as sudden as a test in one process can be."""
+    pass
 
 
 @pytest.fixture
@@ -42,7 +43,6 @@ def finished(unbroken, tmp_path):
 
 @pytest.fixture
 def stopped(finished):
-    """A run that has done two of three epochs."""
     shutil.rmtree(finished / "checkpoints/step-000006")
     Records.open(Storage(str(finished))).note(finished=False)
     return finished
@@ -209,9 +209,7 @@ def test_a_copied_run_whose_latest_is_a_folder_goes_on(go, unbroken, stopped, tm
 
 
 def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(go, unbroken, tmp_path, monkeypatch, capsys):
-    def fails(*_):
-        raise StorageError("busy")
-
+    fails = Mock(side_effect=StorageError("busy"))
     views = [(Bar, "show", "progress bar"), (Heartbeat, "turn", "status.json"), (Tracker, "__init__", "MLflow"),
              (html, "render", "report.html"), (summary, "describe", "summary")]  # fmt: skip
     for owner, name, _ in views:

@@ -44,8 +44,6 @@ def test_every_kind_gives_the_same_prompts_and_a_missing_column_names_those_ther
     [
         ("p.txt", b"\xff\xfe bad", "'utf-8' codec can't decode"),
         ("p.txt", b"# nothing\n\n", "holds no prompt"),
-        ("p.csv", b"prompt\n", "holds no prompt"),
-        ("p.jsonl", b"", "holds no prompt"),
         ("p.json", b"[]", "holds no prompt"),
         ("p.json", b'["a",', "Expecting value: line 1"),
         ("p.json", b'{"prompt": "a"}', "a JSON dict, expected a list"),

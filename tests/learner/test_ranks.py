@@ -12,7 +12,6 @@ BETA = 5.0
 
 
 def _train(rank, count, address, config: Config, epochs, files, queue) -> None:
-    """This rank's share of each epoch, sampled and scored by itself."""
     torch.set_num_threads(1)
     process_group.join(address, rank, count, 60, whole_gpu=False)
     learner = build.build_learner(config, files)

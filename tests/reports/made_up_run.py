@@ -32,7 +32,6 @@ def picture(seed: int, side: int) -> np.ndarray:
 
 
 def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
-    """Of metrics.jsonl, with everything that a line may have."""
     progress = (epoch + 1) / epochs
     line = {
         "epoch": epoch, "step": 2 * (epoch + 1), "time": 1.8e9 + epoch, "policy_version": epoch + 1, "beta": 30.0,
@@ -67,7 +66,6 @@ def save_trajectories(folder: Path, epoch: int, rewards: list[float | None], thu
 def save_evaluation(
     folder: Path, epoch: int, rewards: list[float | None], held_out: dict[str, list[float | None]] | None = None
 ) -> None:
-    """As Records.save_evaluation does it, of made-up images."""
     count = len(rewards)
     prompts = tuple(PROMPTS[i % len(PROMPTS)] for i in range(count))
     values = np.array([[np.nan if reward is None else reward] for reward in rewards], np.float32)

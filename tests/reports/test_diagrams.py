@@ -41,23 +41,20 @@ def test_a_smoothed_line_is_the_mean_of_the_epochs_around():
         assert means[i] == pytest.approx(values[i - reach : i + reach + 1].mean(), abs=1e-12)
 
 
-def test_every_spike_of_a_long_line_is_seen():
+def test_every_spike_of_a_long_line_is_seen_and_a_long_run_stays_small():
     values = np.zeros(5000)
     values[[1234, 4321]] = 9.0, -7.0
     svg = curves("t", "u", {"eval_x": "s"}, lines(values)).svg
     (path,) = re.findall(r'd="(M [^"]+)" style="fill: none; stroke: var\(--c0', svg)
     heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
-    top, middle, bottom = (y for y in (min(heights), heights[0], max(heights)))
+    top, middle, bottom = min(heights), heights[0], max(heights)
     assert len(heights) < 20 and (middle - top) / (bottom - middle) == pytest.approx(9 / 7, abs=0.01)
-
-
-def test_a_long_run_stays_small():
     noise = np.random.default_rng(0).normal(size=10_000)
     diagram = curves("t", "u", {"x": "s"}, lines(noise))
     assert diagram.window == 1001 and len(diagram.svg) < 20_000 and not dots(diagram.svg)
 
 
-def test_dots_stand_at_their_values():
+def test_dots_stand_at_their_values_and_intervals_are_bars():
     values = [0.25, float("nan"), 1e300, 0.75]
     diagram = curves("t", "u", {"x": "s", "none": "none"}, [{**line, "none": float("inf")} for line in lines(values)])
     assert diagram.lines == [("s", 0.75)] and diagram.window == 1
@@ -71,9 +68,6 @@ def test_dots_stand_at_their_values():
     assert len(named) == len(rules) > 2 and (y0, y1) == pytest.approx(np.polyval(up, (0.25, 0.75)), abs=0.1) and y1 < y0
     assert len(dots(curves("t", "u", {"x": "s"}, lines([3.0])).svg)) == 1
     assert curves("t", "u", {"x": "s"}, lines([None])) is None
-
-
-def test_intervals_are_bars():
     bars = [(1.0, 0.4, 0.6), (2.0, 0.3, 0.6)]
     both = [{**line, "y": 0.5} for line in lines([0.5, 0.5])]
     assert curves("t", "u", {"x": "s", "y": "z"}, both, bars).svg.count("stroke-opacity: 0.65") == 0

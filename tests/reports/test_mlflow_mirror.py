@@ -195,16 +195,13 @@ def test_without_a_name_there_is_a_model_and_no_version_and_of_a_changed_adapter
     assert "not what was written" in capsys.readouterr().err and models(mirror_of(run, "other")) == []
 
 
-def test_a_model_without_text_is_refused_in_words(run, monkeypatch):
+def test_a_model_without_text_and_names_that_mlflow_refuses_are_refused_in_words(run, small_config, monkeypatch):
+    for name in ("a/b", "a:b", "it's", "", "models."):
+        with pytest.raises(ValueError, match=r"mlflow\.registered_model"):
+            small_config(f"mlflow.registered_model={name!r}")
     mirror = mirror_of(run)
     monkeypatch.setattr(mirror, "_newest", lambda _: {"step": 2, "files": {"lora/adapter_model.safetensors": ""}})
     assert "without text" in mirror.send_model("shapes") and models(mirror) == []
-
-
-@pytest.mark.parametrize("name", ["a/b", "a:b", "it's", "", "models."])
-def test_names_that_mlflow_refuses_are_refused_at_once(name, small_config):
-    with pytest.raises(ValueError, match=r"mlflow\.registered_model"):
-        small_config(f"mlflow.registered_model={name!r}")
 
 
 def test_no_password_is_sent_nor_said(run, tmp_path, monkeypatch, capsys):

@@ -233,7 +233,6 @@ def test_a_link_out_of_the_run_is_not_followed(copied, tmp_path):
 
 @pytest.mark.long
 def test_it_stays_small(tmp_path):
-    """As the demo: 40 epochs, 32 pairs on the sheets."""
     assert len(page_of(made_up_run(tmp_path / "demo", 40))) < 3e6
 
 

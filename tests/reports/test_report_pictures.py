@@ -41,7 +41,6 @@ def test_sheets_of_other_prompts_are_no_pairs(copied):
 
 
 def colour(source: str) -> np.ndarray:
-    """Mean [3] of a picture in the page."""
     content = base64.b64decode(source.partition("base64,")[2])
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.float64).mean((0, 1))
 
@@ -66,21 +65,16 @@ def test_best_median_and_worst_are_those_of_the_last_epochs(made_up):
             assert colour(shot.source) == pytest.approx(thumbnail, abs=4)
 
 
-def test_of_few_trajectories_there_is_what_there_is(tmp_path):
+def test_of_few_trajectories_there_is_what_there_is_small_and_what_is_no_picture_is_left_out(tmp_path, monkeypatch):
     save_trajectories(tmp_path, 0, [0.5, 1.0, 3.0, 2.0, None, None, None, 0.75, 0.1])  # by prompt 0 1 2 3 4 0 1 0 1
     prompts, *_ = html.extremes(Storage(str(tmp_path)))
     labels = [[(shot.label, shot.reward) for shot in prompt.rows[0]] for prompt in prompts]
     assert [len(row) for row in labels[:2]] == [2, 2] and labels[0] == [("best", 0.75), ("worst", 0.5)]
     assert labels[2] == [("the only one", 3.0)]
-
-
-def test_large_pictures_are_made_small_and_what_is_none_is_left_out(tmp_path, monkeypatch):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), np.uint8))
     source = html._jpeg(noise)
     assert source.startswith("data:image/jpeg") and len(source) < 80_000
     assert Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))).size == (144, 192)
-    save_trajectories(tmp_path, 0, [0.5])
-    assert html.extremes(Storage(str(tmp_path)))[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a picture that would fill the memory
     assert html.extremes(Storage(str(tmp_path)))[0] == []
 

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,12 +117,6 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     say("draw \u8d64 caf\u00e9")
     assert out.buffer.getvalue() == b"draw \\u8d64 caf\xe9\n"
-
-
-def test_words_that_cannot_be_found_do_not_fail_a_run(copied, monkeypatch):
-    monkeypatch.setattr(summary, "describe", Mock(side_effect=LookupError("no such figure")))
-    lines = finish(copied)
-    assert "warning: no summary: LookupError: no such figure" in lines and any("report: " in line for line in lines)
 
 
 def test_a_real_run_ends_in_these_words(finished_run, small_settings, tmp_path, capsys):

@@ -71,9 +71,8 @@ def imagereward(folder: Path) -> tuple[dict, dict]:
     (folder / "med_config.json").write_text(json.dumps(inputs.PUBLISHED_MED_CONFIG))
     special = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(33, 127)]
-    words = list(
-        dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), "cat", "red", "dog", "##s"])
-    )
+    known = [*special, *letters, *(f"##{letter}" for letter in letters), "cat", "red", "dog", "##s"]
+    words = list(dict.fromkeys(known))
     words += [f"[filler{i}]" for i in range(30522 - len(words))]
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

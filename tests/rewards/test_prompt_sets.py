@@ -11,13 +11,8 @@ from learner.run import main
 from rewards import prompt_sets
 from rewards.prompt_sets import PromptSetError
 
-SETS = {
-    "photo": ["a photo of a dog", "ein Foto, \u2028 zwei Zeilen"],
-    "paintings": ["oil on canvas"],
-    "anime": ["a duel"],
-    "concept-art": ["a castle"],
-    "drawbench": ["a red car", "a red car"],
-}
+SETS = {"photo": ["a photo of a dog", "ein Foto, \u2028 zwei Zeilen"], "drawbench": ["a red car", "a red car"]}
+SETS |= {"paintings": ["oil on canvas"], "anime": ["a duel"], "concept-art": ["a castle"]}
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ MODELS = sorted(WRITE)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Loaded by path through `registry.load`, each once."""
     held = {}
 
     def load(name: str):
@@ -95,7 +94,6 @@ def test_tokens_are_those_of_the_authors(name, made):
 
 
 def published_network(name: str, tmp_path):
-    """On the meta device, of the published size."""
     with torch.device("meta"):
         if name == "hpsv2":
             return hpsv2.Network(hpsv2.clip_config())
@@ -137,7 +135,6 @@ def test_published_configurations(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_reaches_the_images_and_is_that_of_finite_differences(name, made):
-    """Through the resize too."""
     reward = made(name)
     reward.network.double()
     gradient = require_slope(reward, *images(torch.float64), 1e-5, rel=1e-6, abs=1e-8)

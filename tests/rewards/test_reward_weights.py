@@ -50,7 +50,6 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_hub(hub):
-    """Asking the hub for anything fails the test."""
     yield
     assert hub == []
 
@@ -62,6 +61,16 @@ def loaded(settings: dict):
 def checked(settings: dict, objective=None):
     options = {key: value for key, value in settings.items() if key not in ("name", "weights")}
     registry.check(settings["name"], settings.get("weights"), options, ["a prompt"], objective)
+
+
+def bad(settings: dict, said: str) -> None:
+    with pytest.raises(BadWeights, match=said):
+        loaded(settings)
+
+
+def not_found(act, settings: dict, said: str) -> None:
+    with pytest.raises(WeightsNotFound, match=said):
+        act(settings)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,19 +92,15 @@ def test_a_wrong_key_is_named_with_its_file(name, kind, tmp_path):
 def test_many_wrong_keys_are_counted_and_a_wrong_clip_tower_is_named(tmp_path):
     settings = write_hpsv2(tmp_path)
     settings["size"] = {**settings["size"], "text_layers": 3}
-    with pytest.raises(BadWeights, match=r"12 missing: transformer\.resblocks\.2\.\S+, .*, \.\.\."):
-        loaded(settings)
-    with pytest.raises(BadWeights, match=r"config\.json: hidden_act is gelu, expected quick_gelu"):
-        loaded(write_aesthetic(tmp_path, activation="gelu"))
+    bad(settings, r"12 missing: transformer\.resblocks\.2\.\S+, .*, \.\.\.")
+    bad(write_aesthetic(tmp_path, activation="gelu"), r"config\.json: hidden_act is gelu, expected quick_gelu")
     settings = write_aesthetic(tmp_path)
     config = json.loads((tmp_path / "clip" / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 3
     (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadWeights, match=r"model\.safetensors: no CLIP image tower.* 16 missing: .*layers\.2\."):
-        loaded(settings)
+    bad(settings, r"model\.safetensors: no CLIP image tower.* 16 missing: .*layers\.2\.")
     (tmp_path / "clip" / "config.json").write_text("{")
-    with pytest.raises(BadWeights, match="no configuration of a CLIP model"):
-        loaded(settings)
+    bad(settings, "no configuration of a CLIP model")
 
 
 def test_half_precision_is_computed_in_float32_and_safetensors_are_read_too(tmp_path):
@@ -119,11 +124,9 @@ def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path, capsys):
     settings = write_hpsv2(tmp_path)
     for content in (b"", b"not weights", pickle.dumps(Code(), 2)):
         (tmp_path / "HPS_v2.1_compressed.pt").write_bytes(content)
-        with pytest.raises(BadWeights, match=r"HPS_v2\.1_compressed\.pt cannot be read as weights"):
-            loaded(settings)
+        bad(settings, r"HPS_v2\.1_compressed\.pt cannot be read as weights")
     torch.save({"state_dict": {"epoch": 3}}, settings["weights"])
-    with pytest.raises(BadWeights, match="holds no tensors by name"):
-        loaded(settings)
+    bad(settings, "holds no tensors by name")
     assert "never run" not in capsys.readouterr().out
 
 
@@ -131,12 +134,10 @@ def test_a_foreign_tokenizer_or_configuration_is_refused(tmp_path):
     settings = write_hpsv2(tmp_path)
     vocabulary = inputs.bpe_vocabulary("<|startoftext|>", "<|endoftext|>")
     (tmp_path / "bpe" / "vocab.json").write_text(json.dumps({**vocabulary, "<|endoftext|>": 7, "!": 300}))
-    with pytest.raises(BadWeights, match="last token is 7, expected CLIP's"):
-        loaded(settings)
+    bad(settings, "last token is 7, expected CLIP's")
     settings = WRITE["imagereward"](tmp_path)
     (tmp_path / "med_config.json").write_text('{"vocab_size": 40}')
-    with pytest.raises(BadWeights, match=r"med_config\.json is no med_config\.json of .*: KeyError: 'hidden_size'"):
-        loaded(settings)
+    bad(settings, r"med_config\.json is no med_config\.json of .*: KeyError: 'hidden_size'")
 
 
 @pytest.mark.parametrize("act", [loaded, checked])
@@ -144,25 +145,21 @@ def test_a_foreign_tokenizer_or_configuration_is_refused(tmp_path):
 def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_path, no_hub):
     settings = WRITE[name](tmp_path)
     for wrong in (tmp_path / "elsewhere.pt", "weights.safetensors", "./owner/repository", "~/nowhere/weights"):
-        with pytest.raises(WeightsNotFound, match=f"reward.weights: no such file or folder: {wrong}"):
-            act({**settings, "weights": str(wrong)})
+        not_found(act, {**settings, "weights": str(wrong)}, f"reward.weights: no such file or folder: {wrong}")
     companion = "clip" if name == "aesthetic" else "tokenizer"
     places = {"a/b/c": "no such file or folder: a/b/c", str(tmp_path): f"{tmp_path} holds no "}
     places[settings["weights"]] = ".* is a file, expected the folder"
     for place, said in places.items():
-        with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: {said}"):
-            act({**settings, companion: place})
+        not_found(act, {**settings, companion: place}, rf"reward\.options\.{companion}: {said}")
 
 
 @pytest.mark.parametrize("act", [loaded, checked])
 def test_a_folder_stands_for_the_published_file_in_it(act, tmp_path, no_hub):
     settings = {**write_hpsv2(tmp_path), "weights": str(tmp_path)}
     act(settings)
-    with pytest.raises(WeightsNotFound, match=r"holds no HPS_v2_compressed\.pt"):
-        act({**settings, "version": "v2.0"})
+    not_found(act, {**settings, "version": "v2.0"}, r"holds no HPS_v2_compressed\.pt")
     # Before another asset is sought at the hub.
-    with pytest.raises(WeightsNotFound, match=r"^reward\.weights: no such file or folder: gone\.pt$"):
-        act({"name": "hpsv2", "weights": "gone.pt"})
+    not_found(act, {"name": "hpsv2", "weights": "gone.pt"}, r"^reward\.weights: no such file or folder: gone\.pt$")
 
 
 @pytest.mark.parametrize("act", [loaded, checked])
@@ -179,7 +176,6 @@ def test_a_folder_stands_for_the_published_file_in_it(act, tmp_path, no_hub):
     ],
 )  # fmt: skip
 def test_offline_the_message_says_what_to_fetch_from_where_and_which_key_to_set(name, said, act, tmp_path, monkeypatch):
-    """With the hub's own client, whose cache is empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsNotFound) as error:

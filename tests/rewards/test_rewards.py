@@ -130,7 +130,6 @@ number = 3
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The user's module my_reward, whose path it is."""
     (tmp_path / "my_reward.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)

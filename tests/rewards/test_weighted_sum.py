@@ -15,7 +15,6 @@ JPEG = {"name": "jpeg_incompressibility", "weight": -0.5}
 
 @pytest.fixture
 def tiny_terms(tmp_path) -> list[dict]:
-    """Aesthetic and HPSv2 as terms."""
     made = []
     for write, weight in ((write_aesthetic, 0.25), (write_hpsv2, -3)):
         settings = write(tmp_path)
@@ -53,9 +52,8 @@ def test_it_is_differentiable_when_every_term_is():
     registry.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"])
     with pytest.raises(ValueError, match="a cat"):  # a prompt that a term refuses
         registry.check("weighted_sum", None, {"terms": [JPEG, SHAPES]}, ["a cat"])
-    with pytest.raises(
-        ValueError, match=r"terms\[1\] \(jpeg_incompressibility\): objective.kind: .* not differentiable"
-    ):
+    said = r"terms\[1\] \(jpeg_incompressibility\): objective.kind: .* not differentiable"
+    with pytest.raises(ValueError, match=said):
         registry.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"], "nabla_db")
 
 

@@ -75,7 +75,6 @@ def write_imagereward(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
 
 
 def write_hpsv2(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
-    """As `write_imagereward`."""
     torch.save({"state_dict": change(hpsv2_state(), changed)}, folder / "HPS_v2.1_compressed.pt")
     return {
         "name": "hpsv2", "weights": str(folder / "HPS_v2.1_compressed.pt"),

@@ -55,7 +55,6 @@ class Problem:
         return -(1 - abar).sqrt() * (posterior * torch.stack(scores)).sum(0)
 
     def rewards(self, x: Tensor) -> Tensor:
-        """[b]: summed over dimensions."""
         return self.log_reward(x).flatten(1).sum(1)
 
 
@@ -91,8 +90,6 @@ def bimodal() -> Problem:
 
 
 class Affine(nn.Module):
-    """a_t x + b_t, per dimension, zero at the start."""
-
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.lora_slope = nn.Parameter(torch.zeros(problem.steps + 1, problem.dimensions))
@@ -219,7 +216,6 @@ def rollout(learner: Learner, count: int) -> Transitions:
 
 
 def pick(batch: Transitions, index: Tensor) -> Transitions:
-    """The transitions at `index`."""
     values = {name: value[index] for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return replace(batch, **values)
 

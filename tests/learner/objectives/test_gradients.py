@@ -30,7 +30,6 @@ def flows(s, kind):
 
 
 def part(s, name, output, here, after):
-    """One part of the loss as a function of the policy's output and the flow's."""
     return s.objective.loss(s.batch, output, Given(here, after), BETA, True)[1][name]
 
 
@@ -39,16 +38,13 @@ def gradient(value, to):
     return torch.zeros_like(to) if found is None else found
 
 
-def test_dag_db_trains_policy_and_both_flows_as_published():
+def test_dag_db_trains_policy_and_as_published_both_flows():
     s = setup("dag_db", setting="faithful")
     output, (here, after) = s.output.detach().requires_grad_(), flows(s, "dag_db")
     assert gradcheck(lambda *tensors: part(s, "balance", *tensors), (output, here, after))
     at_end = gradient(part(s, "balance", output, here, after), after)[s.batch.terminal]
     assert (at_end == 0).all()
-
-
-def test_dag_db_corrected_stops_at_the_next_flow():
-    s = setup("dag_db")
+    s = setup("dag_db")  # corrected: it stops at the next flow
     output, (here, after) = s.output.detach().requires_grad_(), flows(s, "dag_db")
     assert gradcheck(lambda o, h: part(s, "balance", o, h, after.detach()), (output, here))
     assert (gradient(part(s, "balance", output, here, after), after) == 0).all()
@@ -78,12 +74,6 @@ def test_a_ratio_far_outside_the_clip_has_a_finite_gradient(advantage):
     assert torch.isfinite(gradient(each.sum(), log_ratio)).all()
 
 
-def test_ddpo_trains_the_policy():
-    s = setup("ddpo", clip_range=0.02)
-    output = s.output.detach().requires_grad_()
-    assert gradcheck(lambda o: s.objective.loss(s.batch, o, None, BETA, True)[0], (output,))
-
-
 @pytest.mark.parametrize("kind", ["nabla_db", "residual_nabla_db"])
 @pytest.mark.parametrize("setting", ["corrected", "faithful"])
 def test_nabla_db(kind, setting):
@@ -110,7 +100,10 @@ def test_nabla_db(kind, setting):
         assert (gradient(of("terminal_loss", offset, here, after), after)[~s.batch.terminal] == 0).all()
 
 
-def test_no_flow_trains_the_policy_alone():
+def test_ddpo_and_no_flow_train_the_policy_alone():
+    ddpo = setup("ddpo", clip_range=0.02)
+    output = ddpo.output.detach().requires_grad_()
+    assert gradcheck(lambda o: ddpo.objective.loss(ddpo.batch, o, None, BETA, True)[0], (output,))
     s = setup("residual_nabla_db_no_flow")
     offset = torch.zeros_like(s.output, requires_grad=True)
     assert gradcheck(lambda o: s.objective.loss(s.batch, s.output + o, None, BETA, True)[0], (offset,))

@@ -50,7 +50,6 @@ class Run:
         self.trained = Counter({place: n for place, n in self.trained.items() if place[0] < done})
 
     def steps(self) -> dict[str, bool]:
-        """What can happen now, of itself."""
         whole = sum(key.epoch == self.epoch for key in self.scored) == CHUNKS
         return {
             "give": bool(self.waiting), "sample": bool(self.sampling), "score": bool(self.scoring),
