@@ -54,7 +54,7 @@ def test_a_build_is_whole_or_not_there_and_done_once(tmp_path, monkeypatch, caps
 
 
 def test_what_fails_is_shown_with_its_last_lines(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build_package.main(["build", "hpsv2"]) == 1
     assert "Not a directory" in capsys.readouterr().err

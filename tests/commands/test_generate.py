@@ -52,13 +52,12 @@ def test_the_pictures_are_those_of_the_runs_evaluation(finished_run, tmp_path, c
     prompts, after = evaluated(finished_run, "000001")
     _, before = evaluated(finished_run, "before")
     assert after.shape[1:] == (64, 64, 3) and len(set(prompts)) > 1
-    out = tmp_path / "grid.png"
-    asked = [word for prompt in dict.fromkeys(prompts) for word in ("--prompt", prompt)]
-    command = ["--lora", str(finished_run), *asked, "--out", str(out), "--separate", str(tmp_path / "each")]
-    assert draw(*command) == 0
+    out, different = tmp_path / "grid.png", list(dict.fromkeys(prompts))
+    asked = [word for prompt in different for word in ("--prompt", prompt)]
+    assert draw("--lora", finished_run, *asked, "--out", out, "--separate", tmp_path / "each") == 0
     assert capsys.readouterr().out == f"{out}\n"
     for row, prompt in enumerate(prompts):
-        number = list(dict.fromkeys(prompts)).index(prompt) + 1
+        number = different.index(prompt) + 1
         base, tuned = (pictures(tmp_path / "each", label, number) for label in sheets.LABELS)
         assert len(base) == len(tuned) == 4
         # The image of that number has its noise; batches of other prompts may round the other way.

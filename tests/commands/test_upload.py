@@ -65,11 +65,9 @@ def only_run(uri: str):
 
 
 def assert_complete(uri: str, folder, name: str | None = None) -> None:
-    run = only_run(uri)[1]
-    assert run.info.status == "FINISHED"
-    mirror = Mirror(Storage(str(folder)), uri, "tributary")
+    info, mirror = only_run(uri)[1].info, Mirror(Storage(str(folder)), uri, "tributary")
     mirror.connect()
-    assert mirror.run_id == run.info.run_id
+    assert info.status == "FINISHED" and mirror.run_id == info.run_id
     assert_whole(mirror, name)
 
 
@@ -148,8 +146,7 @@ def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run, tracked):
 
 @pytest.fixture
 def black_hole(monkeypatch):
-    """A server that accepts, as its system does for it, and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # its system accepts for it
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         yield
 
@@ -167,15 +164,10 @@ def test_a_server_that_never_answers_costs_a_warning_and_a_moment(run, black_hol
     assert sum(text.startswith("warning: MLflow") for text in said) == 1 and f"learner.upload {run}" in said[-1]
 
 
-@pytest.fixture
-def gone_after(monkeypatch):
-    """`gone_after(seconds)`: upload.follow, called in this process, is told then that its driver is gone."""
-
-    def go(seconds: float) -> None:
-        monkeypatch.setattr(upload.signal, "signal", lambda *_: None)
-        monkeypatch.setattr(upload, "_read", lambda words: (time.sleep(seconds), words.put("gone")))
-
-    return go
+def gone_after(monkeypatch, seconds: float) -> None:
+    """upload.follow, called in this process, is told then that its driver is gone."""
+    monkeypatch.setattr(upload.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(upload, "_read", lambda words: (time.sleep(seconds), words.put("gone")))
 
 
 @pytest.mark.parametrize(
@@ -186,22 +178,18 @@ def gone_after(monkeypatch):
         ("sqlite:////proc/nope/mlflow.db", "warning: MLflow at sqlite:////proc/nope/mlflow.db "),
     ],
 )
-def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, gone_after, monkeypatch, capsys):
+def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, monkeypatch, capsys):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("uri: null", f"uri: {uri}").replace("enabled: false", "enabled: true"))
-    gone_after(0)
+    gone_after(monkeypatch, 0)
     assert upload.main([str(run), "--follow"]) == 1
-    mirror, said, started = capsys.readouterr().out, [], []
+    mirror, said, process = capsys.readouterr().out, [], Mock(side_effect=OSError("no processes left"))
     assert mirror.count(words) == 1 and "open-sesame" not in mirror and "Traceback" not in mirror
-
-    def no_process(arguments, **_):
-        started.extend(arguments)
-        raise OSError("no processes left")
-
-    monkeypatch.setattr(tracking.subprocess, "Popen", no_process)
+    monkeypatch.setattr(tracking.subprocess, "Popen", process)
     records = Records.open(Storage(str(run)))
     with pytest.raises(OSError, match="no processes left"):
         Tracker(records, saved_config(records), said.append)
+    (started,) = process.call_args.args
     assert started and "open-sesame" not in " ".join([*started, *said])
     assert upload.main([str(run), "--uri", uri]) == 1
 
@@ -215,13 +203,13 @@ def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
 
 
 @pytest.mark.long
-def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, gone_after, monkeypatch):
+def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, monkeypatch):
     """A store whose metrics work and whose artifacts do not: every sync fails."""
     (tmp_path / "mlartifacts").write_text("a file, where a folder should be")
     uri, told = f"sqlite:///{tmp_path}/mlflow.db", []
     monkeypatch.setattr(upload, "tell", told.append)
     monkeypatch.setattr(upload, "RETRY_SECONDS", 0.2)
-    gone_after(6)
+    gone_after(monkeypatch, 6)
     assert upload.follow(Mirror(Storage(str(run)), uri, "tributary")) == 1
     assert told.count("state failing") >= 3 and sum(line.startswith("say warning") for line in told) == 1
     deadline = time.monotonic() + 10  # the last one ends by itself: its run is over
@@ -270,9 +258,9 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
         return real(self, epoch, *rest)
 
     monkeypatch.setattr(InProcessRunner, "train_epoch", server_dies_in_epoch_1)
+    named = ["mlflow.registered_model=shapes", "mlflow.group=sweep", "mlflow.enabled=true"]
     try:
-        named = ["mlflow.registered_model=shapes", "mlflow.group=sweep"]
-        assert main([*settings, *named, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
+        assert main([*settings, *named, f"run.dir={tmp_path / 'run'}"]) == 0
         said = capfd.readouterr().out
         assert said.count("warning: MLflow") == 1 and "python -m learner.upload" in said
         assert [line["epoch"] for line in Records.open(Storage(str(tmp_path / "run"))).lines] == [-1, 0, 1, 2]

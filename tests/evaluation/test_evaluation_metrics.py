@@ -58,12 +58,6 @@ def test_kernel_distance_is_the_unbiased_one():
     assert metrics.kid(a, b) == pytest.approx(mean(a, a, "itself") + mean(b, b, "itself") - 2 * mean(a, b), rel=1e-9)
 
 
-def test_drift_is_told_from_noise():
-    base, same, moved = (RNG.normal(size=(200, 6)) + shift for shift in (0, 0, 0.7))
-    for statistic in (metrics.fid, metrics.kid):
-        assert statistic(moved, base) > 5 * abs(statistic(same, base))
-
-
 def test_bad_pictures_are_left_out():
     features, reference = RNG.normal(size=(20, 4)), RNG.normal(size=(20, 4))
     torn = np.concatenate([features, np.full((3, 4), np.nan)])

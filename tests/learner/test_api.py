@@ -9,6 +9,7 @@ import learner
 from learner import ConfigError, load_config
 
 PROMPTS = ["a red circle", "a blue\nring"]
+QUIET = ("flow.fit_steps", "flow.warmup_steps")
 
 
 def blue(images, prompts):
@@ -54,8 +55,7 @@ def test_objects_train_as_their_names_do_and_the_same_call_goes_on(small, tmp_pa
 
 
 def test_gradients_of_an_object(small, tmp_path):
-    settings = {"objective.kind": "residual_nabla_db", "flow.stem_stride": 1, "flow.fit_steps": 0,
-                "flow.warmup_steps": 0}  # fmt: skip
+    settings = {"objective.kind": "residual_nabla_db", "flow.stem_stride": 1} | dict.fromkeys(QUIET, 0)
     del small["objective"]
     run = learner.train(small, settings, reward=Sharp(), run_dir=tmp_path / "run", say=lambda text: None)
     assert torch.isfinite(torch.tensor(run.metrics[-1]["loss"]))

@@ -24,10 +24,6 @@ KINDS = ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHE
 GRADIENTS = [kind for kind in OBJECTIVES if NEEDS[kind].reward_gradients]
 
 
-def test_both_tables_of_objectives_name_the_same():
-    assert list(NEEDS) == list(OBJECTIVES) and all(kind.needs is NEEDS[name] for name, kind in OBJECTIVES.items())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_of, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle at the right\n")  # 16 rewards of a prompt after two epochs
@@ -173,10 +169,8 @@ def test_replayed_updates_are_past_ones_and_counted(small_config):
         learner.publish(epoch + 1)
         assert len(training.updates) == (1 if epoch == 0 else 3)
         if epoch:
-            assert training.metrics["replay_age"] == 1
-            assert training.updates[0].get("replay_age") is None
-    assert len(learner.replay) == 1
-    assert config.steps_per_epoch == 3
+            assert training.metrics["replay_age"] == 1 and training.updates[0].get("replay_age") is None
+    assert len(learner.replay) == 1 and config.steps_per_epoch == 3
 
 
 def test_the_learners_own_log_prob_replaces_the_samplers(configured):
@@ -238,16 +232,17 @@ def test_widths_that_are_not_refused_make_a_network(kind, widths, configured):
         assert flow(torch.zeros(1, 4, 16, 16), torch.ones(1), torch.zeros(1, 3, width or 0)).abs().sum() == 0
 
 
-def test_the_setting_sets_what_is_not_given_and_the_start_line_says_what_is_not_faithful():
+def test_objectives_are_known_by_name_and_the_setting_sets_what_is_not_given():
+    assert list(NEEDS) == list(OBJECTIVES) and all(kind.needs is NEEDS[name] for name, kind in OBJECTIVES.items())
     for more, said in (({}, "(faithful): target"), ({"penalty": "huber"}, "(faithful, but penalty): target")):
         assert said in describe(Config.model_validate({"objective": {"setting": "faithful", **more}}), 4)
 
     def settings(**given):
         return Config.model_validate({"objective": given}).objective
 
-    plain, other = settings(setting="faithful"), settings(setting="faithful", forward_looking="base")
-    assert (plain.detach_next_flow, plain.forward_looking) == (False, "snapshot")
-    assert (other.detach_next_flow, other.forward_looking) == (False, "base")
+    for more, looking in (({}, "snapshot"), ({"forward_looking": "base"}, "base")):
+        faithful = settings(setting="faithful", **more)
+        assert (faithful.detach_next_flow, faithful.forward_looking) == (False, looking)
     nabla = settings(kind="residual_nabla_db", setting="faithful")
     assert nabla.reverse_transitions == "inner" and nabla.decay_terminal and nabla.regulariser == 1000
     assert nabla.transition_weight == "uniform" and not nabla.detach_next_flow

@@ -97,10 +97,12 @@ def test_a_run_killed_anywhere_ends_as_the_unbroken_one(go, owner, name, count, 
 
 
 def test_a_finished_run_is_left_alone(go, unbroken, finished, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+    def times() -> dict:
+        return {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+
+    before = times()
     assert go(finished) == 0
-    assert "nothing is left to do" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+    assert "nothing is left to do" in capsys.readouterr().out and before == times()
     assert outcome(finished) == outcome(unbroken)
 
 
@@ -113,8 +115,7 @@ def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(
     assert "going on from checkpoints/step-000002: 1 of 3 epochs" in capsys.readouterr().out
     assert main(arguments) == 0  # all are finished: a new one
     folders = sorted((tmp_path / "runs").iterdir(), key=lambda path: Records.open(Storage(str(path))).about["created"])
-    assert len(folders) == 3
-    assert outcome(folders[0]) == outcome(folders[2]) == outcome(unbroken)
+    assert len(folders) == 3 and outcome(folders[0]) == outcome(folders[2]) == outcome(unbroken)
 
 
 def test_more_epochs_prolong_a_finished_run_with_what_may_be_changed(go, unbroken, tmp_path):
@@ -153,10 +154,9 @@ def test_what_a_run_cannot_go_on_with_is_refused_key_by_key_and_by_a_plan(
 
 def test_a_prompt_file_that_has_changed_is_refused(go, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\na blue ring\n")
-    assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == 0
-    prompts.write_text("a red ring\n")
-    assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == 2
+    for text, status in (("a red ring\na blue ring\n", 0), ("a red ring\n", 2)):
+        prompts.write_text(text)
+        assert go(tmp_path / "run", f"prompts.path={prompts}", "train.epochs=1") == status
     assert "prompts.path" in capsys.readouterr().err
 
 
@@ -204,8 +204,7 @@ def test_a_copied_run_whose_latest_is_a_folder_goes_on(go, unbroken, stopped, tm
     (stopped / "checkpoints/latest").symlink_to("step-000004")
     copied = shutil.copytree(stopped, tmp_path / "copied")  # follows the link
     assert (copied / "checkpoints/latest").is_dir() and not (copied / "checkpoints/latest").is_symlink()
-    assert go(copied) == 0
-    assert outcome(copied) == outcome(unbroken)
+    assert go(copied) == 0 and outcome(copied) == outcome(unbroken)
 
 
 def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(go, unbroken, tmp_path, monkeypatch, capsys):
@@ -235,11 +234,9 @@ def test_a_run_lives_on_an_fsspec_url_too(go, unbroken):
 
 def test_a_resumed_run_keeps_the_ranks_and_batches_that_it_began_with(light, tmp_path):
     """Open in the config, they are found once, kept in the checkpoint, and may be made smaller by hand."""
-    said: list[str] = []
-    settings = [*light, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null"]
-    settings += [f"run.dir={tmp_path / 'run'}"]
+    said, storage = [], Storage(str(tmp_path / "run"))
+    settings = [*light, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null", f"run.dir={storage}"]
     assert main(settings) == 0
-    storage = Storage(str(tmp_path / "run"))
     saved = checkpoint.load(storage, 2, Records.open(storage).run_id)
     begun = {**saved.manifest, "ranks": 2, "batch_sizes": {"micro_batch": 2, "score": 3}}  # as if by two small GPUs
     checkpoint.save(storage, begun, saved.files)

@@ -187,11 +187,10 @@ def test_mlflow_loads_the_adapter_with_its_alpha_and_without_code(sent, run, tmp
 
 
 def test_without_a_name_there_is_a_model_and_no_version_and_of_a_changed_adapter_none(run, capsys):
-    content, other = (run / LATEST / WEIGHTS).read_bytes(), ["--experiment", "other"]
     assert upload.main([str(run)]) == 0
     assert len(models(mirror_of(run))) == 1 and mirror_of(run).client.search_registered_models() == []
-    (run / LATEST / WEIGHTS).write_bytes(content[:-4] + b"\0\0\0\0")
-    assert upload.main([str(run), *other]) == 1
+    (run / LATEST / WEIGHTS).write_bytes((run / LATEST / WEIGHTS).read_bytes()[:-4] + b"\0\0\0\0")
+    assert upload.main([str(run), "--experiment", "other"]) == 1
     assert "not what was written" in capsys.readouterr().err and models(mirror_of(run, "other")) == []
 
 
@@ -247,14 +246,12 @@ def test_a_group_is_nested_under_its_oldest_run(tables, small_config, tmp_path):
         storage, config = Storage(str(tmp_path / name)), small_config(f"mlflow.group={group}")
         facts = {"config_digest": config.digest(), "prompts_sha256": ""}
         Records.create(storage, name, config_yaml(config), facts).note(created=created)
-        return Mirror(storage, f"sqlite:///{tmp_path}/mlflow.db", "tributary")
+        return mirror_of(tmp_path / name)
 
     def parent(mirror: Mirror) -> str | None:
         return mirror.client.get_run(mirror.run_id).data.tags.get(PARENT)
 
     second, third, first, other = member("b", 2), member("c", 3), member("a", 1), member("x", 0, "other")
-    for mirror in (second, third, first, other):
-        mirror.connect()
     assert first.client.get_run(first.run_id).data.tags[GROUP] == "sweep"
     assert [parent(first), parent(second), parent(third), parent(other)] == [None, None, second.run_id, None]
     for mirror in (second, third):

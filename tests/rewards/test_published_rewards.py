@@ -42,12 +42,8 @@ def as_image(picture: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "tolerance"), [("aesthetic", 1e-5), ("hpsv2", 1e-10), ("imagereward", 1e-10)])
 def test_scores_and_gradients_are_those_of_the_authors_code(name, tolerance, made):
     golden, reward = inputs.golden(name), made(name)
-    pixels = torch.from_numpy(inputs.pixels(golden["gradients"].shape[-1]))
-    if tolerance < 1e-5:
-        reward.network.double()
-    else:
-        pixels = pixels.float()
-    pixels.requires_grad_()
+    reward.network.to(kind := torch.float64 if tolerance < 1e-5 else torch.float32)
+    pixels = torch.from_numpy(inputs.pixels(golden["gradients"].shape[-1])).to(kind).requires_grad_()
     scores = reward.network(pixels, *reward.tokens(inputs.PROMPTS))
     gradients = torch.autograd.grad(scores.sum(), pixels)[0]
     ours = {"scores": scores, "gradients": gradients}
@@ -87,10 +83,8 @@ def test_resizing_for_gradients_is_close_to_that_of_pictures():
 @pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
 def test_tokens_are_those_of_the_authors(name, made):
     ids, *masks = made(name).tokens(inputs.TRICKY)
-    for prompt, row, expected in zip(inputs.TRICKY, ids.tolist(), inputs.golden(name)["tokens"].tolist(), strict=True):
-        assert row == expected, prompt
-    for mask in masks:
-        assert torch.equal(mask, (ids != 0).long())
+    assert ids.tolist() == inputs.golden(name)["tokens"].tolist()
+    assert all(torch.equal(mask, (ids != 0).long()) for mask in masks)
 
 
 def published_network(name: str, tmp_path):
@@ -152,7 +146,5 @@ def test_the_callers_autocast_and_half_precision_stay_outside(name, made):
             reward(images_, prompts_)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(reward(pictures, prompts), expected)
-    half = pictures.bfloat16().requires_grad_()
-    scores = reward(half, prompts)
-    assert scores.dtype == torch.float32
-    assert torch.autograd.grad(scores.sum(), half)[0].isfinite().all()
+    scores = reward(half := pictures.bfloat16().requires_grad_(), prompts)
+    assert scores.dtype == torch.float32 and torch.autograd.grad(scores.sum(), half)[0].isfinite().all()

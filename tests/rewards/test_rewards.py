@@ -14,6 +14,8 @@ from models.shapes.world import Scene, Thing, draw, parse
 from rewards import registry
 from rewards.scorer import BadReward
 
+THINGS = ("small red circle", "small blue circle", "small red star", "large red circle")
+
 
 def as_images(*pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
@@ -36,19 +38,14 @@ def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
 @pytest.mark.parametrize(
     "prompts",
     [
-        [
-            f"a {thing} background"
-            for thing in ("small red circle on a white", "small red circle on a black", "small blue circle on a white",
-                          "small red star on a white", "large red circle on a white")
-        ],
+        [f"a {thing} on a white background" for thing in THINGS] + ["a small red circle on a black background"],
         [f"a red star at the {place}" for place in ("right", "left", "top", "bottom")],
     ],
-)  # fmt: skip
+)
 def test_alignment_prefers_what_the_prompt_says(name, prompts):
     picture = draw(parse(prompts[0]), np.random.default_rng(0))
     right, *wrong = registry.load(name)(as_images(*[picture] * len(prompts)), prompts).tolist()
-    assert right > 0.8
-    assert max(wrong) < right - 0.1
+    assert right > 0.8 and max(wrong) < right - 0.1
 
 
 def test_alignment_is_graded_near_the_top_and_reads_two_objects():
@@ -64,8 +61,7 @@ def test_alignment_is_graded_near_the_top_and_reads_two_objects():
 
 def test_accuracy_is_strict():
     prompts = ["a red circle on a white background", "a blue square on a black background"]
-    things = [Scene((Thing("red", "circle"),), "white"), Scene((Thing("blue", "square"),), "black")]
-    images = as_images(*(draw(scene, np.random.default_rng(0)) for scene in things))
+    images = as_images(*(draw(parse(prompt), np.random.default_rng(0)) for prompt in prompts))
     reward = registry.load("shapes_accuracy")
     assert reward(images, prompts).tolist() == [1.0, 1.0] and reward(images, prompts[::-1]).tolist() == [0.0, 0.0]
 

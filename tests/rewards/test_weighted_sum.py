@@ -11,19 +11,18 @@ IMAGES = torch.rand(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["the cat", "a red bird"]
 SHAPES = {"name": "shapes_alignment_soft", "weight": 2}
 JPEG = {"name": "jpeg_incompressibility", "weight": -0.5}
+ACTS = (
+    lambda terms: registry.load("weighted_sum", terms=terms),
+    lambda terms: registry.check("weighted_sum", None, {"terms": terms}, []),
+)
 
 
-@pytest.fixture
-def tiny_terms(tmp_path) -> list[dict]:
-    made = []
+def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tmp_path):
+    tiny_terms = []
     for write, weight in ((write_aesthetic, 0.25), (write_hpsv2, -3)):
         settings = write(tmp_path)
         name, weights = settings.pop("name"), settings.pop("weights")
-        made.append({"name": name, "weight": weight, "weights": weights, "options": settings})
-    return made
-
-
-def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tiny_terms):
+        tiny_terms.append({"name": name, "weight": weight, "weights": weights, "options": settings})
     reward = registry.load("weighted_sum", terms=tiny_terms)
     assert reward.name == "weighted_sum" and reward.differentiable
     images = IMAGES.clone().requires_grad_()
@@ -57,10 +56,7 @@ def test_it_is_differentiable_when_every_term_is():
         registry.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"], "nabla_db")
 
 
-@pytest.mark.parametrize("act", [
-    lambda terms: registry.load("weighted_sum", terms=terms),
-    lambda terms: registry.check("weighted_sum", None, {"terms": terms}, []),
-])  # fmt: skip
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
@@ -89,10 +85,9 @@ def test_failures_of_a_term_keep_their_kind():
         ({"name": "beauty", "weight": 1}, registry.UnknownReward, r"terms\[0\] \(beauty\): .*unknown reward 'beauty'"),
         ({"name": "hpsv2", "weight": 1, "weights": "gone.pt"}, WeightsNotFound, r"terms\[0\] \(hpsv2\): .* gone\.pt"),
     ):
-        with pytest.raises(kind, match=said):
-            registry.load("weighted_sum", terms=[term])
-        with pytest.raises(kind, match=said):
-            registry.check("weighted_sum", None, {"terms": [term]}, [])
+        for act in ACTS:
+            with pytest.raises(kind, match=said):
+                act([term])
     with pytest.raises(ValueError, match=r"reward\.options: weighted_sum: .*'colour'"):
         registry.check("weighted_sum", None, {"terms": [JPEG], "colour": 1}, [])
     with pytest.raises(ValueError, match="weights"):

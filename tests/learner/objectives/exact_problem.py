@@ -79,12 +79,11 @@ def tilted(steps: int) -> Problem:
 def bimodal() -> Problem:
     """M: not realizable with Gaussian steps of fixed variance."""
 
+    def log_of(x: Tensor, weight: float, mean: float, deviation: float) -> Tensor:
+        return math.log(weight) - (x - mean) ** 2 / (2 * deviation**2) - math.log(deviation * math.sqrt(2 * math.pi))
+
     def log_reward(x: Tensor) -> Tensor:
-        logs = [
-            math.log(weight) - (x - mean) ** 2 / (2 * deviation**2) - math.log(deviation * math.sqrt(2 * math.pi))
-            for weight, mean, deviation in REWARD_MODES
-        ]
-        return torch.logsumexp(torch.stack(logs), 0)
+        return torch.logsumexp(torch.stack([log_of(x, *mode) for mode in REWARD_MODES]), 0)
 
     return Problem(20, schedule(20, 2, -4), log_reward, bimodal=True)
 
@@ -166,9 +165,8 @@ def make_learner(problem: Problem, kind: str, rate: float, **objective) -> Learn
         "kind": kind, "log_prob_reduction": "sum", "beta": 1.0, "regulariser": 0.0, "kl_weight": 1.0,
         "anneal_fraction": 0.0, **objective,
     }  # fmt: skip
-    config = Config.model_validate(
-        {"objective": settings, "learner": {"learning_rate": rate}, "flow": {"learning_rate": rate}}
-    )
+    rates = {"learner": {"learning_rate": rate}, "flow": {"learning_rate": rate}}
+    config = Config.model_validate({"objective": settings, **rates})
     model, shape, flow = ToyModel(problem), config.needs.flow, None
     if shape == "log_flow" and not problem.bimodal:
         flow = Quadratic(problem)
@@ -249,8 +247,7 @@ def mixed(count: int) -> Refill:
 def stale(count: int, every: int, behind: int) -> Refill:
     """Rollouts made every `every` updates, and trained on `behind` such refreshes later."""
 
-    held: deque[Transitions] = deque(maxlen=behind + 1)
-    turns = itertools.count()
+    held, turns = deque(maxlen=behind + 1), itertools.count()
 
     def draw(learner: Learner) -> Transitions:
         if next(turns) % every == 0:
