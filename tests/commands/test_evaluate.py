@@ -28,7 +28,6 @@ LORA = "checkpoints/latest/lora/pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Of finished pictures, for all tests that do not watch them being made."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -17,7 +17,6 @@ from reports import pictures as sheets
 
 @pytest.fixture(scope="module")
 def without_text(ddpm, tmp_path_factory):
-    """A DDPM, and a LoRA for it that changes what it draws."""
     model, folder = BaseModel(ddpm), tmp_path_factory.mktemp("lora")
     model.attach_lora(2, 2, seed=0)
     lora.load(model.unet, lora.snapshot(model.unet, 0).flat + np.float32(0.1))
@@ -34,7 +33,6 @@ def pictures(folder, label, prompt=1) -> np.ndarray:
 
 
 def evaluated(finished_run, epoch) -> tuple[list[str], np.ndarray]:
-    """Prompts and pictures of the run's fixed images."""
     table = pq.read_table(finished_run / f"evaluation/epoch-{epoch}.parquet", columns=["prompt", "thumbnail_png"])
     shown = [np.asarray(Image.open(io.BytesIO(content))) for content in table["thumbnail_png"].to_pylist()]
     return table["prompt"].to_pylist(), np.stack(shown)
@@ -102,10 +100,9 @@ def test_wherever_the_lora_lies_it_is_the_same(finished_run, tmp_path, tiny_pipe
         assert draw(*command, "--out", tmp_path / "grid.png") == 0
         drawn.append(pictures(tmp_path / f"{i}", "tuned").tobytes())
     assert len(set(drawn[:4])) == 1 and len(set(drawn)) == 6
-    both, base = Image.open(tmp_path / "grid.png").height, pictures(tmp_path / "0", "base")
-    ask = ["--prompt", "a red ring", "--images", "1", "--out", tmp_path / "grid.png", "--separate", tmp_path / "alone"]
-    assert draw(*ask, *given) == 0  # without a LoRA the base model draws alone
-    assert np.array_equal(pictures(tmp_path / "alone", "base"), base)
+    both, ask = Image.open(tmp_path / "grid.png").height, ("--prompt", "a red ring", "--images", "1", *given)
+    assert draw(*ask, "--out", tmp_path / "grid.png", "--separate", tmp_path / "alone") == 0  # the base model alone
+    assert np.array_equal(pictures(tmp_path / "alone", "base"), pictures(tmp_path / "0", "base"))
     assert not list((tmp_path / "alone").glob("*tuned*")) and Image.open(tmp_path / "grid.png").height < both
 
 

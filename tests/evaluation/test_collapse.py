@@ -50,8 +50,7 @@ def test_a_fall_that_noise_explains_is_none_and_bad_images_are_left_out():
 
 
 @pytest.mark.parametrize(("kept", "flagged"), [(0.68, True), (0.72, False)])
-def test_seven_tenths_of_the_diversity_must_be_left(kept, flagged):
-    """Of the distance within prompts: from both sides of the threshold."""
+def test_seven_tenths_of_the_distance_within_prompts_must_be_left(kept, flagged):
     angle = np.arccos(1 - kept)
     pairs = [f"prompt {i // 2}" for i in range(N)]
     apart = np.tile([[1.0, 0.0], [0.0, 1.0]], (N // 2, 1))

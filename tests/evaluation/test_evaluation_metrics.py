@@ -52,7 +52,7 @@ def test_kernel_distance_is_the_unbiased_one():
     a, b = RNG.normal(size=(12, 4)), RNG.normal(size=(10, 4)) + 0.5
 
     def mean(x, y, *without):
-        pairs = [(x[i] @ y[j] / 4 + 1) ** 3 for i in range(len(x)) for j in range(len(y)) if not without or i != j]
+        pairs = [(p @ q / 4 + 1) ** 3 for i, p in enumerate(x) for j, q in enumerate(y) if not without or i != j]
         return np.mean(pairs)
 
     assert metrics.kid(a, b) == pytest.approx(mean(a, a, "itself") + mean(b, b, "itself") - 2 * mean(a, b), rel=1e-9)
@@ -70,7 +70,6 @@ def test_bad_pictures_are_left_out():
 
 
 def test_half_sampled_intervals_hold_the_truth_about_as_often_as_they_say():
-    """Of a statistic whose spread is known: the distance of one-hot features."""
     rng, truth = np.random.default_rng(1), 1 - 1 / 8  # two draws of eight kinds differ so often
     intervals = [metrics.half_interval(distance, np.eye(8)[rng.integers(0, 8, 80)]) for _ in range(60)]
     assert sum(low <= truth <= high for low, high in intervals) >= 50

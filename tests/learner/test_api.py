@@ -25,7 +25,6 @@ class Sharp:
 
 @pytest.fixture
 def small(small_config):
-    """A run of one epoch as sections of keys."""
     settings = "run.runner=inprocess", "train.epochs=1", "evaluation.images=0", "flow.widths=[8,16]"
     return small_config(*settings).model_dump(mode="json")
 

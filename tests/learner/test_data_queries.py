@@ -21,7 +21,6 @@ BAD, BAD_EPOCH = 5, 1
 
 @pytest.fixture(scope="module")
 def run(small_settings, tmp_path_factory) -> Path:
-    """Three epochs of eight trajectories, one of them bad."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     settings = ["run.runner=inprocess", "train.epochs=3", "reward.on_bad_reward=quarantine", "evaluation.images=0",
                 "flow.widths=[8,16]"]  # fmt: skip
@@ -39,7 +38,6 @@ def rows(run) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def found(run) -> dict:
-    """What the page's Python leaves behind, run from top to bottom."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert len(blocks) == 4
     names: dict = {}
@@ -70,13 +68,10 @@ def test_the_page_has_the_format_and_the_columns_that_the_files_have(run, rows, 
 
 def test_the_best_images_of_each_prompt(run, rows, found):
     best, prompts = found["best"].to_dict("records"), {row["prompt"] for row in good(rows)}
+    order = sorted(good(rows), key=lambda row: (-row["reward"], row["epoch"], row["trajectory_id"]))
     for prompt in prompts:
-        order = sorted(
-            (row for row in good(rows) if row["prompt"] == prompt),
-            key=lambda row: (-row["reward"], row["epoch"], row["trajectory_id"]),
-        )
-        mine = [row for row in best if row["prompt"] == prompt]
-        assert mine == [{key: row[key] for key in mine[0]} for row in order[:3]]
+        mine, first = ([row for row in some if row["prompt"] == prompt] for some in (best, order))
+        assert mine == [{key: row[key] for key in mine[0]} for row in first[:3]]
     assert {row["prompt"] for row in best} == prompts
     written = {path.name: path.read_bytes() for path in (run / "best").iterdir()}
     names = [f"epoch-{row['epoch']:06d}-trajectory-{row['trajectory_id']}.png" for row in best]

@@ -117,8 +117,7 @@ def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configu
         shared = {(kind, rank): gradient for kind, rank, gradient in ranks.answers(count * len(configs), seconds=180)}
     for kind, one in alone.items():
         assert all(np.array_equal(shared[kind, 0], shared[kind, rank]) for rank in range(count))
-        norm = np.linalg.norm(one)
-        difference = np.abs(shared[kind, 0] - one).max()
+        norm, difference = np.linalg.norm(one), np.abs(shared[kind, 0] - one).max()
         print(f"{kind}: {count} ranks against 1: largest gradient difference {difference / norm:.1e} of the norm")
         assert 0 < difference < 1e-5 * (np.abs(one).max() if kind == "dag_db" else norm)
 
@@ -155,8 +154,7 @@ def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(config
     chunk = Experience(*scored_epoch(learner.config, learner.published)[0])
     other = Experience(replace(chunk.trajectories, chunk=replace(chunk.trajectories.chunk, index=1)), chunk.scores)
     orders = [list(each.order(6)) for each in (chunk, chunk, other)]
-    assert sorted(orders[0]) == list(range(12)) and orders[0] == orders[1]
-    assert orders[0] != list(range(12)) and orders[0] != orders[2]
+    assert list(range(12)) == sorted(orders[0]) != orders[0] == orders[1] != orders[2]
     batch = chunk.gather(chunk.order(6)[:6], learner.model, learner.config)
     assert len(set(batch.trajectory_id.tolist())) > 2 and len(set(batch.t.tolist())) > 1
 
@@ -187,12 +185,11 @@ def test_the_learners_own_log_prob_replaces_the_samplers(configured):
 
 
 def test_ddpo_standardises_over_the_whole_epoch_and_scores_the_images_alone(configured):
-    config = configured("ddpo", "objective.advantage=epoch", "objective.last_transition=skip")
-    learner = new_learner(config)
+    learner = new_learner(configured("ddpo", "objective.advantage=epoch", "objective.last_transition=skip"))
     learner.objective.begin_epoch((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0))
     values = np.array([learner.objective._advantages[i] for i in range(3)])
     np.testing.assert_allclose(values, (np.array([1, 2, 6]) - 3) / np.std([1, 2, 6]))
-    for _, scores in scored_epoch(config, learner.published):
+    for _, scores in scored_epoch(learner.config, learner.published):
         assert np.isfinite(scores.rewards[:, -1]).all() and np.isnan(scores.rewards[:, :-1]).all()
 
 

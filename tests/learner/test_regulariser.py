@@ -83,8 +83,7 @@ def test_without_a_lag_the_anchor_is_what_the_sampler_sent_at_no_cost(lagging):
 
 def test_the_first_update_of_a_lagging_epoch_costs_no_pass_more(lagging, monkeypatch):
     learner, epoch = lagging()
-    anchored = []
-    real = learner._anchored
+    anchored, real = [], learner._anchored
     monkeypatch.setattr(learner, "_anchored", lambda update: anchored.append(len(update)) or real(update))
     free, _ = lagging("objective.regulariser=0")
     for one in (learner, free):

@@ -50,22 +50,17 @@ def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
 
 
 def save_trajectories(folder: Path, epoch: int, rewards: list[float | None], thumbnails: bool = True) -> None:
-    rows = [
-        dict.fromkeys(SCHEMA.names) | {
-            "run_id": "r", "epoch": epoch, "trajectory_id": i, "policy_version": epoch, "prompt": PROMPTS[i % 7 % 5],
-            "reward": reward, "thumbnail_png": png(Image.fromarray(picture(i, 16))) if thumbnails else None,
-            "bad": "the reward is NaN" if reward is None else None,
-        }
-        for i, reward in enumerate(rewards)
-    ]  # fmt: skip
+    rows = [dict.fromkeys(SCHEMA.names) | {"run_id": "r", "epoch": epoch, "policy_version": epoch} for _ in rewards]
+    for i, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
+        row |= {"trajectory_id": i, "prompt": PROMPTS[i % 7 % 5], "reward": reward}
+        row["thumbnail_png"] = png(Image.fromarray(picture(i, 16))) if thumbnails else None
+        row["bad"] = "the reward is NaN" if reward is None else None
     (folder / "trajectories").mkdir(exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     pq.write_table(table, folder / f"trajectories/{name_of(epoch)}.parquet")
 
 
-def save_evaluation(
-    folder: Path, epoch: int, rewards: list[float | None], held_out: dict[str, list[float | None]] | None = None
-) -> None:
+def save_evaluation(folder: Path, epoch: int, rewards: list, held_out: dict[str, list] | None = None) -> None:
     count = len(rewards)
     prompts = tuple(PROMPTS[i % len(PROMPTS)] for i in range(count))
     values = np.array([[np.nan if reward is None else reward] for reward in rewards], np.float32)

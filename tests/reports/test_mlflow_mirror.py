@@ -27,7 +27,6 @@ PASSWORD = "open-sesame"
 
 
 def judgement(epochs: int | None, **changed) -> bytes:
-    """As commands/evaluate.py writes it."""
     about = {"name": "run", "epochs_done": epochs, "settings": {"images": 4}, "held_out": {"my judge#2": FIGURE}}
     return json.dumps({**about, "reward": FIGURE, "fid": FIGURE, "kid": None, **changed}).encode()
 

@@ -33,8 +33,7 @@ def test_pairs_stand_side_by_side_with_their_rewards(made_up):
 
 
 def test_sheets_of_other_prompts_are_no_pairs(copied):
-    file = copied / "evaluation/epoch-before.json"
-    table = json.loads(file.read_text())
+    table = json.loads((file := copied / "evaluation/epoch-before.json").read_text())
     file.write_text(json.dumps(table | {"prompt": table["prompt"][::-1]}))
     prompts = html.pairs(Records.open(Storage(str(copied))), [BEFORE, 11])
     assert {shot.label for prompt in prompts for row in prompt.rows for shot in row} == {"after epoch 12"}
@@ -83,8 +82,7 @@ def test_rewards_of_a_long_run_are_thinned_and_bad_ones_left_out(tmp_path):
     for epoch in range(100):
         save_trajectories(tmp_path, epoch, [0.0, float(epoch), None], thumbnails=False)
     columns = html.rewards_of(Storage(str(tmp_path)))
-    assert len(columns) == html.EPOCHS_READ
-    assert (columns[0][0], columns[-1][0]) == (1, 100)
+    assert len(columns) == html.EPOCHS_READ and (columns[0][0], columns[-1][0]) == (1, 100)
     assert all(values.tolist() == [0.0, epoch - 1] for epoch, values in columns)
 
 
@@ -93,5 +91,4 @@ def test_tiles_are_the_pictures_of_a_sheet():
     scores = [Scores(Chunk(0, "evaluate", 0, 0, ("p",) * 11, tuple(range(11))), np.zeros((11, 1), np.float32), images)]
     cut = tiles(contact_sheet(scores), 40)
     assert len(cut) == 16 and all(tile.size == (128, 128) for tile in cut)
-    for i in range(11):
-        assert np.all(np.asarray(cut[i]) == images[i, 0, 0])
+    assert all(np.all(np.asarray(tile) == image[0, 0]) for tile, image in zip(cut, images, strict=False))

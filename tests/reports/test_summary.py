@@ -67,12 +67,11 @@ def test_without_an_evaluation_nothing_is_claimed_and_the_way_to_one_is_told(cop
     lines = said(copied, "evaluation.images=0")
     assert lines[1].startswith("not judged (evaluation.images=0): whether the reward rose is not known")
     assert not any("chance" in line or "pictures: " in line for line in lines)
-    (evaluate,) = [line for line in lines if "learner.evaluate" in line and line.startswith("  ")]
-    assert "--images 128" in evaluate  # it refuses 0
-    lines = said(copied, "evaluation.images=0", "sampler.chunk_size=24", "train.trajectories=96")
-    for command in ("evaluate", "compare"):
-        (line,) = [line for line in lines if f"learner.{command}" in line and line.startswith("  ")]
-        assert "--images 144" in line  # whole chunks
+    wide = said(copied, "evaluation.images=0", "sampler.chunk_size=24", "train.trajectories=96")
+    # Evaluation refuses 0, and any that are not whole chunks.
+    for told, command, images in ((lines, "evaluate", 128), (wide, "evaluate", 144), (wide, "compare", 144)):
+        (line,) = [line for line in told if f"learner.{command}" in line and line.startswith("  ")]
+        assert f"--images {images}" in line
 
 
 def test_what_rewards_not_trained_on_say_and_a_control_and_bad_images_are_called_so(copied):

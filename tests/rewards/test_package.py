@@ -28,8 +28,7 @@ spec.loader.exec_module(worker)
 sys.argv = sys.argv[1:]
 
 def make(files, device, threads):
-    with open(files["weights"]) as f:
-        content = f.read()
+    content = open(files["weights"]).read()
     if content == "slow":
         time.sleep(60)
     if content == "broken":
@@ -137,13 +136,6 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_no_process(make, prompt,
     assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]  # another process
 
 
-def test_a_model_that_does_not_load_is_named(make):
-    with pytest.raises(PackageFailed, match=r"within 0\.5 s; .*reward\.options\.seconds"):
-        make(weights="slow", seconds=0.5)(IMAGES, PROMPTS)
-    with pytest.raises(PackageFailed, match=r"raised KeyError: 'blip\.mlp'"):
-        make(weights="broken")(IMAGES, PROMPTS)
-
-
 # Begins with an end of the socket.
 OTHER = """
 import socket, sys, time
@@ -157,20 +149,22 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("print('hello')", "ended with status 0; .*last words: hello"),
-        ("import nothing_of_that_name", "ended with status 1; .*nothing_of_that_name"),
-        (OTHER.format("connection.close()"), "closed its end of the connection"),
-        (OTHER.format("send(b'garbage\\n')"), r"sent what is no answer \(JSONDecodeError"),
-        (OTHER.format("send(b'[3]\\n')"), r"sent what is no answer \(TypeError"),
-        (OTHER.format("send(b'{}\\n')"), r"sent what is no answer \(KeyError"),
-        (OTHER.format("send(bytes(2 << 20))"), r"sent what is no answer \(JSONDecodeError"),
-        (OTHER.format("send(b'{')"), "did not answer within"),
+        (["print('hello')"], "ended with status 0; .*last words: hello"),
+        (["import nothing_of_that_name"], "ended with status 1; .*nothing_of_that_name"),
+        ([OTHER.format("connection.close()")], "closed its end of the connection"),
+        ([OTHER.format("send(b'garbage\\n')")], r"sent what is no answer \(JSONDecodeError"),
+        ([OTHER.format("send(b'[3]\\n')")], r"sent what is no answer \(TypeError"),
+        ([OTHER.format("send(b'{}\\n')")], r"sent what is no answer \(KeyError"),
+        ([OTHER.format("send(bytes(2 << 20))")], r"sent what is no answer \(JSONDecodeError"),
+        ([OTHER.format("send(b'{')")], "did not answer within"),
+        ([FAKE, "slow"], r"within 0\.5 s; .*reward\.options\.seconds"),
+        ([FAKE, "broken"], r"raised KeyError: 'blip\.mlp'"),
     ],
 )
-def test_an_interpreter_that_runs_something_else_is_said(make, monkeypatch, script, said):
+def test_a_worker_that_is_another_or_whose_model_does_not_load_is_said(make, monkeypatch, script, said):
     monkeypatch.setattr(package, "SECONDS_TO_END", 0.3)
     with pytest.raises(PackageFailed, match=said):
-        make(script, seconds=0.5 if "within" in said else 20)(IMAGES, PROMPTS)
+        make(*script, seconds=0.5 if "within" in said else 20)(IMAGES, PROMPTS)
 
 
 PARENTS = """

@@ -6,7 +6,6 @@ Needs a package index, some 4 GB of disk in the temporary directory and 5 GB of 
 
 import gzip
 import json
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -60,10 +59,8 @@ torch.save(state if sys.argv[2] == "imagereward" else {"state_dict": state}, sys
 
 @pytest.fixture
 def folder():
-    """Not tmp_path, which pytest keeps: this holds gigabytes."""
-    path = Path(tempfile.mkdtemp(prefix="packages-"))
-    yield path
-    shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(prefix="packages-") as path:  # pytest keeps tmp_path: this holds gigabytes
+        yield Path(path)
 
 
 def imagereward(folder: Path) -> tuple[dict, dict]:

@@ -26,8 +26,7 @@ def test_scorer_lays_rewards_out_by_trajectory_and_state():
 def four(bad=None) -> CleanPredictions:
     """Four trajectories of two steps; the latent `bad` is no number."""
     made = latents(np.linspace(0.1, 0.9, 12))
-    if bad is not None:
-        made[bad] = np.nan
+    made[[] if bad is None else bad] = np.nan
     chunk = Chunk(0, "train", 4, 0, ("p",) * 4, (0, 1, 2, 3))
     return CleanPredictions(chunk, 2, made, np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4), 2)
 
@@ -40,7 +39,6 @@ def test_shuffled_rewards_are_a_permutation_of_whole_good_trajectories():
 
 
 def raises_on(above) -> Brightness:
-    """It fails on pictures brighter than `above`."""
 
     def check(scores):
         if (scores > above).any():

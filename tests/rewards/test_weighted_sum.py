@@ -37,14 +37,12 @@ def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tmp_path):
     torch.testing.assert_close(gradient, 0.25 * pieces[0] - 3 * pieces[1])
 
 
-def test_equal_names_are_told_apart():
+def test_equal_names_are_told_apart_and_a_sum_is_differentiable_when_every_term_is():
     reward = registry.load("weighted_sum", terms=[JPEG, {**JPEG, "weight": 1}, JPEG])
     parts = reward.parts(IMAGES, PROMPTS)
     assert list(parts) == ["jpeg_incompressibility", "jpeg_incompressibility_2", "jpeg_incompressibility_3"]
     torch.testing.assert_close(reward(IMAGES, PROMPTS), 0 * parts["jpeg_incompressibility"])
 
-
-def test_it_is_differentiable_when_every_term_is():
     assert registry.load("weighted_sum", terms=[SHAPES]).differentiable
     assert not registry.load("weighted_sum", terms=[SHAPES, JPEG]).differentiable
     registry.check("weighted_sum", None, {"terms": [SHAPES]}, ["a red circle"], "nabla_db")

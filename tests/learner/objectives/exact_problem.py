@@ -134,8 +134,7 @@ class Flow(nn.Module):
         self.net, self.scalar = net, scalar
 
     def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        output = self.net(x, t)
-        return output.flatten() if self.scalar else output
+        return self.net(x, t).flatten() if self.scalar else self.net(x, t)
 
 
 class ToyModel:
@@ -201,8 +200,7 @@ def rollout(learner: Learner, count: int) -> Transitions:
         gradients = torch.autograd.grad(rewards.sum(), clean)[0]
     if looking == "none":  # as in a run: nothing is scored but the image
         gradients[here] = 0
-    reward = rewards.detach()
-    blind = slice(0, learner.config.objective.forward_looking_from * count)
+    reward, blind = rewards.detach(), slice(0, learner.config.objective.forward_looking_from * count)
     reward[blind], gradients[blind] = 0, 0
     return Transitions(
         x=every[here], x_next=every[after], t=t[here], t_next=t[after],
@@ -214,8 +212,7 @@ def rollout(learner: Learner, count: int) -> Transitions:
 
 
 def pick(batch: Transitions, index: Tensor) -> Transitions:
-    values = {name: value[index] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **values)
+    return replace(batch, **{name: value[index] for name, value in vars(batch).items() if isinstance(value, Tensor)})
 
 
 Refill = Callable[[Learner], Transitions]
@@ -235,7 +232,6 @@ def train(learner: Learner, updates: int, rate: float, draw: Refill) -> dict[str
 
 
 def fresh(count: int) -> Refill:
-    """On-policy: a new rollout for every update."""
     return lambda learner: rollout(learner, count)
 
 

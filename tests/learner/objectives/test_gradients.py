@@ -13,8 +13,6 @@ gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)  # along random di
 
 
 class Given(nn.Module):
-    """A flow network whose outputs at x and x_next are given tensors."""
-
     def __init__(self, here: torch.Tensor, after: torch.Tensor) -> None:
         super().__init__()
         self.here, self.after = here, after
@@ -66,12 +64,10 @@ def test_dag_kl_policy_and_flow_learn_from_their_own_term_alone():
     assert gradcheck(lambda o: part(s, "policy_loss", o, here.detach(), after.detach()), (output,))
 
 
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_a_ratio_far_outside_the_clip_has_a_finite_gradient(advantage):
-    log_ratio = torch.tensor([500.0, -500.0], requires_grad=True)
-    each, outside = clipped(log_ratio, torch.full((2,), advantage), 1e-4)
-    assert torch.isfinite(each).all() and outside.all()
-    assert torch.isfinite(gradient(each.sum(), log_ratio)).all()
+def test_a_ratio_far_outside_the_clip_has_a_finite_gradient():
+    log_ratio = torch.tensor([500.0, -500.0, 500.0, -500.0], requires_grad=True)
+    each, outside = clipped(log_ratio, torch.tensor([1.0, 1.0, -1.0, -1.0]), 1e-4)
+    assert torch.isfinite(each).all() and outside.all() and torch.isfinite(gradient(each.sum(), log_ratio)).all()
 
 
 @pytest.mark.parametrize("kind", ["nabla_db", "residual_nabla_db"])

@@ -7,7 +7,6 @@ STAGES = ("sampled", "scored", "trained")
 
 @pytest.fixture
 def ledger() -> Ledger:
-    """With two trajectories issued."""
     ledger = Ledger()
     ledger.open(0, (0, 1))
     return ledger
