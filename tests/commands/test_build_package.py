@@ -1,5 +1,4 @@
-"""Building the packages' environments, with commands that only pretend; tests/rewards/test_package_for_real.py builds
-them."""
+"""Building the packages' environments, with commands that only pretend (test_package_for_real.py builds them)."""
 
 import sys
 from pathlib import Path

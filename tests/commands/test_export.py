@@ -30,7 +30,6 @@ FORMS = ("diffusers", "kohya", "fused")
 
 @pytest.fixture(scope="module")
 def exported(finished_run, tmp_path_factory):
-    """A run with its exports, where they go by default."""
     folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("runs") / "run", symlinks=True)
     for form in FORMS:
         assert export.main([str(folder), "--format", form]) == 0

@@ -22,7 +22,6 @@ from reports import model_card
 
 
 def require_steps(scheduler, kernel, **eta) -> None:
-    """The scheduler's transitions are the kernel's."""
     scheduler.set_timesteps(kernel.num_steps)
     assert scheduler.timesteps.tolist() == kernel.timesteps.tolist()
     for t in scheduler.timesteps:

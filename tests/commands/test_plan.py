@@ -17,7 +17,6 @@ from rewards import hpsv2
 
 @pytest.fixture(scope="module")
 def cost(small_settings) -> plan.Costs:
-    """Of the small configs' networks, whose shapes few settings change."""
     return plan.costs(load_config(overrides=small_settings))
 
 

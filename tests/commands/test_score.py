@@ -17,8 +17,7 @@ from rewards import registry
 @pytest.fixture
 def folder(tmp_path):
     """Five pictures of several sizes and kinds, named against the order they are made in; two of one size."""
-    where = tmp_path / "pictures"
-    where.mkdir()
+    (where := tmp_path / "pictures").mkdir()
     pictures = inputs.pictures()
     names = ["e.png", "d.webp", "c.PNG", "b.jpeg", "a.png"]
     for name, picture in zip(names, [*pictures[:4], pictures[3].transpose(1, 0, 2)], strict=True):

@@ -41,12 +41,10 @@ def test_objects_train_as_their_names_do_and_the_same_call_goes_on(small, tmp_pa
     assert any("epoch 1/1" in line for line in said)
     saved = load_config(tmp_path / "run/config.yaml")
     assert (saved.reward.name, saved.prompts.path) == (f"{__name__}:blue", tuple(PROMPTS))
-
     again = train("run", blue)
     assert "nothing is left to do" in said and again.metrics == run.metrics
     with pytest.raises(ConfigError, match=r"prompts\.path: the run in .* has .*a red circle.*, not .*other"):
         train("run", blue, prompts=["other"])
-
     named = train("name", None, {"reward.name": f"{__name__}:blue"})
     other = train("other", lambda images, prompts: 1 - blue(images, prompts))
     sums = [run.metrics[-1]["adapter_sha256"] for run in (run, named, other)]

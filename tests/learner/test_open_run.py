@@ -1,7 +1,5 @@
-"""Killed at any point and started again by the same command: bitwise the unbroken run, no holes, no repeats.
-
-Over emulated parts; that the learner's own state goes on bitwise is test_every_objective.py's.
-"""
+"""Killed at any point and started again by the same command: bitwise the unbroken run, no holes, no repeats. Over
+emulated parts; that the learner's own state goes on bitwise is test_every_objective.py's."""
 
 import json
 import shutil
@@ -28,7 +26,6 @@ from reports.tracking import Tracker
 
 @pytest.fixture
 def go(light):
-    """go(folder, "key=value", ...): the command's exit status."""
     return lambda folder, *settings: main([*light, f"run.dir={folder}", *settings])
 
 

@@ -44,14 +44,12 @@ def weights(learner) -> np.ndarray:
 def test_a_lagging_epoch_is_held_as_if_the_present_policy_had_sampled_it(lagging):
     learner, epoch = lagging()
     learner.train_epoch(1, 5.0, [epoch[:1], epoch[1:]])
-
     (other, _), (stuck, _) = lagging(), lagging()
     start, now = np.array(other.published.flat), {"policy_version": 1, "adapter_sha256": other.published.sha256}
     held_to_the_past = [(replace(made, **now), scores) for made, scores in epoch]
     asif = [(replace(pair[0], model_output=outputs_now(other, pair)), pair[1]) for pair in held_to_the_past]
     other.train_epoch(1, 5.0, [asif[:1], asif[1:]])
     stuck.train_epoch(1, 5.0, [held_to_the_past[:1], held_to_the_past[1:]])
-
     ends = [weights(one) for one in (learner, other, stuck)]
     moved, apart, apart_from_stuck = (np.linalg.norm(end - ends[1]) for end in (start, ends[0], ends[2]))
     assert apart < 0.1 * moved < apart_from_stuck  # Adam's steps where the gradient is but noise differ

@@ -1,7 +1,5 @@
 """The report in a real browser: phone and desktop, light and dark. Nothing overflows, nothing is fetched, no complaint.
-
-A page of our own holds the report in frames as wide as the screens, looks into them, and is printed by chromium.
-"""
+A page of our own holds the report in frames as wide as the screens, looks into them, and is printed by chromium."""
 
 import json
 import re

@@ -1,8 +1,5 @@
 """The packages' own code in environments built for it, on random checkpoints in the published layout: ImageReward's of
-full size, HPSv2's of fewer layers.
-
-Needs a package index, some 4 GB of disk in the temporary directory and 5 GB of memory.
-"""
+full size, HPSv2's of fewer layers. Needs a package index, 4 GB of temporary disk and 5 GB of memory."""
 
 import gzip
 import json

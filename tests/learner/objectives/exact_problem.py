@@ -1,8 +1,7 @@
-"""Problems whose answer is known exactly, for the project's own kernel, objectives and update step.
-
-The state is one number (or a few independent ones), so the law of x_0 under the learned policy is found by pushing
-N(0, 1) through the transition densities on a grid: no sampling noise in the metric. Only networks, rollout and rewards
-are the toy's; see docs/algorithms.md for the problems (G, realizable, and M, bimodal).
+"""Problems whose answer is known exactly, for the project's own kernel, objectives and update step. The state is one
+number (or a few independent ones), so the law of x_0 under the learned policy is found by pushing N(0, 1) through the
+transition densities on a grid: no sampling noise in the metric. Only networks, rollout and rewards are the toy's; see
+docs/algorithms.md for the problems (G, realizable, and M, bimodal).
 """
 
 from __future__ import annotations

@@ -96,7 +96,6 @@ class Run:
         self.scored.append(key)
 
     def lose(self) -> None:
-        """An actor or a node takes with it what was made of a chunk, or what it was at."""
         at_risk = [*self.sampling, *self.scoring, *([] if self.is_trained else self.scored)]
         if not at_risk:
             return

@@ -39,8 +39,7 @@ def test_a_lost_chunk_is_made_again_and_counted_until_it_is_trained():
     ledger.advance(0, [0, 1, 2, 3], "trained")
     with pytest.raises(LedgerError, match="trajectory 0 of epoch 0 cannot be issued: it is trained"):
         ledger.advance(0, [0], "issued")
-    assert ledger.close(0) == 5
-    assert ledger.totals["sampled"] == 4 and ledger.totals["lost"] == 5
+    assert ledger.close(0) == 5 == ledger.totals["lost"] and ledger.totals["sampled"] == 4
 
 
 @pytest.mark.parametrize(

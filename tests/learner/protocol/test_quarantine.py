@@ -48,8 +48,8 @@ def test_by_default_a_bad_trajectory_ends_the_run_with_the_way_out(settings, tmp
     poison(monkeypatch)
     assert main([*settings, "reward.on_bad_reward=stop"]) == 1
     said = capsys.readouterr().err
-    for words in ("BadReward: latents that are not finite", "trajectory 5 of epoch 1", "on_bad_reward=quarantine"):
-        assert words in said and not (tmp_path / "run/quarantine").exists()
+    words = "BadReward: latents that are not finite", "trajectory 5 of epoch 1", "reward.on_bad_reward=quarantine"
+    assert all(word in said for word in words) and not (tmp_path / "run/quarantine").exists()
 
 
 @pytest.mark.parametrize("kind", ["dag_db", pytest.param("nabla_db", marks=pytest.mark.long)])
