@@ -9,7 +9,6 @@ import pytest
 
 @pytest.fixture
 def run(finished_run, tmp_path) -> Path:
-    """A copy of the finished run, which may be changed."""
     return Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
 
 

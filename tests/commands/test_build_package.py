@@ -1,5 +1,4 @@
-"""Building the packages' environments, with commands that only pretend; tests/rewards/test_package_for_real.py builds
-them."""
+"""Building the packages' environments, with commands that only pretend (test_package_for_real.py builds them)."""
 
 import sys
 from pathlib import Path
@@ -13,8 +12,6 @@ from rewards.package_environment import EnvironmentMissing
 
 
 class Pip:
-    """Stands for the commands of a build."""
-
     def __init__(self, fails: str = "none of them") -> None:
         self.commands, self.fails = [], fails
 
@@ -56,7 +53,7 @@ def test_a_build_is_whole_or_not_there_and_done_once(tmp_path, monkeypatch, caps
 
 
 def test_what_fails_is_shown_with_its_last_lines(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build_package.main(["build", "hpsv2"]) == 1
     assert "Not a directory" in capsys.readouterr().err
@@ -67,6 +64,6 @@ def test_what_fails_is_shown_with_its_last_lines(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", package_environment.NAMES)
 def test_locks_pin_everything_and_what_builds_the_rest(name):
     lines = [line for line in package_environment.lock(name).read_text().splitlines() if line[:1] != "#"]
-    assert all(line.count("==") == 1 and " " not in line for line in lines) and name in package_worker.MODELS
+    assert not any(" " in line for line in lines) and name in package_worker.MODELS
     pinned = dict(line.split("==") for line in lines)
     assert len(pinned) == len(lines) and {"torch", "setuptools", "wheel"} <= set(pinned)

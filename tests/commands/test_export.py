@@ -30,9 +30,7 @@ FORMS = ("diffusers", "kohya", "fused")
 
 @pytest.fixture(scope="module")
 def exported(finished_run, tmp_path_factory):
-    """A run with its exports, where they go by default."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    shutil.copytree(finished_run, folder, symlinks=True)
+    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("runs") / "run", symlinks=True)
     for form in FORMS:
         assert export.main([str(folder), "--format", form]) == 0
     return folder
@@ -66,9 +64,8 @@ def test_plain_diffusers_draws_the_samplers_pixels(exported, exports, tiny_pipel
     settings = opened.config.rollout_settings()
     trajectories, _ = Sampler(model, settings).sample(Chunk(0, "evaluate", 0, 11, PROMPTS, (0, 1)), snapshot)
     ours = Decoder(tiny_pipeline)(torch.from_numpy(trajectories.states[:, -1])).permute(0, 2, 3, 1).numpy()
-    shape = model.latent_shape
-    normal = [torch.from_numpy(noise.normal(11, noise.EVALUATION, 0, range(2), i, shape)) for i in range(5)]
-    initial, *draws = normal
+    normal = (noise.normal(11, noise.EVALUATION, 0, range(2), i, model.latent_shape) for i in range(5))
+    initial, *draws = map(torch.from_numpy, normal)
 
     class Recorded(DDIMScheduler):
         def step(self, *arguments, eta=0.0, generator=None, **more):
@@ -128,15 +125,14 @@ def test_the_card_has_the_runs_figures(exported, exports):
     opened = open_trained(str(exported), None, print)
     before, after = (np.array(opened.records.evaluation(epoch)["reward"]) for epoch in (-1, 1))
     low, high = paired_interval(before, after)
-    row = [f"{before.mean():.4g}", f"{after.mean():.4g}", f"{(after - before).mean():+.3g}"]
+    row = f"{before.mean():.4g} | {after.mean():.4g} | {(after - before).mean():+.3g} | {low:+.3g} to {high:+.3g}"
     for form, folder in exports.items():
         front, page = front_and_page(folder)
-        assert f"| shapes_alignment (trained on) | {' | '.join(row)} | {low:+.3g} to {high:+.3g} |" in page
-        assert "4 fixed images" in page and "after 2 of 2 epochs" in page
         assert front["license"] == "other" and front["library_name"] == "diffusers" and "base_model" not in front
         assert front["pipeline_tag"] == "text-to-image" and {"gflownet", "dag-db", "tributary"} < set(front["tags"])
         assert ("lora" in front["tags"]) == (form != "fused")
         for words in (
+            f"| shapes_alignment (trained on) | {row} |", "4 fixed images", "after 2 of 2 epochs",
             "# finished\n", "dag_db (corrected): target proportional to exp(30720 x reward)",
             "2 epochs, 16 trajectories", "rank 2, alpha 3, on to_k, to_out.0, to_q, to_v",
             "4 DDIM steps, eta 1, guidance 3", "shapes_placed.txt", "at the right", opened.records.run_id,
@@ -149,15 +145,15 @@ def test_the_card_has_the_runs_figures(exported, exports):
 def test_figures_of_an_evaluation_apart(run, tmp_path, refused):
     figure = {"value": 0.51234, "low": 0.4, "high": 0.6, "floor": 0.01}
     figures = {"reward": figure | {"base": 0.3}, "vendi": figure, "fid": None, "kid": None, "accuracy": figure}
-    places = {step: run / f"evaluation/step-{step:06d}.json" for step in (0, 2, 9)}
-    for step, place in places.items():
-        place.write_text(json.dumps(figures | {"vendi": figure | {"value": step + 0.5}}))
+    for step in (0, 2, 9):
+        vendi = {"vendi": figure | {"value": step + 0.5}}
+        (run / f"evaluation/step-{step:06d}.json").write_text(json.dumps(figures | vendi))
     assert export.main([str(run), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
     _, page = front_and_page(tmp_path / "out")
     assert "Evaluated at step 2" in page  # the newest until then
     assert "| Reward | 0.5123 | 0.4 to 0.6 | 0.3 | 0.01 |" in page
     assert "| Vendi score | 2.5 | 0.4 to 0.6 |  | 0.01 |" in page and "| FID" not in page
-    places[2].write_text("{")
+    (run / "evaluation/step-000002.json").write_text("{")
     said = refused("export", run, "--format", "diffusers", "--out", tmp_path / "other")
     assert "step-000002.json" in said and not (tmp_path / "other").exists()
 
@@ -186,8 +182,7 @@ def test_a_run_on_an_object_store(finished_run, exports, tmp_path, refused):
     assert "notes.txt" in refused("export", finished_run, "--format", "kohya", "--out", f"memory:/{place}/mine")
 
 
-def test_a_torn_checkpoint_is_passed_over(run, tmp_path, refused, capsys):
-    """The earlier one has the figures of its time."""
+def test_a_torn_checkpoint_is_passed_over_and_the_earlier_ones_figures_are_told(run, tmp_path, refused, capsys):
     (run / "checkpoints/step-000002/lora" / lora.DIFFUSERS_FILE).write_bytes(b"torn")
     assert "sha256 differs" in refused("export", run, "--format", "diffusers", "--step", "2")
     assert export.main([str(run), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
@@ -199,7 +194,10 @@ def test_a_torn_checkpoint_is_passed_over(run, tmp_path, refused, capsys):
     assert lora_files.read(tmp_path / "out").sha256 == saved["adapter_sha256"]
 
 
-def test_what_cannot_be_exported(run, tmp_path, refused):
+def test_what_cannot_be_exported(run, tmp_path, monkeypatch, refused):
+    with monkeypatch.context() as patched:
+        patched.setattr(model_card, "card", lambda *_: Path("/gone").read_text())
+        assert "/gone" in refused("export", run, "--format", "fused") and not (run / "export").exists()
     assert "use --format diffusers, kohya or fused" in refused("export", run, "--format", "peft")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"(\n  path: )/\S+", r"\1/gone/model", text, count=1))
@@ -216,21 +214,6 @@ def test_what_cannot_be_exported(run, tmp_path, refused):
     assert "no checkpoint yet" in refused(*kohya)
     (run / "config.yaml").write_text("{")
     assert "config.yaml" in refused(*kohya) and not (run / "export").exists()
-
-
-def test_folders_are_written_whole_and_never_over_anothers(exported, exports, tmp_path, monkeypatch, refused):
-    """The rest is in test_export_folder.py."""
-    assert "not as an export wrote it" in refused("export", exported, "--format", "kohya", "--out", exported)
-    first = files_of(exports["kohya"])
-
-    def fail(*arguments):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(model_card, "card", fail)
-    assert "no space left" in refused("export", exported, "--format", "kohya")
-    assert files_of(exports["kohya"]) == first
-    assert "no space left" in refused("export", exported, "--format", "fused", "--out", tmp_path / "other")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_somebody_sent_is_read_and_not_obeyed(run, tmp_path, refused):

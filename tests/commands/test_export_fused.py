@@ -21,7 +21,6 @@ from reports import model_card
 
 
 def require_steps(scheduler, kernel, **eta) -> None:
-    """The scheduler's transitions are the kernel's."""
     scheduler.set_timesteps(kernel.num_steps)
     assert scheduler.timesteps.tolist() == kernel.timesteps.tolist()
     for t in scheduler.timesteps:
@@ -58,7 +57,6 @@ def test_a_fused_pipeline_takes_the_runs_steps(tiny_pipeline, tmp_path, grid, sh
 
 @pytest.fixture(scope="module")
 def without_text(ddpm, tmp_path_factory):
-    """A run of a pixel-space DDPM."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     settings = (
         "prompts.path=null", "sampler.guidance=1", "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=4",

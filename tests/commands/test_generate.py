@@ -17,12 +17,14 @@ from reports import pictures as sheets
 
 @pytest.fixture(scope="module")
 def without_text(ddpm, tmp_path_factory):
-    """A DDPM, and a LoRA for it that changes what it draws."""
     model, folder = BaseModel(ddpm), tmp_path_factory.mktemp("lora")
     model.attach_lora(2, 2, seed=0)
     lora.load(model.unet, lora.snapshot(model.unet, 0).flat + np.float32(0.1))
     lora.save_files(model.unet, folder)
     return ddpm, folder
+
+
+OUT_OF_RANGE = {"--images": "0", "--seed": "-1", "--steps": "1", "--eta": "0", "--guidance": "0.5"}
 
 
 def pictures(folder, label, prompt=1) -> np.ndarray:
@@ -31,7 +33,6 @@ def pictures(folder, label, prompt=1) -> np.ndarray:
 
 
 def evaluated(finished_run, epoch) -> tuple[list[str], np.ndarray]:
-    """Prompts and pictures of the run's fixed images."""
     table = pq.read_table(finished_run / f"evaluation/epoch-{epoch}.parquet", columns=["prompt", "thumbnail_png"])
     shown = [np.asarray(Image.open(io.BytesIO(content))) for content in table["thumbnail_png"].to_pylist()]
     return table["prompt"].to_pylist(), np.stack(shown)
@@ -49,13 +50,12 @@ def test_the_pictures_are_those_of_the_runs_evaluation(finished_run, tmp_path, c
     prompts, after = evaluated(finished_run, "000001")
     _, before = evaluated(finished_run, "before")
     assert after.shape[1:] == (64, 64, 3) and len(set(prompts)) > 1
-    out = tmp_path / "grid.png"
-    asked = [word for prompt in dict.fromkeys(prompts) for word in ("--prompt", prompt)]
-    command = ["--lora", str(finished_run), *asked, "--out", str(out), "--separate", str(tmp_path / "each")]
-    assert draw(*command) == 0
+    out, different = tmp_path / "grid.png", list(dict.fromkeys(prompts))
+    asked = [word for prompt in different for word in ("--prompt", prompt)]
+    assert draw("--lora", finished_run, *asked, "--out", out, "--separate", tmp_path / "each") == 0
     assert capsys.readouterr().out == f"{out}\n"
     for row, prompt in enumerate(prompts):
-        number = list(dict.fromkeys(prompts)).index(prompt) + 1
+        number = different.index(prompt) + 1
         base, tuned = (pictures(tmp_path / "each", label, number) for label in sheets.LABELS)
         assert len(base) == len(tuned) == 4
         # The image of that number has its noise; batches of other prompts may round the other way.
@@ -100,10 +100,9 @@ def test_wherever_the_lora_lies_it_is_the_same(finished_run, tmp_path, tiny_pipe
         assert draw(*command, "--out", tmp_path / "grid.png") == 0
         drawn.append(pictures(tmp_path / f"{i}", "tuned").tobytes())
     assert len(set(drawn[:4])) == 1 and len(set(drawn)) == 6
-    both, base = Image.open(tmp_path / "grid.png").height, pictures(tmp_path / "0", "base")
-    ask = ["--prompt", "a red ring", "--images", "1", "--out", tmp_path / "grid.png", "--separate", tmp_path / "alone"]
-    assert draw(*ask, *given) == 0  # without a LoRA the base model draws alone
-    assert np.array_equal(pictures(tmp_path / "alone", "base"), base)
+    both, ask = Image.open(tmp_path / "grid.png").height, ("--prompt", "a red ring", "--images", "1", *given)
+    assert draw(*ask, "--out", tmp_path / "grid.png", "--separate", tmp_path / "alone") == 0  # the base model alone
+    assert np.array_equal(pictures(tmp_path / "alone", "base"), pictures(tmp_path / "0", "base"))
     assert not list((tmp_path / "alone").glob("*tuned*")) and Image.open(tmp_path / "grid.png").height < both
 
 
@@ -155,11 +154,7 @@ def test_what_cannot_be_drawn_is_refused(finished_run, without_text, tmp_path, r
         (("--lora", finished_run, *prompt, "--out", damaged / "grid.png"), "cannot write grid.png"),
         ((*prompt, *grid, "--step", "1"), "--step: of which run?"),
         (("--lora", finished_run, *grid), "--prompt: what shall be drawn"),
-        (("--lora", finished_run, *prompt, *grid, "--images", "0"), "--images"),
-        (("--lora", finished_run, *prompt, *grid, "--seed", "-1"), "--seed"),
-        (("--lora", finished_run, *prompt, *grid, "--steps", "1"), "--steps"),
-        (("--lora", finished_run, *prompt, *grid, "--eta", "0"), "--eta"),
-        (("--lora", finished_run, *prompt, *grid, "--guidance", "0.5"), "--guidance"),
+        *((("--lora", finished_run, *prompt, *grid, option, value), option) for option, value in OUT_OF_RANGE.items()),
     ):
         assert message in refused("generate", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors"]

@@ -20,14 +20,15 @@ for arguments in json.loads(sys.argv[1]):
             runpy.run_module("learner", run_name="__main__")
         except SystemExit as end:
             status = end.code
-    heavy = [name for name in ("torch", "diffusers", "transformers", "ray", "mlflow") if name in sys.modules]
-    print(json.dumps([status, said.getvalue(), heavy]))
+    heavy = {"torch", "diffusers", "transformers", "ray", "mlflow", "huggingface_hub"} & {*sys.modules}
+    print(json.dumps([status, said.getvalue(), sorted(heavy)]))
 """
 SEMANTIC = [  # arguments that no parser refuses
     ("run", "train.epochs=-1"), ("status", "NONE"), ("upload", "NONE"), ("evaluate", "NONE"),
     ("evaluate", "run.seed=1"), ("compare", "NONE"), ("generate", "--lora", "NONE"), ("generate", "--images", "0"),
     ("generate", "--steps", "1"), ("generate", "--out", "grid.jpg"), ("export", "NONE", "--format", "fused"),
-    ("export", "RUN", "--format", "fused", "--step", "7"),
+    ("export", "RUN", "--format", "fused", "--step", "7"), ("score", "--reward", "beauty", "."),
+    ("score", "--reward", "hpsv2", "nowhere.png"), ("verify", "beauty"),
 ]  # fmt: skip
 SETTINGS = [(verb, "RUN", "evaluation.imges=3", "sampler.steps=none") for verb in ("evaluate", "compare")]
 PARSED = [(verb, option) for verb in VERBS for option in ("--help", "--no-such-option")]

@@ -17,7 +17,6 @@ from rewards import hpsv2
 
 @pytest.fixture(scope="module")
 def cost(small_settings) -> plan.Costs:
-    """Of the small configs' networks, whose shapes few settings change."""
     return plan.costs(load_config(overrides=small_settings))
 
 
@@ -32,17 +31,15 @@ def cost(small_settings) -> plan.Costs:
 def test_counts_and_bytes_are_those_of_a_real_epoch(small_config, cost, overrides):
     config = small_config("run.runner=inprocess", "flow.replay_epochs=1", *overrides)
     sampler, scorer, learner = build.build_sampler(config), build.build_scorer(config), build.build_learner(config)
-    made = []
-    for chunk in training_chunks(config, ["a red circle", "a blue ring"], 0):
-        trajectories, clean = sampler.sample(chunk, learner.published)
-        made.append((trajectories, clean, scorer.score(clean)))
-    learner.train_epoch(0, 1.0, [[(trajectories, scores) for trajectories, _, scores in made]])
+    chunks = training_chunks(config, ["a red circle", "a blue ring"], 0)
+    made = [sampler.sample(chunk, learner.published) for chunk in chunks]
+    learner.train_epoch(0, 1.0, [[(trajectories, scorer.score(clean)) for trajectories, clean in made]])
     learner.publish(1)
     each = plan.work(config, cost, ranks=1)
-    assert each.transitions == sum(trajectories.selected.size for trajectories, _, _ in made)
-    assert each.states_scored == sum(len(clean.latents) for _, clean, _ in made)
-    arrays = [getattr(t, name) for t, _, _ in made for name in ("states", "log_pf", "log_pb", "model_output")]
-    stored = sum(array.nbytes for array in [*arrays, *(clean.latents for _, clean, _ in made), learner.published.flat])
+    assert each.transitions == sum(trajectories.selected.size for trajectories, _ in made)
+    assert each.states_scored == sum(len(clean.latents) for _, clean in made)
+    arrays = [getattr(t, name) for t, _ in made for name in ("states", "log_pf", "log_pb", "model_output")]
+    stored = sum(array.nbytes for array in [*arrays, *(clean.latents for _, clean in made), learner.published.flat])
     assert each.object_store == pytest.approx(stored, rel=0.02)
     files = learner.state_files()
     assert LEARNER_FILE in files and replay_file(0) in files

@@ -12,9 +12,12 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow.diffusers
 import pytest
+from test_mlflow_mirror import assert_whole
+from test_open_run import Killed
 
 from commands import upload
 from learner.config import saved_config
@@ -25,10 +28,6 @@ from records.storage import Storage
 from reports import tracking
 from reports.mlflow_mirror import Mirror
 from reports.tracking import Tracker
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +64,11 @@ def only_run(uri: str):
     return client, run
 
 
-def require_no_doubles(client, run) -> None:
-    for key in run.data.metrics:
-        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
-        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
-
-
-def assert_complete(uri: str, folder) -> None:
-    """Everything of the run's records is there, once."""
-    client, run = only_run(uri)
-    records = Records.open(Storage(str(folder)))
-    assert run.data.tags["tributary.run_id"] == records.run_id
-    require_no_doubles(client, run)
-    losses = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
-    assert losses == {line["epoch"] + 1: line["loss"] for line in records.lines if line["epoch"] >= 0}
-    updates = client.get_metric_history(run.info.run_id, "update/loss")
-    assert [metric.step for metric in updates] == list(range(1, records.lines[-1]["step"] + 1))
-    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
-    steps = sorted(int(path.split("+step+")[1].split("+")[0]) for path in pictures)
-    assert steps == [epoch + 1 for epoch in records.evaluated()]
-    top = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert top == {"images", "config.yaml", "evaluation.json", "report.html"}
-    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    assert (model.name, model.status) == (f"lora-step-{records.lines[-1]['step']:06d}", "READY")
-    assert run.data.params["lora.rank"] == "2" and run.info.status == "FINISHED"
+def assert_complete(uri: str, folder, name: str | None = None) -> None:
+    info, mirror = only_run(uri)[1].info, Mirror(Storage(str(folder)), uri, "tributary")
+    mirror.connect()
+    assert info.status == "FINISHED" and mirror.run_id == info.run_id
+    assert_whole(mirror, name)
 
 
 @pytest.mark.long
@@ -135,17 +115,15 @@ def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, 
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "open-sesame")
     assert upload.main([str(run)]) == 2
     assert f"token would be sent to {server}" in capsys.readouterr().err
-    for environment in ({"MLFLOW_TRACKING_URI": server}, {"MLFLOW_TRACKING_TOKEN": ""}):
+    for name, value in (("MLFLOW_TRACKING_URI", server), ("MLFLOW_TRACKING_TOKEN", "")):
         with monkeypatch.context() as patched:
-            for name, value in environment.items():
-                patched.setenv(name, value)
+            patched.setenv(name, value)
             assert upload.main([str(run)]) == 1  # there is none
     assert upload.main([str(run), "--uri", server]) == 1
 
 
 @pytest.fixture
 def tracked(run):
-    """A tracker of the run, and what it said."""
     records, said = Records.open(Storage(str(run))), []
     config = saved_config(records)
     config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"enabled": True})})
@@ -168,8 +146,7 @@ def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run, tracked):
 
 @pytest.fixture
 def black_hole(monkeypatch):
-    """A server that accepts, as its system does for it, and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # its system accepts for it
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         yield
 
@@ -187,15 +164,10 @@ def test_a_server_that_never_answers_costs_a_warning_and_a_moment(run, black_hol
     assert sum(text.startswith("warning: MLflow") for text in said) == 1 and f"learner.upload {run}" in said[-1]
 
 
-@pytest.fixture
-def gone_after(monkeypatch):
-    """`gone_after(seconds)`: upload.follow, called in this process, is told then that its driver is gone."""
-
-    def go(seconds: float) -> None:
-        monkeypatch.setattr(upload.signal, "signal", lambda *_: None)
-        monkeypatch.setattr(upload, "_read", lambda words: (time.sleep(seconds), words.put("gone")))
-
-    return go
+def gone_after(monkeypatch, seconds: float) -> None:
+    """upload.follow, called in this process, is told then that its driver is gone."""
+    monkeypatch.setattr(upload.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(upload, "_read", lambda words: (time.sleep(seconds), words.put("gone")))
 
 
 @pytest.mark.parametrize(
@@ -206,58 +178,48 @@ def gone_after(monkeypatch):
         ("sqlite:////proc/nope/mlflow.db", "warning: MLflow at sqlite:////proc/nope/mlflow.db "),
     ],
 )
-def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, gone_after, monkeypatch, capsys):
+def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, monkeypatch, capsys):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("uri: null", f"uri: {uri}").replace("enabled: false", "enabled: true"))
-    gone_after(0)
+    gone_after(monkeypatch, 0)
     assert upload.main([str(run), "--follow"]) == 1
-    mirror, said, started = capsys.readouterr().out, [], []
+    mirror, said, process = capsys.readouterr().out, [], Mock(side_effect=OSError("no processes left"))
     assert mirror.count(words) == 1 and "open-sesame" not in mirror and "Traceback" not in mirror
-
-    def no_process(arguments, **_):
-        started.extend(arguments)
-        raise OSError("no processes left")
-
-    monkeypatch.setattr(tracking.subprocess, "Popen", no_process)
+    monkeypatch.setattr(tracking.subprocess, "Popen", process)
     records = Records.open(Storage(str(run)))
     with pytest.raises(OSError, match="no processes left"):
         Tracker(records, saved_config(records), said.append)
+    (started,) = process.call_args.args
     assert started and "open-sesame" not in " ".join([*started, *said])
     assert upload.main([str(run), "--uri", uri]) == 1
 
 
 def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
-    said = []
+    said, refuse = [], Mock(side_effect=ConnectionError("gone\n<html>"))
     monkeypatch.setattr(upload, "tell", said.append)
-
-    class Refusing:
-        storage = Storage(str(run))
-
-        def send_model(self, name):
-            raise ConnectionError("gone\n<html>")
-
-    upload._send_model(Refusing())
-    assert said == [
-        "say warning: MLflow did not take the run's model (ConnectionError: gone); send it: "
-        f"python -m learner.upload {run}"
-    ]
+    upload._send_model(Mock(storage=Storage(str(run)), send_model=refuse))
+    warning = "say warning: MLflow did not take the run's model (ConnectionError: gone); send it: "
+    assert said == [f"{warning}python -m learner.upload {run}"]
 
 
 @pytest.mark.long
-def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, gone_after, monkeypatch):
+def test_retries_leave_no_threads_and_no_doubles(run, tmp_path, monkeypatch):
     """A store whose metrics work and whose artifacts do not: every sync fails."""
     (tmp_path / "mlartifacts").write_text("a file, where a folder should be")
     uri, told = f"sqlite:///{tmp_path}/mlflow.db", []
     monkeypatch.setattr(upload, "tell", told.append)
     monkeypatch.setattr(upload, "RETRY_SECONDS", 0.2)
-    gone_after(6)
+    gone_after(monkeypatch, 6)
     assert upload.follow(Mirror(Storage(str(run)), uri, "tributary")) == 1
     assert told.count("state failing") >= 3 and sum(line.startswith("say warning") for line in told) == 1
     deadline = time.monotonic() + 10  # the last one ends by itself: its run is over
     while any("SystemMetrics" in thread.name for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    require_no_doubles(*only_run(uri))
+    client, shown = only_run(uri)
+    for key in shown.data.metrics:
+        steps = Counter(metric.step for metric in client.get_metric_history(shown.info.run_id, key))
+        assert max(steps.values()) == 1, f"{key} is logged twice at a step"
 
 
 def serve(folder, port: int) -> subprocess.Popen:
@@ -296,9 +258,9 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
         return real(self, epoch, *rest)
 
     monkeypatch.setattr(InProcessRunner, "train_epoch", server_dies_in_epoch_1)
+    named = ["mlflow.registered_model=shapes", "mlflow.group=sweep", "mlflow.enabled=true"]
     try:
-        named = ["mlflow.registered_model=shapes", "mlflow.group=sweep"]
-        assert main([*settings, *named, "mlflow.enabled=true", f"run.dir={tmp_path / 'run'}"]) == 0
+        assert main([*settings, *named, f"run.dir={tmp_path / 'run'}"]) == 0
         said = capfd.readouterr().out
         assert said.count("warning: MLflow") == 1 and "python -m learner.upload" in said
         assert [line["epoch"] for line in Records.open(Storage(str(tmp_path / "run"))).lines] == [-1, 0, 1, 2]
@@ -306,7 +268,7 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
         server = serve(tmp_path, port)
         for _ in range(2):
             assert upload.main([str(tmp_path / "run")]) == 0
-            assert_complete(uri, tmp_path / "run")
+            assert_complete(uri, tmp_path / "run", "shapes")
         (version,) = mlflow.MlflowClient(uri).search_model_versions("name='shapes'")
         adapter = mlflow.diffusers.load_model(f"models:/shapes/{version.version}").adapter_path
         assert [file.suffix for file in Path(adapter).iterdir()] == [".safetensors"]

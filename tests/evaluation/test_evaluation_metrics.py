@@ -49,20 +49,13 @@ def test_frechet_distance_is_that_of_the_sets_moments():
 
 
 def test_kernel_distance_is_the_unbiased_one():
-    """Pair by pair."""
     a, b = RNG.normal(size=(12, 4)), RNG.normal(size=(10, 4)) + 0.5
 
     def mean(x, y, *without):
-        pairs = [(x[i] @ y[j] / 4 + 1) ** 3 for i in range(len(x)) for j in range(len(y)) if not without or i != j]
+        pairs = [(p @ q / 4 + 1) ** 3 for i, p in enumerate(x) for j, q in enumerate(y) if not without or i != j]
         return np.mean(pairs)
 
     assert metrics.kid(a, b) == pytest.approx(mean(a, a, "itself") + mean(b, b, "itself") - 2 * mean(a, b), rel=1e-9)
-
-
-def test_drift_is_told_from_noise():
-    base, same, moved = (RNG.normal(size=(200, 6)) + shift for shift in (0, 0, 0.7))
-    for statistic in (metrics.fid, metrics.kid):
-        assert statistic(moved, base) > 5 * abs(statistic(same, base))
 
 
 def test_bad_pictures_are_left_out():
@@ -77,7 +70,6 @@ def test_bad_pictures_are_left_out():
 
 
 def test_half_sampled_intervals_hold_the_truth_about_as_often_as_they_say():
-    """Of a statistic whose spread is known: the distance of one-hot features."""
     rng, truth = np.random.default_rng(1), 1 - 1 / 8  # two draws of eight kinds differ so often
     intervals = [metrics.half_interval(distance, np.eye(8)[rng.integers(0, 8, 80)]) for _ in range(60)]
     assert sum(low <= truth <= high for low, high in intervals) >= 50
@@ -100,9 +92,8 @@ def test_a_bootstrap_interval_is_the_percentiles_of_resampled_means():
     good = values[:-1]
     means = good[np.random.default_rng(5).integers(0, 80, (10_000, 80))].mean(1)
     standard_error = good.std() / np.sqrt(80)
-    np.testing.assert_allclose(
-        metrics.mean_interval(values), np.quantile(means, [0.025, 0.975]), rtol=0, atol=0.1 * standard_error
-    )
+    quantiles = np.quantile(means, [0.025, 0.975])
+    np.testing.assert_allclose(metrics.mean_interval(values), quantiles, rtol=0, atol=0.1 * standard_error)
     assert metrics.mean_interval(np.array([3.0, np.nan])) == (3, 3)
     assert np.isnan(metrics.mean_interval(np.array([np.nan]))).all()
 

@@ -9,10 +9,10 @@ import learner
 from learner import ConfigError, load_config
 
 PROMPTS = ["a red circle", "a blue\nring"]
+QUIET = ("flow.fit_steps", "flow.warmup_steps")
 
 
 def blue(images, prompts):
-    """How much bluer than red."""
     return (images[:, 2] - images[:, 0]).mean((1, 2))
 
 
@@ -25,7 +25,6 @@ class Sharp:
 
 @pytest.fixture
 def small(small_config):
-    """A run of one epoch as sections of keys."""
     settings = "run.runner=inprocess", "train.epochs=1", "evaluation.images=0", "flow.widths=[8,16]"
     return small_config(*settings).model_dump(mode="json")
 
@@ -42,12 +41,10 @@ def test_objects_train_as_their_names_do_and_the_same_call_goes_on(small, tmp_pa
     assert any("epoch 1/1" in line for line in said)
     saved = load_config(tmp_path / "run/config.yaml")
     assert (saved.reward.name, saved.prompts.path) == (f"{__name__}:blue", tuple(PROMPTS))
-
     again = train("run", blue)
     assert "nothing is left to do" in said and again.metrics == run.metrics
     with pytest.raises(ConfigError, match=r"prompts\.path: the run in .* has .*a red circle.*, not .*other"):
         train("run", blue, prompts=["other"])
-
     named = train("name", None, {"reward.name": f"{__name__}:blue"})
     other = train("other", lambda images, prompts: 1 - blue(images, prompts))
     sums = [run.metrics[-1]["adapter_sha256"] for run in (run, named, other)]
@@ -55,8 +52,7 @@ def test_objects_train_as_their_names_do_and_the_same_call_goes_on(small, tmp_pa
 
 
 def test_gradients_of_an_object(small, tmp_path):
-    settings = {"objective.kind": "residual_nabla_db", "flow.stem_stride": 1, "flow.fit_steps": 0,
-                "flow.warmup_steps": 0}  # fmt: skip
+    settings = {"objective.kind": "residual_nabla_db", "flow.stem_stride": 1} | dict.fromkeys(QUIET, 0)
     del small["objective"]
     run = learner.train(small, settings, reward=Sharp(), run_dir=tmp_path / "run", say=lambda text: None)
     assert torch.isfinite(torch.tensor(run.metrics[-1]["loss"]))

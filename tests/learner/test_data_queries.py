@@ -21,7 +21,6 @@ BAD, BAD_EPOCH = 5, 1
 
 @pytest.fixture(scope="module")
 def run(small_settings, tmp_path_factory) -> Path:
-    """Three epochs of eight trajectories, one of them bad."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     settings = ["run.runner=inprocess", "train.epochs=3", "reward.on_bad_reward=quarantine", "evaluation.images=0",
                 "flow.widths=[8,16]"]  # fmt: skip
@@ -33,14 +32,12 @@ def run(small_settings, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(run) -> list[dict]:
-    """Of all files, read one by one."""
     files = sorted(run.glob("trajectories/epoch-*.parquet"))
     return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
 
 
 @pytest.fixture(scope="module")
 def found(run) -> dict:
-    """What the page's Python leaves behind, run from top to bottom."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert len(blocks) == 4
     names: dict = {}
@@ -53,14 +50,11 @@ def good(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["bad"] is None]
 
 
-def test_the_page_has_the_format_and_the_columns_that_the_files_have(rows, found):
+def test_the_page_has_the_format_and_the_columns_that_the_files_have(run, rows, found):
     assert found["version"] == FORMAT and f"this page describes {FORMAT}." in PAGE
     listed = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \|$", PAGE, re.M)
     assert listed == [(field.name, str(field.type)) for field in SCHEMA]
     assert list(rows[0]) == SCHEMA.names
-
-
-def test_what_it_says_of_columns_is_so(run, rows):
     assert [(row["epoch"], row["trajectory_id"]) for row in rows] == [(e, i) for e in range(3) for i in range(8)]
     assert {row["policy_version"] - row["epoch"] for row in rows} == {0}
     assert {row["run_id"] for row in rows} == {json.loads((run / "run.json").read_text())["run_id"]}
@@ -74,13 +68,10 @@ def test_what_it_says_of_columns_is_so(run, rows):
 
 def test_the_best_images_of_each_prompt(run, rows, found):
     best, prompts = found["best"].to_dict("records"), {row["prompt"] for row in good(rows)}
+    order = sorted(good(rows), key=lambda row: (-row["reward"], row["epoch"], row["trajectory_id"]))
     for prompt in prompts:
-        order = sorted(
-            (row for row in good(rows) if row["prompt"] == prompt),
-            key=lambda row: (-row["reward"], row["epoch"], row["trajectory_id"]),
-        )
-        mine = [row for row in best if row["prompt"] == prompt]
-        assert mine == [{key: row[key] for key in mine[0]} for row in order[:3]]
+        mine, first = ([row for row in some if row["prompt"] == prompt] for some in (best, order))
+        assert mine == [{key: row[key] for key in mine[0]} for row in first[:3]]
     assert {row["prompt"] for row in best} == prompts
     written = {path.name: path.read_bytes() for path in (run / "best").iterdir()}
     names = [f"epoch-{row['epoch']:06d}-trajectory-{row['trajectory_id']}.png" for row in best]
@@ -88,23 +79,16 @@ def test_the_best_images_of_each_prompt(run, rows, found):
     assert written and all(content.startswith(b"\x89PNG") for content in written.values())
 
 
-def test_reward_against_epoch(run, rows, found):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    table = found["by_epoch"]
-    assert table.index.tolist() == [0, 1, 2]
-    for line in lines:
-        mine = table.loc[line["epoch"]]
+def test_reward_against_epoch_and_samples_by_policy_version(run, rows, found):
+    assert found["by_epoch"].index.tolist() == found["by_version"].index.tolist() == [0, 1, 2]
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        mine = found["by_epoch"].loc[line["epoch"]]
         assert mine["mean"] == pytest.approx(line["reward_mean"], rel=1e-6)
         assert mine["deviation"] == pytest.approx(line["reward_std"], rel=1e-5, abs=1e-9)
         rewards = [row["reward"] for row in good(rows) if row["epoch"] == line["epoch"]]
         assert (mine["least"], mine["most"], mine["good"]) == (min(rewards), max(rewards), len(rewards))
         assert mine["bad"] == line["quarantined"] == (line["epoch"] == BAD_EPOCH)
-
-
-def test_samples_by_policy_version(rows, found):
-    table = found["by_version"]
-    assert table.index.tolist() == [0, 1, 2]
-    for version, mine in table.iterrows():
+    for version, mine in found["by_version"].iterrows():
         made = [row for row in rows if row["policy_version"] == version]
         assert mine["trajectories"] == len(made) == 8 and mine["adapters"] == 1 and mine["most_behind"] == 0
         assert mine["mean_reward"] == pytest.approx(np.mean([row["reward"] for row in good(made)]), rel=1e-6)

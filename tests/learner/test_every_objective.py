@@ -9,7 +9,7 @@ from scored_epochs import scored_epoch, stir
 from test_process_group import Ranks
 
 from diffusion.base_model import Decoder
-from learner import build, process_group
+from learner import build, process_group, state
 from learner.config import Config, ConfigError, load_config
 from learner.experience import Experience
 from learner.objectives.by_name import OBJECTIVES, describe
@@ -24,10 +24,6 @@ KINDS = ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHE
 GRADIENTS = [kind for kind in OBJECTIVES if NEEDS[kind].reward_gradients]
 
 
-def test_both_tables_of_objectives_name_the_same():
-    assert list(NEEDS) == list(OBJECTIVES) and all(kind.needs is NEEDS[name] for name, kind in OBJECTIVES.items())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_of, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle at the right\n")  # 16 rewards of a prompt after two epochs
@@ -37,9 +33,12 @@ def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_o
     ]  # fmt: skip
     for folder, epochs in (("unbroken", 3), ("stopped", 2), ("stopped", 3)):
         assert main([*settings, f"train.epochs={epochs}", f"run.dir={tmp_path / folder}"]) == 0
+    latest = [tmp_path / run / "checkpoints/latest" for run in ("unbroken", "stopped")]
     for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
-        unbroken, stopped = (tmp_path / run / "checkpoints/latest/lora" / name for run in ("unbroken", "stopped"))
-        assert unbroken.read_bytes() == stopped.read_bytes()
+        unbroken, stopped = ((folder / "lora" / name).read_bytes() for folder in latest)
+        assert unbroken == stopped
+    unbroken, stopped = (state.parse((folder / state.LEARNER_FILE).read_bytes()) for folder in latest)
+    torch.testing.assert_close(unbroken["flow"], stopped["flow"], rtol=0, atol=0)
 
 
 def new_learner(config: Config, version: int = 0) -> Learner:
@@ -118,8 +117,7 @@ def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configu
         shared = {(kind, rank): gradient for kind, rank, gradient in ranks.answers(count * len(configs), seconds=180)}
     for kind, one in alone.items():
         assert all(np.array_equal(shared[kind, 0], shared[kind, rank]) for rank in range(count))
-        norm = np.linalg.norm(one)
-        difference = np.abs(shared[kind, 0] - one).max()
+        norm, difference = np.linalg.norm(one), np.abs(shared[kind, 0] - one).max()
         print(f"{kind}: {count} ranks against 1: largest gradient difference {difference / norm:.1e} of the norm")
         assert 0 < difference < 1e-5 * (np.abs(one).max() if kind == "dag_db" else norm)
 
@@ -147,8 +145,7 @@ def test_the_gradient_of_the_value_is_the_whole_chains(looking, configured):
             scored = batch.terminal if name == "gradient_next" else torch.zeros_like(batch.terminal)
             expected = expected * scored[:, None, None, None]
         off = batch.prepared[name] - expected
-        assert off.norm() <= 0.02 * expected.norm()
-        assert off.abs().flatten().median() <= 1e-5 * expected.abs().max()
+        assert off.norm() <= 0.02 * expected.norm() and off.abs().median() <= 1e-5 * expected.abs().max()
 
 
 def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(configured):
@@ -156,8 +153,7 @@ def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(config
     chunk = Experience(*scored_epoch(learner.config, learner.published)[0])
     other = Experience(replace(chunk.trajectories, chunk=replace(chunk.trajectories.chunk, index=1)), chunk.scores)
     orders = [list(each.order(6)) for each in (chunk, chunk, other)]
-    assert sorted(orders[0]) == list(range(12)) and orders[0] == orders[1]
-    assert orders[0] != list(range(12)) and orders[0] != orders[2]
+    assert list(range(12)) == sorted(orders[0]) != orders[0] == orders[1] != orders[2]
     batch = chunk.gather(chunk.order(6)[:6], learner.model, learner.config)
     assert len(set(batch.trajectory_id.tolist())) > 2 and len(set(batch.t.tolist())) > 1
 
@@ -170,10 +166,8 @@ def test_replayed_updates_are_past_ones_and_counted(small_config):
         learner.publish(epoch + 1)
         assert len(training.updates) == (1 if epoch == 0 else 3)
         if epoch:
-            assert training.metrics["replay_age"] == 1
-            assert training.updates[0].get("replay_age") is None
-    assert len(learner.replay) == 1
-    assert config.steps_per_epoch == 3
+            assert training.metrics["replay_age"] == 1 and training.updates[0].get("replay_age") is None
+    assert len(learner.replay) == 1 and config.steps_per_epoch == 3
 
 
 def test_the_learners_own_log_prob_replaces_the_samplers(configured):
@@ -190,17 +184,18 @@ def test_the_learners_own_log_prob_replaces_the_samplers(configured):
 
 
 def test_ddpo_standardises_over_the_whole_epoch_and_scores_the_images_alone(configured):
-    config = configured("ddpo", "objective.advantage=epoch", "objective.last_transition=skip")
-    learner = new_learner(config)
+    learner = new_learner(configured("ddpo", "objective.advantage=epoch", "objective.last_transition=skip"))
     learner.objective.begin_epoch((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0))
     values = np.array([learner.objective._advantages[i] for i in range(3)])
     np.testing.assert_allclose(values, (np.array([1, 2, 6]) - 3) / np.std([1, 2, 6]))
-    for _, scores in scored_epoch(config, learner.published):
+    for _, scores in scored_epoch(learner.config, learner.published):
         assert np.isfinite(scores.rewards[:, -1]).all() and np.isnan(scores.rewards[:, :-1]).all()
 
 
 QUIET = ("flow.fit_steps=0", "flow.warmup_steps=0")
 NO_FLOW = "objective.kind=residual_nabla_db_no_flow"
+WIDTHS = ("[]", "[0]", "[2,4]", "[20,32]")
+MALFORMED = {"objective.kind": ("[dag_db]", "dag"), "objective.setting": ["{a: 1}"], "flow.widths": WIDTHS}
 
 
 @pytest.mark.parametrize(
@@ -214,13 +209,8 @@ NO_FLOW = "objective.kind=residual_nabla_db_no_flow"
         (("objective.kind=ddpo",), ("flow.fit_steps",)),
         ((NO_FLOW, "objective.forward_looking=none", *QUIET), ("nothing to learn from",)),
         (("objective.kind=nabla_db", "train.shuffle_rewards=true", *QUIET), ("shuffle_rewards",)),
-        (
-            ("objective.kind=dag_kl", "objective.group_size=10"),
-            ("objective.group_size: 10 does not divide the 144",),
-        ),
-        *(((wrong,), (wrong.split("=")[0],)) for wrong in ("objective.kind=[dag_db]", "objective.setting={a: 1}")),
-        (("objective.kind=dag",), ("objective.kind",)),
-        *(((f"flow.widths={widths}",), ("flow.widths",)) for widths in ("[]", "[0]", "[2,4]", "[20,32]")),
+        (("objective.kind=dag_kl", "objective.group_size=10"), ("objective.group_size: 10 does not divide the 144",)),
+        *(((f"{key}={value}",), (key,)) for key, values in MALFORMED.items() for value in values),
     ],
 )
 def test_what_contradicts_an_objective_is_refused(overrides, said):
@@ -238,29 +228,26 @@ def test_widths_that_are_not_refused_make_a_network(kind, widths, configured):
         assert flow(torch.zeros(1, 4, 16, 16), torch.ones(1), torch.zeros(1, 3, width or 0)).abs().sum() == 0
 
 
-def test_the_start_line_says_what_is_not_faithful():
+def test_objectives_are_known_by_name_and_the_setting_sets_what_is_not_given():
+    assert list(NEEDS) == list(OBJECTIVES) and all(kind.needs is NEEDS[name] for name, kind in OBJECTIVES.items())
     for more, said in (({}, "(faithful): target"), ({"penalty": "huber"}, "(faithful, but penalty): target")):
         assert said in describe(Config.model_validate({"objective": {"setting": "faithful", **more}}), 4)
 
-
-def test_the_setting_sets_what_is_not_given():
     def settings(**given):
         return Config.model_validate({"objective": given}).objective
 
-    plain, other = settings(setting="faithful"), settings(setting="faithful", forward_looking="base")
-    assert (plain.detach_next_flow, plain.forward_looking) == (False, "snapshot")
-    assert (other.detach_next_flow, other.forward_looking) == (False, "base")
-    nabla = settings(kind="residual_nabla_db", setting="faithful")
+    for more, looking in (({}, "snapshot"), ({"forward_looking": "base"}, "base")):
+        faithful = settings(setting="faithful", **more)
+        assert (faithful.detach_next_flow, faithful.forward_looking) == (False, looking)
+    nabla, corrected = settings(kind="residual_nabla_db", setting="faithful"), settings(kind="residual_nabla_db")
     assert nabla.reverse_transitions == "inner" and nabla.decay_terminal and nabla.regulariser == 1000
     assert nabla.transition_weight == "uniform" and not nabla.detach_next_flow
-    corrected = settings(kind="residual_nabla_db")
     assert corrected.reverse_transitions == "all" and corrected.forward_looking == "base"
     assert settings(kind="ddpo").regulariser == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trying_a_micro_batch_changes_nothing(kind, configured):
-    """What a GPU's memory is measured with: a forward and backward pass that leaves no trace."""
     learner, other = (new_learner(configured(kind, "objective.advantage=prompt"), version=1) for _ in range(2))
     scored = scored_epoch(learner.config, learner.published)
     for size in (1, 2):

@@ -32,14 +32,12 @@ def settings(light, tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def ran(tmp_path):
-    return (tmp_path / f"{THEIRS}.ran").exists
+def ran(tmp_path) -> bool:
+    return (tmp_path / f"{THEIRS}.ran").exists()
 
 
 @pytest.mark.parametrize("with_upload", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_runs_own_files_import_nothing(with_upload, settings, ran, tmp_path, capsys):
-    """Not even one that names the other module in every config."""
+def test_a_runs_own_files_import_nothing(with_upload, settings, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(settings) == 0
     for file in (run / "config.yaml", *run.glob("checkpoints/step-*/config.yaml")):
@@ -51,17 +49,13 @@ def test_a_runs_own_files_import_nothing(with_upload, settings, ran, tmp_path, c
     for more in (["--plan"], ["train.epochs=2"]):
         assert main([*settings, *more]) == 2
         assert f"reward.name: the run in {run} has '{THEIRS}:score'" in capsys.readouterr().err
-    assert not ran() and THEIRS not in sys.modules
+    assert not ran(tmp_path) and THEIRS not in sys.modules
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet"])
-def test_prompts_are_words_whatever_they_say(settings, ran, tmp_path, kind):
-    said = f"{THEIRS}:score"
-    file = write(tmp_path, kind, prompts=[said, f"!!python/object/apply:importlib.import_module [{THEIRS}]"])
-    assert main([*settings, f"prompts.path={file}", "--plan"]) == 0
-    assert not ran() and THEIRS not in sys.modules
-
-
-def test_the_witness_would_be_seen(settings, ran):
+def test_prompts_are_words_whatever_they_say(settings, tmp_path):
+    said = [f"{THEIRS}:score", f"!!python/object/apply:importlib.import_module [{THEIRS}]"]
+    for kind in ("txt", "jsonl", "json", "csv", "parquet"):
+        assert main([*settings, f"prompts.path={write(tmp_path, kind, prompts=said)}", "--plan"]) == 0
+    assert not ran(tmp_path) and THEIRS not in sys.modules
     assert main([*settings, f"reward.name={THEIRS}:score", "--plan"]) == 0
-    assert ran()
+    assert ran(tmp_path)  # the witness would have been seen

@@ -1,10 +1,9 @@
-"""Killed at any point and started again by the same command: bitwise the unbroken run, no holes, no repeats.
-
-Over emulated parts; that the learner's own state goes on bitwise is test_every_objective.py's.
-"""
+"""Killed at any point and started again by the same command: bitwise the unbroken run, no holes, no repeats. Over
+emulated parts; that the learner's own state goes on bitwise is test_every_objective.py's."""
 
 import shutil
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 from emulated_run import outcome, totals
@@ -26,12 +25,11 @@ from reports.tracking import Tracker
 
 @pytest.fixture
 def go(light):
-    """go(folder, "key=value", ...): the command's exit status."""
     return lambda folder, *settings: main([*light, f"run.dir={folder}", *settings])
 
 
 class Killed(BaseException):
-    """Nothing of ours catches it: as sudden as a test in one process can be."""
+    pass
 
 
 @pytest.fixture
@@ -41,7 +39,6 @@ def finished(unbroken, tmp_path):
 
 @pytest.fixture
 def stopped(finished):
-    """A run that has done two of three epochs."""
     shutil.rmtree(finished / "checkpoints/step-000006")
     Records.open(Storage(str(finished))).note(finished=False)
     return finished
@@ -96,10 +93,12 @@ def test_a_run_killed_anywhere_ends_as_the_unbroken_one(go, owner, name, count, 
 
 
 def test_a_finished_run_is_left_alone(go, unbroken, finished, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+    def times() -> dict:
+        return {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+
+    before = times()
     assert go(finished) == 0
-    assert "nothing is left to do" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+    assert "nothing is left to do" in capsys.readouterr().out and before == times()
     assert outcome(finished) == outcome(unbroken)
 
 
@@ -112,8 +111,7 @@ def test_without_run_dir_the_newest_unfinished_run_of_the_same_settings_goes_on(
     assert "going on from checkpoints/step-000002: 1 of 3 epochs" in capsys.readouterr().out
     assert main(arguments) == 0  # all are finished: a new one
     folders = sorted((tmp_path / "runs").iterdir(), key=lambda path: Records.open(Storage(str(path))).about["created"])
-    assert len(folders) == 3
-    assert outcome(folders[0]) == outcome(folders[2]) == outcome(unbroken)
+    assert len(folders) == 3 and outcome(folders[0]) == outcome(folders[2]) == outcome(unbroken)
 
 
 def test_more_epochs_prolong_a_finished_run_with_what_may_be_changed(go, unbroken, tmp_path):
@@ -202,14 +200,11 @@ def test_a_copied_run_whose_latest_is_a_folder_goes_on(go, unbroken, stopped, tm
     (stopped / "checkpoints/latest").symlink_to("step-000004")
     copied = shutil.copytree(stopped, tmp_path / "copied")  # follows the link
     assert (copied / "checkpoints/latest").is_dir() and not (copied / "checkpoints/latest").is_symlink()
-    assert go(copied) == 0
-    assert outcome(copied) == outcome(unbroken)
+    assert go(copied) == 0 and outcome(copied) == outcome(unbroken)
 
 
 def test_a_view_or_an_old_checkpoint_that_fails_costs_one_warning(go, unbroken, tmp_path, monkeypatch, capsys):
-    def fails(*_):
-        raise StorageError("busy")
-
+    fails = Mock(side_effect=StorageError("busy"))
     views = [(Bar, "show", "progress bar"), (Heartbeat, "turn", "status.json"), (Tracker, "__init__", "MLflow"),
              (html, "render", "report.html"), (summary, "describe", "summary")]  # fmt: skip
     for owner, name, _ in views:
@@ -235,10 +230,9 @@ def test_a_run_lives_on_an_fsspec_url_too(go, unbroken):
 
 def test_a_resumed_run_keeps_the_ranks_and_batches_that_it_began_with(light, tmp_path):
     """Open in the config, they are found once, kept in the checkpoint, and may be made smaller by hand."""
-    said: list[str] = []
-    settings = [*light, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null", f"run.dir={tmp_path}/run"]
+    said, storage = [], Storage(str(tmp_path / "run"))
+    settings = [*light, "train.epochs=1", "learner.ranks=null", "learner.micro_batch=null", f"run.dir={storage}"]
     assert main(settings) == 0
-    storage = Storage(str(tmp_path / "run"))
     saved = checkpoint.load(storage, 2, Records.open(storage).run_id)
     begun = {**saved.manifest, "ranks": 2, "batch_sizes": {"micro_batch": 2, "score": 3}}  # as if by two small GPUs
     checkpoint.save(storage, begun, saved.files)

@@ -12,7 +12,6 @@ from learner import process_group
 from learner.process_group import GroupBroken
 
 LIMIT = 3.0  # seconds, of every collective
-MARGIN = 1.0
 
 
 class Ranks:
@@ -25,19 +24,18 @@ class Ranks:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([needs])
         self.queue, address = context.Queue(), process_group.free_address("127.0.0.1")
-        self.processes = {
-            rank: context.Process(target=target, args=(rank, count, address, *arguments, self.queue), daemon=True)
-            for rank in range(count)
-            if rank not in absent
-        }
+        self.processes = [
+            context.Process(target=target, args=(rank, count, address, *arguments, self.queue), daemon=True)
+            for rank in {*range(count)} - {*absent}
+        ]
 
     def __enter__(self) -> "Ranks":
-        for process in self.processes.values():
+        for process in self.processes:
             process.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes.values():
+        for process in self.processes:
             process.kill()
             process.join(10)
 
@@ -52,13 +50,9 @@ def _broken(rank, count, address, operation, victim, blow, queue):
     weight = torch.nn.Parameter(torch.zeros(1000))
     weight.grad = torch.full((1000,), float(rank))
 
-    def meet() -> None:
-        if operation == "averaging":
-            process_group.average_gradients([weight])
-        else:
-            process_group.gather([rank] * 100)
-
-    meet()
+    meet = {"averaging": process_group.average_gradients, "gathering": process_group.gather}[operation]
+    given = [weight] if operation == "averaging" else [rank] * 100
+    meet(given)
     if rank == victim:
         queue.put((rank, "struck", 0.0))
         queue.close()
@@ -66,7 +60,7 @@ def _broken(rank, count, address, operation, victim, blow, queue):
         os.kill(os.getpid(), blow)
     start = time.monotonic()
     try:
-        meet()
+        meet(given)
     except GroupBroken as error:
         queue.put((rank, str(error), time.monotonic() - start))
     torch.distributed.destroy_process_group()
@@ -76,9 +70,8 @@ def _broken(rank, count, address, operation, victim, blow, queue):
 @pytest.mark.parametrize(("blow", "least", "most"), [(signal.SIGKILL, 0.0, 1.0), (signal.SIGSTOP, LIMIT, LIMIT + 1)])
 def test_a_rank_that_is_gone_or_silent_breaks_the_group_in_time(operation, blow, least, most):
     with Ranks(_broken, 2, operation, 1, blow) as ranks:
-        answers = {rank: (said, seconds) for rank, said, seconds in ranks.answers(2)}
-    assert answers[1][0] == "struck"
-    said, seconds = answers[0]
+        (_, said, seconds), struck = sorted(ranks.answers(2))
+    assert struck[:2] == (1, "struck")
     print(f"{blow.name} in {operation}: {seconds:.2f} s: {said}")
     assert said.startswith(operation)
     assert least - 0.05 <= seconds < most
@@ -88,17 +81,15 @@ def test_a_rank_that_is_gone_or_silent_breaks_the_group_in_time(operation, blow,
 def test_all_of_four_ranks_hear_of_it(blow):
     with Ranks(_broken, 4, "averaging", 2, blow) as ranks:
         seconds = {rank: seconds for rank, _, seconds in ranks.answers(4)}
-    print(blow.name, {rank: round(after, 2) for rank, after in seconds.items()})
-    assert sorted(seconds) == [0, 1, 2, 3]
-    assert max(seconds.values()) < LIMIT + MARGIN
+    print(blow.name, seconds)
+    assert sorted(seconds) == [0, 1, 2, 3] and max(seconds.values()) < LIMIT + 1
 
 
 def _joins(rank, count, address, queue):
     start = time.monotonic()
-    try:
+    with pytest.raises(GroupBroken) as broken:
         process_group.join(address, rank, count, LIMIT, whole_gpu=False)
-    except GroupBroken as error:
-        queue.put((rank, str(error), time.monotonic() - start))
+    queue.put((rank, str(broken.value), time.monotonic() - start))
     queue.close()
     queue.join_thread()
     os._exit(0)
@@ -109,8 +100,7 @@ def test_joining_ends_in_time_when_a_rank_never_comes(absent):
     with Ranks(_joins, 3, absent=(absent,)) as ranks:
         for rank, said, seconds in ranks.answers(2):
             print(f"rank {rank} without rank {absent}: {seconds:.2f} s: {said}")
-            assert said.startswith("joining the 3 learner ranks at tcp://127.0.0.1:")
-            assert seconds < LIMIT + 0.5
+            assert said.startswith("joining the 3 learner ranks at tcp://127.0.0.1:") and seconds < LIMIT + 0.5
 
 
 def test_a_defect_of_the_learners_own_is_no_broken_group():
@@ -122,11 +112,10 @@ def test_a_defect_of_the_learners_own_is_no_broken_group():
 
 def _averages(rank, count, address, queue):
     process_group.join(address, rank, count, 60, whole_gpu=False)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (1,))]
-    parameters[0].grad = torch.full((2, 3), float(rank))
-    parameters[1].grad = torch.arange(4.0) * rank
-    process_group.average_gradients(parameters)
-    queue.put((parameters[0].grad.tolist(), parameters[1].grad.tolist(), parameters[2].grad))
+    matrix, vector, idle = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (1,)))
+    matrix.grad, vector.grad = torch.full((2, 3), float(rank)), torch.arange(4.0) * rank
+    process_group.average_gradients([matrix, vector, idle])
+    queue.put((matrix.grad.tolist(), vector.grad.tolist(), idle.grad))
     torch.distributed.destroy_process_group()
 
 

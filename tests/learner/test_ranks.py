@@ -12,7 +12,6 @@ BETA = 5.0
 
 
 def _train(rank, count, address, config: Config, epochs, files, queue) -> None:
-    """This rank's share of each epoch, sampled and scored by itself."""
     torch.set_num_threads(1)
     process_group.join(address, rank, count, 60, whole_gpu=False)
     learner = build.build_learner(config, files)
@@ -32,9 +31,8 @@ def trained(count: int, config: Config, epochs, files=None) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_ranks_that_were_stopped_go_on_bitwise(count, small_config):
-    config = small_config(
-        "sampler.chunk_size=2", f"train.trajectories={4 * count}", "train.epochs=3", "flow.fit_steps=1"
-    )
+    settings = "sampler.chunk_size=2", "train.epochs=3", "flow.fit_steps=1"
+    config = small_config(f"train.trajectories={4 * count}", *settings)
     unbroken = trained(count, config, range(3))
     resumed = trained(count, config, range(1, 3), trained(count, config, range(1)))
     assert sorted(unbroken) == sorted(resumed) and len(unbroken) > count

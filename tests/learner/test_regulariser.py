@@ -32,11 +32,9 @@ def lagging(small_config):
 def outputs_now(learner, pair) -> np.ndarray:
     """The learner's own output at every selected transition of a chunk, one by one."""
     one = Experience(*pair)
+    batches = (one.gather(np.array([i]), learner.model, learner.config) for i in range(len(one)))
     with torch.no_grad():
-        each = [
-            learner.policy.output(one.gather(np.array([i]), learner.model, learner.config)) for i in range(len(one))
-        ]
-    return torch.cat(each).numpy().reshape(pair[0].model_output.shape)
+        return torch.cat([learner.policy.output(each) for each in batches]).numpy().reshape(pair[0].model_output.shape)
 
 
 def weights(learner) -> np.ndarray:
@@ -46,26 +44,14 @@ def weights(learner) -> np.ndarray:
 def test_a_lagging_epoch_is_held_as_if_the_present_policy_had_sampled_it(lagging):
     learner, epoch = lagging()
     learner.train_epoch(1, 5.0, [epoch[:1], epoch[1:]])
-
-    other, _ = lagging()
-    asif = [
-        (replace(made, model_output=outputs_now(other, (made, scores)), policy_version=1,
-                 adapter_sha256=other.published.sha256), scores)
-        for made, scores in epoch
-    ]  # fmt: skip
-    start = np.array(other.published.flat)
+    (other, _), (stuck, _) = lagging(), lagging()
+    start, now = np.array(other.published.flat), {"policy_version": 1, "adapter_sha256": other.published.sha256}
+    held_to_the_past = [(replace(made, **now), scores) for made, scores in epoch]
+    asif = [(replace(pair[0], model_output=outputs_now(other, pair)), pair[1]) for pair in held_to_the_past]
     other.train_epoch(1, 5.0, [asif[:1], asif[1:]])
-
-    stuck, _ = lagging()
-    held_to_the_past = [
-        (replace(made, policy_version=1, adapter_sha256=stuck.published.sha256), s) for made, s in epoch
-    ]
     stuck.train_epoch(1, 5.0, [held_to_the_past[:1], held_to_the_past[1:]])
-
     ends = [weights(one) for one in (learner, other, stuck)]
-    moved, apart, apart_from_stuck = (
-        np.linalg.norm(way) for way in (ends[1] - start, ends[0] - ends[1], ends[2] - ends[1])
-    )
+    moved, apart, apart_from_stuck = (np.linalg.norm(end - ends[1]) for end in (start, ends[0], ends[2]))
     assert apart < 0.1 * moved < apart_from_stuck  # Adam's steps where the gradient is but noise differ
 
 
@@ -95,8 +81,7 @@ def test_without_a_lag_the_anchor_is_what_the_sampler_sent_at_no_cost(lagging):
 
 def test_the_first_update_of_a_lagging_epoch_costs_no_pass_more(lagging, monkeypatch):
     learner, epoch = lagging()
-    anchored = []
-    real = learner._anchored
+    anchored, real = [], learner._anchored
     monkeypatch.setattr(learner, "_anchored", lambda update: anchored.append(len(update)) or real(update))
     free, _ = lagging("objective.regulariser=0")
     for one in (learner, free):

@@ -9,7 +9,6 @@ from made_up_run import made_up_run
 
 @pytest.fixture(scope="session")
 def made_up(tmp_path_factory) -> Path:
-    """Not to be changed."""
     return made_up_run(tmp_path_factory.mktemp("runs") / "made-up")
 
 

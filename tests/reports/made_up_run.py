@@ -32,7 +32,6 @@ def picture(seed: int, side: int) -> np.ndarray:
 
 
 def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
-    """Of metrics.jsonl, with everything that a line may have."""
     progress = (epoch + 1) / epochs
     line = {
         "epoch": epoch, "step": 2 * (epoch + 1), "time": 1.8e9 + epoch, "policy_version": epoch + 1, "beta": 30.0,
@@ -51,23 +50,17 @@ def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
 
 
 def save_trajectories(folder: Path, epoch: int, rewards: list[float | None], thumbnails: bool = True) -> None:
-    rows = [
-        dict.fromkeys(SCHEMA.names) | {
-            "run_id": "r", "epoch": epoch, "trajectory_id": i, "policy_version": epoch, "prompt": PROMPTS[i % 7 % 5],
-            "reward": reward, "thumbnail_png": png(Image.fromarray(picture(i, 16))) if thumbnails else None,
-            "bad": "the reward is NaN" if reward is None else None,
-        }
-        for i, reward in enumerate(rewards)
-    ]  # fmt: skip
+    rows = [dict.fromkeys(SCHEMA.names) | {"run_id": "r", "epoch": epoch, "policy_version": epoch} for _ in rewards]
+    for i, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
+        row |= {"trajectory_id": i, "prompt": PROMPTS[i % 7 % 5], "reward": reward}
+        row["thumbnail_png"] = png(Image.fromarray(picture(i, 16))) if thumbnails else None
+        row["bad"] = "the reward is NaN" if reward is None else None
     (folder / "trajectories").mkdir(exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     pq.write_table(table, folder / f"trajectories/{name_of(epoch)}.parquet")
 
 
-def save_evaluation(
-    folder: Path, epoch: int, rewards: list[float | None], held_out: dict[str, list[float | None]] | None = None
-) -> None:
-    """As Records.save_evaluation does it, of made-up images."""
+def save_evaluation(folder: Path, epoch: int, rewards: list, held_out: dict[str, list] | None = None) -> None:
     count = len(rewards)
     prompts = tuple(PROMPTS[i % len(PROMPTS)] for i in range(count))
     values = np.array([[np.nan if reward is None else reward] for reward in rewards], np.float32)
@@ -83,11 +76,8 @@ def made_up_run(folder: Path, epochs: int = 12, settings: tuple[str, ...] = ()) 
     """Files of a run with all that a report may show; every fourth epoch is evaluated."""
     given = ["evaluation.images=20", "sampler.chunk_size=4", f"train.epochs={epochs}", "run.runner=ray", *settings]
     config = load_config(overrides=given)
-    identity = {
-        "config_digest": "c" * 64,
-        "prompts_sha256": "p" * 64,
-        "environment": {"git_commit": "a1b2c3+", "gpu": ""},
-    }
+    identity = {"config_digest": "c" * 64, "prompts_sha256": "p" * 64}
+    identity["environment"] = {"git_commit": "a1b2c3+", "gpu": ""}
     records = Records.create(Storage(str(folder)), folder.name, config_yaml(config), identity)
     rng = np.random.default_rng(0)
     before = rng.normal(0.5, 0.05, 20)

@@ -1,5 +1,6 @@
 """What MLflow has of a run: all of it, once, whatever was cut short; a LoRA that loads; nothing that is a secret."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import mlflow.diffusers
 import pytest
 from PIL import Image
+from test_open_run import Killed
 
 from commands import upload
 from learner.config import config_yaml
@@ -20,11 +22,11 @@ RANK, ALPHA = 2, 3.0  # of the finished run
 LATEST = "checkpoints/latest/lora"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FIGURE = {"value": 0.81, "low": 0.8, "high": 0.82, "base": 0.7, "floor": 0.01}
+JUDGED = "evaluation/step-000002.png"
 PASSWORD = "open-sesame"
 
 
 def judgement(epochs: int | None, **changed) -> bytes:
-    """As commands/evaluate.py writes it."""
     about = {"name": "run", "epochs_done": epochs, "settings": {"images": 4}, "held_out": {"my judge#2": FIGURE}}
     return json.dumps({**about, "reward": FIGURE, "fid": FIGURE, "kid": None, **changed}).encode()
 
@@ -49,7 +51,7 @@ def run(finished_run, tables, tmp_path):
     shutil.copy(tables, tmp_path)
     folder = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
     (folder / "evaluation/step-000002.json").write_bytes(judgement(2))
-    (folder / "evaluation/step-000002.png").write_bytes(picture())
+    (folder / JUDGED).write_bytes(picture())
     return folder
 
 
@@ -75,17 +77,21 @@ def models(mirror):
     return mirror.client.search_logged_models([mirror.experiment_id])
 
 
-def assert_whole(mirror) -> None:
-    """Everything of the run is there, once."""
+def assert_whole(mirror, name: str | None = "shapes") -> None:
+    """Everything of the run is there, once, and its model has a version under that name."""
     client, records = mirror.client, Records.open(mirror.storage)
-    run, evaluated = client.get_run(mirror.run_id), records.evaluated()
+    run, evaluated, steps = client.get_run(mirror.run_id), records.evaluated(), records.lines[-1]["step"]
     (model,) = models(mirror)
     for key in run.data.metrics:
         own = [entry for entry in client.get_metric_history(mirror.run_id, key) if entry.model_id is None]
         assert max(Counter(entry.step for entry in own).values()) == 1, key
     assert dict(history(mirror, "loss")) == {line["epoch"] + 1: line["loss"] for line in records.lines[1:]}
-    assert {step for step, _ in history(mirror, "update/loss")} == {1, 2}
-    pictures = {*(f"evaluation~samples+step+{epoch + 1}" for epoch in evaluated), "judged~base_and_tuned+step+2"}
+    assert {step for step, _ in history(mirror, "update/loss")} == set(range(1, steps + 1))
+    pictures = {f"evaluation~samples+step+{epoch + 1}" for epoch in evaluated}
+    if mirror.storage.exists(JUDGED):
+        pictures.add("judged~base_and_tuned+step+2")
+    top = {file.path for file in client.list_artifacts(mirror.run_id)}
+    assert top == {"images", "config.yaml", TABLE, "report.html"} and run.data.params["lora.rank"] == f"{RANK}"
     names = [Path(file.path).name for file in client.list_artifacts(mirror.run_id, "images")]
     assert Counter(name.split("+timestamp")[0] for name in names if name.endswith("webp")) == Counter(pictures)
     assert {name.split("+timestamp")[0] for name in names if name.endswith("png")} == pictures
@@ -95,10 +101,10 @@ def assert_whole(mirror) -> None:
     rewards = [reward for epoch in evaluated for reward in records.evaluation(epoch)["reward"]]
     assert [row[1] for row in table["data"]] == pytest.approx(rewards, abs=1e-9)
     assert [row[2:] for row in table["data"]] == [[image, epoch + 1] for epoch in evaluated for image in range(4)]
-    assert model.status == "READY" and model.name == "lora-step-000002"
-    assert (model.model_id, 2) in [(output.model_id, output.step) for output in run.outputs.model_outputs]
-    (version,) = client.search_model_versions("name='shapes'")
-    assert (version.version, version.source) == (1, f"models:/{model.model_id}")
+    assert model.status == "READY" and model.name == f"lora-step-{steps:06d}"
+    assert (model.model_id, steps) in [(output.model_id, output.step) for output in run.outputs.model_outputs]
+    versions = [(version.version, version.source) for version in client.search_model_versions("name='shapes'")]
+    assert versions == ([(1, f"models:/{model.model_id}")] if name else [])
 
 
 def test_a_run_is_there_once_however_often_it_is_sent(sent, monkeypatch):
@@ -114,10 +120,6 @@ def test_a_run_is_there_once_however_often_it_is_sent(sent, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sent.uri)  # load_table goes by it alone
     table = sent.client.load_table(sent.experiment_id, TABLE, [sent.run_id])
     assert len(table) == 4 * len(records.evaluated()) and table["prompt"].str.len().min() > 0
-
-
-class Killed(BaseException):
-    pass
 
 
 CALLS = ("log_batch", "log_model_artifacts")
@@ -143,13 +145,10 @@ def test_an_upload_killed_anywhere_is_completed_by_the_next(call, done, run, mon
 
     for number in range(1, 100):
         left = number
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
             patched.setattr(mlflow.MlflowClient, call, killed)
-            try:
-                assert upload.main([str(run), "--registered-model", "shapes"]) == 0
-                break  # there are no more calls
-            except Killed:
-                pass
+            assert upload.main([str(run), "--registered-model", "shapes"]) == 0
+            break  # there are no more calls
     assert number > 1
     assert_whole(mirror_of(run))
 
@@ -164,20 +163,14 @@ def test_a_table_has_parts_and_judges(run):
 
 
 def test_judgements_are_metrics_of_their_epoch_and_the_first_stays(sent):
-    for name, content in {
-        "step-000004.json": judgement(2, reward={**FIGURE, "value": 0.9}),
-        "step-000006.json": b'{"epochs_done": 1',
-        "step-000008.json": judgement(None),
-        "step-000010.json": b"[1]",
-    }.items():
-        sent.storage.write(f"evaluation/{name}", content)
+    later = judgement(2, reward={**FIGURE, "value": 0.9}), b'{"epochs_done": 1', judgement(None), b"[1]"
+    for step, content in enumerate(later, 3):
+        sent.storage.write(f"evaluation/step-{step:06d}.json", content)
     sent.finish("FINISHED")
     assert set(history(sent, "judged/reward")) == {(2, 0.81)} and set(history(sent, "judged/fid_floor")) == {(2, 0.01)}
     names = {key for key in sent.client.get_run(sent.run_id).data.metrics if key.startswith("judged/")}
-    judged = ("reward", "fid", "held_out/my judge_2")
-    assert names == {f"judged/{name}{suffix}" for name in judged for suffix in ("", "_base", "_floor")} | {
-        "judged/epochs_done"
-    }
+    judged = (f"{name}{more}" for name in ("reward", "fid", "held_out/my judge_2") for more in ("", "_base", "_floor"))
+    assert names == {f"judged/{name}" for name in (*judged, "epochs_done")}
 
 
 def test_mlflow_loads_the_adapter_with_its_alpha_and_without_code(sent, run, tmp_path, monkeypatch):
@@ -193,24 +186,20 @@ def test_mlflow_loads_the_adapter_with_its_alpha_and_without_code(sent, run, tmp
 
 
 def test_without_a_name_there_is_a_model_and_no_version_and_of_a_changed_adapter_none(run, capsys):
-    content, other = (run / LATEST / WEIGHTS).read_bytes(), ["--experiment", "other"]
     assert upload.main([str(run)]) == 0
     assert len(models(mirror_of(run))) == 1 and mirror_of(run).client.search_registered_models() == []
-    (run / LATEST / WEIGHTS).write_bytes(content[:-4] + b"\0\0\0\0")
-    assert upload.main([str(run), *other]) == 1
+    (run / LATEST / WEIGHTS).write_bytes((run / LATEST / WEIGHTS).read_bytes()[:-4] + b"\0\0\0\0")
+    assert upload.main([str(run), "--experiment", "other"]) == 1
     assert "not what was written" in capsys.readouterr().err and models(mirror_of(run, "other")) == []
 
 
-def test_a_model_without_text_is_refused_in_words(run, monkeypatch):
+def test_a_model_without_text_and_names_that_mlflow_refuses_are_refused_in_words(run, small_config, monkeypatch):
+    for name in ("a/b", "a:b", "it's", "", "models."):
+        with pytest.raises(ValueError, match=r"mlflow\.registered_model"):
+            small_config(f"mlflow.registered_model={name!r}")
     mirror = mirror_of(run)
     monkeypatch.setattr(mirror, "_newest", lambda _: {"step": 2, "files": {"lora/adapter_model.safetensors": ""}})
     assert "without text" in mirror.send_model("shapes") and models(mirror) == []
-
-
-@pytest.mark.parametrize("name", ["a/b", "a:b", "it's", "", "models."])
-def test_names_that_mlflow_refuses_are_refused_at_once(name, small_config):
-    with pytest.raises(ValueError, match=r"mlflow\.registered_model"):
-        small_config(f"mlflow.registered_model={name!r}")
 
 
 def test_no_password_is_sent_nor_said(run, tmp_path, monkeypatch, capsys):
@@ -256,14 +245,12 @@ def test_a_group_is_nested_under_its_oldest_run(tables, small_config, tmp_path):
         storage, config = Storage(str(tmp_path / name)), small_config(f"mlflow.group={group}")
         facts = {"config_digest": config.digest(), "prompts_sha256": ""}
         Records.create(storage, name, config_yaml(config), facts).note(created=created)
-        return Mirror(storage, f"sqlite:///{tmp_path}/mlflow.db", "tributary")
+        return mirror_of(tmp_path / name)
 
     def parent(mirror: Mirror) -> str | None:
         return mirror.client.get_run(mirror.run_id).data.tags.get(PARENT)
 
     second, third, first, other = member("b", 2), member("c", 3), member("a", 1), member("x", 0, "other")
-    for mirror in (second, third, first, other):
-        mirror.connect()
     assert first.client.get_run(first.run_id).data.tags[GROUP] == "sweep"
     assert [parent(first), parent(second), parent(third), parent(other)] == [None, None, second.run_id, None]
     for mirror in (second, third):

@@ -26,9 +26,7 @@ def test_stable_diffusion_is_named_in_kohyas_metadata(width, generation):
     names = ("a.attn1.to_k", "a.attn2.to_k", "b.attn2.to_k")
     state = {f"{name}.lora_A.weight": torch.zeros(2, width if "attn2" in name else 320) for name in names}
     about = dict.fromkeys(("base_model", "run", "step", "reward", "objective"), "x")
-    found = export._metadata(about, "kohya", AdapterFile("", 2, 3.0, state))
-    assert found.get("ss_base_model_version") == generation
-    assert found.get("ss_v2") == {"sd_v1": "False", "sd_v2": "True"}.get(generation)
-    assert not any(
-        key.startswith("ss_") for key in export._metadata(about, "diffusers", AdapterFile("", 2, 3.0, state))
-    )
+    kohya, plain = (export._metadata(about, form, AdapterFile("", 2, 3.0, state)) for form in ("kohya", "diffusers"))
+    assert kohya.get("ss_base_model_version") == generation
+    assert kohya.get("ss_v2") == {"sd_v1": "False", "sd_v2": "True"}.get(generation)
+    assert not any(key.startswith("ss_") for key in plain)

@@ -18,12 +18,10 @@ from reports.pictures import contact_sheet, tiles
 
 
 def test_pairs_stand_side_by_side_with_their_rewards(made_up):
-    prompts = html.pairs(Records.open(Storage(str(made_up))), [BEFORE, 3, 7, 11])
+    records = Records.open(Storage(str(made_up)))
+    prompts = html.pairs(records, [BEFORE, 3, 7, 11])
     assert sum(len(prompt.rows) for prompt in prompts) == 20 and [prompt.text for prompt in prompts] == list(PROMPTS)
-    rewards = {
-        epoch: json.loads((made_up / f"evaluation/{name_of(epoch)}.json").read_text())["reward"]
-        for epoch in (BEFORE, 11)
-    }
+    rewards = {epoch: records.evaluation(epoch)["reward"] for epoch in (BEFORE, 11)}
     for i, prompt in enumerate(prompts):
         for k, row in enumerate(prompt.rows):
             number = i + k * len(PROMPTS)
@@ -35,15 +33,13 @@ def test_pairs_stand_side_by_side_with_their_rewards(made_up):
 
 
 def test_sheets_of_other_prompts_are_no_pairs(copied):
-    file = copied / "evaluation/epoch-before.json"
-    table = json.loads(file.read_text())
+    table = json.loads((file := copied / "evaluation/epoch-before.json").read_text())
     file.write_text(json.dumps(table | {"prompt": table["prompt"][::-1]}))
     prompts = html.pairs(Records.open(Storage(str(copied))), [BEFORE, 11])
     assert {shot.label for prompt in prompts for row in prompt.rows for shot in row} == {"after epoch 12"}
 
 
 def colour(source: str) -> np.ndarray:
-    """Mean [3] of a picture in the page."""
     content = base64.b64decode(source.partition("base64,")[2])
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.float64).mean((0, 1))
 
@@ -68,21 +64,16 @@ def test_best_median_and_worst_are_those_of_the_last_epochs(made_up):
             assert colour(shot.source) == pytest.approx(thumbnail, abs=4)
 
 
-def test_of_few_trajectories_there_is_what_there_is(tmp_path):
+def test_of_few_trajectories_there_is_what_there_is_small_and_what_is_no_picture_is_left_out(tmp_path, monkeypatch):
     save_trajectories(tmp_path, 0, [0.5, 1.0, 3.0, 2.0, None, None, None, 0.75, 0.1])  # by prompt 0 1 2 3 4 0 1 0 1
     prompts, *_ = html.extremes(Storage(str(tmp_path)))
     labels = [[(shot.label, shot.reward) for shot in prompt.rows[0]] for prompt in prompts]
     assert [len(row) for row in labels[:2]] == [2, 2] and labels[0] == [("best", 0.75), ("worst", 0.5)]
     assert labels[2] == [("the only one", 3.0)]
-
-
-def test_large_pictures_are_made_small_and_what_is_none_is_left_out(tmp_path, monkeypatch):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), np.uint8))
     source = html._jpeg(noise)
     assert source.startswith("data:image/jpeg") and len(source) < 80_000
     assert Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))).size == (144, 192)
-    save_trajectories(tmp_path, 0, [0.5])
-    assert html.extremes(Storage(str(tmp_path)))[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a picture that would fill the memory
     assert html.extremes(Storage(str(tmp_path)))[0] == []
 
@@ -92,5 +83,4 @@ def test_tiles_are_the_pictures_of_a_sheet():
     scores = [Scores(Chunk(0, "evaluate", 0, 0, ("p",) * 11, tuple(range(11))), np.zeros((11, 1), np.float32), images)]
     cut = tiles(contact_sheet(scores), 40)
     assert len(cut) == 16 and all(tile.size == (128, 128) for tile in cut)
-    for i in range(11):
-        assert np.all(np.asarray(cut[i]) == images[i, 0, 0])
+    assert all(np.all(np.asarray(tile) == image[0, 0]) for tile, image in zip(cut, images, strict=False))

@@ -31,32 +31,24 @@ def finish(copied) -> list[str]:
     return lines
 
 
-def forget_collapse(copied) -> None:
-    records = Records.open(Storage(str(copied)))
+def test_a_gain_is_said_with_its_interval_and_what_it_means_and_collapse_is_the_loudest_line(copied):
+    lines, records = said(copied), Records.open(Storage(str(copied)))
+    assert f"SIGNS OF COLLAPSE after epoch 12: {COLLAPSE}. Look at the pictures before you use this LoRA" in lines
+    assert not any("no sign of collapse" in line for line in lines)
     records.keep([{**line, "collapse": None} for line in records.lines])
-
-
-def test_a_gain_is_said_with_its_interval_and_what_it_means(copied):
-    forget_collapse(copied)
     lines = said(copied, "objective.beta=30", "objective.kind=dag_db")
-    assert lines[0].startswith(
-        "trained: towards pictures that shapes_alignment scores higher; 12 epochs of 64 pictures"
-    )
-    assert "dag_db: target proportional to exp(30 x D x reward)" in lines[0]
+    goal = "trained: towards pictures that shapes_alignment scores higher; 12 epochs of 64 pictures"
+    assert lines[0].startswith(goal) and "dag_db: target proportional to exp(30 x D x reward)" in lines[0]
     (reward,) = [line for line in lines if line.startswith("evaluated reward ")]
     assert "on 19 fixed images (1 bad ones left out): +0." in reward and "95 % interval +0." in reward
     assert reward.endswith("it rose by more than chance")
     assert "diversity among a prompt's pictures: 0.3 -> 0.3, 100% of what it was" in lines
-    assert "no sign of collapse in 3 evaluations" in lines
-    assert len(lines) <= 12
+    assert "no sign of collapse in 3 evaluations" in lines and len(lines) <= 12
 
 
 @pytest.mark.parametrize(
     ("change", "words", "on_the_page"),
-    [
-        (-0.2, "it FELL by more than chance", "the reward fell"),
-        (0.0, "this may be chance", "no change that can"),
-    ],
+    [(-0.2, "it FELL by more than chance", "the reward fell"), (0.0, "this may be chance", "no change that can")],
 )
 def test_no_gain_is_said_as_plainly(copied, change, words, on_the_page):
     before = np.random.default_rng(1).normal(0.5, 0.05, 20)
@@ -69,41 +61,31 @@ def test_no_gain_is_said_as_plainly(copied, change, words, on_the_page):
     assert on_the_page in page and "the reward rose" not in page
 
 
-def test_collapse_is_the_loudest_line(copied):
-    lines = said(copied)
-    assert f"SIGNS OF COLLAPSE after epoch 12: {COLLAPSE}. Look at the pictures before you use this LoRA" in lines
-    assert not any("no sign of collapse" in line for line in lines)
-
-
 def test_without_an_evaluation_nothing_is_claimed_and_the_way_to_one_is_told(copied):
     for file in copied.glob("evaluation/epoch-*"):
         file.unlink()
     lines = said(copied, "evaluation.images=0")
     assert lines[1].startswith("not judged (evaluation.images=0): whether the reward rose is not known")
     assert not any("chance" in line or "pictures: " in line for line in lines)
-    (evaluate,) = [line for line in lines if "learner.evaluate" in line and line.startswith("  ")]
-    assert "--images 128" in evaluate  # it refuses 0
-    lines = said(copied, "evaluation.images=0", "sampler.chunk_size=24", "train.trajectories=96")
-    for command in ("evaluate", "compare"):
-        (line,) = [line for line in lines if f"learner.{command}" in line and line.startswith("  ")]
-        assert "--images 144" in line  # whole chunks
+    wide = said(copied, "evaluation.images=0", "sampler.chunk_size=24", "train.trajectories=96")
+    # Evaluation refuses 0, and any that are not whole chunks.
+    for told, command, images in ((lines, "evaluate", 128), (wide, "evaluate", 144), (wide, "compare", 144)):
+        (line,) = [line for line in told if f"learner.{command}" in line and line.startswith("  ")]
+        assert f"--images {images}" in line
 
 
-def test_all_bad_images_are_no_judgement_and_a_control_is_called_one(copied):
-    for epoch in (BEFORE, 3, 7, 11):
-        save_evaluation(copied, epoch, [None] * 20)
-    lines = said(copied, "train.shuffle_rewards=true")
-    assert lines[0].startswith("trained: nothing to learn from, as rewards were")
-    assert lines[1].startswith("not judged (too few evaluations, or only bad images)")
-
-
-def test_what_rewards_not_trained_on_say(copied):
+def test_what_rewards_not_trained_on_say_and_a_control_and_bad_images_are_called_so(copied):
     sides = {BEFORE: ([0, 1, 0, None], [5, 5, 5, 5]), 11: ([1, 1, 0, 0], [4, 4, 4, 6])}
     for epoch, (accuracy, other) in sides.items():
         save_evaluation(copied, epoch, [0.5] * 4, {"shapes_accuracy": accuracy, "other": other})
     lines = said(copied)
     assert "pictures that show exactly what their prompt says: 33% -> 67%" in lines  # the bad one is left out
     assert "other, not trained on: 5.000 -> 4.500" in lines
+    for epoch in (BEFORE, 3, 7, 11):
+        save_evaluation(copied, epoch, [None] * 20)
+    lines = said(copied, "train.shuffle_rewards=true")
+    assert lines[0].startswith("trained: nothing to learn from, as rewards were")
+    assert lines[1].startswith("not judged (too few evaluations, or only bad images)")
 
 
 def test_the_end_has_the_report_and_commands_that_a_shell_takes(copied):
@@ -134,15 +116,6 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     say("draw \u8d64 caf\u00e9")
     assert out.buffer.getvalue() == b"draw \\u8d64 caf\xe9\n"
-
-
-def test_words_that_cannot_be_found_do_not_fail_a_run(copied, monkeypatch):
-    def broken(*arguments):
-        raise LookupError("no such figure")
-
-    monkeypatch.setattr(summary, "describe", broken)
-    lines = finish(copied)
-    assert "warning: no summary: LookupError: no such figure" in lines and any("report: " in line for line in lines)
 
 
 def test_a_real_run_ends_in_these_words(finished_run, small_settings, tmp_path, capsys):

@@ -17,6 +17,7 @@ from rewards.package_environment import EnvironmentMissing
 
 IMAGES = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 4, 6)
 PROMPTS = ["one", "two", "three"]
+BUILD = r"rewards\.package build hpsv2"
 
 # What the real worker does, with models of ours; `prompts` say what is to happen.
 FAKE = """
@@ -27,8 +28,7 @@ spec.loader.exec_module(worker)
 sys.argv = sys.argv[1:]
 
 def make(files, device, threads):
-    with open(files["weights"]) as f:
-        content = f.read()
+    content = open(files["weights"]).read()
     if content == "slow":
         time.sleep(60)
     if content == "broken":
@@ -90,7 +90,7 @@ def gone(pid: int, seconds: float = 10) -> bool:
     return True
 
 
-def test_scores_come_back_in_order_whatever_the_package_prints(make):
+def test_scores_come_back_in_order_whatever_the_package_prints_and_its_process_ends_with_it(make):
     reward = make()
     assert reward.name == "hpsv2" and not reward.differentiable
     scores = reward(IMAGES, PROMPTS)
@@ -104,15 +104,17 @@ def test_scores_come_back_in_order_whatever_the_package_prints(make):
     reward.close()
     reward.close()
     assert gone(int(first), 0)
+    forgotten = PackageReward("hpsv2", reward.assets[0].source)
+    pid = int(forgotten(IMAGES, ["pid", "", ""])[0])
+    assert not gone(pid, 0)
+    del forgotten
+    assert gone(pid, 0)
 
 
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        (
-            "raise",
-            r"raised ValueError: no such prompt; .*python -m rewards.package build hpsv2.*last words: .*Traceback",
-        ),
+        ("raise", rf"raised ValueError: no such prompt; .*python -m {BUILD}.*last words: .*Traceback"),
         ("die", r"ended with status 3 .*about to go"),
         ("killed", r"ended with status -9 \(-9: out of memory\?\)"),
         ("sleep", r"did not answer within 1 s; .*reward\.options\.seconds"),
@@ -135,13 +137,6 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_no_process(make, prompt,
     assert reward(IMAGES, PROMPTS).tolist() == [0, 128, 255]  # another process
 
 
-def test_a_model_that_does_not_load_is_named(make):
-    with pytest.raises(PackageFailed, match=r"within 0\.5 s; .*reward\.options\.seconds"):
-        make(weights="slow", seconds=0.5)(IMAGES, PROMPTS)
-    with pytest.raises(PackageFailed, match=r"raised KeyError: 'blip\.mlp'"):
-        make(weights="broken")(IMAGES, PROMPTS)
-
-
 # Begins with an end of the socket.
 OTHER = """
 import socket, sys, time
@@ -155,25 +150,19 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("print('hello')", "ended with status 0 .*last words: hello"),
-        ("import nothing_of_that_name", "ended with status 1 .*nothing_of_that_name"),
-        (OTHER.format("connection.close()"), "sent no answer"),
-        (OTHER.format("send(b'garbage\\n')"), "sent no answer"),
-        (OTHER.format("send(b'{')"), "did not answer within"),
+        (["print('hello')"], "ended with status 0 .*last words: hello"),
+        (["import nothing_of_that_name"], "ended with status 1 .*nothing_of_that_name"),
+        ([OTHER.format("connection.close()")], "sent no answer"),
+        ([OTHER.format("send(b'garbage\\n')")], "sent no answer"),
+        ([OTHER.format("send(b'{')")], "did not answer within"),
+        ([FAKE, "slow"], r"within 0\.5 s; .*reward\.options\.seconds"),
+        ([FAKE, "broken"], r"raised KeyError: 'blip\.mlp'"),
     ],
 )
-def test_an_interpreter_that_runs_something_else_is_said(make, monkeypatch, script, said):
+def test_a_worker_that_is_another_or_whose_model_does_not_load_is_said(make, monkeypatch, script, said):
     monkeypatch.setattr(package, "SECONDS_TO_END", 0.3)
     with pytest.raises(PackageFailed, match=said):
-        make(script, seconds=0.5 if "within" in said else 20)(IMAGES, PROMPTS)
-
-
-def test_a_forgotten_reward_ends_its_process(make):
-    forgotten = PackageReward("hpsv2", make().assets[0].source)
-    pid = int(forgotten(IMAGES, ["pid", "", ""])[0])
-    assert not gone(pid, 0)
-    del forgotten
-    assert gone(pid, 0)
+        make(*script, seconds=0.5 if "within" in said else 20)(IMAGES, PROMPTS)
 
 
 PARENTS = """
@@ -226,7 +215,7 @@ def test_wrong_settings_are_refused_before_anything_starts(make, tmp_path, monke
         with pytest.raises(ValueError, match=said):
             registry.check(name, weights, options, PROMPTS, backend="package")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(EnvironmentMissing, match=r"no environment for hpsv2 in .*cache.*rewards\.package build hpsv2"):
+    with pytest.raises(EnvironmentMissing, match=f"no environment for hpsv2 in .*cache.*{BUILD}"):
         PackageReward("hpsv2")
     with pytest.raises(ValueError, match="seconds"):  # an option of the package backend alone
         registry.check("hpsv2", None, {"seconds": 3}, PROMPTS)

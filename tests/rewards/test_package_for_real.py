@@ -1,12 +1,8 @@
 """The packages' own code in environments built for it, on random checkpoints in the published layout: ImageReward's of
-full size, HPSv2's of fewer layers.
-
-Needs a package index, some 4 GB of disk in the temporary directory and 5 GB of memory.
-"""
+full size, HPSv2's of fewer layers. Needs a package index, 4 GB of temporary disk and 5 GB of memory."""
 
 import gzip
 import json
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -60,10 +56,8 @@ torch.save(state if sys.argv[2] == "imagereward" else {"state_dict": state}, sys
 
 @pytest.fixture
 def folder():
-    """Not tmp_path, which pytest keeps: this holds gigabytes."""
-    path = Path(tempfile.mkdtemp(prefix="packages-"))
-    yield path
-    shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(prefix="packages-") as path:  # pytest keeps tmp_path: this holds gigabytes
+        yield Path(path)
 
 
 def imagereward(folder: Path) -> tuple[dict, dict]:
@@ -71,9 +65,8 @@ def imagereward(folder: Path) -> tuple[dict, dict]:
     (folder / "med_config.json").write_text(json.dumps(inputs.PUBLISHED_MED_CONFIG))
     special = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(33, 127)]
-    words = list(
-        dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), "cat", "red", "dog", "##s"])
-    )
+    known = [*special, *letters, *(f"##{letter}" for letter in letters), "cat", "red", "dog", "##s"]
+    words = list(dict.fromkeys(known))
     words += [f"[filler{i}]" for i in range(30522 - len(words))]
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

@@ -11,13 +11,8 @@ from learner.run import main
 from rewards import prompt_sets
 from rewards.prompt_sets import PromptSetError
 
-SETS = {
-    "photo": ["a photo of a dog", "ein Foto, \u2028 zwei Zeilen"],
-    "paintings": ["oil on canvas"],
-    "anime": ["a duel"],
-    "concept-art": ["a castle"],
-    "drawbench": ["a red car", "a red car"],
-}
+SETS = {"photo": ["a photo of a dog", "ein Foto, \u2028 zwei Zeilen"], "drawbench": ["a red car", "a red car"]}
+SETS |= {"paintings": ["oil on canvas"], "anime": ["a duel"], "concept-art": ["a castle"]}
 
 
 @pytest.fixture
@@ -33,8 +28,7 @@ def hub(tmp_path, monkeypatch):
         folder = cache / f"datasets--{dataset.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("0" * 40)
-        benchmark = folder / "snapshots" / ("0" * 40) / "benchmark"
-        benchmark.mkdir(parents=True)
+        (benchmark := folder / "snapshots" / ("0" * 40) / "benchmark").mkdir(parents=True)
         for name, prompts in SETS.items():
             (benchmark / f"{name}.json").write_text(json.dumps(prompts))
 
@@ -75,15 +69,12 @@ def test_without_network_and_cache_it_is_said_how_to_get_them(hub, capsys):
     assert "prompts.path: drawbench is neither" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["hpdv2:", "hpdv2:photo+", "hpdv2:photo+photo", "hpdv2:drawbench", "animal", ""])
-def test_other_names_are_refused(name):
-    with pytest.raises(PromptSetError, match=r"no prompt set; there are animals, .*hpdv2:photo\+paintings"):
-        prompt_sets.fetch(name)
-
-
-@pytest.mark.parametrize("content", ["[", '{"a": 1}', "[]", '["a", null]', "[{}]"])
-def test_a_file_of_another_shape_is_named(hub, content):
+def test_other_names_are_refused_and_a_file_of_another_shape_is_named(hub):
+    for name in ("hpdv2:", "hpdv2:photo+", "hpdv2:photo+photo", "hpdv2:drawbench", "animal", ""):
+        with pytest.raises(PromptSetError, match=r"no prompt set; there are animals, .*hpdv2:photo\+paintings"):
+            prompt_sets.fetch(name)
     hub("zhwang/HPDv2")
-    next(hub.cache.rglob("anime.json")).write_text(content)
-    with pytest.raises(PromptSetError, match=r"hpdv2:anime: .*anime\.json"):
-        prompt_sets.fetch("hpdv2:anime")
+    for content in ("[", '{"a": 1}', "[]", '["a", null]', "[{}]"):
+        next(hub.cache.rglob("anime.json")).write_text(content)
+        with pytest.raises(PromptSetError, match=r"hpdv2:anime: .*anime\.json"):
+            prompt_sets.fetch("hpdv2:anime")

@@ -50,7 +50,6 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_hub(hub):
-    """Asking the hub for anything fails the test."""
     yield
     assert hub == []
 
@@ -64,43 +63,44 @@ def checked(settings: dict, objective=None):
     registry.check(settings["name"], settings.get("weights"), options, ["a prompt"], objective)
 
 
+def bad(settings: dict, said: str) -> None:
+    with pytest.raises(BadWeights, match=said):
+        loaded(settings)
+
+
+def not_found(act, settings: dict, said: str) -> None:
+    with pytest.raises(WeightsNotFound, match=said):
+        act(settings)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["missing", "extra", "misshapen"])
 def test_a_wrong_key_is_named_with_its_file(name, kind, tmp_path):
     key, state = ONE_KEY[name]
     written = key.replace(".", "__")
-    if kind == "missing":
-        changed, said = {written: None}, rf"1 missing: {key}$"
-    elif kind == "extra":
-        changed, said = {"surprise__weight": torch.zeros(2)}, r"1 extra: surprise.weight$"
-    else:
-        changed = {written: state[key][:-1]}
-        said = rf"1 of another shape: {key} \[.*\] \(expected \["
+    changed, said = {
+        "missing": ({written: None}, rf"1 missing: {key}$"),
+        "extra": ({"surprise__weight": torch.zeros(2)}, r"1 extra: surprise.weight$"),
+        "misshapen": ({written: state[key][:-1]}, rf"1 of another shape: {key} \[.*\] \(expected \["),
+    }[kind]
     settings = WRITE[name](tmp_path, **changed)
     with pytest.raises(BadWeights, match=said) as error:
         loaded(settings)
     assert settings["weights"] in str(error.value)
 
 
-def test_many_wrong_keys_are_counted(tmp_path):
+def test_many_wrong_keys_are_counted_and_a_wrong_clip_tower_is_named(tmp_path):
     settings = write_hpsv2(tmp_path)
     settings["size"] = {**settings["size"], "text_layers": 3}
-    with pytest.raises(BadWeights, match=r"12 missing: transformer\.resblocks\.2\.\S+, .*, \.\.\."):
-        loaded(settings)
-
-
-def test_a_wrong_clip_tower_is_named(tmp_path):
-    with pytest.raises(BadWeights, match=r"config\.json: hidden_act is gelu, expected quick_gelu"):
-        loaded(write_aesthetic(tmp_path, activation="gelu"))
+    bad(settings, r"12 missing: transformer\.resblocks\.2\.\S+, .*, \.\.\.")
+    bad(write_aesthetic(tmp_path, activation="gelu"), r"config\.json: hidden_act is gelu, expected quick_gelu")
     settings = write_aesthetic(tmp_path)
     config = json.loads((tmp_path / "clip" / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 3
     (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadWeights, match=r"model\.safetensors: no CLIP image tower.* 16 missing: .*layers\.2\."):
-        loaded(settings)
+    bad(settings, r"model\.safetensors: no CLIP image tower.* 16 missing: .*layers\.2\.")
     (tmp_path / "clip" / "config.json").write_text("{")
-    with pytest.raises(BadWeights, match="no configuration of a CLIP model"):
-        loaded(settings)
+    bad(settings, "no configuration of a CLIP model")
 
 
 def test_half_precision_is_computed_in_float32_and_safetensors_are_read_too(tmp_path):
@@ -120,28 +120,21 @@ class Code:
         return print, ("this must never run",)
 
 
-def test_files_that_are_no_weights_are_refused_and_never_run(tmp_path, capsys):
+def test_files_that_are_no_weights_and_foreign_ones_are_refused_and_never_run(tmp_path, capsys):
     settings = write_hpsv2(tmp_path)
     for content in (b"", b"not weights", pickle.dumps(Code(), 2)):
         (tmp_path / "HPS_v2.1_compressed.pt").write_bytes(content)
-        with pytest.raises(BadWeights, match=r"HPS_v2\.1_compressed\.pt cannot be read as weights"):
-            loaded(settings)
+        bad(settings, r"HPS_v2\.1_compressed\.pt cannot be read as weights")
     torch.save({"state_dict": {"epoch": 3}}, settings["weights"])
-    with pytest.raises(BadWeights, match="holds no tensors by name"):
-        loaded(settings)
+    bad(settings, "holds no tensors by name")
     assert "never run" not in capsys.readouterr().out
-
-
-def test_a_foreign_tokenizer_or_configuration_is_refused(tmp_path):
     settings = write_hpsv2(tmp_path)
     vocabulary = inputs.bpe_vocabulary("<|startoftext|>", "<|endoftext|>")
     (tmp_path / "bpe" / "vocab.json").write_text(json.dumps({**vocabulary, "<|endoftext|>": 7, "!": 300}))
-    with pytest.raises(BadWeights, match="last token is 7, expected CLIP's"):
-        loaded(settings)
+    bad(settings, "last token is 7, expected CLIP's")
     settings = WRITE["imagereward"](tmp_path)
     (tmp_path / "med_config.json").write_text('{"vocab_size": 40}')
-    with pytest.raises(BadWeights, match=r"med_config\.json is no med_config\.json of .*: KeyError: 'hidden_size'"):
-        loaded(settings)
+    bad(settings, r"med_config\.json is no med_config\.json of .*: KeyError: 'hidden_size'")
 
 
 @pytest.mark.parametrize("act", [loaded, checked])
@@ -149,26 +142,17 @@ def test_a_foreign_tokenizer_or_configuration_is_refused(tmp_path):
 def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_path, no_hub):
     settings = WRITE[name](tmp_path)
     for wrong in (tmp_path / "elsewhere.pt", "weights.safetensors", "./owner/repository", "~/nowhere/weights"):
-        with pytest.raises(WeightsNotFound, match=f"reward.weights: no such file or folder: {wrong}"):
-            act({**settings, "weights": str(wrong)})
+        not_found(act, {**settings, "weights": str(wrong)}, f"reward.weights: no such file or folder: {wrong}")
     companion = "clip" if name == "aesthetic" else "tokenizer"
-    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: no such file or folder: a/b/c"):
-        act({**settings, companion: "a/b/c"})
-    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: {tmp_path} holds no "):
-        act({**settings, companion: str(tmp_path)})
-    with pytest.raises(WeightsNotFound, match=rf"reward\.options\.{companion}: .* is a file, expected the folder"):
-        act({**settings, companion: settings["weights"]})
-
-
-@pytest.mark.parametrize("act", [loaded, checked])
-def test_a_folder_stands_for_the_published_file_in_it(act, tmp_path, no_hub):
-    settings = {**write_hpsv2(tmp_path), "weights": str(tmp_path)}
+    places = {"a/b/c": "no such file or folder: a/b/c", str(tmp_path): f"{tmp_path} holds no "}
+    places[settings["weights"]] = ".* is a file, expected the folder"
+    for place, said in places.items():
+        not_found(act, {**settings, companion: place}, rf"reward\.options\.{companion}: {said}")
+    settings = {**write_hpsv2(tmp_path), "weights": str(tmp_path)}  # a folder stands for the published file in it
     act(settings)
-    with pytest.raises(WeightsNotFound, match=r"holds no HPS_v2_compressed\.pt"):
-        act({**settings, "version": "v2.0"})
+    not_found(act, {**settings, "version": "v2.0"}, r"holds no HPS_v2_compressed\.pt")
     # Before another asset is sought at the hub.
-    with pytest.raises(WeightsNotFound, match=r"^reward\.weights: no such file or folder: gone\.pt$"):
-        act({"name": "hpsv2", "weights": "gone.pt"})
+    not_found(act, {"name": "hpsv2", "weights": "gone.pt"}, r"^reward\.weights: no such file or folder: gone\.pt$")
 
 
 @pytest.mark.parametrize("act", [loaded, checked])
@@ -185,14 +169,12 @@ def test_a_folder_stands_for_the_published_file_in_it(act, tmp_path, no_hub):
     ],
 )  # fmt: skip
 def test_offline_the_message_says_what_to_fetch_from_where_and_which_key_to_set(name, said, act, tmp_path, monkeypatch):
-    """With the hub's own client, whose cache is empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsNotFound) as error:
         act({"name": name})
     message = str(error.value)
-    assert all(part in message for part in said), message
-    assert "\n" not in message and "HF_HUB_OFFLINE" in message
+    assert all(part in message for part in (*said, "HF_HUB_OFFLINE")) and "\n" not in message
 
 
 def test_without_a_network_a_hub_is_asked_once_an_asset_and_for_ten_seconds(tmp_path, monkeypatch):
@@ -242,10 +224,8 @@ def test_check_reads_no_weights_and_knows_the_options(name, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("weights were read"))
     checked(settings, "nabla_db")
     wrong_options = [({"colour": 3}, rf"reward\.options: {name}: .*colour")]
-    if name != "aesthetic":
-        wrong_options.append(
-            ({"size" if name == "hpsv2" else "vision": {"depth": 3}}, rf"reward\.options: {name}: .*depth")
-        )
+    if size := {"hpsv2": "size", "imagereward": "vision"}.get(name):
+        wrong_options.append(({size: {"depth": 3}}, rf"reward\.options: {name}: .*depth"))
     if name == "hpsv2":
         wrong_options.append(({"version": "v3"}, r"reward\.options\.version: 'v3', expected v2\.0 or v2\.1"))
     for act in (checked, loaded):

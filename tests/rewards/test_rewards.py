@@ -14,6 +14,8 @@ from models.shapes.world import Scene, Thing, draw, parse
 from rewards import registry
 from rewards.scorer import BadReward
 
+THINGS = ("small red circle", "small blue circle", "small red star", "large red circle")
+
 
 def as_images(*pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
@@ -36,22 +38,17 @@ def test_jpeg_reward_is_the_file_size_in_kilobytes(name, sign):
 @pytest.mark.parametrize(
     "prompts",
     [
-        [
-            f"a {thing} background"
-            for thing in ("small red circle on a white", "small red circle on a black", "small blue circle on a white",
-                          "small red star on a white", "large red circle on a white")
-        ],
+        [f"a {thing} on a white background" for thing in THINGS] + ["a small red circle on a black background"],
         [f"a red star at the {place}" for place in ("right", "left", "top", "bottom")],
     ],
-)  # fmt: skip
+)
 def test_alignment_prefers_what_the_prompt_says(name, prompts):
     picture = draw(parse(prompts[0]), np.random.default_rng(0))
     right, *wrong = registry.load(name)(as_images(*[picture] * len(prompts)), prompts).tolist()
-    assert right > 0.8
-    assert max(wrong) < right - 0.1
+    assert right > 0.8 and max(wrong) < right - 0.1
 
 
-def test_alignment_is_graded_near_the_top_and_reads_two_objects():
+def test_alignment_is_graded_near_the_top_and_reads_two_objects_and_accuracy_is_strict():
     rng = np.random.default_rng(0)
     scene = Scene((Thing("red", "circle"), Thing("blue", "square")), "sand")
     picture = draw(scene, rng)
@@ -60,42 +57,28 @@ def test_alignment_is_graded_near_the_top_and_reads_two_objects():
     images = as_images(picture, blurred, swapped)
     best, worse, wrong = registry.load("shapes_alignment")(images, [scene.caption()] * 3).tolist()
     assert 1 > best > worse > wrong
-
-
-def test_accuracy_is_strict():
     prompts = ["a red circle on a white background", "a blue square on a black background"]
-    things = [Scene((Thing("red", "circle"),), "white"), Scene((Thing("blue", "square"),), "black")]
-    images = as_images(*(draw(scene, np.random.default_rng(0)) for scene in things))
+    images = as_images(*(draw(parse(prompt), np.random.default_rng(0)) for prompt in prompts))
     reward = registry.load("shapes_accuracy")
     assert reward(images, prompts).tolist() == [1.0, 1.0] and reward(images, prompts[::-1]).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("name", ["shapes_alignment", "shapes_alignment_soft", "shapes_accuracy"])
-def test_a_foreign_prompt_is_named(name):
-    with pytest.raises(ValueError, match="a dog"):
-        registry.load(name)(torch.zeros(1, 3, 64, 64), ["a dog"])
-    with pytest.raises(ValueError, match="a dog"):
-        registry.check(name, None, {}, ["a red circle", "a dog"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "kind", "said"),
-    [
-        (["beauty"], {}, registry.UnknownReward, "jpeg_compressibility"),
-        (["no_such_module:f"], {}, registry.UnknownReward, "no_such_module"),
-        (["jpeg_compressibility", "x"], {}, ValueError, "weights"),
-        (["jpeg_compressibility"], {"colour": 3}, ValueError, "jpeg"),
-    ],
-)
-def test_unknown_names_options_and_weights_are_refused(arguments, options, kind, said):
-    with pytest.raises(kind, match=said):
-        registry.load(*arguments, **options)
-
-
-@pytest.mark.parametrize("options", [{"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}])
-def test_options_that_no_reward_can_have_are_named(options):
-    with pytest.raises(ValueError, match=r"reward\.options: .* cannot be one; name, weights"):
-        registry.check("jpeg_compressibility", None, options, [])
+def test_unknown_names_options_weights_and_prompts_are_refused():
+    for name in ("shapes_alignment", "shapes_alignment_soft", "shapes_accuracy"):
+        with pytest.raises(ValueError, match="a dog"):
+            registry.load(name)(torch.zeros(1, 3, 64, 64), ["a dog"])
+        with pytest.raises(ValueError, match="a dog"):
+            registry.check(name, None, {}, ["a red circle", "a dog"])
+    for name, said in (("beauty", "jpeg_compressibility"), ("no_such_module:f", "no_such_module")):
+        with pytest.raises(registry.UnknownReward, match=said):
+            registry.load(name)
+    with pytest.raises(ValueError, match="weights"):
+        registry.load("jpeg_compressibility", "x")
+    with pytest.raises(ValueError, match="jpeg"):
+        registry.load("jpeg_compressibility", colour=3)
+    for options in ({"name": "x"}, {"device": "cuda"}, {1: 2}, {"a b": 1}):  # that no reward can have
+        with pytest.raises(ValueError, match=r"reward\.options: .* cannot be one; name, weights"):
+            registry.check("jpeg_compressibility", None, options, [])
 
 
 OWN = """
@@ -137,7 +120,6 @@ number = 3
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The user's module my_reward, whose path it is."""
     (tmp_path / "my_reward.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)

@@ -26,8 +26,7 @@ def test_scorer_lays_rewards_out_by_trajectory_and_state():
 def four(bad=None) -> CleanPredictions:
     """Four trajectories of two steps; the latent `bad` is no number."""
     made = latents(np.linspace(0.1, 0.9, 12))
-    if bad is not None:
-        made[bad] = np.nan
+    made[[] if bad is None else bad] = np.nan
     chunk = Chunk(0, "train", 4, 0, ("p",) * 4, (0, 1, 2, 3))
     return CleanPredictions(chunk, 2, made, np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4), 2)
 
@@ -39,24 +38,24 @@ def test_shuffled_rewards_are_a_permutation_of_whole_good_trajectories():
         assert {tuple(row) for row in mixed[good]} == {tuple(row) for row in plain[good]}
 
 
-class RaisesOn(Brightness):
-    """On pictures brighter than `above`."""
+def raises_on(above) -> Brightness:
 
-    def __init__(self, above):
-        self.above = above
-
-    def __call__(self, images, prompts):
-        scores = images.mean((1, 2, 3))
-        if (scores > self.above).any():
+    def check(scores):
+        if (scores > above).any():
             raise KeyError("too bright")
         return scores
+
+    return Brightness(check)
 
 
 def test_a_bad_reward_is_named_with_its_prompts():
     with pytest.raises(BadReward, match=r"brightness failed .*'first' to 'second': KeyError: 'too bright'"):
-        scorer(RaisesOn(0)).score(clean())
+        scorer(raises_on(0)).score(clean())
     with pytest.raises(BadReward, match=r"'second', trajectory 11 of epoch 4, state 2"):
         scorer().score(clean([0.1, 0.2, 0.3, 0.4, float("nan")]))
+    said = "all 2 trajectories of chunk 0 of epoch 4 are bad: reward brightness is broken"
+    with pytest.raises(BadReward, match=said):
+        scorer(raises_on(0), quarantine=True).score(clean())
 
 
 def brightnesses(thumbnails) -> list[float]:
@@ -85,37 +84,21 @@ def test_a_gpu_that_is_too_small_is_no_bad_reward(where):
 
     class Greedy(torch.autograd.Function):
         @staticmethod
-        def forward(context, images):
+        def forward(context, scores):
             if where == "reward":
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return images.mean((1, 2, 3))
+            return scores.clone()
 
         @staticmethod
         def backward(context, gradient):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    class Large(Brightness):
-        differentiable = True
-
-        def __call__(self, images, prompts):
-            return Greedy.apply(images)
-
     with pytest.raises(OutOfMemory, match=r"reward\.batch=4 does not fit into GPU memory; make it smaller"):
-        scorer(Large(), gradients=True, batch=4).score(clean())
+        scorer(Brightness(Greedy.apply, differentiable=True), gradients=True, batch=4).score(clean())
 
 
-class NotANumber(Brightness):
-    def __call__(self, images, prompts):
-        scores = images.mean((1, 2, 3))
-        return torch.where(scores > 0.45, torch.inf, scores)
-
-
-class BadGradient(Brightness):
-    differentiable = True
-
-    def __call__(self, images, prompts):
-        scores = images.mean((1, 2, 3))
-        return scores + 0 * (0.5 - scores).sqrt()  # at 0.5 the slope is 0 x infinity
+NOT_A_NUMBER = Brightness(lambda scores: torch.where(scores > 0.45, torch.inf, scores))
+BAD_GRADIENT = Brightness(lambda scores: scores + 0 * (0.5 - scores).sqrt(), differentiable=True)  # at 0.5
 
 
 @pytest.mark.parametrize(
@@ -124,16 +107,15 @@ class BadGradient(Brightness):
         ([0.1, 0.2, 0.3, 0.4, float("nan")], Brightness(), "latents that are not finite, state 2"),
         ([0.1, 0.2, 0.3, float("inf"), 0.5], Brightness(), "latents that are not finite, state 0"),
         ([0.1, 0.2, 0.3, 0.4, 0.001], Brightness(), "an all-black image"),
-        (VALUES, NotANumber(), "reward brightness returned inf, state 2"),
-        (VALUES, RaisesOn(0.45), "failed on 1 images with prompts from 'second'"),
-        (VALUES, BadGradient(), "the gradient of reward brightness is not finite"),
+        (VALUES, NOT_A_NUMBER, "reward brightness returned inf, state 2"),
+        (VALUES, raises_on(0.45), "failed on 1 images with prompts from 'second'"),
+        (VALUES, BAD_GRADIENT, "the gradient of reward brightness is not finite"),
     ],
 )
 def test_every_kind_of_bad_trajectory_is_set_aside_or_stops(values, reward, reason):
     gradients = reward.differentiable
     scores = scorer(reward, quarantine=True, thumbnail_pixels=4, gradients=gradients).score(clean(values))
-    assert list(scores.bad) == [1] and reason in scores.bad[1]
-    assert np.isnan(scores.rewards[1]).all()
+    assert list(scores.bad) == [1] and reason in scores.bad[1] and np.isnan(scores.rewards[1]).all()
     np.testing.assert_allclose(scores.rewards[0], [0.1, 0.2, 0.3], rtol=1e-6)
     assert scores.good_ids == (10,) and len(scores.thumbnails) == 2
     assert (1 in scores.bad_images) == ("latents" not in reason)
@@ -144,12 +126,9 @@ def test_every_kind_of_bad_trajectory_is_set_aside_or_stops(values, reward, reas
         scorer(reward, gradients=gradients).score(clean(values))
 
 
-def test_a_decoder_that_makes_no_numbers_is_found():
+def test_a_decoder_that_makes_no_numbers_is_found_and_a_black_image_only_at_the_end():
     scores = Scorer(lambda x: torch.where(x > 0.45, torch.nan, x), Brightness(), quarantine=True).score(clean())
     assert scores.bad == {1: "an image that is not finite, state 2"} and not scores.bad_images
-
-
-def test_a_black_image_counts_only_at_the_end_and_may_be_allowed():
     assert scorer(quarantine=True).score(clean([0.0, 0.0, 0.3, 0.0, 0.5])).bad == {}
     black = clean([0.1, 0.2, 0.3, 0.4, 0.0])
     assert scorer(quarantine=True, allow_black=True).score(black).bad == {}
@@ -157,15 +136,9 @@ def test_a_black_image_counts_only_at_the_end_and_may_be_allowed():
         scorer().score(black)
 
 
-def test_a_reward_that_raises_on_everything_is_broken():
-    said = "all 2 trajectories of chunk 0 of epoch 4 are bad: reward brightness is broken"
-    with pytest.raises(BadReward, match=said):
-        scorer(RaisesOn(0.0), quarantine=True).score(clean())
-
-
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_reward_that_raises_on_some_leaves_the_others_scores(batch):
     """Scored alone they are what they are in a batch; the batches before and after go on."""
-    scores = scorer(RaisesOn(0.25), quarantine=True, batch=batch).score(clean([0.1, 0.2, 0.3, 0.15, 0.05]))
+    scores = scorer(raises_on(0.25), quarantine=True, batch=batch).score(clean([0.1, 0.2, 0.3, 0.15, 0.05]))
     assert list(scores.bad) == [0]
     np.testing.assert_allclose(scores.rewards[1], [0.15, np.nan, 0.05], rtol=1e-6)

@@ -11,20 +11,18 @@ IMAGES = torch.rand(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["the cat", "a red bird"]
 SHAPES = {"name": "shapes_alignment_soft", "weight": 2}
 JPEG = {"name": "jpeg_incompressibility", "weight": -0.5}
+ACTS = (
+    lambda terms: registry.load("weighted_sum", terms=terms),
+    lambda terms: registry.check("weighted_sum", None, {"terms": terms}, []),
+)
 
 
-@pytest.fixture
-def tiny_terms(tmp_path) -> list[dict]:
-    """Aesthetic and HPSv2 as terms."""
-    made = []
+def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tmp_path):
+    tiny_terms = []
     for write, weight in ((write_aesthetic, 0.25), (write_hpsv2, -3)):
         settings = write(tmp_path)
         name, weights = settings.pop("name"), settings.pop("weights")
-        made.append({"name": name, "weight": weight, "weights": weights, "options": settings})
-    return made
-
-
-def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tiny_terms):
+        tiny_terms.append({"name": name, "weight": weight, "weights": weights, "options": settings})
     reward = registry.load("weighted_sum", terms=tiny_terms)
     assert reward.name == "weighted_sum" and reward.differentiable
     images = IMAGES.clone().requires_grad_()
@@ -39,30 +37,24 @@ def test_the_sum_of_weights_times_raw_parts_and_its_gradient(tiny_terms):
     torch.testing.assert_close(gradient, 0.25 * pieces[0] - 3 * pieces[1])
 
 
-def test_equal_names_are_told_apart():
+def test_equal_names_are_told_apart_and_a_sum_is_differentiable_when_every_term_is():
     reward = registry.load("weighted_sum", terms=[JPEG, {**JPEG, "weight": 1}, JPEG])
     parts = reward.parts(IMAGES, PROMPTS)
     assert list(parts) == ["jpeg_incompressibility", "jpeg_incompressibility_2", "jpeg_incompressibility_3"]
     torch.testing.assert_close(reward(IMAGES, PROMPTS), 0 * parts["jpeg_incompressibility"])
 
-
-def test_it_is_differentiable_when_every_term_is():
     assert registry.load("weighted_sum", terms=[SHAPES]).differentiable
     assert not registry.load("weighted_sum", terms=[SHAPES, JPEG]).differentiable
     registry.check("weighted_sum", None, {"terms": [SHAPES]}, ["a red circle"], "nabla_db")
     registry.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"])
     with pytest.raises(ValueError, match="a cat"):  # a prompt that a term refuses
         registry.check("weighted_sum", None, {"terms": [JPEG, SHAPES]}, ["a cat"])
-    with pytest.raises(
-        ValueError, match=r"terms\[1\] \(jpeg_incompressibility\): objective.kind: .* not differentiable"
-    ):
+    said = r"terms\[1\] \(jpeg_incompressibility\): objective.kind: .* not differentiable"
+    with pytest.raises(ValueError, match=said):
         registry.check("weighted_sum", None, {"terms": [SHAPES, JPEG]}, ["a red circle"], "nabla_db")
 
 
-@pytest.mark.parametrize("act", [
-    lambda terms: registry.load("weighted_sum", terms=terms),
-    lambda terms: registry.check("weighted_sum", None, {"terms": terms}, []),
-])  # fmt: skip
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
@@ -91,10 +83,9 @@ def test_failures_of_a_term_keep_their_kind():
         ({"name": "beauty", "weight": 1}, registry.UnknownReward, r"terms\[0\] \(beauty\): .*unknown reward 'beauty'"),
         ({"name": "hpsv2", "weight": 1, "weights": "gone.pt"}, WeightsNotFound, r"terms\[0\] \(hpsv2\): .* gone\.pt"),
     ):
-        with pytest.raises(kind, match=said):
-            registry.load("weighted_sum", terms=[term])
-        with pytest.raises(kind, match=said):
-            registry.check("weighted_sum", None, {"terms": [term]}, [])
+        for act in ACTS:
+            with pytest.raises(kind, match=said):
+                act([term])
     with pytest.raises(ValueError, match=r"reward\.options: weighted_sum: .*'colour'"):
         registry.check("weighted_sum", None, {"terms": [JPEG], "colour": 1}, [])
     with pytest.raises(ValueError, match="weights"):

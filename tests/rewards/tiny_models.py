@@ -75,13 +75,10 @@ def write_imagereward(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
 
 
 def write_hpsv2(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
-    """As `write_imagereward`."""
     torch.save({"state_dict": change(hpsv2_state(), changed)}, folder / "HPS_v2.1_compressed.pt")
-    return {
-        "name": "hpsv2", "weights": str(folder / "HPS_v2.1_compressed.pt"),
-        "tokenizer": str(inputs.write_clip_tokenizer(folder / "bpe")),
-        "size": HPS_SIZE,
-    }  # fmt: skip
+    tokenizer = inputs.write_clip_tokenizer(folder / "bpe")
+    weights = str(folder / "HPS_v2.1_compressed.pt")
+    return {"name": "hpsv2", "weights": weights, "tokenizer": str(tokenizer), "size": HPS_SIZE}
 
 
 def write_aesthetic(folder: Path, activation: str = "quick_gelu", **changed: Tensor | None) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""Problems whose answer is known exactly, for the project's own kernel, objectives and update step.
-
-The state is one number (or a few independent ones), so the law of x_0 under the learned policy is found by pushing
-N(0, 1) through the transition densities on a grid: no sampling noise in the metric. Only networks, rollout and rewards
-are the toy's; see docs/algorithms.md for the problems (G, realizable, and M, bimodal).
+"""Problems whose answer is known exactly, for the project's own kernel, objectives and update step. The state is one
+number (or a few independent ones), so the law of x_0 under the learned policy is found by pushing N(0, 1) through the
+transition densities on a grid: no sampling noise in the metric. Only networks, rollout and rewards are the toy's; see
+docs/algorithms.md for the problems (G, realizable, and M, bimodal).
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ class Problem:
         return -(1 - abar).sqrt() * (posterior * torch.stack(scores)).sum(0)
 
     def rewards(self, x: Tensor) -> Tensor:
-        """[b]: summed over dimensions."""
         return self.log_reward(x).flatten(1).sum(1)
 
 
@@ -80,19 +78,16 @@ def tilted(steps: int) -> Problem:
 def bimodal() -> Problem:
     """M: not realizable with Gaussian steps of fixed variance."""
 
+    def log_of(x: Tensor, weight: float, mean: float, deviation: float) -> Tensor:
+        return math.log(weight) - (x - mean) ** 2 / (2 * deviation**2) - math.log(deviation * math.sqrt(2 * math.pi))
+
     def log_reward(x: Tensor) -> Tensor:
-        logs = [
-            math.log(weight) - (x - mean) ** 2 / (2 * deviation**2) - math.log(deviation * math.sqrt(2 * math.pi))
-            for weight, mean, deviation in REWARD_MODES
-        ]
-        return torch.logsumexp(torch.stack(logs), 0)
+        return torch.logsumexp(torch.stack([log_of(x, *mode) for mode in REWARD_MODES]), 0)
 
     return Problem(20, schedule(20, 2, -4), log_reward, bimodal=True)
 
 
 class Affine(nn.Module):
-    """a_t x + b_t, per dimension, zero at the start."""
-
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.lora_slope = nn.Parameter(torch.zeros(problem.steps + 1, problem.dimensions))
@@ -138,8 +133,7 @@ class Flow(nn.Module):
         self.net, self.scalar = net, scalar
 
     def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        output = self.net(x, t)
-        return output.flatten() if self.scalar else output
+        return self.net(x, t).flatten() if self.scalar else self.net(x, t)
 
 
 class ToyModel:
@@ -169,9 +163,8 @@ def make_learner(problem: Problem, kind: str, rate: float, **objective) -> Learn
         "kind": kind, "log_prob_reduction": "sum", "beta": 1.0, "regulariser": 0.0, "kl_weight": 1.0,
         "anneal_fraction": 0.0, **objective,
     }  # fmt: skip
-    config = Config.model_validate(
-        {"objective": settings, "learner": {"learning_rate": rate}, "flow": {"learning_rate": rate}}
-    )
+    rates = {"learner": {"learning_rate": rate}, "flow": {"learning_rate": rate}}
+    config = Config.model_validate({"objective": settings, **rates})
     model, shape, flow = ToyModel(problem), config.needs.flow, None
     if shape == "log_flow" and not problem.bimodal:
         flow = Quadratic(problem)
@@ -206,8 +199,7 @@ def rollout(learner: Learner, count: int) -> Transitions:
         gradients = torch.autograd.grad(rewards.sum(), clean)[0]
     if looking == "none":  # as in a run: nothing is scored but the image
         gradients[here] = 0
-    reward = rewards.detach()
-    blind = slice(0, learner.config.objective.forward_looking_from * count)
+    reward, blind = rewards.detach(), slice(0, learner.config.objective.forward_looking_from * count)
     reward[blind], gradients[blind] = 0, 0
     return Transitions(
         x=every[here], x_next=every[after], t=t[here], t_next=t[after],
@@ -219,9 +211,7 @@ def rollout(learner: Learner, count: int) -> Transitions:
 
 
 def pick(batch: Transitions, index: Tensor) -> Transitions:
-    """The transitions at `index`."""
-    values = {name: value[index] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **values)
+    return replace(batch, **{name: value[index] for name, value in vars(batch).items() if isinstance(value, Tensor)})
 
 
 Refill = Callable[[Learner], Transitions]
@@ -241,7 +231,6 @@ def train(learner: Learner, updates: int, rate: float, draw: Refill) -> dict[str
 
 
 def fresh(count: int) -> Refill:
-    """On-policy: a new rollout for every update."""
     return lambda learner: rollout(learner, count)
 
 
@@ -253,8 +242,7 @@ def mixed(count: int) -> Refill:
 def stale(count: int, every: int, behind: int) -> Refill:
     """Rollouts made every `every` updates, and trained on `behind` such refreshes later."""
 
-    held: deque[Transitions] = deque(maxlen=behind + 1)
-    turns = itertools.count()
+    held, turns = deque(maxlen=behind + 1), itertools.count()
 
     def draw(learner: Learner) -> Transitions:
         if next(turns) % every == 0:

@@ -36,12 +36,9 @@ def test_next_flow_gradient_only_when_faithful_and_never_at_the_end():
         assert gradient.tolist() == expected
 
 
-def test_annealing_is_linear_over_the_first_half():
+def test_annealing_is_linear_over_the_first_half_and_decay_fades_towards_the_noise():
     assert [anneal(100, epoch, 8, 0.5) for epoch in range(6)] == [0, 25, 50, 75, 100, 100]
     assert anneal(100, 0, 8, 0.0) == 100
-
-
-def test_decay_fades_towards_the_noise_and_is_one_at_the_image():
     abar = torch.tensor([0.01, 0.25, 1.0])
 
     def gamma(decay: str) -> torch.Tensor:

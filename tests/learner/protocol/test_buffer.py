@@ -18,8 +18,7 @@ VERDICT = Verdict((0.0,) * SIZE, (), 0.0)
 
 
 def chunks_of(epoch: int) -> list[Chunk]:
-    ids = [tuple(range(i * SIZE, (i + 1) * SIZE)) for i in range(CHUNKS)]
-    return [Chunk(i, "train", epoch, 0, ("a prompt",) * SIZE, ids[i]) for i in range(CHUNKS)]
+    return [Chunk(i, "train", epoch, 0, ("a prompt",) * SIZE, (i * SIZE, i * SIZE + 1)) for i in range(CHUNKS)]
 
 
 def snapshot(version: int) -> Snapshot:
@@ -50,7 +49,6 @@ class Run:
         self.trained = Counter({place: n for place, n in self.trained.items() if place[0] < done})
 
     def steps(self) -> dict[str, bool]:
-        """What can happen now, of itself."""
         whole = sum(key.epoch == self.epoch for key in self.scored) == CHUNKS
         return {
             "give": bool(self.waiting), "sample": bool(self.sampling), "score": bool(self.scoring),
@@ -77,11 +75,9 @@ class Run:
     def give(self) -> None:
         key = self.waiting[self.rng.randrange(len(self.waiting))]
         too_old = key.epoch - self.staleness - 1
-        for wrong in (too_old, key.epoch + 1):
-            if wrong >= 0:
-                said = f"policy version {wrong}: train.max_staleness is {self.staleness}"
-                with pytest.raises(StaleWeights, match=said):
-                    self.buffer.given(key, snapshot(wrong))
+        for wrong in {max(too_old, -1), key.epoch + 1} - {-1}:
+            with pytest.raises(StaleWeights, match=f"policy version {wrong}: train.max_staleness is {self.staleness}"):
+                self.buffer.given(key, snapshot(wrong))
         self.buffer.given(key, snapshot(self.version))
         self.waiting.remove(key)
         self.sampling[key] = self.made_by[key] = self.version
@@ -100,7 +96,6 @@ class Run:
         self.scored.append(key)
 
     def lose(self) -> None:
-        """An actor or a node takes with it what was made of a chunk, or what it was at."""
         at_risk = [*self.sampling, *self.scoring, *([] if self.is_trained else self.scored)]
         if not at_risk:
             return

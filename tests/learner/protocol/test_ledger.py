@@ -5,10 +5,10 @@ from learner.protocol.ledger import Ledger, LedgerError
 STAGES = ("sampled", "scored", "trained")
 
 
-def issued(epochs: int = 1, ids: tuple[int, ...] = (0, 1)) -> Ledger:
+@pytest.fixture
+def ledger() -> Ledger:
     ledger = Ledger()
-    for epoch in range(epochs):
-        ledger.open(epoch, ids)
+    ledger.open(0, (0, 1))
     return ledger
 
 
@@ -28,7 +28,8 @@ def test_every_trajectory_is_counted_once_at_every_stage_also_after_a_resume():
 
 
 def test_a_lost_chunk_is_made_again_and_counted_until_it_is_trained():
-    ledger = issued(ids=(0, 1, 2, 3))
+    ledger = Ledger()
+    ledger.open(0, (0, 1, 2, 3))
     ledger.advance(0, [0, 1], "sampled")
     ledger.advance(0, [0, 1], "issued")  # after sampling
     ledger.advance(0, [2, 3], "issued")  # before
@@ -38,8 +39,7 @@ def test_a_lost_chunk_is_made_again_and_counted_until_it_is_trained():
     ledger.advance(0, [0, 1, 2, 3], "trained")
     with pytest.raises(LedgerError, match="trajectory 0 of epoch 0 cannot be issued: it is trained"):
         ledger.advance(0, [0], "issued")
-    assert ledger.close(0) == 5
-    assert ledger.totals["sampled"] == 4 and ledger.totals["lost"] == 5
+    assert ledger.close(0) == 5 == ledger.totals["lost"] and ledger.totals["sampled"] == 4
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,13 @@ def test_a_lost_chunk_is_made_again_and_counted_until_it_is_trained():
         ((), [7], "sampled", "trajectory 7 of epoch 0 cannot be sampled: it is unknown"),
     ],
 )
-def test_what_is_out_of_order_is_refused_by_name(stages, ids, stage, said):
-    ledger = issued()
+def test_what_is_out_of_order_is_refused_by_name(ledger, stages, ids, stage, said):
     advance(ledger, 0, [0], stages)
     with pytest.raises(LedgerError, match=said):
         ledger.advance(0, ids, stage)
 
 
-def test_an_epoch_closes_when_all_is_trained_or_quarantined():
-    ledger = issued()
+def test_an_epoch_closes_when_all_is_trained_or_quarantined(ledger):
     advance(ledger, 0, [0, 1], STAGES[:2])
     ledger.advance(0, [0], "trained")
     with pytest.raises(LedgerError, match="1 trajectories were not trained on, first 1"):
@@ -72,8 +70,8 @@ def test_an_epoch_closes_when_all_is_trained_or_quarantined():
     assert ledger.totals == {"issued": 2, "sampled": 2, "scored": 2, "trained": 1, "quarantined": 1, "lost": 0}
 
 
-def test_several_epochs_are_in_work_and_come_and_close_in_their_order():
-    ledger = issued(epochs=2)
+def test_several_epochs_are_in_work_and_come_and_close_in_their_order(ledger):
+    ledger.open(1, (0, 1))
     for epoch in (1, 3):
         with pytest.raises(LedgerError, match=f"epoch {epoch} was issued, but 2 is next"):
             ledger.open(epoch, [0])

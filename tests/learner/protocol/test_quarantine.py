@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -24,8 +23,9 @@ EPOCH, BAD = 1, 5  # the trajectory that goes wrong
 
 
 @pytest.fixture
-def settings(small_settings):
-    return [*small_settings, "run.runner=inprocess", "train.epochs=3", "evaluation.every=3"]
+def settings(small_settings, tmp_path):
+    every = ["run.runner=inprocess", "train.epochs=3", "evaluation.every=3", "reward.on_bad_reward=quarantine"]
+    return [*small_settings, *every, f"run.dir={tmp_path / 'run'}"]
 
 
 def poison(monkeypatch, ids=(BAD,), epoch=EPOCH, purpose="train"):
@@ -44,51 +44,38 @@ def poison(monkeypatch, ids=(BAD,), epoch=EPOCH, purpose="train"):
     monkeypatch.setattr(Scorer, "score", score)
 
 
-def lora(folder) -> bytes:
-    return (folder / "checkpoints/latest/lora/kohya.safetensors").read_bytes()
-
-
 def test_by_default_a_bad_trajectory_ends_the_run_with_the_way_out(settings, tmp_path, monkeypatch, capsys):
     poison(monkeypatch)
-    assert main([*settings, f"run.dir={tmp_path / 'run'}"]) == 1
+    assert main([*settings, "reward.on_bad_reward=stop"]) == 1
     said = capsys.readouterr().err
-    assert "BadReward: latents that are not finite" in said and "trajectory 5 of epoch 1" in said
-    assert "reward.on_bad_reward=quarantine" in said
-    assert not (tmp_path / "run/quarantine").exists()
+    words = "BadReward: latents that are not finite", "trajectory 5 of epoch 1", "reward.on_bad_reward=quarantine"
+    assert all(word in said for word in words) and not (tmp_path / "run/quarantine").exists()
 
 
 @pytest.mark.parametrize("kind", ["dag_db", pytest.param("nabla_db", marks=pytest.mark.long)])
 def test_set_aside_it_is_counted_kept_and_not_trained_on(kind, settings, settings_of, tmp_path, monkeypatch):
     poison(monkeypatch)
-    settings = [*settings, *settings_of(kind), "reward.on_bad_reward=quarantine"]
+    assert main([*settings, *settings_of(kind)]) == 0
     folder = tmp_path / "run"
-    assert main([*settings, f"run.dir={folder}"]) == 0
-
     facts = json.loads((folder / "quarantine/epoch-000001-trajectory-5.json").read_text())
     assert facts["reason"].startswith("latents that are not finite") and facts["trajectory_id"] == BAD
     arrays = load_file(folder / "quarantine/epoch-000001-trajectory-5.safetensors")
-    assert {name: values.shape[0] for name, values in arrays.items()} == {
-        "timesteps": 4, "states": 5, "log_pf": 4, "log_pb": 4,
-    }  # fmt: skip
+    lengths = {name: len(values) for name, values in arrays.items()}
+    assert lengths == {"timesteps": 4, "states": 5, "log_pf": 4, "log_pb": 4}
     assert sorted(path.suffix for path in (folder / "quarantine").iterdir()) == [".json", ".safetensors"]
     lines = Records.open(Storage(str(folder))).lines
     assert [line["quarantined"] for line in lines] == [0, 0, 1, 0] and lines[2]["trajectories"] == 8
     totals = json.loads((folder / "checkpoints/latest/state.json").read_text())["ledger"]["totals"]
     assert totals == {"issued": 24, "sampled": 24, "scored": 24, "trained": 23, "quarantined": 1, "lost": 0}
-    rows = pq.read_table(folder / "trajectories", columns=["epoch", "trajectory_id", "reward", "bad"]).to_pylist()
-    bad = [row for row in rows if row["bad"] or row["reward"] is None]
-    assert [(row["epoch"], row["trajectory_id"]) for row in bad] == [(EPOCH, BAD)]
-    good = [row["reward"] for row in rows if row["epoch"] == EPOCH and row["reward"] is not None]
-    assert lines[2]["reward_mean"] == pytest.approx(np.mean(good))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["dag_db", "nabla_db"])
 def test_a_stopped_run_sets_aside_the_same(kind, settings, settings_of, tmp_path, monkeypatch):
     poison(monkeypatch)
-    settings = [*settings, *settings_of(kind), "reward.on_bad_reward=quarantine"]
+    settings = [*settings, *settings_of(kind)]
     folder, stopped = tmp_path / "run", tmp_path / "stopped"
-    assert main([*settings, f"run.dir={folder}"]) == 0
+    assert main(settings) == 0
     with killed(InProcessRunner, "checkpoint_files", 3):  # its files are written, the epoch is not closed
         main([*settings, f"run.dir={stopped}"])
     assert list((stopped / "quarantine").iterdir())
@@ -96,34 +83,31 @@ def test_a_stopped_run_sets_aside_the_same(kind, settings, settings_of, tmp_path
     stray.write_text("{}")  # of the unclosed epoch: dropped
     assert main([*settings, f"run.dir={stopped}"]) == 0
     assert not stray.exists()
-    assert lora(stopped) == lora(folder)
-    for file in (folder / "quarantine").iterdir():
-        assert (stopped / "quarantine" / file.name).read_bytes() == file.read_bytes()
+    for file in (*folder.glob("quarantine/*"), folder / "checkpoints/latest/lora/kohya.safetensors"):
+        assert (stopped / file.relative_to(folder)).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.long
 def test_past_the_limit_the_run_ends_and_may_go_on_with_a_higher_one(settings, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, ids=(1, BAD))
-    settings = [*settings, "reward.on_bad_reward=quarantine", f"run.dir={tmp_path / 'run'}"]
     assert main([*settings, "reward.quarantine_limit=1"]) == 1
-    said = capsys.readouterr().err
-    assert f"QuarantineFull: 2 trajectories are set aside in {tmp_path / 'run'}/quarantine" in said
+    assert f"QuarantineFull: 2 trajectories are set aside in {tmp_path}/run/quarantine" in capsys.readouterr().err
     assert len(list((tmp_path / "run/quarantine").glob("*.json"))) == 2
     assert main([*settings, "reward.quarantine_limit=2"]) == 0
     assert len(list((tmp_path / "run/quarantine").glob("*.json"))) == 2
 
 
 @pytest.mark.long
-def test_a_chunk_without_a_good_trajectory_ends_the_run(settings, tmp_path, monkeypatch, capsys):
+def test_a_chunk_without_a_good_trajectory_ends_the_run(settings, monkeypatch, capsys):
     poison(monkeypatch, ids=(4, 5, 6, 7))
-    assert main([*settings, "reward.on_bad_reward=quarantine", f"run.dir={tmp_path / 'run'}"]) == 1
+    assert main(settings) == 1
     assert "BadReward: all 4 trajectories of chunk 1 of epoch 1 are bad; the first: latents" in capsys.readouterr().err
 
 
 def test_bad_evaluation_images_are_left_out(settings, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, ids=(2,), epoch=0, purpose="evaluate")
     folder = tmp_path / "run"
-    assert main([*settings, "reward.on_bad_reward=quarantine", "train.epochs=1", f"run.dir={folder}"]) == 0
+    assert main([*settings, "train.epochs=1"]) == 0
     assert "warning: 1 evaluation images are bad" in capsys.readouterr().out
     rewards = json.loads((folder / "evaluation/epoch-000000.json").read_text())["reward"]
     assert rewards[2] is None and None not in (rewards[0], rewards[1], rewards[3])
@@ -140,7 +124,6 @@ def test_more_than_the_limit_is_refused_with_its_folder(tmp_path):
 
 
 def spoiled(config, snapshot, row=1):
-    """An epoch whose first chunk has a bad row."""
     (made, scores), *rest = scored_epoch(config, snapshot)
     rewards = scores.rewards.copy()
     rewards[row] = np.nan

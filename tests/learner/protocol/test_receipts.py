@@ -19,14 +19,11 @@ def test_version_and_hash_must_both_be_those_of_one_published_version():
                 receipts.check(receipt, published, "chunk 1")
 
 
-def test_the_same_adapter_is_no_new_version():
+def test_the_same_adapter_is_no_new_version_and_ranks_must_agree():
     before, same, moved = (Snapshot(i, np.zeros(1, np.float32), sha) for i, sha in enumerate(("aaa", "aaa", "bbb")))
     receipts.check_moved(before, moved)
     with pytest.raises(StaleWeights, match="version 1 is bitwise version 0"):
         receipts.check_moved(before, same)
-
-
-def test_ranks_must_agree():
     receipts.check_ranks(["aaa", "aaa"])
     with pytest.raises(RanksDiverged, match="rank 0 aaa, rank 1 bbb"):
         receipts.check_ranks(["aaa", "bbb"])
