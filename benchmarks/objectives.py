@@ -26,8 +26,6 @@ matplotlib.use("Agg")  # no display on a server
 import numpy as np
 from matplotlib.figure import Figure
 
-from commands.compare import COLOURS
-
 ROOT = Path(__file__).parent.parent
 PRESETS = {
     "ddpo": "shapes_ddpo",
@@ -123,7 +121,8 @@ def pareto(results: dict[str, list[dict[str, Any]]]) -> Figure:
         (panels[0], "distance", "diversity within a prompt (mean distance; right is better)"),
         (panels[1], "fid", "drift from the base model (Frechet distance; left is better)"),
     ):
-        for (kind, found), colour in zip(results.items(), COLOURS, strict=False):
+        for index, (kind, found) in enumerate(results.items()):
+            colour = f"C{index}"
             x, y = (np.array([[one[key][part] for part in ("value", "low", "high")] for one in found])
                     for key in (name, "reward"))  # fmt: skip
             spread = [np.abs(one[:, 1:] - one[:, :1]).T for one in (x, y)]

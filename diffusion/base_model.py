@@ -37,12 +37,15 @@ class BaseModel:
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
         folder, unconditional, dtypes = locate(path), is_unconditional(path), {"unet": dtype, "default": torch.float32}
-        kind, options = diffusers.StableDiffusionPipeline, dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
-        options |= {"requires_safety_checker": False, "use_safetensors": True}
-        if unconditional:  # old ones have a .bin alone: read with weights_only
-            kind, options = diffusers.DDPMPipeline, {"use_safetensors": None}
+        pipeline: Any
         with load_errors(path):
-            pipeline = kind.from_pretrained(folder, dtype=dtypes, **options)
+            if unconditional:  # old ones have a .bin alone: read with weights_only
+                pipeline = diffusers.DDPMPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=None)
+            else:
+                left_out = dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
+                pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+                    folder, dtype=dtypes, requires_safety_checker=False, use_safetensors=True, **left_out
+                )
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
         self.scheduler = pipeline.scheduler

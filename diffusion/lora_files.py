@@ -52,6 +52,10 @@ class AdapterFile:
         return sorted({name.rsplit(".", 2)[0] for name in self.state})
 
     @property
+    def targets(self) -> list[str]:  # the ends of these names: to_q, to_out.0 ...
+        return sorted({re.findall(r"[^.]*[a-z][^.]*(?:\.\d+)?$", name)[0] for name in self.modules})
+
+    @property
     def flat(self) -> np.ndarray:  # float32 [P], in the order of diffusion/lora.py
         return torch.cat([self.state[name].flatten() for name in sorted(self.state)]).numpy()
 

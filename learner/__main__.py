@@ -44,7 +44,7 @@ def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
     signals.leave(importlib.import_module(VERBS[verb][0]).main(arguments))
 
 
-def console() -> None:
+def main() -> None:
     """The script `tributary`. Like `python -m` it finds a user's own rewards in the current directory."""
     sys.path.insert(0, str(Path.cwd()))
     verb, *arguments = sys.argv[1:] or ["--help"]
@@ -59,4 +59,4 @@ def console() -> None:
 
 
 if __name__ == "__main__":
-    console()
+    main()

@@ -29,7 +29,7 @@ def test_all_verbs_and_packages_are_listed_and_other_verbs_refused():
 def test_the_console_script_finds_the_current_directory(tmp_path):
     (tmp_path / "models.py").touch()
     done = call("-c", "import sys; sys.argv = ['tributary', 'run', '--help'];"
-                "from learner.__main__ import console; console()", cwd=tmp_path)  # fmt: skip
+                "from learner.__main__ import main; main()", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2 and "models.py hides Tributary's own package 'models'" in done.stderr
 
 
