@@ -9,8 +9,6 @@ psi may be any function of the state, as long as one stored value serves both en
 log-probabilities they are nats per dimension, and the target is exp(D beta r).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

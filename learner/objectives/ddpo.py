@@ -3,17 +3,14 @@
 Every transition of a trajectory carries the same standardised reward; there is no flow network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions
+from learner.objectives.base import ADVANTAGE_LIMIT, Flow, Loss, Objective, Policy, Transitions
 from learner.objectives.needs import NEEDS
-from learner.objectives.policy_gradient import ADVANTAGE_LIMIT
 
 HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
 

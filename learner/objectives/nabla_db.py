@@ -11,8 +11,6 @@ any fixed vector field may be added to h_phi, as long as both conditions see the
 dimensions, so beta is the true exponent: the target is exp(beta r). Losses are means over dimensions.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ with the forward-looking g~(x_t) = h_phi(x_t) + beta gamma_t grad_{x_t} r(xhat(x
 p_ref(x_0)^eta_p exp(beta r(x_0)); eta_p is objective.pretrained_strength.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
