@@ -1,8 +1,6 @@
 """The job, for the command and for Python: `learner.train(config, reward=my_function)`. Here the epoch loop meets its
 runner, its records and its views."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -155,7 +153,8 @@ def run(
                 pixels = config.run.thumbnail_pixels
                 judge = partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
                 controller.run(opened, runner, judge, views)
-        controller.finish(records, views)
+        records.note(finished=True)
+        views.finished()
         status = "FINISHED"
     except (RunFailure, ConfigError, KeyboardInterrupt) as error:
         killed = isinstance(error, KeyboardInterrupt)

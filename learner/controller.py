@@ -15,8 +15,6 @@ Runners hand trajectories from actor to actor; none of their waits is without a 
 after its last checkpoint is dropped and made again, bit by bit the same.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -89,12 +87,6 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         if config.train.stop_on_collapse and (signs := collapsed(records)):
             views.say(f"stopped after epoch {epoch + 1}: {signs} (train.stop_on_collapse)")
             return
-
-
-def finish(records: Records, views: Views) -> None:
-    """The end of a run, also of one that had nothing left to do."""
-    records.note(finished=True)
-    views.finished()
 
 
 def collapsed(records: Records) -> str | None:

@@ -4,8 +4,6 @@
 only tensors, numbers and strings, and are read with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict

@@ -4,8 +4,6 @@ One instance a rank, which holds an equal share of every update's trajectories. 
 (learner/process_group.py), so any number of ranks does the same update.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy

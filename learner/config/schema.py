@@ -1,7 +1,5 @@
 """The configuration as a whole: its sections, what a resumed run may change, and what follows from it. No torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

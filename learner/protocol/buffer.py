@@ -8,8 +8,6 @@ epochs before it are closed, and older weights are refused when a sampler is giv
 sampler gets the newest weights. At most max_staleness + 1 epochs are in work: that bounds the object store too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -2,8 +2,6 @@
 exactly once. What went with an actor or a node is issued again and counted as lost; whatever else departs from the
 order is a defect, and ends the run: LedgerError."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any

@@ -5,8 +5,6 @@
 groups and ranks stay even: the mean is then over the good ones, some of them counted twice.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from made_up_run import COLLAPSE, save_evaluation
 
-from learner import controller
 from learner.config import load_config
 from learner.run import main, say
 from records.run_folder import BEFORE, Records
@@ -27,7 +26,8 @@ def said(copied, *settings) -> list[str]:
 
 def finish(copied) -> list[str]:
     records, lines = Records.open(Storage(str(copied))), []
-    controller.finish(records, RunViews(records, load_config(), lines.append))
+    records.note(finished=True)
+    RunViews(records, load_config(), lines.append).finished()
     return lines
 
 
