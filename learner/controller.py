@@ -12,8 +12,7 @@
     the views              nothing; and nothing waits for them     told of progress, events, closed epochs and the end
 
 Runners hand trajectories from actor to actor; none of their waits is without a deadline. Whatever a killed run wrote
-after its last checkpoint is dropped and made again, bit by bit the same.
-"""
+after its last checkpoint is dropped and made again, bit by bit the same."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,6 @@
 """DDPO: clipped policy gradient on the reward of the image (arXiv 2305.13301). The baseline to beat.
 
-Every transition of a trajectory carries the same standardised reward; there is no flow network.
-"""
+Every transition of a trajectory carries the same standardised reward; there is no flow network."""
 
 from collections.abc import Sequence
 

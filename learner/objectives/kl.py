@@ -2,8 +2,7 @@
 
 -delta is what a policy is rewarded with at a transition: its score-function gradient is that of
 KL(p_F(.|x_t) || p_B(x_t|.) F(.) / F(x_t)). The policy takes clipped policy-gradient steps on it, the flow network
-minimises delta^2 with log p_F held fixed.
-"""
+minimises delta^2 with log p_F held fixed."""
 
 from collections.abc import Sequence
 

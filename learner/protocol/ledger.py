@@ -36,8 +36,7 @@ class Ledger:
         return {"epochs": self.epochs, "totals": dict(self.totals)}
 
     @property
-    def following(self) -> int:
-        """The epoch to be issued next."""
+    def following(self) -> int:  # the epoch to be issued next
         return self.epochs + len(self._stages)
 
     def open(self, epoch: int, ids: Iterable[int]) -> None:
