@@ -153,8 +153,7 @@ def run(
                 pixels = config.run.thumbnail_pixels
                 judge = partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
                 controller.run(opened, runner, judge, views)
-        records.note(finished=True)
-        views.finished()
+        controller.finish(records, views)
         status = "FINISHED"
     except (RunFailure, ConfigError, KeyboardInterrupt) as error:
         killed = isinstance(error, KeyboardInterrupt)

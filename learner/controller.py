@@ -88,6 +88,11 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
             return
 
 
+def finish(records: Records, views: Views) -> None:  # also where nothing was left to do
+    records.note(finished=True)
+    views.finished()
+
+
 def collapsed(records: Records) -> str | None:
     """Signs of collapse at the last evaluation."""
     signs = [line.get("collapse") for line in records.lines if line["eval_reward_mean"] is not None]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from made_up_run import COLLAPSE, save_evaluation
 
+from learner import controller
 from learner.config import load_config
 from learner.run import main, say
 from records.run_folder import BEFORE, Records
@@ -26,8 +27,7 @@ def said(copied, *settings) -> list[str]:
 
 def finish(copied) -> list[str]:
     records, lines = Records.open(Storage(str(copied))), []
-    records.note(finished=True)
-    RunViews(records, load_config(), lines.append).finished()
+    controller.finish(records, RunViews(records, load_config(), lines.append))
     return lines
 
 
