@@ -1,7 +1,5 @@
 """Learning: objectives, the flow network, the update step, the epoch loop and its command line."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,6 @@
 """`python -m learner` lists all commands; `python -m learner VERB ...`, `python -m learner.VERB ...` and `tributary
 VERB ...` run one."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.machinery
 import sys

@@ -1,8 +1,6 @@
 """The job, for the command and for Python: `learner.train(config, reward=my_function)`. Here the epoch loop meets its
 runner, its records and its views."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Builds the three compute parts from a configuration, the same way in every process."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 from collections.abc import Callable

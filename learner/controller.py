@@ -12,10 +12,7 @@
     the views              nothing; and nothing waits for them     told of progress, events, closed epochs and the end
 
 Runners hand trajectories from actor to actor; none of their waits is without a deadline. Whatever a killed run wrote
-after its last checkpoint is dropped and made again, bit by bit the same.
-"""
-
-from __future__ import annotations
+after its last checkpoint is dropped and made again, bit by bit the same."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -91,8 +88,7 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
             return
 
 
-def finish(records: Records, views: Views) -> None:
-    """The end of a run, also of one that had nothing left to do."""
+def finish(records: Records, views: Views) -> None:  # also where nothing was left to do
     records.note(finished=True)
     views.finished()
 

@@ -1,7 +1,5 @@
 """Scored trajectories as the learner uses them: transitions gathered to batches, with what the objective prepared."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +27,7 @@ class Experience:
         """Transitions to train on."""
         return self.trajectories.selected.size
 
-    def kept(self, output: bool) -> Experience:
+    def kept(self, output: bool) -> "Experience":
         """For later epochs: a copy of what is read from the object store, which would keep all of it there. Without
         `output` the rollout's model output, a third of the bytes, goes: flow-only fits do not use it."""
 

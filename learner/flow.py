@@ -2,8 +2,6 @@
 layers start at zero, so that a state's flow starts at its forward-looking part. (Published code zeroes only the bias.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,8 +1,6 @@
 """The in-process runner: one sampler, one scorer, one learner in turns, no Ray: on one GPU they share its memory. Actor
 and rank counts do not apply."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """Which run a command means: a new one, or one to go on with; and whether it may. The same command given again goes on
 where the run stopped, and does nothing where it is done."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

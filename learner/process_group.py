@@ -1,8 +1,6 @@
 """The data-parallel process group of the learner ranks and its collectives: gloo on CPU, NCCL where every rank has a
 GPU. All are here, so that a broken group is told from a defect of the learner's own."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import re

@@ -1,7 +1,5 @@
 """Prompts: files (.txt, .json, .jsonl, .csv and .parquet), sets by name, and lists."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

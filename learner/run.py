@@ -1,8 +1,6 @@
 """The main job: `python -m learner.run [--config FILE] [section.key=value ...]`. Imports neither torch nor Ray before
 the settings are sound. The job is learner/api.py."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":
     from learner.__main__ import enter
 

@@ -1,10 +1,7 @@
 """The learner's state as the files of a checkpoint: all that a resumed run needs to go on bitwise.
 
 `learner.pt` is the same on every rank; `replay-RANK.pt` holds the rollouts that a rank may still train on. Both hold
-only tensors, numbers and strings, and are read with `weights_only=True`.
-"""
-
-from __future__ import annotations
+only tensors, numbers and strings, and are read with `weights_only=True`."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence

@@ -1,10 +1,7 @@
 """The learner: GFlowNet updates of the LoRA and the flow network from scored trajectories.
 
 One instance a rank, which holds an equal share of every update's trajectories. Gradients are averaged over ranks
-(learner/process_group.py), so any number of ranks does the same update.
-"""
-
-from __future__ import annotations
+(learner/process_group.py), so any number of ranks does the same update."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -8,8 +8,6 @@
 
 Only what the manifest lists is read. There is no random state to keep: every draw is keyed by what it is for."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run was made with: kept in run.json, shown in the report and as MLflow tags."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -2,8 +2,6 @@
 whoever looks from outside (commands/status.py). A run never reads its sign of life, and goes on where it cannot be
 written. Imports neither numpy nor pyarrow: a look takes no time."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

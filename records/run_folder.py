@@ -2,15 +2,13 @@
 What belongs to an epoch is on disk before the checkpoint that closes the epoch; `drop_after` removes what a killed
 driver wrote beyond its last checkpoint, so that there are neither holes nor repeats."""
 
-from __future__ import annotations
-
 import io
 import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,43 +23,37 @@ EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
 NEEDED = ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256")  # in run.json
 BEFORE = -1  # the "epoch" of the evaluation before training
 
-SCHEMA = pa.schema(
-    [
-        ("run_id", pa.string()),
-        ("epoch", pa.int32()),
-        ("trajectory_id", pa.int64()),
-        ("policy_version", pa.int32()),  # that sampled it
-        ("adapter_sha256", pa.string()),  # as it stood in the sampler's module
-        ("prompt", pa.string()),
-        ("reward", pa.float32()),  # raw, of the image; null of a bad one
-        ("reward_parts", pa.map_(pa.string(), pa.float32())),  # of a weighted_sum, each reward's own by its label
-        ("log_pf_sum", pa.float64()),  # nats, over all transitions and dimensions
-        ("log_pb_sum", pa.float64()),
-        ("beta", pa.float64()),  # that the epoch trained with
-        ("thumbnail_png", pa.binary()),
-        ("sampler_node", pa.string()),
-        ("chunk", pa.int32()),
-        ("sample_seconds", pa.float32()),  # of the whole chunk
-        ("score_seconds", pa.float32()),
-        ("bad", pa.string()),  # why it was set aside and not trained on
-    ],
-    metadata={"tributary_format": str(FORMAT)},
-)
+SCHEMA = {
+    "run_id": pa.string(),
+    "epoch": pa.int32(),
+    "trajectory_id": pa.int64(),
+    "policy_version": pa.int32(),  # that sampled it
+    "adapter_sha256": pa.string(),  # as it stood in the sampler's module
+    "prompt": pa.string(),
+    "reward": pa.float32(),  # raw, of the image; null of a bad one
+    "reward_parts": pa.map_(pa.string(), pa.float32()),  # of a weighted_sum, each reward's own by its label
+    "log_pf_sum": pa.float64(),  # nats, over all transitions and dimensions
+    "log_pb_sum": pa.float64(),
+    "beta": pa.float64(),  # that the epoch trained with
+    "thumbnail_png": pa.binary(),
+    "sampler_node": pa.string(),
+    "chunk": pa.int32(),
+    "sample_seconds": pa.float32(),  # of the whole chunk
+    "score_seconds": pa.float32(),
+    "bad": pa.string(),  # why it was set aside and not trained on
+}
 
 # Of evaluation/*.parquet: the fixed images, a row each.
-IMAGES = pa.schema(
-    [
-        ("number", pa.int64()),  # names the noise
-        ("prompt", pa.string()),
-        ("reward", pa.float32()),  # raw, of the reward trained on; null of a bad image
-        ("reward_parts", pa.map_(pa.string(), pa.float32())),
-        ("held_out", pa.map_(pa.string(), pa.float32())),  # raw, of rewards not trained on, by label
-        ("features", pa.list_(pa.float32())),  # rewards/judges.py
-        ("thumbnail_png", pa.binary()),
-        ("bad", pa.string()),
-    ],
-    metadata={"tributary_format": str(FORMAT)},
-)
+IMAGES = {
+    "number": pa.int64(),  # names the noise
+    "prompt": pa.string(),
+    "reward": pa.float32(),  # raw, of the reward trained on; null of a bad image
+    "reward_parts": pa.map_(pa.string(), pa.float32()),
+    "held_out": pa.map_(pa.string(), pa.float32()),  # raw, of rewards not trained on, by label
+    "features": pa.list_(pa.float32()),  # rewards/judges.py
+    "thumbnail_png": pa.binary(),
+    "bad": pa.string(),
+}
 
 
 @dataclass
@@ -73,7 +65,7 @@ class Records:
     lines: list[dict[str, Any]]  # metrics.jsonl
 
     @classmethod
-    def create(cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any]) -> Records:
+    def create(cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any]) -> Self:
         """Begin a run here: `settings` become config.yaml, `facts` (config_digest, prompts_sha256 ...) go to run.json.
         Raises a StorageError if the folder cannot be made or written."""
         identity = {"format": FORMAT, "run_id": uuid.uuid4().hex, "name": name}
@@ -83,7 +75,7 @@ class Records:
         return records
 
     @classmethod
-    def open(cls, storage: Storage) -> Records:
+    def open(cls, storage: Storage) -> Self:
         """Raises a StorageError where there is no run, or a file is damaged."""
         return cls(storage, storage.read_json(RUN, *NEEDED), storage.read_json_lines(METRICS, "epoch"))
 
@@ -143,9 +135,9 @@ class Records:
         return self.storage.read(f"{EVALUATION}/{_name(epoch)}.{kind}")
 
 
-def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+def parquet(rows: Sequence[Mapping[str, Any]], columns: dict[str, pa.DataType]) -> bytes:
     """A Parquet file of these rows."""
-    file = io.BytesIO()
+    file, schema = io.BytesIO(), pa.schema(columns, metadata={"tributary_format": str(FORMAT)})
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
     return file.getvalue()
 

@@ -3,8 +3,6 @@ A reader never sees half a file or folder: locally it is written aside, synced a
 atomic, and a folder's last file (a checkpoint's manifest) says that it is whole. Names may come from files that someone
 else wrote (that manifest), so none leads out of the root."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,13 +1,21 @@
 """Contradictions: what no single key of a configuration can show to be wrong. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from diffusion.noise import select_transitions
 from learner.config.schema import Config
 from learner.objectives.needs import NEEDS
+
+
+class ConfigError(ValueError):
+    """Everything wrong with a configuration, one line a fault."""
+
+
+def raise_faults(faults: Sequence[str]) -> None:
+    """Raises a ConfigError if there are some; what is there twice is said once."""
+    if faults:
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
 
 
 def contradictions(config: Config) -> Iterator[str]:

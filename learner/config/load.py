@@ -1,9 +1,5 @@
-"""How YAML and `key=value` become a configuration. The keys are in sections.py, contradictions in checks.py.
-
-Faults are collected and reported together, each naming its key and, for a misspelt one, the nearest known key.
-"""
-
-from __future__ import annotations
+"""How YAML and `key=value` become a configuration: sections.py has the keys, checks.py the contradictions. Faults are
+reported together, each with its key and, for a misspelt one, the nearest known key."""
 
 import copy
 import difflib
@@ -14,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from learner.config.checks import contradictions
+from learner.config.checks import ConfigError, contradictions, raise_faults
 from learner.config.schema import CONFIG_VERSION, Config, known_keys, section_types
 
 if TYPE_CHECKING:
@@ -26,22 +22,8 @@ Source = Path | str | Mapping[str, Any] | None  # a YAML file, or sections of ke
 Overrides = Sequence[str] | Mapping[str, Any]  # "section.key=value", or {"section.key": value}
 
 
-class ConfigError(ValueError):
-    """Everything wrong with a configuration, one line a fault."""
-
-
-def raise_faults(faults: Sequence[str]) -> None:
-    """Raises a ConfigError if there are some; what is there twice is said once."""
-    if faults:
-        raise ConfigError("\n".join(dict.fromkeys(faults)))
-
-
 def load_config(source: Source = None, overrides: Overrides = ()) -> Config:
-    """
-    Raises:
-        ConfigError: an unreadable file, any number of unknown keys and wrong values, or, where there are none, any
-            number of contradictions.
-    """
+    """Raises a ConfigError: an unreadable file, or all unknown keys and wrong values, or else all contradictions."""
     config, faults = read_config(source, overrides)
     raise_faults(faults)
     return config
@@ -49,11 +31,8 @@ def load_config(source: Source = None, overrides: Overrides = ()) -> Config:
 
 def read_config(source: Source = None, overrides: Overrides = (), name: str = "the config") -> tuple[Config, list[str]]:
     """As load_config, but returns the faults, a line each, with the config that the sound settings make: so that
-    whatever else is wrong can be said along with them. Messages call sections of keys `name`.
-
-    Raises:
-        ConfigError: nothing can be made of the file, or it is of another version.
-    """
+    whatever else is wrong can be said along with them. Messages call sections of keys `name`. Raises a ConfigError
+    where nothing can be made of the file, or it is of another version."""
     if isinstance(source, Mapping):
         tree = copy.deepcopy(dict(source))
     else:
@@ -73,7 +52,12 @@ def read_config(source: Source = None, overrides: Overrides = (), name: str = "t
     except ValidationError as error:
         faults += [_describe(item) for item in error.errors()]
         for item in error.errors():
-            _leave_out(tree, *item["loc"])
+            section, *key = map(str, item["loc"])
+            settings = tree.get(section)
+            if key and isinstance(settings, dict):
+                settings.pop(key[0], None)
+            else:
+                tree.pop(section, None)  # a section that is none
         return Config.model_validate(tree), faults
     return config, faults + list(contradictions(config))
 
@@ -83,12 +67,8 @@ def config_yaml(config: Config) -> bytes:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
 
 
-def saved_config(records: Records) -> Config:
-    """The settings of a run.
-
-    Raises:
-        ConfigError: they are of another version, or damaged.
-    """
+def saved_config(records: "Records") -> Config:
+    """The settings of a run. Raises a ConfigError where they are of another version, or damaged."""
     place = f"{records.storage}/config.yaml"
     tree = _parse(records.storage.read("config.yaml"), f"run.dir: {place} is damaged")
     config, faults = read_config(tree, name=place)
@@ -104,10 +84,7 @@ def resolve(path: str) -> Path:
 
 
 def _parse(content: bytes, fault: str) -> dict[str, Any]:
-    """
-    Raises:
-        ConfigError: `fault`, and why: no YAML, or no sections of keys.
-    """
+    """Raises a ConfigError: `fault`, and why: no YAML, or no sections of keys."""
     try:
         tree = yaml.safe_load(content) or {}
     except yaml.YAMLError as error:
@@ -143,14 +120,6 @@ def _value(text: str) -> Any:
         return text
 
 
-def _leave_out(tree: dict[str, Any], section: Any, *key: Any) -> None:
-    """Remove a faulty setting, or a section that is none."""
-    if key and isinstance(tree.get(section), dict):
-        tree[section].pop(key[0], None)
-    else:
-        tree.pop(section, None)
-
-
 def _describe(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"][:2])
     if item["type"] == "model_type":
@@ -160,6 +129,5 @@ def _describe(item: Any) -> str:
     kind, known = ("key", [*known_keys()]) if "." in key else ("section", [*section_types()])
     same_leaf = [other for other in known_keys() if other.split(".")[1] == key.split(".")[-1]]
     close = difflib.get_close_matches(key, known, 1, 0.5) or same_leaf
-    return f"{key}: unknown {kind}; " + (
-        f"did you mean {close[0]}?" if close else f"sections: {', '.join(section_types())}"
-    )
+    remedy = f"did you mean {close[0]}?" if close else f"sections: {', '.join(section_types())}"
+    return f"{key}: unknown {kind}; {remedy}"

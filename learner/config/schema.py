@@ -1,7 +1,5 @@
 """The configuration as a whole: its sections, what a resumed run may change, and what follows from it. No torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any
@@ -64,8 +62,7 @@ class Config(Section):
         return max(self.flow.replay_epochs if fits else 0, self.train.replay_epochs if self.train.replay_updates else 0)
 
     @property
-    def needs(self) -> Needs:
-        """What the objective requires."""
+    def needs(self) -> Needs:  # of the objective
         return NEEDS[self.objective.kind]
 
     def rollout_settings(self) -> RolloutSettings:

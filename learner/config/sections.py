@@ -1,7 +1,5 @@
 """The sections of a configuration: every key, its type, default and meaning. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 
@@ -244,9 +242,7 @@ class Mlflow(Section):
     uri: str | None = key(None, "server; default MLFLOW_TRACKING_URI, else mlflow.db beside the run directory")
     experiment: str = key("tributary", "MLflow experiment")
     group: str | None = key(
-        None,
-        "name of a group of runs: MLflow nests them under the oldest of them",
-        pattern=r"^[\w .:/=+-]{1,200}$",
+        None, "name of a group of runs: MLflow nests them under the oldest of them", pattern=r"^[\w .:/=+-]{1,200}$"
     )
     registered_model: str | None = key(
         None,

@@ -1,7 +1,5 @@
 """What all objectives share: the batch they see, the policy they see it through, and what the learner asks of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,8 +11,8 @@ from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel
 from learner.config.sections import Objective as Settings
 from learner.objectives.needs import Needs
-from learner.objectives.policy_gradient import clipped
 
+ADVANTAGE_LIMIT = 5.0  # of policy gradients
 Flow = nn.Module | None  # the network that the objective trains beside the policy, as needs.flow says
 Loss = tuple[Tensor, dict[str, Tensor]]  # mean over the batch's transitions, and its parts by name for the log
 
@@ -136,6 +134,14 @@ def both_ends(flow: Flow, batch: Transitions, gradient: bool) -> tuple[Tensor, T
     x, t = torch.cat([batch.x.detach(), batch.x_next]), torch.cat([batch.t, batch.t_next])
     with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
         return flow(x, t, torch.cat([batch.embeddings, batch.embeddings])).chunk(2)
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Clipped policy-gradient loss [b] (its gradient is zero where the clip binds), and whether the ratio
+    exp(log_ratio) is outside of 1 +- clip_range [b] bool. `advantage` must carry no gradient."""
+    ratio = log_ratio.clamp(max=20.0).exp()  # nats, beyond any clip; exp would overflow to a gradient of 0 x inf
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * bounded), (ratio.detach() - 1).abs() > clip_range
 
 
 def anneal(beta: float, epoch: int, epochs: int, fraction: float) -> float:

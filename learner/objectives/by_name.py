@@ -1,7 +1,5 @@
 """`OBJECTIVES` is what objective.kind names; needs.py has what each requires."""
 
-from __future__ import annotations
-
 from learner.config import Config
 from learner.config.sections import Objective as Settings
 from learner.objectives.base import Objective

@@ -6,10 +6,7 @@ forward-looking state flow  log F(x_t) = f_phi(x_t) + psi(x_t)  and  log F(x_0) 
     delta = log F(x_t) + log p_F(x_t'|x_t) - log p_B(x_t|x_t') - log F(x_t')
 
 psi may be any function of the state, as long as one stored value serves both ends. All values are in nats; with `mean`
-log-probabilities they are nats per dimension, and the target is exp(D beta r).
-"""
-
-from __future__ import annotations
+log-probabilities they are nats per dimension, and the target is exp(D beta r)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,9 +1,6 @@
 """DDPO: clipped policy gradient on the reward of the image (arXiv 2305.13301). The baseline to beat.
 
-Every transition of a trajectory carries the same standardised reward; there is no flow network.
-"""
-
-from __future__ import annotations
+Every transition of a trajectory carries the same standardised reward; there is no flow network."""
 
 from collections.abc import Sequence
 
@@ -11,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions
+from learner.objectives.base import ADVANTAGE_LIMIT, Flow, Loss, Objective, Policy, Transitions
 from learner.objectives.needs import NEEDS
-from learner.objectives.policy_gradient import ADVANTAGE_LIMIT
 
 HISTORY = 16  # rewards remembered of a prompt, and needed before its own statistics count
 

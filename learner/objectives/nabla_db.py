@@ -8,10 +8,7 @@ g(x_t) = grad_{x_t} log F(x_t):
 
 with g(x_0) = beta grad r(x_0) at the end. Forward-looking, g(x_t) = h_phi(x_t) + beta gamma_t grad_{x_t} r(xhat(x_t)):
 any fixed vector field may be added to h_phi, as long as both conditions see the same. Log-probabilities are summed over
-dimensions, so beta is the true exponent: the target is exp(beta r). Losses are means over dimensions.
-"""
-
-from __future__ import annotations
+dimensions, so beta is the true exponent: the target is exp(beta r). Losses are means over dimensions."""
 
 import torch
 from torch import Tensor

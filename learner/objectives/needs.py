@@ -1,7 +1,5 @@
 """What each objective requires and sets by default. Imports no torch: the configuration is checked without it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

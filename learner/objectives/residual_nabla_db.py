@@ -7,10 +7,7 @@ g~ = grad log (F / F_ref):
     reverse:  grad_{x_t}  log p_F(x_t'|x_t) = eta_p grad_{x_t}  log p_ref(x_t'|x_t) - g~(x_t)
 
 with the forward-looking g~(x_t) = h_phi(x_t) + beta gamma_t grad_{x_t} r(xhat(x_t)), and h_phi(x_0) = 0. The target is
-p_ref(x_0)^eta_p exp(beta r(x_0)); eta_p is objective.pretrained_strength.
-"""
-
-from __future__ import annotations
+p_ref(x_0)^eta_p exp(beta r(x_0)); eta_p is objective.pretrained_strength."""
 
 import torch
 from torch import Tensor

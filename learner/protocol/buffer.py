@@ -5,10 +5,7 @@
 Version v of the policy is what v epochs of training made. Epoch e is trained by version e; its trajectories may be
 sampled by any of the versions e - max_staleness .. e. The bound is held twice: an epoch is admitted only when that many
 epochs before it are closed, and older weights are refused when a sampler is given the chunk. What is not yet given to a
-sampler gets the newest weights. At most max_staleness + 1 epochs are in work: that bounds the object store too.
-"""
-
-from __future__ import annotations
+sampler gets the newest weights. At most max_staleness + 1 epochs are in work: that bounds the object store too."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

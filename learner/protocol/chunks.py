@@ -1,7 +1,5 @@
 """What there is to do: which prompts and noise each chunk of an epoch, or of the evaluation set, gets."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from diffusion import noise

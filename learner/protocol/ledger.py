@@ -2,8 +2,6 @@
 exactly once. What went with an actor or a node is issued again and counted as lost; whatever else departs from the
 order is a defect, and ends the run: LedgerError."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -38,8 +36,7 @@ class Ledger:
         return {"epochs": self.epochs, "totals": dict(self.totals)}
 
     @property
-    def following(self) -> int:
-        """The epoch to be issued next."""
+    def following(self) -> int:  # the epoch to be issued next
         return self.epochs + len(self._stages)
 
     def open(self, epoch: int, ids: Iterable[int]) -> None:

@@ -2,10 +2,7 @@
 
 `quarantine/epoch-NNNNNN-trajectory-N.json` says all that is needed to make the trajectory again, `.safetensors` has it,
 `.png` its image if there is one. In its update the next good trajectory of its chunk takes its place, so that batches,
-groups and ranks stay even: the mean is then over the good ones, some of them counted twice.
-"""
-
-from __future__ import annotations
+groups and ranks stay even: the mean is then over the good ones, some of them counted twice."""
 
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Proof that new weights arrived: what a sampler found in its module against what the learner published."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from diffusion.failures import RunFailure

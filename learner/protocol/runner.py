@@ -1,7 +1,5 @@
 """The contract between the epoch loop and whoever does the work, in process or on Ray."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan

@@ -53,8 +53,8 @@ def good(rows: list[dict]) -> list[dict]:
 def test_the_page_has_the_format_and_the_columns_that_the_files_have(run, rows, found):
     assert found["version"] == FORMAT and f"this page describes {FORMAT}." in PAGE
     listed = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \|$", PAGE, re.M)
-    assert listed == [(field.name, str(field.type)) for field in SCHEMA]
-    assert list(rows[0]) == SCHEMA.names
+    assert listed == [(name, str(kind)) for name, kind in SCHEMA.items()]
+    assert list(rows[0]) == list(SCHEMA)
     assert [(row["epoch"], row["trajectory_id"]) for row in rows] == [(e, i) for e in range(3) for i in range(8)]
     assert {row["policy_version"] - row["epoch"] for row in rows} == {0}
     assert {row["run_id"] for row in rows} == {json.loads((run / "run.json").read_text())["run_id"]}

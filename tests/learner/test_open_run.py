@@ -9,7 +9,8 @@ import pytest
 from emulated_run import outcome, totals
 
 from learner import controller
-from learner.config import CONFIG_VERSION, load_config, saved_config
+from learner.config import load_config, saved_config
+from learner.config.schema import CONFIG_VERSION
 from learner.inprocess import InProcessRunner
 from learner.open_run import open_run
 from learner.prompts import evaluation_prompts, training_prompts

@@ -124,7 +124,7 @@ def test_all_that_was_found_on_the_fixed_images_comes_back(records):
     held_out = {"other": [1, None, 3, 4]}
     assert records.evaluation(0) == {"prompt": prompts, "reward": [0, 1, 2, 3], "held_out": held_out}
     rows = pq.read_table(io.BytesIO(records.storage.read("evaluation/epoch-000000.parquet")))
-    assert rows.schema.names == IMAGES.names and rows.schema.metadata[b"tributary_format"] == str(FORMAT).encode()
+    assert rows.schema.names == list(IMAGES) and rows.schema.metadata[b"tributary_format"] == str(FORMAT).encode()
     with Image.open(io.BytesIO(rows["thumbnail_png"][0].as_py())) as picture:
         assert max(picture.size) <= 16
     save(records, 0, 0)

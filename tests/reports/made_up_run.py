@@ -50,13 +50,13 @@ def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
 
 
 def save_trajectories(folder: Path, epoch: int, rewards: list[float | None], thumbnails: bool = True) -> None:
-    rows = [dict.fromkeys(SCHEMA.names) | {"run_id": "r", "epoch": epoch, "policy_version": epoch} for _ in rewards]
+    rows = [dict.fromkeys(SCHEMA) | {"run_id": "r", "epoch": epoch, "policy_version": epoch} for _ in rewards]
     for i, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
         row |= {"trajectory_id": i, "prompt": PROMPTS[i % 7 % 5], "reward": reward}
         row["thumbnail_png"] = png(Image.fromarray(picture(i, 16))) if thumbnails else None
         row["bad"] = "the reward is NaN" if reward is None else None
     (folder / "trajectories").mkdir(exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=pa.schema(SCHEMA))
     pq.write_table(table, folder / f"trajectories/{name_of(epoch)}.parquet")
 
 

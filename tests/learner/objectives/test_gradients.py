@@ -7,7 +7,8 @@ import torch
 from test_slow_loops import BETA, FieldFlow, ScalarFlow, setup
 from torch import nn
 
-from learner.objectives.policy_gradient import clipped, leave_one_out
+from learner.objectives.base import clipped
+from learner.objectives.kl import leave_one_out
 
 gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)  # along random directions
 

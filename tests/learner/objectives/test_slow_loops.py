@@ -13,7 +13,7 @@ from learner.config.sections import Objective as Settings
 from learner.objectives.base import Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.objectives.ddpo import advantages
-from learner.objectives.policy_gradient import leave_one_out
+from learner.objectives.kl import leave_one_out
 
 STEPS, COUNT, BETA = 5, 4, 7.0
 close = {"rel": 1e-10, "abs": 1e-12}
