@@ -1,7 +1,5 @@
 """How many actors of each role, what share of the cluster each gets, and where; and the deadline of their start."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 diffusers, transformers and PEFT are imported inside functions: their five CPU seconds are for processes with a model.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

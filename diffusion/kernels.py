@@ -9,8 +9,6 @@ The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step t
 Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -55,7 +53,7 @@ class DDIMKernel:
         self._tables = {torch.device("cpu"): squares | roots}
 
     @classmethod
-    def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
+    def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> "DDIMKernel":
         """The kernel of any diffusers scheduler: only its settings are read. Equal to diffusers' DDIM step with
         `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading spacing without an offset would
         evaluate the model at timestep 0; it gets offset 1. `grid` dpm_solver: the timesteps of first-order

@@ -3,8 +3,6 @@
 One float32 vector is what crosses the network and what receipts hash, its parameters sorted by name.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

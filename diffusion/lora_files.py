@@ -4,8 +4,6 @@ Refused is what diffusers would silently load as something else than was trained
 kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...].
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

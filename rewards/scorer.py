@@ -1,7 +1,5 @@
 """Scoring a chunk's clean predictions: decode, reward, and refuse what is not a number."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
