@@ -16,6 +16,7 @@ from rewards.weighted_sum import Term, each_term, read_terms
 from rewards.weights import find
 
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F] float32; never trained on
+Arrays = dict[str, np.ndarray]
 SIDE = 8  # of the grid of cells
 OF_MEAN = 2.0  # weight of the mean colour beside the 64 cells
 WHERE = "evaluation.held_out"
@@ -29,13 +30,10 @@ class Judges:
     held_out: dict[str, registry.Reward]
     features: Features
 
-    def __call__(
-        self, pictures: np.ndarray, prompts: Sequence[str], batch: int
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], batch: int) -> tuple[Arrays, np.ndarray]:
         """pictures [B, H, W, 3] uint8, as they would be saved -> each held-out reward's scores [B] by label, and
         features [B, F], float32. `batch` pictures at once. Raises BadReward where a reward raised."""
-        scores: dict[str, list[np.ndarray]] = {label: [] for label in self.held_out}
-        vectors: list[np.ndarray] = []
+        scores, vectors = {label: list[np.ndarray]() for label in self.held_out}, list[np.ndarray]()
         for start in range(0, len(pictures), batch):
             images = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():

@@ -1,7 +1,5 @@
 """Where reward models are read from: a local path, else the hub's cache, else the hub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +95,7 @@ def _from_hub(asset: Asset, fetch: bool) -> Path | None:
         ) from error
 
 
-def read(path: Path, inside: str | None = None) -> dict[str, Tensor]:
+def read(path: Path, inside: str | None = None) -> dict[str, "Tensor"]:
     """The tensors of a safetensors file or torch checkpoint, under the key `inside` where there is one. Raises
     BadWeights where it is unreadable, code instead of tensors, or not tensors by name."""
     import torch
