@@ -14,8 +14,6 @@ One thread drives it all: whatever is waited for, `_turn` meanwhile hands out wo
 the dead. Which chunk may be sampled when, and what it is behind, is learner/protocol/buffer.py's business.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
