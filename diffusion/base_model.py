@@ -22,8 +22,7 @@ class BaseModel:
 
     Latents of Stable Diffusion are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). DDPM
     pipelines (arXiv 2006.11239) have neither prompts, VAE nor guidance: embeddings are [B, 0, 0], states are images in
-    [-1, 1]. `dtype` is the U-Net's; the adapter and the text encoder, which runs once a prompt, are float32.
-    """
+    [-1, 1]. `dtype` is the U-Net's; the adapter and the text encoder, which runs once a prompt, are float32."""
 
     _adapted = True
 

@@ -6,8 +6,7 @@ Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar 
     p_B(x_t | x_t') = N(a_t x_t', (1 - a_t^2) I)             the noising kernel, no parameters
 
 The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step to abar = 1 would make log p_F infinite).
-Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats.
-"""
+Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats."""
 
 import math
 

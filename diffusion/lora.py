@@ -1,7 +1,6 @@
 """The adapter as a flat buffer, and as files that other programs load.
 
-One float32 vector is what crosses the network and what receipts hash, its parameters sorted by name.
-"""
+One float32 vector is what crosses the network and what receipts hash, its parameters sorted by name."""
 
 import json
 from collections.abc import Sequence

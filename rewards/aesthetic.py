@@ -1,7 +1,6 @@
 """LAION's aesthetic predictor: OpenAI's CLIP ViT-L/14 image embedding, of length 1, into a linear stack. About 1 to 10.
 
-github.com/christophschuhmann/improved-aesthetic-predictor; the head as DDPO uses it.
-"""
+github.com/christophschuhmann/improved-aesthetic-predictor; the head as DDPO uses it."""
 
 from functools import partial
 from pathlib import Path

@@ -1,8 +1,7 @@
 """What the reward models share: how they see pictures, and how they are built from published weights.
 
 CLIP's and BLIP's authors resize 8-bit pictures with PIL, which autograd does not reach through; torch's bicubic resize
-has the same kernel, but does not round to 8 bits in between. So there is one for reports, one for gradients.
-"""
+has the same kernel, but does not round to 8 bits in between. So there is one for reports, one for gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten

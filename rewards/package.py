@@ -31,8 +31,7 @@ class PackageReward:
 
     A process that runs package_worker.py does so. It starts at the first call, reads the weights once and ends with
     this object, or after an error. A request is a line of JSON and raw 8-bit pixels, an answer a line of JSON. What it
-    prints goes to a file, so that it never waits for a reader; its last lines are in every error.
-    """
+    prints goes to a file, so that it never waits for a reader; its last lines are in every error."""
 
     differentiable = False
 

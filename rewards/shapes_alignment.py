@@ -27,8 +27,7 @@ class ShapesAlignment:
 
     Form is the overlap with the asked shape against the best other shape; when the prompt names a size, it is
     multiplied by how well the radius fits; when it names a place, half of form's weight goes to how far the object
-    lies towards it. Two objects are read in the left and right half and averaged.
-    """
+    lies towards it. Two objects are read in the left and right half and averaged."""
 
     name = "shapes_alignment"
     differentiable = False
@@ -79,8 +78,7 @@ def thing_score(
     """Colour's and form's part of one object's score, of floats or of tensors.
 
     `iou_margin` and `hue_margin` are the asked shape's and colour's over the best other's, `radius` the object's as
-    that shape, `offset` (x, y) that of its centroid from the middle, in pixels; `contrast` is in RGB distance.
-    """
+    that shape, `offset` (x, y) that of its centroid from the middle, in pixels; `contrast` is in RGB distance."""
     form = sigmoid(IOU_SLOPE * iou_margin)
     if thing.size is not None or pair:
         low, high = world.PAIR_RADII if pair else world.RADII[thing.size or "medium"]
