@@ -1,7 +1,5 @@
 """What a run has on the cluster: a connection, actors and room for the learner ranks. It goes when the run does."""
 
-from __future__ import annotations
-
 import threading
 import uuid
 from collections import Counter

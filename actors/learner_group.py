@@ -1,8 +1,6 @@
 """The learner ranks as one: they start together, train together and, when one is lost, start anew together from the
 last checkpoint. Training is a function of that checkpoint and the trajectories, so its result is the same."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Sequence

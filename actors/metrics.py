@@ -2,8 +2,6 @@
 The driver alone exports. Ray sends every 10 s, and forgets a gauge that was not set for 20 s, so all of them are set
 again every second. `cluster/deploy/grafana.json` shows them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

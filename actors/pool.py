@@ -2,8 +2,6 @@
 Work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another one. Idle
 actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)"""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter, deque

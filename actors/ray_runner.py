@@ -11,10 +11,7 @@ Who waits for what is said in learner/controller.py. Every wait here ends with a
 all start anew from the last checkpoint, learner.attempts times. When a node joins, a role that is short gets actors.
 
 One thread drives it all: whatever is waited for, `_turn` meanwhile hands out work, takes in what is done and replaces
-the dead. Which chunk may be sampled when, and what it is behind, is learner/protocol/buffer.py's business.
-"""
-
-from __future__ import annotations
+the dead. Which chunk may be sampled when, and what it is behind, is learner/protocol/buffer.py's business."""
 
 import time
 from collections.abc import Callable, Sequence

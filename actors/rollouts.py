@@ -1,8 +1,6 @@
 """Chunks through samplers and reward actors: for training, and for evaluation with or without a learner.
 Weights travel with each call, so a chunk is sampled with those that are the newest when a sampler is free for it."""
 
-from __future__ import annotations
-
 import textwrap
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """The token of a Ray cluster: the file it lies in, and whether a cluster answers to it and to no other."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

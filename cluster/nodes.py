@@ -1,7 +1,5 @@
 """The nodes of the cluster: what they have, what is free, and which of them a label selector means."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """How many actors of each role, what share of the cluster each gets, and where; and the deadline of their start."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -216,12 +214,10 @@ def _with_cpus(shares: Sequence[Share], nodes: Sequence[Node], cpus: float, auto
         placed = [replace(share, cpus=_part(k)) for share in shares]
         if autoscale or _left(placed, nodes) is not None:
             return placed
-    wanted = ", ".join(
-        f"{share.count} x {share} ({role})" for role, share in zip(ROLES, shares, strict=True) if str(share)
-    )
+    wanted = [f"{share.count} x {share} ({role})" for role, share in zip(ROLES, shares, strict=True) if str(share)]
     raise PlacementError(
-        f"sampler.actors, reward.actors, learner.ranks: {wanted} do not fit on single nodes; the cluster has "
-        f"{listed(nodes)}; set fewer, or other gpus or labels"
+        f"sampler.actors, reward.actors, learner.ranks: {', '.join(wanted)} do not fit on single nodes; the cluster "
+        f"has {listed(nodes)}; set fewer, or other gpus or labels"
     )
 
 

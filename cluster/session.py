@@ -1,7 +1,5 @@
 """Starting or joining a Ray cluster, and leaving it as it was found."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

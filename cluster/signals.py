@@ -1,8 +1,6 @@
 """Signals that end a run: Ctrl-C, SIGTERM (`ray job stop`, which kills 3 s later) and SIGHUP. Standard library alone:
 it is active before torch is imported, which takes seconds."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

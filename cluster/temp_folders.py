@@ -2,8 +2,6 @@
 The owner holds a lock on its folder, which the kernel releases with the process. Processes that work for the owner have
 the folder's name in their environment, and end with it."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Waiting on Ray with a deadline, always; failures told apart: an actor's, the data's, the code's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

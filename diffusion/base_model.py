@@ -3,8 +3,6 @@
 diffusers, transformers and PEFT are imported inside functions: their five CPU seconds are for processes with a model.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,8 +22,7 @@ class BaseModel:
 
     Latents of Stable Diffusion are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). DDPM
     pipelines (arXiv 2006.11239) have neither prompts, VAE nor guidance: embeddings are [B, 0, 0], states are images in
-    [-1, 1]. `dtype` is the U-Net's; the adapter and the text encoder, which runs once a prompt, are float32.
-    """
+    [-1, 1]. `dtype` is the U-Net's; the adapter and the text encoder, which runs once a prompt, are float32."""
 
     _adapted = True
 

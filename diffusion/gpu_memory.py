@@ -1,7 +1,5 @@
 """GPU memory: copies the host does not wait for, batches that fit, and errors that say what to make smaller."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 

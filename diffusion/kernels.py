@@ -6,10 +6,7 @@ Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar 
     p_B(x_t | x_t') = N(a_t x_t', (1 - a_t^2) I)             the noising kernel, no parameters
 
 The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step to abar = 1 would make log p_F infinite).
-Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats.
-"""
-
-from __future__ import annotations
+Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats."""
 
 import math
 
@@ -55,7 +52,7 @@ class DDIMKernel:
         self._tables = {torch.device("cpu"): squares | roots}
 
     @classmethod
-    def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
+    def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> "DDIMKernel":
         """The kernel of any diffusers scheduler: only its settings are read. Equal to diffusers' DDIM step with
         `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading spacing without an offset would
         evaluate the model at timestep 0; it gets offset 1. `grid` dpm_solver: the timesteps of first-order

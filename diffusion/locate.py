@@ -1,8 +1,6 @@
 """Where a base model's parts are: a diffusers pipeline folder or a hub id, and which kind of pipeline it is.
 Imports neither torch nor diffusers: a model's path is checked before anything slow starts."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,9 +1,6 @@
 """The adapter as a flat buffer, and as files that other programs load.
 
-One float32 vector is what crosses the network and what receipts hash, its parameters sorted by name.
-"""
-
-from __future__ import annotations
+One float32 vector is what crosses the network and what receipts hash, its parameters sorted by name."""
 
 import json
 from collections.abc import Sequence
@@ -88,13 +85,9 @@ def files(unet: nn.Module) -> dict[str, bytes]:
     tensors = {f"unet.{name}": value for name, value in convert_state_dict_to_diffusers(state).items()}
     kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
     alpha = torch.tensor(float(config.lora_alpha))  # the library's converter writes alpha = rank
-    return {
-        # One metadata key: safetensors writes several in a random order, and equal adapters are to be equal files.
-        DIFFUSERS_FILE: save(tensors, {METADATA_KEY: _settings(config, "unet.")}),
-        KOHYA_FILE: save(
-            {name: alpha.clone() if name.endswith(".alpha") else value.contiguous() for name, value in kohya.items()}
-        ),
-    }
+    kohya |= {name: alpha.clone() for name in kohya if name.endswith(".alpha")}
+    # One metadata key: safetensors writes several in a random order, and equal adapters are to be equal files.
+    return {DIFFUSERS_FILE: save(tensors, {METADATA_KEY: _settings(config, "unet.")}), KOHYA_FILE: save(kohya)}
 
 
 def _settings(config: Any, prefix: str = "") -> str:

@@ -1,10 +1,7 @@
 """LoRA files as the adapter: what diffusers, kohya's scripts (ComfyUI, A1111) and PEFT write. Only safetensors.
 
 Refused is what diffusers would silently load as something else than was trained: damage, several ranks or alphas, other
-kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...].
-"""
-
-from __future__ import annotations
+kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...]."""
 
 import json
 import re

@@ -1,8 +1,6 @@
 """Counter-based randomness: a draw is named by where it is used, never by what was drawn before it. Philox with the
 run's seed as key and (epoch, trajectory, step) as counter: whichever actor makes a trajectory, it is the same."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Sampling: denoising trajectories under a frozen policy snapshot, with everything training needs."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

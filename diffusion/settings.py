@@ -1,7 +1,5 @@
 """How trajectories are made, in words and numbers. Imports no torch: the configuration is checked without it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

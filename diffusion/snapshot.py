@@ -1,7 +1,5 @@
 """One policy version as it travels: numpy alone, so that whoever only passes it on needs no diffusion library."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

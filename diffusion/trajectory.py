@@ -1,7 +1,5 @@
 """The records that travel: a chunk of work, the trajectories made of it, and their rewards."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,7 +55,7 @@ class Trajectories:
     selected: np.ndarray  # [B, K] int64 steps to train on, ascending
     model_output: np.ndarray  # [B, K, C, H, W] the rollout's guided output at the selected steps
 
-    def receipt(self, node: str, seconds: float) -> Receipt:
+    def receipt(self, node: str, seconds: float) -> "Receipt":
         log_pf, log_pb = (tuple(each.sum(1, dtype=np.float64).tolist()) for each in (self.log_pf, self.log_pb))
         return Receipt(self.policy_version, self.adapter_sha256, log_pf, log_pb, node, seconds)
 
@@ -107,7 +105,7 @@ class Scores:
     def good_ids(self) -> tuple[int, ...]:
         return tuple(number for row, number in enumerate(self.chunk.trajectory_ids) if row not in self.bad)
 
-    def verdict(self, seconds: float) -> Verdict:
+    def verdict(self, seconds: float) -> "Verdict":
         parts = {label: tuple(values.tolist()) for label, values in self.parts.items()}
         return Verdict(tuple(self.rewards[:, -1].tolist()), self.thumbnails, seconds, parts, dict(self.bad))
 

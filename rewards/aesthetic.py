@@ -1,15 +1,12 @@
 """LAION's aesthetic predictor: OpenAI's CLIP ViT-L/14 image embedding, of length 1, into a linear stack. About 1 to 10.
 
-github.com/christophschuhmann/improved-aesthetic-predictor; the head as DDPO uses it.
-"""
+github.com/christophschuhmann/improved-aesthetic-predictor; the head as DDPO uses it."""
 
-from __future__ import annotations
-
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPVisionConfig
+from transformers import CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from rewards.network import NetworkReward, Published, fill, score_head
@@ -23,10 +20,9 @@ OTHERS = ("text_model.", "text_projection.", "logit_scale", "vision_model.embedd
 class Network(nn.Module):
     """Normalised pixels [B, 3, S, S] -> scores [B]."""
 
-    def __init__(self, config: CLIPVisionConfig) -> None:
+    def __init__(self, clip: CLIPVisionModelWithProjection, head: nn.Module) -> None:
         super().__init__()
-        self.clip = CLIPVisionModelWithProjection(config)
-        self.head = score_head(config.projection_dim)
+        self.clip, self.head = clip, head
 
     def forward(self, pixels: Tensor) -> Tensor:
         embedding = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
@@ -44,13 +40,11 @@ class Aesthetic(NetworkReward):
 
     def __init__(self, weights: str | None = None, device: str = "cpu", *, clip: str = CLIP) -> None:
         """Raises WeightsNotFound, BadWeights."""
-        head, folder = find(self.assets(weights, clip=clip))
+        file, folder = find(self.assets(weights, clip=clip))
         tower = clip_tower(folder, device)
-        with torch.device("meta"):
-            network = Network(tower.config)
-        network.clip = tower
-        fill(network.head, read(head), f"{head}: no aesthetic head", device, lambda key: Published(f"layers.{key}"))
-        super().__init__(network, tower.config.image_size)
+        make = partial(score_head, tower.config.projection_dim)
+        head = fill(make, read(file), f"{file}: no aesthetic head", device, lambda key: Published(f"layers.{key}"))
+        super().__init__(Network(tower, head), tower.config.image_size)
 
 
 def clip_asset(key: str, source: str) -> Asset:
@@ -69,6 +63,5 @@ def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
     config.projection_dim, config._attn_implementation = whole.projection_dim, "sdpa"
     if config.hidden_act != "quick_gelu":
         raise BadWeights(f"{file}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
-    with torch.device("meta"):
-        tower = CLIPVisionModelWithProjection(config)
-    return fill(tower, read(folder / SAVED), f"{folder / SAVED}: no CLIP image tower", device, unused=OTHERS)
+    make, what = partial(CLIPVisionModelWithProjection, config), f"{folder / SAVED}: no CLIP image tower"
+    return fill(make, read(folder / SAVED), what, device, unused=OTHERS)

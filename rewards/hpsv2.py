@@ -1,8 +1,6 @@
 """Human Preference Score v2 (arXiv 2306.09341, github.com/tgxs002/HPSv2): how well people would prefer a picture for
 its prompt. The cosine of OpenCLIP ViT-H/14's embeddings of both, in [-1, 1]; a prompt's first 75 tokens count."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Sequence
@@ -11,7 +9,7 @@ from typing import Any
 import ftfy
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPModel
 
@@ -26,7 +24,7 @@ MARKS = (
 )  # fmt: skip
 # From the names of `Network`'s tensors to OpenCLIP's, in this order.
 NAMES = (
-    ("clip.", ""), ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.patch_embedding.", "conv1."),
+    ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.patch_embedding.", "conv1."),
     ("embeddings.class_embedding", "class_embedding"), ("embeddings.token_embedding.", "token_embedding."),
     ("embeddings.position_embedding.weight", "positional_embedding"), ("encoder.layers", "transformer.resblocks"),
     (".self_attn.out_proj.", ".attn.out_proj."), (".layer_norm", ".ln_"), (".mlp.fc1.", ".mlp.c_fc."),
@@ -54,16 +52,12 @@ def clip_config(
     return config
 
 
-class Network(nn.Module):
+class Network(CLIPModel):
     """Normalised pixels [B, 3, S, S] and token ids [B, 77] -> cosines [B]."""
 
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        self.clip = CLIPModel(config)
-
-    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        picture = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
-        prompt = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
+    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+        picture = self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)
+        prompt = self.text_projection(self.text_model(input_ids=ids).pooler_output)
         return (F.normalize(picture, dim=-1) * F.normalize(prompt, dim=-1)).sum(-1)
 
 
@@ -89,9 +83,8 @@ class HPSv2(NetworkReward):
         """As `assets`. Raises WeightsNotFound, BadWeights."""
         file, folder = find(self.assets(weights, size=size, **options))
         config = clip_config(**size or {})
-        with torch.device("meta"):
-            network = Network(config)
-        fill(network, read(file, inside="state_dict"), f"{file}: no HPSv2", device, published)
+        state, what = read(file, inside="state_dict"), f"{file}: no HPSv2"
+        network = fill(lambda: Network(config), state, what, device, published)
         super().__init__(network, config.vision_config.image_size)
         self.tokenizer, self.context = CLIPTokenizer.from_pretrained(folder), config.text_config.max_position_embeddings
         if (last := self.tokenizer.eos_token_id) != (eos := config.text_config.eos_token_id):

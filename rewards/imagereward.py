@@ -1,14 +1,11 @@
 """ImageReward (arXiv 2304.05977, github.com/THUDM/ImageReward): how well people would like a picture for its prompt.
 BLIP's ViT-L/16 read by a BERT with cross-attention, and a linear stack; about mean 0, deviation 1."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -84,10 +81,8 @@ class ImageReward(NetworkReward):
         file, med, folder = find(self.assets(weights, vision=vision, **options))
         config = vision_config(**vision or {})
         text = text_config(med, config.hidden_size)
-        with torch.device("meta"):
-            network = Network(config, text)
-        fill(network, read(file), f"{file}: no ImageReward", device, published, UNUSED)
-        super().__init__(network, config.image_size)
+        what, make = f"{file}: no ImageReward", lambda: Network(config, text)
+        super().__init__(fill(make, read(file), what, device, published, UNUSED), config.image_size)
         self.tokenizer = BertTokenizer.from_pretrained(folder)
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """JPEG size in kB (1000 bytes) at quality 95: plus (incompressibility) or minus that. Prompts do not matter."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

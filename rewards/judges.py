@@ -1,8 +1,5 @@
 """What evaluation images are judged by beside the reward that is trained on: held-out rewards, and features."""
 
-from __future__ import annotations
-
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +13,10 @@ from rewards import registry
 from rewards.names import FeatureKind
 from rewards.network import short_side
 from rewards.weighted_sum import Term, each_term, read_terms
-from rewards.weights import WeightsNotFound, find
+from rewards.weights import find
 
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F] float32; never trained on
+Arrays = dict[str, np.ndarray]
 SIDE = 8  # of the grid of cells
 OF_MEAN = 2.0  # weight of the mean colour beside the 64 cells
 WHERE = "evaluation.held_out"
@@ -32,13 +30,10 @@ class Judges:
     held_out: dict[str, registry.Reward]
     features: Features
 
-    def __call__(
-        self, pictures: np.ndarray, prompts: Sequence[str], batch: int
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], batch: int) -> tuple[Arrays, np.ndarray]:
         """pictures [B, H, W, 3] uint8, as they would be saved -> each held-out reward's scores [B] by label, and
         features [B, F], float32. `batch` pictures at once. Raises BadReward where a reward raised."""
-        scores: dict[str, list[np.ndarray]] = {label: [] for label in self.held_out}
-        vectors: list[np.ndarray] = []
+        scores, vectors = {label: list[np.ndarray]() for label in self.held_out}, list[np.ndarray]()
         for start in range(0, len(pictures), batch):
             images = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():
@@ -82,25 +77,16 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def load_features(kind: FeatureKind, clip: str | None = None, device: str = "cpu") -> Features:
-    """`clip`: OpenAI's CLIP, a folder or hub id as transformers saves it; its image embedding has length 1. dreamsim:
-    that package's (arXiv 2306.09344); never run in development. Raises WeightsNotFound, BadWeights."""
+    """`clip`: OpenAI's CLIP, a folder or hub id as transformers saves it; its image embedding has length 1. Raises
+    WeightsNotFound, BadWeights."""
     if kind == "pixels":
         return pixels
-    found = require_features(kind, clip, fetch=True)
-    if kind == "dreamsim":
-        from dreamsim import dreamsim
+    from rewards.aesthetic import clip_tower  # here: transformers takes a second
 
-        model, _ = dreamsim(pretrained=True, device=device)  # it downloads its weights itself
-    else:
-        from rewards.aesthetic import clip_tower  # here: transformers takes a second
-
-        model = clip_tower(found[0], device)
+    model = clip_tower(require_features(kind, clip, fetch=True)[0], device)
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            if kind == "dreamsim":
-                resized = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
-                return model.embed(resized.to(device)).float()
             seen = short_side(images, model.config.image_size).to(device, torch.float32)
             return F.normalize(model(pixel_values=seen).image_embeds, dim=-1)
 
@@ -109,9 +95,7 @@ def load_features(kind: FeatureKind, clip: str | None = None, device: str = "cpu
 
 def require_features(kind: FeatureKind, clip: str | None = None, fetch: bool = False) -> list[Any]:
     """The paths that `load_features` reads, as `weights.find`; raises WeightsNotFound where not all is there."""
-    if kind == "dreamsim" and importlib.util.find_spec("dreamsim") is None:
-        raise WeightsNotFound("evaluation.features: dreamsim: no such package here; pip install dreamsim")
-    if kind != "clip":
+    if kind == "pixels":
         return []
     from rewards.aesthetic import CLIP, clip_asset
 

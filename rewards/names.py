@@ -3,4 +3,4 @@
 from typing import Literal
 
 Backend = Literal["native", "package"]
-FeatureKind = Literal["pixels", "clip", "dreamsim"]  # rewards/judges.py
+FeatureKind = Literal["pixels", "clip"]  # rewards/judges.py

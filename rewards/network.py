@@ -1,12 +1,10 @@
 """What the reward models share: how they see pictures, and how they are built from published weights.
 
 CLIP's and BLIP's authors resize 8-bit pictures with PIL, which autograd does not reach through; torch's bicubic resize
-has the same kernel, but does not round to 8 bits in between. So there is one for reports, one for gradients.
-"""
-
-from __future__ import annotations
+has the same kernel, but does not round to 8 bits in between. So there is one for reports, one for gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -108,29 +106,29 @@ def layout(network: nn.Module, published: Callable[[str], Published] = Published
 
 
 def fill(
-    network: Module, state: Mapping[str, Tensor], what: str, device: str = "cpu",
+    make: Callable[[], Module], state: Mapping[str, Tensor], what: str, device: str = "cpu",
     published: Callable[[str], Published] = Published, unused: tuple[str, ...] = (),
 ) -> Module:  # fmt: skip
-    """Give a network made on the meta device its tensors as float32, frozen and in evaluation mode.
-
-    `state` holds the checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. Raises BadWeights,
-    which names `what`, and the keys that are missing, extra or of another shape.
-    """
+    """The network that `make` builds, with its tensors as float32, frozen and in evaluation mode. `state` holds the
+    checkpoint's tensors: `layout`'s, and `unused` ones, by how their keys begin. Raises BadWeights, which names `what`,
+    and the keys that are missing, extra or of another shape."""
+    with torch.device("meta"):
+        network = make()
     wanted = layout(network, published)
     held = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
-    wrong = {key: shape for key, shape in wanted.items() if key in held and tuple(held[key].shape) != shape}
+    shapes = {key: tuple(tensor.shape) for key, tensor in held.items()}
     faults = {
         "missing": [key for key in wanted if key not in held],
         "extra": [key for key in held if key not in wanted],
-        "of another shape": [f"{key} {list(held[key].shape)} (expected {list(wrong[key])})" for key in wrong],
+        "of another shape": [
+            f"{key} {list(shapes[key])} (expected {list(shape)})"
+            for key, shape in wanted.items()
+            if shapes.get(key, shape) != shape
+        ],
     }
-    named = [
-        f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
-        for kind, keys in faults.items()
-        if keys
-    ]
-    if named:
-        raise BadWeights(f"{what}, of {len(wanted)} keys {'; '.join(named)}")
+    texts = [f"{len(keys)} {kind}: {shorten(', '.join(keys), 400)}" for kind, keys in faults.items() if keys]
+    if texts:
+        raise BadWeights(f"{what}, of {len(wanted)} keys {'; '.join(texts)}")
     tensors = {}
     for key in network.state_dict():
         origin = published(key)

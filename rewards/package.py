@@ -1,8 +1,6 @@
 """Scores by the reward packages' own code, which runs in an environment of its own (docs/adr/0014):
 `python -m rewards.package build imagereward|hpsv2` makes it."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -12,13 +10,13 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import torch
+from torch import Tensor
 
 from rewards import package_environment, package_worker
 from rewards.weights import Asset, find
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LINES_SHOWN = 8
 SECONDS_TO_END = 5.0
@@ -33,8 +31,7 @@ class PackageReward:
 
     A process that runs package_worker.py does so. It starts at the first call, reads the weights once and ends with
     this object, or after an error. A request is a line of JSON and raw 8-bit pixels, an answer a line of JSON. What it
-    prints goes to a file, so that it never waits for a reader; its last lines are in every error.
-    """
+    prints goes to a file, so that it never waits for a reader; its last lines are in every error."""
 
     differentiable = False
 
@@ -58,8 +55,6 @@ class PackageReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B] float32 on the CPU. Raises PackageFailed, after which another call starts another process."""
-        import torch
-
         if self._process is None:
             self._start(torch.get_num_threads())
         pixels = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -1,8 +1,6 @@
 """Environments of the reward packages' own, in the user's cache: where they are, and whether one is whole.
 commands/build_package.py builds them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

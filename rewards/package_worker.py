@@ -1,8 +1,6 @@
 """Scores pictures with a package's own code, in the package's own environment: it imports nothing of this project.
 package.py starts it with one end of a socket and its own process id."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

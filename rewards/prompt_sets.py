@@ -1,8 +1,6 @@
 """Prompt sets by name: short lists that are here, and DrawBench and HPDv2's four styles, which others wrote and which
 are read from the HPDv2 dataset on the hub, through the hub client's own cache."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

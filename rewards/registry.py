@@ -1,8 +1,6 @@
 """Rewards by name, or a user's own as module:callable: `load` makes one, `check` finds its faults before.
 Imports no torch by itself."""
 
-from __future__ import annotations
-
 import contextlib
 import pkgutil
 import traceback
@@ -21,7 +19,7 @@ class Reward(Protocol):
     name: str
     differentiable: bool  # autograd reaches the images
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: "Tensor", prompts: Sequence[str]) -> "Tensor":
         """images [B, 3, H, W] float in [0, 1], B prompts -> raw scores [B] float32."""
         ...
 
@@ -180,7 +178,7 @@ class UserReward:
         self.differentiable = bool(getattr(function, "differentiable", False))
         self.module = getattr(function, "__module__", "")
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: "Tensor", prompts: Sequence[str]) -> "Tensor":
         import torch
 
         scores = torch.as_tensor(self.function(images, prompts)).float()

@@ -1,7 +1,5 @@
 """Scoring a chunk's clean predictions: decode, reward, and refuse what is not a number."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +23,7 @@ GRADIENT_BATCH = 16  # there; decoding with a graph to go back keeps every layer
 MOST, PACKAGE_MOST = 256, 16
 REMEDY = "reward.on_bad_reward=quarantine sets such trajectories aside"
 BAD_LATENTS, BAD_IMAGE = UNDECODABLE = ("latents that are not finite", "an image that is not finite")
-BLACK = (
-    "an all-black image, mark of NaN latents or a safety checker (reward.black_images=allow where black may be right)"
-)
+BLACK = "an all-black image, of NaN latents or a safety checker (reward.black_images=allow where black may be right)"
 
 
 class RewardRaised(BadReward):

@@ -1,8 +1,5 @@
 """Prompt alignment for the shapes model, by geometry alone: graded, right or wrong, and with a gradient."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,19 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.shapes.detector import MIN_CONTRAST, UNIT, along, halves, read
-from models.shapes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    PAIR_RADII,
-    PLACES,
-    RADII,
-    SHAPES,
-    Scene,
-    Thing,
-    parse,
-    signed_distance,
-)
+from models.shapes import world
+from models.shapes.detector import MIN_CONTRAST, UNIT, halves, read
+from models.shapes.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, PLACES, SHAPES, Scene, Thing, parse
 
 BACKGROUND_WEIGHT, COLOUR_WEIGHT, FORM_WEIGHT = 0.15, 0.25, 0.6
 IOU_SLOPE = 12.0  # per unit of IoU margin
@@ -40,8 +27,7 @@ class ShapesAlignment:
 
     Form is the overlap with the asked shape against the best other shape; when the prompt names a size, it is
     multiplied by how well the radius fits; when it names a place, half of form's weight goes to how far the object
-    lies towards it. Two objects are read in the left and right half and averaged.
-    """
+    lies towards it. Two objects are read in the left and right half and averaged."""
 
     name = "shapes_alignment"
     differentiable = False
@@ -64,7 +50,8 @@ class ShapesAlignment:
             reading, shape = read(part), SHAPES.index(thing.shape)
             iou_margin = _margin(-reading.iou, shape)
             hue_margin = _margin(reading.colour_distance, list(COLOURS).index(thing.colour))
-            seen = reading.contrast, iou_margin, reading.radius_as[shape], hue_margin, functools.partial(along, reading)
+            offset = reading.centre[0] - IMAGE_SIZE / 2, reading.centre[1] - IMAGE_SIZE / 2
+            seen = reading.contrast, iou_margin, reading.radius_as[shape], hue_margin, offset
             things.append(thing_score(thing, pair, *seen, _sigmoid, max))
             if scene.background is not None:
                 margin = _margin(reading.background_distance, list(BACKGROUNDS).index(scene.background))
@@ -86,19 +73,19 @@ class ShapesAccuracy(ShapesAlignment):
 
 def thing_score(
     thing: Thing, pair: bool, contrast: Any, iou_margin: Any, radius: Any, hue_margin: Any,
-    towards: Callable[[str], Any], sigmoid: Callable[[Any], Any], maximum: Callable[[Any, Any], Any],
+    offset: tuple[Any, Any], sigmoid: Callable[[Any], Any], maximum: Callable[[Any, Any], Any],
 ) -> Any:  # fmt: skip
     """Colour's and form's part of one object's score, of floats or of tensors.
 
     `iou_margin` and `hue_margin` are the asked shape's and colour's over the best other's, `radius` the object's as
-    that shape, `towards` how many pixels from the middle it lies towards a place; `contrast` is in RGB distance.
-    """
+    that shape, `offset` (x, y) that of its centroid from the middle, in pixels; `contrast` is in RGB distance."""
     form = sigmoid(IOU_SLOPE * iou_margin)
     if thing.size is not None or pair:
-        low, high = PAIR_RADII if pair else RADII[thing.size or "medium"]
+        low, high = world.PAIR_RADII if pair else world.RADII[thing.size or "medium"]
         form = form * sigmoid(-SIZE_SLOPE * (maximum(low - radius, radius - high) - 2))
     if thing.place is not None:
-        there = sigmoid(PLACE_SLOPE * (towards(thing.place) - PLACE_MIDDLE))
+        x, y = PLACES[thing.place]
+        there = sigmoid(PLACE_SLOPE * (x * offset[0] + y * offset[1] - PLACE_MIDDLE))
         form = (1 - PLACE_WEIGHT) * form + PLACE_WEIGHT * there
     hue = sigmoid(RGB_SLOPE * hue_margin)
     return sigmoid((contrast - MIN_CONTRAST) / 10) * (COLOUR_WEIGHT * hue + FORM_WEIGHT * form)
@@ -122,15 +109,12 @@ class ShapesAlignmentSoft(ShapesAlignment):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         scores = []
-        for picture, prompt in zip(images * 255, prompts, strict=True):
-            scene = parse(prompt)
-            middle = picture.shape[2] // 2
-            pair = len(scene.things) == 2
+        for picture, scene in zip(images * 255, map(parse, prompts), strict=True):
+            pair, middle = len(scene.things) == 2, picture.shape[2] // 2
             parts = [picture[:, :, :middle], picture[:, :, middle:]] if pair else [picture]
             things = zip(parts, scene.things, strict=True)
-            scores.append(
-                torch.stack([_soft_score(part, thing, scene.background, pair) for part, thing in things]).mean()
-            )
+            seen = [_soft_score(part, thing, scene.background, pair) for part, thing in things]
+            scores.append(torch.stack(seen).mean())
         return torch.stack(scores)
 
 
@@ -145,13 +129,8 @@ def _soft_score(picture: Tensor, thing: Thing, background: str | None, pair: boo
     alpha = ((picture - ground[:, None, None]) * direction[:, None, None]).sum(0) / (direction.square().sum() + 1)
     alpha = ((alpha - 0.15) / 0.7).clamp(0, 1)
     iou, radius, (cx, cy) = _fit(alpha)
-    shape = SHAPES.index(thing.shape)
-
-    def towards(place: str) -> Tensor:
-        (x, y), (height, width) = PLACES[place], alpha.shape
-        return x * (cx - width / 2) + y * (cy - height / 2)
-
-    seen = _length(direction), _lead(iou, shape, 20.0), radius[shape], _soft_margin(ink, COLOURS, thing.colour), towards
+    shape, offset = SHAPES.index(thing.shape), (cx - alpha.shape[1] / 2, cy - alpha.shape[0] / 2)
+    seen = _length(direction), _lead(iou, shape, 20.0), radius[shape], _soft_margin(ink, COLOURS, thing.colour), offset
     whole = thing_score(thing, pair, *seen, torch.sigmoid, torch.maximum)
     if background is None:
         return whole + BACKGROUND_WEIGHT
@@ -170,7 +149,7 @@ def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         unit_area, unit_y = UNIT[shape]
         r = (area / unit_area).sqrt()
         # A little off the centroid: hypot and the angle have no derivative at the very middle.
-        distance = signed_distance(shape, x - cx + TINY, y - (cy - unit_y * r) + TINY, r, torch)
+        distance = world.signed_distance(shape, x - cx + TINY, y - (cy - unit_y * r) + TINY, r, torch)
         ideal = (0.5 - distance).clamp(0, 1)
         ious.append(torch.minimum(alpha, ideal).sum() / (torch.maximum(alpha, ideal).sum() + TINY))
         radii.append(r)

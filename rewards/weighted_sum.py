@@ -1,7 +1,5 @@
 """Several rewards at once: the sum of each one's weight times its raw score."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

@@ -1,17 +1,12 @@
 """Where reward models are read from: a local path, else the hub's cache, else the hub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusion.failures import RunFailure
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+(?::[^:]+)?")
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".json", ".txt")
@@ -97,7 +92,7 @@ def _from_hub(asset: Asset, fetch: bool) -> Path | None:
         ) from error
 
 
-def read(path: Path, inside: str | None = None) -> dict[str, Tensor]:
+def read(path: Path, inside: str | None = None) -> dict[str, Any]:
     """The tensors of a safetensors file or torch checkpoint, under the key `inside` where there is one. Raises
     BadWeights where it is unreadable, code instead of tensors, or not tensors by name."""
     import torch

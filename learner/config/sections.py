@@ -232,7 +232,7 @@ class Evaluation(Section):
     )
     features: FeatureKind = key(
         "pixels",
-        "measure of diversity and drift: pixels (mean colours of an 8 x 8 grid), clip, or dreamsim (a package)",
+        "measure of diversity and drift: pixels (mean colours of an 8 x 8 grid) or clip",
     )
     clip: str | None = key(None, "for features=clip: folder or hub id; default: openai/clip-vit-large-patch14")
 

@@ -45,8 +45,6 @@ def test_clip_features_are_the_models_own_embedding(clip):
 
 
 def test_features_that_cannot_be_had_are_named(clip, tmp_path):
-    with pytest.raises(WeightsNotFound, match="dreamsim: no such package"):
-        judges.require_features("dreamsim")
     with pytest.raises(WeightsNotFound, match=r"evaluation\.clip"):
         judges.require_features("clip", str(tmp_path / "nowhere"))
     judges.require_features("pixels")

@@ -107,7 +107,7 @@ def test_every_published_key_is_known_and_loads_strictly_at_full_size(name, coun
     unused = imagereward.UNUSED if name == "imagereward" else ()
     assert layout(network, module.published) == {key: keys[key] for key in keys if not key.startswith(unused)}
     state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    fill(network, state, name, "meta", module.published, unused)
+    fill(lambda: network, state, name, "meta", module.published, unused)
 
 
 def test_published_configurations(tmp_path):

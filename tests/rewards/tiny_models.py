@@ -53,7 +53,7 @@ def aesthetic_state() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     shapes |= {f"mlp.layers.{key}": shape for key, shape in layout(head).items()}
     state = {key: value.float() for key, value in tensors(inputs.state(shapes, seed=3)).items()}
     saved = {key.removeprefix("clip_model."): value for key, value in state.items() if key.startswith("clip_model.")}
-    tower = fill(clip, saved, "CLIP", published=hpsv2.published).state_dict()
+    tower = fill(lambda: clip, saved, "CLIP", published=hpsv2.published).state_dict()
     head = {key.removeprefix("mlp."): value for key, value in state.items() if key.startswith("mlp.")}
     return head, {key: value.contiguous() for key, value in tower.items()}
 
