@@ -24,7 +24,8 @@ KINDS = ["dag_db", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHE
 GRADIENTS = [kind for kind in OBJECTIVES if NEEDS[kind].reward_gradients]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_run_that_was_stopped_goes_on_bitwise(kind, small_settings, settings_of, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle at the right\n")  # 16 rewards of a prompt after two epochs
     settings = [
@@ -98,13 +99,10 @@ def _rank(rank: int, count: int, address: str, configs: list[Config], epochs, qu
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "kinds"),
-    [
-        (2, ("dag_db",)),
-        pytest.param(2, OTHERS, marks=pytest.mark.long),
-        pytest.param(4, ("dag_db", "dag_kl", "nabla_db"), marks=pytest.mark.slow),
-    ],
+    [(2, tuple(OBJECTIVES)), pytest.param(4, ("dag_db", "dag_kl", "nabla_db"), marks=pytest.mark.slow)],
 )
 def test_ranks_agree_with_one_on_every_objectives_gradient(count, kinds, configured):
     configs = [configured(kind, "sampler.chunk_size=2") for kind in kinds]
