@@ -1,6 +1,7 @@
-"""Compares adapters: `python -m learner.compare RUN_OR_LORA... [key=value ...]`. Judges what is not judged yet, all on
-the same prompts and noise, and writes into --out a table (comparison.md, .json), pareto.png (reward against diversity
-and drift) and sheet.png (the same noise, base model and every adapter side by side).
+"""Compares adapters on the same prompts and noise: `python -m learner.compare RUN_OR_LORA... [key=value ...]`.
+
+Judges what is not judged yet, and writes into --out a table (comparison.md, .json), pareto.png (reward against
+diversity and drift) and sheet.png (the same noise, base model and every adapter side by side).
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--reward", required=True, help=f"{', '.join(registry.NAMES)}, or your own as module:callable")
     add("--weights", help="path or hub id")
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="of the reward; JSON or text")
-    add("--prompts", help="prompts in the sorted order of the images, or one: as prompts.path of a run")
+    add(
+        "--prompts",
+        help="file or set of prompts, as prompts.path of a run: in the images' sorted order, or one",
+    )
     add("--device", default="cpu", help="cpu or cuda")
     add("--output", type=Path, metavar="FILE.csv", help="also write image, prompt and score")
     args = parser.parse_args(arguments)
