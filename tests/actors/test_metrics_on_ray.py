@@ -81,7 +81,7 @@ def names() -> set[str]:
 
 def test_a_run_is_measured_and_its_actors_have_names(settings, tmp_path, monkeypatch):
     """The second epoch costs a sampler with work in hand."""
-    real, before, end = Rollouts.wait, set(), set()
+    real, before, end = Rollouts.pause, set(), set()
 
     def wait(self, also=()):
         if self.buffer.closed == 1 and not before and self.samplers.load()[1]:
@@ -91,7 +91,7 @@ def test_a_run_is_measured_and_its_actors_have_names(settings, tmp_path, monkeyp
             end.update(names())
         real(self, also)
 
-    monkeypatch.setattr(Rollouts, "wait", wait)
+    monkeypatch.setattr(Rollouts, "pause", wait)
     stranger = ray.remote(Stranger).options(name="mine/sampler-1", num_cpus=0).remote()
     assert main(settings) == 0
     assert names() == set()
