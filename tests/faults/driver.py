@@ -114,7 +114,7 @@ POINTS = {
     "metrics appended": Point(Records, "append", AFTER, 3),
     "checkpoint aside": Point(Storage, "remove", BEFORE, 1, _argument(1, STEP)),
     "checkpoint renamed": Point(Storage, "write_folder", AFTER, 1, _argument(1, STEP)),
-    "latest linked": Point(checkpoint, "_link", AFTER, 3),
+    "latest linked": Point(Storage, "link", AFTER, 3),
     "half pruned": Point(storage.shutil, "rmtree", BEFORE, 1, _old_folder),
     "pruned": Point(checkpoint, "prune", AFTER, 3),
     "buffer closed": Point(RayRunner, "closed", AFTER, 2),
