@@ -41,8 +41,9 @@ class _Judgement:
         self.parts: dict[str, np.ndarray] = {}  # [M] by label: of a sum of rewards each one's own
         self.pictures: dict[int, np.ndarray] = {}  # by trajectory, [H, W, 3] uint8 of its terminal state
         self.bad: dict[int, str] = {}  # by trajectory, the first reason
+        self.raised: set[int] = set()  # of them those on which the reward's own code raised
 
-    def add_bad(self, position: int, reason: str) -> None:
+    def add_bad(self, position: int, reason: str, raised: bool = False) -> None:
         """The trajectory of the latent at `position` must not be used. Raises BadReward unless such are set aside."""
         row, step, chunk = int(self.clean.row[position]), self.clean.step[position], self.chunk
         if not self.quarantine:
@@ -51,11 +52,12 @@ class _Judgement:
                 f"{chunk.key.where}, state {step} ({REMEDY})"
             )
         self.bad.setdefault(row, f"{reason}, state {step}")
+        self.raised |= {row} if raised else set()
 
     def require_some_good(self, reward: str) -> None:
         """Raises BadReward where nothing of the chunk, a whole one and not one row of it, can be used."""
         if len(self.bad) == len(self.chunk.prompts) == len(set(self.clean.row.tolist())):
-            broken = f": reward {reward} is broken" if all(" failed on " in why for why in self.bad.values()) else ""
+            broken = f": reward {reward} is broken" if self.raised == self.bad.keys() else ""
             bad, first = f"all {len(self.bad)} trajectories of {self.chunk.key} are bad", self.bad[min(self.bad)]
             raise BadReward(f"{bad}{broken}; the first: {first}")
 
@@ -175,7 +177,7 @@ class Scorer:
                 if not self.quarantine:
                     raise BadReward(f"{error} ({REMEDY})") from error
                 if len(positions) == 1:
-                    return judged.add_bad(positions[0], str(error))
+                    return judged.add_bad(positions[0], str(error), raised=True)
                 for i in range(len(positions)):
                     self._judge_batch(judged, positions[i : i + 1], decoder)
                 return None

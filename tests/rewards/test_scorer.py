@@ -56,6 +56,10 @@ def test_a_bad_reward_is_named_with_its_prompts():
     said = "all 2 trajectories of chunk 0 of epoch 4 are bad: reward brightness is broken"
     with pytest.raises(BadReward, match=said):
         scorer(raises_on(0), quarantine=True).score(clean())
+    nan = Brightness(lambda scores: scores * float("nan"))
+    nan.name = "that failed on me"  # whatever it is called: it returned, and may be right in the next chunk
+    with pytest.raises(BadReward, match="epoch 4 are bad; the first: reward that failed on me returned nan"):
+        scorer(nan, quarantine=True).score(clean())
 
 
 def brightnesses(thumbnails) -> list[float]:
