@@ -46,13 +46,17 @@ class Tracker:
         say(f"MLflow: {uri}, experiment {config.mlflow.experiment}{look}")
         self._folder = TemporaryFolder()  # for MLflow's temporary files, should the mirror be killed
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        self._mirror = subprocess.Popen(
-            # Server and experiment are in the run's config: an argument would show a password to every user.
-            [sys.executable, "-m", "learner.upload", str(records.storage), "--follow"], text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._folder.path), **self._folder.mark},
-            start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
-        )  # fmt: skip
+        try:
+            self._mirror = subprocess.Popen(
+                # Server and experiment are in the run's config: an argument would show a password to every user.
+                [sys.executable, "-m", "learner.upload", str(records.storage), "--follow"], text=True, bufsize=1,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._folder.path), **self._folder.mark},
+                start_new_session=True,  # Ctrl-C is for the driver; the mirror ends with its input
+            )  # fmt: skip
+        except OSError:
+            self._folder.remove()
+            raise
         self._reader = threading.Thread(target=self._read, name="mlflow-mirror", daemon=True)
         self._reader.start()
 

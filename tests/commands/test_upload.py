@@ -191,6 +191,7 @@ def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run
         Tracker(records, saved_config(records), said.append)
     (started,) = process.call_args.args
     assert started and "open-sesame" not in " ".join([*started, *said])
+    assert not Path(process.call_args.kwargs["env"]["TMPDIR"]).exists()
     assert upload.main([str(run), "--uri", uri]) == 1
 
 
