@@ -1,6 +1,8 @@
 """Faults in a run with a real model. tests/faults has all kinds of them, over emulated parts, and lost actors around
 a real model too (test_matrix_shapes.py, test_hosts.py)."""
 
+from types import SimpleNamespace
+
 import pytest
 from emulated_run import totals
 
@@ -14,7 +16,7 @@ def test_a_skipped_load_ends_the_run(driver_looks, small_settings, tmp_path, mon
     lets them pass."""
     monkeypatch.setattr("diffusion.rollout.lora.load", lambda unet, flat: None)
     if not driver_looks:
-        monkeypatch.setattr("learner.protocol.buffer.receipts.check", lambda *_: None)
+        monkeypatch.setattr("learner.inprocess.receipts", SimpleNamespace(check=lambda *_: None))
     settings = ["run.runner=inprocess", "evaluation.images=0", f"run.dir={tmp_path / 'run'}"]
     assert main([*small_settings, *settings]) == 1
     said = capfd.readouterr().err

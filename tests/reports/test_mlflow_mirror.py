@@ -102,8 +102,9 @@ def assert_whole(mirror, name: str | None = "shapes") -> None:
     assert [row[1] for row in table["data"]] == pytest.approx(rewards, abs=1e-9)
     assert [row[2:] for row in table["data"]] == [[image, epoch + 1] for epoch in evaluated for image in range(4)]
     assert model.status == "READY" and model.name == f"lora-step-{steps:06d}"
-    assert (model.model_id, steps) in [(output.model_id, output.step) for output in run.outputs.model_outputs]
-    versions = [(version.version, version.source) for version in client.search_model_versions("name='shapes'")]
+    shown = model.model_id, records.lines[-1]["epoch"] + 1  # its step there: the epoch, as of its evaluation's figures
+    assert shown in [(output.model_id, output.step) for output in run.outputs.model_outputs]
+    versions = [(int(version.version), version.source) for version in client.search_model_versions("name='shapes'")]
     assert versions == ([(1, f"models:/{model.model_id}")] if name else [])
 
 
