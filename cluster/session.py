@@ -37,8 +37,8 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
 
 class Session:
     """A connection to Ray: the cluster named by RAY_ADDRESS (set in a submitted job), else one of our own (`own`), in a
-    temporary folder of our own and on 127.0.0.1 alone. Token authentication is always on. Raises ClusterUnreachable if the cluster does not
-    answer, or does not know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives."""
+    temporary folder of our own, on 127.0.0.1 alone. Token authentication is always on. Raises ClusterUnreachable if the
+    cluster does not answer, or know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives."""
 
     def __init__(self, cpu_threads: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))

@@ -23,8 +23,8 @@ class GroupBroken(RunFailure, RuntimeError):
 
 
 def free_address(ip: str, folder: str | None = None) -> str:
-    """Where rank 0 will meet the others: tcp:// URL of a free port on this node, or, where all are on one machine and
-    share a `folder`, file:// URL of a new file in it. On a port torch listens on every interface, whatever its address."""
+    """Where rank 0 will meet the others: tcp:// URL of a free port on this node; or, where all share a `folder` on one
+    machine, file:// URL of a new file in it, since on a port torch listens on every interface, whatever the address."""
     if folder:
         return f"file://{folder}/ranks-{uuid.uuid4().hex}"
     with socket.socket() as probe:

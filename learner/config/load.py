@@ -3,6 +3,8 @@ reported together, each with its key and, for a misspelt one, the nearest known 
 
 import copy
 import difflib
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +67,12 @@ def read_config(source: Source = None, overrides: Overrides = (), name: str = "t
 def config_yaml(config: Config) -> bytes:
     """Every setting, as runs and checkpoints keep them."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+
+
+def as_arguments(settings: Mapping[str, Any]) -> str:
+    """{"section.key": value} as a shell's command line takes it."""
+    texts = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items())
+    return " ".join(map(shlex.quote, texts))
 
 
 def saved_config(records: "Records") -> Config:
