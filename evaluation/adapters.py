@@ -239,5 +239,6 @@ def _check(target: Target) -> None:
             "learner.generate draws with it, samplers do not"
         )
     reward, evaluation = config.reward, config.evaluation
+    target.out.exists(f"{target.file}.json")  # no link leads out
     registry.check(reward.name, reward.weights, reward.options, target.prompts, backend=reward.backend)
     judges.check(evaluation.held_out, evaluation.features, evaluation.clip, target.prompts)

@@ -23,7 +23,8 @@ import yaml
 from evaluation.metrics import paired_interval
 from learner.config import Config, as_arguments
 from learner.protocol.quarantine import FOLDER as QUARANTINE
-from records.heartbeat import look, without_passwords
+from records.heartbeat import look
+from records.passwords import without_passwords
 from records.run_folder import BEFORE, EVALUATION, Records
 from records.storage import Storage, StorageError
 

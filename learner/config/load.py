@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from learner.config.checks import ConfigError, contradictions, raise_faults
 from learner.config.schema import CONFIG_VERSION, Config, known_keys, section_types
+from records.passwords import without_passwords
 
 if TYPE_CHECKING:
     from records.run_folder import Records
@@ -79,6 +80,9 @@ def saved_config(records: "Records") -> Config:
     """The settings of a run. Raises a ConfigError where they are of another version, or damaged."""
     place = f"{records.storage}/config.yaml"
     tree = _parse(records.storage.read("config.yaml"), f"run.dir: {place} is damaged")
+    mlflow = tree.get("mlflow")  # of a run of an older Tributary it may hold a password
+    if isinstance(mlflow, dict) and isinstance(mlflow.get("uri"), str):
+        mlflow["uri"] = without_passwords(mlflow["uri"])
     config, faults = read_config(tree, name=place)
     raise_faults([f"run.dir: {place} is damaged: {fault}" for fault in faults])
     return config

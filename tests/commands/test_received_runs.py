@@ -250,7 +250,7 @@ def test_links_in_a_folder_lead_nobody_out_of_it(witness, run, small_settings, c
     lora = run.parent / "lora"
     shutil.copytree(run / "checkpoints/latest/lora", lora)
     (lora / "evaluation").symlink_to(mine)
-    given = ["--base", saved_config(Records.open(Storage(str(run)))).model.path, "--images", 4, "run.runner=inprocess"]
+    given = ["--base", saved_config(Records.open(Storage(str(run)))).model.path, "--images", 16, "run.runner=inprocess"]
     assert "a link that leads out of" in do(capsys, "evaluate", lora, *given)
     assert sorted(path.name for path in mine.iterdir()) == ["empty", "notes", "pytorch_lora_weights.json"]
     assert all(path.read_text() == "mine" for path in mine.iterdir() if path.is_file()) and not any(
