@@ -193,11 +193,10 @@ def _unconfirmed(config: Config, given: Collection[str], run: Records) -> list[s
         place = f"{run.storage}/{CONFIG}"
         return [f"{', '.join(own)}: code that only {place} names is not run; if it is yours, give {as_arguments(own)}"]
     key = "evaluation.prompts" if config.evaluation.prompts else "prompts.path"
-    began = saved_config(run)
     if key in given:
         return []
-    prompts = prompts_digest([*training_prompts(began), *evaluation_prompts(began)])
-    if prompts != run.about["prompts_sha256"]:
+    began = saved_config(run)
+    if prompts_digest([*training_prompts(began), *evaluation_prompts(began)]) != run.about["prompts_sha256"]:
         return [f"{key}: {config.flat()[key]} does not hold the prompts that the run began with; give --prompts FILE"]
     return []
 
