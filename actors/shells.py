@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 
+from cluster import temp_folders
 from cluster.waits import DeadlineExceeded, ObjectLost, get
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Scores, Trajectories, Verdict
@@ -71,10 +73,10 @@ class LearnerActor:
         self.trained = 0, 1
 
     def ready(self) -> str:
-        """A free address on its node, where it could meet the others."""
+        """An address where it could meet the others: on its node, or in the folder of a Ray of the run's own."""
         from learner import process_group
 
-        return process_group.free_address(ray.util.get_node_ip_address())
+        return process_group.free_address(ray.util.get_node_ip_address(), os.environ.get(temp_folders.VARIABLE))
 
     def start(
         self, address: str, seconds: float, files: dict[str, bytes] | None

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ from cluster.auth import ClusterUnreachable
 from cluster.nodes import Node, alive_nodes
 
 CLOSE_SECONDS = 3.0
+LOOPBACK, INTERFACES = "127.0.0.1", ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = False) -> list[Node]:
@@ -36,8 +37,8 @@ def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = F
 
 class Session:
     """A connection to Ray: the cluster named by RAY_ADDRESS (set in a submitted job), else one of our own (`own`), in a
-    temporary folder of our own. Token authentication is always on. Raises ClusterUnreachable if the cluster does not
-    answer, or does not know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives."""
+    temporary folder of our own, on 127.0.0.1 alone. Token authentication is always on. Raises ClusterUnreachable if the
+    cluster does not answer, or know the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token gives."""
 
     def __init__(self, cpu_threads: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads))
@@ -51,7 +52,7 @@ class Session:
         try:
             if self._folder:
                 auth.ensure_token()
-                with self._folder.marking():
+                with self._folder.marking(), _on_loopback():
                     # Ray opens its folder to everybody; ours around it stays closed.
                     _init(address, include_dashboard=False, _temp_dir=str(self._folder.path / "r"))
             elif self._connected:
@@ -73,6 +74,21 @@ class Session:
                 leaving.join(CLOSE_SECONDS)
         if self._folder:
             self._folder.remove()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """What is started meanwhile listens on 127.0.0.1 alone. Ray does where that is the node's address: it does not take
+    it as an argument, and asks this function. The learner ranks' gloo and NCCL go by an interface's name."""
+    real, before = ray.util.get_node_ip_address, {name: os.environ.get(name) for name in INTERFACES}
+    ray.util.get_node_ip_address = lambda: LOOPBACK
+    os.environ.update(dict.fromkeys(INTERFACES, "lo"))
+    try:
+        yield
+    finally:
+        ray.util.get_node_ip_address = real
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _init(address: str, **options: Any) -> None:

@@ -179,7 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
         from evaluation.adapters import open_trained  # here: --help and argument errors must come fast
 
         trained = open_trained(args.run, args.step, lambda text: complain("export", f"warning: {text}"))
-        url = args.out or f"{trained.records.storage}/export/{args.format}"
+        storage, place = trained.records.storage, f"export/{args.format}"
+        if not args.out:
+            storage.exists(place)  # a StorageError where a link in the run's folder leads out of it
+        url = args.out or f"{storage}/{place}"
         export(trained, args.format, url, args.base_model)
         print(url)
 

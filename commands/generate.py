@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from commands.outcome import attempt, complain
 from diffusion.trajectory import Chunk
 from evaluation.adapters import open_adapter
-from learner.config import Config, load_config, resolve
+from learner.config import Config, load_config, resolve, saved_config
 from learner.config.sections import Evaluation, SamplerConfig
 from records.storage import Storage
 
@@ -90,10 +90,10 @@ def write(args: argparse.Namespace) -> None:
         raise ValueError(f"--out: {args.out} is no .png file")
     if args.step is not None and args.lora is None:
         raise ValueError("--step: of which run? give --lora RUN")
-    read_adapter, run_config, _ = open_adapter(args.lora, args.step, warn) if args.lora else (lambda: None, None, None)
+    read_adapter, run, _ = open_adapter(args.lora, args.step, warn) if args.lora else (lambda: None, None, None)
     options = {"steps": args.steps, "guidance": args.guidance, "eta": args.eta}
     sampling = {key: value for key, value in options.items() if value is not None}
-    config = settings(run_config, args.base, args.seed, sampling)
+    config = settings(saved_config(run) if run else None, args.base, args.seed, sampling)
     adapter = read_adapter()
     if adapter is not None and adapter.note:
         warn(adapter.note)

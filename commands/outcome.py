@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from diffusion.failures import RunFailure
 from learner.config import ConfigError
+from records.passwords import without_passwords
 
 
 def complain(verb: str, text: str) -> None:
-    """One line on stderr, whatever `text` holds."""
-    print(f"learner.{verb}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    """One line on stderr, whatever `text` holds; URLs without their passwords."""
+    print(f"learner.{verb}: {' '.join(without_passwords(text).split())}", file=sys.stderr, flush=True)
 
 
 def attempt(verb: str, work: Callable[[], object], run: str = "") -> int:

@@ -22,12 +22,12 @@ import time
 from typing import TYPE_CHECKING
 
 from commands.outcome import complain
-from learner.config import Config, saved_config
+from learner.config import saved_config
 from records.checkpoint import CheckpointError
-from records.heartbeat import without_passwords
+from records.passwords import without_passwords
 from records.run_folder import Records
 from records.storage import Storage, StorageError
-from reports.tracking import tracking_uri
+from reports.tracking import tracking_uri, upload_command
 
 if TYPE_CHECKING:
     from reports.mlflow_mirror import Mirror
@@ -108,10 +108,11 @@ def _read(words: queue.Queue[str]) -> None:
 def _send_model(mirror: Mirror) -> None:
     """A model is an extra: without it the run is there all the same."""
     try:
-        if lack := mirror.send_model(saved_config(Records.open(mirror.storage)).mlflow.registered_model):
+        config = saved_config(Records.open(mirror.storage))
+        if lack := mirror.send_model(config.mlflow.registered_model):
             tell(f"say no model in MLflow: {lack}")
     except Exception as error:
-        again = f"python -m learner.upload {mirror.storage}"
+        again = upload_command(config, mirror.storage)
         tell(f"say warning: MLflow did not take the run's model ({reason(error)}); send it: {again}")
 
 
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: MLflow has everything; 1: it does not answer; 2: no such run, or its server must be confirmed."""
     parser = argparse.ArgumentParser("python -m learner.upload", description="Send to MLflow what it lacks of a run.")
     parser.add_argument("run", help="run directory or URL")
-    parser.add_argument("--uri", help="tracking server (default: the run's mlflow.uri, MLFLOW_TRACKING_URI, or sqlite)")
+    parser.add_argument("--uri", help="tracking server (default: MLFLOW_TRACKING_URI, or mlflow.db beside the run)")
     parser.add_argument("--experiment", help="MLflow experiment (default: the run's)")
     parser.add_argument("--registered-model", metavar="NAME", help="register the LoRA under it (default: the run's)")
     parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
@@ -137,7 +138,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         complain("upload", f"{args.run} is no run of Tributary: {error}")
         return 2
-    uri = args.uri or tracking_uri(config, storage)
+    # A server that only the run's own file names may be somebody else's, who would get passwords and the run; of the
+    # driver, which follows, that file is.
+    named = args.uri or ("" if args.follow else os.environ.get("MLFLOW_TRACKING_URI"))
+    if not named and not args.follow and config.mlflow.uri:
+        text = f"only the run's own settings name its server {config.mlflow.uri}"
+        complain("upload", f"{text}: if it is yours, give it as --uri, or in MLFLOW_TRACKING_URI")
+        return 2
+    uri = named or tracking_uri(config, storage)
     server = without_passwords(uri)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -145,10 +153,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     for package in ("mlflow", "alembic"):  # after mlflow's import, which sets its own level
         logging.getLogger(package).setLevel(logging.CRITICAL)
-    if not args.uri and not args.follow and _would_send_credentials(config):
-        text = f"your MLflow user, password or token would be sent to {server}, which the run's own settings name"
-        complain("upload", f"{text}: if that is right, give it as --uri")
-        return 2
     try:
         mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment)
         if args.follow:
@@ -169,13 +173,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"MLflow at {server} has everything of {storage} (run {mirror.run_id})")
     return 0
-
-
-def _would_send_credentials(config: Config) -> bool:
-    """To a server that only the run's own file names, which may be somebody else's."""
-    from mlflow.utils.credentials import read_mlflow_creds
-
-    if config.mlflow.uri is None or config.mlflow.uri == os.environ.get("MLFLOW_TRACKING_URI"):
-        return False
-    known = any((*read_mlflow_creds(), os.environ.get("MLFLOW_TRACKING_TOKEN")))
-    return known and config.mlflow.uri.startswith(("http:", "https:"))

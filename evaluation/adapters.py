@@ -7,7 +7,7 @@ import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ import numpy as np
 
 from diffusion.snapshot import Snapshot, digest
 from evaluation.image_sets import ACCURACY, ImageSet
-from learner.config import Config, ConfigError, read_config, resolve, saved_config
+from learner.config import Config, ConfigError, as_arguments, read_config, resolve, saved_config
 from learner.config.sections import LoraConfig, SamplerConfig
-from learner.prompts import evaluation_prompts
+from learner.prompts import evaluation_prompts, prompts_digest, training_prompts
 from records import checkpoint
 from records.checkpoint import Checkpoint, CheckpointError
-from records.run_folder import EVALUATION, RUN, Records
+from records.run_folder import CONFIG, EVALUATION, RUN, Records
 from records.storage import Storage, StorageError
 
 if TYPE_CHECKING:  # torch and diffusers come with it
@@ -90,13 +90,13 @@ def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Tra
 
 def open_adapter(
     name: str, step: int | None, warn: Callable[[str], None]
-) -> tuple[Callable[[], AdapterFile], Config | None, Trained | None]:
+) -> tuple[Callable[[], AdapterFile], Records | None, Trained | None]:
     """What reads the adapter of a run's folder or URL, of a checkpoint's folder, or of a LoRA's file or folder; the
-    settings of the run that it lies in; and the run, if that was named. Raises a ValueError if there is nothing, or
+    run that it lies in; and the run as it stood, if that was named. Raises a ValueError if there is nothing, or
     `step` is of what is no run; and as `open_trained`."""
     if "://" in name or Storage(name).exists(RUN):
         trained = open_trained(name, step, warn)
-        return trained.adapter, trained.config, trained
+        return trained.adapter, trained.records, trained
     path = Path(name).expanduser()
     if not path.exists():
         raise ValueError(f"{name}: no such file or folder; give a run's directory, or a LoRA's file or folder")
@@ -109,7 +109,7 @@ def open_adapter(
         return lora_files.read(path / LORA if (path / LORA).is_dir() else path)
 
     runs = [folder for folder in path.resolve().parents if (folder / RUN).is_file()]
-    return read, saved_config(Records.open(Storage(str(runs[0])))) if runs else None, None
+    return read, Records.open(Storage(str(runs[0]))) if runs else None, None
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,12 @@ def find(names: Sequence[str], overrides: Sequence[str], args: argparse.Namespac
 
 def _target(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Target:
     """By its run's settings, or those of --config, or the demo's, with options and overrides."""
-    read_adapter, run_config, trained = open_adapter(name, args.step, lambda text: print(text, file=sys.stderr))
+    read_adapter, run, trained = open_adapter(name, args.step, lambda text: print(text, file=sys.stderr))
     options = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
     settings = [*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides]
-    if run_config and not args.config:
-        config, faults = read_config(run_config.model_dump(mode="json"), settings)
+    if run and not args.config:
+        config, faults = read_config(saved_config(run).model_dump(mode="json"), settings)
+        faults = faults or _unconfirmed(config, {text.partition("=")[0].strip() for text in settings}, run)
     else:
         config, faults = read_config(args.config, settings)
     if faults := faults or ["evaluation.images: 0; say how many with --images"] * (not config.evaluation.images):
@@ -170,9 +171,9 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
     adapter, prompts = read_adapter(), tuple(evaluation_prompts(config))
     judged = adapter, _needed(config, adapter, prompts), prompts
     if trained is None:
-        file = Path(adapter.source)
-        out = Storage(str(args.out or file.parent / EVALUATION))
-        return Target(Path(name).resolve().stem, *judged, out, file.stem)
+        source = Path(adapter.source)
+        out, folder = (args.out, "") if args.out else (source.parent, f"{EVALUATION}/")  # within: no link leads out
+        return Target(Path(name).resolve().stem, *judged, Storage(str(out)), f"{folder}{source.stem}")
     records, step = trained.records, trained.step
     lines = [line for line in records.lines if 0 <= line["epoch"] < trained.epochs]
     cluster = records.about.get("cluster", {})
@@ -182,6 +183,22 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
         "seconds": sum(line["seconds"] for line in lines), "gpus": cluster.get("GPU", 0), "cpus": cluster.get("CPU"),
     }  # fmt: skip
     return Target(records.about["name"], *judged, records.storage, f"{EVALUATION}/step-{step:06d}", records, facts)
+
+
+def _unconfirmed(config: Config, given: Collection[str], run: Records) -> list[str]:
+    """What only the run's files name and the command does not: they may be somebody else's. They run no code of the
+    user's, and have no file read for prompts but the one that the run knows the content of."""
+    own = {key: value for key, value in config.own_code.items() if key not in given}
+    if own:
+        place = f"{run.storage}/{CONFIG}"
+        return [f"{', '.join(own)}: code that only {place} names is not run; if it is yours, give {as_arguments(own)}"]
+    key = "evaluation.prompts" if config.evaluation.prompts else "prompts.path"
+    if key in given:
+        return []
+    began = saved_config(run)
+    if prompts_digest([*training_prompts(began), *evaluation_prompts(began)]) != run.about["prompts_sha256"]:
+        return [f"{key}: {config.flat()[key]} does not hold the prompts that the run began with; give --prompts FILE"]
+    return []
 
 
 def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Config:
@@ -221,5 +238,6 @@ def _check(target: Target) -> None:
             "learner.generate draws with it, samplers do not"
         )
     reward, evaluation = config.reward, config.evaluation
+    target.out.exists(f"{target.file}.json")  # no link leads out
     registry.check(reward.name, reward.weights, reward.options, target.prompts, backend=reward.backend)
     judges.check(evaluation.held_out, evaluation.features, evaluation.clip, target.prompts)

@@ -61,7 +61,7 @@ def train(
         settings: `{"section.key": value}`, in place of the config's, as are prompts, runner (run.runner) and run_dir.
         reward: a function `(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, or a reward's name. With an
             attribute `differentiable = True` it serves the nabla objectives. On Ray it is sent to the reward actors.
-            Commands that read the run later, such as learner.evaluate, find it only if it can be imported.
+            learner.evaluate and learner.compare run it later if it can be imported and they are given its name.
         say: gets each line of progress.
 
     Raises:

@@ -125,7 +125,9 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: config_yaml(config)})
     keep, always = config.run.keep_checkpoints, {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
-        checkpoint.prune(records.storage, keep, always, records.run_id, lambda text: views.say(f"warning: {text}"))
+        checkpoint.prune(
+            records.storage, keep, always, records.steps, records.run_id, lambda text: views.say(f"warning: {text}")
+        )
     except RunFailure as error:  # the new one is there: that matters
         views.say(f"warning: an old checkpoint stays: {error}")
 

@@ -6,14 +6,14 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from learner.config import Config, ConfigError, config_yaml, raise_faults, saved_config
+from learner.prompts import prompts_digest
 from records import checkpoint, environment
 from records.checkpoint import Checkpoint
-from records.run_folder import BEFORE, CONFIG, FORMAT, METRICS, RUN, Records
+from records.run_folder import BEFORE, CONFIG, FORMAT, RUN, Records
 from records.storage import Storage
 
 Warn = Callable[[str], None]
@@ -38,9 +38,9 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
         storage = Storage(_absolute(config.run.dir, config))
         if storage.local and storage.local.is_file():
             raise ConfigError(f"run.dir: {storage} is a file")
-        if storage.exists(METRICS) and not storage.exists(RUN):
-            raise ConfigError(f"run.dir: {storage} holds a run of an older Tributary; choose another")
-        if storage.exists(RUN) and config.run.resume == "never":
+        if not storage.exists(RUN):
+            _require_free(storage, config)
+        elif config.run.resume == "never":
             raise ConfigError(f"run.dir: {storage} already holds a run; choose another, or run.resume=auto to go on")
     else:
         storage = (config.run.resume == "auto" and _newest_unfinished(config, wanted)) or _new_folder(config, source)
@@ -68,16 +68,25 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
         newest, as_begun = checkpoint.load_newest(storage, records.run_id, warn), config
         if newest:
             as_begun = _as_begun(config, saved, newest.manifest, warn)
-            checkpoint.drop_after(storage, newest.manifest["step"])
+            checkpoint.drop_after(storage, newest.manifest["step"], records.steps)
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
         storage.write(CONFIG, config_yaml(config))  # what may change may have
         return OpenRun(records, config, as_begun, newest, undo.pop_all().close)
 
 
+def _require_free(storage: Storage, config: Config) -> None:
+    """Raises a ConfigError if there is something in this folder without a run: it is somebody's. A run of these very
+    settings that was killed as it was begun has left those."""
+    there = storage.strangers()
+    if there and not (there == [CONFIG] and storage.read(CONFIG) == config_yaml(config)):
+        raise ConfigError(
+            f"run.dir: {storage} holds {there[0]} and no run of this Tributary; choose an empty or new folder"
+        )
+
+
 def _facts(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
     """What a run and whoever goes on with it must share."""
-    prompts_sha256 = sha256("\n".join(prompts).encode()).hexdigest()
-    return {"format": FORMAT, "config_digest": config.digest(), "prompts_sha256": prompts_sha256}
+    return {"format": FORMAT, "config_digest": config.digest(), "prompts_sha256": prompts_digest(prompts)}
 
 
 def _absolute(url: str, config: Config) -> str:
@@ -105,7 +114,7 @@ def _newest_unfinished(config: Config, wanted: dict[str, Any]) -> Storage | None
 def _new_folder(config: Config, source: Path) -> Storage:
     base = _absolute(f"runs/{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}", config)
     storage, number = Storage(base), 2
-    while storage.exists(RUN):
+    while storage.strangers():
         storage, number = Storage(f"{base}-{number}"), number + 1
     return storage
 

@@ -6,6 +6,7 @@ import datetime
 import re
 import socket
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -21,8 +22,11 @@ class GroupBroken(RunFailure, RuntimeError):
     """Another rank is gone or did not answer in time: this one is sound, but the group must be made anew."""
 
 
-def free_address(ip: str) -> str:
-    """tcp:// URL of a free port on this node, where rank 0 will meet the others."""
+def free_address(ip: str, folder: str | None = None) -> str:
+    """Where rank 0 will meet the others: tcp:// URL of a free port on this node; or, where all share a `folder` on one
+    machine, file:// URL of a new file in it, since on a port torch listens on every interface, whatever the address."""
+    if folder:
+        return f"file://{folder}/ranks-{uuid.uuid4().hex}"
     with socket.socket() as probe:
         probe.bind(("", 0))
         return f"tcp://{ip}:{probe.getsockname()[1]}"

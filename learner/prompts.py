@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def evaluation_prompts(config: Config) -> list[str]:
     """Of the fixed evaluation set: the training prompts, unless there are others. Raises as read_prompts."""
     path = config.evaluation.prompts
     return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """What run.json knows a run's prompts by: sha256 of the training and then the evaluation prompts."""
+    return sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def _items(file: Path, column: str) -> list[Any]:

@@ -8,6 +8,7 @@
 
 Only what the manifest lists is read. There is no random state to keep: every draw is keyed by what it is for."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +42,12 @@ def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> No
     """In one piece; `checkpoints/latest` is pointed at it where the storage has links."""
     name, sums = name_of(about["step"]), {file: sha256(content).hexdigest() for file, content in files.items()}
     storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
-    if storage.local:
-        storage.link(f"{FOLDER}/{LATEST}", name.removeprefix(f"{FOLDER}/"))
+    latest, target = f"{FOLDER}/{LATEST}", name.removeprefix(f"{FOLDER}/")
+    if storage.local and not storage.link(latest, target):
+        with contextlib.suppress(StorageError):  # in a copied run it may be a folder: our own is replaced
+            if storage.read_json(f"{latest}/{MANIFEST}", "run_id")["run_id"] == about["run_id"]:
+                storage.remove(latest)
+                storage.link(latest, target)
 
 
 def steps(storage: Storage) -> list[int]:
@@ -105,16 +110,27 @@ def lora_folder(storage: Storage) -> str:
     return f"{storage}/{FOLDER}/{LATEST}/lora" if storage.local else f"{storage}/{name_of(steps(storage)[-1])}/lora"
 
 
-def drop_after(storage: Storage, step: int) -> None:
-    """Remove the checkpoints of later steps: they were passed over."""
-    for later in (later for later in steps(storage) if later > step):
-        storage.remove(name_of(later))
+def drop_after(storage: Storage, step: int, named: set[int]) -> None:
+    """Remove the checkpoints of later steps: they were passed over. Raises a CheckpointError, and removes none,
+    if there is one that the run's records do not name."""
+    later = [other for other in steps(storage) if other > step]
+    for other in later:
+        if other not in named:
+            raise CheckpointError(
+                f"{storage}/{name_of(other)} is not this run's: its records name no such step; move it away"
+            )
+    for other in later:
+        storage.remove(name_of(other))
 
 
-def prune(storage: Storage, keep: int, always: set[int], run_id: str, warn: Callable[[str], None]) -> None:
-    """Remove all but the newest `keep` checkpoints and the steps in `always`; keep 0 keeps all. The newest whole one
-    stays in any case: it is read back before anything goes. Raises a CheckpointError if none is whole: none goes."""
-    spare = [step for step in steps(storage)[:-keep] if step not in always] if keep else []
+def prune(
+    storage: Storage, keep: int, always: set[int], named: set[int], run_id: str, warn: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Remove those that the run's records name (`named` steps) but the newest `keep` of them and the steps in `always`;
+    keep 0 keeps all. The newest whole one stays in any case: it is read back before anything goes. Raises a
+    CheckpointError if none is whole: none goes."""
+    spare = [step for step in steps(storage) if step in named][:-keep] if keep else []
+    spare = [step for step in spare if step not in always]
     newest = load_newest(storage, run_id, warn) if spare else None
     for step in spare:
         if newest and step < newest.manifest["step"]:

@@ -4,7 +4,6 @@ written. Imports neither numpy nor pyarrow: a look takes no time."""
 
 import contextlib
 import os
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from records import checkpoint
+from records.passwords import without_passwords
 from records.storage import Storage, StorageError
 
 RUN, METRICS, FILE, REPORT = "run.json", "metrics.jsonl", "status.json", "report.html"
@@ -111,8 +111,3 @@ def _state(about: dict[str, Any], beat: dict[str, Any], now: float) -> str:
         if now - beat["time"] > beat["quiet_seconds"]:
             return "silent"
     return beat.get("state", "unknown")
-
-
-def without_passwords(text: str) -> str:
-    """The text with its URLs' user names and passwords left out: for people's eyes, and for other services."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)

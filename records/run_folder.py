@@ -4,6 +4,7 @@ driver wrote beyond its last checkpoint, so that there are neither holes nor rep
 
 import io
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ RUN, METRICS, CONFIG = "run.json", "metrics.jsonl", "config.yaml"
 TRAJECTORIES, EVALUATION = "trajectories", "evaluation"
 EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
 NEEDED = ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256")  # in run.json
+OWN_FILE = re.compile(r"epoch-(\d{6,}|before)(-trajectory-\d+)?\.(json|parquet|png|safetensors)")  # in these folders
 BEFORE = -1  # the "epoch" of the evaluation before training
 
 SCHEMA = {
@@ -97,13 +99,19 @@ class Records:
         self.lines = list(lines)
         self.storage.write(METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
+    @property
+    def steps(self) -> set[int]:
+        """Of the checkpoints that this run has had: 0 and, from metrics.jsonl, those of its epochs' ends."""
+        return {0, *(line["step"] for line in self.lines if "step" in line)}
+
     def drop_after(self, epochs: int) -> None:
-        """Keep what belongs to the first `epochs` epochs and the evaluation before them; -1 keeps nothing."""
+        """Keep what belongs to the first `epochs` epochs and the evaluation before them; -1 keeps nothing. Files of
+        other names than the run gives stay."""
         if any(line["epoch"] >= epochs for line in self.lines):
             self.keep([line for line in self.lines if line["epoch"] < epochs])
         for folder in EPOCH_FOLDERS:
             for name in self.storage.entries(folder):
-                if _epoch_of(name) >= epochs:
+                if (epoch := _epoch_of(name)) is not None and epoch >= epochs:
                     self.storage.remove(f"{folder}/{name}")
 
     def save_trajectories(self, epoch: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -125,7 +133,7 @@ class Records:
     def evaluated(self) -> list[int]:
         """Epochs whose evaluation is here, in order; BEFORE is the one before training."""
         names = self.storage.entries(EVALUATION)
-        return sorted(_epoch_of(name) for name in names if name.startswith("epoch-") and name.endswith(".json"))
+        return sorted(epoch for name in names if name.endswith(".json") and (epoch := _epoch_of(name)) is not None)
 
     def evaluation(self, epoch: int) -> dict[str, Any]:
         """What save_evaluation's .json holds; null of bad images."""
@@ -146,9 +154,10 @@ def _name(epoch: int) -> str:
     return "epoch-before" if epoch == BEFORE else f"epoch-{epoch:06d}"
 
 
-def _epoch_of(name: str) -> int:
-    number = name.split(".")[0].removeprefix("epoch-").split("-")[0]
-    return int(number) if number.isdigit() else BEFORE
+def _epoch_of(name: str) -> int | None:
+    """None of a file that is not of the run's making."""
+    own = OWN_FILE.fullmatch(name)
+    return own and (BEFORE if own[1] == "before" else int(own[1]))
 
 
 def _finite(value: Any) -> Any:

@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from diffusion.failures import RunFailure
 
-ASIDE, GONE = ".new", ".old"
+ASIDE, GONE = ".tributary-new", ".tributary-old"  # of names that nobody else gives
 LOCK = "run.lock"  # names the process that last wrote the run
 
 
@@ -104,17 +104,20 @@ class Storage:
             aside.replace(target)
             _sync(target.parent)
 
-    def link(self, name: str, target: str) -> None:
-        """Point the local link `name` at `target` beside it. A convenience for people: some file systems have no links.
-        What a copied run has there instead, a folder, is replaced."""
+    def link(self, name: str, target: str) -> bool:
+        """Point the local link `name` at `target` beside it. A convenience for people: some file systems have no links,
+        and a folder of that name stays. Whether it points there."""
         with contextlib.suppress(OSError):
             link = Path(self._path(name, followed=False))
             aside = _beside(link, ASIDE)
             _delete(aside)
             aside.symlink_to(target)
-            if not link.is_symlink():
-                _delete(link)
-            aside.replace(link)
+            try:
+                aside.replace(link)
+            finally:
+                _delete(aside)
+            return True
+        return False
 
     def read(self, name: str) -> bytes:
         with self._errors("read", name):
@@ -131,6 +134,15 @@ class Storage:
     def exists(self, name: str) -> bool:
         with self._errors("look for", name):
             return bool(self._fs.exists(self._path(name)))
+
+    def strangers(self) -> list[str]:
+        """Names in the root, hidden ones too, but of what locking and killed writers leave."""
+        with self._errors("list", ""):
+            names = os.listdir(self.local) if self.local and self.local.exists() else self.entries()
+            locked = (
+                self.local is not None and LOCK in names and (self.local / LOCK).read_text()[:8] in ("", "process ")
+            )
+        return sorted(name for name in names if not name.endswith((ASIDE, GONE)) and not (locked and name == LOCK))
 
     def entries(self, name: str = "") -> list[str]:
         """Names (without the folder's) of what lies in a folder, sorted; hidden ones are left out."""

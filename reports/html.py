@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from learner.config import Config
-from records.heartbeat import without_passwords
+from records.passwords import without_passwords
 from records.run_folder import BEFORE, TRAJECTORIES, Records
 from records.storage import Storage, StorageError
 from reports.diagrams import HEIGHT, WIDTH, Diagram, curves

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import mlflow.diffusers
 import pandas as pd  # type: ignore[import-untyped]
@@ -21,11 +22,12 @@ from PIL import Image
 from learner.config import resolve, saved_config
 from records import checkpoint
 from records.checkpoint import CheckpointError
-from records.heartbeat import without_passwords
+from records.passwords import without_passwords
 from records.run_folder import BEFORE, CONFIG, Records
 from records.storage import Storage, StorageError
 from reports import html, summary
 
+WEB = ("http", "https")
 SENTINEL = "epochs_done"  # the last metric of an epoch's batch: where it is, the others are
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page opens as "Model training", not as "GenAI"
 PARENT, GROUP = "mlflow.parentRunId", "tributary.group"
@@ -35,6 +37,28 @@ SHOWN = {  # what MLflow's page goes by; log_image tags it last, and may be kill
     "mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}]),
 }
 DIFFUSERS, KOHYA = "lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"  # of a checkpoint
+
+
+class StrangePlace(ValueError):
+    """Artifacts are to go where their server has no business; the message says where, and the remedy."""
+
+
+def require_own_place(server: str, place: str) -> None:
+    """Raises StrangePlace if `place`, where the server at the URI `server` says that artifacts go, is outside of a
+    SQLite file's folder, a file on this machine and the server on another, or a host that would get the server's
+    password: a database may have come with the run, and anyone may name places in a server without a password."""
+    uri, to = urlsplit(server), urlsplit(place)
+    in_files = to.scheme in ("", "file")
+    if uri.scheme == "sqlite":
+        folder = Path(server.removeprefix("sqlite:///")).absolute().parent.resolve()
+        own = in_files and Path(unquote(to.path)).resolve().is_relative_to(folder)
+    elif in_files:
+        own = uri.scheme not in WEB or uri.hostname in ("localhost", "127.0.0.1", "::1")
+    else:
+        same_host = not to.netloc or (to.hostname, to.port) == (uri.hostname, uri.port)
+        own = same_host or to.scheme not in (*WEB, "mlflow-artifacts")
+    if not own:
+        raise StrangePlace(f"its artifacts would go to {place}, which is not its own: name another --experiment")
 
 
 class Mirror:
@@ -61,11 +85,14 @@ class Mirror:
         runs = self.client.search_runs([self.experiment_id], f"tags.`tributary.run_id` = '{about['run_id']}'")
         if runs:
             self.run_id = runs[0].info.run_id
+            require_own_place(self.uri, runs[0].info.artifact_uri)
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             tags = {"tributary.run_id": about["run_id"], "mlflow.source.name": "learner.run"}
             created = int(about["created"] * 1000)
-            self.run_id = self.client.create_run(self.experiment_id, created, tags, about["name"]).info.run_id
+            info = self.client.create_run(self.experiment_id, created, tags, about["name"]).info
+            require_own_place(self.uri, info.artifact_uri)
+            self.run_id = info.run_id
         environment = {key: str(value) for key, value in about.get("environment", {}).items() if value}
         environment |= {"config_sha256": about["config_digest"], "run_directory": str(self.storage)}
         tags = {f"tributary.{key}": value for key, value in environment.items()}
@@ -134,6 +161,7 @@ class Mirror:
                     self.client.delete_logged_model(half.model_id)
                 tags = {"tributary.run_id": records.run_id}
                 model = self.client.create_logged_model(self.experiment_id, name, self.run_id, tags, model_type="lora")
+                require_own_place(self.uri, model.artifact_location)
                 whole, place = [model.model_id], {"model_id": model.model_id, "run_id": self.run_id}
                 with tempfile.TemporaryDirectory() as folder:
                     for file in (DIFFUSERS, KOHYA):

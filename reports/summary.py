@@ -21,9 +21,10 @@ import numpy as np
 import yaml
 
 from evaluation.metrics import paired_interval
-from learner.config import Config
+from learner.config import Config, as_arguments
 from learner.protocol.quarantine import FOLDER as QUARANTINE
-from records.heartbeat import look, without_passwords
+from records.heartbeat import look
+from records.passwords import without_passwords
 from records.run_folder import BEFORE, EVALUATION, Records
 from records.storage import Storage, StorageError
 
@@ -249,6 +250,7 @@ def describe(records: Records, config: Config) -> list[str]:
 
 def next_commands(records: Records, config: Config) -> list[str]:
     """What to type now, with this run's path."""
+    own = f" {arguments}" if (arguments := as_arguments(config.own_code)) else ""  # such code runs where it is named
     run, python, images, prompt = shlex.quote(str(records.storage)), interpreter(), "", ""
     if not config.evaluation.images:
         chunk = config.sampler.chunk_size
@@ -259,9 +261,9 @@ def next_commands(records: Records, config: Config) -> list[str]:
         prompt = f" --prompt {shlex.quote(first)}"
     return [
         "next:",
-        f"  {python} -m learner.evaluate {run}{images}   # beside what noise alone would do",
+        f"  {python} -m learner.evaluate {run}{images}{own}   # beside what noise alone would do",
         f"  {python} -m learner.generate --lora {run}{prompt}   # base and tuned, the same noise: grid.png",
-        f"  {python} -m learner.compare {run} OTHER_RUN{images}   # once there is another run",
+        f"  {python} -m learner.compare {run} OTHER_RUN{images}{own}   # once there is another run",
     ]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from cluster import signals
 from cluster.temp_folders import TemporaryFolder
 from learner.config import ROOT, Config
-from records.heartbeat import without_passwords
+from records.passwords import without_passwords
 from records.run_folder import Records
 from records.storage import Storage, StorageError
 
@@ -31,6 +31,11 @@ def tracking_uri(config: Config, storage: Storage) -> str:
     object store: in ./runs)."""
     folder = storage.local.parent if storage.local else Path.cwd() / "runs"
     return config.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
+
+
+def upload_command(config: Config, storage: Storage) -> str:
+    """What sends a run's rest. A server that its settings name is to be confirmed by the command."""
+    return f"python -m learner.upload {storage}" + (f" --uri {config.mlflow.uri}" if config.mlflow.uri else "")
 
 
 class Tracker:
@@ -82,7 +87,7 @@ class Tracker:
             self._note()
         if status_of_mirror != 0:
             words = f" ({self._last_words})" if self._last_words else ""
-            remedy = f"python -m learner.upload {self._records.storage}"
+            remedy = upload_command(self._config, self._records.storage)
             self._say(f"MLflow does not have everything{words}; send it: {remedy}")
 
     def _note(self) -> None:

@@ -6,6 +6,10 @@ from itertools import pairwise
 from diffusion.noise import select_transitions
 from learner.config.schema import Config
 from learner.objectives.needs import NEEDS
+from records.passwords import PASSWORD, without_passwords
+
+MLFLOW_VARIABLES = " (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD; or the whole as MLFLOW_TRACKING_URI)"
+SECRET = "settings are kept in the run's files: leave user name and password out, and give them by the environment"
 
 
 class ConfigError(ValueError):
@@ -15,11 +19,15 @@ class ConfigError(ValueError):
 def raise_faults(faults: Sequence[str]) -> None:
     """Raises a ConfigError if there are some; what is there twice is said once."""
     if faults:
-        raise ConfigError("\n".join(dict.fromkeys(faults)))
+        raise ConfigError(without_passwords("\n".join(dict.fromkeys(faults))))
 
 
 def contradictions(config: Config) -> Iterator[str]:
     """A line for each; the config's keys are sound one by one."""
+    for key, value in config.flat().items():
+        text = "" if key == "prompts.path" and not isinstance(value, str) else str(value)  # prompts are words
+        if (text != without_passwords(text)) if key == "mlflow.uri" else PASSWORD.search(text):
+            yield f"{key}: {SECRET}{MLFLOW_VARIABLES if key == 'mlflow.uri' else ''}"
     ranks = (config.learner.ranks or 1) if config.run.runner == "ray" else 1
     chunk, epoch, updates = config.sampler.chunk_size, config.train.trajectories, config.train.updates_per_epoch
     if epoch % chunk:

@@ -3,6 +3,8 @@ reported together, each with its key and, for a misspelt one, the nearest known 
 
 import copy
 import difflib
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 
 from learner.config.checks import ConfigError, contradictions, raise_faults
 from learner.config.schema import CONFIG_VERSION, Config, known_keys, section_types
+from records.passwords import without_passwords
 
 if TYPE_CHECKING:
     from records.run_folder import Records
@@ -67,10 +70,19 @@ def config_yaml(config: Config) -> bytes:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
 
 
+def as_arguments(settings: Mapping[str, Any]) -> str:
+    """{"section.key": value} as a shell's command line takes it."""
+    texts = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items())
+    return " ".join(map(shlex.quote, texts))
+
+
 def saved_config(records: "Records") -> Config:
     """The settings of a run. Raises a ConfigError where they are of another version, or damaged."""
     place = f"{records.storage}/config.yaml"
     tree = _parse(records.storage.read("config.yaml"), f"run.dir: {place} is damaged")
+    mlflow = tree.get("mlflow")  # of a run of an older Tributary it may hold a password
+    if isinstance(mlflow, dict) and isinstance(mlflow.get("uri"), str):
+        mlflow["uri"] = without_passwords(mlflow["uri"])
     config, faults = read_config(tree, name=place)
     raise_faults([f"run.dir: {place} is damaged: {fault}" for fault in faults])
     return config

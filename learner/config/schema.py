@@ -65,6 +65,17 @@ class Config(Section):
     def needs(self) -> Needs:  # of the objective
         return NEEDS[self.objective.kind]
 
+    @property
+    def own_code(self) -> dict[str, Any]:
+        """The settings by which code of a user's own runs, by key: rewards as module:callable, and their options."""
+        reward, terms, named = self.reward, self.reward.options.get("terms"), {}
+        if ":" in reward.name:
+            named = {"reward.name": reward.name} | ({"reward.options": reward.options} if reward.options else {})
+        elif isinstance(terms, list | tuple) and any(map(_is_own, terms)):  # of a weighted_sum
+            named = {"reward.options": reward.options}
+        held_out = self.evaluation.held_out
+        return named | ({"evaluation.held_out": [*held_out]} if any(map(_is_own, held_out)) else {})
+
     def rollout_settings(self) -> RolloutSettings:
         return RolloutSettings(
             num_steps=self.sampler.steps,
@@ -80,6 +91,11 @@ class Config(Section):
             image_only=not self.needs.inner_rewards,
             state_precision=self.sampler.state_precision,
         )
+
+
+def _is_own(reward: Any) -> bool:
+    """Whether a term or held-out reward, a name or {name, ...}, is a user's own."""
+    return ":" in str(reward.get("name") if isinstance(reward, dict) else reward)
 
 
 def known_keys() -> dict[str, Any]:

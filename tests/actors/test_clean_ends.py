@@ -92,7 +92,7 @@ def test_a_signal_in_mid_epoch_leaves_nothing(how, start, tmp_path):
     assert process.wait(10) == status
     assert last_words(run) == [f"learner.run: interrupted; the same command goes on from what is done in {run}"]
     traces.assert_nothing_left()
-    assert not list(run.rglob("*.new")) and files_with_secrets(tmp_path) == []
+    assert not list(run.rglob("*.tributary-new")) and files_with_secrets(tmp_path) == []
 
 
 @pytest.mark.parametrize("after", [0.5, *(pytest.param(2 * i, marks=pytest.mark.slow) for i in range(1, 9))])

@@ -1,11 +1,16 @@
 """The service on its own local Ray cluster: the same bits however many actors."""
 
+import contextlib
 import json
+from collections import Counter
 
+import psutil
 import pytest
 import tiny_models
 from emulated_run import SETTINGS, lora, outcome, use_emulated_parts
+from ray_processes import wait_for
 
+from actors.rollouts import Rollouts
 from benchmarks import pipelines
 from learner.objectives.by_name import OBJECTIVES
 from learner.run import main
@@ -26,6 +31,33 @@ def test_three_samplers_give_the_outcome_of_the_inprocess_run(cluster, tmp_path,
     for runner in ("inprocess", "ray"):
         assert main([*settings, f"run.runner={runner}", f"run.dir={tmp_path / runner}"]) == 0
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "inprocess")
+
+
+@pytest.mark.long
+def test_every_port_of_a_local_run_is_on_the_loopback(cluster, tmp_path, monkeypatch):
+    """Of the driver and all processes below it, while two ranks train; Ray's agents may come up late."""
+    use_emulated_parts(monkeypatch)
+    real, seen = Rollouts.pause, []
+
+    def listening() -> list[tuple[str, str]]:
+        found = []
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                ports = process.net_connections("inet")
+                found += [(process.cmdline()[0], port.laddr.ip) for port in ports if port.status == psutil.CONN_LISTEN]
+        return found
+
+    def look(self, also=()):
+        if self.buffer.closed == 2 and not seen:
+            seen.extend(listening())
+        real(self, also)
+
+    monkeypatch.setattr(Rollouts, "pause", look)
+    wait_for(lambda: {"ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= {name for name, _ in listening()}, 120)
+    assert main([*SETTINGS, f"run.dir={tmp_path / 'run'}"]) == 0
+    assert {ip.removeprefix("::ffff:") for _, ip in seen} == {"127.0.0.1"}
+    names = Counter(name for name, _ in seen)
+    assert names["ray::LearnerActor"] == 4 and len(names) >= 6  # a rank's: its worker's, and gloo's
 
 
 @pytest.mark.long

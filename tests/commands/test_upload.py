@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -109,17 +110,38 @@ def test_upload_passes_over_a_torn_checkpoint(run, capsys):
     assert "not every epoch" in capsys.readouterr().err
 
 
-def test_a_token_is_sent_to_no_server_that_only_the_run_names(run, monkeypatch, capsys):
+def test_nothing_is_sent_to_a_server_that_only_the_run_names(run, monkeypatch, capsys):
+    """Whatever is to be sent: a password, a token, or the run. The command's, then the environment's, win over it."""
     config, server = run / "config.yaml", "http://127.0.0.1:9"
-    config.write_text(config.read_text().replace("uri: null", f"uri: {server}"))
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "open-sesame")
-    assert upload.main([str(run)]) == 2
-    assert f"token would be sent to {server}" in capsys.readouterr().err
-    for name, value in (("MLFLOW_TRACKING_URI", server), ("MLFLOW_TRACKING_TOKEN", "")):
-        with monkeypatch.context() as patched:
-            patched.setenv(name, value)
-            assert upload.main([str(run)]) == 1  # there is none
-    assert upload.main([str(run), "--uri", server]) == 1
+    for theirs in (server, "postgresql://127.0.0.1:9/mlflow", f"sqlite:///{run.parent}/theirs.db"):
+        config.write_text(re.sub("uri: .*", f"uri: {theirs}", config.read_text()))
+        assert upload.main([str(run)]) == 2
+        assert f"only the run's own settings name its server {theirs}: if it is yours" in capsys.readouterr().err
+    assert not (run.parent / "theirs.db").exists()
+    asked = []
+    monkeypatch.setattr("reports.mlflow_mirror.Mirror", lambda storage, uri, experiment: asked.append(uri))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mine")
+    assert upload.main([str(run)]) == upload.main([str(run), "--uri", server]) == 1 and asked == ["http://mine", server]
+
+
+def test_an_older_runs_password_is_read_by_nobody(run, capsys):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("uri: null", "uri: https://me:open-sesame@127.0.0.1:9/x"))
+    assert saved_config(Records.open(Storage(str(run)))).mlflow.uri == "https://127.0.0.1:9/x"
+    assert upload.main([str(run)]) == 2 and "open-sesame" not in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_artifacts_of_a_database_that_came_with_a_run_stay_beside_it(run, tmp_path, capsys):
+    """It names somebody's folder, and a link leads there."""
+    mine = tmp_path.parent / "mine"
+    mine.mkdir()
+    mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").create_experiment("tributary", mine.as_uri())
+    (tmp_path / "mlartifacts").symlink_to(mine)
+    for more in ([], ["--experiment", "other"]):
+        assert upload.main([str(run), *more]) == 1
+        assert "which is not its own: name another --experiment" in capsys.readouterr().err
+    assert not any(mine.iterdir())
 
 
 @pytest.fixture
@@ -179,8 +201,7 @@ def gone_after(monkeypatch, seconds: float) -> None:
     ],
 )
 def test_a_server_that_fails_is_said_once_and_its_password_never(uri, words, run, monkeypatch, capsys):
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace("uri: null", f"uri: {uri}").replace("enabled: false", "enabled: true"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     gone_after(monkeypatch, 0)
     assert upload.main([str(run), "--follow"]) == 1
     mirror, said, process = capsys.readouterr().out, [], Mock(side_effect=OSError("no processes left"))

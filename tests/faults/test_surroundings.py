@@ -90,7 +90,7 @@ def small_disk(tmp_path):
 
 def assert_whole(folder: Path) -> None:
     """Nothing is half-written: every line can be read, and every checkpoint has its manifest."""
-    assert list(folder.rglob("*.new")) == []
+    assert list(folder.rglob("*.tributary-new")) == []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     whole = [path.parent for path in folder.glob("checkpoints/step-*/state.json")]

@@ -157,6 +157,42 @@ def test_a_prompt_file_that_has_changed_is_refused(go, tmp_path, capsys):
     assert "prompts.path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["report.html", "config.yaml", ".hidden.new", "checkpoints/step-000001/x", "run.lock"])
+@pytest.mark.parametrize("more", [[], ["--plan"], ["run.resume=never"]])
+def test_somebody_elses_folder_is_left_alone(go, name, more, tmp_path, capsys):
+    (tmp_path / "theirs" / name).parent.mkdir(parents=True)
+    (tmp_path / "theirs" / name).write_text("theirs")
+    assert go(tmp_path / "theirs", *more) == 2
+    said = f"run.dir: {tmp_path}/theirs holds {name.split('/')[0]} and no run of this Tributary; choose an empty or new"
+    assert said in capsys.readouterr().err
+    (left,) = [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()]
+    assert left.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_that_was_killed_as_its_folder_was_begun_begins_there(go, count, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "lost+found").mkdir(parents=True)
+    assert go(folder) == 2
+    (folder / "lost+found").rmdir()
+    with killed(Storage, "write", count):
+        go(folder)
+    assert not (folder / "run.json").exists() and (folder / "run.lock").exists()
+    assert go(folder) == 0 and outcome(folder) == outcome(unbroken)
+
+
+def test_files_of_ones_own_in_a_runs_folder_stay(go, stopped):
+    own = [
+        stopped / name for name in (".notes.old", "trajectories/2024.parquet", "checkpoints/mine/x", "evaluation/7.txt")
+    ]
+    for file in own:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    shutil.rmtree(stopped / "checkpoints/step-000004")
+    assert go(stopped) == 0
+    assert all(file.read_text() == "mine" for file in own)
+
+
 def test_a_run_in_use_is_refused(light, tmp_path):
     config = load_config(overrides=[*light, f"run.dir={tmp_path / 'run'}"])
     opened = open_run(config, tmp_path, ["a"], print)
@@ -169,10 +205,14 @@ def test_a_run_in_use_is_refused(light, tmp_path):
 def test_torn_checkpoints_are_passed_over_and_dropped_and_the_end_is_the_same(go, unbroken, stopped, capsys):
     torn = stopped / "checkpoints/step-000004/learner.json"
     torn.write_bytes(torn.read_bytes()[:100])
-    shutil.copytree(torn.parent, stopped / "checkpoints/step-000005")
+    foreign = shutil.copytree(torn.parent, stopped / "checkpoints/step-000005")
+    assert go(stopped) == 2
+    said = capsys.readouterr()
+    assert "step-000005 is not its own" in said.err and "step-000005 is not this run's" in said.err
+    shutil.rmtree(foreign)
     assert go(stopped) == 0
     said = capsys.readouterr()
-    assert "step-000005 is not its own" in said.err and "sha256 differs" in said.err
+    assert "sha256 differs" in said.err
     assert "going on from checkpoints/step-000002" in said.out
     assert outcome(stopped) == outcome(unbroken)
 

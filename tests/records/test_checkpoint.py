@@ -1,6 +1,8 @@
 import json
+import shutil
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -96,7 +98,7 @@ def test_a_checkpoint_with_a_link_to_elsewhere_is_passed_over(tmp_path, linked):
     place.rename(moved)
     place.symlink_to(moved)
     assert_passed_over(storage)
-    checkpoint.drop_after(storage, 2)
+    checkpoint.drop_after(storage, 2, {0, 2, 4})
     assert moved.exists() and checkpoint.steps(storage) == [2]
 
 
@@ -115,16 +117,39 @@ def test_checkpoints_of_another_format_are_said_and_none_whole_is_an_error_not_a
         newest(storage)
 
 
-def prune(storage, keep, always=()):
+def prune(storage, keep, always=(), named=(0, 2, 4, 6, 8)):
     """The steps that are left, and the warnings."""
     warnings = []
-    checkpoint.prune(storage, keep, set(always), RUN, warnings.append)
+    checkpoint.prune(storage, keep, set(always), set(named), RUN, warnings.append)
     return checkpoint.steps(storage), warnings
 
 
 def test_pruning_keeps_the_newest_and_the_evaluated(storage):
     save(storage, 6)
     assert prune(storage, 2, {0}) == prune(storage, 0) == ([0, 4, 6], [])
+
+
+def test_what_the_runs_records_do_not_name_is_never_removed(storage):
+    save(storage, 6)
+    assert prune(storage, 1, named=(0, 4, 6)) == ([2, 6], [])
+    with pytest.raises(CheckpointError, match="step-000006 is not this run's: its records name no such step; move it"):
+        checkpoint.drop_after(storage, 2, {0, 2, 4})
+    assert checkpoint.steps(storage) == [2, 6]
+
+
+def test_a_copied_runs_latest_is_replaced_and_somebody_elses_folder_of_that_name_stays(tmp_path):
+    storage = Storage(str(tmp_path))
+    save(storage, 2)
+    latest = tmp_path / "checkpoints/latest"
+    latest.unlink()
+    shutil.copytree(tmp_path / "checkpoints/step-000002", latest)
+    save(storage, 4)
+    assert latest.readlink() == Path("step-000004")
+    latest.unlink()
+    latest.mkdir()
+    (latest / "mine").touch()
+    save(storage, 6)
+    assert (latest / "mine").exists()
 
 
 def test_pruning_never_takes_the_last_whole_one(storage):

@@ -75,12 +75,18 @@ def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
         save(records, epoch)
         if epoch >= 0:
             records.save_trajectories(epoch, result(epoch).rows(records.run_id, epoch, 1.0))
+    theirs = "trajectories/2024.parquet", "trajectories/epoch-000001-mine.csv", "evaluation/epoch-before.txt"
+    for name in (*theirs, "quarantine/epoch-000001-trajectory-3.json"):
+        records.storage.write(name, b"")
     records.drop_after(1)
+    assert records.storage.entries("quarantine") == []
     assert [line["epoch"] for line in Records.open(records.storage).lines] == [-1, 0]
-    assert records.storage.entries("trajectories") == ["epoch-000000.parquet"]
+    assert "epoch-000000.parquet" in records.storage.entries("trajectories")
     assert records.evaluated() == [BEFORE, 0]
     records.drop_after(BEFORE)
-    assert records.lines == [] and records.evaluated() == [] and records.storage.entries("trajectories") == []
+    assert records.lines == [] and records.evaluated() == []
+    left = [f"{folder}/{name}" for folder in ("trajectories", "evaluation") for name in records.storage.entries(folder)]
+    assert left == [*theirs]
 
 
 def test_an_unwritable_directory_is_named(tmp_path):

@@ -125,15 +125,16 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     storage = Storage(str(tmp_path))
     storage.write_folder("checkpoints/step-000002", {"state.json": b"{}"})
     storage.write("metrics.jsonl", b"one\n")
-    (tmp_path / "checkpoints/.step-000000.old/lora").mkdir(parents=True)
-    (tmp_path / "checkpoints/.step-000004.new").mkdir()
-    (tmp_path / "checkpoints/.latest.new").symlink_to("step-000002")
-    (tmp_path / ".metrics.jsonl.new").write_bytes(b"half a li")
+    (tmp_path / "checkpoints/.step-000000.tributary-old/lora").mkdir(parents=True)
+    (tmp_path / "checkpoints/.step-000004.tributary-new").mkdir()
+    (tmp_path / "checkpoints/.latest.tributary-new").symlink_to("step-000002")
+    (tmp_path / ".metrics.jsonl.tributary-new").write_bytes(b"half a li")
     (tmp_path / ".mine").write_bytes(b"")
+    (tmp_path / ".mine.old").write_bytes(b"")
     storage.tidy()
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     kept = ["checkpoints", "checkpoints/step-000002", "checkpoints/step-000002/state.json"]
-    assert left == [".mine", *kept, "metrics.jsonl"]
+    assert left == [".mine", ".mine.old", *kept, "metrics.jsonl"]
 
 
 def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -152,7 +153,7 @@ def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monke
     monkeypatch.setattr(storage_module.os, "fsync", sync)
     monkeypatch.setattr(Path, "replace", rename)
     storage.write_folder("step-1", {"lora/weights": b"1", "manifest.json": b"2"})
-    aside = tmp_path / ".step-1.new"
+    aside = tmp_path / ".step-1.tributary-new"
     named = events.index(("rename", str(aside)))
     before = [path for kind, path in events[:named] if kind == "sync"]
     assert sorted(before) == [str(aside / name) for name in ("", "lora", "lora/weights", "manifest.json")]

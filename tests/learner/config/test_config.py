@@ -51,4 +51,4 @@ def test_overrides_stand_on_both_sides_of_the_config_and_a_run_of_the_first_vers
     assert "run.sed" in error and "train.epoch" in error
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert main([f"run.dir={tmp_path}"]) == 2
-    assert "holds a run of an older Tributary" in capsys.readouterr().err
+    assert "holds metrics.jsonl and no run of this Tributary" in capsys.readouterr().err
