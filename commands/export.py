@@ -114,9 +114,11 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
     else:
 
         def load(**parts: Any) -> Any:
-            parts |= {"dtype": torch.float32, "use_safetensors": True}
+            place = locate(path)
             with load_errors(path):
-                return StableDiffusionPipeline.from_pretrained(locate(path), **parts)
+                return StableDiffusionPipeline.from_pretrained(
+                    place, dtype=torch.float32, use_safetensors=True, **parts
+                )
 
         try:
             pipeline = load()

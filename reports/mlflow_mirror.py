@@ -93,6 +93,7 @@ class Mirror:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was first
                     raise
             experiment = self.client.get_experiment_by_name(self.experiment)
+            assert experiment is not None
         self.experiment_id = experiment.experiment_id
         if experiment.lifecycle_stage == LifecycleStage.DELETED:
             raise MlflowError(
