@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from diffusion import pipeline_files
+
 TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 VIT_PIXELS = 224
@@ -72,10 +74,7 @@ def build(folder: Path, tiny: bool = False, device: str = "cpu", seed: int = 0) 
         requires_safety_checker=False,
     )  # fmt: skip
     transformers_logging.disable_progress_bar()
-    pipeline.save_pretrained(folder)
-    config = folder / "text_encoder" / "config.json"
-    settings = {**json.loads(config.read_text()), "dtype": "float32"}  # else it loads in half beside a float32 U-Net
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+    pipeline_files.save(pipeline, folder)
     return folder
 
 

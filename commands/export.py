@@ -1,7 +1,7 @@
 """A run's LoRA for other programs and for the hub: `python -m learner.export RUN --format diffusers|kohya|fused|peft`.
 
     diffusers  pytorch_lora_weights.safetensors, for load_lora_weights
-    kohya      kohya.safetensors, for ComfyUI and A1111
+    kohya      kohya.safetensors, for ComfyUI and A1111: the same, named and described for them
     fused      a whole diffusers pipeline, the LoRA merged into its U-Net, with the scheduler that the run sampled with
     peft       PEFT's own form: the only one of an adapter alone for models without text
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # torch comes with them
 
 MANIFEST = "tributary.json"
 FORMATS = ("diffusers", "kohya", "peft", "fused")
-GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}  # Stable Diffusion's, by the width of the text that its attention takes
 
 
 def export(trained: Trained, form: str, url: str, base_model: str | None = None) -> None:
@@ -62,23 +61,24 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
         "base_model": base.name,
         "adapter_sha256": adapter.sha256,
     }
+    known = lora_files.generation(adapter) if form in ("diffusers", "kohya") else None
     content = _fused(trained.config, adapter) if form == "fused" else {name: files[name] for name in wanted}
+    if form == "diffusers":  # under this name older runs have a file that only the newest libraries read
+        content[lora.DIFFUSERS_FILE] = files[lora.KOHYA_FILE]
     for name in wanted:
         if name.endswith(".safetensors"):
-            content[name] = lora_files.with_metadata(content[name], _metadata(about, form, adapter))
+            content[name] = lora_files.with_metadata(content[name], _metadata(about, form, adapter, known))
     sheets = {"before.png": BEFORE, "after.png": trained.epochs - 1}  # of the base model, and of this very checkpoint
     if trained.epochs and set(sheets.values()) <= set(records.evaluated()):
         content |= {name: records.evaluation_file(epoch, "png") for name, epoch in sheets.items()}
-    page = model_card.card(trained, form, adapter, base, [name for name in sheets if name in content], about)
+    page = model_card.card(trained, form, adapter, base, [name for name in sheets if name in content], about, known)
     write(url, content | {"README.md": page.encode()}, {"form": form, **about})
 
 
-def _metadata(about: dict[str, str], form: str, adapter: AdapterFile) -> dict[str, str]:
+def _metadata(about: dict[str, str], form: str, adapter: AdapterFile, generation: str | None) -> dict[str, str]:
     metadata = {f"tributary.{key}": value for key, value in about.items()}
     if form != "kohya":
         return metadata
-    weights = (adapter.state[f"{name}.lora_A.weight"] for name in adapter.modules if name.endswith("attn2.to_k"))
-    generation = GENERATIONS.get(next((weight.shape[1] for weight in weights), 0))
     known = {"ss_base_model_version": generation, "ss_v2": str(generation == "sd_v2")} if generation else {}
     return metadata | known | {
         "ss_network_module": "networks.lora",
@@ -97,9 +97,9 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DModel
 
-    from diffusion import lora_files
-    from diffusion.base_model import BaseModel
-    from diffusion.locate import is_unconditional, load_errors, locate
+    from diffusion import lora_files, pipeline_files
+    from diffusion.base_model import OPTIONAL, BaseModel
+    from diffusion.locate import BaseModelError, is_unconditional, load_errors, locate
     from learner.config import resolve
     from reports.model_card import DDIM, DPM_SOLVER
 
@@ -112,15 +112,25 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
         unet.load_state_dict(model.unet.state_dict())
         pipeline = DDIMPipeline(unet, model.scheduler)
     else:
-        place = locate(path)
-        with load_errors(path):
-            pipeline = StableDiffusionPipeline.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+
+        def load(**parts: Any) -> Any:
+            place = locate(path)
+            with load_errors(path):
+                return StableDiffusionPipeline.from_pretrained(
+                    place, dtype=torch.float32, use_safetensors=True, **parts
+                )
+
+        try:
+            pipeline = load()
+        except BaseModelError:
+            pipeline = load(**dict.fromkeys(OPTIONAL), requires_safety_checker=False)
+            complain("export", f"warning: {path} lacks one of {', '.join(OPTIONAL)}: the export has none of them")
         lora_files.merge(pipeline.unet, adapter)
     solver = config.sampler.grid == "dpm_solver"
     scheduler, settings = (DPMSolverMultistepScheduler, DPM_SOLVER) if solver else (DDIMScheduler, DDIM)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        pipeline_files.save(pipeline, Path(folder))
         content = {name: Path(folder, name).read_bytes() for name in files_in(Path(folder))}
     for name in [name for name in content if name.endswith(".json")]:
         tree = json.loads(content[name])

@@ -22,6 +22,7 @@ import time
 from typing import TYPE_CHECKING
 
 from commands.outcome import complain
+from diffusion.failures import RunFailure
 from learner.config import saved_config
 from records.checkpoint import CheckpointError
 from records.passwords import without_passwords
@@ -117,8 +118,11 @@ def _send_model(mirror: Mirror) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Type and first line: MLflow's own messages hold whole HTML pages, and its server's address."""
-    text = (without_passwords(str(error)).strip().splitlines() or [""])[0]
+    """Type and first line, since MLflow's messages hold whole HTML pages and its server's address; of ours, all."""
+    text = without_passwords(str(error)).strip()
+    if isinstance(error, RunFailure):
+        return text
+    text = (text.partition(". Response body: '<")[0].splitlines() or [""])[0]
     return f"{type(error).__name__}: {textwrap.shorten(text, 200, placeholder=' ...')}"
 
 

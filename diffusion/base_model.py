@@ -16,6 +16,8 @@ from diffusion.kernels import DDIMKernel
 from diffusion.locate import INDEX, TINY_DECODER, BaseModelError, is_unconditional, load_errors, locate, part_config
 from diffusion.settings import Grid
 
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
+
 
 class BaseModel:
     """A U-Net with one LoRA on its attention, and the frozen text encoder of its prompts. The VAE is Decoder's.
@@ -39,7 +41,7 @@ class BaseModel:
             if unconditional:  # old ones have a .bin alone: read with weights_only
                 pipeline = diffusers.DDPMPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=None)
             else:
-                left_out = dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
+                left_out = dict.fromkeys(("vae", *OPTIONAL))
                 pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
                     folder, dtype=dtypes, requires_safety_checker=False, use_safetensors=True, **left_out
                 )

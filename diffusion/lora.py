@@ -17,7 +17,6 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 KOHYA_FILE = "kohya.safetensors"
-METADATA_KEY = "lora_adapter_metadata"
 
 
 def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS) -> None:
@@ -70,27 +69,23 @@ def save_files(unet: nn.Module, folder: Path) -> None:
 
 
 def files(unet: nn.Module) -> dict[str, bytes]:
-    """The adapter for diffusers (with its alpha and rank as metadata) and for ComfyUI and A1111 (kohya), by file name.
-    Of a model without text, which none of them loads adapters for, in PEFT's own form: PeftModel.from_pretrained."""
+    """The adapter by file name: for diffusers, and the same for ComfyUI and A1111 (ADR 24). Of a model without text,
+    which none of them loads adapters for, in PEFT's own form: PeftModel.from_pretrained."""
     from diffusers import UNet2DConditionModel
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from diffusers.utils import convert_state_dict_to_kohya
+    from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save
 
     config: Any = unet.peft_config["default"]  # type: ignore[index, union-attr]
     state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
     if not isinstance(unet, UNet2DConditionModel):
+        usual, always = LoraConfig().to_dict(), ("peft_type", "r", "lora_alpha")  # an older PEFT refuses what it lacks
+        settings = {key: value for key, value in config.to_dict().items() if key in always or value != usual[key]}
+        text = json.dumps(settings, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else v)
         tensors = {f"base_model.model.{name}": value for name, value in state.items()}
-        return dict(zip(PEFT_FILES, (f"{_settings(config)}\n".encode(), save(tensors)), strict=True))
-    tensors = {f"unet.{name}": value for name, value in convert_state_dict_to_diffusers(state).items()}
-    kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
+        return dict(zip(PEFT_FILES, (f"{text}\n".encode(), save(tensors)), strict=True))
+    tensors = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
     alpha = torch.tensor(float(config.lora_alpha))  # the library's converter writes alpha = rank
-    kohya |= {name: alpha.clone() for name in kohya if name.endswith(".alpha")}
-    # One metadata key: safetensors writes several in a random order, and equal adapters are to be equal files.
-    return {DIFFUSERS_FILE: save(tensors, {METADATA_KEY: _settings(config, "unet.")}), KOHYA_FILE: save(kohya)}
-
-
-def _settings(config: Any, prefix: str = "") -> str:
-    """The adapter's settings as JSON: without them alpha != rank reloads at the wrong scale, silently."""
-    settings = {f"{prefix}{key}": value for key, value in config.to_dict().items()}
-    return json.dumps(settings, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    content = save(tensors | {name: alpha.clone() for name in tensors if name.endswith(".alpha")})
+    return {DIFFUSERS_FILE: content, KOHYA_FILE: content}

@@ -3,6 +3,7 @@
 Refused is what diffusers would silently load as something else than was trained: damage, several ranks or alphas, other
 kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...]."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ OTHER_KINDS = (
     "layer_replication", "modules_to_save",
 )  # fmt: skip
 AGAIN = "copy or download it again"
+METADATA_KEY = "lora_adapter_metadata"  # diffusers'
+# Stable Diffusion 1.x and 2.x, as kohya's scripts name them, by the width of the text that its attention takes.
+GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}
 
 
 class BadAdapter(ValueError):
@@ -144,6 +148,19 @@ def require_fit(unet: nn.Module, adapter: AdapterFile) -> None:
             )
 
 
+def generation(adapter: AdapterFile) -> str | None:
+    """Whose U-Net the LoRA fits, of those that ComfyUI and A1111 know; None: of neither."""
+    from diffusers import UNet2DConditionModel
+
+    texts = [a.shape[1] for name, (a, _) in adapter.factors.items() if name.endswith("attn2.to_k")]
+    if not texts or texts[0] not in GENERATIONS:
+        return None
+    with contextlib.suppress(BadAdapter), torch.device("meta"):
+        require_fit(UNet2DConditionModel(cross_attention_dim=texts[0]), adapter)
+        return GENERATIONS[texts[0]]
+    return None
+
+
 def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
     """A safetensors file with more metadata, its tensors untouched. Keys are sorted: safetensors itself writes several
     in a random order, and equal adapters are to be equal files."""
@@ -169,7 +186,7 @@ def _find(path: Path) -> Path:
 
 def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The LoRA's settings, from the file's metadata or adapter_config.json beside it; empty where there are none."""
-    beside, text = file.with_name(lora.PEFT_FILES[0]), metadata.get(lora.METADATA_KEY)
+    beside, text = file.with_name(lora.PEFT_FILES[0]), metadata.get(METADATA_KEY)
     try:
         if text is None and file.name == lora.PEFT_FILES[1] and beside.is_file():
             text = beside.read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ class TrainedRun:
 
     run_dir: str  # directory or URL; README.md says what is in it
     metrics: list[dict[str, Any]]  # a dict an epoch, as in metrics.jsonl; epoch -1 is the evaluation before training
-    lora: str  # folder for diffusers' `load_lora_weights`; kohya.safetensors in it is for ComfyUI and A1111
+    lora: str  # folder for diffusers' `load_lora_weights`; for ComfyUI and A1111 its kohya.safetensors, the same
 
 
 def train(

@@ -1,6 +1,6 @@
 """Checkpoints: `checkpoints/step-NNNNNN/`, all that a run needs to go on bitwise; step counts policy updates.
 
-    lora/            adapter for diffusers and, as kohya.safetensors, for ComfyUI and A1111
+    lora/            adapter for diffusers and, as kohya.safetensors, the same for ComfyUI and A1111
     learner.pt       adapter, flow network, both optimizers         (learner/state.py)
     replay-RANK.pt   rollouts that the flow fits draw from
     config.yaml      every setting

@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 import mlflow.diffusers
 import pandas as pd  # type: ignore[import-untyped]
-from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from learner.config import resolve, saved_config
@@ -25,7 +26,8 @@ from records.checkpoint import CheckpointError
 from records.passwords import without_passwords
 from records.run_folder import BEFORE, CONFIG, Records
 from records.storage import Storage, StorageError
-from reports import html, summary
+from reports import html, mlflow_database, summary
+from reports.mlflow_database import MlflowError
 
 WEB = ("http", "https")
 SENTINEL = "epochs_done"  # the last metric of an epoch's batch: where it is, the others are
@@ -67,7 +69,8 @@ class Mirror:
         self._local = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
         if self._local:
             self._local.mkdir(parents=True, exist_ok=True)
-        self.client = mlflow.MlflowClient(uri)
+        with mlflow_database.opened(uri):
+            self.client = mlflow.MlflowClient(uri)
         self.run_id = self.experiment_id = ""  # MLflow's; empty before connect
         self._logged: set[int] = set()  # steps whose metrics are there
         self._pictures: set[str] = set()  # how the names of those begin that are there
@@ -77,22 +80,16 @@ class Mirror:
         it. To be called again after a failure, when what was sent last may be there or not. Returns its id."""
         records = Records.open(self.storage)
         about, config = records.about, saved_config(records)
-        if experiment := self.client.get_experiment_by_name(self.experiment):
-            self.experiment_id = experiment.experiment_id
-        else:  # without a place of its own, a local store would put artifacts into the current directory
-            artifacts = (self._local / "mlartifacts").as_uri() if self._local else None
-            self.experiment_id = self.client.create_experiment(self.experiment, artifacts, KIND)
-        runs = self.client.search_runs([self.experiment_id], f"tags.`tributary.run_id` = '{about['run_id']}'")
-        if runs:
-            self.run_id = runs[0].info.run_id
-            require_own_place(self.uri, runs[0].info.artifact_uri)
-            self.client.update_run(self.run_id, status="RUNNING")
-        else:
-            tags = {"tributary.run_id": about["run_id"], "mlflow.source.name": "learner.run"}
-            created = int(about["created"] * 1000)
-            info = self.client.create_run(self.experiment_id, created, tags, about["name"]).info
-            require_own_place(self.uri, info.artifact_uri)
-            self.run_id = info.run_id
+        try:
+            with mlflow_database.opened(self.uri):
+                self._find_or_make(about)
+        except MlflowException as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            other = "name another by mlflow.uri, of learner.upload by --uri"
+            raise MlflowError(
+                f"it is no MLflow of version 3 or newer (404 for a request): update it, or {other}"
+            ) from error
         environment = {key: str(value) for key, value in about.get("environment", {}).items() if value}
         environment |= {"config_sha256": about["config_digest"], "run_directory": str(self.storage)}
         tags = {f"tributary.{key}": value for key, value in environment.items()}
@@ -105,6 +102,40 @@ class Mirror:
         images = (file.path.split("/")[-1] for file in self.client.list_artifacts(self.run_id, "images"))
         self._pictures = {name.split("+timestamp")[0] for name in images if name.endswith(".webp")}  # written last
         return self.run_id
+
+    def _find_or_make(self, about: Mapping[str, Any]) -> None:
+        """The experiment and the run. Raises an MlflowError if the experiment is deleted."""
+        self.client.search_logged_models(["0"], max_results=1)  # MLflow's clients need it later, and 2 does not have it
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        if (
+            experiment is None
+        ):  # without a place of its own, a local store would put artifacts into the current directory
+            artifacts = (self._local / "mlartifacts").as_uri() if self._local else None
+            try:
+                self.client.create_experiment(self.experiment, artifacts, KIND)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was first
+                    raise
+            experiment = self.client.get_experiment_by_name(self.experiment)
+            assert experiment is not None
+        self.experiment_id = experiment.experiment_id
+        if experiment.lifecycle_stage == LifecycleStage.DELETED:
+            raise MlflowError(
+                f"its experiment {self.experiment} is deleted: give `mlflow experiments restore --experiment-id "
+                f"{self.experiment_id}` with that server as MLFLOW_TRACKING_URI, or another name by mlflow.experiment, "
+                "of learner.upload by --experiment"
+            )
+        runs = self.client.search_runs([self.experiment_id], f"tags.`tributary.run_id` = '{about['run_id']}'")
+        if runs:
+            self.run_id = runs[0].info.run_id
+            require_own_place(self.uri, runs[0].info.artifact_uri)
+            self.client.update_run(self.run_id, status="RUNNING")
+        else:
+            tags = {"tributary.run_id": about["run_id"], "mlflow.source.name": "learner.run"}
+            created = int(about["created"] * 1000)
+            info = self.client.create_run(self.experiment_id, created, tags, about["name"]).info
+            require_own_place(self.uri, info.artifact_uri)
+            self.run_id = info.run_id
 
     def sync(self) -> None:
         """Send what the server lacks of the closed epochs: metrics and pictures."""

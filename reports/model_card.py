@@ -106,6 +106,7 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
         load.append(f'pipe.unet = PeftModel.from_pretrained(pipe.unet, "{place}").merge_and_unload()')
     elif form != "fused":
         name = f', weight_name="{KOHYA_FILE}"' if form == "kohya" else ""
+        load.append("# Its warning of the text encoder is right: only the U-Net is trained.")
         load.append(f'pipe.load_lora_weights("{place}"{name})')
     how = f"num_inference_steps={sampler.steps}, " + ("" if solver else f"eta={sampler.eta!r}, ")
     how = f'"a prompt", {how}guidance_scale={sampler.guidance!r}' if text else f"{how}batch_size=1"
@@ -113,10 +114,12 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
 
 
 def card(
-    trained: Trained, form: str, adapter: AdapterFile, base: Base, sheets: Sequence[str], about: dict[str, str]
-) -> str:
+    trained: Trained, form: str, adapter: AdapterFile, base: Base, sheets: Sequence[str], about: dict[str, str],
+    generation: str | None = None,
+) -> str:  # fmt: skip
     """The page, for an export of `form`; `sheets` are files of contact sheets beside it, of the base model and tuned;
-    `about` is what every file of the export says of itself. Raises a StorageError if a record cannot be read."""
+    `about` is what every file of the export says of itself; `generation` whose U-Net it fits, as lora_files.generation.
+    Raises a StorageError if a record cannot be read."""
     from huggingface_hub import ModelCard, ModelCardData
 
     from reports.summary import Facts, figures
@@ -131,8 +134,9 @@ def card(
     )  # fmt: skip
     page = ModelCard.from_template(
         front, template_path=str(TEMPLATE), plain=plain, public=public, trained=trained, form=form, adapter=adapter,
-        base=base, sheets=sheets, about=about, usage=usage(config, form, base.name), prompts=_prompts(trained),
-        figures=figures(records.storage, trained.step), facts=Facts(records, config, trained.epochs),
+        base=base, sheets=sheets, about=about, generation=generation, usage=usage(config, form, base.name),
+        prompts=_prompts(trained), figures=figures(records.storage, trained.step),
+        facts=Facts(records, config, trained.epochs),
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(page)).rstrip() + "\n"
 

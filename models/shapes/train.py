@@ -22,6 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusion import pipeline_files
 from models.shapes import world
 
 MAX_TOKENS = 16
@@ -220,8 +221,7 @@ def train_unet(latents, tokens, empty, text_encoder, steps: int, on_save, log_ev
 
 
 def save_pipeline(out: Path, vae, tokenizer, unet, text_encoder) -> None:
-    """Write the diffusers folder with fp16 weights; text_encoder/config.json says float32, since transformers
-    would otherwise load half precision beside a float32 U-Net."""
+    """Write the diffusers folder with fp16 weights."""
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=copy.deepcopy(text_encoder).half(),
@@ -232,11 +232,7 @@ def save_pipeline(out: Path, vae, tokenizer, unet, text_encoder) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(out)
-    config = out / "text_encoder" / "config.json"
-    settings = json.loads(config.read_text())
-    settings["dtype"] = "float32"
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+    pipeline_files.save(pipeline, out)
 
 
 def main() -> None:

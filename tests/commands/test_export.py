@@ -92,7 +92,7 @@ def test_the_files_say_where_they_come_from(exported, exports):
     about = json.loads((exported / "run.json").read_text())
     adapter = lora_files.read(exports["diffusers"])
     plain = metadata(exports["diffusers"] / lora.DIFFUSERS_FILE)
-    assert json.loads(plain[lora.METADATA_KEY])["unet.lora_alpha"] == 3 and plain["format"] == "pt"
+    assert lora_files.METADATA_KEY not in plain and plain["format"] == "pt" and adapter.alpha == 3
     kohya = metadata(exports["kohya"] / lora.KOHYA_FILE)
     for each in (plain, kohya):
         assert each["tributary.run_id"] == about["run_id"] and each["tributary.adapter_sha256"] == adapter.sha256
@@ -139,7 +139,15 @@ def test_the_card_has_the_runs_figures(exported, exports):
             "(before.png)", "Apache-2.0", "## Limits", "num_inference_steps=4, eta=1.0, guidance_scale=3.0",
         ):  # fmt: skip
             assert words in page
-        assert ("ComfyUI: put" in page) == (form == "kohya")
+        assert "ComfyUI: put" not in page and ("For diffusers alone" in page) == (form != "fused")
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_comfyui_and_a1111_are_named_for_what_they_know(run, monkeypatch, form):
+    monkeypatch.setattr(lora_files, "generation", lambda _: "sd_v1")
+    export.export(open_trained(str(run), None, print), form, str(run / "out"))
+    _, page = front_and_page(run / "out")
+    assert ("ComfyUI: put" in page) == (form == "kohya") and ("with `--format kohya`" in page) == (form != "kohya")
 
 
 def test_figures_of_an_evaluation_apart(run, tmp_path, refused):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
@@ -53,6 +54,25 @@ def test_a_fused_pipeline_takes_the_runs_steps(tiny_pipeline, tmp_path, grid, sh
     kind = type(scheduler).__name__
     for form in ("fused", "diffusers"):
         assert (f"{kind}.from_config" in model_card.usage(config, form, "x")) == (form != "fused")
+
+
+def test_a_base_model_without_its_safety_checker_exports_as_it_trains(tiny_pipeline, tmp_path, capsys):
+    """Under names and with files that transformers 4 reads too: tests/diffusion/test_older_libraries.py."""
+    base = shutil.copytree(tiny_pipeline, tmp_path / "base")
+    parts = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    parts |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    index = json.loads((base / "model_index.json").read_text()) | parts
+    (base / "model_index.json").write_text(json.dumps(index))
+    model = BaseModel(str(base))
+    model.attach_lora(2, 3, seed=0)
+    lora.save_files(model.unet, tmp_path / "lora")
+    content = export._fused(load_config(overrides=[f"model.path={base}"]), lora_files.read(tmp_path / "lora"))
+    assert f"warning: {base} lacks one of safety_checker" in capsys.readouterr().err
+    assert json.loads(content["model_index.json"])["safety_checker"] == [None, None]
+    assert {"tokenizer/vocab.json", "tokenizer/merges.txt"} < set(content)
+    assert all(
+        name.startswith("text_model.") for name in safetensors.torch.load(content["text_encoder/model.safetensors"])
+    )
 
 
 @pytest.fixture(scope="module")

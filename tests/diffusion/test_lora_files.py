@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,27 +29,31 @@ def disturb(unet) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def saved(tiny_pipeline, tmp_path_factory):
-    """Folder of a LoRA with alpha != rank, and its buffer."""
+    """Folder of a LoRA with alpha != rank, with the same as diffusers writes it in `theirs`; and its buffer."""
     folder = tmp_path_factory.mktemp("lora")
     model = BaseModel(tiny_pipeline)
     model.attach_lora(RANK, ALPHA, seed=0)
     flat = disturb(model.unet)
     lora.save_files(model.unet, folder)
+    state, config = get_peft_model_state_dict(model.unet), model.unet.peft_config["default"]
+    StableDiffusionPipeline.save_lora_weights(
+        folder / "theirs", convert_state_dict_to_diffusers(state), unet_lora_adapter_metadata=config.to_dict()
+    )
     return folder, flat
 
 
 @pytest.fixture
 def changed(saved, tmp_path):
-    """Writes the diffusers file anew with other tensors or metadata."""
+    """Writes diffusers' own file, or ours of that name, anew with other tensors or metadata."""
 
     def write(change=dict, metadata="same", name=lora.DIFFUSERS_FILE, **settings):
-        source = saved[0] / name
+        source = saved[0] / ("theirs" if name == lora.DIFFUSERS_FILE else "") / name
         if metadata == "same":
             with safe_open(str(source), "pt") as opened:
                 metadata = opened.metadata()
             if settings:
-                said = json.loads(metadata[lora.METADATA_KEY]) | {f"unet.{k}": v for k, v in settings.items()}
-                metadata = {lora.METADATA_KEY: json.dumps(said)}
+                said = json.loads(metadata[lora_files.METADATA_KEY]) | {f"unet.{k}": v for k, v in settings.items()}
+                metadata = {lora_files.METADATA_KEY: json.dumps(said)}
         file = tmp_path / name
         save_file(change(load_file(source)), file, metadata)
         return file
@@ -55,7 +61,7 @@ def changed(saved, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["", lora.DIFFUSERS_FILE, lora.KOHYA_FILE])
+@pytest.mark.parametrize("name", ["", lora.DIFFUSERS_FILE, lora.KOHYA_FILE, f"theirs/{lora.DIFFUSERS_FILE}"])
 def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, name):
     folder, flat = saved
     adapter = lora_files.read(folder / name)
@@ -65,7 +71,9 @@ def test_what_was_saved_comes_back_bit_by_bit(saved, tiny_pipeline, name):
     snapshot = lora_files.attach(model, adapter)
     assert np.array_equal(snapshot.flat.view(np.uint32), flat.view(np.uint32))
     assert snapshot.sha256 == adapter.sha256 == lora.digest(flat)
-    assert lora.files(model.unet)[lora.KOHYA_FILE] == (folder / lora.KOHYA_FILE).read_bytes()
+    content = {file: (folder / file).read_bytes() for file in (lora.DIFFUSERS_FILE, lora.KOHYA_FILE)}
+    assert lora.files(model.unet) == content and len(set(content.values())) == 1
+    assert model.unet.peft_config["default"].lora_alpha == ALPHA
 
 
 def test_other_names_for_the_same(saved, changed, tiny_pipeline, tmp_path):
@@ -90,6 +98,8 @@ def test_pefts_form_of_a_model_without_text(ddpm, tmp_path):
         assert (adapter.rank, adapter.alpha, adapter.note) == (RANK, ALPHA, None)
         again = BaseModel(ddpm)
         assert np.array_equal(lora_files.attach(again, adapter).flat, flat)
+    settings = {"peft_type", "r", "lora_alpha", "target_modules", "init_lora_weights"}  # an older PEFT knows these
+    assert set(json.loads((tmp_path / lora.PEFT_FILES[0]).read_text())) == settings
     (tmp_path / lora.PEFT_FILES[0]).unlink()
     assert lora_files.read(tmp_path).alpha == RANK and "alpha" in lora_files.read(tmp_path).note
 
@@ -143,6 +153,20 @@ def test_the_names_of_stable_diffusions_modules_survive_kohyas_underscores(tmp_p
     assert lora_files.read(tmp_path).modules == sorted(names)
 
 
+@pytest.mark.parametrize(("width", "generation"), [(768, "sd_v1"), (1024, "sd_v2"), (64, None)])
+def test_which_stable_diffusion_a_lora_fits(width, generation):
+    """A model with texts as wide, but narrower layers, is none."""
+    for channels, expected in (((320, 640, 1280, 1280), generation), ((32, 64, 64, 64), None)):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(cross_attention_dim=width, block_out_channels=channels)
+        shapes = {name: module.weight.shape for name, module in unet.named_modules() if name.endswith("to_k")}
+        state = {f"{name}.lora_A.weight": torch.zeros(1, into) for name, (_, into) in shapes.items()}
+        state |= {f"{name}.lora_B.weight": torch.zeros(out, 1) for name, (out, _) in shapes.items()}
+        assert lora_files.generation(lora_files.AdapterFile("", 1, 1.0, state)) == expected
+    attention = {name: value for name, value in state.items() if "attn2" not in name}
+    assert lora_files.generation(lora_files.AdapterFile("", 1, 1.0, attention)) is None
+
+
 def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
     content = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
     made = {lora_files.with_metadata(content, {"b": "ü", "a": str(1), **more}) for more in ({}, {}, {})}
@@ -154,7 +178,7 @@ def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
     adapter = lora_files.read(file)
     assert (adapter.sha256, adapter.alpha) == (lora.digest(saved[1]), ALPHA)
     header = file.read_bytes()[8:]
-    assert header.index(b'"a"') < header.index(b'"b"') < header.index(b'"lora_adapter_metadata"')
+    assert header.index(b'"a"') < header.index(b'"b"') < header.index(b'"format"')
     assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
 
 
@@ -196,7 +220,7 @@ def with_first(tensors, change, part="down"):
     return tensors | {first: change(tensors[first]).contiguous()}
 
 
-KOHYA, DAMAGED = {"name": lora.KOHYA_FILE}, {"metadata": {lora.METADATA_KEY: "{"}}
+KOHYA, DAMAGED = {"name": lora.KOHYA_FILE}, {"metadata": {lora_files.METADATA_KEY: "{"}}
 
 
 @pytest.mark.parametrize(

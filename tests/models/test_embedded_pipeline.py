@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
 from models.shapes.measure import correct, generate, scenes
 
@@ -37,5 +38,8 @@ def test_loads_in_one_precision_is_small_and_every_word_is_one_token(pipeline):
     assert dtypes == {torch.float32}
     assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 6e6
     assert pipeline.scheduler.config.set_alpha_to_one is False
+    with safe_open(FOLDER / "text_encoder/model.safetensors", "pt") as opened:  # as transformers 4 reads them, too
+        assert all(name.startswith("text_model.") for name in opened.keys())  # noqa: SIM118
+    assert {file.name for file in (FOLDER / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
     ids = pipeline.tokenizer("a small red circle and a blue square on a white background").input_ids
     assert len(ids) == 12 + 2

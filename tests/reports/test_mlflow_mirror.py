@@ -4,11 +4,14 @@ import contextlib
 import io
 import json
 import shutil
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow.diffusers
 import pytest
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from test_open_run import Killed
 
@@ -35,14 +38,6 @@ def picture(kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (600, 300), "red").save(file, kind)
     return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """A database with MLflow's tables, which take it seconds to make."""
-    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
 
 
 @pytest.fixture
@@ -257,3 +252,67 @@ def test_a_group_is_nested_under_its_oldest_run(tables, small_config, tmp_path):
     for mirror in (second, third):
         mirror.finish("KILLED")
     assert parent(second) == parent(third) == first.run_id
+
+
+def test_a_deleted_experiment_is_said_with_two_ways_on(run, capsys):
+    mirror = mirror_of(run)
+    mirror.client.delete_experiment(mirror.experiment_id)
+    assert upload.main([str(run)]) == 1
+    said = capsys.readouterr().err
+    assert f"is deleted: give `mlflow experiments restore --experiment-id {mirror.experiment_id}`" in said
+    assert "--experiment" in said and said.count("\n") == 1
+    mirror.client.restore_experiment(mirror.experiment_id)
+    assert mirror_of(run).run_id == mirror.run_id
+
+
+def test_runs_that_start_together_share_the_experiment_that_one_of_them_makes(run, monkeypatch):
+    first, real, asked = mirror_of(run), mlflow.MlflowClient.get_experiment_by_name, []
+
+    def not_yet(self, name):
+        asked.append(name)
+        return None if len(asked) == 1 else real(self, name)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", not_yet)
+    assert mirror_of(run).experiment_id == first.experiment_id and len(asked) == 2
+
+
+class Page(BaseHTTPRequestHandler):
+    """What answers every request with a page, as an older server does those that it does not know."""
+
+    def do_GET(self) -> None:
+        page = b"<!doctype html>\n<html lang=en>\n<title>404 Not Found</title>"
+        self.send_response(404)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    do_POST = do_GET
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def page():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_older_server_is_said_and_its_page_is_not(run, page, monkeypatch, capsys):
+    def older(self, *_, **__):
+        return mlflow.MlflowClient(page)._tracking_client.store.search_logged_models(["0"])
+
+    assert upload.main([str(run), "--uri", page]) == 1
+    monkeypatch.setattr(mlflow.MlflowClient, "search_logged_models", older)
+    assert upload.main([str(run)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.replace(page, "") == second.replace(f"sqlite:///{run.parent}/mlflow.db", "")
+    assert "fails (it is no MLflow of version 3 or newer (404 for a request): update it, or name another" in first
+    monkeypatch.undo()
+    assert not mlflow.MlflowClient(f"sqlite:///{run.parent}/mlflow.db").get_experiment_by_name("tributary")
+    page_said = upload.reason(
+        MlflowException("failed with error code 502 != 200. Response body: '<!doctype html>\n<p>")
+    )
+    assert page_said == "MlflowException: failed with error code 502 != 200"
