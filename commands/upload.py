@@ -21,7 +21,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from commands.outcome import complain
+from commands.outcome import complain, warner
 from learner.config import Config, saved_config
 from records.checkpoint import CheckpointError
 from records.heartbeat import without_passwords
@@ -132,10 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         storage = Storage(args.run)
-        records = Records.open(storage)
+        records = Records.open(storage, warn := (lambda text: None) if args.follow else warner("upload"))
         config = saved_config(records)
     except (OSError, ValueError) as error:
-        complain("upload", f"{args.run} is no run of Tributary: {error}")
+        complain("upload", f"{args.run}: {error}")
         return 2
     uri = args.uri or tracking_uri(config, storage)
     server = without_passwords(uri)
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         complain("upload", f"{text}: if that is right, give it as --uri")
         return 2
     try:
-        mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment)
+        mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment, warn)
         if args.follow:
             return follow(mirror)
         mirror.connect()

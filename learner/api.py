@@ -1,9 +1,9 @@
 """The job, for the command and for Python: `learner.train(config, reward=my_function)`. Here the epoch loop meets its
 runner, its records and its views."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ def train(
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
     built = load_config(source, changes)
 
+    @functools.cache
     def warn(text: str) -> None:
         say(f"warning: {text}")
 
@@ -151,7 +152,7 @@ def run(
                 if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
                     raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
                 pixels = config.run.thumbnail_pixels
-                judge = partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
+                judge = functools.partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"

@@ -2,7 +2,6 @@
 where the run stopped, and does nothing where it is done."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from learner.config import Config, ConfigError, config_yaml, raise_faults, saved_config
-from records import checkpoint, environment
+from records import checkpoint, environment, facts
 from records.checkpoint import Checkpoint
-from records.run_folder import BEFORE, CONFIG, FORMAT, METRICS, RUN, Records
-from records.storage import Storage
-
-Warn = Callable[[str], None]
+from records.facts import METRICS, Warn
+from records.run_folder import BEFORE, FORMAT, Records
+from records.storage import Storage, StorageError
 
 
 @dataclass
@@ -38,13 +36,13 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
         storage = Storage(_absolute(config.run.dir, config))
         if storage.local and storage.local.is_file():
             raise ConfigError(f"run.dir: {storage} is a file")
-        if storage.exists(METRICS) and not storage.exists(RUN):
+        if storage.exists(METRICS) and not facts.there(storage):
             raise ConfigError(f"run.dir: {storage} holds a run of an older Tributary; choose another")
-        if storage.exists(RUN) and config.run.resume == "never":
+        if facts.there(storage) and config.run.resume == "never":
             raise ConfigError(f"run.dir: {storage} already holds a run; choose another, or run.resume=auto to go on")
     else:
         storage = (config.run.resume == "auto" and _newest_unfinished(config, wanted)) or _new_folder(config, source)
-    if storage.exists(RUN):
+    if facts.there(storage):
         _settings_of(Records.open(storage), config, wanted)
         done = max(checkpoint.steps(storage), default=0) // config.steps_per_epoch
         if config.train.epochs < done:
@@ -57,20 +55,19 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
     the run's checkpoints is whole, and a StorageError where another process writes the run."""
     storage, wanted = find(config, source, prompts), _facts(config, prompts)
     with contextlib.ExitStack() as undo:
-        if held := storage.lock():
-            undo.callback(held.release)
-        if storage.exists(RUN):
+        undo.enter_context(storage.lock())
+        if facts.there(storage):
             storage.tidy()
         else:
             Records.create(storage, Path(str(storage)).name, config_yaml(config), wanted)
-        records = Records.open(storage)
+        records = Records.open(storage, warn)
         saved = _settings_of(records, config, wanted)
         newest, as_begun = checkpoint.load_newest(storage, records.run_id, warn), config
         if newest:
             as_begun = _as_begun(config, saved, newest.manifest, warn)
             checkpoint.drop_after(storage, newest.manifest["step"])
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
-        storage.write(CONFIG, config_yaml(config))  # what may change may have
+        records.save_settings(config_yaml(config))  # what may change may have
         return OpenRun(records, config, as_begun, newest, undo.pop_all().close)
 
 
@@ -95,17 +92,17 @@ def _newest_unfinished(config: Config, wanted: dict[str, Any]) -> Storage | None
     folder, runs = Storage(_absolute("runs", config)), []
     for name in folder.entries():
         storage = Storage(f"{folder}/{name}")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run, or not ours
-            about = json.loads(storage.read(RUN))
+        with contextlib.suppress(StorageError):  # no run, or nothing says which
+            about = facts.about(storage, lambda text: None)
             if {**wanted, "finished": False}.items() <= about.items() and not storage.in_use():
-                runs.append((float(about["created"]), name))
+                runs.append((about["created"], name))
     return Storage(f"{folder}/{max(runs)[1]}") if runs else None
 
 
 def _new_folder(config: Config, source: Path) -> Storage:
     base = _absolute(f"runs/{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}", config)
     storage, number = Storage(base), 2
-    while storage.exists(RUN):
+    while facts.there(storage):
         storage, number = Storage(f"{base}-{number}"), number + 1
     return storage
 

@@ -3,7 +3,6 @@ what is where). The records may be somebody else's: they are read as data, by na
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ from PIL import Image
 
 from learner.config import resolve, saved_config
 from records import checkpoint
-from records.checkpoint import CheckpointError
+from records.facts import Warn
 from records.heartbeat import without_passwords
 from records.run_folder import BEFORE, CONFIG, Records
 from records.storage import Storage, StorageError
@@ -38,8 +37,9 @@ DIFFUSERS, KOHYA = "lora/pytorch_lora_weights.safetensors", "lora/kohya.safetens
 
 
 class Mirror:
-    def __init__(self, storage: Storage, uri: str, experiment: str) -> None:
-        self.storage, self.uri, self.experiment = storage, uri, experiment
+    def __init__(self, storage: Storage, uri: str, experiment: str, warn: Warn = lambda text: None) -> None:
+        """`warn` hears of damaged files, which are recovered or left out."""
+        self.storage, self.uri, self.experiment, self._warn = storage, uri, experiment, warn
         self._local = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
         if self._local:
             self._local.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class Mirror:
     def connect(self) -> str:
         """The MLflow run of this run, found by its tag or made; its parameters, tags and parent; and what is there of
         it. To be called again after a failure, when what was sent last may be there or not. Returns its id."""
-        records = Records.open(self.storage)
+        records = Records.open(self.storage, self._warn)
         about, config = records.about, saved_config(records)
         if experiment := self.client.get_experiment_by_name(self.experiment):
             self.experiment_id = experiment.experiment_id
@@ -81,8 +81,8 @@ class Mirror:
 
     def sync(self) -> None:
         """Send what the server lacks of the closed epochs: metrics and pictures."""
-        records = Records.open(self.storage)
-        newest = self._newest(records)
+        records = Records.open(self.storage, self._warn)
+        newest = checkpoint.newest(self.storage, records.run_id)
         done = newest["next_epoch"] if newest else BEFORE
         for line in records.lines:
             if line["epoch"] < done and line["epoch"] + 1 not in self._logged:
@@ -90,15 +90,18 @@ class Mirror:
                 self._logged.add(line["epoch"] + 1)
         for epoch in records.evaluated():
             if epoch < done:
-                self._send_picture(
-                    "evaluation/samples", records.evaluation_file(epoch, "png"), epoch + 1, _time(records, epoch + 1)
-                )
+                try:
+                    sheet = records.sheet(epoch)
+                except StorageError as error:
+                    records.warn(f"{error}; it is left out")
+                    continue
+                self._send_picture("evaluation/samples", sheet, epoch + 1, _time(records, epoch + 1))
 
     def finish(self, status: str) -> None:
         """Send all of the run but its model, and close the MLflow run with FINISHED, FAILED or KILLED. Raises a
         StorageError if the run is finished, but not all of its epochs could be read."""
         self.sync()
-        records = Records.open(self.storage)
+        records = Records.open(self.storage, self._warn)
         config = saved_config(records)
         if status == "FINISHED" and any(line["epoch"] + 1 not in self._logged for line in records.lines):
             raise StorageError(f"not every epoch of {self.storage} could be read")
@@ -108,7 +111,7 @@ class Mirror:
         self._send_judgements(records)
         self.client.log_text(self.run_id, summary.Facts(records, config).settings(), CONFIG)
         if self.storage.exists(html.FILE):
-            self.client.log_text(self.run_id, self.storage.read(html.FILE).decode(), html.FILE)
+            self.client.log_text(self.run_id, self.storage.read(html.FILE).decode(errors="replace"), html.FILE)
         self._join_group(config.mlflow.group)  # again: an older run may have turned up
         ended = int(records.lines[-1]["time"] * 1000) if records.lines else None
         self.client.set_terminated(self.run_id, status, ended)
@@ -116,8 +119,8 @@ class Mirror:
     def send_model(self, registered_model: str | None) -> str | None:
         """The newest checkpoint's LoRA as a logged model and, given a name, as a version of that registered model.
         Returns why there is none, if so. Raises a CheckpointError if the LoRA cannot be read, or is not as written."""
-        records = Records.open(self.storage)
-        manifest = self._newest(records)
+        records = Records.open(self.storage, self._warn)
+        manifest = checkpoint.newest(self.storage, records.run_id)
         if manifest is None or DIFFUSERS not in manifest["files"]:
             return "no checkpoint is whole" if manifest is None else "diffusers loads no LoRA for a model without text"
         files = checkpoint.load(self.storage, manifest["step"], records.run_id).files
@@ -145,13 +148,6 @@ class Mirror:
                 mlflow.register_model(source, registered_model)
         finally:
             mlflow.set_tracking_uri(previous)  # type: ignore[arg-type]  # None: none
-        return None
-
-    def _newest(self, records: Records) -> dict[str, Any] | None:
-        """Manifest of the newest whole checkpoint; a torn one, or one just being pruned, has none."""
-        for step in reversed(checkpoint.steps(self.storage)):
-            with contextlib.suppress(CheckpointError):
-                return checkpoint.manifest(self.storage, step, records.run_id)
         return None
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
@@ -194,29 +190,32 @@ class Mirror:
         """The fixed images after each epoch; in the column of a part or held-out reward, its own raw reward."""
         tables = []
         for epoch in epochs:
-            table = records.evaluation(epoch)
+            try:
+                table = records.evaluation(epoch)
+            except StorageError as error:
+                records.warn(f"{error}; it is left out")
+                continue
             columns = {key: table[key] for key in ("prompt", "reward")}  # second: MLflow's page compares runs by it
             columns |= table.get("reward_parts", {})
             columns |= {f"held out: {label}": values for label, values in table.get("held_out", {}).items()}
             tables.append(pd.DataFrame({**columns, "image": range(len(table["prompt"])), "epoch": epoch + 1}))
-        return pd.concat(tables, ignore_index=True)
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def _send_judgements(self, records: Records) -> None:
         """Figures and pictures that commands/evaluate.py left: judged/NAME the value, judged/NAME_base and
         judged/NAME_floor beside it. MLflow takes no metric back: those of an epoch's first judgement stay."""
         judged = {entry.step for entry in self.client.get_metric_history(self.run_id, f"judged/{SENTINEL}")}
         for place in summary.judgements(self.storage).values():
-            try:
-                tree = json.loads(self.storage.read(place))
-                step, time = int(tree["epochs_done"]), _time(records, int(tree["epochs_done"]))
-                metrics = [  # their names may have few characters
-                    Metric(re.sub(r"[^\w\-. :/]", "_", f"judged/{row['key']}{end}"), float(row[key]), time, step)
-                    for row in summary.rows(tree)
-                    for key, end in (("value", ""), ("base", "_base"), ("floor", "_floor"))
-                    if row[key] is not None
-                ]
-            except (ValueError, KeyError, TypeError, AttributeError):  # not of a run's epoch, or not ours
+            tree = summary.judgement_in(records, place)
+            if tree is None or (step := tree.get("epochs_done")) is None:  # not of a run's epoch
                 continue
+            time = _time(records, step)
+            metrics = [  # their names may have few characters
+                Metric(re.sub(r"[^\w\-. :/]", "_", f"judged/{row['key']}{end}"), float(row[key]), time, step)
+                for row in summary.rows(tree)
+                for key, end in (("value", ""), ("base", "_base"), ("floor", "_floor"))
+                if row[key] is not None
+            ]
             if self.storage.exists(picture := place.replace(".json", ".png")):
                 self._send_picture("judged/base_and_tuned", self.storage.read(picture), step, time)
             if step not in judged:

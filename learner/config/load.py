@@ -68,9 +68,9 @@ def config_yaml(config: Config) -> bytes:
 
 
 def saved_config(records: "Records") -> Config:
-    """The settings of a run. Raises a ConfigError where they are of another version, or damaged."""
+    """The settings of a run. Raises a ConfigError where they are of another version, or damaged; a StorageError."""
     place = f"{records.storage}/config.yaml"
-    tree = _parse(records.storage.read("config.yaml"), f"run.dir: {place} is damaged")
+    tree = _parse(records.settings(), f"run.dir: {place} is damaged")
     config, faults = read_config(tree, name=place)
     raise_faults([f"run.dir: {place} is damaged: {fault}" for fault in faults])
     return config

@@ -74,7 +74,7 @@ def test_what_others_wrote_is_text(page, copied):
     assert f'alt="before: {NASTY}"' in unescape(page.replace("&#34;", "&quot;"))
     folder = copied.rename(copied.with_name("<b>run"))
     nasty = {"name": "<script>x\x00\x1b[31m", "branched_from": "</dl><script>", "git_commit": "$\\alpha$"}
-    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | nasty))
+    Records.open(Storage(str(folder))).note(**nasty)
     named = page_of(folder)
     assert "<script" not in named and "<b>run" not in named and "&lt;script&gt;x" in named
 
