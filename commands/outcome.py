@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from diffusion.failures import RunFailure
 from learner.config import ConfigError
-from records.words import printable, short
+from records.words import MOST, printable, short
 
 
 def complain(verb: str, text: str) -> None:
     """One line on stderr, whatever `text` holds."""
-    print(f"learner.{verb}: {short(printable(' '.join(text.split())))}", file=sys.stderr, flush=True)
+    print(f"learner.{verb}: {printable(short(' '.join(text.split()), 2 * MOST))}", file=sys.stderr, flush=True)
 
 
 def warner(verb: str) -> Callable[[str], None]:

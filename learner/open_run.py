@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from learner.config import Config, ConfigError, config_yaml, raise_faults, saved_config
+from learner.config.schema import LOWERED
+from learner.update import NonFiniteGradient
 from records import checkpoint, environment, facts
 from records.checkpoint import Checkpoint
 from records.facts import METRICS, Warn
@@ -63,11 +65,18 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
         records = Records.open(storage, warn)
         saved = _settings_of(records, config, wanted)
         newest, as_begun = checkpoint.load_newest(storage, records.run_id, warn), config
+        changes = [
+            {"epoch": newest.manifest["next_epoch"] if newest else 0, "key": key, "before": before, "after": after}
+            for key, before, after in _lowered(config, saved)
+        ]
+        for change in changes:
+            warn(f"{change['key']} is {change['after']:g} now, it was {change['before']:g} (noted in run.json)")
         if newest:
             as_begun = _as_begun(config, saved, newest.manifest, warn)
             checkpoint.drop_after(storage, newest.manifest["step"])
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
-        records.save_settings(config_yaml(config))  # what may change may have
+        changes = [*records.about.get("changes", ()), *changes]  # what may change may have
+        records.save_settings(config_yaml(config), config_digest=wanted["config_digest"], changes=changes)
         return OpenRun(records, config, as_begun, newest, undo.pop_all().close)
 
 
@@ -115,15 +124,22 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
         raise ConfigError(f"run.dir: {storage} is of format {written_as}; use the version that wrote it, {other}")
     saved = saved_config(records)
     ours, theirs = config.binding(), saved.binding()
+    lower = [key for key, *_ in _lowered(config, saved)] if about.get("failure") == NonFiniteGradient.__name__ else ()
     faults = [
         f"{key}: the run in {storage} has {theirs[key]!r:.200}, not {ours[key]!r:.200}; use that, or another run.dir"
         for key in ours
-        if ours[key] != theirs[key]
+        if ours[key] != theirs[key] and key not in lower
     ]
     if not faults and about["prompts_sha256"] != wanted["prompts_sha256"]:
         faults = [f"prompts.path, evaluation.prompts: the run in {storage} began with others; put them back, {other}"]
     raise_faults(faults)
     return saved
+
+
+def _lowered(config: Config, saved: Config) -> list[tuple[str, float, float]]:
+    """Of what a gradient that is not finite asks to lower: key, the run's value and this one."""
+    ours, theirs = config.binding(), saved.binding()
+    return [(key, theirs[key], ours[key]) for key in LOWERED if ours[key] < theirs[key]]
 
 
 def _as_begun(config: Config, saved: Config, manifest: dict[str, Any], warn: Warn) -> Config:

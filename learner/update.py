@@ -246,7 +246,8 @@ class Learner:
         if not torch.isfinite(norm):
             raise NonFiniteGradient(
                 f"the gradient is not finite (norm {norm.item()}): the adapter of version {self.published.version} is "
-                "kept; lower the learning rates or objective.beta"
+                "kept; go on with the same command, its run.dir, and a lower learner.learning_rate, "
+                "flow.learning_rate or objective.beta"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -270,6 +271,10 @@ class Learner:
         lora.load(self.model.unet, saved["adapter"].numpy())
         for name, part in self._parts.items():
             part.load_state_dict(saved[name])
+        for parameters in self.policy_optimizer.param_groups:  # lower now, perhaps
+            parameters["lr"] = self.config.learner.learning_rate
+        for parameters in self.flow_optimizer.param_groups if self.flow is not None else ():
+            parameters["lr"] = self.config.flow.learning_rate
         self.objective.memory = saved["objective"]
         self.replay.clear()
         self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))

@@ -67,7 +67,8 @@ def manifest(storage: Storage, step: int, run_id: str | None) -> dict[str, Any]:
             "start afresh with run.resume=never and another run.dir"
         )
     if (origin := (about["step"], about["run_id"])) != (step, run_id or about["run_id"]):
-        raise CheckpointError(f"{place} is not its own: it was written as step {origin[0]} of run {origin[1]:.40}")
+        written = f"it was written as step {origin[0]} of run {origin[1]:.40}"
+        raise CheckpointError(f"{place} is not its own, {written}: {COPY}")
     return about
 
 

@@ -104,7 +104,7 @@ class Mirror:
         records = Records.open(self.storage, self._warn)
         config = saved_config(records)
         if status == "FINISHED" and any(line["epoch"] + 1 not in self._logged for line in records.lines):
-            raise StorageError(f"not every epoch of {self.storage} could be read")
+            raise StorageError(f"checkpoints in {self.storage} are missing or damaged: put them back from a copy")
         if epochs := [epoch for epoch in records.evaluated() if epoch + 1 in self._logged]:
             table = self._table(records, epochs).to_json(orient="split", index=False)  # as log_table, which only adds
             self.client.log_text(self.run_id, table, TABLE)

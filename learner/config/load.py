@@ -87,7 +87,7 @@ def _parse(content: bytes, fault: str) -> dict[str, Any]:
     """Raises a ConfigError: `fault`, and why: no YAML, or no sections of keys."""
     try:
         tree = yaml.safe_load(content) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{fault}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{fault}: it holds {type(tree).__name__}, expected sections of keys")

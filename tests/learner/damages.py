@@ -53,7 +53,9 @@ def _lines(whole: bytes) -> dict[str, bytes]:
     found: dict[str, list[bytes]] = {}
     for line in whole.splitlines():
         for name, content in _json(line).items():
-            found.setdefault(name, []).append(json.dumps(json.loads(content)).encode() if content[:1] == b"{" else content)
+            found.setdefault(name, []).append(
+                json.dumps(json.loads(content)).encode() if content[:1] == b"{" else content
+            )
     return {name: b"\n".join(lines) + b"\n" for name, lines in found.items()} | {"twice": whole + whole}
 
 

@@ -1,5 +1,5 @@
-"""A run goes on from a folder of which any file is damaged, and says so, or refuses it in a line with the remedy; what it
-ends with is what the unbroken run ends with. What other commands make of such a folder: tests/commands/."""
+"""A run goes on from a folder of which any file is damaged, and says so, or refuses it in a line with the remedy; what
+it ends with is what the unbroken run ends with. What other commands make of such a folder: tests/commands/."""
 
 import shutil
 from pathlib import Path
@@ -41,7 +41,9 @@ def test_a_run_goes_on_or_refuses_in_a_line(file, light, begun, unbroken, tmp_pa
         said = capsys.readouterr()
         about = f"{file}, {kind}: {said.err}"
         named = [line for line in said.err.splitlines() if Path(file).name in line or Path(file).parent.name in line]
-        assert "\x1b" not in said.out + said.err and all(line.startswith("learner.run: ") for line in said.err.splitlines())
+        assert "\x1b" not in said.out + said.err and all(
+            line.startswith("learner.run: ") for line in said.err.splitlines()
+        )
         if status:
             assert status == 2 and len(named) == 1 and any(word in named[0] for word in REMEDIES), about
             assert (run / file).read_bytes() == content, about  # nothing was written

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from records import storage as storage_module
-from records.storage import Storage, StorageError
+from records.storage import LOCK, Storage, StorageError
 
 
 class Shape(BaseModel):
@@ -46,12 +46,26 @@ def test_what_is_not_there_or_damaged_is_named(storage):
     damaged = (b"{", "EOF"), (b"3", "valid dictionary"), (b"[]", "valid dictionary"), (b"{}", "a: Field required")
     for content, said in (*damaged, *hostile):
         storage.write("lines", content)
-        refused(storage.read_json_lines, "lines", Shape, "bake it", said=rf"line 1 of lines in .*run .*{said}.*: bake it")
+        refused(
+            storage.read_json_lines, "lines", Shape, "bake it", said=rf"line 1 of lines in .*run .*{said}.*: bake it"
+        )
     storage.write_json("sealed", {"a": 1, "b": float("nan")})
     whole = storage.read("sealed")
     assert storage.read_json("sealed", Shape) == {"a": 1, "b": None}
     storage.write("sealed", whole.replace(b"1", b"2", 1))
     refused(storage.read_json, "sealed", Shape, said="its sha256 differs.*: put it back from a copy")
+
+
+def test_whoever_removes_the_locks_file_lets_nobody_in(tmp_path):
+    storage = Storage(str(tmp_path))
+    with storage.lock():
+        (tmp_path / LOCK).unlink()
+        refused(storage.lock, said="is in use by another process")
+        (tmp_path / LOCK).write_text("process 1 on \x1b[2Jmars")
+        refused(storage.lock, said="is in use by process 1")
+        assert storage.in_use()
+    assert not storage.in_use()
+    storage.lock().close()
 
 
 def test_the_name_for_a_log_is_absolute(tmp_path, monkeypatch):
