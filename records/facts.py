@@ -56,7 +56,9 @@ def settings(storage: Storage, known: dict[str, Any], warn: Warn) -> bytes:
         return copy
     if not content and fault:
         raise StorageError(f"{fault}: put it back from a copy, or choose another run.dir; no checkpoint has one")
-    return content  # older runs know no more; a run without a checkpoint begins anew
+    if fault and checkpoint.steps(storage):  # without one a run begins anew
+        warn(f"{fault}; no checkpoint has a whole copy, so it is taken as it is")
+    return content  # older runs know no more
 
 
 def lines(storage: Storage, closed: dict[str, Any] | None, warn: Warn) -> list[dict[str, Any]]:

@@ -165,8 +165,12 @@ class Records:
         return self.storage.read(name), f"{name} in {self.storage}"
 
     def sheet(self, epoch: int) -> bytes:
-        """evaluation/epoch-N.png. Raises a StorageError where that is no whole picture."""
-        content = self.storage.read(name := f"{EVALUATION}/{_name(epoch)}.png")
+        """evaluation/epoch-N.png. Raises a StorageError."""
+        return self.picture(f"{EVALUATION}/{_name(epoch)}.png")
+
+    def picture(self, name: str) -> bytes:
+        """A PNG file. Raises a StorageError where that is no whole picture."""
+        content = self.storage.read(name)
         try:
             Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # closes it
             Image.open(io.BytesIO(content), formats=["PNG"]).load()

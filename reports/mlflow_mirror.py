@@ -3,12 +3,13 @@ what is where). The records may be somebody else's: they are read as data, by na
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,9 @@ class Mirror:
                 self._logged.add(line["epoch"] + 1)
         for epoch in records.evaluated():
             if epoch < done:
-                try:
+                with _left_out(records):
                     sheet = records.sheet(epoch)
-                except StorageError as error:
-                    records.warn(f"{error}; it is left out")
-                    continue
-                self._send_picture("evaluation/samples", sheet, epoch + 1, _time(records, epoch + 1))
+                    self._send_picture("evaluation/samples", sheet, epoch + 1, _time(records, epoch + 1))
 
     def finish(self, status: str) -> None:
         """Send all of the run but its model, and close the MLflow run with FINISHED, FAILED or KILLED. Raises a
@@ -190,15 +188,12 @@ class Mirror:
         """The fixed images after each epoch; in the column of a part or held-out reward, its own raw reward."""
         tables = []
         for epoch in epochs:
-            try:
+            with _left_out(records):
                 table = records.evaluation(epoch)
-            except StorageError as error:
-                records.warn(f"{error}; it is left out")
-                continue
-            columns = {key: table[key] for key in ("prompt", "reward")}  # second: MLflow's page compares runs by it
-            columns |= table.get("reward_parts", {})
-            columns |= {f"held out: {label}": values for label, values in table.get("held_out", {}).items()}
-            tables.append(pd.DataFrame({**columns, "image": range(len(table["prompt"])), "epoch": epoch + 1}))
+                columns = {key: table[key] for key in ("prompt", "reward")}  # second: MLflow's page compares by it
+                columns |= table.get("reward_parts", {})
+                columns |= {f"held out: {label}": values for label, values in table.get("held_out", {}).items()}
+                tables.append(pd.DataFrame({**columns, "image": range(len(table["prompt"])), "epoch": epoch + 1}))
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def _send_judgements(self, records: Records) -> None:
@@ -217,9 +212,19 @@ class Mirror:
                 if row[key] is not None
             ]
             if self.storage.exists(picture := place.replace(".json", ".png")):
-                self._send_picture("judged/base_and_tuned", self.storage.read(picture), step, time)
+                with _left_out(records):
+                    self._send_picture("judged/base_and_tuned", records.picture(picture), step, time)
             if step not in judged:
                 self.client.log_batch(self.run_id, [*metrics, Metric(f"judged/{SENTINEL}", step, time, step)])
+
+
+@contextlib.contextmanager
+def _left_out(records: Records) -> Iterator[None]:
+    """What is damaged is warned of."""
+    try:
+        yield
+    except StorageError as error:
+        records.warn(f"{error}; it is left out")
 
 
 def _time(records: Records, step: int) -> int:

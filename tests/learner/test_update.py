@@ -124,6 +124,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_new_is_publis
         learner.publish(2)
 
 
+def test_a_resumed_learner_has_the_rates_of_its_config(small_config):
+    """A run that ended with a gradient that is not finite goes on with lower ones."""
+    files = build.build_learner(small_config()).state_files()
+    lower = build.build_learner(small_config("learner.learning_rate=1e-7", "flow.learning_rate=1e-8"))
+    lower.restore(files)
+    assert [part.param_groups[0]["lr"] for part in (lower.policy_optimizer, lower.flow_optimizer)] == [1e-7, 1e-8]
+
+
 @pytest.mark.parametrize("fit_steps", [0, 3])
 def test_an_epoch_moves_policy_and_flow(small_config, fit_steps):
     config = small_config(f"flow.fit_steps={fit_steps}")
