@@ -266,11 +266,16 @@ class Learner:
         return files
 
     def restore(self, files: dict[str, bytes]) -> None:
-        """Go on from a checkpoint's files, made by as many ranks as there are now."""
-        saved = state.parse(files[state.LEARNER_FILE])
-        lora.load(self.model.unet, saved["adapter"].numpy())
-        for name, part in self._parts.items():
-            part.load_state_dict(saved[name])
+        """Go on from a checkpoint's files, made by as many ranks as there are now. Raises an UnusableState."""
+        try:
+            saved = state.parse(files[state.LEARNER_FILE])
+            lora.load(self.model.unet, saved["adapter"].numpy())
+            for name, part in self._parts.items():
+                part.load_state_dict(saved[name])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise state.UnusableState(
+                f"{state.LEARNER_FILE} is not of this run ({error!r:.100}): {state.REMEDY}"
+            ) from error
         for parameters in self.policy_optimizer.param_groups:  # lower now, perhaps
             parameters["lr"] = self.config.learner.learning_rate
         for parameters in self.flow_optimizer.param_groups if self.flow is not None else ():
