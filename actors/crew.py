@@ -42,7 +42,8 @@ class Crew:
         alive_nodes()  # raises DeadlineExceeded if the control store is silent, for which creating an actor would wait
         self._numbers[role] += 1
         name = f"{self.name}/{role}-{self._numbers[role]}"
-        actor = ray.remote(shell).options(name=name, namespace=self._namespace, **options).remote(*arguments)
+        remote = ray.remote(concurrency_groups=getattr(shell, "concurrency_groups", {}))(shell)
+        actor = remote.options(name=name, namespace=self._namespace, **options).remote(*arguments)
         self._actors.append(actor)
         return actor
 

@@ -31,10 +31,14 @@ class LearnerGroup:
     """Dispatches to the ranks and waits for all of them. The first rank's failure is the group's (RanksLost, from every
     method): others would only notice it later, in the collective that they wait in."""
 
-    def __init__(self, crew: Crew, build: Build, meanwhile: Callable[[list[ray.ObjectRef]], None]) -> None:
-        """`meanwhile` is called while an answer is awaited: it waits a little for one of these, and does other work."""
+    def __init__(
+        self, crew: Crew, build: Build, meanwhile: Callable[[list[ray.ObjectRef]], None],
+        trained: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:  # fmt: skip
+        """`meanwhile` is called while an answer is awaited: it waits a little for one of these, and does other work.
+        `trained` hears how many transitions of the epoch the first rank has trained, of how many."""
         self.crew, self.build, self.ranks = crew, build, crew.placement.ranks.count
-        self._run, self._meanwhile = crew.config.run, meanwhile
+        self._run, self._meanwhile, self._trained = crew.config.run, meanwhile, trained
         self.actors: list[Any] = []
         self._idle = Probes("an idle learner rank", "run.chunk_seconds", self._run.chunk_seconds)
 
@@ -78,7 +82,8 @@ class LearnerGroup:
         """Train on what was fetched: each rank's account, the next policy version, and the files of a checkpoint.
         Raises RanksDiverged if the ranks hold different adapters."""
         calls = [actor.train_epoch.remote(epoch, beta) for actor in self.actors]
-        answers = self._answers(calls, f"training of epoch {epoch}", "train_seconds")
+        self._trained(0, 1)
+        answers = self._answers(calls, f"training of epoch {epoch}", "train_seconds", follow=True)
         receipts.check_ranks([sha256 for _, sha256, _ in answers])
         return [training for training, _, _ in answers], answers[0][2], self.state_files()
 
@@ -98,8 +103,12 @@ class LearnerGroup:
             if error is not None:
                 raise RanksLost(error)
 
-    def _answers(self, calls: list[Any], what: str, setting: str, deadline: float | None = None) -> list[Any]:
-        """Of all ranks, within the seconds of the config's run.`setting` or until `deadline`."""
+    def _answers(
+        self, calls: list[Any], what: str, setting: str, deadline: float | None = None, follow: bool = False
+    ) -> list[Any]:
+        """Of all ranks, within the seconds of the config's run.`setting` or until `deadline`; while they train `follow`
+        asks the first how far it is."""
+        asked: list[ray.ObjectRef] = []
         limit, waiting, answers = getattr(self._run, setting), list(calls), {}
         deadline = time.monotonic() + limit if deadline is None else deadline
         while True:
@@ -111,7 +120,17 @@ class LearnerGroup:
             if time.monotonic() > deadline:
                 raise RanksLost(DeadlineExceeded(f"{what} took longer than run.{setting}={limit:g} s"))
             self._listen()
+            if follow:
+                asked = self._follow(asked)
             self._meanwhile(waiting)
+
+    def _follow(self, asked: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """Tell what the first rank has answered, and ask again. Its failures are heard of elsewhere."""
+        for ref in done(asked):
+            asked = []
+            with contextlib.suppress(*GONE):
+                self._trained(*get(ref, self._run.chunk_seconds, "progress", "run.chunk_seconds"))
+        return asked or [self.actors[0].progress.remote()]
 
     def _get(self, ref: ray.ObjectRef, what: str, calls: list[ray.ObjectRef]) -> Any:
         """What a rank has answered. If the group broke, a defect of another rank comes first: it would be so again."""

@@ -70,11 +70,12 @@ class RayRunner:
         self._nodes, self._looked = crew.placement.nodes, time.monotonic()
         deadline = time.monotonic() + config.run.ready_seconds
         self.rollouts = Rollouts(crew, parts)
-        self._group = LearnerGroup(crew, parts.learner, self._turn)
+        self._group = LearnerGroup(crew, parts.learner, self._turn, partial(self.hooks.progress, "training"))
+        self.hooks.progress("starting the learner ranks", 0, self.ranks)
         self.snapshot, latent = self._group.start(files, deadline)
         self.dimensions = prod(latent)
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
-        self.rollouts.await_ready(deadline, latent)
+        self.rollouts.await_ready(deadline, latent, partial(self.hooks.progress, "starting samplers and reward actors"))
         micro_batch = self._group.fit_micro_batch(deadline)
         self.batch_sizes = {"score": self.rollouts.score_batch, "micro_batch": micro_batch}
         # A restarted group keeps the batches that this one found.
@@ -92,7 +93,6 @@ class RayRunner:
         for chunk in self.buffer.admit():
             self.rollouts.samplers.submit(chunk.key)
         self._await_epoch(epoch)
-        self.hooks.progress("training", 0, 1)
         scored = time.perf_counter()
         trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
         set_aside = [bad for training in trainings for bad in training.set_aside]

@@ -13,7 +13,7 @@ import ray
 from actors.crew import Crew
 from actors.pool import Pool
 from actors.shells import RewardActor, SamplerActor
-from cluster.placement import ready
+from cluster.placement import Progress, ready
 from cluster.waits import ObjectLost, done, get, put
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, ChunkKey, Scores
@@ -55,21 +55,26 @@ class Rollouts:
         hears = partial(self.crew.failed, role), partial(self._lost, role), partial(self._remedy, role)
         return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears)
 
-    def await_ready(self, deadline: float, latent: tuple[int, int, int] | None = None) -> None:
-        """Until all actors are up. Given the shape of a latent, then finds how many images at once every reward actor's
-        share of its free GPU memory holds. Raises DeadlineExceeded and ActorDied, as cluster.placement.ready does."""
-        self._answers("ready", deadline, ["sampler", "scorer"])
+    def await_ready(
+        self, deadline: float, latent: tuple[int, int, int] | None = None, progress: Progress = lambda done, total: None
+    ) -> None:
+        """Until all actors are up; `progress` hears how many are, again and again. Given the shape of a latent, then
+        finds how many images at once every reward actor's share of its free GPU memory holds. Raises DeadlineExceeded
+        and ActorDied, as cluster.placement.ready does."""
+        self._answers("ready", deadline, ["sampler", "scorer"], progress=progress)
         if latent is not None:
             share = min(1.0, self.shares["scorer"].gpus or 1.0)
             arguments = latent, training_prompts(self.config)[0], self.config.model.device, share
-            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments))
+            self.score_batch = min(self._answers("fitting_batch", deadline, ["scorer"], *arguments, progress=progress))
 
-    def _answers(self, method: str, deadline: float, roles: list[str], *arguments: Any) -> list[Any]:
+    def _answers(
+        self, method: str, deadline: float, roles: list[str], *arguments: Any, progress: Progress
+    ) -> list[Any]:
         calls = {
             role: [getattr(actor, method).remote(*arguments) for actor in self.pools[role].calls] for role in roles
         }
         asked = {f"{role}s": (self.shares[role], refs) for role, refs in calls.items()}
-        return ready(asked, deadline, self.config.run.ready_seconds)
+        return ready(asked, deadline, self.config.run.ready_seconds, progress)
 
     def publish(self, snapshot: Snapshot) -> None:
         """The weights for what no sampler has yet: one object of the driver's, which outlives whoever made it. Older

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 
@@ -63,9 +63,12 @@ class RewardActor(_Shell):
 class LearnerActor:
     """One rank of the data-parallel group. Its networks are built once it has joined the group."""
 
+    concurrency_groups: ClassVar = {"progress": 1}  # a second thread, which answers while the first trains
+
     def __init__(self, build: Build, rank: int, world_size: int, whole_gpu: bool) -> None:
         self.build, self.rank, self.world_size, self.whole_gpu = build, rank, world_size, whole_gpu
         self.fetched: list[list[Scored]] = []
+        self.trained = 0, 1
 
     def ready(self) -> str:
         """A free address on its node, where it could meet the others."""
@@ -81,6 +84,7 @@ class LearnerActor:
 
         process_group.join(address, self.rank, self.world_size, seconds, self.whole_gpu)
         self.learner = self.build(files)
+        self.learner.tell = self._tell
         return self.learner.published, self.learner.model.latent_shape
 
     def fit_micro_batch(self, share: float) -> int:
@@ -107,12 +111,20 @@ class LearnerActor:
 
     def train_epoch(self, epoch: int, beta: float) -> tuple[Training, str, Snapshot | None]:
         """Train on what was fetched, and make the next version: its hash, and from rank 0 itself."""
-        fetched, self.fetched = self.fetched, []
+        fetched, self.fetched, self.trained = self.fetched, [], (0, 1)
         training = self.learner.train_epoch(epoch, beta, fetched)
         snapshot = self.learner.publish(self.learner.published.version + 1)
         if not self.whole_gpu:
             self.learner.rest()
         return training, snapshot.sha256, snapshot if self.rank == 0 else None
+
+    def _tell(self, done: int, total: int) -> None:
+        self.trained = done, total
+
+    @ray.method(concurrency_group="progress")
+    def progress(self) -> tuple[int, int]:
+        """Transitions trained and all of the epoch, of this rank; answered while `train_epoch` is at work."""
+        return self.trained
 
     def state_files(self) -> dict[str, bytes]:
         return self.learner.state_files()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from diffusion.failures import RunFailure
 from learner.config import Config
 
 ROLES = ("sampler", "reward", "learner")
+Progress = Callable[[int, int], None]  # hears how many are done, of how many
+LOOK_SECONDS = 0.5  # between two looks at who is up
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
@@ -155,18 +157,29 @@ def in_group(placement: Placement, group: PlacementGroup) -> list[dict[str, Any]
     return [{**placement.ranks.resources, "max_restarts": 0, "scheduling_strategy": place} for place in places]
 
 
-def ready(calls: Mapping[str, tuple[Share, list[ray.ObjectRef]]], deadline: float, limit: float) -> list[Any]:
+def ready(
+    calls: Mapping[str, tuple[Share, list[ray.ObjectRef]]],
+    deadline: float,
+    limit: float,
+    progress: Progress = lambda done, total: None,
+) -> list[Any]:
     """All answers of calls to actors that were just started: by role (`samplers`), each one's share and the calls.
-    `deadline` is of time.monotonic; `limit` is run.ready_seconds. Raises DeadlineExceeded, which says who is missing,
-    what each asks for, and what the cluster has, or ActorDied: an actor could not start, and why."""
+    `deadline` is of time.monotonic; `limit` is run.ready_seconds; `progress` hears how many have answered, of how many.
+    Raises DeadlineExceeded, which says who is missing, what each asks for, and what the cluster has, or ActorDied: an
+    actor could not start, and why."""
     what = "starting " + ", ".join(f"{len(refs)} {role}" for role, (_, refs) in calls.items())
-    seconds, everyone = max(0.0, deadline - time.monotonic()), [ref for _, refs in calls.values() for ref in refs]
-    try:
-        return get(everyone, seconds, what, f"run.ready_seconds={limit:g}")
-    except DeadlineExceeded:
+    everyone = [ref for _, refs in calls.values() for ref in refs]
+    waiting, answers = list(everyone), dict[ray.ObjectRef, Any]()
+    while waiting and time.monotonic() < deadline:
+        progress(len(answers), len(everyone))
+        for ref in done(waiting, LOOK_SECONDS, enough=1):
+            waiting.remove(ref)
+            answers[ref] = get(ref, limit, what, "run.ready_seconds")
+    if waiting:
         missing = ((role, share, len(refs), len(refs) - len(done(refs))) for role, (share, refs) in calls.items())
         texts = [f"{n} of {count} {role} ({share} each)" for role, share, count, n in missing if n]
-        raise _late(limit, " and ".join(texts)) from None
+        raise _late(limit, " and ".join(texts))
+    return [answers[ref] for ref in everyone]
 
 
 def _late(seconds: float, waiting_for: str) -> DeadlineExceeded:

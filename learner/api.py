@@ -153,6 +153,7 @@ def run(
             records.note(finished=False, failure=None, environment=environment.facts(), cluster=resources)
             views.open()
             if done < config.train.epochs:
+                say(f"starting {'in process' if config.run.runner == 'inprocess' else 'on Ray'}: loading the model")
                 runner = _start(opened, views, own_reward)
                 if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
                     raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")

@@ -44,7 +44,7 @@ class Views(Protocol):
     def say(self, text: str) -> None: ...  # a line of the run's output
     def event(self, text: str) -> None: ...  # the same, of a fault that was survived, a node that came or went
     def running(self, vitals: Callable[[], Vitals]) -> None: ...  # the runner is up; how it stands
-    def progress(self, what: str, done: int, total: int) -> None: ...  # chunks of what is being done
+    def progress(self, what: str, done: int, total: int) -> None: ...  # pieces of what is being done
     def turn(self) -> None: ...  # again and again, whatever the runner waits for
     def epoch_closed(self, line: dict[str, Any], seconds: float) -> None: ...  # of metrics.jsonl; with its recording
     def finished(self) -> None: ...  # all records are written

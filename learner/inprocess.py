@@ -4,6 +4,7 @@ and rank counts do not apply."""
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 from diffusion.snapshot import Snapshot
@@ -45,8 +46,11 @@ class InProcessRunner(InProcessPools):
     def __init__(
         self, config: Config, files: dict[str, bytes] | None, hooks: Hooks, own_reward: Reward | None = None
     ) -> None:
+        hooks.progress("loading the model", 0, 2)
         super().__init__(config, own_reward)
+        hooks.progress("loading the model", 1, 2)
         self.config, self.hooks, self.learner = config, hooks, self.parts.learner(files)
+        self.learner.tell = partial(hooks.progress, "training")
         self.snapshot, self.dimensions = self.learner.published, prod(self.learner.model.latent_shape)
         self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(
             self.learner.model.latent_shape, training_prompts(config)[0], build.device(config)
@@ -68,7 +72,7 @@ class InProcessRunner(InProcessPools):
             scores = self.scorer.score(clean)
             self.buffer.scored(chunk.key, scores.verdict(time.perf_counter() - middle), scores)
             self.hooks.progress("sampling and scoring", number, len(chunks))
-        self.hooks.progress("training", 0, 1)
+        self.learner.tell(0, 1)
         start = time.perf_counter()
         works = self.buffer.take(epoch, self.snapshot.version)
         scored = [(work.trajectories, work.scores) for work in works]

@@ -64,6 +64,8 @@ class Learner:
         self.published = lora.snapshot(model.unet, 0)
         self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
+        self.tell: Callable[[int, int], None] = lambda done, total: None  # transitions of the epoch trained; all of it
+        self._done = self._total = 0
 
     def fit_micro_batch(self, share: float = 1.0) -> int:
         """Unless the config gives one, the largest micro-batch that every rank's `share` of the free GPU memory holds.
@@ -130,6 +132,7 @@ class Learner:
         if self.replay.maxlen:
             self.replay.append([[each.kept(train.replay_updates > 0) for each in update] for update in fresh])
         updates[1:] = map(self._anchored, updates[1:])
+        self._done, self._total = 0, sum(len(experience) for update in updates for experience in update)
         rows = [self._train(epoch, index, beta, update) for index, update in enumerate(updates)]
         for row, update in zip(rows[len(fresh) :], updates[len(fresh) :], strict=True):
             row["replay_age"] = float(self.published.version - update[0].trajectories.policy_version)
@@ -215,6 +218,8 @@ class Learner:
             loss, parts = self.loss(batch, beta, joint, held)
             share = len(batch.t) / count
             (loss * share).backward()
+            self._done += len(batch.t)
+            self.tell(self._done, self._total)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.double() * share
         process_group.average_gradients(self.policy_parameters + (self.flow_parameters if joint else []))

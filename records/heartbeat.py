@@ -21,6 +21,7 @@ from records.storage import Storage, StorageError
 FILE, REPORT = "status.json", "report.html"
 SECONDS, OBJECT_STORE_SECONDS = 5.0, 30.0  # between two writes at least
 QUIET = 6  # so many times that without a sign is cause for worry
+GOING_ON = "starting", "running"  # states of a run that does something
 EVENTS = 10  # the last ones are kept
 EPOCHS = 6  # last ones, of the estimate
 
@@ -44,7 +45,7 @@ class Heartbeat:
         self._write(state="running", **({"quiet_seconds": QUIET * self._seconds} if turns else {}))
 
     def progress(self, doing: str, done: int, total: int) -> None:
-        """`done` of `total` chunks of what is being done."""
+        """`done` of `total` pieces of what is being done."""
         self._facts |= {"doing": doing, "done": done, "total": total}
         self.turn()
 
@@ -91,7 +92,7 @@ def look(storage: Storage, now: float, warn: Warn = lambda text: None) -> dict[s
         "state": state,
         **{key: beat.get(key) for key in (*told, "mlflow")},
         "last_sign_seconds": max(0.0, now - beat["time"]) if beat else None,
-        "doing": {key: beat.get(key) for key in ("doing", "done", "total")} if state == "running" else None,
+        "doing": {key: beat.get(key) for key in ("doing", "done", "total")} if state in GOING_ON else None,
         "epochs_done": len(trained),
         **{key: last.get(key, 0) for key in ("step", "policy_version")},
         "epoch_seconds": usual,

@@ -16,9 +16,10 @@ class Bar(AbstractContextManager["Bar"]):
         self._bar: tqdm[Any] | None = None
 
     def show(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` chunks of `what`."""
+        """`done` of `total` pieces of `what`: chunks, transitions to train on, actors that start."""
         if self._bar is None:
-            self._bar = tqdm(total=total, leave=False, disable=None, bar_format="{desc}{n}/{total} |{bar}| {elapsed}")
+            form = "{desc}{n}/{total} |{bar}| {elapsed}"
+            self._bar = tqdm(desc=what, total=total, leave=False, disable=None, bar_format=form)
         self._bar.total, self._bar.n = total, done
         self._bar.set_description(what)
 

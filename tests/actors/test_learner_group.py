@@ -23,7 +23,7 @@ class FakeRank:
         self.rank, self.silent, self.killed, self.calls = rank, set(), False, []
         self.answers = {
             "ready": f"tcp://{rank}", "start": (Snapshot(0, np.zeros(1), "first"), (1, 2, 2)),
-            "fit_micro_batch": 8 - rank, "fetch": [], "state_files": {f"rank-{rank}": b"state"},
+            "fit_micro_batch": 8 - rank, "fetch": [], "progress": (0, 16), "state_files": {f"rank-{rank}": b"state"},
             "train_epoch": (Training({}, [], (rank,)), "hash", Snapshot(1, np.zeros(1), "hash") if rank == 0 else None),
         }  # fmt: skip
 
@@ -39,13 +39,13 @@ class World:
     def __init__(self) -> None:
         self.now, self.spawned, self.silent, self.meanwhile = 0.0, [], {}, 0
 
-    def group(self, ranks=2, meanwhile=None) -> LearnerGroup:
+    def group(self, ranks=2, meanwhile=None, trained=lambda done, total: None) -> LearnerGroup:
         limits = ("run.train_seconds=5", "run.chunk_seconds=3", "run.ready_seconds=10")
         crew = SimpleNamespace(
             config=load_config(overrides=[*limits, "train.updates_per_epoch=2"]), room=None, spawn=self.spawn,
             placement=SimpleNamespace(ranks=SimpleNamespace(count=ranks, gpus=0)),
         )  # fmt: skip
-        return LearnerGroup(crew, "build", meanwhile or self.wait)
+        return LearnerGroup(crew, "build", meanwhile or self.wait, trained)
 
     def spawn(self, role, shell, options, build, rank, *_) -> FakeRank:
         self.spawned.append(FakeRank(rank))
@@ -117,6 +117,23 @@ def test_every_update_is_the_same_chunks_whatever_the_ranks_and_gives_all_accoun
     trainings, snapshot, files = group.train(1, 0.5)
     assert [training.trajectory_ids for training in trainings] == [(0,), (1,)] and snapshot.version == 1
     assert files == {"rank-0": b"state", "rank-1": b"state"}
+
+
+def test_how_far_training_is_is_asked_of_the_first_rank_until_all_have_answered(world):
+    told, steps = [], iter([(4, 16), ActorDied("its node is gone"), (12, 16)])
+
+    def wait(refs):
+        world.wait(refs)
+        world.spawned[0].answers["progress"] = next(steps, None)
+        if world.spawned[0].answers["progress"] is None:
+            world.spawned[1].silent.clear()
+
+    group = world.group(meanwhile=wait, trained=lambda done, total: told.append((done, total)))
+    group.start(None, deadline=10.0)
+    world.spawned[0].answers["progress"], world.spawned[1].silent = (0, 16), {"train_epoch"}
+    group.train(1, 0.5)
+    assert told == [(0, 1), (4, 16), (12, 16)]
+    assert all(call[0] != "progress" for call in world.spawned[1].calls)
 
 
 @pytest.mark.parametrize("failure", [ActorDied("gone"), GroupBroken("a peer is gone"), ObjectLost("with its node")])

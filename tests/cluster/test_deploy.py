@@ -222,3 +222,27 @@ def test_the_image_has_all_that_a_run_needs(tmp_path):
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0 and str(ROOT) not in done.stdout, done.stderr[-2000:]
+
+
+def test_a_job_carries_the_embedded_model_and_no_other_weights(tmp_path):
+    """Ray reads .rayignore as git reads its own; what it packs may be 500 MiB."""
+
+    def git(*arguments: str) -> list[str]:
+        command = ["git", *arguments, "--exclude-from", str(ROOT / ".rayignore")]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.split()
+
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, timeout=30, check=True)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    weights = {
+        "sd15/unet/model.safetensors",
+        "v1-5.ckpt",
+        "clip/pytorch_model.bin",
+        "runs/a/metrics.jsonl",
+        ".venv/x.py",
+    }
+    for name in {*tracked.stdout.split(), *weights}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(git("ls-files", "--others", "--ignored")) == weights

@@ -94,6 +94,13 @@ def test_a_run_that_goes_on(storage, at_once):
     ]  # fmt: skip
 
 
+def test_a_start_that_takes_its_time_says_what_it_is_at(storage, at_once):
+    beat = Heartbeat(storage, 10, None, 1000.0)
+    beat.progress("starting samplers and reward actors", 1, 3)
+    found = look(storage)
+    assert found["state"] == "starting" and "starting samplers and reward actors 1/3" in text_of(found)
+
+
 def test_silence_is_said_after_as_long_as_the_driver_may_be_quiet(storage):
     beat = Heartbeat(storage, 10, None, 1000.0)
     assert look(storage, 900)["state"] == "starting" and look(storage, 1100)["state"] == "silent"
@@ -218,6 +225,6 @@ def test_a_run_is_seen_while_it_trains_and_says_why_it_fails(small_settings, tmp
     seen_doing = [(each["state"], each["doing"]["doing"]) for each in seen]
     assert seen_doing == [("running", doing) for doing in ("evaluating", "training", "training")]
     assert [each["epochs_in_work"] for each in seen[:2]] == [0, 1]
-    assert seen[2]["doing"] == {"doing": "training", "done": 0, "total": 1}
+    assert seen[2]["doing"] == {"doing": "training", "done": 8, "total": 8}  # transitions
     failed = look(storage)
     assert (failed["state"], failed["reason"]) == ("failed", "StorageError: the storage's own words")
