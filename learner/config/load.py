@@ -125,7 +125,7 @@ def _describe(item: Any) -> str:
     if item["type"] == "model_type":
         return f"{key}: expected a section of keys, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
-        return f"{key}: {item['msg']}, got {item['input']!r}"
+        return f"{key}: {item['msg']}, got {item['input']!r:.200}"
     kind, known = ("key", [*known_keys()]) if "." in key else ("section", [*section_types()])
     same_leaf = [other for other in known_keys() if other.split(".")[1] == key.split(".")[-1]]
     close = difflib.get_close_matches(key, known, 1, 0.5) or same_leaf

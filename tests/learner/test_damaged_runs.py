@@ -12,10 +12,11 @@ from learner.run import main
 from records.run_folder import Records
 from records.storage import Storage
 
+FIRST = ("run.json", "config.yaml", "metrics.jsonl", "evaluation/epoch-before.parquet")
 # Of an early, the newest and no checkpoint.
-FILES = (
-    "run.json", "config.yaml", "metrics.jsonl", "status.json", "run.lock", "report.html", "before.png",
-    "evaluation/epoch-before.json", "evaluation/epoch-before.parquet", "evaluation/epoch-before.png",
+OTHERS = (
+    "status.json", "run.lock", "report.html", "before.png", "evaluation/epoch-before.json",
+    "evaluation/epoch-before.png",
     "checkpoints/step-000004/state.json", "checkpoints/step-000004/config.yaml",
     "checkpoints/step-000004/learner.json", "checkpoints/step-000002/state.json",
 )  # fmt: skip
@@ -31,7 +32,7 @@ def begun(unbroken, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [*FIRST, *(pytest.param(file, marks=pytest.mark.long) for file in OTHERS)])
 def test_a_run_goes_on_or_refuses_in_a_line(file, light, begun, unbroken, tmp_path, capsys):
     for kind, content in damages(begun / file).items():
         run = Path(shutil.copytree(begun, tmp_path / "run", symlinks=True))

@@ -84,7 +84,7 @@ def test_a_long_prompt_is_shown_in_short_and_no_control_character_at_all(copied)
     for epoch in (BEFORE, 11):
         table = {"prompt": [prompt], "reward": [0.5 + epoch]}
         Storage(str(copied)).write_json(f"evaluation/{name_of(epoch)}.json", table)
-    records, config = Records.open(Storage(str(copied))), load_config(overrides={"evaluation.prompts": [prompt]})
+    records, config = Records.open(Storage(str(copied))), load_config(overrides={"prompts.path": [prompt]})
     page = re.sub('data:[^"]*', "", html.render(records, config).decode())
     assert page.count("y" * 200) <= 8 and "\x1b" not in page and len(page) < 300_000  # of the settings' line, 2,000
     assert [len(prompt.text) < 400 for prompt in html.pairs(records, [BEFORE, 11])] == [True]
