@@ -17,6 +17,7 @@ from commands.evaluate import Judged, number
 from evaluation.adapters import Target
 from learner.config import ConfigError
 from records.storage import Storage
+from reports.model_card import plain
 
 FILE = "comparison"
 COLUMNS = ("accuracy", "vendi", "distance", "fid")
@@ -37,7 +38,7 @@ def require_alike(targets: Sequence[Target]) -> None:
 def table(judged: Sequence[Judged]) -> str:
     """Markdown: a line an adapter, best reward first; a last one of the base model."""
     held_out = list(judged[0].figures["held_out"])
-    head = ["adapter", "reward", "gain [95 %]", *held_out, "accuracy", "Vendi", "distance", "drift (fid)"]
+    head = ["adapter", "reward", "gain [95 %]", *map(plain, held_out), "accuracy", "Vendi", "distance", "drift (fid)"]
     devices = "GPU" if any(result.figures.get("gpus") for result in judged) else "CPU"
     head += ["trajectories", f"{devices} seconds"]
     rows = [head, ["---"] * len(head)]
@@ -50,7 +51,7 @@ def table(judged: Sequence[Judged]) -> str:
 
     for figures, name in [(result.figures, result.target.name) for result in sorted(judged, key=reward, reverse=True)]:
         figure, cells = figures["reward"], [_with_interval(figure) if figure else "-" for figure in columns(figures)]
-        cells = [name, number(figure["value"]), _with_interval(figure, "gain", "gain_low", "gain_high"), *cells]
+        cells = [plain(name), number(figure["value"]), _with_interval(figure, "gain", "gain_low", "gain_high"), *cells]
         rows.append([*cells, str(figures.get("trajectories_trained", "-")), number(_cost(figures))])
     base = judged[0].figures
     cells = [number(figure["base"]) if figure else "-" for figure in columns(base)]
@@ -66,7 +67,7 @@ def pareto(judged: Sequence[Judged]) -> bytes:
     # Not the Vendi score of all pictures: prompts stay apart where each has collapsed.
     panels = {"distance": "diversity within a prompt (mean distance)", "fid": "drift from the base model (Frechet)"}
     for axes, (key, title) in zip(picture.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        axes.set(xlabel=title, ylabel=f"reward ({judged[0].target.config.reward.name})")
+        axes.set(xlabel=title, ylabel=f"reward ({judged[0].target.config.reward.name})".replace("$", r"\$"))
         axes.grid(alpha=0.25)
         for result in judged:
             values = result.figures[key], result.figures["reward"]
@@ -74,7 +75,7 @@ def pareto(judged: Sequence[Judged]) -> bytes:
             xerr, yerr = (
                 [[f["value"] - f["low"]], [f["high"] - f["value"]]] if f["low"] is not None else None for f in values
             )
-            axes.errorbar(x, y, yerr, xerr, "o", elinewidth=1, capsize=2, label=result.target.name)
+            axes.errorbar(x, y, yerr, xerr, "o", elinewidth=1, capsize=2, label=_label(result))
         base = judged[0].figures
         axes.plot([base[key]["base"]], [base["reward"]["base"]], "k*", markersize=11, label="base model")
     picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -82,10 +83,14 @@ def pareto(judged: Sequence[Judged]) -> bytes:
     return file.getvalue()
 
 
+def _label(result: Judged) -> str:
+    return result.target.name.replace("$", r"\$")  # no mathematics
+
+
 def _cost(figures: Figure) -> float | None:
     """Seconds of the training epochs times the devices of the cluster."""
     devices = figures.get("gpus") or figures.get("cpus")
-    return figures["seconds"] * devices if devices and "seconds" in figures else None
+    return figures["seconds"] * devices if devices and figures.get("seconds") is not None else None
 
 
 def _with_interval(figure: Figure, value: str = "value", low: str = "low", high: str = "high") -> str:

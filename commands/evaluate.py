@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from cluster import signals
 from commands import report
-from commands.outcome import attempt, complain
+from commands.outcome import attempt, complain, warner
 from diffusion.failures import RunFailure
 from evaluation import image_sets
 from evaluation.adapters import OTHER_SEED, Target, find, split
@@ -29,6 +28,7 @@ from evaluation.image_sets import Cache, Pools
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, saved_config
 from records.heartbeat import REPORT
 from records.run_folder import Records
+from records.words import printable, short
 from reports import summary
 from reports.progress import Bar
 
@@ -87,7 +87,7 @@ def table(judged: Judged) -> str:
     lines.append(f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}{'noise alone':>13}")
     for row in summary.rows(judged.figures):
         value, low, high, base, floor = (number(row[key]) for key in ("value", "low", "high", "base", "floor"))
-        lines.append(f"{row['name']:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
+        lines.append(f"{short(printable(row['name']), 60):32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
     return "\n".join(lines)
 
 
@@ -115,7 +115,7 @@ def _write(judged: Judged) -> None:
     target.out.write(f"{target.file}.parquet", sets["tuned"])
     both = pictures.side_by_side([sets["base"], sets["tuned"]], ["base", "tuned"], pictures.SHEET_IMAGES // 2)
     target.out.write(f"{target.file}.png", pictures.png(both))
-    target.out.write(f"{target.file}.json", (json.dumps(judged.figures, indent=1) + "\n").encode())
+    target.out.write_json(f"{target.file}.json", judged.figures)
 
 
 def show(judged: Sequence[Judged]) -> None:
@@ -163,7 +163,7 @@ def run(
     targets = []
 
     def look() -> None:
-        targets.extend(find(*split(args.names), args))
+        targets.extend(find(*split(args.names), args, warner(verb)))
         if not targets:
             raise ConfigError("name a run or a LoRA")
         require(targets)

@@ -21,8 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands.outcome import attempt, complain
-from records.storage import Storage
+from pydantic_core import from_json
+
+from commands.outcome import attempt, warner
+from records.storage import Storage, StorageError
 
 if TYPE_CHECKING:  # torch comes with them
     from diffusion.lora_files import AdapterFile
@@ -70,7 +72,10 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
             content[name] = lora_files.with_metadata(content[name], _metadata(about, form, adapter, known))
     sheets = {"before.png": BEFORE, "after.png": trained.epochs - 1}  # of the base model, and of this very checkpoint
     if trained.epochs and set(sheets.values()) <= set(records.evaluated()):
-        content |= {name: records.evaluation_file(epoch, "png") for name, epoch in sheets.items()}
+        try:
+            content |= {name: records.sheet(epoch) for name, epoch in sheets.items()}
+        except StorageError as error:
+            records.warn(f"{error}; the card shows no sheets")
     page = model_card.card(trained, form, adapter, base, [name for name in sheets if name in content], about, known)
     write(url, content | {"README.md": page.encode()}, {"form": form, **about})
 
@@ -155,7 +160,7 @@ def require_replaceable(storage: Storage) -> None:
     folder = storage.local
     strange = files_in(folder) if folder else storage.entries()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        sums = json.loads(storage.read(MANIFEST))["files"]
+        sums = from_json(storage.read(MANIFEST))["files"]
         names = [name for name in strange if name != MANIFEST] if folder else []  # an object store's: as it is named
         strange = [name for name in names if sums.get(name) != _sha256(storage.read(name))]
     if strange:
@@ -188,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         from evaluation.adapters import open_trained  # here: --help and argument errors must come fast
 
-        trained = open_trained(args.run, args.step, lambda text: complain("export", f"warning: {text}"))
+        trained = open_trained(args.run, args.step, warner("export"))
         storage, place = trained.records.storage, f"export/{args.format}"
         if not args.out:
             storage.exists(place)  # a StorageError where a link in the run's folder leads out of it

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from commands.outcome import attempt, complain
+from commands.outcome import attempt, warner
 from diffusion.trajectory import Chunk
 from evaluation.adapters import open_adapter
 from learner.config import Config, load_config, resolve, saved_config
@@ -84,6 +84,7 @@ def settings(run_config: Config | None, base: str | None, seed: int | None, samp
 
 def write(args: argparse.Namespace) -> None:
     """Raises an OSError or a ValueError for bad input, OutOfMemory where the GPU is too small."""
+    warn = warner("generate")
     if args.images < 1:
         raise ValueError(f"--images: expected 1 or more, got {args.images}")
     if args.out.suffix.lower() != ".png":
@@ -144,7 +145,3 @@ def main(arguments: list[str] | None = None) -> int:
     add("--separate", type=Path, metavar="DIR", help="also write every picture as a file of its own")
     args = parser.parse_args(arguments)
     return attempt("generate", lambda: write(args))
-
-
-def warn(text: str) -> None:
-    complain("generate", f"warning: {text}")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
 from diffusion.failures import RunFailure
 from learner.config import ConfigError
 from records.passwords import without_passwords
+from records.words import MOST, printable, short
 
 
 def complain(verb: str, text: str) -> None:
     """One line on stderr, whatever `text` holds; URLs without their passwords."""
-    print(f"learner.{verb}: {' '.join(without_passwords(text).split())}", file=sys.stderr, flush=True)
+    line = short(" ".join(without_passwords(text).split()), 2 * MOST)
+    print(f"learner.{verb}: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def warner(verb: str) -> Callable[[str], None]:
+    """Says each warning once."""
+    return functools.cache(lambda text: complain(verb, f"warning: {text}"))
 
 
 def attempt(verb: str, work: Callable[[], object], run: str = "") -> int:
@@ -27,9 +35,4 @@ def attempt(verb: str, work: Callable[[], object], run: str = "") -> int:
     except RunFailure as error:
         complain(verb, f"{place}{error}")
         return 1
-    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # a value of another kind
-        if not run:
-            raise
-        complain(verb, f"{place}its files are damaged, or of another Tributary: {error!r}")
-        return 2
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from commands.outcome import attempt
+from commands.outcome import attempt, warner
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +22,6 @@ def draw(run: str) -> None:
     from reports.html import FILE, render
 
     storage = Storage(run)
-    records = Records.open(storage)
+    records = Records.open(storage, warner("report"))
     storage.write(FILE, render(records, saved_config(records)))
     print(f"{storage}/{FILE}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commands.outcome import complain
 from rewards import registry
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with args.output.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("image", "prompt", "score"), *zip(files, prompts, scores, strict=True)])
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: a device that is not here
-        print(f"learner.score: {' '.join(str(error).split())}", file=sys.stderr)
+        complain("score", str(error))
         return 2
     return 0
 

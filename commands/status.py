@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from commands.outcome import attempt
-from records.heartbeat import EPOCHS, FILE, RUN, look
-from records.storage import Storage, StorageError
+from commands.outcome import attempt, warner
+from records.heartbeat import EPOCHS, FILE, look
+from records.storage import Storage
+from records.words import printable
 from reports.summary import clock, duration
 
 EVENTS = 5
@@ -28,9 +29,9 @@ COLOURS = {"starting": "cyan", "running": "green", "finished": "green", "unknown
 def show(status: dict[str, Any], file: IO[str] | None = None) -> None:
     """Print what `look` returned; plain text where the file, by default stdout, is no terminal."""
     colour = COLOURS.get(status["state"], "red")
-    lines = [Text.assemble((_printable(status["name"]), "bold"), f"  {_printable(status['directory'])}")]
+    lines = [Text.assemble((printable(status["name"]), "bold"), f"  {printable(status['directory'])}")]
     for label, words in _rows(status):
-        lines.append(Text.assemble((f"{label:<10} ", "bold"), (_printable(words), colour if label == "state" else "")))
+        lines.append(Text.assemble((f"{label:<10} ", "bold"), (printable(words), colour if label == "state" else "")))
     console = Console(file=file, markup=False, emoji=False, highlight=False)
     console.print(*lines, sep="\n", soft_wrap=True)  # long paths stay in one piece
     if status["lines"]:
@@ -56,7 +57,8 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "reward", f"{rewards[0]:.3f} {_sparkline(rewards)} {rewards[-1]:.3f}"
     if status["actors"]:
         yield "actors", ", ".join(f"{count} {role}" for role, count in status["actors"].items())
-        queues = (f"{role} {status['waiting'][role]} waiting, {n} running" for role, n in status["running"].items())
+        waiting, running = status["waiting"], status["running"].items()
+        queues = (f"{role} {waiting.get(role, 0)} waiting, {n} running" for role, n in running)
         yield "chunks", f"{'; '.join(queues)}; epochs in work: {status['epochs_in_work']}"
     if status["staleness"] and trained:
         mean, most = status["staleness"]
@@ -96,7 +98,7 @@ def _table(lines: Sequence[dict[str, Any]]) -> Table:
     for line in lines:
         figures = (line.get(key) for key in ("reward_mean", "eval_reward_mean", "loss", "seconds"))
         words = ("" if figure is None else f"{figure:.4g}" for figure in figures)
-        table.add_row(str(line["epoch"] + 1), _printable(str(line.get("step", ""))), *words)
+        table.add_row(str(line["epoch"] + 1), str(line.get("step", "")), *words)
     return table
 
 
@@ -115,11 +117,6 @@ def _mlflow(uri: str, run_id: str | None) -> str:
     return f"mlflow ui --backend-store-uri {uri}" + (f", then {page}" if page else "")
 
 
-def _printable(line: str) -> str:
-    """Error texts come from anywhere: no control characters for the terminal."""
-    return "".join(sign if sign.isprintable() else " " for sign in line)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0, whatever the run's state; 2: no such run."""
     parser = argparse.ArgumentParser(prog="python -m learner.status", description="Show how a run is doing.")
@@ -128,10 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     def work() -> None:
-        storage = Storage(args.run)
-        if not storage.exists(RUN):
-            raise StorageError(f"there is no {RUN} in it; give a run's directory")
-        status = look(storage, time.time())
+        status = look(Storage(args.run), time.time(), warner("status"))
         if args.json:
             print(json.dumps(status, indent=1))
         else:

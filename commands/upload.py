@@ -21,7 +21,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from commands.outcome import complain
+from commands.outcome import complain, warner
 from diffusion.failures import RunFailure
 from learner.config import saved_config
 from records.checkpoint import CheckpointError
@@ -137,10 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         storage = Storage(args.run)
-        records = Records.open(storage)
+        records = Records.open(storage, warn := (lambda text: None) if args.follow else warner("upload"))
         config = saved_config(records)
     except (OSError, ValueError) as error:
-        complain("upload", f"{args.run} is no run of Tributary: {error}")
+        complain("upload", f"{args.run}: {error}")
         return 2
     # A server that only the run's own file names may be somebody else's, who would get passwords and the run; of the
     # driver, which follows, that file is.
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     for package in ("mlflow", "alembic"):  # after mlflow's import, which sets its own level
         logging.getLogger(package).setLevel(logging.CRITICAL)
     try:
-        mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment)
+        mirror = Mirror(storage, uri, args.experiment or config.mlflow.experiment, warn)
         if args.follow:
             return follow(mirror)
         mirror.connect()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from records.words import printable
 from rewards import registry
 from rewards.weights import BadWeights
 
@@ -42,10 +43,10 @@ def report(name: str, make: Callable[[], Any]) -> int:
     try:
         reward = make()
     except BadWeights as error:
-        print(f"{name}: FAILED: {error}")
+        print(f"{name}: FAILED: {printable(str(error))}")
         return 1
     except (ValueError, RuntimeError, AssertionError) as error:  # no weights, no such device
-        print(f"{name}: not verified: {error}", file=sys.stderr)
+        print(f"{name}: not verified: {printable(str(error))}", file=sys.stderr)
         return 2
     broken = "; ".join(failures(reward))
     scores = ", ".join(f"{score:.4f}" for score in reward(pictures(), PROMPTS).tolist())

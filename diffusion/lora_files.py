@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ AGAIN = "copy or download it again"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers'
 # Stable Diffusion 1.x and 2.x, as kohya's scripts name them, by the width of the text that its attention takes.
 GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}
+LARGEST = 65504.0  # of float16
 
 
 class BadAdapter(ValueError):
@@ -114,7 +116,15 @@ def read(path: str | Path) -> AdapterFile:
         note = f"{file} does not say its alpha: taken to be its rank {min(ranks)}, as diffusers does"
     if len(ranks) > 1 or len(alphas) > 1:
         raise BadAdapter(f"{file} has ranks {sorted(ranks)} and alphas {sorted(alphas)}: use a LoRA of one each")
-    return AdapterFile(str(file), ranks.pop(), alphas.pop(), state, note)
+    adapter = AdapterFile(str(file), ranks.pop(), alphas.pop(), state, note)
+    for name, (a, b) in adapter.factors.items():
+        largest = float(a.abs().max()), float(b.abs().max()), abs(adapter.alpha) * float(a.abs().max() * b.abs().max())
+        if not max(largest) <= LARGEST:  # NaN, too
+            raise BadAdapter(
+                f"{file}: values of {name} or alpha ({adapter.alpha:g}) are beyond what half precision holds, "
+                f"{LARGEST:g}: no picture could come of it; {AGAIN}"
+            )
+    return adapter
 
 
 def attach(model: BaseModel, adapter: AdapterFile) -> Snapshot:
@@ -190,10 +200,10 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         if text is None and file.name == lora.PEFT_FILES[1] and beside.is_file():
             text = beside.read_text(encoding="utf-8")
-        settings = {name.removeprefix("unet."): value for name, value in json.loads(text or "{}").items()}
+        settings = {name.removeprefix("unet."): value for name, value in from_json(text or "{}").items()}
         if settings:
             float(settings["lora_alpha"]), int(settings["r"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise BadAdapter(f"{file}: its settings, or {beside.name}, are damaged ({error!r}); {AGAIN}") from error
     if used := [name for name in OTHER_KINDS if settings.get(name)]:
         raise BadAdapter(f"{file} uses {', '.join(used)}, which Tributary does not: use a plain LoRA")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,12 @@ from evaluation.image_sets import ACCURACY, ImageSet
 from learner.config import Config, ConfigError, as_arguments, read_config, resolve, saved_config
 from learner.config.sections import LoraConfig, SamplerConfig
 from learner.prompts import evaluation_prompts, prompts_digest, training_prompts
-from records import checkpoint
+from records import checkpoint, facts
 from records.checkpoint import Checkpoint, CheckpointError
-from records.run_folder import CONFIG, EVALUATION, RUN, Records
+from records.facts import CONFIG, RUN
+from records.run_folder import EVALUATION, Records
 from records.storage import Storage, StorageError
+from records.words import printable, short
 
 if TYPE_CHECKING:  # torch and diffusers come with it
     from diffusion.lora_files import AdapterFile
@@ -74,9 +75,7 @@ def open_trained(url: str, step: int | None, warn: Callable[[str], None]) -> Tra
     checkpoints that are passed over. Raises a StorageError, ConfigError or CheckpointError if there is no run, no such
     checkpoint, or none that is whole."""
     storage = Storage(url)
-    if not storage.exists(RUN):
-        raise StorageError(f"there is no {RUN} in {storage}; give a run's directory")
-    records = Records.open(storage)
+    records = Records.open(storage, warn)
     config, there = saved_config(records), checkpoint.steps(storage)
     if step is None:
         saved = checkpoint.load_newest(storage, records.run_id, warn)
@@ -94,7 +93,7 @@ def open_adapter(
     """What reads the adapter of a run's folder or URL, of a checkpoint's folder, or of a LoRA's file or folder; the
     run that it lies in; and the run as it stood, if that was named. Raises a ValueError if there is nothing, or
     `step` is of what is no run; and as `open_trained`."""
-    if "://" in name or Storage(name).exists(RUN):
+    if "://" in name or facts.there(Storage(name)):
         trained = open_trained(name, step, warn)
         return trained.adapter, trained.records, trained
     path = Path(name).expanduser()
@@ -108,8 +107,8 @@ def open_adapter(
 
         return lora_files.read(path / LORA if (path / LORA).is_dir() else path)
 
-    runs = [folder for folder in path.resolve().parents if (folder / RUN).is_file()]
-    return read, Records.open(Storage(str(runs[0]))) if runs else None, None
+    runs = [storage for folder in path.resolve().parents if facts.there(storage := Storage(str(folder)))]
+    return read, Records.open(runs[0], warn) if runs else None, None
 
 
 @dataclass(frozen=True)
@@ -142,12 +141,14 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for text in arguments if text not in settings], settings
 
 
-def find(names: Sequence[str], overrides: Sequence[str], args: argparse.Namespace) -> list[Target]:
+def find(
+    names: Sequence[str], overrides: Sequence[str], args: argparse.Namespace, warn: Callable[[str], None]
+) -> list[Target]:
     """The targets, checked; nothing is started. Raises a ConfigError with a line for each fault of any of them."""
     targets, faults = [], []
     for name in names:
         try:
-            targets.append(_target(name, overrides, args))
+            targets.append(_target(name, overrides, args, warn))
             _check(targets[-1])
         except (OSError, ValueError) as error:
             faults.append(str(error) if name in str(error) else f"{name}: {error}")
@@ -156,9 +157,9 @@ def find(names: Sequence[str], overrides: Sequence[str], args: argparse.Namespac
     return targets
 
 
-def _target(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Target:
+def _target(name: str, overrides: Sequence[str], args: argparse.Namespace, warn: Callable[[str], None]) -> Target:
     """By its run's settings, or those of --config, or the demo's, with options and overrides."""
-    read_adapter, run, trained = open_adapter(name, args.step, lambda text: print(text, file=sys.stderr))
+    read_adapter, run, trained = open_adapter(name, args.step, warn)
     options = {"model.path": args.base, "evaluation.images": args.images, "evaluation.prompts": args.prompts}
     settings = [*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides]
     if run and not args.config:
@@ -173,16 +174,22 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Ta
     if trained is None:
         source = Path(adapter.source)
         out, folder = (args.out, "") if args.out else (source.parent, f"{EVALUATION}/")  # within: no link leads out
-        return Target(Path(name).resolve().stem, *judged, Storage(str(out)), f"{folder}{source.stem}")
+        return Target(_shown(Path(name).resolve().stem), *judged, Storage(str(out)), f"{folder}{source.stem}")
     records, step = trained.records, trained.step
     lines = [line for line in records.lines if 0 <= line["epoch"] < trained.epochs]
     cluster = records.about.get("cluster", {})
-    facts = {
+    known = {
         "run_id": records.run_id, "step": step, "epochs_done": trained.epochs,
-        "trajectories_trained": lines[-1]["trajectories_trained"] if lines else 0,
-        "seconds": sum(line["seconds"] for line in lines), "gpus": cluster.get("GPU", 0), "cpus": cluster.get("CPU"),
+        "trajectories_trained": trained.checkpoint.manifest["ledger"]["totals"].get("trained"),
+        "seconds": sum(line["seconds"] for line in lines) if len(lines) == trained.epochs else None,
+        "gpus": cluster.get("GPU", 0), "cpus": cluster.get("CPU"),
     }  # fmt: skip
-    return Target(records.about["name"], *judged, records.storage, f"{EVALUATION}/step-{step:06d}", records, facts)
+    written, name = f"{EVALUATION}/step-{step:06d}", _shown(records.about["name"])
+    return Target(name, *judged, records.storage, written, records, known)
+
+
+def _shown(name: str) -> str:
+    return short(printable(name), 100)
 
 
 def _unconfirmed(config: Config, given: Collection[str], run: Records) -> list[str]:

@@ -17,6 +17,7 @@ from diffusion.trajectory import Scores
 from evaluation.image_sets import Evaluated, image_rows, read_images
 from evaluation.metrics import mean_of_good, paired_interval, prompt_distances, vendi
 from records.run_folder import BEFORE, Records
+from records.storage import StorageError
 
 KEPT = 0.7  # share of the diversity that may be left before it is collapse
 FALL = 0.5  # standard deviations among images that a held-out reward may fall
@@ -30,14 +31,17 @@ def judge(
     has of it: means of the good images' rewards, diversity, and signs of collapse since before training. Raises a
     StorageError if it could not be recorded."""
     records.save_evaluation(epoch, image_rows(scores, thumbnail_pixels), draw(scores))
-    now = read_images(records.evaluation_file(epoch, "parquet"))
+    now = read_images(*records.images(epoch))
     line: dict[str, Any] = {"eval_reward_mean": mean_of_good(now.rewards)}
     line |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
     if now.features is not None:
         line["eval_vendi"] = vendi(now.features)
         line["eval_distance"] = mean_of_good(prompt_distances(now.features, now.prompts))
     if epoch != BEFORE and BEFORE in records.evaluated():
-        line["collapse"] = "; ".join(signs(read_images(records.evaluation_file(BEFORE, "parquet")), now)) or None
+        try:
+            line["collapse"] = "; ".join(signs(read_images(*records.images(BEFORE)), now)) or None
+        except StorageError as error:
+            records.warn(f"{error}; until then signs of collapse are not looked for")
     return line
 
 

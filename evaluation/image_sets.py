@@ -9,6 +9,7 @@ The last is what drift is measured against; the base model's own distance to it 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -30,8 +31,8 @@ from evaluation import metrics
 from evaluation.metrics import Interval, mean_interval, mean_of_good
 from learner.config import Config, resolve
 from learner.protocol.chunks import evaluation_chunks
-from records.run_folder import IMAGES, parquet
-from records.storage import Storage
+from records.run_folder import IMAGES, parquet, read_parquet
+from records.storage import Storage, StorageError
 
 FORMAT = 1  # of chunk files and of the figures' JSON
 ACCURACY = "shapes_accuracy"  # a held-out reward with a key of its own
@@ -79,9 +80,9 @@ def _thumbnail(pixels: np.ndarray, side: int) -> bytes | None:
     return file.getvalue()
 
 
-def read_images(content: bytes) -> Evaluated:
-    """From a Parquet file of such rows, what figures need."""
-    table = pq.read_table(io.BytesIO(content))
+def read_images(content: bytes, place: str = "a set") -> Evaluated:
+    """From a Parquet file of such rows, what figures need. Raises a StorageError, which names the `place`."""
+    table = read_parquet(content, place, IMAGES, ("prompt", "reward", "held_out", "features"))
     held_out, features = [dict(row) for row in table["held_out"].to_pylist()], table["features"].to_pylist()
     return Evaluated(
         table["prompt"].to_pylist(),
@@ -147,7 +148,8 @@ class Cache:
         what they do, and a StorageError where the folder cannot be written or read."""
         chunks, folder = evaluation_chunks(image_set.config, image_set.prompts), f"evaluation/{image_set.key[:32]}"
         files = {chunk.index: f"{folder}/chunk-{chunk.index:05d}.parquet" for chunk in chunks}
-        missing = [chunk for chunk in chunks if not self.storage.exists(files[chunk.index])]
+        tables = {chunk.index: self._table(files[chunk.index]) for chunk in chunks}
+        missing = [chunk for chunk in chunks if tables[chunk.index] is None]
         finished = len(chunks) - len(missing)
         progress(finished, len(chunks))
 
@@ -159,9 +161,17 @@ class Cache:
 
         if missing:
             pools().judge(image_set.snapshot, missing, done)
-        tables = [pq.read_table(io.BytesIO(self.storage.read(file))) for file in files.values()]
-        pq.write_table(pa.concat_tables(tables), whole := io.BytesIO())
+        tables |= {chunk.index: self._table(files[chunk.index]) for chunk in missing}
+        pq.write_table(pa.concat_tables(tables.values()), whole := io.BytesIO())
         return whole.getvalue()
+
+    def _table(self, file: str) -> pa.Table | None:
+        """Of a finished chunk; a damaged one is made again."""
+        if not self.storage.exists(file):
+            return None
+        with contextlib.suppress(StorageError):
+            return read_parquet(self.storage.read(file), file, IMAGES, tuple(IMAGES))
+        return None
 
 
 def compare(tuned: bytes, base: bytes, other: bytes) -> dict[str, Any]:

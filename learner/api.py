@@ -1,9 +1,10 @@
 """The job, for the command and for Python: `learner.train(config, reward=my_function)`. Here the epoch loop meets its
 runner, its records and its views."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +27,15 @@ from learner.prompts import evaluation_prompts, training_prompts
 from learner.protocol.runner import Hooks, Runner
 from records import checkpoint, environment
 from records.checkpoint import CheckpointError
+from records.run_folder import Records
+from records.storage import StorageError
+from records.words import MOST, short
 from reports.pictures import contact_sheet, png
 from reports.views import RunViews
 from rewards import judges, registry
 from rewards.registry import UserReward
 
+FAILURE = "failure.txt"  # a long error's text
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 Say = Callable[[str], None]
 
@@ -77,6 +82,7 @@ def train(
     source = config.model_dump(mode="json") if isinstance(config, Config) else config
     built = load_config(source, changes)
 
+    @functools.cache
     def warn(text: str) -> None:
         say(f"warning: {text}")
 
@@ -144,7 +150,7 @@ def run(
         elif config.train.stop_on_collapse and (signs := controller.collapsed(records)):
             say(f"stopped before: {signs} (train.stop_on_collapse=false goes on)")
         else:
-            records.note(finished=False, environment=environment.facts(), cluster=resources)
+            records.note(finished=False, failure=None, environment=environment.facts(), cluster=resources)
             views.open()
             if done < config.train.epochs:
                 say(f"starting {'in process' if config.run.runner == 'inprocess' else 'on Ray'}: loading the model")
@@ -152,13 +158,13 @@ def run(
                 if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
                     raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
                 pixels = config.run.thumbnail_pixels
-                judge = partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
+                judge = functools.partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"
     except (RunFailure, ConfigError, KeyboardInterrupt) as error:
         killed = isinstance(error, KeyboardInterrupt)
-        status, reason = ("KILLED", None) if killed else ("FAILED", f"{type(error).__name__}: {error}")
+        status, reason = ("KILLED", None) if killed else ("FAILED", _told(records, error))
         complain(f"{reason or 'interrupted'}; the same command goes on from what is done in {records.storage}")
         raise
     finally:
@@ -167,6 +173,17 @@ def run(
             runner.close()
         views.close(status, reason)
         opened.close()
+
+
+def _told(records: Records, error: BaseException) -> str:
+    """Why the run failed, in few words: the whole of many is in its folder. Its kind is noted in run.json."""
+    text = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(StorageError):  # it may be that which failed
+        records.note(failure=type(error).__name__)
+        if len(text) > MOST:
+            records.storage.write(FAILURE, text.encode(errors="backslashreplace"))
+            return f"{short(text)}; all of it is in {FAILURE}"
+    return short(text)
 
 
 def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runner:

@@ -32,6 +32,7 @@ from learner.protocol.chunks import evaluation_chunks, training_chunks
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Runner, Vitals
 from records import checkpoint
+from records.facts import digest
 from records.run_folder import BEFORE, CONFIG, Records
 
 Judge = Callable[[int, Sequence[Scores]], dict[str, Any]]  # records an evaluation; returns its part of the metrics line
@@ -121,6 +122,8 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
         "batch_sizes": {"chunk": config.sampler.chunk_size, "flow_batch": config.flow.batch, **runner.batch_sizes},
         "ledger": ledger.to_json(),
         "config_digest": config.digest(),
+        "run": {**records.about, "finished": epochs == config.train.epochs},  # should run.json be damaged
+        "metrics_sha256": digest(records.lines),
     }
     checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: config_yaml(config)})
     keep, always = config.run.keep_checkpoints, {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}

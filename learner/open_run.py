@@ -2,7 +2,6 @@
 where the run stopped, and does nothing where it is done."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from learner.config import Config, ConfigError, config_yaml, raise_faults, saved_config
+from learner.config.schema import LOWERED
 from learner.prompts import prompts_digest
-from records import checkpoint, environment
+from learner.update import NonFiniteGradient
+from records import checkpoint, environment, facts
 from records.checkpoint import Checkpoint
-from records.run_folder import BEFORE, CONFIG, FORMAT, RUN, Records
-from records.storage import Storage
-
-Warn = Callable[[str], None]
+from records.facts import Warn
+from records.run_folder import BEFORE, CONFIG, FORMAT, Records
+from records.storage import Storage, StorageError
 
 
 @dataclass
@@ -38,13 +38,13 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
         storage = Storage(_absolute(config.run.dir, config))
         if storage.local and storage.local.is_file():
             raise ConfigError(f"run.dir: {storage} is a file")
-        if not storage.exists(RUN):
+        if not facts.there(storage):
             _require_free(storage, config)
         elif config.run.resume == "never":
             raise ConfigError(f"run.dir: {storage} already holds a run; choose another, or run.resume=auto to go on")
     else:
         storage = (config.run.resume == "auto" and _newest_unfinished(config, wanted)) or _new_folder(config, source)
-    if storage.exists(RUN):
+    if facts.there(storage):
         _settings_of(Records.open(storage), config, wanted)
         done = max(checkpoint.steps(storage), default=0) // config.steps_per_epoch
         if config.train.epochs < done:
@@ -57,20 +57,26 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
     the run's checkpoints is whole, and a StorageError where another process writes the run."""
     storage, wanted = find(config, source, prompts), _facts(config, prompts)
     with contextlib.ExitStack() as undo:
-        if held := storage.lock():
-            undo.callback(held.release)
-        if storage.exists(RUN):
+        undo.enter_context(storage.lock())
+        if facts.there(storage):
             storage.tidy()
         else:
             Records.create(storage, Path(str(storage)).name, config_yaml(config), wanted)
-        records = Records.open(storage)
+        records = Records.open(storage, warn)
         saved = _settings_of(records, config, wanted)
         newest, as_begun = checkpoint.load_newest(storage, records.run_id, warn), config
+        changes = [
+            {"epoch": newest.manifest["next_epoch"] if newest else 0, "key": key, "before": before, "after": after}
+            for key, before, after in _lowered(config, saved)
+        ]
+        for change in changes:
+            warn(f"{change['key']} is {change['after']:g} now, it was {change['before']:g} (noted in run.json)")
         if newest:
             as_begun = _as_begun(config, saved, newest.manifest, warn)
             checkpoint.drop_after(storage, newest.manifest["step"], records.steps)
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
-        storage.write(CONFIG, config_yaml(config))  # what may change may have
+        changes = [*records.about.get("changes", ()), *changes]  # what may change may have
+        records.save_settings(config_yaml(config), config_digest=wanted["config_digest"], changes=changes)
         return OpenRun(records, config, as_begun, newest, undo.pop_all().close)
 
 
@@ -104,10 +110,10 @@ def _newest_unfinished(config: Config, wanted: dict[str, Any]) -> Storage | None
     folder, runs = Storage(_absolute("runs", config)), []
     for name in folder.entries():
         storage = Storage(f"{folder}/{name}")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run, or not ours
-            about = json.loads(storage.read(RUN))
+        with contextlib.suppress(StorageError):  # no run, or nothing says which
+            about = facts.about(storage, lambda text: None)
             if {**wanted, "finished": False}.items() <= about.items() and not storage.in_use():
-                runs.append((float(about["created"]), name))
+                runs.append((about["created"], name))
     return Storage(f"{folder}/{max(runs)[1]}") if runs else None
 
 
@@ -127,15 +133,22 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
         raise ConfigError(f"run.dir: {storage} is of format {written_as}; use the version that wrote it, {other}")
     saved = saved_config(records)
     ours, theirs = config.binding(), saved.binding()
+    lower = [key for key, *_ in _lowered(config, saved)] if about.get("failure") == NonFiniteGradient.__name__ else ()
     faults = [
         f"{key}: the run in {storage} has {theirs[key]!r:.200}, not {ours[key]!r:.200}; use that, or another run.dir"
         for key in ours
-        if ours[key] != theirs[key]
+        if ours[key] != theirs[key] and key not in lower
     ]
     if not faults and about["prompts_sha256"] != wanted["prompts_sha256"]:
         faults = [f"prompts.path, evaluation.prompts: the run in {storage} began with others; put them back, {other}"]
     raise_faults(faults)
     return saved
+
+
+def _lowered(config: Config, saved: Config) -> list[tuple[str, float, float]]:
+    """Of what a gradient that is not finite asks to lower: key, the run's value and this one."""
+    ours, theirs = config.binding(), saved.binding()
+    return [(key, theirs[key], ours[key]) for key in LOWERED if ours[key] < theirs[key]]
 
 
 def _as_begun(config: Config, saved: Config, manifest: dict[str, Any], warn: Warn) -> Config:

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C;
     143: SIGTERM."""
     args = _parser().parse_intermixed_args(arguments)
-    source, opened = args.config or DEFAULT_CONFIG, None
+    source, opened, warn = args.config or DEFAULT_CONFIG, None, outcome.warner("run")
     signals.enter("running")
     try:
         config, faults = read_config(source, args.overrides)
@@ -39,13 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
         raise_faults([*faults, *_faults_seen_at_once(config)])
 
         from learner import api, open_run  # here: they import torch
+        from records import facts
 
         prompts, placement, resources = api.check(config, warn)
         if args.plan:
             from commands import plan
 
             storage = open_run.find(config, source, prompts)
-            place = f"{storage}, {'going on' if storage.exists(open_run.RUN) else 'new'}"
+            place = f"{storage}, {'going on' if facts.there(storage) else 'new'}"
             print(plan.describe(config, placement, resources, place))
             return 0
         opened = open_run.open_run(config, source, prompts, warn)
@@ -79,10 +80,6 @@ def say(text: str) -> None:
     """Print, with what the terminal's encoding lacks escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def warn(text: str) -> None:
-    complain(f"warning: {text}")
 
 
 def _parser() -> argparse.ArgumentParser:

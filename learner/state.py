@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, Scores, Trajectories
 from learner.experience import Experience
 
 LEARNER_FILE = "learner.pt"
+REMEDY = "remove that checkpoint, and the run goes on from the one before"
+
+
+class UnusableState(RunFailure):
+    """A checkpoint whose files are as its manifest says, but not a learner's."""
 
 
 def replay_file(rank: int) -> str:
@@ -28,7 +34,11 @@ def dump(state: dict[str, Any]) -> bytes:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    """Raises an UnusableState where the file is no such state."""
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the reader meets in it
+        raise UnusableState(f"a file of the checkpoint holds no learner's state ({error!r:.100}): {REMEDY}") from error
 
 
 def dump_replay(replay: Iterable[Sequence[Sequence[Experience]]]) -> bytes:

@@ -251,7 +251,8 @@ class Learner:
         if not torch.isfinite(norm):
             raise NonFiniteGradient(
                 f"the gradient is not finite (norm {norm.item()}): the adapter of version {self.published.version} is "
-                "kept; lower the learning rates or objective.beta"
+                "kept; go on with the same command, its run.dir, and a lower learner.learning_rate, "
+                "flow.learning_rate or objective.beta"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -270,11 +271,20 @@ class Learner:
         return files
 
     def restore(self, files: dict[str, bytes]) -> None:
-        """Go on from a checkpoint's files, made by as many ranks as there are now."""
-        saved = state.parse(files[state.LEARNER_FILE])
-        lora.load(self.model.unet, saved["adapter"].numpy())
-        for name, part in self._parts.items():
-            part.load_state_dict(saved[name])
+        """Go on from a checkpoint's files, made by as many ranks as there are now. Raises an UnusableState."""
+        try:
+            saved = state.parse(files[state.LEARNER_FILE])
+            lora.load(self.model.unet, saved["adapter"].numpy())
+            for name, part in self._parts.items():
+                part.load_state_dict(saved[name])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise state.UnusableState(
+                f"{state.LEARNER_FILE} is not of this run ({error!r:.100}): {state.REMEDY}"
+            ) from error
+        for parameters in self.policy_optimizer.param_groups:  # lower now, perhaps
+            parameters["lr"] = self.config.learner.learning_rate
+        for parameters in self.flow_optimizer.param_groups if self.flow is not None else ():
+            parameters["lr"] = self.config.flow.learning_rate
         self.objective.memory = saved["objective"]
         self.replay.clear()
         self.replay.extend(state.parse_replay(files[state.replay_file(self.rank)]))

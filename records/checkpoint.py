@@ -9,18 +9,18 @@
 Only what the manifest lists is read. There is no random state to keep: every draw is keyed by what it is for."""
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from diffusion.failures import RunFailure
-from records.storage import Storage, StorageError
+from records.shapes import Manifest, Written
+from records.storage import Storage, StorageError, sealed
 
 FORMAT = 5  # of run.json, checkpoints and the trajectories' columns
 FOLDER, MANIFEST, LATEST = "checkpoints", "state.json", "latest"
-SEAL = "sha256"  # of the rest of the manifest
+COPY = "put it back from a copy, or go on from another checkpoint"
 
 
 class CheckpointError(RunFailure, ValueError):
@@ -41,11 +41,11 @@ def name_of(step: int) -> str:
 def save(storage: Storage, about: dict[str, Any], files: dict[str, bytes]) -> None:
     """In one piece; `checkpoints/latest` is pointed at it where the storage has links."""
     name, sums = name_of(about["step"]), {file: sha256(content).hexdigest() for file, content in files.items()}
-    storage.write_folder(name, {**files, MANIFEST: _sealed({"format": FORMAT, **about, "files": sums})})
+    storage.write_folder(name, {**files, MANIFEST: sealed({"format": FORMAT, **about, "files": sums})})
     latest, target = f"{FOLDER}/{LATEST}", name.removeprefix(f"{FOLDER}/")
     if storage.local and not storage.link(latest, target):
         with contextlib.suppress(StorageError):  # in a copied run it may be a folder: our own is replaced
-            if storage.read_json(f"{latest}/{MANIFEST}", "run_id")["run_id"] == about["run_id"]:
+            if storage.read_json(f"{latest}/{MANIFEST}", Manifest)["run_id"] == about["run_id"]:
                 storage.remove(latest)
                 storage.link(latest, target)
 
@@ -56,38 +56,50 @@ def steps(storage: Storage) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def manifest(storage: Storage, step: int, run_id: str) -> dict[str, Any]:
+def manifest(storage: Storage, step: int, run_id: str | None) -> dict[str, Any]:
     """Of one checkpoint, without reading its files. Raises a CheckpointError where there is none, or it is damaged, was
-    changed, or is of another format, run or step."""
-    place = f"{storage}/{name_of(step)}"
+    changed, or is of another format, step or run (None: of whatever run)."""
+    place, file = f"{storage}/{name_of(step)}", f"{name_of(step)}/{MANIFEST}"
     try:
-        about = json.loads(content := storage.read(f"{name_of(step)}/{MANIFEST}"))
-        written_as, _ = about["format"], about.pop(SEAL, None)  # older formats have no seal
-    except (StorageError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if (written_as := storage.read_json(file, Written, COPY)["format"]) == FORMAT:
+            about = storage.read_json(file, Manifest, COPY)
+    except StorageError as error:
         raise CheckpointError(f"{place} is not whole: {error}") from error
     if written_as != FORMAT:
         raise CheckpointError(
             f"{place} is of format {written_as}, this Tributary reads {FORMAT}: use the version that wrote it, or "
             "start afresh with run.resume=never and another run.dir"
         )
-    if _sealed(about) != content:
-        raise CheckpointError(f"{place}/{MANIFEST} is not what was written: its sha256 differs")
-    if (origin := (about.get("step"), about.get("run_id"))) != (step, run_id):
-        raise CheckpointError(f"{place} is not its own: it was written as step {origin[0]} of run {origin[1]}")
+    if (origin := (about["step"], about["run_id"])) != (step, run_id or about["run_id"]):
+        written = f"it was written as step {origin[0]} of run {origin[1]:.40}"
+        raise CheckpointError(f"{place} is not its own, {written}: {COPY}")
     return about
 
 
-def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
-    """With all its files. Raises a CheckpointError as `manifest` does, and where a file is missing or was changed."""
-    name, about, files = name_of(step), manifest(storage, step, run_id), {}
+def newest(storage: Storage, run_id: str | None = None) -> dict[str, Any] | None:
+    """Manifest of the newest checkpoint that has a whole one; a torn one, or one just being pruned, has none."""
+    for step in reversed(steps(storage)):
+        with contextlib.suppress(CheckpointError):
+            return manifest(storage, step, run_id)
+    return None
+
+
+def read(storage: Storage, about: dict[str, Any], file: str) -> bytes:
+    """A file of the checkpoint with this manifest. Raises a CheckpointError where it is missing or was changed."""
+    name = name_of(about["step"])
     try:
-        for file, sum_written in about["files"].items():
-            files[file] = storage.read(f"{name}/{file}")
-            if sha256(files[file]).hexdigest() != sum_written:
-                raise CheckpointError(f"{storage}/{name}/{file} is not what was written: its sha256 differs")
-    except (StorageError, KeyError, AttributeError) as error:
+        content = storage.read(f"{name}/{file}")
+    except StorageError as error:
         raise CheckpointError(f"{storage}/{name} is not whole: {error}") from error
-    return Checkpoint(name, about, files)
+    if sha256(content).hexdigest() != about["files"].get(file):
+        raise CheckpointError(f"{storage}/{name}/{file} is not what was written, its sha256 differs: {COPY}")
+    return content
+
+
+def load(storage: Storage, step: int, run_id: str) -> Checkpoint:
+    """With all its files. Raises a CheckpointError as `manifest` and `read` do."""
+    about = manifest(storage, step, run_id)
+    return Checkpoint(name_of(step), about, {file: read(storage, about, file) for file in about["files"]})
 
 
 def load_newest(storage: Storage, run_id: str, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -135,9 +147,3 @@ def prune(
     for step in spare:
         if newest and step < newest.manifest["step"]:
             storage.remove(name_of(step))
-
-
-def _sealed(about: dict[str, Any]) -> bytes:
-    """A manifest as it is written: with its own sha256, so that a changed one is known like any other file."""
-    seal = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**about, SEAL: seal}, indent=1) + "\n").encode()

@@ -12,11 +12,13 @@ from typing import Any
 
 import psutil
 
-from records import checkpoint
+from records import checkpoint, facts
+from records.facts import Warn
 from records.passwords import without_passwords
+from records.shapes import Beat
 from records.storage import Storage, StorageError
 
-RUN, METRICS, FILE, REPORT = "run.json", "metrics.jsonl", "status.json", "report.html"
+FILE, REPORT = "status.json", "report.html"
 SECONDS, OBJECT_STORE_SECONDS = 5.0, 30.0  # between two writes at least
 QUIET = 6  # so many times that without a sign is cause for worry
 GOING_ON = "starting", "running"  # states of a run that does something
@@ -69,13 +71,17 @@ class Heartbeat:
         self._due = time.monotonic() + self._seconds
 
 
-def look(storage: Storage, now: float) -> dict[str, Any]:
+def look(storage: Storage, now: float, warn: Warn = lambda text: None) -> dict[str, Any]:
     """The run's state at time `now` (seconds since 1970), with all that a program may want to know; what is not known
-    is None. Raises a StorageError where there is no run, or a file is damaged."""
-    about = storage.read_json(RUN, "name")
-    lines = storage.read_json_lines(METRICS, "epoch", "seconds")
-    signs = "state", "process", "host", "since", "time", "quiet_seconds"
-    beat = storage.read_json(FILE, *signs) if storage.exists(FILE) else {}
+    is None. `warn` hears of damage that can be done without. Raises a StorageError where there is no run, or it cannot.
+    """
+    about = facts.about(storage, warn)
+    lines = facts.lines(storage, checkpoint.newest(storage, about["run_id"]), warn)
+    beat: dict[str, Any] = {}
+    try:
+        beat = storage.read_json(FILE, Beat, "the run writes it anew") if storage.exists(FILE) else {}
+    except StorageError as error:
+        warn(str(error))
     trained, last = [line for line in lines if line["epoch"] >= 0], lines[-1] if lines else {}
     left, state = (beat.get("epochs") or 0) - len(trained), _state(about, beat, now)
     usual = median(line["seconds"] for line in trained[-EPOCHS:]) if trained else None

@@ -3,25 +3,28 @@ What belongs to an epoch is on disk before the checkpoint that closes the epoch;
 driver wrote beyond its last checkpoint, so that there are neither holes nor repeats."""
 
 import io
-import json
 import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from hashlib import sha256
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from pydantic_core import from_json, to_json
 
+from records import checkpoint, facts
 from records.checkpoint import FORMAT
-from records.storage import Storage
+from records.facts import CONFIG, METRICS, RUN, Warn
+from records.shapes import Evaluation
+from records.storage import Storage, StorageError
 
-RUN, METRICS, CONFIG = "run.json", "metrics.jsonl", "config.yaml"
 TRAJECTORIES, EVALUATION = "trajectories", "evaluation"
 EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
-NEEDED = ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256")  # in run.json
+WANTED = ("prompt", "reward", "reward_parts", "held_out")  # of the columns of IMAGES, in the .json
 OWN_FILE = re.compile(r"epoch-(\d{6,}|before)(-trajectory-\d+)?\.(json|parquet|png|safetensors)")  # in these folders
 BEFORE = -1  # the "epoch" of the evaluation before training
 
@@ -65,21 +68,24 @@ class Records:
     storage: Storage
     about: dict[str, Any]  # run.json
     lines: list[dict[str, Any]]  # metrics.jsonl
+    warn: Warn = lambda text: None  # of what is damaged and can be done without
 
     @classmethod
-    def create(cls, storage: Storage, name: str, settings: bytes, facts: Mapping[str, Any]) -> Self:
-        """Begin a run here: `settings` become config.yaml, `facts` (config_digest, prompts_sha256 ...) go to run.json.
+    def create(cls, storage: Storage, name: str, settings: bytes, known: Mapping[str, Any]) -> Self:
+        """Begin a run here: `settings` become config.yaml, `known` (config_digest, prompts_sha256 ...) go to run.json.
         Raises a StorageError if the folder cannot be made or written."""
         identity = {"format": FORMAT, "run_id": uuid.uuid4().hex, "name": name}
-        records = cls(storage, {**identity, "created": time.time(), "finished": False, **facts}, [])
-        storage.write(CONFIG, settings)
-        records.note()
+        records = cls(storage, {**identity, "created": time.time(), "finished": False, **known}, [])
+        records.save_settings(settings)
         return records
 
     @classmethod
-    def open(cls, storage: Storage) -> Self:
-        """Raises a StorageError where there is no run, or a file is damaged."""
-        return cls(storage, storage.read_json(RUN, *NEEDED), storage.read_json_lines(METRICS, "epoch"))
+    def open(cls, storage: Storage, warn: Warn = lambda text: None) -> Self:
+        """`warn` hears of damage that is made good, or can be done without. Raises a StorageError where there is no
+        run, or it cannot."""
+        about = facts.about(storage, warn)
+        closed = checkpoint.newest(storage, about["run_id"])
+        return cls(storage, about, facts.lines(storage, closed, warn), warn)
 
     @property
     def run_id(self) -> str:
@@ -90,6 +96,14 @@ class Records:
         self.about |= facts
         self.storage.write_json(RUN, self.about)
 
+    def settings(self) -> bytes:
+        """config.yaml. Raises a StorageError."""
+        return facts.settings(self.storage, self.about, self.warn)
+
+    def save_settings(self, settings: bytes, **known: Any) -> None:
+        self.storage.write(CONFIG, settings)
+        self.note(config_sha256=sha256(settings).hexdigest(), **known)
+
     def append(self, line: dict[str, Any]) -> None:
         """One epoch's line, on disk before this returns. Non-finite numbers become null."""
         self.keep([*self.lines, _finite(line)])
@@ -97,7 +111,7 @@ class Records:
     def keep(self, lines: Sequence[dict[str, Any]]) -> None:
         """Make metrics.jsonl these lines. Rewritten whole: object stores cannot append, no line is ever half there."""
         self.lines = list(lines)
-        self.storage.write(METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.storage.write(METRICS, facts.text(lines))
 
     @property
     def steps(self) -> set[int]:
@@ -118,36 +132,86 @@ class Records:
         """trajectories/epoch-NNNNNN.parquet: a row a trajectory, columns of SCHEMA."""
         self.storage.write(f"{TRAJECTORIES}/{_name(epoch)}.parquet", parquet(rows, SCHEMA))
 
+    def trajectories(self, epoch: int, *columns: str) -> pa.Table:
+        """Columns of trajectories/epoch-NNNNNN.parquet. Raises a StorageError."""
+        name = f"{TRAJECTORIES}/{_name(epoch)}.parquet"
+        return read_parquet(self.storage.read(name), f"{name} in {self.storage}", SCHEMA, columns)
+
     def save_evaluation(self, epoch: int, rows: Sequence[Mapping[str, Any]], sheet: bytes) -> None:
         """evaluation/epoch-N.png, a contact sheet of the fixed images; .parquet, a row an image, columns of IMAGES; and
         .json, for paired comparisons: columns prompt and reward, and by label reward_parts and held_out."""
-        table: dict[str, Any] = {key: [row[key] for row in rows] for key in ("prompt", "reward")}
-        for key in ("reward_parts", "held_out"):
-            if labels := list(dict(rows[0][key])):
-                table[key] = {label: [dict(row[key])[label] for row in rows] for label in labels}
         name = f"{EVALUATION}/{_name(epoch)}"
         self.storage.write(f"{name}.png", sheet)
         self.storage.write(f"{name}.parquet", parquet(rows, IMAGES))
-        self.storage.write_json(f"{name}.json", _finite(table))
+        self.storage.write_json(f"{name}.json", _columns(rows))
 
     def evaluated(self) -> list[int]:
         """Epochs whose evaluation is here, in order; BEFORE is the one before training."""
         names = self.storage.entries(EVALUATION)
-        return sorted(epoch for name in names if name.endswith(".json") and (epoch := _epoch_of(name)) is not None)
+        tables = (name for name in names if name.endswith((".json", ".parquet")))
+        return sorted({epoch for name in tables if (epoch := _epoch_of(name)) is not None})
 
     def evaluation(self, epoch: int) -> dict[str, Any]:
-        """What save_evaluation's .json holds; null of bad images."""
-        return self.storage.read_json(f"{EVALUATION}/{_name(epoch)}.json", "prompt", "reward")
+        """What save_evaluation's .json holds; null of bad images. Where that is damaged, it is made of the .parquet,
+        with a warning. Raises a StorageError where both are."""
+        name = f"{EVALUATION}/{_name(epoch)}"
+        try:
+            return self.storage.read_json(f"{name}.json", Evaluation, f"put it back from a copy, or remove {name}.*")
+        except StorageError as error:
+            try:
+                rows = read_parquet(*self.images(epoch), IMAGES, WANTED).to_pylist()
+                Evaluation.model_validate(table := _finite(_columns(rows)))
+            except (StorageError, ValueError) as other:
+                raise StorageError(f"{error}; {other}") from other
+            self.warn(f"{error}; {name}.parquet is read instead")
+            return table
 
-    def evaluation_file(self, epoch: int, kind: Literal["png", "parquet"]) -> bytes:
-        return self.storage.read(f"{EVALUATION}/{_name(epoch)}.{kind}")
+    def images(self, epoch: int) -> tuple[bytes, str]:
+        """evaluation/epoch-N.parquet, not looked into, and where it is."""
+        name = f"{EVALUATION}/{_name(epoch)}.parquet"
+        return self.storage.read(name), f"{name} in {self.storage}"
+
+    def sheet(self, epoch: int) -> bytes:
+        """evaluation/epoch-N.png. Raises a StorageError."""
+        return self.picture(f"{EVALUATION}/{_name(epoch)}.png")
+
+    def picture(self, name: str) -> bytes:
+        """A PNG file. Raises a StorageError where that is no whole picture."""
+        content = self.storage.read(name)
+        try:
+            Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # closes it
+            Image.open(io.BytesIO(content), formats=["PNG"]).load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            fault = f"{name} in {self.storage} is damaged ({error!s:.200})"
+            raise StorageError(f"{fault}: put it back from a copy, or remove it") from error
+        return content
 
 
 def parquet(rows: Sequence[Mapping[str, Any]], columns: dict[str, pa.DataType]) -> bytes:
     """A Parquet file of these rows."""
     file, schema = io.BytesIO(), pa.schema(columns, metadata={"tributary_format": str(FORMAT)})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, write_page_checksum=True)
     return file.getvalue()
+
+
+def read_parquet(content: bytes, place: str, schema: dict[str, pa.DataType], columns: Sequence[str]) -> pa.Table:
+    """Columns of a Parquet file that is whole. Raises a StorageError, which names the `place` and the remedy."""
+    try:
+        table = pq.read_table(io.BytesIO(content), columns=[*columns], page_checksum_verification=True)
+        if not table.num_rows:
+            raise ValueError("it has no rows")
+        return table.select(columns).cast(pa.schema({name: schema[name] for name in columns}))
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        raise StorageError(f"{place} is damaged ({error!s:.200}): put it back from a copy, or remove it") from error
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of rows of images, as in evaluation/epoch-N.json."""
+    table: dict[str, Any] = {key: [row[key] for row in rows] for key in ("prompt", "reward")}
+    for key in ("reward_parts", "held_out"):
+        if rows and (labels := list(dict(rows[0][key]))):
+            table[key] = {label: [dict(row[key])[label] for row in rows] for label in labels}
+    return table
 
 
 def _name(epoch: int) -> str:

@@ -5,23 +5,27 @@ else wrote (that manifest), so none leads out of the root."""
 
 import contextlib
 import errno
+import fcntl
 import json
-import operator
 import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json, to_json
 
 from diffusion.failures import RunFailure
 
 ASIDE, GONE = ".tributary-new", ".tributary-old"  # of names that nobody else gives
 LOCK = "run.lock"  # names the process that last wrote the run
+SEAL = "sha256"  # in a JSON file: of the rest of it
 
 
 class StorageError(RunFailure, OSError):
@@ -44,27 +48,32 @@ class Storage:
     def __str__(self) -> str:  # the absolute path or URL
         return str(self.local) if self.local else self._fs.unstrip_protocol(self._root)
 
-    def lock(self) -> FileLock | None:
-        """One process writes a run: make and lock its local folder, or find it in use. The kernel drops the lock with
-        the process. Object stores have none."""
+    def lock(self) -> contextlib.ExitStack:
+        """One process writes a run: make and lock its local folder until this is closed, or find it in use. The kernel
+        drops the lock with the process. Object stores have none. The folder itself is locked too, where its file system
+        can: whoever removes the lock's file lets nobody in."""
+        held = contextlib.ExitStack()
         if self.local is None:
-            return None
-        lock = FileLock(self.local / LOCK, blocking=False, mode=0o644, fallback_to_soft=False)
-        with self._errors("write", LOCK):
+            return held
+        file = self.local / LOCK
+        with self._errors("write", LOCK), held:
             self.local.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                owner = Path(lock.lock_file).read_text(errors="replace").strip()
-                raise StorageError(f"{self} is in use by {owner}; wait for it, or choose another") from None
-            Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        return lock
+                held.callback(os.close, _locked(self.local))
+                held.enter_context(FileLock(file, blocking=False, mode=0o644, fallback_to_soft=False))
+            except (Timeout, BlockingIOError):
+                owner = file.read_text(errors="replace").strip() if file.exists() else "another process"
+                raise StorageError(f"{self} is in use by {owner:.100}; wait for it, or choose another") from None
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            held = held.pop_all()
+        return held
 
     def in_use(self) -> bool:
         """Whether a process has the lock."""
         if self.local is None or not (self.local / LOCK).exists():
             return False
         try:
+            os.close(_locked(self.local))
             with FileLock(self.local / LOCK, blocking=False, fallback_to_soft=False):
                 return False
         except (Timeout, OSError):
@@ -77,7 +86,8 @@ class Storage:
             self._fs.pipe_file(self._path(name), content)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+        """Sealed, with null for non-finite numbers."""
+        self.write(name, sealed(value))
 
     def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
         """All or nothing (see the module's docstring); an older folder of that name is replaced. Locally a file is a
@@ -123,13 +133,14 @@ class Storage:
         with self._errors("read", name):
             return self._fs.cat_file(self._path(name))
 
-    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
-        """An object that has these keys."""
-        return self._objects(name, [self.read(name)], keys)[0]
+    def read_json(self, name: str, shape: type[BaseModel], remedy: str = "put it back from a copy") -> dict[str, Any]:
+        """An object of this shape, whole if it is sealed. A StorageError names the remedy."""
+        return self._object(name, self.read(name), shape, remedy)
 
-    def read_json_lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
+    def read_json_lines(self, name: str, shape: type[BaseModel], remedy: str) -> list[dict[str, Any]]:
         """One a line; none where there is no such file."""
-        return self._objects(name, self.read(name).splitlines() if self.exists(name) else [], keys)
+        lines = self.read(name).splitlines() if self.exists(name) else []
+        return [self._object(f"line {n} of {name}", line, shape, remedy) for n, line in enumerate(lines, 1)]
 
     def exists(self, name: str) -> bool:
         with self._errors("look for", name):
@@ -182,15 +193,18 @@ class Storage:
             raise StorageError(f"{path} is a link that leads out of {self}: put the files themselves there")
         return path
 
-    def _objects(self, name: str, texts: list[bytes], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    def _object(self, name: str, content: bytes, shape: type[BaseModel], remedy: str) -> dict[str, Any]:
         try:
-            objects = [json.loads(text) for text in texts]
-            for item in objects:
-                operator.itemgetter(*keys)(item)
-        except (ValueError, LookupError, TypeError) as error:
-            fault = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise StorageError(f"{name} in {self} is damaged, or of another Tributary: {fault}") from error
-        return objects
+            shape.model_validate(value := from_json(content))
+            if SEAL in value and sealed({key: item for key, item in value.items() if key != SEAL}) != content:
+                raise ValueError("it is not as it was written, its sha256 differs")
+        except ValueError as error:
+            fault = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+            raise StorageError(f"{name} in {self} is damaged ({fault:.200}): {remedy}") from error
+        return {key: item for key, item in value.items() if key != SEAL}
 
     @contextlib.contextmanager
     def _errors(self, verb: str, name: str) -> Iterator[None]:
@@ -204,6 +218,27 @@ class Storage:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 reason = "no space left on it; free some and give the same command again"
             raise StorageError(f"cannot {verb} {name} in {self}: {reason}") from error
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """A JSON file with its own sha256 at the end, so that a changed one is known."""
+    finite = from_json(to_json(value, inf_nan_mode="null"))
+    seal = sha256(json.dumps(finite, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**finite, SEAL: seal}, indent=1) + "\n").encode()
+
+
+def _locked(folder: Path) -> int:
+    """A handle that locks a folder until it is closed. Raises a BlockingIOError where another one does. Network file
+    systems may lock no folders."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return handle
 
 
 def _require_within(name: str) -> None:

@@ -10,24 +10,24 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import re
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-import pyarrow as pa
-import pyarrow.parquet as pq
+from markupsafe import Markup
 from PIL import Image
 
 from learner.config import Config
 from records.passwords import without_passwords
-from records.run_folder import BEFORE, TRAJECTORIES, Records
-from records.storage import Storage, StorageError
+from records.run_folder import BEFORE, Records
+from records.storage import StorageError
+from records.words import PROMPT, printable, short
 from reports.diagrams import HEIGHT, WIDTH, Diagram, curves
 from reports.model_card import usage
 from reports.pictures import SHEET_IMAGES, tiles
@@ -38,7 +38,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"
 INTERVALS = 20  # are drawn at most, of evenly chosen evaluations
 LAST_EPOCHS, PROMPTS = 5, 6  # among whose trajectories the best and worst are looked for
 SIDE, QUALITY = 192, 88  # pixels at most, and JPEG quality, of a picture
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError)
 # Title, unit, and the metrics of metrics.jsonl with their labels.
 REWARD = {"reward_mean": "training rollouts, mean", "eval_reward_mean": "fixed images"}
 DIVERSITY = [
@@ -77,12 +77,10 @@ class Prompt:
 
 
 def render(records: Records, config: Config) -> bytes:
-    """The page, at any time of a run, of whatever is there. Raises a StorageError if a file that must be there cannot
-    be read, and what Python does if metrics or evaluations hold what they never should."""
-    facts, known, judgement = Facts(records, config), state(records.storage), None
-    with contextlib.suppress(StorageError):  # a damaged evaluation
-        judgement = figures(records.storage)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    """The page, at any time of a run, of whatever is there; `records.warn` hears of what is damaged and left out.
+    Raises a StorageError if a file that must be there cannot be read."""
+    facts, known = Facts(records, config), state(records)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     environment.filters |= {"number": number, "duration": duration, "clock": clock}
     page = environment.from_string(TEMPLATE).render(
         about=records.about,
@@ -95,13 +93,20 @@ def render(records: Records, config: Config) -> bytes:
         curves=_sections(facts),
         time_curve=curves("Seconds an epoch", "seconds", SECONDS, facts.trained),
         before_after=pairs(records, facts.evaluated),
-        extremes=extremes(records.storage),
-        figures=judgement,
+        extremes=extremes(records),
+        figures=figures(records),
         usage=usage(config, "peft" if config.prompts.path is None else "diffusers", config.model.path, known["lora"]),
         quote=shlex.quote,
         settings_file=_data_url("text/yaml", facts.settings().encode()),
     )
     return without_passwords(page).encode()
+
+
+def _shown(value: Any) -> Any:
+    """Texts of others, line by line; markup is our own."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(short(printable(line)) for line in value.split("\n"))
 
 
 def _sections(facts: Facts) -> dict[str, list[Diagram]]:
@@ -125,17 +130,17 @@ def _sections(facts: Facts) -> dict[str, list[Diagram]]:
     return {name: diagrams for name, diagrams in drawn.items() if diagrams}
 
 
-def extremes(storage: Storage) -> tuple[list[Prompt], int, int]:
+def extremes(records: Records) -> tuple[list[Prompt], int, int]:
     """Best, median and worst trajectory of each of the PROMPTS prompts with most trajectories in the last epochs, and
     the first and last of these epochs. Empty without thumbnails."""
-    columns, tables = ["prompt", "reward", "thumbnail_png"], {}
-    matches = (re.fullmatch(r"epoch-(\d+)\.parquet", name) for name in storage.entries(TRAJECTORIES))
-    for epoch, name in sorted((int(match[1]), match[0]) for match in matches if match)[-LAST_EPOCHS:]:
-        with contextlib.suppress(*UNREADABLE):
-            content = io.BytesIO(storage.read(f"{TRAJECTORIES}/{name}"))  # refuses links that lead out of the run
-            table = pq.read_table(content, columns=columns).to_pandas(ignore_metadata=True)[columns]
+    tables = {}
+    for epoch in [line["epoch"] for line in records.lines if line["epoch"] != BEFORE][-LAST_EPOCHS:]:
+        try:
+            table = records.trajectories(epoch, "prompt", "reward", "thumbnail_png").to_pandas(ignore_metadata=True)
             if len(good := table[np.isfinite(table["reward"].astype(float))]):
                 tables[epoch + 1] = good
+        except StorageError as error:
+            records.warn(f"{error}; its pictures are left out")
     groups = pd.concat(tables.values()).groupby("prompt", sort=False) if tables else ()
     prompts = []
     for text, rows in sorted(groups, key=lambda group: -len(group[1]))[:PROMPTS]:  # of equal ones those met first
@@ -147,7 +152,7 @@ def extremes(storage: Storage) -> tuple[list[Prompt], int, int]:
         for label, reward, content in zip(labels, chosen["reward"], chosen["thumbnail_png"], strict=True):
             with contextlib.suppress(*UNREADABLE), Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
                 shown.append(Picture(label, _jpeg(picture), reward))
-        prompts += [Prompt(text, [shown], count)] if shown else []
+        prompts += [Prompt(short(text, PROMPT), [shown], count)] if shown else []
     return prompts, min(tables, default=0), max(tables, default=0)
 
 
@@ -158,18 +163,21 @@ def pairs(records: Records, evaluated: Sequence[int]) -> list[Prompt]:
     columns: list[list[Picture]] = []
     for epoch in [epoch for epoch in reversed(evaluated) if epoch in (BEFORE, evaluated[-1])]:
         label = "before" if epoch == BEFORE else f"after epoch {epoch + 1}"
-        with contextlib.suppress(*UNREADABLE):
+        try:
             table = records.evaluation(epoch)
-            with Image.open(io.BytesIO(records.evaluation_file(epoch, "png"))) as sheet:
+            with Image.open(io.BytesIO(records.sheet(epoch))) as sheet:
                 cut = tiles(sheet, len(table["prompt"][:SHEET_IMAGES]))
-            shown = [Picture(label, _jpeg(tile), reward) for tile, reward in zip(cut, table["reward"], strict=False)]
-            prompts = prompts or table["prompt"][: len(shown)]
-            if table["prompt"][: len(shown)] == prompts:  # else they are no pairs
-                columns.insert(0, shown)
+        except StorageError as error:
+            records.warn(f"{error}; its pictures are left out")
+            continue
+        shown = [Picture(label, _jpeg(tile), reward) for tile, reward in zip(cut, table["reward"], strict=False)]
+        prompts = prompts or table["prompt"][: len(shown)]
+        if table["prompt"][: len(shown)] == prompts:  # else they are no pairs
+            columns.insert(0, shown)
     groups: dict[str, list[list[Picture]]] = {}
     for prompt, *row in zip(prompts, *columns, strict=True):
         groups.setdefault(prompt, []).append(row)
-    return [Prompt(text, rows) for text, rows in groups.items()]
+    return [Prompt(short(text, PROMPT), rows) for text, rows in groups.items()]
 
 
 def _jpeg(picture: Image.Image) -> str:
@@ -180,6 +188,6 @@ def _jpeg(picture: Image.Image) -> str:
     return _data_url("image/jpeg", file.getvalue())
 
 
-def _data_url(kind: str, content: bytes) -> str:
+def _data_url(kind: str, content: bytes) -> Markup:
     """A file within the page."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return Markup(f"data:{kind};base64,{base64.b64encode(content).decode()}")

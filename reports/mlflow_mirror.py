@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -23,6 +23,7 @@ from PIL import Image
 from learner.config import resolve, saved_config
 from records import checkpoint
 from records.checkpoint import CheckpointError
+from records.facts import Warn
 from records.passwords import without_passwords
 from records.run_folder import BEFORE, CONFIG, Records
 from records.storage import Storage, StorageError
@@ -64,8 +65,9 @@ def require_own_place(server: str, place: str) -> None:
 
 
 class Mirror:
-    def __init__(self, storage: Storage, uri: str, experiment: str) -> None:
-        self.storage, self.uri, self.experiment = storage, uri, experiment
+    def __init__(self, storage: Storage, uri: str, experiment: str, warn: Warn = lambda text: None) -> None:
+        """`warn` hears of damaged files, which are recovered or left out."""
+        self.storage, self.uri, self.experiment, self._warn = storage, uri, experiment, warn
         self._local = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
         if self._local:
             self._local.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ class Mirror:
     def connect(self) -> str:
         """The MLflow run of this run, found by its tag or made; its parameters, tags and parent; and what is there of
         it. To be called again after a failure, when what was sent last may be there or not. Returns its id."""
-        records = Records.open(self.storage)
+        records = Records.open(self.storage, self._warn)
         about, config = records.about, saved_config(records)
         try:
             with mlflow_database.opened(self.uri):
@@ -139,8 +141,8 @@ class Mirror:
 
     def sync(self) -> None:
         """Send what the server lacks of the closed epochs: metrics and pictures."""
-        records = Records.open(self.storage)
-        newest = self._newest(records)
+        records = Records.open(self.storage, self._warn)
+        newest = checkpoint.newest(self.storage, records.run_id)
         done = newest["next_epoch"] if newest else BEFORE
         for line in records.lines:
             if line["epoch"] < done and line["epoch"] + 1 not in self._logged:
@@ -148,25 +150,25 @@ class Mirror:
                 self._logged.add(line["epoch"] + 1)
         for epoch in records.evaluated():
             if epoch < done:
-                self._send_picture(
-                    "evaluation/samples", records.evaluation_file(epoch, "png"), epoch + 1, _time(records, epoch + 1)
-                )
+                with _left_out(records):
+                    sheet = records.sheet(epoch)
+                    self._send_picture("evaluation/samples", sheet, epoch + 1, _time(records, epoch + 1))
 
     def finish(self, status: str) -> None:
         """Send all of the run but its model, and close the MLflow run with FINISHED, FAILED or KILLED. Raises a
         StorageError if the run is finished, but not all of its epochs could be read."""
         self.sync()
-        records = Records.open(self.storage)
+        records = Records.open(self.storage, self._warn)
         config = saved_config(records)
         if status == "FINISHED" and any(line["epoch"] + 1 not in self._logged for line in records.lines):
-            raise StorageError(f"not every epoch of {self.storage} could be read")
+            raise StorageError(f"checkpoints in {self.storage} are missing or damaged: put them back from a copy")
         if epochs := [epoch for epoch in records.evaluated() if epoch + 1 in self._logged]:
             table = self._table(records, epochs).to_json(orient="split", index=False)  # as log_table, which only adds
             self.client.log_text(self.run_id, table, TABLE)
         self._send_judgements(records)
         self.client.log_text(self.run_id, summary.Facts(records, config).settings(), CONFIG)
         if self.storage.exists(html.FILE):
-            self.client.log_text(self.run_id, self.storage.read(html.FILE).decode(), html.FILE)
+            self.client.log_text(self.run_id, self.storage.read(html.FILE).decode(errors="replace"), html.FILE)
         self._join_group(config.mlflow.group)  # again: an older run may have turned up
         ended = int(records.lines[-1]["time"] * 1000) if records.lines else None
         self.client.set_terminated(self.run_id, status, ended)
@@ -174,8 +176,8 @@ class Mirror:
     def send_model(self, registered_model: str | None) -> str | None:
         """The newest checkpoint's LoRA as a logged model and, given a name, as a version of that registered model.
         Returns why there is none, if so. Raises a CheckpointError if the LoRA cannot be read, or is not as written."""
-        records = Records.open(self.storage)
-        manifest = self._newest(records)
+        records = Records.open(self.storage, self._warn)
+        manifest = checkpoint.newest(self.storage, records.run_id)
         if manifest is None or DIFFUSERS not in manifest["files"]:
             return "no checkpoint is whole" if manifest is None else "diffusers loads no LoRA for a model without text"
         files = checkpoint.load(self.storage, manifest["step"], records.run_id).files
@@ -204,13 +206,6 @@ class Mirror:
                 mlflow.register_model(source, registered_model)
         finally:
             mlflow.set_tracking_uri(previous)  # type: ignore[arg-type]  # None: none
-        return None
-
-    def _newest(self, records: Records) -> dict[str, Any] | None:
-        """Manifest of the newest whole checkpoint; a torn one, or one just being pruned, has none."""
-        for step in reversed(checkpoint.steps(self.storage)):
-            with contextlib.suppress(CheckpointError):
-                return checkpoint.manifest(self.storage, step, records.run_id)
         return None
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
@@ -253,33 +248,43 @@ class Mirror:
         """The fixed images after each epoch; in the column of a part or held-out reward, its own raw reward."""
         tables = []
         for epoch in epochs:
-            table = records.evaluation(epoch)
-            columns = {key: table[key] for key in ("prompt", "reward")}  # second: MLflow's page compares runs by it
-            columns |= table.get("reward_parts", {})
-            columns |= {f"held out: {label}": values for label, values in table.get("held_out", {}).items()}
-            tables.append(pd.DataFrame({**columns, "image": range(len(table["prompt"])), "epoch": epoch + 1}))
-        return pd.concat(tables, ignore_index=True)
+            with _left_out(records):
+                table = records.evaluation(epoch)
+                columns = {key: table[key] for key in ("prompt", "reward")}  # second: MLflow's page compares by it
+                columns |= table.get("reward_parts", {})
+                columns |= {f"held out: {label}": values for label, values in table.get("held_out", {}).items()}
+                tables.append(pd.DataFrame({**columns, "image": range(len(table["prompt"])), "epoch": epoch + 1}))
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def _send_judgements(self, records: Records) -> None:
         """Figures and pictures that commands/evaluate.py left: judged/NAME the value, judged/NAME_base and
         judged/NAME_floor beside it. MLflow takes no metric back: those of an epoch's first judgement stay."""
         judged = {entry.step for entry in self.client.get_metric_history(self.run_id, f"judged/{SENTINEL}")}
         for place in summary.judgements(self.storage).values():
-            try:
-                tree = json.loads(self.storage.read(place))
-                step, time = int(tree["epochs_done"]), _time(records, int(tree["epochs_done"]))
-                metrics = [  # their names may have few characters
-                    Metric(re.sub(r"[^\w\-. :/]", "_", f"judged/{row['key']}{end}"), float(row[key]), time, step)
-                    for row in summary.rows(tree)
-                    for key, end in (("value", ""), ("base", "_base"), ("floor", "_floor"))
-                    if row[key] is not None
-                ]
-            except (ValueError, KeyError, TypeError, AttributeError):  # not of a run's epoch, or not ours
+            tree = summary.judgement_in(records, place)
+            if tree is None or (step := tree.get("epochs_done")) is None:  # not of a run's epoch
                 continue
+            time = _time(records, step)
+            metrics = [  # their names may have few characters
+                Metric(re.sub(r"[^\w\-. :/]", "_", f"judged/{row['key']}{end}"), float(row[key]), time, step)
+                for row in summary.rows(tree)
+                for key, end in (("value", ""), ("base", "_base"), ("floor", "_floor"))
+                if row[key] is not None
+            ]
             if self.storage.exists(picture := place.replace(".json", ".png")):
-                self._send_picture("judged/base_and_tuned", self.storage.read(picture), step, time)
+                with _left_out(records):
+                    self._send_picture("judged/base_and_tuned", records.picture(picture), step, time)
             if step not in judged:
                 self.client.log_batch(self.run_id, [*metrics, Metric(f"judged/{SENTINEL}", step, time, step)])
+
+
+@contextlib.contextmanager
+def _left_out(records: Records) -> Iterator[None]:
+    """What is damaged is warned of."""
+    try:
+        yield
+    except StorageError as error:
+        records.warn(f"{error}; it is left out")
 
 
 def _time(records: Records, step: int) -> int:

@@ -6,18 +6,18 @@ It is made to be published: of paths on this machine only the last part is told.
 from __future__ import annotations
 
 import contextlib
-import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
 import yaml
 
 from learner.config import Config, resolve
-from records.run_folder import TRAJECTORIES
+from records.storage import StorageError
+from records.words import PROMPT, printable, short
 
 if TYPE_CHECKING:  # torch comes with them
     from diffusion.lora_files import AdapterFile
@@ -96,18 +96,18 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
     scheduler, settings = ("DPMSolverMultistepScheduler", DPM_SOLVER) if solver else ("DDIMScheduler", DDIM)
     pipeline = "StableDiffusionPipeline" if text else "DDIMPipeline"
     imports = [f"from diffusers import {pipeline}"]
-    load = [f'pipe = {pipeline}.from_pretrained("{place if form == "fused" else base}")']
+    load = [f"pipe = {pipeline}.from_pretrained({json.dumps(place if form == 'fused' else base)})"]
     if form != "fused":
         imports = [f"from diffusers import {', '.join(sorted([pipeline, scheduler]))}"]
         arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         load.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {arguments})")
     if form == "peft":
         imports.append("from peft import PeftModel")
-        load.append(f'pipe.unet = PeftModel.from_pretrained(pipe.unet, "{place}").merge_and_unload()')
+        load.append(f"pipe.unet = PeftModel.from_pretrained(pipe.unet, {json.dumps(place)}).merge_and_unload()")
     elif form != "fused":
         name = f', weight_name="{KOHYA_FILE}"' if form == "kohya" else ""
         load.append("# Its warning of the text encoder is right: only the U-Net is trained.")
-        load.append(f'pipe.load_lora_weights("{place}"{name})')
+        load.append(f"pipe.load_lora_weights({json.dumps(place)}{name})")
     how = f"num_inference_steps={sampler.steps}, " + ("" if solver else f"eta={sampler.eta!r}, ")
     how = f'"a prompt", {how}guidance_scale={sampler.guidance!r}' if text else f"{how}batch_size=1"
     return "\n".join([*imports, "", *load, f'pipe({how}).images[0].save("image.png")'])
@@ -135,23 +135,24 @@ def card(
     page = ModelCard.from_template(
         front, template_path=str(TEMPLATE), plain=plain, public=public, trained=trained, form=form, adapter=adapter,
         base=base, sheets=sheets, about=about, generation=generation, usage=usage(config, form, base.name),
-        prompts=_prompts(trained), figures=figures(records.storage, trained.step),
-        facts=Facts(records, config, trained.epochs),
+        prompts=_prompts(trained), figures=figures(records, trained.step), facts=Facts(records, config, trained.epochs),
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(page)).rstrip() + "\n"
 
 
 def _prompts(trained: Trained) -> list[str]:
     """Examples, out of the records: the file may be elsewhere, or another by now."""
-    storage = trained.records.storage
-    names = [name for name in storage.entries(TRAJECTORIES) if name < f"epoch-{trained.epochs:06d}"]
-    if not names or trained.config.prompts.path is None:
+    if not trained.epochs or trained.config.prompts.path is None:
         return []
-    table = pq.read_table(io.BytesIO(storage.read(f"{TRAJECTORIES}/{names[-1]}")), columns=["prompt"])
-    return list(dict.fromkeys(table["prompt"].to_pylist()))[:PROMPTS]
+    try:
+        table = trained.records.trajectories(trained.epochs - 1, "prompt")
+    except StorageError as error:
+        trained.records.warn(f"{error}; the card names no prompts")
+        return []
+    return [short(text or "", PROMPT) for text in dict.fromkeys(table["prompt"].to_pylist())][:PROMPTS]
 
 
 def plain(text: str) -> str:
     """In one line, without control characters, and no end of a code span or of a table's cell."""
-    shown = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+    shown = " ".join(printable(short(text)).split())
     return shown.replace("`", "'").replace("|", "\\|")

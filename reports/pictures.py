@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion.trajectory import Scores
+from records.words import short
 
 SHEET_COLUMNS, SHEET_IMAGES = 8, 32
 GAP, LINE, CAPTION_LINES = 8, 12, 3  # pixels between pictures, pixels a caption line, lines
@@ -57,7 +58,7 @@ def _sheet(groups: Sequence[Sequence[Image.Image]], captions: Sequence[str], col
     width, height = count * (side + THIN) - THIN + GAP, side + GAP + CAPTION_LINES * LINE
     sheet = Image.new("RGB", (columns * width, max(1, -(-len(groups) // columns)) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (group, text) in enumerate(zip(groups, captions, strict=True)):
+    for i, (group, text) in enumerate(zip(groups, map(short, captions), strict=True)):
         x, y = (i % columns) * width + GAP // 2, (i // columns) * height + GAP // 2
         for place, picture in enumerate(group):
             sheet.paste(picture.convert("RGB").resize((side, side)), (x + place * (side + THIN), y))
@@ -97,7 +98,7 @@ def comparison(prompts: Sequence[str], pictures: Sequence[tuple[np.ndarray, ...]
 
 def _text(text: str, width: int, size: int, colour: str, lines: int) -> Image.Image:
     """A strip of at most that many lines, as long as `width` pixels allow, with a space beneath."""
-    font, height, wrapped = _font(size), round(size * 1.35), list[str]()
+    text, font, height, wrapped = short(text), _font(size), round(size * 1.35), list[str]()
     for letters in range(max(SHORTEST, int(4 * width / size)), SHORTEST - 1, -1):
         wrapped = textwrap.wrap(text, letters, max_lines=lines, placeholder=" ...")
         if all(font.getlength(line) <= width for line in wrapped):

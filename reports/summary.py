@@ -3,8 +3,6 @@ terminal, for somebody who sees a run for the first time: what changed, by more 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import re
@@ -26,7 +24,9 @@ from learner.protocol.quarantine import FOLDER as QUARANTINE
 from records.heartbeat import look
 from records.passwords import without_passwords
 from records.run_folder import BEFORE, EVALUATION, Records
+from records.shapes import Judgement, SetAside
 from records.storage import Storage, StorageError
+from records.words import PROMPT, short
 
 Line = dict[str, Any]  # of metrics.jsonl
 SHOWN = 8  # reasons and events in the page
@@ -79,6 +79,9 @@ class Facts:
         self.lines = [line for line in records.lines if line["epoch"] < epochs]
         self.trained = [line for line in self.lines if line["epoch"] != BEFORE]
         self.evaluated = [epoch for epoch in records.evaluated() if epoch < epochs]
+        judged = {line["epoch"] for line in self.lines if line.get("eval_reward_mean") is not None}
+        if gone := judged - {*self.evaluated}:
+            records.warn(f"{EVALUATION}/ in {records.storage} lacks {len(gone)} of {len(judged)} evaluations: left out")
         self.towards = target(config.objective)  # a formula in words
         keys = "seconds", "trajectories", "lost_trajectories", "quarantined"  # in the lines
         self.seconds, self.trajectories, self.lost, self.set_aside = (
@@ -95,6 +98,8 @@ class Facts:
         if epoch in (None, BEFORE) or BEFORE not in self.evaluated:
             return {}
         before, after = (self.records.evaluation(number) for number in (BEFORE, epoch))
+        if before["prompt"] != after["prompt"]:
+            raise StorageError(f"{EVALUATION}/ in {self.records.storage} has other prompts before and after training")
         pairs = {"": (before["reward"], after["reward"])}
         labels = (label for label in before.get("held_out", {}) if label in after.get("held_out", {}))
         pairs |= {label: (before["held_out"][label], after["held_out"][label]) for label in labels}
@@ -138,9 +143,11 @@ class Facts:
         names = [name for name in self.records.storage.entries(QUARANTINE) if name.endswith(".json")]
         reasons = []
         for name in names[:SHOWN]:
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                bad = json.loads(self.records.storage.read(f"{QUARANTINE}/{name}"))
-                reasons.append((bad["epoch"] + 1, bad["trajectory_id"], str(bad["prompt"]), str(bad["reason"])))
+            try:
+                bad = self.records.storage.read_json(f"{QUARANTINE}/{name}", SetAside)
+                reasons.append((bad["epoch"] + 1, bad["trajectory_id"], short(bad["prompt"], PROMPT), bad["reason"]))
+            except StorageError as error:
+                self.records.warn(str(error))
         return reasons, len(names) - len(reasons)
 
     def settings(self) -> str:
@@ -149,12 +156,9 @@ class Facts:
         return without_passwords(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10**6))
 
 
-def state(storage: Storage) -> dict[str, Any]:
+def state(records: Records) -> dict[str, Any]:
     """All that records/heartbeat.py knows of the run, and `in_words` what state it is in."""
-    try:
-        known = look(storage, time.time())
-    except (StorageError, AttributeError, LookupError, TypeError, ValueError):  # its view is damaged, the records not
-        known = {"state": "unknown", "lora": None}
+    known = look(records.storage, time.time(), records.warn)
     return {**known, "in_words": STATES.get(known["state"], known["state"])}
 
 
@@ -164,16 +168,21 @@ def judgements(storage: Storage) -> dict[int, str]:
     return {step: f"{EVALUATION}/{name}" for step, name in sorted((int(name[5:-5]), name) for name in names)}
 
 
-def figures(storage: Storage, until: float = math.inf) -> tuple[int, list[dict[str, Any]]] | None:
-    """(policy updates, `rows`) of the newest judgement, until step `until`. Raises a StorageError if it is damaged."""
-    steps = [(step, place) for step, place in judgements(storage).items() if step <= until]
-    if not steps:
-        return None
-    step, place = steps[-1]
+def figures(records: Records, until: float = math.inf) -> tuple[int, list[dict[str, Any]]] | None:
+    """(policy updates, `rows`) of the newest judgement that is whole, until step `until`."""
+    for step, place in reversed(judgements(records.storage).items()):
+        if step <= until and (judgement := judgement_in(records, place)):
+            return step, rows(judgement)
+    return None
+
+
+def judgement_in(records: Records, place: str) -> dict[str, Any] | None:
+    """What commands/evaluate.py left there; None, and a warning, where that is damaged."""
     try:
-        return step, rows(json.loads(storage.read(place)))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise StorageError(f"{place} in {storage} is damaged ({error}): remove it, or evaluate again") from error
+        return records.storage.read_json(place, Judgement, "it is left out; evaluate again, or remove it")
+    except StorageError as error:
+        records.warn(str(error))
+        return None
 
 
 def rows(judgement: dict[str, Any]) -> list[dict[str, Any]]:
@@ -257,8 +266,9 @@ def next_commands(records: Records, config: Config) -> list[str]:
         images = f" --images {-(-IMAGES // chunk) * chunk}"  # whole chunks
     if config.prompts.path is not None:
         evaluated = records.evaluated()
-        first = records.evaluation(evaluated[-1])["prompt"][0] if evaluated else "what to draw"
-        prompt = f" --prompt {shlex.quote(first)}"
+        drawn = records.evaluation(evaluated[-1])["prompt"] if evaluated else []
+        fit = (text for text in drawn if text.isprintable() and len(text) <= PROMPT)
+        prompt = f" --prompt {shlex.quote(next(fit, 'what to draw'))}"
     return [
         "next:",
         f"  {python} -m learner.evaluate {run}{images}{own}   # beside what noise alone would do",

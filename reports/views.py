@@ -12,6 +12,7 @@ from learner.protocol.runner import Vitals
 from records import checkpoint
 from records.heartbeat import Heartbeat
 from records.run_folder import BEFORE, Records
+from records.words import printable, short
 from reports import html, summary
 from reports.progress import Bar
 from reports.tracking import Tracker, tracking_uri
@@ -39,11 +40,11 @@ class RunViews:
         self._heartbeat = self._try("status.json", lambda: Heartbeat(storage, config.train.epochs, uri, quiet))
 
     def say(self, text: str) -> None:
-        self._bar.around(self._say, text)
+        self._bar.around(self._say, "\n".join(short(printable(line)) for line in text.split("\n")))
 
     def event(self, text: str) -> None:
         self.say(text)
-        self._beat(lambda heartbeat: heartbeat.event(text))
+        self._beat(lambda heartbeat: heartbeat.event(short(text)))
 
     def running(self, vitals: Callable[[], Vitals]) -> None:
         turns = self._config.run.runner == "ray"
@@ -70,8 +71,8 @@ class RunViews:
         evaluated = records.evaluated()
 
         def save_pictures() -> str:
-            storage.write("before.png", records.evaluation_file(BEFORE, "png"))
-            storage.write("after.png", records.evaluation_file(evaluated[-1], "png"))
+            storage.write("before.png", records.sheet(BEFORE))
+            storage.write("after.png", records.sheet(evaluated[-1]))
             return f"pictures: {storage}/before.png, {storage}/after.png"
 
         pictures = len(evaluated) > 1 and self._try("pictures", save_pictures)

@@ -77,9 +77,9 @@ def as_arguments(settings: Mapping[str, Any]) -> str:
 
 
 def saved_config(records: "Records") -> Config:
-    """The settings of a run. Raises a ConfigError where they are of another version, or damaged."""
+    """The settings of a run. Raises a ConfigError where they are of another version, or damaged; a StorageError."""
     place = f"{records.storage}/config.yaml"
-    tree = _parse(records.storage.read("config.yaml"), f"run.dir: {place} is damaged")
+    tree = _parse(records.settings(), f"run.dir: {place} is damaged")
     mlflow = tree.get("mlflow")  # of a run of an older Tributary it may hold a password
     if isinstance(mlflow, dict) and isinstance(mlflow.get("uri"), str):
         mlflow["uri"] = without_passwords(mlflow["uri"])
@@ -99,7 +99,7 @@ def _parse(content: bytes, fault: str) -> dict[str, Any]:
     """Raises a ConfigError: `fault`, and why: no YAML, or no sections of keys."""
     try:
         tree = yaml.safe_load(content) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{fault}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{fault}: it holds {type(tree).__name__}, expected sections of keys")
@@ -137,7 +137,7 @@ def _describe(item: Any) -> str:
     if item["type"] == "model_type":
         return f"{key}: expected a section of keys, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
-        return f"{key}: {item['msg']}, got {item['input']!r}"
+        return f"{key}: {item['msg']}, got {item['input']!r:.200}"
     kind, known = ("key", [*known_keys()]) if "." in key else ("section", [*section_types()])
     same_leaf = [other for other in known_keys() if other.split(".")[1] == key.split(".")[-1]]
     close = difflib.get_close_matches(key, known, 1, 0.5) or same_leaf

@@ -22,6 +22,9 @@ FREE = (
     "mlflow.group", "mlflow.registered_model",
 )  # fmt: skip
 
+# What may be lower in a run that ended with a gradient that is not finite: it is told to.
+LOWERED = ("learner.learning_rate", "flow.learning_rate", "objective.beta")
+
 
 class Config(Section):
     config_version: int = key(CONFIG_VERSION, "version of these keys; set only by the program")

@@ -14,6 +14,8 @@ from commands.compare import main, pareto, require_alike, table
 from commands.evaluate import Judged
 from evaluation.adapters import find, split
 from learner.inprocess import InProcessPools
+from records.run_folder import Records
+from records.storage import Storage
 
 SMALL = ("run.runner=inprocess", "--images", "8")
 
@@ -24,8 +26,7 @@ def runs(finished_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("late", "early"):
         shutil.copytree(finished_run, folder / name, symlinks=True)
-        about = json.loads((folder / name / "run.json").read_text()) | {"name": name}
-        (folder / name / "run.json").write_text(json.dumps(about))
+        Records.open(Storage(str(folder / name))).note(name=name)
     shutil.rmtree(folder / "early/checkpoints/step-000002")
     return folder
 
@@ -66,12 +67,12 @@ def test_what_was_not_judged_alike_is_refused(key, value, remedy, runs, run, tmp
     section, leaf = key.split(".")
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree[section][leaf] = yaml.safe_load(value)
-    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    Records.open(Storage(str(run))).save_settings(yaml.safe_dump(tree).encode())
     said = refused("compare", runs / "late", run, *SMALL, "--out", tmp_path / "out")
     words = ("give --prompts FILE for all",) if section == "prompts" else (f"{key}: ", f"give {key}=... for all")
     assert all(word in said for word in words) and not (tmp_path / "out").exists()
     args = evaluate.parser("compare", "").parse_intermixed_args([str(runs / "late"), str(run), *SMALL, remedy])
-    require_alike(find(*split(args.names), args))
+    require_alike(find(*split(args.names), args, print))
 
 
 def judged(name, reward, cost=True) -> Judged:

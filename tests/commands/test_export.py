@@ -21,6 +21,7 @@ from diffusion.trajectory import Chunk
 from evaluation.adapters import open_trained
 from evaluation.metrics import paired_interval
 from records import checkpoint
+from records.run_folder import Records
 from records.storage import Storage
 from reports import model_card
 
@@ -208,7 +209,8 @@ def test_what_cannot_be_exported(run, tmp_path, monkeypatch, refused):
         assert "/gone" in refused("export", run, "--format", "fused") and not (run / "export").exists()
     assert "use --format diffusers, kohya or fused" in refused("export", run, "--format", "peft")
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(re.sub(r"(\n  path: )/\S+", r"\1/gone/model", text, count=1))
+    elsewhere = re.sub(r"(\n  path: )/\S+", r"\1/gone/model", text, count=1)
+    Records.open(Storage(str(run))).save_settings(elsewhere.encode())
     assert "no such folder: /gone/model" in refused("export", run, "--format", "fused")
     assert export.main([str(run), "--format", "kohya", "--out", str(tmp_path / "out")]) == 0  # it needs no base model
     _, page = front_and_page(tmp_path / "out")
@@ -226,13 +228,14 @@ def test_what_cannot_be_exported(run, tmp_path, monkeypatch, refused):
 
 def test_a_run_that_somebody_sent_is_read_and_not_obeyed(run, tmp_path, refused):
     """Its words are words, a file of another kind is one line, and no link or name leads out of it."""
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"name": "a\n---\nlicense: mit\n# `b` | {{ 7 * 7 }}\x1b[2J"}))
+    Records.open(Storage(str(run))).note(name="a\n---\nlicense: mit\n# `b` | {{ 7 * 7 }}\x1b[2J")
     assert export.main([str(run), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
     front, page = front_and_page(tmp_path / "out")
-    assert front["license"] == "other" and "# a --- license: mit # 'b' \\| {{ 7 * 7 }}[2J" in page
+    assert front["license"] == "other" and "# a --- license: mit # 'b' \\| {{ 7 * 7 }} [2J" in page
+    whole = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_text('{"epoch": 0, "trajectories": "many"}\n')
-    assert "its files are damaged" in refused("export", run, "--format", "kohya")
+    assert "line 1 of metrics.jsonl" in refused("export", run, "--format", "kohya")
+    (run / "metrics.jsonl").write_bytes(whole)
     checkpoint_folder = run / "checkpoints/step-000002"
     checkpoint_folder.rename(tmp_path / "outside")
     checkpoint_folder.symlink_to(tmp_path / "outside")

@@ -18,23 +18,28 @@ from learner.protocol.runner import Vitals
 from learner.run import main
 from records import heartbeat
 from records.heartbeat import Heartbeat
+from records.shapes import Beat
 from records.storage import Storage, StorageError
 
 VITALS = Vitals(
     3, 2, (0.5, 1), {"sampler": 2, "scorer": 1, "learner": 1}, {"sampler": 5, "scorer": 0}, {"sampler": 2, "scorer": 1}
 )
+ABOUT = {
+    "format": 5, "run_id": "abc", "name": "mine", "created": 0, "finished": False, "config_digest": "",
+    "prompts_sha256": "", "mlflow_run_id": "f00",
+}  # fmt: skip
 
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request, tmp_path):
     """Of a run that has done 3 of 10 epochs, 8 s each."""
     storage = Storage(str(tmp_path / "mine") if request.param == "local" else f"memory://{tmp_path}/mine")
-    about = {"run_id": "abc", "name": "mine", "finished": False, "mlflow_run_id": "f00"}
-    storage.write("run.json", json.dumps(about).encode())
+    storage.write_json("run.json", ABOUT)
     line = {"epoch": -1, "step": 0, "policy_version": 0, "loss": None, "reward_mean": None, "eval_reward_mean": 0.25}
-    lines = [line | {"seconds": 0.0}]
+    lines = [line | {"seconds": 0.0, "time": 0, "trajectories": 0, "updates": []}]
     for n in range(3):
         line = {"epoch": n, "step": 2 * n + 2, "policy_version": n + 1, "seconds": 8.0, "loss": 0.5, "updates": [{}]}
+        line |= {"time": n, "trajectories": 8, "eval_reward_mean": None}
         lines.append(line | {"reward_mean": 0.1 * n + 0.5, "lost_trajectories": 4 * n})
     storage.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     storage.write_folder("checkpoints/step-000006", {"state.json": b"{}"})
@@ -114,8 +119,8 @@ def test_a_process_of_this_machine_that_is_gone_is_known_at_once(storage):
         pass
     beating(storage)
     for host, state in ((socket.gethostname(), "gone"), ("another", "running")):
-        facts = json.loads(storage.read(heartbeat.FILE)) | {"process": process.pid, "host": host}
-        storage.write(heartbeat.FILE, json.dumps(facts).encode())
+        beat = storage.read_json(heartbeat.FILE, Beat) | {"process": process.pid, "host": host}
+        storage.write_json(heartbeat.FILE, beat)
         found = look(storage)
         assert found["state"] == state and ("the same command goes on" in text_of(found)) == (state == "gone")
 
@@ -128,7 +133,7 @@ def test_how_it_ended(storage):
         found, said = look(storage, 10_000), f"{state} 2 h 47 min ago{words}"
         assert found["state"] == state and found["actors"] is None and said in text_of(found)
     beating(storage)  # a driver that had no time to say so
-    storage.write("run.json", json.dumps({"name": "mine", "finished": True}).encode())
+    storage.write_json("run.json", ABOUT | {"finished": True})
     assert look(storage, 10_000)["state"] == "finished"
 
 
@@ -162,11 +167,10 @@ def test_a_full_disk_is_no_reason_to_stop(storage, monkeypatch, at_once):
     ("name", "content"),
     [
         ("run.json", b"{"), ("run.json", b"[]"), ("metrics.jsonl", b"{}\n{"), ("metrics.jsonl", b"{}\n"),
-        ("status.json", b'{"state'), ("status.json", b'{"state": "running"}'), ("status.json", b"3"),
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_named(tmp_path, refused, name, content):
-    (tmp_path / "run.json").write_text('{"name": "mine", "finished": false}')
+    Storage(str(tmp_path)).write_json("run.json", ABOUT)
     (tmp_path / name).write_bytes(content)
     said = refused("status", tmp_path)
     assert str(tmp_path) in said and name in said

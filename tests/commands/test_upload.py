@@ -107,26 +107,27 @@ def test_upload_passes_over_a_torn_checkpoint(run, capsys):
     assert f"MLflow at {uri} has everything" in capsys.readouterr().out
     (run / "checkpoints/step-000002/state.json").unlink()
     assert upload.main([str(run)]) == 1
-    assert "not every epoch" in capsys.readouterr().err
+    assert f"checkpoints in {run} are missing or damaged" in capsys.readouterr().err
 
 
 def test_nothing_is_sent_to_a_server_that_only_the_run_names(run, monkeypatch, capsys):
     """Whatever is to be sent: a password, a token, or the run. The command's, then the environment's, win over it."""
     config, server = run / "config.yaml", "http://127.0.0.1:9"
     for theirs in (server, "postgresql://127.0.0.1:9/mlflow", f"sqlite:///{run.parent}/theirs.db"):
-        config.write_text(re.sub("uri: .*", f"uri: {theirs}", config.read_text()))
+        Records.open(Storage(str(run))).save_settings(re.sub("uri: .*", f"uri: {theirs}", config.read_text()).encode())
         assert upload.main([str(run)]) == 2
         assert f"only the run's own settings name its server {theirs}: if it is yours" in capsys.readouterr().err
     assert not (run.parent / "theirs.db").exists()
     asked = []
-    monkeypatch.setattr("reports.mlflow_mirror.Mirror", lambda storage, uri, experiment: asked.append(uri))
+    monkeypatch.setattr("reports.mlflow_mirror.Mirror", lambda storage, uri, experiment, warn: asked.append(uri))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mine")
     assert upload.main([str(run)]) == upload.main([str(run), "--uri", server]) == 1 and asked == ["http://mine", server]
 
 
 def test_an_older_runs_password_is_read_by_nobody(run, capsys):
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("uri: null", "uri: https://me:open-sesame@127.0.0.1:9/x"))
+    written = config.read_text().replace("uri: null", "uri: https://me:open-sesame@127.0.0.1:9/x")
+    Records.open(Storage(str(run))).save_settings(written.encode())
     assert saved_config(Records.open(Storage(str(run)))).mlflow.uri == "https://127.0.0.1:9/x"
     assert upload.main([str(run)]) == 2 and "open-sesame" not in capsys.readouterr().err
 

@@ -241,6 +241,12 @@ KOHYA, DAMAGED = {"name": lora.KOHYA_FILE}, {"metadata": {lora_files.METADATA_KE
         (dict, {"r": 7}, "has ranks [2, 7]"),
         (dict, {"lora_alpha": None}, "its settings, or adapter_config.json, are damaged"),
         (dict, DAMAGED, "are damaged"),
+        (dict, {"metadata": {lora.METADATA_KEY: "[" * 10**6}}, "are damaged"),
+        (dict, {"r": float("inf")}, "are damaged"),
+        (dict, {"lora_alpha": float("inf")}, "alpha (inf) are beyond what half precision holds, 65504: no picture"),
+        (lambda t: with_first(t, lambda x: x.fill_(1e38)), {}, "are beyond what half precision holds"),
+        (lambda t: {name: torch.full_like(x, 1e4) for name, x in t.items()}, {}, "are beyond what half"),
+        (lambda t: with_first(t, lambda _: torch.tensor(1e30), ".alpha"), KOHYA, "alphas [0.3, 1e+30]"),
     ],
 )
 def test_loras_that_would_draw_something_else(changed, change, settings, message):

@@ -15,8 +15,9 @@ from learner.inprocess import InProcessRunner
 from learner.open_run import open_run
 from learner.prompts import evaluation_prompts, training_prompts
 from learner.run import main
+from learner.update import NonFiniteGradient
 from records import checkpoint
-from records.heartbeat import Heartbeat
+from records.heartbeat import Heartbeat, look
 from records.run_folder import Records
 from records.storage import Storage, StorageError
 from reports import html, summary
@@ -149,6 +150,40 @@ def test_what_a_run_cannot_go_on_with_is_refused_key_by_key_and_by_a_plan(
     assert all(words in planned.err for words in said)
 
 
+def test_after_a_gradient_that_is_not_finite_a_lower_rate_goes_on_and_nothing_else(go, tmp_path, monkeypatch, capsys):
+    run, lower = tmp_path / "run", ["learner.learning_rate=1e-5", "objective.beta=7"]
+    assert go(run, "train.epochs=1") == 0 and go(run, *lower) == 2  # it had not failed
+    with monkeypatch.context() as patched:
+        patched.setattr(InProcessRunner, "train_epoch", Mock(side_effect=NonFiniteGradient("inf")))
+        assert go(run) == 1
+    for other in (["learner.learning_rate=1"], ["learner.learning_rate=1e-5", "lora.rank=3"]):
+        assert go(run, *other) == 2
+    capsys.readouterr()
+    assert go(run, *lower) == 0 and go(run, *lower) == 0
+    assert "warning: learner.learning_rate is 1e-05 now, it was 0.0025 (noted in run.json)" in capsys.readouterr().err
+    about, line = Records.open(Storage(str(run))).about, {"epoch": 1, "key": "learner.learning_rate"}
+    assert about["changes"][0] == line | {"before": 0.0025, "after": 1e-5} and len(about["changes"]) == 2
+    assert go(run) == 2  # not higher again
+
+
+def test_of_a_long_error_the_beginning_is_said_and_all_of_it_kept(go, tmp_path, monkeypatch, capsys):
+    words = "\x1b[2J" + "no, " * 200_000
+    monkeypatch.setattr(InProcessRunner, "train_epoch", Mock(side_effect=NonFiniteGradient(words)))
+    assert go(tmp_path) == 1
+    said = capsys.readouterr()
+    assert "\x1b" not in said.err and len(said.err) < 3000 and "failure.txt; the same command goes on" in said.err
+    assert (tmp_path / "failure.txt").read_text() == f"NonFiniteGradient: {words}"
+    reason = look(Storage(str(tmp_path)), 0)["reason"]
+    assert len(reason) < 3000 and reason.endswith("all of it is in failure.txt")
+
+
+def test_metrics_that_were_emptied_between_runs_are_missed_and_said(go, stopped, capsys):
+    (stopped / "metrics.jsonl").write_text("")
+    assert go(stopped) == 0
+    assert f"warning: metrics.jsonl in {stopped} lacks 2 of 2 epochs" in capsys.readouterr().err
+    assert go(stopped) == 0 and "lacks 2 of 3 epochs" in capsys.readouterr().err
+
+
 def test_a_prompt_file_that_has_changed_is_refused(go, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     for text, status in (("a red ring\na blue ring\n", 0), ("a red ring\n", 2)):
@@ -222,15 +257,17 @@ def test_torn_checkpoints_are_passed_over_and_dropped_and_the_end_is_the_same(go
     [
         ("run.json", '"format": 5', '"format": 99', "format 99"),
         ("config.yaml", f"config_version: {CONFIG_VERSION}", "config_version: 99", "version 99"),
-        ("run.json", '"run_id"', "", "run.json in"),
-        ("metrics.jsonl", '{"epoch": 1', '{"epo', "metrics.jsonl in"),
         ("config.yaml", "steps: 10", "steps: ten", "config.yaml is damaged"),
     ],
 )
-def test_a_run_of_another_version_or_damaged_is_refused(go, file, before, after, said, finished, capsys):
-    text = (finished / file).read_text()
+def test_a_run_of_another_version_is_refused(go, file, before, after, said, finished, capsys):
+    """Files as that version wrote them."""
+    text, records = (finished / file).read_text(), Records.open(Storage(str(finished)))
     assert before in text
-    (finished / file).write_text(text.replace(before, after))
+    if file == "config.yaml":
+        records.save_settings(text.replace(before, after).encode())
+    else:
+        records.note(format=99)
     assert go(finished) == 2
     error = capsys.readouterr().err
     assert said in error and str(finished) in error and "Traceback" not in error

@@ -8,10 +8,11 @@ import torch
 from scored_epochs import micro_batches, scored_epoch, stir
 
 from diffusion import lora
-from learner import build
+from learner import build, state
 from learner.experience import concatenate
 from learner.objectives.base import Transitions
 from learner.protocol.receipts import StaleWeights
+from learner.state import UnusableState
 from learner.update import Learner, NonFiniteGradient
 
 
@@ -122,6 +123,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_new_is_publis
     assert lora.snapshot(learner.model.unet, 0).sha256 == before
     with pytest.raises(StaleWeights, match="bitwise version 1"):
         learner.publish(2)
+
+
+def test_a_resumed_learner_has_the_rates_of_its_config(small_config):
+    """A run that ended with a gradient that is not finite goes on with lower ones."""
+    files = build.build_learner(small_config()).state_files()
+    lower = build.build_learner(small_config("learner.learning_rate=1e-7", "flow.learning_rate=1e-8"))
+    lower.restore(files)
+    assert [part.param_groups[0]["lr"] for part in (lower.policy_optimizer, lower.flow_optimizer)] == [1e-7, 1e-8]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02cos\nsystem\n.", state.dump({}), state.dump({"adapter": 3})])
+def test_files_that_are_no_learners_state_are_refused(small_config, content):
+    learner = build.build_learner(small_config())
+    with pytest.raises(UnusableState, match="remove that checkpoint"):
+        learner.restore({state.LEARNER_FILE: content})
 
 
 @pytest.mark.parametrize("fit_steps", [0, 3])

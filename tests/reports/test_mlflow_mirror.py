@@ -17,6 +17,7 @@ from test_open_run import Killed
 
 from commands import upload
 from learner.config import config_yaml
+from records import checkpoint
 from records.run_folder import Records
 from records.storage import Storage, StorageError
 from reports.mlflow_mirror import GROUP, PARENT, TABLE, Mirror
@@ -194,7 +195,8 @@ def test_a_model_without_text_and_names_that_mlflow_refuses_are_refused_in_words
         with pytest.raises(ValueError, match=r"mlflow\.registered_model"):
             small_config(f"mlflow.registered_model={name!r}")
     mirror = mirror_of(run)
-    monkeypatch.setattr(mirror, "_newest", lambda _: {"step": 2, "files": {"lora/adapter_model.safetensors": ""}})
+    newest = {"step": 2, "next_epoch": 0, "files": {"lora/adapter_model.safetensors": ""}}
+    monkeypatch.setattr(checkpoint, "newest", lambda *_: newest)
     assert "without text" in mirror.send_model("shapes") and models(mirror) == []
 
 
@@ -202,10 +204,10 @@ def test_no_password_is_sent_nor_said(run, tmp_path, monkeypatch, capsys):
     for name in ("HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, PASSWORD)
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("uri: null", f"uri: http://me:{PASSWORD}@127.0.0.1:9/x"))
-    about = json.loads((run / "run.json").read_text())
-    about["environment"]["working_dir"] = f"https://me:{PASSWORD}@somewhere/code.zip"
-    (run / "run.json").write_text(json.dumps(about))
+    changed, records = config.read_text(), Records.open(Storage(str(run)))
+    changed = changed.replace("uri: null", f"uri: http://me:{PASSWORD}@127.0.0.1:9/x")
+    environment = records.about["environment"] | {"working_dir": f"https://me:{PASSWORD}@somewhere/code.zip"}
+    records.save_settings(changed.encode(), environment=environment)
     assert upload.main([str(run), "--uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 0
     mirror = mirror_of(run)
     assert "http://127.0.0.1:9/x" in Path(mirror.client.download_artifacts(mirror.run_id, "config.yaml")).read_text()
@@ -221,11 +223,11 @@ def test_nothing_outside_the_folder_is_sent_and_no_other_program_draws(run, tmp_
     secret.write_bytes(picture())
     sheet.unlink()
     sheet.symlink_to(secret)
-    assert upload.main([str(run)]) == 1
+    assert upload.main([str(run)]) == 0
     assert "leads out of" in capsys.readouterr().err
     sheet.unlink()
     sheet.write_bytes(picture("EPS"))  # which Pillow would give to Ghostscript
-    assert upload.main([str(run)]) == 1
+    assert upload.main([str(run)]) == 0
     assert "cannot identify image" in capsys.readouterr().err
     mirror = mirror_of(run)
     assert not [name for name in mirror._pictures if name.endswith("step+2")]

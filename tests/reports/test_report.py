@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up_run import COLLAPSE, LABEL, NASTY, made_up_run, save_evaluation, save_trajectories
+from made_up_run import COLLAPSE, LABEL, NASTY, made_up_run, name_of, save_evaluation, save_trajectories
 
 from commands import report
 from learner.config import load_config, saved_config
@@ -74,9 +74,21 @@ def test_what_others_wrote_is_text(page, copied):
     assert f'alt="before: {NASTY}"' in unescape(page.replace("&#34;", "&quot;"))
     folder = copied.rename(copied.with_name("<b>run"))
     nasty = {"name": "<script>x\x00\x1b[31m", "branched_from": "</dl><script>", "git_commit": "$\\alpha$"}
-    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | nasty))
+    Records.open(Storage(str(folder))).note(**nasty)
     named = page_of(folder)
     assert "<script" not in named and "<b>run" not in named and "&lt;script&gt;x" in named
+
+
+def test_a_long_prompt_is_shown_in_short_and_no_control_character_at_all(copied):
+    prompt = "y" * 10**6 + "\x1b[2J"
+    for epoch in (BEFORE, 11):
+        table = {"prompt": [prompt], "reward": [0.5 + epoch]}
+        Storage(str(copied)).write_json(f"evaluation/{name_of(epoch)}.json", table)
+    records, config = Records.open(Storage(str(copied))), load_config(overrides={"prompts.path": [prompt]})
+    page = re.sub('data:[^"]*', "", html.render(records, config).decode())
+    assert page.count("y" * 200) <= 8 and "\x1b" not in page and len(page) < 300_000  # of the settings' line, 2,000
+    assert [len(prompt.text) < 400 for prompt in html.pairs(records, [BEFORE, 11])] == [True]
+    assert not any("yyy" in line for line in summary.next_commands(records, config))
 
 
 def test_the_headline_is_the_paired_change(page, made_up):

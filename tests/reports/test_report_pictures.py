@@ -45,7 +45,7 @@ def colour(source: str) -> np.ndarray:
 
 
 def test_best_median_and_worst_are_those_of_the_last_epochs(made_up):
-    prompts, first, last = html.extremes(Storage(str(made_up)))
+    prompts, first, last = html.extremes(Records.open(Storage(str(made_up))))
     epochs = range(12 - html.LAST_EPOCHS, 12)
     rows = [row for e in epochs for row in pq.read_table(made_up / f"trajectories/{name_of(e)}.parquet").to_pylist()]
     assert (first, last) == (8, 12) and 0 < len(prompts) <= html.PROMPTS
@@ -66,7 +66,8 @@ def test_best_median_and_worst_are_those_of_the_last_epochs(made_up):
 
 def test_of_few_trajectories_there_is_what_there_is_small_and_what_is_no_picture_is_left_out(tmp_path, monkeypatch):
     save_trajectories(tmp_path, 0, [0.5, 1.0, 3.0, 2.0, None, None, None, 0.75, 0.1])  # by prompt 0 1 2 3 4 0 1 0 1
-    prompts, *_ = html.extremes(Storage(str(tmp_path)))
+    records = Records(Storage(str(tmp_path)), {}, [{"epoch": 0}])
+    prompts, *_ = html.extremes(records)
     labels = [[(shot.label, shot.reward) for shot in prompt.rows[0]] for prompt in prompts]
     assert [len(row) for row in labels[:2]] == [2, 2] and labels[0] == [("best", 0.75), ("worst", 0.5)]
     assert labels[2] == [("the only one", 3.0)]
@@ -75,7 +76,7 @@ def test_of_few_trajectories_there_is_what_there_is_small_and_what_is_no_picture
     assert source.startswith("data:image/jpeg") and len(source) < 80_000
     assert Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))).size == (144, 192)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a picture that would fill the memory
-    assert html.extremes(Storage(str(tmp_path)))[0] == []
+    assert html.extremes(records)[0] == []
 
 
 def test_tiles_are_the_pictures_of_a_sheet():

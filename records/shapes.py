@@ -1,0 +1,145 @@
+"""What the JSON files of a run hold, for whoever reads them: they may be damaged, or somebody else's. Other keys than
+these may be there too."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+Number = FiniteFloat | None  # null: it was none
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds = Annotated[float, Field(ge=0, le=1e11)]  # since 1970, too: years of four digits
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Written(Shape):
+    format: int
+
+
+class About(Written):
+    """run.json."""
+
+    run_id: str
+    name: str
+    created: Seconds
+    finished: bool
+    config_digest: str
+    prompts_sha256: str
+    config_sha256: str | None = None  # of config.yaml
+    mlflow_run_id: str | None = None
+    environment: dict[str, str | None] = {}
+    cluster: dict[str, FiniteFloat] = {}
+    failure: str | None = None  # the kind of the one that ended it last
+    changes: list[dict[str, Any]] = []  # of settings, on the way
+
+
+class Line(Shape):
+    """A line of metrics.jsonl."""
+
+    __pydantic_extra__: dict[str, Number]
+    epoch: Annotated[int, Field(ge=-1, lt=2**31)]
+    step: Count
+    time: Seconds
+    policy_version: Count
+    seconds: Seconds
+    trajectories: Count
+    trajectories_trained: Count = 0
+    eval_reward_mean: Number
+    adapter_sha256: str | None = None
+    collapse: str | None = None
+    updates: list[dict[str, Number]]
+
+
+class Event(Shape):
+    time: Seconds
+    text: str
+
+
+class Beat(Shape):
+    """status.json."""
+
+    state: Literal["starting", "running", "finished", "failed", "stopped"]
+    process: Annotated[int, Field(ge=0, lt=2**31)]
+    host: str
+    since: Seconds
+    time: Seconds
+    quiet_seconds: FiniteFloat
+    epochs: Count | None = None
+    reason: str | None = None
+    mlflow: str | None = None
+    doing: str = ""
+    done: Count = 0
+    total: Count = 0
+    events: Count = 0
+    last_events: list[Event] = []
+    staleness: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
+    epochs_in_work: Count = 0
+    actors: dict[str, Count] = {}
+    waiting: dict[str, Count] = {}
+    running: dict[str, Count] = {}
+
+
+class Evaluation(Shape):
+    """evaluation/epoch-N.json: columns of the fixed images."""
+
+    prompt: list[str]
+    reward: list[Number]
+    reward_parts: dict[str, list[Number]] = {}
+    held_out: dict[str, list[Number]] = {}
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        columns = [self.reward, *self.reward_parts.values(), *self.held_out.values()]
+        if any(len(column) != len(self.prompt) for column in columns):
+            raise ValueError("its columns are not of one length")
+        return self
+
+
+class Figure(Shape):
+    __pydantic_extra__: dict[str, Number]
+
+
+class Judgement(Shape):
+    """evaluation/step-N.json, of learner.evaluate."""
+
+    reward: Figure | None = None
+    accuracy: Figure | None = None
+    vendi: Figure | None = None
+    distance: Figure | None = None
+    fid: Figure | None = None
+    kid: Figure | None = None
+    held_out: dict[str, Figure | None] = {}
+    epochs_done: Count | None = None
+
+
+class SetAside(Shape):
+    """quarantine/*.json."""
+
+    epoch: Count
+    trajectory_id: Count
+    prompt: str
+    reason: str
+
+
+class Accounts(Shape):
+    epochs: Count
+    totals: dict[str, Count]
+
+
+class Manifest(Written):
+    """state.json of a checkpoint. Older formats have no seal."""
+
+    sha256: str
+    run_id: str
+    step: Count
+    next_epoch: Count
+    files: dict[str, str]
+    policy_version: Count
+    adapter_sha256: str
+    ranks: Annotated[int, Field(gt=0)]
+    batch_sizes: dict[str, Count | None]
+    ledger: Accounts
+    run: About | None = None  # run.json as it was then
+    metrics_sha256: str | None = None  # of metrics.jsonl until then
