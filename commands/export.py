@@ -100,6 +100,7 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
     from diffusion import lora_files
     from diffusion.base_model import BaseModel
     from diffusion.locate import is_unconditional, load_errors, locate
+    from diffusion.parts import load_scheduler
     from learner.config import resolve
     from reports.model_card import DDIM, DPM_SOLVER
 
@@ -118,7 +119,7 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
         lora_files.merge(pipeline.unet, adapter)
     solver = config.sampler.grid == "dpm_solver"
     scheduler, settings = (DPMSolverMultistepScheduler, DPM_SOLVER) if solver else (DDIMScheduler, DDIM)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
+    pipeline.scheduler = scheduler.from_config(load_scheduler(path).config, **settings)
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         content = {name: Path(folder, name).read_bytes() for name in files_in(Path(folder))}

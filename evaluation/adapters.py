@@ -208,7 +208,7 @@ def _check(target: Target) -> None:
     """Raises a ValueError for what would otherwise fail only after actors are up: a LoRA of another base model; a
     reward, held-out rewards or features that cannot be had."""
     from diffusion import lora, lora_files
-    from diffusion.base_model import without_weights
+    from diffusion.parts import without_weights
     from rewards import judges, registry
 
     config, adapter = target.config, target.adapter
