@@ -1,6 +1,8 @@
 """The parts of a pipeline, looked at without their weights: what cannot be used is refused before a run starts."""
 
 import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,20 @@ def load_tokenizer(path: str) -> Any:
             said = f"model_max_length {given}" if given < 1e9 else "no model_max_length"
             raise ValueError(f"its tokenizer_config.json says {said}, the text encoder reads {most} tokens")
     return tokenizer
+
+
+def cut_prompts(path: str, prompts: Sequence[str]) -> str | None:
+    """What is to be said of prompts longer than the text encoder reads, whose rest is cut; raises as load_tokenizer."""
+    tokenizer, prompts = load_tokenizer(path), list(dict.fromkeys(prompts))
+    lengths, limit = [len(ids) for ids in tokenizer(prompts).input_ids], tokenizer.model_max_length
+    cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+    if not cut:
+        return None
+    read = tokenizer.decode(tokenizer(cut[0], truncation=True).input_ids, skip_special_tokens=True)
+    return (
+        f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens that {path} reads: of "
+        f"{textwrap.shorten(cut[0], 200)!r} it reads {textwrap.shorten(read, 200)!r}"
+    )
 
 
 def check_parts(path: str) -> None:

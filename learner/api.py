@@ -17,7 +17,7 @@ from cluster.session import nodes_at_hand
 from diffusion.base_model import load_kernel
 from diffusion.failures import RunFailure
 from diffusion.locate import is_unconditional
-from diffusion.parts import check_parts, check_tiny_decoder
+from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
 from evaluation import collapse
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
@@ -111,6 +111,8 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
         faults.append(f"prompts.path: {path} takes prompts; name a file of them")
     if unconditional is not None:  # there is a pipeline
         attempt(lambda: check_parts(path))
+        if unconditional is False and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
+            warn(said)
         attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid))
         if config.objective.forward_looking_decoder == "tiny":
             attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
