@@ -63,7 +63,9 @@ def faults_here() -> list[str]:
 def ensure_token() -> None:
     """Makes a token for this process and those it starts, if the user has none: Ray cannot start without."""
     file = _token_file()
-    if os.environ["RAY_AUTH_MODE"].lower() == "token" and file == DEFAULT_FILE.expanduser() and not file.exists():
+    unset = file == Path(os.path.expanduser(DEFAULT_FILE))
+    # os.path.exists: a home that cannot be looked into is none.
+    if os.environ["RAY_AUTH_MODE"].lower() == "token" and file and unset and not os.path.exists(file):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
@@ -71,4 +73,4 @@ def _token_file() -> Path | None:
     """Where Ray looks for the token; None where a variable holds the token itself."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or DEFAULT_FILE).expanduser()
+    return Path(os.path.expanduser(os.environ.get("RAY_AUTH_TOKEN_PATH") or DEFAULT_FILE))

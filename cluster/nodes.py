@@ -1,8 +1,11 @@
 """The nodes of the cluster: what they have, what is free, and which of them a label selector means."""
 
+import contextlib
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -41,10 +44,19 @@ class Node:
 
 def alive_nodes(seconds: float = ANSWER_SECONDS) -> list[Node]:
     """The nodes that Ray, which must be initialised, holds to be alive: a few milliseconds. Raises DeadlineExceeded if
-    Ray's control store does not answer within `seconds`."""
-    address, answers = ray.get_runtime_context().gcs_address, []
+    Ray's control store is gone or does not answer within `seconds`."""
+    address = ray.get_runtime_context().gcs_address
+    answers: list[Any] = []
+
+    def ask() -> None:
+        end = time.monotonic() + seconds
+        while not answers and time.monotonic() < end:
+            with contextlib.suppress(ray.exceptions.RayError):  # it is gone, or slow; no traceback of this thread
+                answers.append(get_cluster_status(address))
+            time.sleep(0 if answers else 0.1)
+
     # Of its own deadlines none is kept: 30 s when the store is gone.
-    thread = threading.Thread(target=lambda: answers.append(get_cluster_status(address)), daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
     if not answers:

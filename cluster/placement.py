@@ -1,6 +1,8 @@
 """How many actors of each role, what share of the cluster each gets, and where; and the deadline of their start."""
 
+import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,8 @@ from learner.config import Config
 ROLES = ("sampler", "reward", "learner")
 Progress = Callable[[int, int], None]  # hears how many are done, of how many
 LOOK_SECONDS = 0.5  # between two looks at who is up
+# While waiting for a cluster its head is asked for a sign of life: where it is gone for 60 s, Ray ends our process.
+PROBE_SECONDS, LOST_SECONDS = 5.0, 30.0
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
@@ -140,15 +144,27 @@ def counts_now(config: Config, placement: Placement, nodes: Sequence[Node]) -> t
 
 def reserve(placement: Placement, seconds: float) -> PlacementGroup:
     """Room for the learner ranks, on as few nodes as hold them; to be given back by `ray.util.remove_placement_group`.
-    Raises DeadlineExceeded if there is none within `seconds` (run.ready_seconds)."""
+    Raises DeadlineExceeded if there is none within `seconds` (run.ready_seconds), or the cluster's head is lost."""
     ranks = placement.ranks
     bundle = {"CPU": ranks.cpus} | ({"GPU": ranks.gpus} if ranks.gpus else {})
     selectors = [dict(ranks.labels)] * ranks.count if ranks.labels else None
     group = placement_group([bundle] * ranks.count, strategy="PACK", bundle_label_selector=selectors)
-    if not group.wait(seconds):
-        ray.util.remove_placement_group(group)
-        raise _late(seconds, f"room for {ranks.count} learner ranks ({ranks} each)")
-    return group
+    there: list[bool] = []
+
+    def wait() -> None:  # which, the head gone, keeps no deadline
+        with contextlib.suppress(ray.exceptions.RayError):
+            there.append(group.wait(seconds))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(PROBE_SECONDS)
+    while waiting.is_alive():
+        alive_nodes(LOST_SECONDS)
+        waiting.join(PROBE_SECONDS)
+    if there == [True]:
+        return group
+    ray.util.remove_placement_group(group)
+    raise _late(seconds, f"room for {ranks.count} learner ranks ({ranks} each)")
 
 
 def in_group(placement: Placement, group: PlacementGroup) -> list[dict[str, Any]]:
@@ -165,16 +181,19 @@ def ready(
 ) -> list[Any]:
     """All answers of calls to actors that were just started: by role (`samplers`), each one's share and the calls.
     `deadline` is of time.monotonic; `limit` is run.ready_seconds; `progress` hears how many have answered, of how many.
-    Raises DeadlineExceeded, which says who is missing, what each asks for, and what the cluster has, or ActorDied: an
-    actor could not start, and why."""
+    Raises DeadlineExceeded, which says who is missing, what each asks for, and what the cluster has, or that its head
+    is lost, or ActorDied: an actor could not start, and why."""
     what = "starting " + ", ".join(f"{len(refs)} {role}" for role, (_, refs) in calls.items())
     everyone = [ref for _, refs in calls.values() for ref in refs]
-    waiting, answers = list(everyone), dict[ray.ObjectRef, Any]()
-    while waiting and time.monotonic() < deadline:
+    waiting, answers, asked = list(everyone), dict[ray.ObjectRef, Any](), time.monotonic()
+    while waiting and (now := time.monotonic()) < deadline:
         progress(len(answers), len(everyone))
         for ref in done(waiting, LOOK_SECONDS, enough=1):
             waiting.remove(ref)
             answers[ref] = get(ref, limit, what, "run.ready_seconds")
+        if now - asked > PROBE_SECONDS:
+            alive_nodes(LOST_SECONDS)
+            asked = now
     if waiting:
         missing = ((role, share, len(refs), len(refs) - len(done(refs))) for role, (share, refs) in calls.items())
         texts = [f"{n} of {count} {role} ({share} each)" for role, share, count, n in missing if n]

@@ -19,12 +19,15 @@ LOOPBACK, INTERFACES = "127.0.0.1", ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 def nodes_at_hand(cpu_threads: int, warn: Callable[[str], None], local: bool = False) -> list[Node]:
     """Nodes that a run would have: of the cluster named by RAY_ADDRESS, which this asks (raises ClusterUnreachable),
-    else, or with `local`, of this machine, without starting anything. `warn` hears of a cluster that anyone may use."""
+    else, or with `local`, of this machine, without starting anything. Raises NoTemporaryFolder where a Ray of our own
+    could not start. `warn` hears of a cluster that anyone may use."""
     if not local:
         for fault in auth.faults_here():
             warn(fault)
     address = os.environ.get("RAY_ADDRESS") or "local"
     if local or address == "local":
+        if not local:
+            temp_folders.require_room_for_sockets()
         import torch  # seconds, which a cluster's driver need not wait for
 
         cpus, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
@@ -47,7 +50,10 @@ class Session:
             os.environ.setdefault(name, "1")
         address = os.environ.get("RAY_ADDRESS") or "local"
         self._connected = not ray.is_initialized()
-        self._folder = temp_folders.TemporaryFolder() if self._connected and address == "local" else None
+        self._folder = None
+        if self._connected and address == "local":
+            temp_folders.require_room_for_sockets()
+            self._folder = temp_folders.TemporaryFolder()
         self.own = self._folder is not None
         try:
             if self._folder:
@@ -98,5 +104,6 @@ def _init(address: str, **options: Any) -> None:
     try:
         with signals.handlers_kept():
             ray.init(address=address, **common, **options)
-    except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
-        raise ClusterUnreachable(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # of a start that takes too long it raises just that
+        where = "Ray cannot be started here" if address == "local" else f"RAY_ADDRESS {address}"
+        raise ClusterUnreachable(f"{where}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error

@@ -12,17 +12,30 @@ from pathlib import Path
 
 import psutil
 
+from diffusion.failures import RunFailure
+
 PREFIX, MARKER = "tributary-", "owner.pid"
 VARIABLE = "TRIBUTARY_FOLDER"  # in the environment of those who work for the owner
 GRACE_SECONDS, KILL_SECONDS = 2.0, 5.0  # to end by themselves; to be gone
+# Bytes of a Unix socket's path, and those that Ray's longest has beneath the base: PREFIX and 8 letters, r,
+# session_2026-11-29_00-14-56_123456_1234567, sockets, plasma_store, each with its slash.
+SOCKET_BYTES, BENEATH = 107, 85
+
+
+class NoTemporaryFolder(RunFailure, OSError):
+    """Where temporary folders would be made none can be; the message names the variable that says another place."""
 
 
 class TemporaryFolder:
     """A folder of our own in RAY_TMPDIR, or /tmp: short, since it holds sockets, whose paths are limited."""
 
     def __init__(self) -> None:
+        """Raises NoTemporaryFolder."""
         sweep()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base()))
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base()))
+        except OSError as error:
+            raise NoTemporaryFolder(f"{_base()}: {error.strerror}; set RAY_TMPDIR to a folder of yours") from error
         self.mark = {VARIABLE: str(self.path)}  # for the environment of a process that works for the owner
         self._lock: int | None = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -43,6 +56,19 @@ class TemporaryFolder:
             _remove(self.path)
             os.close(self._lock)
             self._lock = None
+
+
+def require_room_for_sockets() -> None:
+    """Raises NoTemporaryFolder where Ray could not make its sockets; nothing is written."""
+    base = _base()
+    if not os.access(base, os.W_OK | os.X_OK):
+        why = "cannot be written" if base.is_dir() else "is no folder"
+        raise NoTemporaryFolder(f"{base} {why}: Ray keeps its sockets there; set RAY_TMPDIR to a short path of yours")
+    if (spare := SOCKET_BYTES - BENEATH - len(os.fsencode(base))) < 0:
+        raise NoTemporaryFolder(
+            f"RAY_TMPDIR: {base} is {-spare} bytes too long for the sockets that Ray keeps there (at most "
+            f"{SOCKET_BYTES - BENEATH}): name a shorter one, or unset it to use /tmp"
+        )
 
 
 def sweep() -> None:
@@ -75,4 +101,4 @@ def _remove(path: Path) -> None:
 
 
 def _base() -> Path:
-    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp").absolute()

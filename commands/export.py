@@ -105,6 +105,7 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
     from diffusion import lora_files, pipeline_files
     from diffusion.base_model import OPTIONAL, BaseModel
     from diffusion.locate import BaseModelError, is_unconditional, load_errors, locate
+    from diffusion.parts import load_scheduler
     from learner.config import resolve
     from reports.model_card import DDIM, DPM_SOLVER
 
@@ -129,11 +130,11 @@ def _fused(config: Config, adapter: AdapterFile) -> dict[str, bytes]:
             pipeline = load()
         except BaseModelError:
             pipeline = load(**dict.fromkeys(OPTIONAL), requires_safety_checker=False)
-            complain("export", f"warning: {path} lacks one of {', '.join(OPTIONAL)}: the export has none of them")
+            warner("export")(f"{path} lacks one of {', '.join(OPTIONAL)}: the export has none of them")
         lora_files.merge(pipeline.unet, adapter)
     solver = config.sampler.grid == "dpm_solver"
     scheduler, settings = (DPMSolverMultistepScheduler, DPM_SOLVER) if solver else (DDIMScheduler, DDIM)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
+    pipeline.scheduler = scheduler.from_config(load_scheduler(path).config, **settings)
     with tempfile.TemporaryDirectory() as folder:
         pipeline_files.save(pipeline, Path(folder))
         content = {name: Path(folder, name).read_bytes() for name in files_in(Path(folder))}

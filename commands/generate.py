@@ -99,6 +99,7 @@ def write(args: argparse.Namespace) -> None:
     if adapter is not None and adapter.note:
         warn(adapter.note)
     from diffusion.locate import is_unconditional
+    from diffusion.parts import cut_prompts
     from reports.pictures import LABELS, comparison, png
 
     unconditional = is_unconditional(str(resolve(config.model.path)))
@@ -107,6 +108,8 @@ def write(args: argparse.Namespace) -> None:
     if not unconditional and not args.prompt:
         raise ValueError("--prompt: what shall be drawn? give one or more")
     prompts, sampler = args.prompt or [""], config.sampler
+    if args.prompt and (said := cut_prompts(str(resolve(config.model.path)), prompts)):
+        warn(said)
     drawn = draw(config, adapter, prompts, args.images)
     for p, models in enumerate(drawn if args.separate else [], 1):
         for label, row in zip(LABELS, models, strict=False):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement, counted
 from diffusion import lora, noise
-from diffusion.base_model import tiny_without_weights, without_weights
+from diffusion.parts import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from learner.build import flow_network
 from learner.config import Config, resolve

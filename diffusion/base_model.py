@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import lora
 from diffusion.kernels import DDIMKernel
-from diffusion.locate import INDEX, TINY_DECODER, BaseModelError, is_unconditional, load_errors, locate, part_config
+from diffusion.locate import INDEX, TINY_DECODER, BaseModelError, is_unconditional, load_errors, locate
+from diffusion.parts import check_weights, load_scheduler
 from diffusion.settings import Grid
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
@@ -35,6 +36,7 @@ class BaseModel:
 
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
+        self.path, self.scheduler = path, load_scheduler(path)
         folder, unconditional, dtypes = locate(path), is_unconditional(path), {"unet": dtype, "default": torch.float32}
         pipeline: Any
         with load_errors(path):
@@ -47,8 +49,9 @@ class BaseModel:
                 )
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
-        self.scheduler = pipeline.scheduler
+        check_weights(path, "unet", self.unet)
         if not unconditional:
+            check_weights(path, "text_encoder", pipeline.text_encoder)
             self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
             self.tokenizer = pipeline.tokenizer
         self._embeddings: dict[str, Tensor] = {}
@@ -62,7 +65,7 @@ class BaseModel:
         return getattr(self.unet.config, "cross_attention_dim", None)
 
     def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
-        return DDIMKernel.from_scheduler(self.scheduler, num_steps, eta, grid)
+        return _kernel(self.path, self.scheduler, num_steps, eta, grid)
 
     def speed_up(self, channels_last: bool = False, compiled: bool = False, checkpointing: bool = False) -> None:
         """The same function in other last bits, with activations computed again in the backward pass in the same."""
@@ -143,6 +146,8 @@ class Decoder:
             folder, options = locate(path, *place), {} if tiny else {"subfolder": "vae"}
             with load_errors(path, place[1]):
                 vae = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+            if not tiny:
+                check_weights(path, "vae", vae)
             self.vae = vae.to(device).requires_grad_(False).eval()
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -154,61 +159,13 @@ class Decoder:
 
 
 def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> DDIMKernel:
-    """The kernel of a pipeline's scheduler. Raises BaseModelError as `is_unconditional`, ValueError as DDIMKernel."""
-    from diffusers import DDIMScheduler
-
-    config = part_config(path, "scheduler")
-    with load_errors(path):
-        scheduler = DDIMScheduler.from_config(config)
-    return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
+    """The kernel of a pipeline's scheduler. Raises BaseModelError as `load_scheduler`, or for settings of the scheduler
+    that the kernel does not follow."""
+    return _kernel(path, load_scheduler(path), num_steps, eta, grid)
 
 
-def check_parts(path: str) -> None:
-    """Raises BaseModelError where a part has no configuration, or a U-Net without text cannot be trained here."""
-    unet = part_config(path, "unet")
-    if not is_unconditional(path):
-        for name in ("vae", "text_encoder"):
-            part_config(path, name)
-        return
-    wanted = {"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "class_embed_type": None}
-    faults = [f"its {key} is {unet[key]}, not {good}" for key, good in wanted.items() if unet.get(key, good) != good]
-    if not isinstance(unet.get("sample_size"), int):
-        faults.append("its sample_size is no single number")
-    blocks = [*unet.get("down_block_types", ()), *unet.get("up_block_types", ())]
-    if not unet.get("add_attention", True) and not any("Attn" in block for block in blocks):
-        faults.append("it has no attention for a LoRA to adapt")
-    if faults:
-        raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {', '.join(faults)}")
-
-
-def check_tiny_decoder(path: str, pipeline: str) -> None:
-    """Raises BaseModelError if it is no AutoencoderTiny, or decodes other latents than the pipeline's."""
-    tiny, vae = tiny_without_weights(path).config, without_weights(pipeline)[1]
-    if vae is None:
-        raise BaseModelError(f"objective.forward_looking_decoder: {pipeline} has no VAE that a tiny one could spare")
-    tiny_shape = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
-    shape = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-    if tiny_shape != shape:
-        raise BaseModelError(
-            f"model.tiny_decoder: {path} decodes (channels, magnification) {tiny_shape}, the VAE of {pipeline} {shape}"
-        )
-
-
-def tiny_without_weights(path: str) -> Any:
-    """The AutoencoderTiny on torch's meta device. Raises as check_tiny_decoder."""
-    from diffusers import AutoencoderTiny
-
-    folder = locate(path, *TINY_DECODER)
-    with load_errors(path, TINY_DECODER[1]), torch.device("meta"):
-        return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
-
-
-def without_weights(path: str) -> tuple[Any, Any]:
-    """U-Net and VAE (None if there is none) on torch's meta device, for counting. Raises BaseModelError."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
-
-    unet, vae = part_config(path, "unet"), None if is_unconditional(path) else part_config(path, "vae")
-    with load_errors(path), torch.device("meta"):
-        if vae is None:
-            return UNet2DModel.from_config(unet), None
-        return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
+def _kernel(path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid) -> DDIMKernel:
+    try:
+        return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
+    except (ValueError, TypeError) as error:
+        raise BaseModelError(f"model.path: the scheduler of {path} cannot be used: {error}") from error

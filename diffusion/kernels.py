@@ -15,34 +15,54 @@ from torch import Tensor
 
 from diffusion.settings import Grid, Reduction
 
+# Settings of diffusers' schedulers that change what is drawn and that the kernel does not follow: refused unless off.
+NOT_FOLLOWED = (
+    "thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+    "use_flow_sigmas", "use_dynamic_shifting", "shift_terminal", "sigma_min", "sigma_max", "snr_shift_scale",
+)  # fmt: skip
+
 
 class DDIMKernel:
     """Gaussian transition densities on a fixed timestep grid. Constants are float64, arithmetic is float32 or wider
     whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
 
     def __init__(
-        self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str = "epsilon", eta: float = 1.0
+        self,
+        alphas_cumprod: Tensor,
+        timesteps: Tensor,
+        prediction_type: str = "epsilon",
+        eta: float = 1.0,
+        clip: float | None = None,
     ) -> None:
         """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0; with `eta` 1 sigma is the
-        posterior ("small") variance of DDPM. Raises ValueError if a transition has no density."""
+        posterior ("small") variance of DDPM; clean predictions are clipped to [-clip, clip]. Raises ValueError if a
+        transition has no density."""
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"unknown prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
+            raise ValueError(f"its prediction_type is {prediction_type!r}, not epsilon, v_prediction or sample")
         timesteps = timesteps.to(torch.int64).cpu()
         if (timesteps[1:] >= timesteps[:-1]).any():
-            raise ValueError(f"timesteps must decrease, got {timesteps.tolist()}")
+            raise ValueError(f"its {len(timesteps)} timesteps must decrease: set fewer sampler.steps")
         if timesteps[0] >= len(alphas_cumprod):
-            raise ValueError(f"the grid begins at timestep {timesteps[0]} of {len(alphas_cumprod)}: use fewer steps")
+            begin = f"its grid begins at timestep {timesteps[0]} of {len(alphas_cumprod)}"
+            raise ValueError(f"{begin}: set fewer sampler.steps")
         if timesteps[-1] <= 0:
-            raise ValueError("the grid evaluates the model at timestep 0: use steps_offset=1 or trailing spacing")
-        self.timesteps, self.num_steps, self.prediction_type = timesteps, len(timesteps), prediction_type
+            raise ValueError("its grid evaluates the model at timestep 0: set fewer sampler.steps")
         abar = alphas_cumprod.to("cpu", torch.float64)
+        if prediction_type == "epsilon" and abar[timesteps[0]] < 1e-7:
+            raise ValueError(
+                f"at its timestep {timesteps[0]} no signal is left (rescale_betas_zero_snr, or its betas), and its "
+                "prediction_type epsilon says nothing of the picture there: set sampler.steps or timestep_spacing to "
+                "begin later"
+            )
+        self.timesteps, self.num_steps, self.prediction_type = timesteps, len(timesteps), prediction_type
+        self.clip = clip
         # Off-grid timesteps step by the grid's usual stride; grid entries step to their successor.
         following = (torch.arange(len(abar)) - max(1, len(abar) // len(timesteps))).clamp(min=0)
         following[timesteps] = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
         after = abar[following]
         sigma2 = eta**2 * (1 - after) / (1 - abar) * (1 - abar / after)
         if not bool((sigma2[timesteps] > 0).all()):
-            raise ValueError(f"a transition has no variance: eta ({eta}) must be > 0, and alphas_cumprod decrease")
+            raise ValueError(f"a transition has no variance: sampler.eta ({eta}) and all its betas must be above 0")
         squares = {
             "abar": abar, "noise": 1 - abar, "abar_next": after, "sigma": sigma2, "shrink": abar / after,
             "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after,
@@ -53,35 +73,60 @@ class DDIMKernel:
 
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> "DDIMKernel":
-        """The kernel of any diffusers scheduler: only its settings are read. Equal to diffusers' DDIM step with
-        `set_alpha_to_one=False` where num_steps divides the training timesteps. Leading spacing without an offset would
-        evaluate the model at timestep 0; it gets offset 1. `grid` dpm_solver: the timesteps of first-order
-        SDE-DPM-Solver++ (arXiv 2412.07775), whose steps are DDIM steps with eta 1."""
+        """The kernel of a diffusers scheduler that DDIM can stand in for; only its settings are read. Raises a
+        ValueError, which names the setting, for one that is not followed. Equal to diffusers' DDIM step with
+        `set_alpha_to_one=False, steps_offset=1`: without an offset leading spacing evaluates the model at timestep 0.
+        `grid` dpm_solver: the timesteps of first-order SDE-DPM-Solver++ (arXiv 2412.07775), whose steps are
+        DDIM steps with eta 1."""
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-        own = DDIMScheduler.from_config(scheduler.config)
-        if own.config.timestep_spacing == "leading" and own.config.steps_offset == 0:
-            own = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
-        stepper = own
+        given = scheduler.config
+        if faults := [f"{name} is {given[name]}" for name in NOT_FOLLOWED if given.get(name) not in (None, False)]:
+            raise ValueError(f"its {', its '.join(faults)}, which is not followed here: switch it off")
+        if given.get("timestep_type") == "continuous" or "learned" in str(given.get("variance_type")):
+            raise ValueError(
+                "its timestep_type is continuous, or its variance_type a learned one: neither is followed here"
+            )
+        if given.get("steps_offset", 0) not in (0, 1):
+            raise ValueError(f"its steps_offset is {given.steps_offset}: only 0, read as 1, and 1 are followed")
+        stepper = own = DDIMScheduler.from_config(given, steps_offset=1)
+        total, spacing = own.config.num_train_timesteps, own.config.timestep_spacing
         if grid == "dpm_solver":
+            if own.config.clip_sample:
+                raise ValueError("its clip_sample is true, which DPM-Solver has not: set sampler.grid=ddim")
             stepper = DPMSolverMultistepScheduler.from_config(
                 own.config, algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min"
             )
+        elif spacing == "linspace":
+            raise ValueError(
+                "its timestep_spacing is linspace, which evaluates the model at timestep 0: set it to leading or "
+                "trailing, or sampler.grid=dpm_solver"
+            )
+        elif spacing == "trailing" and total % num_steps:
+            raise ValueError(
+                f"its timestep_spacing is trailing, and {num_steps} steps do not divide its {total} timesteps, where "
+                "diffusers' DDIM steps to other timesteps than it evaluates: set sampler.steps to a divisor, or "
+                "sampler.grid=dpm_solver"
+            )
+        elif given.get("lambda_min_clipped", -math.inf) > -math.inf:
+            raise ValueError("its lambda_min_clipped is DPM-Solver's: set sampler.grid=dpm_solver")
         stepper.set_timesteps(num_steps)
-        return cls(own.alphas_cumprod, stepper.timesteps, own.config.prediction_type, eta)
+        clip = own.config.clip_sample_range if own.config.clip_sample else None
+        return cls(stepper.alphas_cumprod, stepper.timesteps, own.config.prediction_type, eta, clip)
 
     def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted clean latent xhat_theta(x_t)."""
+        """Predicted clean latent xhat_theta(x_t), clipped where the scheduler clips it: p_F stays a Gaussian with a
+        known mean, whose gradient through what was clipped is 0."""
         model_output, x = _wide(model_output), _wide(x)
-        abar = self._at("abar", t, x)
+        clean, abar = model_output, self._at("abar", t, x)
         if self.prediction_type == "epsilon":
-            return (x - self._at("root_noise", t, x) * model_output) / abar.sqrt()
-        if self.prediction_type == "v_prediction":
-            return abar.sqrt() * x - self._at("root_noise", t, x) * model_output
-        return model_output
+            clean = (x - self._at("root_noise", t, x) * model_output) / abar.sqrt()
+        elif self.prediction_type == "v_prediction":
+            clean = abar.sqrt() * x - self._at("root_noise", t, x) * model_output
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
     def epsilon(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted noise eps_theta(x_t)."""
+        """Predicted noise eps_theta(x_t); like diffusers' own of the output, not of a clipped clean latent."""
         model_output, x = _wide(model_output), _wide(x)
         if self.prediction_type == "epsilon":
             return model_output

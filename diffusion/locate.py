@@ -4,6 +4,7 @@ Imports neither torch nor diffusers: a model's path is checked before anything s
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from diffusion.failures import RunFailure
 
 INDEX = "model_index.json"
 TINY_DECODER = ("config.json", "model.tiny_decoder")  # the index of one, and its setting
+TEXT = "StableDiffusionPipeline"  # 1.x and 2.x: one U-Net, one text encoder, a VAE
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # pixels from noise: a U-Net and a scheduler, nothing else
+AGAIN = "copy or download it again"
 
 
 class BaseModelError(RunFailure, ValueError):
@@ -24,18 +27,33 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / index).is_file():
-            raise BaseModelError(f"{key}: {path} holds no diffusers model of the kind wanted (no {index})")
+            raise BaseModelError(f"{key}: {path} holds no {index}, so it is no diffusers folder; {AGAIN}")
         return str(local)
+    if local.is_file():
+        raise BaseModelError(
+            f"{key}: {path} is a file, and a diffusers folder is wanted. A checkpoint in one file becomes one by "
+            "diffusers' StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); a LoRA is no model"
+        )
     if local.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) != 1:
         raise BaseModelError(f"{key}: no such folder: {path}")
     return path  # a hub id
 
 
-def is_unconditional(path: str) -> bool:
-    """Whether the pipeline draws pixels without text. Raises BaseModelError as `locate`, or where no hub answers."""
+def pipeline_index(path: str) -> dict[str, Any]:
+    """Its model_index.json. Raises BaseModelError as `locate`, where no hub answers, and for a class not supported."""
     folder = locate(path)
     with load_errors(path):
-        return _read(folder, INDEX)["_class_name"] in UNCONDITIONAL
+        index = _read(folder, INDEX)
+    if (found := index.get("_class_name")) not in [TEXT, *UNCONDITIONAL]:
+        said = f"is a {found}" if isinstance(found, str) else f"has no pipeline's _class_name in its {INDEX}"
+        known = f"{TEXT} (Stable Diffusion 1.x, 2.x), {', '.join(UNCONDITIONAL)}"
+        raise BaseModelError(f"model.path: {path} {said}; what can be trained: {known}")
+    return index
+
+
+def is_unconditional(path: str) -> bool:
+    """Whether the pipeline draws pixels without text. Raises BaseModelError as `pipeline_index`."""
+    return pipeline_index(path)["_class_name"] in UNCONDITIONAL
 
 
 def part_config(path: str, name: str) -> dict[str, Any]:
@@ -44,26 +62,78 @@ def part_config(path: str, name: str) -> dict[str, Any]:
     folder, file = locate(path), "scheduler_config.json" if name == "scheduler" else "config.json"
     with load_errors(path):
         try:
-            return dict(_read(folder, f"{name}/{file}"))
+            return _read(folder, f"{name}/{file}")
         except OSError:
-            if not is_unconditional(path):
-                raise
-            return dict(_read(folder, file))
+            if is_unconditional(path):
+                with contextlib.suppress(OSError):
+                    return _read(folder, file)
+            raise
+
+
+def part_shapes(path: str, name: str) -> dict[str, list[int]] | None:
+    """Shapes of a part's tensors by name, from the header of its .safetensors file. None where there is none to read:
+    a hub's file that is not here yet, shards, or (of a model without text) an old .bin. Raises BaseModelError where the
+    file is absent or not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    file = part_file(name)
+    place = _place(locate(path), name, file)
+    if place is None or place.with_name(f"{file}.index.json").is_file():
+        return None
+    if not place.is_file():
+        old = place.with_suffix(".bin")
+        if old.is_file() and is_unconditional(path):
+            if not zipfile.is_zipfile(old):
+                raise BaseModelError(f"model.path: {old} is damaged; {AGAIN}")
+            return None
+        there = sorted(each.name for each in place.parent.glob("*.*") if each.suffix in (".safetensors", ".bin"))
+        remedy = "open it in diffusers (with variant='fp16', or use_safetensors=False) and save_pretrained(FOLDER)"
+        raise BaseModelError(
+            f"model.path: {place} is missing; " + (f"there is {', '.join(there)}: {remedy}" if there else AGAIN)
+        )
+    try:
+        with safe_open(str(place), "np") as opened:
+            names = list(opened.keys())
+            return {key: opened.get_slice(key).get_shape() for key in names}
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(f"model.path: {place} is damaged ({' '.join(str(error).split())}); {AGAIN}") from error
+
+
+def part_file(name: str) -> str:
+    return "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+
+
+def _place(folder: str, name: str, file: str) -> Path | None:
+    """Where a part's file is, or would be; None where it is on a hub."""
+    if Path(folder).is_dir():
+        part = Path(folder, name)
+        return (part if part.is_dir() else Path(folder)) / file
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(folder, f"{name}/{file}")
+    return Path(cached) if isinstance(cached, str) else None
 
 
 @contextlib.contextmanager
-def load_errors(path: str, key: str = "model.path") -> Iterator[None]:
-    """What loading raises becomes a BaseModelError: one line with setting and path, and how to get a hub id."""
+def load_errors(path: str, key: str = "model.path", part: str = "") -> Iterator[None]:
+    """What loading raises becomes a BaseModelError: one line with setting, path, `part` and remedy. Whatever it is: of
+    a damaged configuration libraries make errors of every kind."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, TypeError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        remedy = f"; where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"
-        reason += "" if Path(path).expanduser().exists() else remedy
-        raise BaseModelError(f"{key}: {path} is neither a model's folder nor reachable on the hub: {reason}") from error
+    except BaseModelError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        reason = reason if isinstance(error, (OSError, ValueError)) and reason else f"{type(error).__name__}: {reason}"
+        if Path(path).expanduser().exists():
+            place = os.path.join(path, part) if part else path
+            raise BaseModelError(f"{key}: {place} cannot be used: {reason}; {AGAIN}") from error
+        remedy = f"where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"
+        where = f"{path} is neither a model's folder nor reachable on the hub"
+        raise BaseModelError(f"{key}: {where}: {reason}; {remedy}") from error
 
 
-def _read(folder: str, file: str) -> Any:
+def _read(folder: str, file: str) -> dict[str, Any]:
     """A JSON file of a folder or a hub repository."""
     place = os.path.join(folder, file)
     if not Path(folder).is_dir():
@@ -71,6 +141,9 @@ def _read(folder: str, file: str) -> Any:
 
         place = hf_hub_download(folder, file)
     try:
-        return json.loads(Path(place).read_text(encoding="utf-8"))
+        content = json.loads(Path(place).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: it holds no JSON object")
+    return content

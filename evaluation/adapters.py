@@ -22,7 +22,7 @@ from records import checkpoint, facts
 from records.checkpoint import Checkpoint, CheckpointError
 from records.facts import CONFIG, RUN
 from records.run_folder import EVALUATION, Records
-from records.storage import Storage, StorageError
+from records.storage import Storage
 from records.words import printable, short
 
 if TYPE_CHECKING:  # torch and diffusers come with it
@@ -229,14 +229,21 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
 
 
 def _check(target: Target) -> None:
-    """Raises a ValueError for what would otherwise fail only after actors are up: a LoRA of another base model; a
-    reward, held-out rewards or features that cannot be had."""
+    """Raises a ValueError for what would otherwise fail only after actors are up: a damaged base model, or a
+    LoRA of another; a reward, held-out rewards or features that cannot be had. Says which prompts are cut."""
     from diffusion import lora, lora_files
-    from diffusion.base_model import without_weights
+    from diffusion.base_model import load_kernel
+    from diffusion.locate import is_unconditional
+    from diffusion.parts import check_parts, cut_prompts, without_weights
     from rewards import judges, registry
 
-    config, adapter = target.config, target.adapter
-    unet, _ = without_weights(str(resolve(config.model.path)))
+    config, adapter, sampler = target.config, target.adapter, target.config.sampler
+    path = str(resolve(config.model.path))
+    check_parts(path)
+    load_kernel(path, sampler.steps, sampler.eta, sampler.grid)
+    if not is_unconditional(path) and (said := cut_prompts(path, target.prompts)):
+        print(f"{target.name}: {said}", file=sys.stderr)
+    unet, _ = without_weights(path)
     lora_files.require_fit(unet, adapter)
     ends = tuple(f".{module}" for module in lora.TARGETS)
     if set(adapter.modules) != {name for name, _ in unet.named_modules() if name.endswith(ends)}:

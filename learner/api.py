@@ -15,9 +15,10 @@ from cluster import signals
 from cluster.nodes import totals
 from cluster.placement import Placement, Share, place_for
 from cluster.session import nodes_at_hand
-from diffusion.base_model import check_parts, check_tiny_decoder, load_kernel
+from diffusion.base_model import load_kernel
 from diffusion.failures import RunFailure
 from diffusion.locate import is_unconditional
+from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
 from evaluation import collapse
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
@@ -98,11 +99,11 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
     cluster's resources. Raises a ConfigError, a line for each fault, or ClusterUnreachable."""
     faults: list[str] = []
 
-    def attempt(step: Callable[[], Any], prefix: str = "") -> Any:  # None where it fails
+    def attempt(step: Callable[[], Any]) -> Any:  # None where it fails
         try:
             return step()
         except (RunFailure, ValueError) as error:
-            faults.append(str(error) if isinstance(error, RunFailure) else f"{prefix}{error}")
+            faults.append(str(error))
 
     sampler, reward, evaluation = config.sampler, config.reward, config.evaluation
     path, in_process = str(resolve(config.model.path)), config.run.runner == "inprocess"
@@ -116,7 +117,9 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
         faults.append(f"prompts.path: {path} takes prompts; name a file of them")
     if unconditional is not None:  # there is a pipeline
         attempt(lambda: check_parts(path))
-        attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid), "sampler.steps: ")
+        if unconditional is False and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
+            warn(said)
+        attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid))
         if config.objective.forward_looking_decoder == "tiny":
             attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
     needing = config.objective.kind if config.needs.reward_gradients else None

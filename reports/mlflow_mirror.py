@@ -22,7 +22,6 @@ from PIL import Image
 
 from learner.config import resolve, saved_config
 from records import checkpoint
-from records.checkpoint import CheckpointError
 from records.facts import Warn
 from records.passwords import without_passwords
 from records.run_folder import BEFORE, CONFIG, Records

@@ -34,7 +34,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PROMPTS = 5  # examples
 KOHYA_FILE = "kohya.safetensors"
 # How the run sampled, whatever scheduler the base model ships: diffusion/kernels.py.
-DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "thresholding": False}
+DDIM = {"set_alpha_to_one": False, "steps_offset": 1}
 DPM_SOLVER = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1, "final_sigmas_type": "sigma_min"}
 
 
@@ -76,8 +76,8 @@ def reward_in_words(trained: Trained) -> str:
 
 def objective_in_words(trained: Trained) -> str:
     """What was trained towards; without its target where the base model, whose size that takes, is not at hand."""
-    from diffusion.base_model import without_weights
     from diffusion.locate import BaseModelError
+    from diffusion.parts import without_weights
     from learner.objectives.by_name import describe
 
     config = trained.config
@@ -93,7 +93,10 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
     names the base model."""
     place = place or "path/to/this/folder"
     sampler, text, solver = config.sampler, config.prompts.path is not None, config.sampler.grid == "dpm_solver"
-    scheduler, settings = ("DPMSolverMultistepScheduler", DPM_SOLVER) if solver else ("DDIMScheduler", DDIM)
+    ddim = (
+        {"clip_sample": False, **DDIM} if text else DDIM
+    )  # which PNDM's settings do not say; pixels as the model has it
+    scheduler, settings = ("DPMSolverMultistepScheduler", DPM_SOLVER) if solver else ("DDIMScheduler", ddim)
     pipeline = "StableDiffusionPipeline" if text else "DDIMPipeline"
     imports = [f"from diffusers import {pipeline}"]
     load = [f"pipe = {pipeline}.from_pretrained({json.dumps(place if form == 'fused' else base)})"]

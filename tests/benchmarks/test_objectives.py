@@ -53,7 +53,7 @@ def test_the_picture_has_a_point_a_seed_their_mean_and_the_base_model():
 @pytest.mark.long
 def test_two_objectives_for_real_and_a_second_time_for_nothing(tmp_path, capsys):
     arguments = [
-        "train.epochs=1", "train.trajectories=32", "evaluation.images=16", "sampler.steps=6", "--out", str(tmp_path),
+        "train.epochs=1", "train.trajectories=32", "evaluation.images=16", "sampler.steps=5", "--out", str(tmp_path),
         "--seeds", "1", "--images", "16", "--only", "ddpo", "residual_nabla_db",
     ]  # fmt: skip
     main(arguments)

@@ -88,3 +88,16 @@ def test_authentication_switched_off_is_said_at_start_and_no_token_made(home, mo
     nodes_at_hand(1, said.append, local=True)  # no Ray, no token
     auth.ensure_token()
     assert len(said) == 1 and "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize("home_is", ["nobody's", "closed"])
+def test_a_home_that_is_not_there_or_cannot_be_looked_into_is_as_one_without_a_token(home_is, home, monkeypatch):
+    """Neither ends a run in a traceback: a container's user may have no home, and pathlib raises for both."""
+    if home_is == "nobody's":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os.path, "expanduser", str)  # as it answers where nobody knows the user
+    else:
+        monkeypatch.setattr(os, "stat", lambda *a, **b: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    auth.ensure_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64 and not auth.faults_here()
+    monkeypatch.undo()

@@ -2,11 +2,17 @@
 
 import json
 import re
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
+import ray
 
+from cluster import nodes, placement
 from cluster.nodes import Node
 from cluster.placement import Placement, PlacementError, counts_now, place_for
+from cluster.waits import DeadlineExceeded
 from learner.config import ConfigError, load_config
 
 
@@ -198,3 +204,43 @@ def test_joined_gpus_are_used_and_never_more_than_there_are(gpus):
     assert samplers > start.samplers.count
     used = start.ranks.count * start.ranks.gpus + (samplers + scorers) * start.samplers.gpus
     assert used <= 4 + gpus
+
+
+@pytest.mark.parametrize("waiting_for", ["room", "actors"])
+def test_a_head_that_is_lost_while_a_run_waits_is_said_in_one_line(waiting_for, monkeypatch):
+    """Ray's own waits for room keep no deadline then, and end the process after a minute."""
+    hung = threading.Event()
+    monkeypatch.setattr(placement, "placement_group", lambda *a, **b: SimpleNamespace(wait=lambda seconds: hung.wait()))
+    monkeypatch.setattr(placement, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(placement, "LOST_SECONDS", 0.3)
+
+    def gone(*arguments, **options):
+        raise ray.exceptions.RpcError("Deadline Exceeded")
+
+    def late(*arguments):
+        raise DeadlineExceeded("no actor yet")
+
+    monkeypatch.setattr(nodes, "get_cluster_status", gone)
+    monkeypatch.setattr(placement, "get", late)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    with pytest.raises(DeadlineExceeded, match=r"control store at 10\.0\.0\.1:6379 did not answer within 0\.3 s"):
+        if waiting_for == "room":
+            placement.reserve(place((1, 1, 1), machine(4.0)), 1e9)
+        placement.ready({"samplers": (None, [])}, time.monotonic() + 1e9, 1e9)
+    hung.set()
+
+
+def test_a_store_that_is_gone_or_late_leaves_no_threads_traceback(monkeypatch, capfd):
+    answers = [None, SimpleNamespace(active_nodes=[], idle_nodes=[])]
+
+    def second_time(address):
+        if answer := answers.pop():
+            answers.clear()
+            return answer
+        raise ray.exceptions.RpcError("Deadline Exceeded")
+
+    answers.reverse()
+    monkeypatch.setattr(nodes, "get_cluster_status", second_time)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    assert nodes.alive_nodes() == []
+    assert "Traceback" not in capfd.readouterr().err

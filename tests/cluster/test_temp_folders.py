@@ -1,7 +1,10 @@
 """Folders that go with their owner, and never anybody else's."""
 
+import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -10,7 +13,17 @@ import pytest
 from ray_processes import wait_for
 
 from cluster import temp_folders
-from cluster.temp_folders import MARKER, VARIABLE, TemporaryFolder, sweep
+from cluster.temp_folders import (
+    BENEATH,
+    MARKER,
+    PREFIX,
+    SOCKET_BYTES,
+    VARIABLE,
+    NoTemporaryFolder,
+    TemporaryFolder,
+    sweep,
+)
+from learner.run import main
 
 OWNER = """
 import os, subprocess, sys, time
@@ -82,3 +95,40 @@ def test_what_only_has_our_name_stays(base):
     sweep()
     assert sorted(os.listdir(base)) == ["elsewhere", "tributary-checkout", "tributary-link", "tributary-notes.txt"]
     assert (elsewhere / MARKER).exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (
+            "x" * 80,
+            "RAY_TMPDIR: .*bytes too long for the sockets that Ray keeps there .at most 22.: name a shorter one",
+        ),
+        ("nowhere", "/nowhere is no folder: .*set RAY_TMPDIR"),
+    ],
+)
+def test_a_place_where_ray_could_not_make_its_sockets_is_said_by_a_plan_and_a_run(
+    place, said, small_settings, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if place != "nowhere":
+        (tmp_path / place).mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / place))
+    for plan in ([], ["--plan"]):
+        assert main([*small_settings, f"run.dir={tmp_path / 'run'}", *plan]) == 2
+        line = capsys.readouterr().err.strip()
+        assert re.match(f"learner.run: {said}", line.replace(str(tmp_path), "")), line
+        assert "\n" not in line and not (tmp_path / "run").exists()
+    if place == "nowhere":
+        with pytest.raises(NoTemporaryFolder, match="No such file or directory; set RAY_TMPDIR"):
+            TemporaryFolder()
+
+
+def test_rays_longest_socket_fits_where_it_is_said_to():
+    """The names as this Ray makes them; the driver's number may have seven digits."""
+    session = "session_2026-11-29_00-14-56_123456_1234567"
+    path = f"{'x' * (SOCKET_BYTES - BENEATH)}/{PREFIX}12345678/r/{session}/sockets/plasma_store"
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as opened:
+        for place, said in ((f"/{path}", "No such file"), (f"//{path}", "AF_UNIX path too long")):
+            with pytest.raises(OSError, match=said):
+                opened.bind(place[1:])

@@ -1,6 +1,5 @@
 """A model's path is checked before anything slow is imported."""
 
-import json
 import re
 import subprocess
 import sys
@@ -26,15 +25,28 @@ def test_nothing_slow_is_imported_before_it_is_needed(ddpm):
     assert (checked.returncode, checked.stdout) == (0, "\n\n"), checked.stderr
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", json.dumps({"_class_name": ["a", 1]})])
-def test_a_damaged_index_is_named_in_one_line(index, tmp_path):
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{", "cannot be used: model_index.json is damaged: Expecting property name"),
+        ("[]", "cannot be used: model_index.json is damaged: it holds no JSON object"),
+        ("{}", "has no pipeline's _class_name in its model_index.json; what can be trained: Stable"),
+        ('{"_class_name": ["a", 1]}', "has no pipeline's _class_name"),  # Flax
+        ('{"_class_name": "StableDiffusionXLPipeline"}', "is a StableDiffusionXLPipeline; what can be trained: Stable"),
+        ('{"_class_name": "FluxPipeline"}', "is a FluxPipeline; what can be trained: StableDiffusionPipeline (Stable"),
+    ],
+)
+def test_what_is_no_pipeline_of_a_supported_class_is_named_in_one_line(index, said, tmp_path):
     (tmp_path / "model_index.json").write_text(index)
-    if index.startswith('{"'):
-        assert not is_unconditional(str(tmp_path))  # flax pipelines name two classes
-        return
-    with pytest.raises(BaseModelError, match=f"model.path: {re.escape(str(tmp_path))} is neither") as caught:
+    with pytest.raises(BaseModelError, match=f"model.path: {re.escape(f'{tmp_path} {said}')}") as caught:
         is_unconditional(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_no_folder_and_the_line_says_how_to_make_one(tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(BaseModelError, match=r"is a file, .*from_single_file\(FILE\)\.save_pretrained.* a LoRA is no"):
+        locate(str(tmp_path / "model.safetensors"))
 
 
 def test_a_hub_id_that_cannot_be_had_is_named_with_the_command_to_get_it():

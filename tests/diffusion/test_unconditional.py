@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 from peft import PeftModel
 
 from diffusion import lora, noise
-from diffusion.base_model import BaseModel, Decoder, load_kernel, without_weights
+from diffusion.base_model import BaseModel, Decoder, load_kernel
+from diffusion.parts import without_weights
 from learner.run import main
 from records.storage import Storage
 from rewards import registry
@@ -68,7 +69,7 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
     )
     monkeypatch.syspath_prepend(tmp_path)
     run = tmp_path / "run"
-    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={run}", "learner.learning_rate=0.05", *overrides]) == 0
+    assert main([*SETTINGS, f"model.path={ddpm}", f"run.dir={run}", "learner.learning_rate=0.3", *overrides]) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [-1, 0, 1]
     adapter = run / "checkpoints/latest/lora"
@@ -77,8 +78,8 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
 
     # The images of the last evaluation, drawn again with plain diffusers and PEFT at the same noise.
     unet = PeftModel.from_pretrained(UNet2DModel.from_pretrained(f"{ddpm}/unet"), str(adapter)).merge_and_unload()
-    fixed = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}
-    scheduler = DDIMScheduler.from_pretrained(f"{ddpm}/scheduler", **fixed)
+    scheduler = DDIMScheduler.from_pretrained(f"{ddpm}/scheduler", steps_offset=1, set_alpha_to_one=False)
+    assert scheduler.config.clip_sample
     scheduler.set_timesteps(4)
     draws = [torch.from_numpy(noise.normal(0, noise.EVALUATION, 0, range(4), i, (3, 16, 16))) for i in range(5)]
     x = draws[0]
@@ -98,7 +99,7 @@ def test_a_run_from_the_command_line_and_its_lora_in_plain_diffusers(ddpm, tmp_p
     [
         (["prompts.path=configs/prompts/shapes_placed.txt"], "takes no prompts; set prompts.path=null"),
         (["sampler.guidance=3"], "nothing to guide; set it to 1"),
-        (["sampler.steps=1000"], "sampler.steps: the grid begins at timestep 1000"),
+        (["sampler.steps=1000"], "its grid begins at timestep 1000 of 1000: set fewer sampler.steps"),
         (["sampler.guidance=3", "model.path=TINY"], "takes prompts; name a file of them"),
     ],
 )

@@ -5,7 +5,7 @@ from examples.minimal_loop import SETTINGS, train
 from learner import load_config
 
 SMALL = SETTINGS | {
-    "sampler.steps": 3, "sampler.chunk_size": 2, "prompts.per_prompt": 2, "train.trajectories": 4,
+    "sampler.steps": 4, "sampler.chunk_size": 2, "prompts.per_prompt": 2, "train.trajectories": 4,
     "learner.micro_batch": 4, "flow.widths": [8, 16],
 }  # fmt: skip
 

@@ -5,8 +5,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from learner.config import ConfigError
+from commands import generate
+from diffusion.base_model import BaseModel
+from diffusion.parts import cut_prompts
+from learner import api
+from learner.config import ROOT, ConfigError, load_config, resolve
 from learner.prompts import read_prompts
 
 PROMPTS = ["a red circle, large", 'a "quoted" ring', "ein grüner Würfel"]
@@ -73,6 +78,28 @@ def test_parquet_holds_text_or_categories_and_no_numbers_and_a_list_is_read_like
     assert read_prompts([" a ring", "", "# no comment"]) == ["a ring", "# no comment"]
     with pytest.raises(ConfigError, match=r"prompts\.path: the list holds no prompt"):
         read_prompts([" "])
+
+
+def test_prompts_that_the_text_encoder_does_not_read_to_their_end_are_said_once(tmp_path, capsys):
+    """Two that differ only there are one to it: a warning with count and first example, before a run and a picture."""
+    start = "a red circle and a blue ring and a green square on a white"  # 14 words and two marks: 16 tokens
+    long = [f"{start} background with a {thing}" for thing in ("cat", "dog")]
+    model = BaseModel(str(resolve("models/shapes")))
+    assert torch.equal(*model.embed(long))
+    said = cut_prompts(model.path, [*long, start, long[0]])
+    assert said.startswith("2 of 3 prompts are longer than the 16 tokens that ") and "\n" not in said
+    assert said.endswith(f"of {long[0]!r} it reads {start!r}")
+    presets = [read_prompts(str(file)) for file in (ROOT / "configs/prompts").glob("shapes*.txt")]
+    assert presets and all(cut_prompts(model.path, prompts) is None for prompts in presets)
+
+    heard = []
+    config = load_config(overrides=["run.runner=inprocess", "reward.name=jpeg_compressibility"])
+    config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"path": (*long, start)})})
+    api.check(config, heard.append)
+    assert heard == [said]
+    arguments = ["--steps", "2", "--images", "1", "--guidance", "1", "--out", str(tmp_path / "x.png")]
+    assert generate.main([*arguments, "--prompt", long[0], "--prompt", start]) == 0
+    assert capsys.readouterr().err.startswith("learner.generate: warning: 1 of 2 prompts are longer than the 16 tokens")
 
 
 FIRE = "a ring\u2028of fire"
