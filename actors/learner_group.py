@@ -12,7 +12,8 @@ from actors.crew import Crew
 from actors.pool import PING_SECONDS, Probes
 from actors.shells import Build, LearnerActor, ScoredRefs
 from cluster.placement import in_group
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get, put
+from cluster.waits import ActorDied, ObjectLost, done, get, put
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from learner.process_group import GroupBroken
 from learner.protocol import receipts

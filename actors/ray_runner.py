@@ -28,7 +28,7 @@ from actors.pool import PATIENCE
 from actors.rollouts import Rollouts
 from cluster.nodes import alive_nodes
 from cluster.placement import counts_now
-from cluster.waits import DeadlineExceeded
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import build

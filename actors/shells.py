@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from cluster.waits import DeadlineExceeded, ObjectLost, get
+from cluster.waits import ObjectLost, get
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Scores, Trajectories, Verdict
 

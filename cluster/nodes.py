@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-from cluster.waits import DeadlineExceeded
+from diffusion.failures import DeadlineExceeded
 
 ANSWER_SECONDS = 10.0
 

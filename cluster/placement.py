@@ -11,7 +11,8 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.nodes import Node, alive_nodes, listed
-from cluster.waits import DeadlineExceeded, done, get
+from cluster.waits import done, get
+from diffusion.failures import DeadlineExceeded
 from diffusion.failures import RunFailure
 from learner.config import Config
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import registry
+from rewards.own_code import named_failure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +93,7 @@ def score(reward: registry.Reward, files: Sequence[Path], prompts: Sequence[str]
         while part := list(itertools.islice(same_size, BATCH)):
             names, pictures, texts = zip(*part, strict=True)
             images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-            with torch.no_grad(), registry.named_failure(ValueError, f"{reward.name} failed on {names[0]}", reward):
+            with torch.no_grad(), named_failure(ValueError, f"{reward.name} failed on {names[0]}"):
                 values = reward(images.to(device), list(texts))
             for file, value in zip(names, values.tolist(), strict=True):
                 scores.append(value)

@@ -8,7 +8,8 @@ import pytest
 from actors import learner_group as module
 from actors import pool, shells
 from actors.learner_group import LearnerGroup, RanksLost
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
+from cluster.waits import ActorDied, ObjectLost
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from learner.config import load_config
 from learner.process_group import GroupBroken
