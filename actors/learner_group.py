@@ -75,10 +75,10 @@ class LearnerGroup:
         answers = self._answers(calls, f"fetching epoch {epoch}", "chunk_seconds")
         return sorted(share[i][j] for share, lost in zip(shares, answers, strict=True) for i, j in lost)
 
-    def train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
+    def train(self, epoch: int, beta: float, offset: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Train on what was fetched: each rank's account, the next policy version, and the files of a checkpoint.
         Raises RanksDiverged if the ranks hold different adapters."""
-        calls = [actor.train_epoch.remote(epoch, beta) for actor in self.actors]
+        calls = [actor.train_epoch.remote(epoch, beta, offset) for actor in self.actors]
         answers = self._answers(calls, f"training of epoch {epoch}", "train_seconds")
         receipts.check_ranks([sha256 for _, sha256, _ in answers])
         return [training for training, _, _ in answers], answers[0][2], self.state_files()

@@ -12,8 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.nodes import Node, alive_nodes, listed
 from cluster.waits import done, get
-from diffusion.failures import DeadlineExceeded
-from diffusion.failures import RunFailure
+from diffusion.failures import DeadlineExceeded, RunFailure
 from learner.config import Config
 
 ROLES = ("sampler", "reward", "learner")

@@ -57,7 +57,7 @@ class InProcessRunner(InProcessPools):
         self.buffer = Buffer(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
         self.ledger = ledger
 
-    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
+    def train_epoch(self, epoch: int, beta: float, offset: float) -> EpochResult:
         chunks = self.buffer.admit()
         for number, chunk in enumerate(chunks, 1):
             start = time.perf_counter()
@@ -74,7 +74,7 @@ class InProcessRunner(InProcessPools):
         scored = [(work.trajectories, work.scores) for work in works]
         size = len(scored) // self.config.train.updates_per_epoch
         updates = [scored[start : start + size] for start in range(0, len(scored), size)]
-        training = self.learner.train_epoch(epoch, beta, updates)
+        training = self.learner.train_epoch(epoch, beta, updates, offset)
         self.ledger.advance(epoch, (bad.trajectory_id for bad in training.set_aside), "quarantined")
         self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)

@@ -4,8 +4,9 @@ torch's global settings are afterwards what they were. Imports no torch by itsel
 import contextlib
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from diffusion.failures import DeadlineExceeded
 
@@ -63,7 +64,7 @@ def _settings_kept() -> Iterator[None]:
     ours draws from it, and a reward that does would draw the same again and again."""
     import torch
 
-    settings = (
+    settings: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
         (torch.is_grad_enabled, torch.set_grad_enabled),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_default_dtype, torch.set_default_dtype),

@@ -105,7 +105,7 @@ def check_name(name: str, backend: Backend = "native") -> None:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Module and attribute of `module:callable`; a module in or below the current directory may be written as a path."""
+    """Module and attribute of `module:callable`; a module below the current directory may be written as a path."""
     module, _, attribute = name.rpartition(":")
     if module.endswith(".py"):
         path = PurePath(module.removesuffix(".py"))

@@ -115,7 +115,7 @@ def test_every_update_is_the_same_chunks_whatever_the_ranks_and_gives_all_accoun
     assert second == [[PAIRS[1], PAIRS[3]], [PAIRS[5], PAIRS[7]]]
     world.spawned[0].answers["fetch"], world.spawned[1].answers["fetch"] = [(0, 1)], [(1, 0)]
     assert group.fetch(1, PAIRS) == [2, 5]
-    trainings, snapshot, files = group.train(1, 0.5)
+    trainings, snapshot, files = group.train(1, 0.5, 0.8)
     assert [training.trajectory_ids for training in trainings] == [(0,), (1,)] and snapshot.version == 1
     assert files == {"rank-0": b"state", "rank-1": b"state"}
 
@@ -126,7 +126,7 @@ def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, 
     world.spawned[rank].answers[method] = failure
     world.spawned[1 - rank].silent = {method}
     with pytest.raises(RanksLost) as lost:
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
     assert lost.value.args == (failure,) and world.now == 0.0
 
 
@@ -138,7 +138,7 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
     group.start(None, deadline=10.0)
     world.spawned[0].silent = {"train_epoch"}
     with pytest.raises(ActorDied, match="no sampler"):
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
 
 
 @pytest.mark.parametrize("others", [{}, {"train_epoch": GroupBroken("closed by peer")}])
@@ -146,11 +146,11 @@ def test_a_defect_or_another_adapter_is_no_loss_and_comes_before_the_group_that_
     training, _, _ = world.spawned[1].answers["train_epoch"]
     world.spawned[1].answers["train_epoch"] = (training, "another", None)
     with pytest.raises(RanksDiverged):
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
     world.spawned[0].answers.update(others)
     world.spawned[1].answers["train_epoch"] = ZeroDivisionError("why")
     with pytest.raises(ZeroDivisionError, match="why"):
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(method, w
     world.spawned[1].silent = {method}
     with pytest.raises(RanksLost, match=words):
         group.fetch(1, PAIRS)
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
     assert seconds < world.now <= seconds + 0.5
 
 

@@ -70,7 +70,8 @@ def test_unknown_names_options_weights_and_prompts_are_refused():
         with pytest.raises(ValueError, match="a dog"):
             registry.check(name, None, {}, ["a red circle", "a dog"])
     for name, said in (
-        ("beauty", "jpeg_compressibility"), ("aestetic", r"did you mean aesthetic\?"), ("no_such_module:f", "looked in"),
+        ("beauty", "jpeg_compressibility"), ("aestetic", r"did you mean aesthetic\?"),
+        ("no_such_module:f", "looked in the current directory"),
         ("mine.py", r"which function in it\? mine.py:FUNCTION"), ("mine:", "expected module:callable"),
         ("/elsewhere/mine.py:f", "set PYTHONPATH=/elsewhere before the command, and reward.name=mine:f"),
     ):  # fmt: skip
@@ -217,7 +218,7 @@ def test_whatever_a_module_does_when_it_is_imported(code, said, tmp_path, monkey
 
 @pytest.mark.parametrize("kind", ["exit", "generator", "mute", "long"])
 def test_whatever_a_reward_raises_is_its_own_failure_with_the_lines_of_all_its_authors_files(kind, own):
-    with pytest.raises(BadReward, match=rf"my_helper\.py:2 in passed_on: raise error\) \(reward\.on_bad") as caught:
+    with pytest.raises(BadReward, match=r"my_helper\.py:2 in passed_on: raise error\) \(reward\.on_bad") as caught:
         scorer(registry.load("my_reward:Raises", kind=kind)).score(clean())
     assert f"{own}:" in str(caught.value) and len(str(caught.value)) < 3000
 
