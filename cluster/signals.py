@@ -16,7 +16,7 @@ END_SECONDS = 9.0  # for a clean end; then the process goes all the same
 
 _status = 0  # 128 + signal, once one has come
 _stage: Literal["starting", "running", "closing"] = "starting"
-_program = "learner.run"  # for messages
+_program: str | None = None  # that this process is, once signals are watched; for messages
 
 
 def watch(program: str) -> None:
@@ -50,6 +50,13 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def end_hard(why: str) -> None:
+    """Say it and, where this process is a command of ours, end it here and now with exit status 1."""
+    os.write(2, f"{_program or 'learner.train'}: {why}\n".encode(errors="backslashreplace"))
+    if _program:
+        os._exit(1)
 
 
 def status(before_any: int = 130) -> int:

@@ -18,6 +18,7 @@ from records.checkpoint import FORMAT
 from records.storage import Storage
 
 RUN, METRICS, CONFIG = "run.json", "metrics.jsonl", "config.yaml"
+TRACEBACK = "traceback.txt"  # of what ended the run early, the last time
 TRAJECTORIES, EVALUATION = "trajectories", "evaluation"
 EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
 NEEDED = ("format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256")  # in run.json

@@ -42,7 +42,7 @@ def in_words(error: BaseException) -> str:
     except Exception as another:
         message = f"(its message cannot be printed: {type(another).__name__})"
     message = message if len(message) <= CHARACTERS else f"{message[:CHARACTERS]} ..."
-    return f"{type(error).__name__}: {message}{_lines(error)}"
+    return f"{type(error).__name__}{message and f': {message}'}{_lines(error)}"
 
 
 def _lines(error: BaseException) -> str:
