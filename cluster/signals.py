@@ -3,13 +3,14 @@ it is active before torch is imported, which takes seconds."""
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TextIO
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 9.0  # for a clean end; then the process goes all the same
@@ -38,6 +39,28 @@ def enter(stage: Literal["running", "closing"]) -> None:
     nothing interrupts it, but what waits asks for the `status`."""
     global _stage
     _stage = stage
+
+
+def leave_with(work: Callable[[], int]) -> NoReturn:
+    """Exit with the status of `work`; quietly, as `head` expects it, where nobody reads what it prints any more."""
+    try:
+        try:
+            status = work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):  # that was another pipe
+            raise
+        hush(sys.stdout)
+        status = 128 + signal.SIGPIPE
+    leave(status)
+
+
+def hush(stream: TextIO) -> None:
+    """Nobody reads it: what is still written to it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave(status: int) -> NoReturn:

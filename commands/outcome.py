@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
+from cluster import signals
 from diffusion.failures import RunFailure
 from learner.config import ConfigError
 
 
 def complain(verb: str, text: str) -> None:
     """One line on stderr, whatever `text` holds."""
-    print(f"learner.{verb}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    tell(f"learner.{verb}: {' '.join(text.split())}", sys.stderr)
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """Print a line; where nobody reads them any more, the work goes on all the same."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        signals.hush(stream)
 
 
 def attempt(verb: str, work: Callable[[], object], run: str = "") -> int:
@@ -19,6 +29,8 @@ def attempt(verb: str, work: Callable[[], object], run: str = "") -> int:
     place = f"{run}: " if run else ""
     try:
         work()
+    except BrokenPipeError:  # of what it prints: learner/__main__.py knows
+        raise
     except (OSError, ValueError) as error:
         for line in str(error).splitlines() if isinstance(error, ConfigError) else [str(error)]:
             complain(verb, place + line)

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with args.output.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("image", "prompt", "score"), *zip(files, prompts, scores, strict=True)])
+    except BrokenPipeError:  # of what it prints
+        raise
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: a device that is not here
         print(f"learner.score: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ from rich.text import Text
 from commands.outcome import attempt
 from records.heartbeat import EPOCHS, FILE, RUN, look
 from records.storage import Storage, StorageError
-from reports.summary import clock, duration
+from reports.summary import clock, duration, interpreter
 
 EVENTS = 5
 BARS = "▁▂▃▄▅▆▇█"
@@ -112,7 +112,7 @@ def _mlflow(uri: str, run_id: str | None) -> str:
     page = f"/#/runs/{run_id}" if run_id else ""
     if uri.startswith("http"):
         return uri.rstrip("/") + page
-    return f"mlflow ui --backend-store-uri {uri}" + (f", then {page}" if page else "")
+    return f"{interpreter()} -m mlflow ui --backend-store-uri {uri}" + (f", then {page}" if page else "")
 
 
 def _printable(line: str) -> str:

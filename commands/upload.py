@@ -27,6 +27,7 @@ from records.checkpoint import CheckpointError
 from records.heartbeat import without_passwords
 from records.run_folder import Records
 from records.storage import Storage, StorageError
+from reports.summary import interpreter
 from reports.tracking import tracking_uri
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _send_model(mirror: Mirror) -> None:
         if lack := mirror.send_model(saved_config(Records.open(mirror.storage)).mlflow.registered_model):
             tell(f"say no model in MLflow: {lack}")
     except Exception as error:
-        again = f"python -m learner.upload {mirror.storage}"
+        again = f"{interpreter()} -m learner.upload {mirror.storage}"
         tell(f"say warning: MLflow did not take the run's model ({reason(error)}); send it: {again}")
 
 

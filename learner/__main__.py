@@ -39,7 +39,7 @@ def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
     from cluster import signals
 
     signals.watch(f"learner.{verb}")  # now: what follows may take seconds to import
-    signals.leave(importlib.import_module(VERBS[verb][0]).main(arguments))
+    signals.leave_with(lambda: importlib.import_module(VERBS[verb][0]).main(arguments))
 
 
 def main() -> None:
@@ -53,7 +53,9 @@ def main() -> None:
     if verb not in ("-h", "--help"):
         print(f"learner: there is no command {verb!r}\n{text}", file=sys.stderr)
         sys.exit(2)
-    print(text)
+    from cluster import signals
+
+    signals.leave_with(lambda: print(text) or 0)
 
 
 if __name__ == "__main__":

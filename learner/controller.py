@@ -24,7 +24,7 @@ from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, Scores
 from learner.config import Config, config_yaml
 from learner.objectives.base import anneal
-from learner.objectives.by_name import describe
+from learner.objectives.by_name import describe, prospects
 from learner.open_run import OpenRun
 from learner.prompts import evaluation_prompts, training_prompts
 from learner.protocol import quarantine
@@ -62,6 +62,8 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     views.running(runner.vitals)
     views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
+    views.say(prospects(config))
+    records.note(dimensions=runner.dimensions)
     if opened.checkpoint is None:
         if fixed:
             evaluated = _evaluate(runner, fixed, BEFORE, judge, views)

@@ -78,7 +78,7 @@ class Facts:
         self.lines = [line for line in records.lines if line["epoch"] < epochs]
         self.trained = [line for line in self.lines if line["epoch"] != BEFORE]
         self.evaluated = [epoch for epoch in records.evaluated() if epoch < epochs]
-        self.towards = target(config.objective)  # a formula in words
+        self.towards = target(config.objective, records.about.get("dimensions"))  # a formula in words
         keys = "seconds", "trajectories", "lost_trajectories", "quarantined"  # in the lines
         self.seconds, self.trajectories, self.lost, self.set_aside = (
             sum(line.get(key) or 0 for line in self.trained) for key in keys
@@ -257,12 +257,16 @@ def next_commands(records: Records, config: Config) -> list[str]:
         evaluated = records.evaluated()
         first = records.evaluation(evaluated[-1])["prompt"][0] if evaluated else "what to draw"
         prompt = f" --prompt {shlex.quote(first)}"
-    return [
-        "next:",
+    commands = [
         f"  {python} -m learner.evaluate {run}{images}   # beside what noise alone would do",
         f"  {python} -m learner.generate --lora {run}{prompt}   # base and tuned, the same noise: grid.png",
         f"  {python} -m learner.compare {run} OTHER_RUN{images}   # once there is another run",
     ]
+    module, _, function = config.reward.name.rpartition(":")
+    if module == "__main__" or "<" in function:
+        why = "learner.evaluate and learner.compare cannot import this run's reward: put the function into a file"
+        commands = [commands[1], f"  ({why}, and add reward.name=FILE.py:FUNCTION)"]
+    return ["next:", *commands]
 
 
 def interpreter() -> str:

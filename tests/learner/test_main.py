@@ -1,5 +1,7 @@
 """One entry: `python -m learner` and `tributary` list and run all verbs; modules that hide ours are named."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,16 @@ def test_the_console_script_finds_the_current_directory(tmp_path):
     done = call("-c", "import sys; sys.argv = ['tributary', 'run', '--help'];"
                 "from learner.__main__ import main; main()", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2 and "models.py hides Tributary's own package 'models'" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("run", "--print-config")], ids=" ".join)
+def test_where_nobody_reads_on_a_command_ends_without_a_word(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "learner", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("command", ["learner.run", "learner.status"])

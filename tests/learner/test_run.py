@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ from benchmarks.emulated import EmulatedScorer
 from cluster import auth
 from learner.config import DEFAULT_CONFIG, Config, known_keys, load_config
 from learner.protocol.buffer import Buffer
-from learner.run import main
+from learner.run import main, say
 from rewards import registry
 
 
@@ -113,6 +114,9 @@ def test_a_log_has_one_plain_line_an_epoch_and_a_terminal_a_bar(terminal, light,
     monkeypatch.setattr(sys, "stderr", error)
     assert main([*light, f"run.dir={tmp_path / 'run'}"]) == 0
     plain = capsys.readouterr().out
+    lines, known = plain.splitlines(), "; that dag_db reaches its target is proven on 1-D problems alone"
+    first = lines.index(f"what to expect: the reward is raised, held back by objective.regulariser=0.3{known}")
+    assert "dag_db (corrected): target proportional to" in lines[first - 1]
     assert "\r" not in plain and len([line for line in plain.splitlines() if line.startswith("epoch ")]) == 3
     assert ("sampling and scoring: 4/4" in error.getvalue()) == ("\r" in error.getvalue()) == terminal
 
@@ -173,6 +177,15 @@ def test_whatever_a_reward_does_fails_the_run_with_its_lines(name, said, light, 
     assert f'File "{file}"' in (tmp_path / "run/traceback.txt").read_text()
 
 
+def test_a_run_goes_on_where_nobody_reads_its_lines(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        for text in ("first", "second"):
+            say(text)
+
+
 def test_a_run_that_anything_leaves_has_failed(light, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Buffer, "admit", lambda self: sys.exit(0))
     assert main([*light, f"run.dir={tmp_path / 'run'}"]) == 1
@@ -185,6 +198,7 @@ def test_a_run_is_laid_out_as_format_5_says(finished_run):
     about, manifest = (json.loads((finished_run / name).read_text()) for name in files)
     assert set(about) == {
         "format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256", "environment", "cluster",
+        "dimensions",
     }  # fmt: skip
     assert set(manifest) == {
         "format", "run_id", "mlflow_run_id", "step", "next_epoch", "prompts_drawn", "policy_version", "adapter_sha256",
