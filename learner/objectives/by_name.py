@@ -46,5 +46,5 @@ def prospects(config: Config) -> str:
     """What a run does, and what is known of its target, for whoever meets such a run for the first time."""
     weight, kind = config.objective.regulariser, config.objective.kind
     held = f"held back by objective.regulariser={weight:g}" if weight else "and nothing holds it back"
-    proven = f"; that {kind} reaches its target is proven on 1-D problems alone" if config.needs.flow else ""
+    proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if config.needs.flow else ""
     return f"what to expect: the reward is raised, {held}{proven}"

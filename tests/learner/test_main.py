@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.__main__ import PACKAGES, VERBS
+import learner
+from learner import PACKAGES
+from learner.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,6 +28,13 @@ def test_all_verbs_and_packages_are_listed_and_other_verbs_refused():
     assert by_its_own_name.returncode == 2 and by_its_own_name.stderr.startswith("learner.status: ")
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"learner", "benchmarks"}
     assert folders == set(PACKAGES)  # every one is guarded
+
+
+def test_from_python_a_module_that_hides_ours_is_named_too(tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"rewards\.py hides Tributary's own package 'rewards': rename it"):
+        learner.__getattr__("train")
 
 
 def test_the_console_script_finds_the_current_directory(tmp_path):

@@ -114,7 +114,7 @@ def test_a_log_has_one_plain_line_an_epoch_and_a_terminal_a_bar(terminal, light,
     monkeypatch.setattr(sys, "stderr", error)
     assert main([*light, f"run.dir={tmp_path / 'run'}"]) == 0
     plain = capsys.readouterr().out
-    lines, known = plain.splitlines(), "; that dag_db reaches its target is proven on 1-D problems alone"
+    lines, known = plain.splitlines(), "; that dag_db reaches its target is shown on 1-D problems alone"
     first = lines.index(f"what to expect: the reward is raised, held back by objective.regulariser=0.3{known}")
     assert "dag_db (corrected): target proportional to" in lines[first - 1]
     assert "\r" not in plain and len([line for line in plain.splitlines() if line.startswith("epoch ")]) == 3
