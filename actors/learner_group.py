@@ -12,7 +12,8 @@ from actors.crew import Crew
 from actors.pool import PING_SECONDS, Probes
 from actors.shells import Build, LearnerActor, ScoredRefs
 from cluster.placement import in_group
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get, put
+from cluster.waits import ActorDied, ObjectLost, done, get, put
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from learner.process_group import GroupBroken
 from learner.protocol import receipts
@@ -78,10 +79,10 @@ class LearnerGroup:
         answers = self._answers(calls, f"fetching epoch {epoch}", "chunk_seconds")
         return sorted(share[i][j] for share, lost in zip(shares, answers, strict=True) for i, j in lost)
 
-    def train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
+    def train(self, epoch: int, beta: float, offset: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Train on what was fetched: each rank's account, the next policy version, and the files of a checkpoint.
         Raises RanksDiverged if the ranks hold different adapters."""
-        calls = [actor.train_epoch.remote(epoch, beta) for actor in self.actors]
+        calls = [actor.train_epoch.remote(epoch, beta, offset) for actor in self.actors]
         self._trained(0, 1)
         answers = self._answers(calls, f"training of epoch {epoch}", "train_seconds", follow=True)
         receipts.check_ranks([sha256 for _, sha256, _ in answers])

@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost, done, get
+from cluster.waits import ActorDied, ObjectLost, done, get
+from diffusion.failures import DeadlineExceeded
 from learner.config import Config
 
 IN_FLIGHT = 2  # calls of an actor: the one that it is at, and one behind it

@@ -28,7 +28,7 @@ from actors.pool import PATIENCE
 from actors.rollouts import Rollouts
 from cluster.nodes import alive_nodes
 from cluster.placement import counts_now
-from cluster.waits import DeadlineExceeded
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from learner import build
@@ -87,14 +87,14 @@ class RayRunner:
         self.buffer = self.rollouts.buffer = Buffer(chunks_of, epochs, self.config.train.max_staleness, ledger)
         self.rollouts.publish(self.snapshot)
 
-    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
+    def train_epoch(self, epoch: int, beta: float, offset: float) -> EpochResult:
         """As the contract says. Raises what Rollouts.pump does and, if learner ranks were lost too often, why."""
         start = time.perf_counter()
         for chunk in self.buffer.admit():
             self.rollouts.samplers.submit(chunk.key)
         self._await_epoch(epoch)
         scored = time.perf_counter()
-        trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta))
+        trainings, self.snapshot, self._files = self._with_ranks(partial(self._train, epoch, beta, offset))
         set_aside = [bad for training in trainings for bad in training.set_aside]
         self.ledger.advance(epoch, (bad.trajectory_id for bad in set_aside), "quarantined")
         self.ledger.advance(epoch, (it for training in trainings for it in training.trajectory_ids), "trained")
@@ -133,13 +133,13 @@ class RayRunner:
         self.rollouts.made_again.clear()
         self.crew.metrics.show(self.vitals())
 
-    def _train(self, epoch: int, beta: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
+    def _train(self, epoch: int, beta: float, offset: float) -> tuple[list[Training], Snapshot, dict[str, bytes]]:
         """Fetch and train; what turns out to be lost is made again first."""
         while True:
             works = self._await_epoch(epoch)
             lost = self._group.fetch(epoch, [(work.trajectories, work.scores) for work in works])
             if not lost:
-                return self._group.train(epoch, beta)
+                return self._group.train(epoch, beta, offset)
             self.hooks.say(f"trajectories of {len(lost)} chunks of epoch {epoch} went with their node: made again")
             for place in lost:
                 self.rollouts.make_again(works[place].chunk.key)

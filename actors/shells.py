@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ray
 
 from cluster import temp_folders
-from cluster.waits import DeadlineExceeded, ObjectLost, get
+from cluster.waits import ObjectLost, get
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Scores, Trajectories, Verdict
 
@@ -111,10 +112,10 @@ class LearnerActor:
         self.fetched = [[(next(values), next(values)) for _ in update] for update in updates]
         return []
 
-    def train_epoch(self, epoch: int, beta: float) -> tuple[Training, str, Snapshot | None]:
+    def train_epoch(self, epoch: int, beta: float, offset: float) -> tuple[Training, str, Snapshot | None]:
         """Train on what was fetched, and make the next version: its hash, and from rank 0 itself."""
         fetched, self.fetched, self.trained = self.fetched, [], (0, 1)
-        training = self.learner.train_epoch(epoch, beta, fetched)
+        training = self.learner.train_epoch(epoch, beta, fetched, offset)
         snapshot = self.learner.publish(self.learner.published.version + 1)
         if not self.whole_gpu:
             self.learner.rest()

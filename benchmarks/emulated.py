@@ -151,7 +151,7 @@ class EmulatedLearner:
     def fit_micro_batch(self, share: float = 1.0) -> int:
         return 1
 
-    def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
+    def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]], offset: float) -> Training:
         time.sleep(self.emulation.train_seconds)
         rows = [self._train(epoch, index, update) for index, update in enumerate(updates)]
         ids = tuple(number for update in updates for made, _ in update for number in made.chunk.trajectory_ids)

@@ -85,7 +85,7 @@ def epochs(runner: Runner, config: Config, count: int) -> Iterator[float]:
     runner.begin(lambda epoch: training_chunks(config, ["a prompt"], epoch), range(count), ledger)
     for epoch in range(count):
         start = time.perf_counter()
-        runner.train_epoch(epoch, 1.0)
+        runner.train_epoch(epoch, 1.0, 0.0)
         ledger.close(epoch)
         runner.checkpoint_files()
         runner.closed(epoch)

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-from cluster.waits import DeadlineExceeded
+from diffusion.failures import DeadlineExceeded
 
 ANSWER_SECONDS = 10.0
 

@@ -13,8 +13,8 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.nodes import Node, alive_nodes, listed
-from cluster.waits import DeadlineExceeded, done, get
-from diffusion.failures import RunFailure
+from cluster.waits import done, get
+from diffusion.failures import DeadlineExceeded, RunFailure
 from learner.config import Config
 
 ROLES = ("sampler", "reward", "learner")

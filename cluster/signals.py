@@ -3,20 +3,21 @@ it is active before torch is imported, which takes seconds."""
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TextIO
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 9.0  # for a clean end; then the process goes all the same
 
 _status = 0  # 128 + signal, once one has come
 _stage: Literal["starting", "running", "closing"] = "starting"
-_program = "learner.run"  # for messages
+_program: str | None = None  # that this process is, once signals are watched; for messages
 
 
 def watch(program: str) -> None:
@@ -40,6 +41,28 @@ def enter(stage: Literal["running", "closing"]) -> None:
     _stage = stage
 
 
+def leave_with(work: Callable[[], int]) -> NoReturn:
+    """Exit with the status of `work`; quietly, as `head` expects it, where nobody reads what it prints any more."""
+    try:
+        try:
+            status = work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):  # that was another pipe
+            raise
+        hush(sys.stdout)
+        status = 128 + signal.SIGPIPE
+    leave(status)
+
+
+def hush(stream: TextIO) -> None:
+    """Nobody reads it: what is still written to it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def leave(status: int) -> NoReturn:
     """Exit: signals are ignored from here on. After one, without the interpreter's own end, where Ray's handlers would
     look once more for processes that are gone."""
@@ -50,6 +73,13 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def end_hard(why: str) -> None:
+    """Say it and, where this process is a command of ours, end it here and now with exit status 1."""
+    os.write(2, f"{_program or 'learner.train'}: {why}\n".encode(errors="backslashreplace"))
+    if _program:
+        os._exit(1)
 
 
 def status(before_any: int = 130) -> int:

@@ -6,11 +6,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
-from diffusion.failures import RunFailure
-
-
-class DeadlineExceeded(RunFailure, TimeoutError):
-    """Something did not answer in time; the message says what, and which setting is the limit."""
+from diffusion.failures import DeadlineExceeded, RunFailure
 
 
 class ActorDied(RunFailure, RuntimeError):

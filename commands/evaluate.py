@@ -130,7 +130,8 @@ def show(judged: Sequence[Judged]) -> None:
             try:
                 subprocess.run(command, timeout=UPLOAD_SECONDS)
             except subprocess.TimeoutExpired:
-                complain("evaluate", f"no answer from MLflow in {UPLOAD_SECONDS} s; later: {' '.join(command[1:])}")
+                again = f"{summary.interpreter()} {' '.join(command[1:])}"
+                complain("evaluate", f"no answer from MLflow in {UPLOAD_SECONDS} s; later: {again}")
 
 
 def parser(

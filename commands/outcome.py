@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
+from cluster import signals
 from diffusion.failures import RunFailure
 from learner.config import ConfigError
 from records.passwords import without_passwords
@@ -15,7 +17,7 @@ from records.words import MOST, printable, short
 def complain(verb: str, text: str) -> None:
     """One line on stderr, whatever `text` holds; URLs without their passwords."""
     line = short(" ".join(without_passwords(text).split()), 2 * MOST)
-    print(f"learner.{verb}: {printable(line)}", file=sys.stderr, flush=True)
+    tell(f"learner.{verb}: {printable(line)}", sys.stderr)
 
 
 def warner(verb: str) -> Callable[[str], None]:
@@ -23,11 +25,21 @@ def warner(verb: str) -> Callable[[str], None]:
     return functools.cache(lambda text: complain(verb, f"warning: {text}"))
 
 
+def tell(text: str, stream: TextIO) -> None:
+    """Print a line; where nobody reads them any more, the work goes on all the same."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        signals.hush(stream)
+
+
 def attempt(verb: str, work: Callable[[], object], run: str = "") -> int:
     """Exit status of `work`: 0; 2 if input is bad, or the files of `run`, from which it reads; 1 if it fails."""
     place = f"{run}: " if run else ""
     try:
         work()
+    except BrokenPipeError:  # of what it prints: learner/__main__.py knows
+        raise
     except (OSError, ValueError) as error:
         for line in str(error).splitlines() if isinstance(error, ConfigError) else [str(error)]:
             complain(verb, place + line)

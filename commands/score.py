@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from commands.outcome import complain
 from rewards import registry
+from rewards.own_code import named_failure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with args.output.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("image", "prompt", "score"), *zip(files, prompts, scores, strict=True)])
+    except BrokenPipeError:  # of what it prints
+        raise
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: a device that is not here
         complain("score", str(error))
         return 2
@@ -93,7 +96,7 @@ def score(reward: registry.Reward, files: Sequence[Path], prompts: Sequence[str]
         while part := list(itertools.islice(same_size, BATCH)):
             names, pictures, texts = zip(*part, strict=True)
             images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-            with torch.no_grad(), registry.named_failure(ValueError, f"{reward.name} failed on {names[0]}", reward):
+            with torch.no_grad(), named_failure(ValueError, f"{reward.name} failed on {names[0]}"):
                 values = reward(images.to(device), list(texts))
             for file, value in zip(names, values.tolist(), strict=True):
                 scores.append(value)

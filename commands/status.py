@@ -19,7 +19,7 @@ from commands.outcome import attempt, warner
 from records.heartbeat import EPOCHS, FILE, look
 from records.storage import Storage
 from records.words import printable
-from reports.summary import clock, duration
+from reports.summary import clock, duration, interpreter
 
 EVENTS = 5
 BARS = "▁▂▃▄▅▆▇█"
@@ -114,7 +114,7 @@ def _mlflow(uri: str, run_id: str | None) -> str:
     page = f"/#/runs/{run_id}" if run_id else ""
     if uri.startswith("http"):
         return uri.rstrip("/") + page
-    return f"mlflow ui --backend-store-uri {uri}" + (f", then {page}" if page else "")
+    return f"{interpreter()} -m mlflow ui --backend-store-uri {uri}" + (f", then {page}" if page else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

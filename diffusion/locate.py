@@ -2,6 +2,7 @@
 Imports neither torch nor diffusers: a model's path is checked before anything slow starts."""
 
 import contextlib
+import difflib
 import json
 import os
 import zipfile
@@ -11,7 +12,9 @@ from typing import Any
 
 from diffusion.failures import RunFailure
 
+ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model_index.json"
+HUB_SECONDS = 10  # for the hub to answer
 TINY_DECODER = ("config.json", "model.tiny_decoder")  # the index of one, and its setting
 TEXT = "StableDiffusionPipeline"  # 1.x and 2.x: one U-Net, one text encoder, a VAE
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # pixels from noise: a U-Net and a scheduler, nothing else
@@ -34,6 +37,9 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
             f"{key}: {path} is a file, and a diffusers folder is wanted. A checkpoint in one file becomes one by "
             "diffusers' StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); a LoRA is no model"
         )
+    beside = [file.parent.name for place in (Path(), ROOT) for file in (place / local.parent).glob(f"*/{index}")]
+    if (close := difflib.get_close_matches(local.name, beside, 1)) and local.parent != Path():  # the hub is not asked
+        raise BaseModelError(f"{key}: no such folder: {path}; did you mean {local.parent / close[0]}?")
     if local.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) != 1:
         raise BaseModelError(f"{key}: no such folder: {path}")
     return path  # a hub id
@@ -137,8 +143,13 @@ def _read(folder: str, file: str) -> dict[str, Any]:
     """A JSON file of a folder or a hub repository."""
     place = os.path.join(folder, file)
     if not Path(folder).is_dir():
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 
+        if not isinstance(try_to_load_from_cache(folder, file), str):
+            try:
+                model_info(folder, timeout=HUB_SECONDS)  # once: a download tries for half a minute
+            except Exception as error:  # of the hub's client, or its http library
+                raise OSError(f"{error or type(error).__name__} (asked once, for {HUB_SECONDS} s at most)") from error
         place = hf_hub_download(folder, file)
     try:
         content = json.loads(Path(place).read_text(encoding="utf-8"))

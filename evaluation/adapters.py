@@ -149,7 +149,7 @@ def find(
     for name in names:
         try:
             targets.append(_target(name, overrides, args, warn))
-            _check(targets[-1])
+            _check(targets[-1], warn)
         except (OSError, ValueError) as error:
             faults.append(str(error) if name in str(error) else f"{name}: {error}")
     if faults:
@@ -228,7 +228,7 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
     )
 
 
-def _check(target: Target) -> None:
+def _check(target: Target, warn: Callable[[str], None]) -> None:
     """Raises a ValueError for what would otherwise fail only after actors are up: a damaged base model, or a
     LoRA of another; a reward, held-out rewards or features that cannot be had. Says which prompts are cut."""
     from diffusion import lora, lora_files
@@ -242,7 +242,7 @@ def _check(target: Target) -> None:
     check_parts(path)
     load_kernel(path, sampler.steps, sampler.eta, sampler.grid)
     if not is_unconditional(path) and (said := cut_prompts(path, target.prompts)):
-        print(f"{target.name}: {said}", file=sys.stderr)
+        warn(f"{target.name}: {said}")
     unet, _ = without_weights(path)
     lora_files.require_fit(unet, adapter)
     ends = tuple(f".{module}" for module in lora.TARGETS)

@@ -2,12 +2,12 @@
 VERB ...` run one."""
 
 import importlib
-import importlib.machinery
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
+from learner import hidden
+
 # Verb: module with `main(arguments) -> exit status`, and what it does.
 VERBS = {
     "run": ("learner.run", "train a model (--help lists every setting; --plan says what would run where)"),
@@ -21,25 +21,18 @@ VERBS = {
     "score": ("commands.score", "score pictures that you have with any reward"),
     "verify": ("commands.verify", "check the real weights of a reward model"),
 }
-PACKAGES = ("actors", "cluster", "commands", "diffusion", "evaluation", "models", "records", "reports", "rewards")
 
 
 def enter(verb: str, arguments: list[str] | None = None) -> NoReturn:
     """Run one command and leave the process with its exit status; 2 if a file or folder on sys.path, such as a user's
     own rewards.py, hides a package of ours."""
-    hidden = False
-    for name in PACKAGES:
-        spec = importlib.machinery.PathFinder.find_spec(name)
-        places = [] if spec is None else list(spec.submodule_search_locations or [spec.origin or ""])
-        if places and all(Path(place).resolve() != ROOT / name for place in places):
-            print(f"learner.{verb}: {places[0]} hides Tributary's own package {name!r}: rename it", file=sys.stderr)
-            hidden = True
-    if hidden:
+    if faults := hidden():
+        print(*(f"learner.{verb}: {fault}" for fault in faults), sep="\n", file=sys.stderr)
         sys.exit(2)
     from cluster import signals
 
     signals.watch(f"learner.{verb}")  # now: what follows may take seconds to import
-    signals.leave(importlib.import_module(VERBS[verb][0]).main(arguments))
+    signals.leave_with(lambda: importlib.import_module(VERBS[verb][0]).main(arguments))
 
 
 def main() -> None:
@@ -53,7 +46,9 @@ def main() -> None:
     if verb not in ("-h", "--help"):
         print(f"learner: there is no command {verb!r}\n{text}", file=sys.stderr)
         sys.exit(2)
-    print(text)
+    from cluster import signals
+
+    signals.leave_with(lambda: print(text) or 0)
 
 
 if __name__ == "__main__":

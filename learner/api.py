@@ -3,6 +3,7 @@ runner, its records and its views."""
 
 import contextlib
 import functools
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,14 @@ from learner.prompts import evaluation_prompts, training_prompts
 from learner.protocol.runner import Hooks, Runner
 from records import checkpoint, environment
 from records.checkpoint import CheckpointError
-from records.run_folder import Records
+from records.run_folder import TRACEBACK
 from records.storage import StorageError
-from records.words import MOST, short
+from records.words import short
 from reports.pictures import contact_sheet, png
 from reports.views import RunViews
 from rewards import judges, registry
-from rewards.registry import UserReward
+from rewards.registry import UnknownReward, UserReward
 
-FAILURE = "failure.txt"  # a long error's text
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 Say = Callable[[str], None]
 
@@ -165,28 +165,28 @@ def run(
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"
-    except (RunFailure, ConfigError, KeyboardInterrupt) as error:
-        killed = isinstance(error, KeyboardInterrupt)
-        status, reason = ("KILLED", None) if killed else ("FAILED", _told(records, error))
-        complain(f"{reason or 'interrupted'}; the same command goes on from what is done in {records.storage}")
+    except KeyboardInterrupt:
+        status = "KILLED"
+        complain(f"interrupted; the same command goes on from what is done in {records.storage}")
         raise
+    except (Exception, SystemExit, GeneratorExit) as raised:  # whoever asks to leave: the driver's status is its own
+        error = raised if isinstance(raised, Exception) else RunFailure(f"{type(raised).__name__} was raised: {raised}")
+        reason = short(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(StorageError):  # that may be the very reason
+            records.note(failure=type(error).__name__)
+            records.storage.write(TRACEBACK, "".join(traceback.format_exception(raised)).encode(errors="replace"))
+        if isinstance(error, RunFailure | ConfigError):
+            way_on = f"the same command goes on from what is done in {records.storage}, where {TRACEBACK} says more"
+            complain(f"{reason}; {way_on}")
+        if error is raised:
+            raise
+        raise error from raised
     finally:
         signals.enter("closing")
         if runner is not None:
             runner.close()
         views.close(status, reason)
         opened.close()
-
-
-def _told(records: Records, error: BaseException) -> str:
-    """Why the run failed, in few words: the whole of many is in its folder. Its kind is noted in run.json."""
-    text = f"{type(error).__name__}: {error}"
-    with contextlib.suppress(StorageError):  # it may be that which failed
-        records.note(failure=type(error).__name__)
-        if len(text) > MOST:
-            records.storage.write(FAILURE, text.encode(errors="backslashreplace"))
-            return f"{short(text)}; all of it is in {FAILURE}"
-    return short(text)
 
 
 def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runner:
@@ -202,4 +202,10 @@ def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runne
         return InProcessRunner(config, files, hooks, reward)
     from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
 
-    return RayRunner(config, files, hooks, records.about["name"], reward)
+    try:
+        return RayRunner(config, files, hooks, records.about["name"], reward)
+    except TypeError as error:
+        if reward is None or "serialize" not in str(error):
+            raise
+        way = "put it into a file, as module:function, or use run.runner=inprocess"
+        raise UnknownReward(f"reward {reward.name} cannot be sent to the reward actors; {way}: {error}") from error

@@ -24,7 +24,7 @@ from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, Scores
 from learner.config import Config, config_yaml
 from learner.objectives.base import anneal
-from learner.objectives.by_name import describe
+from learner.objectives.by_name import describe, prospects
 from learner.open_run import OpenRun
 from learner.prompts import evaluation_prompts, training_prompts
 from learner.protocol import quarantine
@@ -35,6 +35,7 @@ from records import checkpoint
 from records.facts import digest
 from records.run_folder import BEFORE, CONFIG, Records
 
+FAR = 3  # standard deviations of the rewards: an offset of another reward's
 Judge = Callable[[int, Sequence[Scores]], dict[str, Any]]  # records an evaluation; returns its part of the metrics line
 
 
@@ -56,22 +57,26 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     prompts = training_prompts(config)
     fixed = evaluation_chunks(config, evaluation_prompts(config))
     begun = opened.checkpoint.manifest if opened.checkpoint else {}
+    offset: float = begun.get("reward_offset", config.objective.reward_offset or 0.0)
     ledger, epochs = Ledger(begun.get("ledger")), range(begun.get("next_epoch", 0), config.train.epochs)
     runner.begin(lambda epoch: training_chunks(config, prompts, epoch), epochs, ledger)
     views.running(runner.vitals)
     views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
+    views.say(prospects(config))
+    records.note(dimensions=runner.dimensions)
     if opened.checkpoint is None:
         if fixed:
             evaluated = _evaluate(runner, fixed, BEFORE, judge, views)
             records.append(_line(config, BEFORE, runner, ledger, None, **evaluated))
-        _save(opened, runner, ledger, 0, views)
+        offset = _offset(config, records, views)
+        _save(opened, runner, ledger, 0, offset, views)
         if fixed:
             views.epoch_closed(records.lines[-1], 0.0)
     for epoch in epochs:
         start = time.perf_counter()
         beta = anneal(config.objective.beta, epoch, config.train.epochs, config.objective.anneal_fraction)
-        result = runner.train_epoch(epoch, beta)
+        result = runner.train_epoch(epoch, beta, offset)
         lost = ledger.close(epoch)
         records.save_trajectories(epoch, result.rows(records.run_id, epoch, beta))
         count, limit = ledger.totals["quarantined"], config.reward.quarantine_limit
@@ -81,7 +86,7 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         evaluated |= {"beta": beta, "seconds": time.perf_counter() - start, "lost_trajectories": lost}
         line = _line(config, epoch, runner, ledger, result, **evaluated)
         records.append(line)
-        _save(opened, runner, ledger, epoch + 1, views)
+        _save(opened, runner, ledger, epoch + 1, offset, views)
         runner.closed(epoch)
         views.epoch_closed(line, time.perf_counter() - start)
         if config.train.stop_on_collapse and (signs := collapsed(records)):
@@ -107,7 +112,28 @@ def _evaluate(runner: Runner, fixed: Sequence[Chunk], epoch: int, judge: Judge, 
     return judge(epoch, scores)
 
 
-def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: Views) -> None:
+def _offset(config: Config, records: Records, views: Views) -> float:
+    """objective.reward_offset as given, else about the mean reward before training: it moves no target, and spares the
+    flow network a constant."""
+    given, mean = config.objective.reward_offset, records.lines[-1]["eval_reward_mean"] if records.lines else None
+    if config.needs.flow != "log_flow":  # it has no meaning
+        return given or 0.0
+    if given is None:
+        known = "the mean reward before training" if mean is not None else "as no reward before training is known"
+        views.say(f"objective.reward_offset: {(chosen := float(f'{mean or 0:.4g}')):g}, {known}")
+        return chosen
+    if mean is not None:
+        rewards = np.asarray(records.evaluation(BEFORE)["reward"], float)
+        if abs(mean - given) > FAR * np.nanstd(rewards):
+            views.say(
+                f"warning: objective.reward_offset is {given:g}, but the mean reward before training {mean:.3g}: the "
+                "flow network has to learn the difference first, and the loss says little until then; where the "
+                "setting is left out, it is that mean"
+            )
+    return given
+
+
+def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, offset: float, views: Views) -> None:
     """Close the first `epochs` epochs."""
     config, records = opened.config, opened.records
     manifest = {
@@ -121,6 +147,7 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, views: V
         "ranks": runner.ranks,
         "batch_sizes": {"chunk": config.sampler.chunk_size, "flow_batch": config.flow.batch, **runner.batch_sizes},
         "ledger": ledger.to_json(),
+        "reward_offset": offset,
         "config_digest": config.digest(),
         "run": {**records.about, "finished": epochs == config.train.epochs},  # should run.json be damaged
         "metrics_sha256": digest(records.lines),

@@ -77,7 +77,7 @@ class Experience:
 
         times = np.append(trajectories.timesteps, 0)
         # States without a reward have psi = 0 (forward_looking none, or before forward_looking_from).
-        rewards = np.nan_to_num(self.scores.rewards - np.float32(objective.reward_offset))
+        rewards = np.nan_to_num(self.scores.rewards - np.float32(objective.reward_offset or 0.0))
         return Transitions(
             x=tensor(trajectories.states[row, step]),
             x_next=tensor(trajectories.states[row, step + 1]),

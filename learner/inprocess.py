@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 
+from cluster.deadline import within
 from diffusion.snapshot import Snapshot
-from diffusion.trajectory import Chunk, Scores
+from diffusion.trajectory import Chunk, CleanPredictions, Scores, Trajectories
 from learner import build
 from learner.config import Config
 from learner.prompts import training_prompts
@@ -25,14 +26,22 @@ class InProcessPools:
     description = "in process: 1 sampler, 1 scorer"
 
     def __init__(self, config: Config, own_reward: Reward | None = None) -> None:
-        self.parts = build.parts(config, own_reward)
+        self.run, self.parts = config.run, build.parts(config, own_reward)
         self.sampler, self.scorer = self.parts.sampler(), self.parts.scorer()
 
     def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
         for chunk in chunks:
-            trajectories, clean = self.sampler.sample(chunk, snapshot)
+            trajectories, clean = self.sample(chunk, snapshot)
             receipts.check(trajectories, {snapshot.version: snapshot.sha256}, str(chunk.key))
-            done(chunk, self.scorer.score(clean))
+            done(chunk, self.score(clean))
+
+    def sample(self, chunk: Chunk, snapshot: Snapshot) -> tuple[Trajectories, CleanPredictions]:
+        with within(self.run.chunk_seconds, f"sampling {chunk.key}", "run.chunk_seconds"):
+            return self.sampler.sample(chunk, snapshot)
+
+    def score(self, clean: CleanPredictions) -> Scores:
+        with within(self.run.chunk_seconds, f"scoring {clean.chunk.key}", "run.chunk_seconds"):
+            return self.scorer.score(clean)
 
     def close(self) -> None: ...
 
@@ -61,15 +70,15 @@ class InProcessRunner(InProcessPools):
         self.buffer = Buffer(chunks_of, epochs, 0, ledger)  # nothing runs beside the learner here
         self.ledger = ledger
 
-    def train_epoch(self, epoch: int, beta: float) -> EpochResult:
+    def train_epoch(self, epoch: int, beta: float, offset: float) -> EpochResult:
         chunks = self.buffer.admit()
         for number, chunk in enumerate(chunks, 1):
             start = time.perf_counter()
             self.buffer.given(chunk.key, self.snapshot)
-            trajectories, clean = self.sampler.sample(chunk, self.snapshot)
+            trajectories, clean = self.sample(chunk, self.snapshot)
             middle = time.perf_counter()
             self.buffer.sampled(chunk.key, trajectories.receipt(socket.gethostname(), middle - start), trajectories)
-            scores = self.scorer.score(clean)
+            scores = self.score(clean)
             self.buffer.scored(chunk.key, scores.verdict(time.perf_counter() - middle), scores)
             self.hooks.progress("sampling and scoring", number, len(chunks))
         self.learner.tell(0, 1)
@@ -78,7 +87,8 @@ class InProcessRunner(InProcessPools):
         scored = [(work.trajectories, work.scores) for work in works]
         size = len(scored) // self.config.train.updates_per_epoch
         updates = [scored[start : start + size] for start in range(0, len(scored), size)]
-        training = self.learner.train_epoch(epoch, beta, updates)
+        with within(self.run.train_seconds, f"training of epoch {epoch}", "run.train_seconds"):
+            training = self.learner.train_epoch(epoch, beta, updates, offset)
         self.ledger.advance(epoch, (bad.trajectory_id for bad in training.set_aside), "quarantined")
         self.ledger.advance(epoch, training.trajectory_ids, "trained")
         self.snapshot = self.learner.publish(self.snapshot.version + 1)

@@ -81,7 +81,7 @@ def _faults_seen_at_once(config: Config) -> list[str]:
 def say(text: str) -> None:
     """Print, with what the terminal's encoding lacks escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    outcome.tell(text.encode(encoding, "backslashreplace").decode(encoding), sys.stdout)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -99,9 +99,15 @@ class Learner:
         self.recent = {number: sha256 for number, sha256 in recent.items() if number >= oldest}
         return fresh
 
-    def train_epoch(self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]]) -> Training:
+    def train_epoch(
+        self, epoch: int, beta: float, updates: Sequence[Sequence[Scored]], offset: float | None = None
+    ) -> Training:
         """A step of the policy for each of `updates`, this rank's share of that update; then train.replay_updates more,
-        each on an update of an earlier epoch. Raises StaleWeights, GroupBroken or OutOfMemory."""
+        each on an update of an earlier epoch. `offset`: objective.reward_offset, where the config leaves it open.
+        Raises StaleWeights, GroupBroken or OutOfMemory."""
+        if offset is not None:
+            objective = self.config.objective.model_copy(update={"reward_offset": offset})
+            self.config = self.config.model_copy(update={"objective": objective})
         scored = [pair for update in updates for pair in update]
         for trajectories, _ in scored:
             receipts.check(trajectories, self.recent, f"chunk {trajectories.chunk.index} of epoch {epoch}")

@@ -22,6 +22,7 @@ from records.facts import CONFIG, METRICS, RUN, Warn
 from records.shapes import Evaluation
 from records.storage import Storage, StorageError
 
+TRACEBACK = "traceback.txt"  # of what ended the run early, the last time
 TRAJECTORIES, EVALUATION = "trajectories", "evaluation"
 EPOCH_FOLDERS = (TRAJECTORIES, EVALUATION, "quarantine")  # of files epoch-N...
 WANTED = ("prompt", "reward", "reward_parts", "held_out")  # of the columns of IMAGES, in the .json

@@ -82,7 +82,7 @@ class Facts:
         judged = {line["epoch"] for line in self.lines if line.get("eval_reward_mean") is not None}
         if gone := judged - {*self.evaluated}:
             records.warn(f"{EVALUATION}/ in {records.storage} lacks {len(gone)} of {len(judged)} evaluations: left out")
-        self.towards = target(config.objective)  # a formula in words
+        self.towards = target(config.objective, records.about.get("dimensions"))  # a formula in words
         keys = "seconds", "trajectories", "lost_trajectories", "quarantined"  # in the lines
         self.seconds, self.trajectories, self.lost, self.set_aside = (
             sum(line.get(key) or 0 for line in self.trained) for key in keys
@@ -269,12 +269,16 @@ def next_commands(records: Records, config: Config) -> list[str]:
         drawn = records.evaluation(evaluated[-1])["prompt"] if evaluated else []
         fit = (text for text in drawn if text.isprintable() and len(text) <= PROMPT)
         prompt = f" --prompt {shlex.quote(next(fit, 'what to draw'))}"
-    return [
-        "next:",
+    commands = [
         f"  {python} -m learner.evaluate {run}{images}{own}   # beside what noise alone would do",
         f"  {python} -m learner.generate --lora {run}{prompt}   # base and tuned, the same noise: grid.png",
         f"  {python} -m learner.compare {run} OTHER_RUN{images}{own}   # once there is another run",
     ]
+    module, _, function = config.reward.name.rpartition(":")
+    if module == "__main__" or "<" in function:
+        why = "learner.evaluate and learner.compare cannot import this run's reward: put the function into a file"
+        commands = [commands[1], f"  ({why}, and add reward.name=FILE.py:FUNCTION)"]
+    return ["next:", *commands]
 
 
 def interpreter() -> str:

@@ -21,9 +21,11 @@ from learner.config import ROOT, Config
 from records.passwords import without_passwords
 from records.run_folder import Records
 from records.storage import Storage, StorageError
+from reports.summary import interpreter
 
 GRACE_SECONDS = 1.0  # for the mirror of a server that does not answer
 POLL_SECONDS = 0.05
+QUIET_SECONDS = 2.0  # that are waited without a word
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
@@ -35,7 +37,7 @@ def tracking_uri(config: Config, storage: Storage) -> str:
 
 def upload_command(config: Config, storage: Storage) -> str:
     """What sends a run's rest. A server that its settings name is to be confirmed by the command."""
-    return f"python -m learner.upload {storage}" + (f" --uri {config.mlflow.uri}" if config.mlflow.uri else "")
+    return f"{interpreter()} -m learner.upload {storage}" + (f" --uri {config.mlflow.uri}" if config.mlflow.uri else "")
 
 
 class Tracker:
@@ -47,7 +49,7 @@ class Tracker:
         self._last_words = ""
         self._mlflow_run_id: str | None = None
         uri = without_passwords(tracking_uri(config, records.storage))
-        look = f" (look: mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite:") else ""
+        look = f" (look: {interpreter()} -m mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite:") else ""
         say(f"MLflow: {uri}, experiment {config.mlflow.experiment}{look}")
         self._folder = TemporaryFolder()  # for MLflow's temporary files, should the mirror be killed
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -75,10 +77,15 @@ class Tracker:
         signal ends the run), and stop it. `status` is FINISHED, FAILED or KILLED."""
         self._tell(f"finish {status}")
         limit = GRACE_SECONDS if self._state == "failing" else self._config.mlflow.finish_seconds
-        start = time.monotonic()
+        start, said = time.monotonic(), limit <= QUIET_SECONDS
         while (status_of_mirror := self._mirror.poll()) is None:
-            if time.monotonic() - start > (min(limit, GRACE_SECONDS) if signals.status(0) else limit):
+            if (waited := time.monotonic() - start) > (min(limit, GRACE_SECONDS) if signals.status(0) else limit):
                 break
+            if waited > QUIET_SECONDS and not said:
+                said = True
+                self._say(
+                    f"waiting for MLflow to take the last records, for at most {limit:g} s (mlflow.finish_seconds)"
+                )
             time.sleep(POLL_SECONDS)
         self._mirror.kill()
         self._reader.join(GRACE_SECONDS)

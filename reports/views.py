@@ -97,7 +97,7 @@ class RunViews:
             storage.write(html.FILE, html.render(self._records, self._config))
             return f"report: {storage}/{html.FILE}"
 
-        return self._try(html.FILE, draw, " (later: python -m learner.report RUN)")
+        return self._try(html.FILE, draw, f" (later: {summary.interpreter()} -m learner.report {storage})")
 
     def _beat(self, call: Callable[[Heartbeat], None]) -> None:
         if (heartbeat := self._heartbeat) is not None:

@@ -2,13 +2,16 @@
 Imports no torch by itself."""
 
 import contextlib
+import difflib
+import importlib
 import pkgutil
-import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion.failures import RunFailure
 from rewards.names import Backend
+from rewards.own_code import named_failure
 from rewards.weights import find
 
 if TYPE_CHECKING:
@@ -86,10 +89,33 @@ def check(
 
 
 def check_name(name: str, backend: Backend = "native") -> None:
-    """Raises UnknownReward where no reward has this name. A user's own (module:callable) is not imported here."""
-    if name not in NAMES and ":" not in name and backend == "native":
-        known = ", ".join(NAMES)
-        raise UnknownReward(f"reward.name: unknown reward {name!r}; known: {known}, or your own as module:callable")
+    """Raises UnknownReward where no reward has this name, or it is no module:callable. Nothing is imported here."""
+    if name in NAMES or backend != "native":
+        return
+    if ":" in name:
+        _place(name)
+    elif (file := Path(f"{name.removesuffix('.py')}.py")).is_file() or name.endswith(".py"):
+        raise UnknownReward(f"reward.name: {name!r}: which function in it? {file}:FUNCTION")
+    else:
+        close = difflib.get_close_matches(name, NAMES, 1)
+        known = f"did you mean {close[0]}? Known: " if close else "known: "
+        raise UnknownReward(
+            f"reward.name: unknown reward {name!r}; {known}{', '.join(NAMES)}, or your own as module:callable"
+        )
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Module and attribute of `module:callable`; a module below the current directory may be written as a path."""
+    module, _, attribute = name.rpartition(":")
+    if module.endswith(".py"):
+        path = PurePath(module.removesuffix(".py"))
+        if path.is_absolute() or ".." in path.parts:
+            way = f"PYTHONPATH={path.parent} before the command, and reward.name={path.name}:{attribute}"
+            raise UnknownReward(f"reward.name: {name!r} is not below the current directory: set {way}")
+        module = ".".join(path.parts)
+    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise UnknownReward(f"reward.name: {name!r}, expected module:callable or file.py:callable")
+    return module, attribute
 
 
 def check_gradient(reward: Any, name: str, objective: str | None) -> None:
@@ -108,28 +134,6 @@ def check_options(options: dict[Any, Any]) -> None:
     for key in options:
         if not isinstance(key, str) or not key.isidentifier() or key in own:
             raise ValueError(f"reward.options: {key!r} cannot be one; {', '.join(own)} are settings beside options")
-
-
-@contextlib.contextmanager
-def named_failure(kind: type[Exception], text: str, reward: Any) -> Iterator[None]:
-    """What a reward's code raises becomes `kind`: `text`, type and message; of a user's own, or one in a sum, also the
-    lines of its file. But for a lack of GPU memory, which is not the reward's fault."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        rewards = getattr(reward, "rewards", {"": reward}).values()
-        modules = {term.module for term in rewards if isinstance(term, UserReward)}
-        trace = error.__traceback__
-        lines = "; ".join(
-            f"{at.filename}:{at.lineno} in {at.name}: {at.line}"
-            for (frame, _), at in zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True)
-            if frame.f_globals.get("__name__") in modules
-        )
-        raise kind(f"{text}: {type(error).__name__}: {error}" + (f" (at {lines})" if lines else "")) from error
 
 
 @contextlib.contextmanager
@@ -160,11 +164,15 @@ def _maker(name: str, weights: str | None, device: str, backend: Backend) -> tup
 
 
 def _import(name: str) -> Any:
-    try:
-        function = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        looked = "looked in the current directory and PYTHONPATH"
-        raise UnknownReward(f"reward.name: cannot import {name!r}: {error} ({looked})") from error
+    module, attribute = _place(name)
+    where = "looked in the current directory and PYTHONPATH"
+    with named_failure(UnknownReward, f"reward.name: cannot import {name!r} ({where})"):
+        names = dir(importlib.import_module(module))
+        try:
+            function = pkgutil.resolve_name(f"{module}:{attribute}")
+        except AttributeError as error:
+            close = difflib.get_close_matches(attribute, names, 1)
+            raise AttributeError(f"{error}; did you mean {close[0]}?" if close else str(error)) from error
     if not callable(function):
         raise UnknownReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
     return function
@@ -176,14 +184,21 @@ class UserReward:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name, self.function = name, function
         self.differentiable = bool(getattr(function, "differentiable", False))
-        self.module = getattr(function, "__module__", "")
 
     def __call__(self, images: "Tensor", prompts: Sequence[str]) -> "Tensor":
         import torch
 
-        scores = torch.as_tensor(self.function(images, prompts)).float()
+        returned = self.function(images, prompts)
+        try:
+            scores = returned if isinstance(returned, torch.Tensor) else torch.as_tensor(returned)
+            scores = scores.to(images.device, torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(returned).__name__
+            raise TypeError(f"it returned a {kind}, expected a tensor of {len(images)} scores: {error}") from error
         if scores.shape != (len(images),):
-            raise ValueError(f"reward {self.name} returned shape {list(scores.shape)} for {len(images)} images")
+            raise ValueError(
+                f"it returned shape {list(scores.shape)}, expected {[len(images)]}, a score for each image"
+            )
         return scores
 
 
@@ -192,7 +207,7 @@ def user_reward(name: str, **options: Any) -> UserReward:
     function = _import(name)
     reward = UserReward(name, function)
     if options or isinstance(function, type):
-        with named_failure(UnknownReward, f"reward.name: {name} cannot be made", reward):
+        with named_failure(UnknownReward, f"reward.name: {name} cannot be made"):
             reward.function = function(**options)
         reward.differentiable = bool(getattr(reward.function, "differentiable", reward.differentiable))
     return reward

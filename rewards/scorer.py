@@ -13,8 +13,9 @@ from torch import Tensor
 from diffusion import gpu_memory, noise
 from diffusion.trajectory import CleanPredictions, Scores
 from rewards.judges import Judges
+from rewards.own_code import named_failure
 from rewards.package import PackageReward
-from rewards.registry import BadReward, Reward, named_failure
+from rewards.registry import BadReward, Reward
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
@@ -194,7 +195,7 @@ class Scorer:
 
     def _differentiate(self, scores: Tensor, latents: Tensor) -> Tensor:
         name, gradients = self.reward.name, None
-        with named_failure(RewardRaised, f"the gradient of reward {name} failed on {len(scores)} images", self.reward):
+        with named_failure(RewardRaised, f"the gradient of reward {name} failed on {len(scores)} images"):
             if scores.requires_grad:
                 (gradients,) = torch.autograd.grad(scores.sum(), latents, allow_unused=True)
         if gradients is None:
@@ -207,7 +208,7 @@ class Scorer:
     def _judge(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores [B], and of a sum of rewards each one's own [B]."""
         failed = f"failed on {len(images)} images with prompts from {prompts[0]!r} to {prompts[-1]!r}"
-        with named_failure(RewardRaised, f"reward {self.reward.name} {failed}", self.reward):
+        with named_failure(RewardRaised, f"reward {self.reward.name} {failed}"):
             if isinstance(self.reward, WeightedSum):
                 parts = self.reward.parts(images, prompts)
                 return self.reward.total(parts, images.device), parts

@@ -6,7 +6,7 @@ from pathlib import Path
 import grimp
 import networkx
 
-from learner.__main__ import PACKAGES
+from learner import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_LINES = 400

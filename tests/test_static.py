@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.__main__ import PACKAGES
+from learner import PACKAGES
 from learner.config import ROOT
 
 FOLDERS = (*PACKAGES, "learner", "benchmarks", "examples")

@@ -7,7 +7,7 @@ import time
 
 from cluster.nodes import alive_nodes
 from cluster.session import ClusterUnreachable, Session
-from cluster.waits import DeadlineExceeded
+from diffusion.failures import DeadlineExceeded
 
 
 def main(count: int, seconds: float) -> str | None:

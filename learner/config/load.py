@@ -4,6 +4,7 @@ reported together, each with its key and, for a misspelt one, the nearest known 
 import copy
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
-Source = Path | str | Mapping[str, Any] | None  # a YAML file, or sections of keys; default: the demo's preset
-Overrides = Sequence[str] | Mapping[str, Any]  # "section.key=value", or {"section.key": value}
+REWARD, OFFSET = ("name", "weights", "options"), "objective.reward_offset"
+# A YAML file, sections of keys, or a config; default: the demo's preset.
+Source = Path | str | Mapping[str, Any] | Config | None
+Overrides = Sequence[str] | Mapping[str, Any]  # "section.key=value", one or several, or {"section.key": value}
 
 
 def load_config(source: Source = None, overrides: Overrides = ()) -> Config:
@@ -36,7 +39,9 @@ def read_config(source: Source = None, overrides: Overrides = (), name: str = "t
     """As load_config, but returns the faults, a line each, with the config that the sound settings make: so that
     whatever else is wrong can be said along with them. Messages call sections of keys `name`. Raises a ConfigError
     where nothing can be made of the file, or it is of another version."""
-    if isinstance(source, Mapping):
+    if isinstance(source, Config):
+        tree = source.model_dump(mode="json")
+    elif isinstance(source, Mapping):
         tree = copy.deepcopy(dict(source))
     else:
         path, name = Path(source or DEFAULT_CONFIG), str(source or DEFAULT_CONFIG)
@@ -44,7 +49,12 @@ def read_config(source: Source = None, overrides: Overrides = (), name: str = "t
             tree = _parse(path.read_bytes(), f"--config: cannot read {path}")
         except OSError as error:
             raise ConfigError(f"--config: cannot read {path}: {error}") from error
-    faults = _override(tree, overrides)
+    changes, faults = _pairs(overrides)
+    of_file = None if isinstance(source, Config | Mapping) else copy.deepcopy(tree)
+    faults += _put(tree, changes)
+    other_reward = of_file and _section(of_file, "reward", *REWARD) != _section(tree, "reward", *REWARD)
+    if other_reward and OFFSET not in changes:  # the file's is about the mean of its own reward
+        _section(tree, "objective").pop(OFFSET.partition(".")[2], None)
     if (version := tree.get("config_version", CONFIG_VERSION)) != CONFIG_VERSION:
         raise ConfigError(
             f"config_version: {name} is of version {version!r}, this Tributary reads {CONFIG_VERSION}: use the version "
@@ -62,7 +72,11 @@ def read_config(source: Source = None, overrides: Overrides = (), name: str = "t
             else:
                 tree.pop(section, None)  # a section that is none
         return Config.model_validate(tree), faults
-    return config, faults + list(contradictions(config))
+    contradicted = list(contradictions(config))
+    was = _section(of_file or {}, "objective").get("kind")
+    if contradicted and was not in (None, config.objective.kind):
+        contradicted.append(f"objective.kind: {Path(name).name} has settings for {was}; {_presets(config)}")
+    return config, faults + contradicted
 
 
 def config_yaml(config: Config) -> bytes:
@@ -106,14 +120,27 @@ def _parse(content: bytes, fault: str) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], overrides: Overrides) -> list[str]:
+def _section(tree: dict[str, Any], name: str, *keys: str) -> dict[str, Any]:
+    """A section's settings, or those of `keys`; of what is none, none."""
+    section = tree.get(name)
+    settings = section if isinstance(section, dict) else {}
+    return {key: settings.get(key) for key in keys} if keys else settings
+
+
+def _pairs(overrides: Overrides) -> tuple[dict[str, Any], list[str]]:
+    """By key; and the faults."""
+    if isinstance(overrides, Mapping):
+        return dict(overrides), []
+    texts = [overrides] if isinstance(overrides, str) else overrides
+    pairs = (text.partition("=") for text in texts if "=" in text)
+    faults = [f"{text}: expected key=value" for text in texts if "=" not in text]
+    return {key.strip(): _value(text) for key, _, text in pairs}, faults
+
+
+def _put(tree: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
     """Put them into the tree; the faults."""
     faults = []
-    if not isinstance(overrides, Mapping):
-        faults = [f"{text}: expected key=value" for text in overrides if "=" not in text]
-        pairs = (text.partition("=") for text in overrides if "=" in text)
-        overrides = {key.strip(): _value(text) for key, _, text in pairs}
-    for key, value in overrides.items():
+    for key, value in changes.items():
         *sections, leaf = key.split(".")
         node: Any = tree
         for section in sections:
@@ -123,6 +150,17 @@ def _override(tree: dict[str, Any], overrides: Overrides) -> list[str]:
         else:
             faults.append(f"{key}: {'.'.join(sections)} holds a single value in the file, expected a section of keys")
     return faults
+
+
+def _presets(config: Config) -> str:
+    """Which has settings for this objective, if possible of the same model."""
+    kind, presets = config.objective.kind, []
+    for file in DEFAULT_CONFIG.parent.glob("*.yaml"):
+        tree = yaml.safe_load(file.read_bytes())
+        if _section(tree, "objective").get("kind") == kind:
+            presets.append((_section(tree, "model").get("path") != config.model.path, file))
+    file, here = min(presets)[1], Path.cwd()
+    return f"those for {kind} are in --config {file.relative_to(here) if file.is_relative_to(here) else file}"
 
 
 def _value(text: str) -> Any:
@@ -136,8 +174,14 @@ def _describe(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"][:2])
     if item["type"] == "model_type":
         return f"{key}: expected a section of keys, got {item['input']!r}"
+    if item["type"] == "tuple_type" and len(item["loc"]) <= 3:
+        return f"{key}: expected a list, as in {key}=[{item['input']}], got {item['input']!r}"
+    if item["type"] == "dict_type" and len(item["loc"]) <= 2:
+        return f"{key}: expected keys with values, as in {key}={{key: value}}, got {item['input']!r}"
     if item["type"] != "extra_forbidden":
-        return f"{key}: {item['msg']}, got {item['input']!r:.200}"
+        choices = re.findall(r"'(.*?)'", item.get("ctx", {}).get("expected", ""))
+        close = difflib.get_close_matches(str(item["input"]), choices, 1)
+        return f"{key}: {item['msg']}, got {item['input']!r:.200}" + (f"; did you mean {close[0]}?" if close else "")
     kind, known = ("key", [*known_keys()]) if "." in key else ("section", [*section_types()])
     same_leaf = [other for other in known_keys() if other.split(".")[1] == key.split(".")[-1]]
     close = difflib.get_close_matches(key, known, 1, 0.5) or same_leaf

@@ -161,7 +161,11 @@ class Objective(Section):
     log_prob_reduction: Reduction = key("mean", "dag_db, dag_kl, ddpo: over dimensions, mean or sum")
     forward_looking: ForwardLooking = key("base", "weights of psi's clean predictions: base, snapshot, none")
     forward_looking_decay: Decay = key("none", "weight of psi by timestep: none (the paper), sqrt_abar or abar")
-    reward_offset: float = key(0.0, "subtracted from rewards: shifts log Z alone; near their mean f has less to do")
+    reward_offset: float | None = key(
+        None,
+        "dag_db, dag_kl: subtracted from rewards: shifts log Z alone; near their mean f has less to do; default: the "
+        "mean of the evaluation before training (0 where there is none, and in the faithful setting)",
+    )
     forward_looking_from: int = key(0, "psi is 0 before this step, and nothing is decoded there", ge=0)
     forward_looking_decoder: Literal["full", "tiny"] = key(
         "full", "of psi's clean predictions: full (the VAE, images' always), or tiny (model.tiny_decoder)"

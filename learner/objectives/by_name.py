@@ -40,3 +40,11 @@ def describe(config: Config, dimensions: int) -> str:
         nats = settings.clip_range * (dimensions if settings.log_prob_reduction == "mean" else 1)
         text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"
     return text
+
+
+def prospects(config: Config) -> str:
+    """What a run does, and what is known of its target, for whoever meets such a run for the first time."""
+    weight, kind = config.objective.regulariser, config.objective.kind
+    held = f"held back by objective.regulariser={weight:g}" if weight else "and nothing holds it back"
+    proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if config.needs.flow else ""
+    return f"what to expect: the reward is raised, {held}{proven}"

@@ -26,7 +26,9 @@ class Needs:
 
 
 # The published code of DAG: gradient through both flows, psi of the rollout's own weights.
-_DAG: Defaults = {"corrected": {}, "faithful": {"detach_next_flow": False, "forward_looking": "snapshot"}}
+_DAG: Defaults = {
+    "corrected": {}, "faithful": {"detach_next_flow": False, "forward_looking": "snapshot", "reward_offset": 0.0},
+}  # fmt: skip
 _NABLA: Mapping[str, Any] = {
     "clean_prediction": "guided", "forward_looking_decay": "abar", "transition_weight": "variance",
     "anneal_fraction": 0.0,

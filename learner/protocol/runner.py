@@ -105,7 +105,8 @@ class Runner(Protocol):
     batch_sizes: dict[str, int]  # micro_batch: transitions; score: images. As given, or as free memory had it
 
     def begin(self, chunks_of: ChunksOf, epochs: range, ledger: Ledger) -> None: ...  # `epochs` are those left
-    def train_epoch(self, epoch: int, beta: float) -> EpochResult: ...  # and publish the next policy version
+    # With this beta and objective.reward_offset; and publish the next policy version.
+    def train_epoch(self, epoch: int, beta: float, offset: float) -> EpochResult: ...
     def evaluate(self, chunks: Sequence[Chunk]) -> list[Scores]: ...  # under the newest version, with images
     def checkpoint_files(self) -> dict[str, bytes]: ...  # learner/state.py's, and under lora/ the adapter's
     def vitals(self) -> Vitals: ...  # just now; from `begin` on

@@ -8,7 +8,8 @@ import pytest
 from actors import learner_group as module
 from actors import pool, shells
 from actors.learner_group import LearnerGroup, RanksLost
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
+from cluster.waits import ActorDied, ObjectLost
+from diffusion.failures import DeadlineExceeded
 from diffusion.snapshot import Snapshot
 from learner.config import load_config
 from learner.process_group import GroupBroken
@@ -114,7 +115,7 @@ def test_every_update_is_the_same_chunks_whatever_the_ranks_and_gives_all_accoun
     assert second == [[PAIRS[1], PAIRS[3]], [PAIRS[5], PAIRS[7]]]
     world.spawned[0].answers["fetch"], world.spawned[1].answers["fetch"] = [(0, 1)], [(1, 0)]
     assert group.fetch(1, PAIRS) == [2, 5]
-    trainings, snapshot, files = group.train(1, 0.5)
+    trainings, snapshot, files = group.train(1, 0.5, 0.8)
     assert [training.trajectory_ids for training in trainings] == [(0,), (1,)] and snapshot.version == 1
     assert files == {"rank-0": b"state", "rank-1": b"state"}
 
@@ -142,7 +143,7 @@ def test_the_first_failure_is_the_groups_while_the_other_rank_still_waits(rank, 
     world.spawned[rank].answers[method] = failure
     world.spawned[1 - rank].silent = {method}
     with pytest.raises(RanksLost) as lost:
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
     assert lost.value.args == (failure,) and world.now == 0.0
 
 
@@ -154,7 +155,7 @@ def test_what_others_fail_with_meanwhile_is_not_the_groups(world):
     group.start(None, deadline=10.0)
     world.spawned[0].silent = {"train_epoch"}
     with pytest.raises(ActorDied, match="no sampler"):
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
 
 
 @pytest.mark.parametrize("others", [{}, {"train_epoch": GroupBroken("closed by peer")}])
@@ -162,11 +163,11 @@ def test_a_defect_or_another_adapter_is_no_loss_and_comes_before_the_group_that_
     training, _, _ = world.spawned[1].answers["train_epoch"]
     world.spawned[1].answers["train_epoch"] = (training, "another", None)
     with pytest.raises(RanksDiverged):
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
     world.spawned[0].answers.update(others)
     world.spawned[1].answers["train_epoch"] = ZeroDivisionError("why")
     with pytest.raises(ZeroDivisionError, match="why"):
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_a_rank_that_does_not_answer_is_given_its_deadline_and_no_more(method, w
     world.spawned[1].silent = {method}
     with pytest.raises(RanksLost, match=words):
         group.fetch(1, PAIRS)
-        group.train(1, 0.5)
+        group.train(1, 0.5, 0.8)
     assert seconds < world.now <= seconds + 0.5
 
 

@@ -4,7 +4,8 @@ import pytest
 from fake_pool import submit
 
 from actors import pool as pool_module
-from cluster.waits import ActorDied, DeadlineExceeded, ObjectLost
+from cluster.waits import ActorDied, ObjectLost
+from diffusion.failures import DeadlineExceeded
 
 
 def test_work_goes_to_the_least_busy_actor_and_never_more_than_the_limit(world):

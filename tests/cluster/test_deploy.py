@@ -17,7 +17,7 @@ from hosts import HEALTH_CHECKS
 from kuberay_fields import MANIFESTS
 from ray.scripts.scripts import start as ray_start
 
-from learner.__main__ import PACKAGES
+from learner import PACKAGES
 from learner.config import ROOT, load_config
 
 DEPLOY = ROOT / "cluster" / "deploy"

@@ -14,7 +14,7 @@ from test_placement import place
 from cluster import nodes as cluster_nodes
 from cluster.nodes import alive_nodes, listed
 from cluster.placement import Share, in_group, ready, reserve
-from cluster.waits import DeadlineExceeded
+from diffusion.failures import DeadlineExceeded
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 

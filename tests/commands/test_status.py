@@ -212,9 +212,9 @@ def test_a_run_is_seen_while_it_trains_and_says_why_it_fails(small_settings, tmp
             monkeypatch.setattr(heartbeat, "SECONDS", 1000.0)  # from here on only an epoch's end is written
         return files(self)
 
-    def fails(self, epoch, beta):
+    def fails(self, epoch, *rest):
         if epoch == 0:
-            return train(self, epoch, beta)
+            return train(self, epoch, *rest)
         seen.append(look(storage))
         raise StorageError("the storage's own words")
 

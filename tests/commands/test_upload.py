@@ -28,6 +28,7 @@ from records.run_folder import Records
 from records.storage import Storage
 from reports import tracking
 from reports.mlflow_mirror import Mirror
+from reports.summary import interpreter
 from reports.tracking import Tracker
 
 
@@ -160,7 +161,7 @@ def test_a_mirror_that_was_killed_is_no_fault_of_the_run(run, tracked):
     tracker._mirror.kill()
     tracker.notify()
     tracker.finish("FINISHED")
-    assert said[1:] == [f"MLflow does not have everything; send it: python -m learner.upload {run}"]
+    assert said[1:] == [f"MLflow does not have everything; send it: {interpreter()} -m learner.upload {run}"]
     assert Records.open(Storage(str(run))).about["mlflow_run_id"]
     uri = f"sqlite:///{run.parent}/mlflow.db"
     assert only_run(uri)[1].info.status == "RUNNING" and upload.main([str(run)]) == 0
@@ -185,6 +186,19 @@ def test_a_server_that_never_answers_costs_a_warning_and_a_moment(run, black_hol
     tracker.finish("FINISHED")
     assert time.monotonic() - start < 3
     assert sum(text.startswith("warning: MLflow") for text in said) == 1 and f"learner.upload {run}" in said[-1]
+
+
+def test_what_is_waited_for_at_the_end_is_said_with_its_limit(run, monkeypatch):
+    never = Mock(stdout=[], poll=Mock(return_value=None))
+    monkeypatch.setattr(tracking.subprocess, "Popen", Mock(return_value=never))
+    monkeypatch.setattr(tracking, "QUIET_SECONDS", 0.0)
+    records, said = Records.open(Storage(str(run))), []
+    config = saved_config(records)
+    mlflow = config.mlflow.model_copy(update={"finish_seconds": 0.1})
+    Tracker(records, config.model_copy(update={"mlflow": mlflow}), said.append).finish("FAILED")
+    assert f"(look: {interpreter()} -m mlflow ui --backend-store-uri sqlite:" in said[0]
+    assert said[1] == "waiting for MLflow to take the last records, for at most 0.1 s (mlflow.finish_seconds)"
+    assert len(said) == 3 and never.kill.called
 
 
 def gone_after(monkeypatch, seconds: float) -> None:
@@ -222,7 +236,7 @@ def test_a_model_that_is_not_taken_is_a_warning(run, monkeypatch):
     monkeypatch.setattr(upload, "tell", said.append)
     upload._send_model(Mock(storage=Storage(str(run)), send_model=refuse))
     warning = "say warning: MLflow did not take the run's model (ConnectionError: gone); send it: "
-    assert said == [f"{warning}python -m learner.upload {run}"]
+    assert said == [f"{warning}{interpreter()} -m learner.upload {run}"]
 
 
 @pytest.mark.long

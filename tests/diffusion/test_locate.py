@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from diffusion.locate import BaseModelError, is_unconditional, locate, part_config
+from diffusion.locate import HUB_SECONDS, ROOT, BaseModelError, is_unconditional, locate, part_config
 
 CHECK = """
 import sys
@@ -47,6 +47,23 @@ def test_a_file_is_no_folder_and_the_line_says_how_to_make_one(tmp_path):
     (tmp_path / "model.safetensors").write_text("")
     with pytest.raises(BaseModelError, match=r"is a file, .*from_single_file\(FILE\)\.save_pretrained.* a LoRA is no"):
         locate(str(tmp_path / "model.safetensors"))
+
+
+def test_a_misspelt_folder_is_no_hub_id_and_the_hub_is_asked_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/shaps", str(ROOT / "models/shaps")):
+        with pytest.raises(BaseModelError, match=re.escape(f"no such folder: {path}; did you mean {path[:-1]}es?")):
+            locate(path)
+    asked = []
+
+    def model_info(path, timeout):
+        asked.append(timeout)
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
+    with pytest.raises(BaseModelError, match=rf"no route to host \(asked once, for {HUB_SECONDS} s at most\)"):
+        is_unconditional("someone/model")
+    assert asked == [HUB_SECONDS]
 
 
 def test_a_hub_id_that_cannot_be_had_is_named_with_the_command_to_get_it():

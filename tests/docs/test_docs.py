@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from learner.__main__ import PACKAGES as OWN
+from learner import PACKAGES as OWN
 from learner.__main__ import VERBS
 from learner.config import known_keys
 from learner.objectives.by_name import OBJECTIVES

@@ -146,11 +146,11 @@ class LearnerAround(Around):
     def role(self) -> str:
         return f"rank {self.part.rank}"
 
-    def train_epoch(self, epoch, beta, updates):
+    def train_epoch(self, epoch, beta, updates, offset):
         others = self.fault.role in ("sampler", "scorer")
         if others and self.part.rank == 0 and self.fault.here(self.fault.role, "idle", epoch):
             self.fault.strike_the_idle()
-        return self.part.train_epoch(epoch, beta, updates)
+        return self.part.train_epoch(epoch, beta, updates, offset)
 
     def publish(self, version):
         fresh = self.part.publish(version)

@@ -1,5 +1,6 @@
 """`learner.train`: rewards and prompts as Python objects, configs from dicts, metrics and the LoRA back."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,26 @@ def test_bad_input_is_named(small, arguments, match, tmp_path):
     with pytest.raises(ConfigError, match=match):
         learner.train(**{"config": small, "run_dir": str(tmp_path / "runs/run"), **arguments})
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_offset_that_is_not_given_is_the_mean_before_training_and_is_kept(small_config, tmp_path):
+    """The preset's is of its own reward: with another one it is not given."""
+    settings, said = {"objective.reward_offset": None, "evaluation.images": 4, "train.epochs": 1}, []
+    small = small_config("run.runner=inprocess", "flow.widths=[8,16]").model_dump(mode="json")
+
+    def train(name, offset, **more):
+        given = settings | {"objective.reward_offset": offset} | more
+        return learner.train(small, given, reward=blue, prompts=PROMPTS, run_dir=tmp_path / name, say=said.append)
+
+    chosen = train("chosen", None)
+    mean = float(f"{chosen.metrics[0]['eval_reward_mean']:.4g}")
+    assert f"objective.reward_offset: {mean:g}, the mean reward before training" in said
+    given, far = train("given", mean), train("far", 0.8)
+    hashes = [run.metrics[-1]["adapter_sha256"] for run in (chosen, given, far)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert [line for line in said if line.startswith("warning: objective.reward_offset is 0.8, but the mean reward")]
+    manifest = json.loads((tmp_path / "chosen/checkpoints/latest/state.json").read_text())
+    assert manifest["reward_offset"] == mean  # what a resumed run goes on with
+    (tmp_path / "chosen/evaluation/epoch-before.json").write_text('{"prompt": ["x"], "reward": [7.0]}')
+    longer = [train(name, offset, **{"train.epochs": 2}) for name, offset in (("chosen", None), ("given", mean))]
+    assert longer[0].metrics[-1]["adapter_sha256"] == longer[1].metrics[-1]["adapter_sha256"]

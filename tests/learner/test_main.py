@@ -1,12 +1,16 @@
 """One entry: `python -m learner` and `tributary` list and run all verbs; modules that hide ours are named."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from learner.__main__ import PACKAGES, VERBS
+import learner
+from learner import PACKAGES
+from learner.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,11 +30,28 @@ def test_all_verbs_and_packages_are_listed_and_other_verbs_refused():
     assert folders == set(PACKAGES)  # every one is guarded
 
 
+def test_from_python_a_module_that_hides_ours_is_named_too(tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"rewards\.py hides Tributary's own package 'rewards': rename it"):
+        learner.__getattr__("train")
+
+
 def test_the_console_script_finds_the_current_directory(tmp_path):
     (tmp_path / "models.py").touch()
     done = call("-c", "import sys; sys.argv = ['tributary', 'run', '--help'];"
                 "from learner.__main__ import main; main()", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2 and "models.py hides Tributary's own package 'models'" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("run", "--print-config")], ids=" ".join)
+def test_where_nobody_reads_on_a_command_ends_without_a_word(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "learner", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("command", ["learner.run", "learner.status"])

@@ -2,15 +2,22 @@
 
 import io
 import json
+import os
+import re
 import shutil
 import sys
 
 import pytest
 import yaml
+from brightness import clean as images
+from brightness import scorer
 
+from benchmarks.emulated import EmulatedScorer
 from cluster import auth
 from learner.config import DEFAULT_CONFIG, Config, known_keys, load_config
-from learner.run import main
+from learner.protocol.buffer import Buffer
+from learner.run import main, say
+from rewards import registry
 
 
 def test_help_has_every_key_with_type_default_and_meaning(capsys):
@@ -107,6 +114,9 @@ def test_a_log_has_one_plain_line_an_epoch_and_a_terminal_a_bar(terminal, light,
     monkeypatch.setattr(sys, "stderr", error)
     assert main([*light, f"run.dir={tmp_path / 'run'}"]) == 0
     plain = capsys.readouterr().out
+    lines, known = plain.splitlines(), "; that dag_db reaches its target is shown on 1-D problems alone"
+    first = lines.index(f"what to expect: the reward is raised, held back by objective.regulariser=0.3{known}")
+    assert "dag_db (corrected): target proportional to" in lines[first - 1]
     assert "\r" not in plain and len([line for line in plain.splitlines() if line.startswith("epoch ")]) == 3
     assert ("sampling and scoring: 4/4" in error.getvalue()) == ("\r" in error.getvalue()) == terminal
 
@@ -119,16 +129,80 @@ def test_a_reward_that_cannot_be_made_is_said_in_one_line_in_process_too(small_s
     assert "reward.name: unmakeable:R cannot be made: OSError: no weights" in capsys.readouterr().err
 
 
+OWN = """
+import sys, time
+
+def leave(images, prompts):
+    sys.exit(0)
+
+def hang(images, prompts):
+    time.sleep(60)
+
+def raises(images, prompts):
+    return {}["nope"]
+
+def stop(images, prompts):
+    raise GeneratorExit
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "leave",
+            "BadReward: reward own_failing:leave failed .* SystemExit: 0 \\(at FILE:5 in leave: sys.exit\\(0\\)\\)",
+        ),
+        ("hang", "DeadlineExceeded: scoring .* took longer than run.chunk_seconds=0.5 s \\(at FILE:8 in hang"),
+        ("raises", "BadReward: .* KeyError: 'nope' \\(at FILE:11 in raises"),
+        ("stop", "BadReward: .* GeneratorExit \\(at FILE:14 in stop"),
+    ],
+)
+def test_whatever_a_reward_does_fails_the_run_with_its_lines(name, said, light, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "own_failing.py"
+    file.write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_failing", raising=False)
+    monkeypatch.setattr(
+        EmulatedScorer, "score", lambda self, clean: scorer(registry.load(f"own_failing:{name}")).score(images())
+    )
+    assert (
+        main([*light, f"reward.name=own_failing:{name}", "run.chunk_seconds=0.5", f"run.dir={tmp_path / 'run'}"]) == 1
+    )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("learner.run: ")]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    for text in (line, f"learner.run: {status['reason']}"):
+        assert re.match(f"learner.run: {said.replace('FILE', str(file))}", text)
+    assert status["state"] == "failed" and line.endswith("where traceback.txt says more")
+    assert f'File "{file}"' in (tmp_path / "run/traceback.txt").read_text()
+
+
+def test_a_run_goes_on_where_nobody_reads_its_lines(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        for text in ("first", "second"):
+            say(text)
+
+
+def test_a_run_that_anything_leaves_has_failed(light, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Buffer, "admit", lambda self: sys.exit(0))
+    assert main([*light, f"run.dir={tmp_path / 'run'}"]) == 1
+    assert "RunFailure: SystemExit was raised: 0; the same command goes on" in capsys.readouterr().err
+
+
 def test_a_run_is_laid_out_as_format_5_says(finished_run):
     """Runs of other versions of this code are gone on with only while this holds."""
     files = "run.json", "checkpoints/latest/state.json"
     about, manifest = (json.loads((finished_run / name).read_text()) for name in files)
     assert set(about) == {
         "format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256", "environment", "cluster",
+        "dimensions",
     }  # fmt: skip
     assert set(manifest) == {
         "format", "run_id", "mlflow_run_id", "step", "next_epoch", "prompts_drawn", "policy_version", "adapter_sha256",
-        "ranks", "batch_sizes", "ledger", "config_digest", "files", "sha256",
+        "ranks", "batch_sizes", "ledger", "reward_offset", "config_digest", "files", "sha256",
     }  # fmt: skip
     assert set(manifest["batch_sizes"]) == {"chunk", "flow_batch", "micro_batch", "score"}
     adapter = {"lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"}

@@ -95,6 +95,9 @@ def test_the_end_has_the_report_and_commands_that_a_shell_takes(copied):
     assert [command[2] for command in commands] == ["learner.evaluate", "learner.generate", "learner.compare"]
     assert all(command[1] == "-m" and str(copied) in command for command in commands)  # with a blank in its name
     assert commands[1][-2:] == ["--prompt", records.evaluation(11)["prompt"][0]]
+    here = summary.next_commands(records, load_config(overrides=["reward.name=__main__:mine"]))  # learner.train's
+    assert [line.split()[2] for line in here[1:-1]] == ["learner.generate"]
+    assert "cannot import this run's reward: put the function into a file" in here[-1]
     where = subprocess.run([commands[0][0], "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
     assert where.stdout.strip() == sys.prefix  # this very environment
 
@@ -124,5 +127,7 @@ def test_a_real_run_ends_in_these_words(finished_run, small_settings, tmp_path, 
     assert main([*small_settings, *settings]) == 0  # nothing is left to do: the words are from the records
     said = capsys.readouterr().out.splitlines()
     end = said[next(i for i, line in enumerate(said) if line.startswith("trained: ")) :]
-    assert "2 epochs of 8 pictures" in end[0] and end[1].startswith("evaluated reward ") and end[-4] == "next:"
+    assert (
+        "2 epochs of 8 pictures" in end[0] and "exp(30720 x reward)" in end[0]
+    )  # as at the start and end[1].startswith("evaluated reward ") and end[-4] == "next:"
     assert f"pictures: {folder}/before.png, {folder}/after.png" in end and len(end) <= 13

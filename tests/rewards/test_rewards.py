@@ -69,7 +69,12 @@ def test_unknown_names_options_weights_and_prompts_are_refused():
             registry.load(name)(torch.zeros(1, 3, 64, 64), ["a dog"])
         with pytest.raises(ValueError, match="a dog"):
             registry.check(name, None, {}, ["a red circle", "a dog"])
-    for name, said in (("beauty", "jpeg_compressibility"), ("no_such_module:f", "no_such_module")):
+    for name, said in (
+        ("beauty", "jpeg_compressibility"), ("aestetic", r"did you mean aesthetic\?"),
+        ("no_such_module:f", "looked in the current directory"),
+        ("mine.py", r"which function in it\? mine.py:FUNCTION"), ("mine:", "expected module:callable"),
+        ("/elsewhere/mine.py:f", "set PYTHONPATH=/elsewhere before the command, and reward.name=mine:f"),
+    ):  # fmt: skip
         with pytest.raises(registry.UnknownReward, match=said):
             registry.load(name)
     with pytest.raises(ValueError, match="weights"):
@@ -115,14 +120,45 @@ def table(images, prompts):
     return torch.tensor([{"first": 1.0}[prompt] for prompt in prompts])
 
 number = 3
-"""
+
+def returns(what, images):
+    return {"pair": (images.mean((1, 2, 3)), {}), "nothing": None, "meta": torch.empty(len(images), device="meta")}[what]
+
+class Returns:
+    def __init__(self, what):
+        self.what = what
+    def __call__(self, images, prompts):
+        return returns(self.what, images)
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+class Raises:
+    def __init__(self, kind):
+        self.raised = {"exit": SystemExit(0), "generator": GeneratorExit(), "mute": Mute(), "long": ValueError("x" * 10**6)}[kind]
+    def __call__(self, images, prompts):
+        import my_helper
+        raise my_helper.passed_on(self.raised)
+
+def careless(images, prompts):
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_grad_enabled(False)
+    return images.mean((1, 2, 3))
+"""  # noqa: E501
 
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_reward", raising=False)
+    (tmp_path / "my_helper.py").write_text("def passed_on(error):\n    raise error\n")
+    for name in ("my_reward", "my_helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path / "my_reward.py"
 
 
@@ -133,8 +169,11 @@ def test_a_users_own_reward(own):
     assert scaled.differentiable and scaled(images, ["", ""]).tolist() == [2, 2]
     with pytest.raises(ValueError, match="shape"):
         registry.load("my_reward:wrong")(images, ["", ""])
-    with pytest.raises(registry.UnknownReward, match="expected a function"):
-        registry.check("my_reward:number", None, {}, [])
+    for name, said in (("number", "expected a function"), ("brightnes", r"did you mean brightness\?")):
+        with pytest.raises(registry.UnknownReward, match=said):
+            registry.check(f"my_reward:{name}", None, {}, [])
+    for written in ("my_reward.py:brightness", "./my_reward.py:brightness"):
+        assert registry.load(written)(images, ["", ""]).tolist() == [0.5, 0.5]
 
 
 def test_what_a_users_own_reward_raises_is_shown_with_the_lines_of_its_file(own, tmp_path, capsys):
@@ -153,3 +192,48 @@ def test_what_a_users_own_reward_raises_is_shown_with_the_lines_of_its_file(own,
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     assert score.main(["--reward", "my_reward:table", str(tmp_path / "picture.png")]) == 2
     assert f"picture.png: KeyError: '' (at {own}:{line} in table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def f(images, prompts)\n    pass\n", r"SyntaxError: expected ':' .*\(at FILE:1: def f\(images, prompts\)\)"),
+        ("x = 1\nx['a']\n", r"TypeError: .*\(at FILE:2 in <module>: x\['a'\]\)"),
+        ("import sys\nsys.exit(0)\n", r"SystemExit: 0 \(at FILE:2 in <module>: sys\.exit\(0\)\)"),
+        ("import torch\ntorch.set_default_dtype(torch.float64)\nf = print\n", None),
+    ],
+)
+def test_whatever_a_module_does_when_it_is_imported(code, said, tmp_path, monkeypatch):
+    file = tmp_path / "own_at_import.py"
+    file.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_at_import", raising=False)
+    if said:
+        with pytest.raises(registry.UnknownReward, match=rf"cannot import .*: {said.replace('FILE', str(file))}"):
+            registry.check("own_at_import:f", None, {}, [])
+    else:
+        registry.check("own_at_import:f", None, {}, [])
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["exit", "generator", "mute", "long"])
+def test_whatever_a_reward_raises_is_its_own_failure_with_the_lines_of_all_its_authors_files(kind, own):
+    with pytest.raises(BadReward, match=r"my_helper\.py:2 in passed_on: raise error\) \(reward\.on_bad") as caught:
+        scorer(registry.load("my_reward:Raises", kind=kind)).score(clean())
+    assert f"{own}:" in str(caught.value) and len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("what", ["pair", "nothing", "meta"])
+def test_what_is_no_scores_is_said_to_be_none(what, own):
+    with pytest.raises(BadReward, match=r"it returned a (tuple|NoneType|Tensor), expected a tensor of 5 scores"):
+        scorer(registry.load("my_reward:Returns", what=what)).score(clean())
+
+
+def test_a_rewards_global_settings_of_torch_end_with_it(own):
+    read = (
+        torch.get_num_threads, torch.get_default_dtype, torch.get_default_device, torch.is_grad_enabled,
+        torch.are_deterministic_algorithms_enabled, torch.get_float32_matmul_precision,
+    )  # fmt: skip
+    before = [get() for get in read]
+    scorer(registry.load("my_reward:careless")).score(clean())
+    assert [get() for get in read] == before

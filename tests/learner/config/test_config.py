@@ -3,6 +3,7 @@
 import pytest
 
 from learner.config import DEFAULT_CONFIG, ConfigError, load_config
+from learner.objectives.needs import NEEDS
 from learner.run import main
 
 
@@ -52,3 +53,40 @@ def test_overrides_stand_on_both_sides_of_the_config_and_a_run_of_the_first_vers
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert main([f"run.dir={tmp_path}"]) == 2
     assert "holds metrics.jsonl and no run of this Tributary" in capsys.readouterr().err
+
+
+def test_an_offset_in_a_file_is_of_the_files_reward():
+    for overrides, offset in (
+        ((), 0.8), (["reward.name=shapes_alignment"], 0.8), (["reward.name=mine:f"], None),
+        (["reward.options.by=2"], None), (["reward.name=mine:f", "objective.reward_offset=0.3"], 0.3),
+        (["reward.name=mine:f", "objective.setting=faithful"], 0.0),
+    ):  # fmt: skip
+        assert load_config(DEFAULT_CONFIG, overrides).objective.reward_offset == offset
+        assert load_config(overrides=overrides) == load_config(DEFAULT_CONFIG, overrides)
+    assert load_config(load_config(), ["reward.name=mine:f"]).objective.reward_offset == 0.8  # their author's own
+
+
+def test_an_objective_that_a_presets_other_settings_contradict_names_a_preset_that_has_its_own():
+    for kind in NEEDS:
+        said = [] if kind in ("dag_db", "dag_kl") else faults(f"objective.kind={kind}")[-1:]
+        assert said == [
+            f"objective.kind: shapes_alignment.yaml has settings for dag_db; those for {kind} are in --config {file}"
+            for file in [f"configs/shapes_{kind}.yaml"] * len(said)
+        ]
+        preset = DEFAULT_CONFIG.parent / f"shapes_{'alignment' if kind == 'dag_db' else kind}.yaml"
+        assert load_config(preset).objective.kind == kind
+    assert not any("--config" in fault for fault in faults("sampler.chunk_size=24"))
+
+
+def test_a_value_of_another_shape_is_answered_with_one_that_would_do():
+    for override, said in (
+        (
+            "evaluation.held_out=aesthetic",
+            "evaluation.held_out: expected a list, as in evaluation.held_out=[aesthetic]",
+        ),
+        ("flow.widths=32", "flow.widths: expected a list, as in flow.widths=[32]"),
+        ("reward.options=3", "reward.options: expected keys with values, as in reward.options={key: value}"),
+        ("run.runner=in-process", "run.runner: Input should be 'ray' or 'inprocess', got 'in-process'; did you mean"),
+    ):
+        assert faults(override)[0].startswith(said)
+    assert load_config(None, "train.epochs=3").train.epochs == 3  # one alone
