@@ -5,6 +5,8 @@ Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar 
     p_F(x_t' | x_t) = N(mu_theta(x_t), sigma_t^2 I)          the policy
     p_B(x_t | x_t') = N(a_t x_t', (1 - a_t^2) I)             the noising kernel, no parameters
 
+p_B is the reverse of DDIM's steps at eta 1 alone: at a smaller eta that one knows the image (Bayes gives it a mean that
+depends on x_0), and only objectives without p_B can train.
 The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step to abar = 1 would make log p_F infinite).
 Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats."""
 
@@ -24,9 +26,12 @@ class DDIMKernel:
         self, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str = "epsilon", eta: float = 1.0
     ) -> None:
         """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0; with `eta` 1 sigma is the
-        posterior ("small") variance of DDPM. Raises ValueError if a transition has no density."""
+        posterior ("small") variance of DDPM, and above 1 no mean would keep the marginals. Raises ValueError if a
+        transition has no density."""
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
+        if eta > 1:
+            raise ValueError(f"eta ({eta}) must be at most 1: more noise than there is at a timestep")
         timesteps = timesteps.to(torch.int64).cpu()
         if (timesteps[1:] >= timesteps[:-1]).any():
             raise ValueError(f"timesteps must decrease, got {timesteps.tolist()}")

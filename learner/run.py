@@ -17,6 +17,7 @@ from commands import outcome
 from diffusion.failures import RunFailure
 from diffusion.locate import locate
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, config_yaml, known_keys, raise_faults, read_config
+from learner.config.checks import untrainable
 from learner.config.load import resolve
 from learner.prompts import evaluation_prompts, training_prompts
 from rewards import registry
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _faults_seen_at_once(config: Config) -> list[str]:
     """What can be found to be wrong without torch: prompt files, the model's folder, a reward of no known name."""
     prompts = partial(training_prompts, config), partial(evaluation_prompts, config)
-    reward, faults = partial(registry.check_name, config.reward.name, config.reward.backend), []
+    reward, faults = partial(registry.check_name, config.reward.name, config.reward.backend), [*untrainable(config)]
     for step in (*prompts, partial(locate, str(resolve(config.model.path))), reward):
         try:
             step()

@@ -78,7 +78,7 @@ class Facts:
         self.lines = [line for line in records.lines if line["epoch"] < epochs]
         self.trained = [line for line in self.lines if line["epoch"] != BEFORE]
         self.evaluated = [epoch for epoch in records.evaluated() if epoch < epochs]
-        self.towards = target(config.objective)  # a formula in words
+        self.towards = target(config)  # a formula in words
         keys = "seconds", "trajectories", "lost_trajectories", "quarantined"  # in the lines
         self.seconds, self.trajectories, self.lost, self.set_aside = (
             sum(line.get(key) or 0 for line in self.trained) for key in keys
