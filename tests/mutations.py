@@ -105,7 +105,7 @@ def _pytest(folder: Path, tests: list[str]) -> None:
     with open(os.devnull, "w") as quiet:
         os.dup2(quiet.fileno(), 1)
         os.dup2(quiet.fileno(), 2)
-        os._exit(pytest.main([*tests, "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0"]))
+        os._exit(pytest.main([*tests, "-x", "-p", "no:cacheprovider", "-o", "timeout=0"]))
 
 
 def main(words: list[str]) -> int:
