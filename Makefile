@@ -3,7 +3,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-long test-all faults faults-shapes soak lint check docs
+.PHONY: setup demo test test-long test-all mutate faults faults-shapes soak lint check docs
 
 setup: .venv/.ready
 
@@ -29,6 +29,10 @@ test-long: setup
 # All others: longer than a minute each, the kill matrix, hosts cut off. Not the two below.
 test-all: setup
 	$(PYTEST) -m '(long or slow) and not shapes'
+
+# Faults put into the code one by one, each of which tests must see (tests/mutations.py).
+mutate: setup
+	$(BIN)/python tests/mutations.py
 
 # Of them those that break runs on purpose, beside their ordinary ones.
 faults: setup

@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--images", type=int, default=4, help="pictures of each prompt and model (default: 4)")
     add("--steps", type=int, help="DDIM steps")
     add("--guidance", type=float, help="classifier-free guidance scale; 1: off")
-    add("--eta", type=float, help="noise scale of DDIM; above 0")
+    add("--eta", type=float, help="noise scale of DDIM; above 0, at most 1")
     add("--seed", type=int, help="of the noise")
     add("--out", type=Path, default=Path("grid.png"), help="the sheet (default: grid.png)")
     add("--separate", type=Path, metavar="DIR", help="also write every picture as a file of its own")

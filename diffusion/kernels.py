@@ -5,6 +5,8 @@ Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar 
     p_F(x_t' | x_t) = N(mu_theta(x_t), sigma_t^2 I)          the policy
     p_B(x_t | x_t') = N(a_t x_t', (1 - a_t^2) I)             the noising kernel, no parameters
 
+p_B is the reverse of DDIM's steps at eta 1 alone: at a smaller eta that one knows the image (Bayes gives it a mean that
+depends on x_0), and only objectives without p_B can train.
 The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step to abar = 1 would make log p_F infinite).
 Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats."""
 
@@ -35,10 +37,12 @@ class DDIMKernel:
         clip: float | None = None,
     ) -> None:
         """`alphas_cumprod` [T], decreasing; `timesteps` [N] int64, decreasing, all > 0; with `eta` 1 sigma is the
-        posterior ("small") variance of DDPM; clean predictions are clipped to [-clip, clip]. Raises ValueError if a
-        transition has no density."""
+        posterior ("small") variance of DDPM, and above 1 no mean would keep the marginals; clean predictions are
+        clipped to [-clip, clip]. Raises ValueError if a transition has no density."""
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"its prediction_type is {prediction_type!r}, not epsilon, v_prediction or sample")
+        if eta > 1:
+            raise ValueError(f"eta ({eta}) must be at most 1: more noise than there is at a timestep")
         timesteps = timesteps.to(torch.int64).cpu()
         if (timesteps[1:] >= timesteps[:-1]).any():
             raise ValueError(f"its {len(timesteps)} timesteps must decrease: set fewer sampler.steps")

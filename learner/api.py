@@ -23,6 +23,7 @@ from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
 from evaluation import collapse
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
+from learner.config.checks import untrainable
 from learner.inprocess import InProcessRunner
 from learner.open_run import OpenRun, open_run
 from learner.prompts import evaluation_prompts, training_prompts
@@ -97,7 +98,7 @@ def train(
 def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[list[str], Placement, dict[str, float]]:
     """Everything that would otherwise fail only after actors are up: the prompts, what would run where, and the
     cluster's resources. Raises a ConfigError, a line for each fault, or ClusterUnreachable."""
-    faults: list[str] = []
+    faults = list(untrainable(config))
 
     def attempt(step: Callable[[], Any]) -> Any:  # None where it fails
         try:

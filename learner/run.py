@@ -17,6 +17,7 @@ from commands import outcome
 from diffusion.failures import RunFailure
 from diffusion.locate import is_unconditional, locate
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, config_yaml, known_keys, raise_faults, read_config
+from learner.config.checks import untrainable
 from learner.config.load import resolve
 from learner.prompts import evaluation_prompts, training_prompts
 from rewards import registry
@@ -67,8 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _faults_seen_at_once(config: Config) -> list[str]:
     """What can be found to be wrong without torch: prompt files, the model's kind, a reward of no known name."""
     prompts = partial(training_prompts, config), partial(evaluation_prompts, config)
-    reward, faults = partial(registry.check_name, config.reward.name, config.reward.backend), []
-    path = str(resolve(config.model.path))
+    reward = partial(registry.check_name, config.reward.name, config.reward.backend)
+    faults, path = [*untrainable(config)], str(resolve(config.model.path))
     look = is_unconditional if Path(path).is_dir() else locate  # no hub is asked yet
     for step in (*prompts, partial(look, path), reward):
         try:

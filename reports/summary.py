@@ -82,7 +82,7 @@ class Facts:
         judged = {line["epoch"] for line in self.lines if line.get("eval_reward_mean") is not None}
         if gone := judged - {*self.evaluated}:
             records.warn(f"{EVALUATION}/ in {records.storage} lacks {len(gone)} of {len(judged)} evaluations: left out")
-        self.towards = target(config.objective, records.about.get("dimensions"))  # a formula in words
+        self.towards = target(config, records.about.get("dimensions"))  # a formula in words
         keys = "seconds", "trajectories", "lost_trajectories", "quarantined"  # in the lines
         self.seconds, self.trajectories, self.lost, self.set_aside = (
             sum(line.get(key) or 0 for line in self.trained) for key in keys

@@ -1,10 +1,12 @@
-"""The shape of the house: small files, no import circle. (Light front doors: tests/commands/test_light.py.)"""
+"""The shape of the house: small files, no import circle, mutations that still are some. (Light front doors:
+tests/commands/test_light.py.)"""
 
 import subprocess
 from pathlib import Path
 
 import grimp
 import networkx
+from mutations import MUTATIONS
 
 from learner import PACKAGES
 
@@ -26,3 +28,8 @@ def test_no_two_modules_import_each_other():
     assert len(arrows) > 300
     circles = [circle for circle in networkx.strongly_connected_components(networkx.DiGraph(arrows)) if len(circle) > 1]
     assert circles == []
+
+
+def test_every_mutation_has_its_place_and_its_tests():
+    gone = [(name, old) for name, old, _, _ in MUTATIONS if (ROOT / name).read_text(encoding="utf-8").count(old) != 1]
+    assert not gone and all((ROOT / tests.split()[0]).is_file() for *_, tests in MUTATIONS)

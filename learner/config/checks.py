@@ -79,6 +79,16 @@ def contradictions(config: Config) -> Iterator[str]:
             )
 
 
+def untrainable(config: Config) -> Iterator[str]:
+    """What has no target to train towards, a line each. It may be judged and drawn with: no contradiction."""
+    if config.needs.noising_kernel and config.sampler.eta != 1:
+        allowed = ", ".join(kind for kind, other in NEEDS.items() if not other.noising_kernel)
+        yield (
+            f"sampler.eta: {config.objective.kind} compares the sampler's steps with the noising kernel, whose reverse "
+            f"they are at eta 1 alone; use sampler.eta=1, or one of {allowed}"
+        )
+
+
 def _groups_fit(widths: Sequence[int]) -> bool:
     """Whether both flow networks can be built with these channels (learner/flow.py)."""
     if not widths or min(widths) < 8:

@@ -78,7 +78,7 @@ class SamplerConfig(Section):
     chunk_size: int = key(16, "trajectories rolled out together", ge=1)
     steps: int = key(50, "DDIM steps N", ge=2, le=1000)
     guidance: float = key(5.0, "classifier-free guidance scale w, in rollout and training; 1: off", ge=1)
-    eta: float = key(1.0, "noise scale of DDIM; 1 is the papers'", gt=0)
+    eta: float = key(1.0, "noise scale of DDIM; 1 is the papers', and the only one of objectives with p_B", gt=0, le=1)
     grid: Grid = key(
         "ddim",
         "timesteps: ddim (the scheduler's own spacing), or dpm_solver: of first-order SDE-DPM-Solver++ with "

@@ -1,5 +1,7 @@
 """`OBJECTIVES` is what objective.kind names; needs.py has what each requires."""
 
+from collections.abc import Iterator
+
 from learner.config import Config
 from learner.config.sections import Objective as Settings
 from learner.objectives.base import Objective
@@ -19,14 +21,36 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def target(settings: Settings, dimensions: int | None = None) -> str:
+def target(config: Config, dimensions: int | None = None) -> str:
     """What the objective samples from when its loss is zero, in words; where D is not known, in terms of it."""
+    settings = config.objective
     exponent, strength = f"{settings.beta:g}", settings.pretrained_strength
     if settings.log_prob_reduction == "mean":
         exponent = f"{settings.beta * dimensions:g}" if dimensions else f"{exponent} x D"
     words = {"exponent": exponent, "dimensions": dimensions or "numbers in a latent"}
     words["strength"] = "" if strength == 1 else f"^{strength:g}"
-    return OBJECTIVES[settings.kind].target.format(**words, **settings.model_dump())
+    text = OBJECTIVES[settings.kind].target.format(**words, **settings.model_dump())
+    if settings.last_transition == "skip" and config.needs.flow:
+        text += "; the state before the last transition counts as the end"
+    because = "; ".join(_inexact(config))
+    return f"no exact target ({because}), but towards a {text}" if because else text
+
+
+def _inexact(config: Config) -> Iterator[str]:
+    """Why not even at zero loss the formula holds. tests/learner/objectives/test_targets.py has them all."""
+    settings, needs = config.objective, config.needs
+    if needs.flow and config.train.shuffle_rewards:
+        yield "train.shuffle_rewards: rewards are other pictures'"
+    if needs.flow and config.sampler.eta != 1:
+        yield "sampler.eta below 1: the image keeps part of its first noise, which nothing moves"
+    if needs.flow != "gradient":
+        return
+    if settings.reverse_transitions == "inner" or not settings.reverse_weight:
+        yield "without the reverse loss at the last transition nothing ties the flow to the end"
+    if settings.decay_terminal and settings.forward_looking_decay != "none":
+        yield "objective.decay_terminal: the image's own reward fades too"
+    if settings.kind == "residual_nabla_db" and settings.pretrained_strength != 1:
+        yield "objective.pretrained_strength: powers of steps make no power of their product"
 
 
 def describe(config: Config, dimensions: int) -> str:
@@ -35,7 +59,7 @@ def describe(config: Config, dimensions: int) -> str:
     published = Settings(kind=settings.kind, setting=settings.setting, beta=settings.beta).model_dump()
     other = [key for key, value in settings.model_dump().items() if key != "reward_offset" and value != published[key]]
     but = f", but {', '.join(other)}" if other and settings.setting == "faithful" else ""
-    text = f"{settings.kind} ({settings.setting}{but}): {target(settings, dimensions)}"
+    text = f"{settings.kind} ({settings.setting}{but}): {target(config, dimensions)}"
     if kind.needs.uses_ratio:
         nats = settings.clip_range * (dimensions if settings.log_prob_reduction == "mean" else 1)
         text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"

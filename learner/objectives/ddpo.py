@@ -18,7 +18,7 @@ class DDPO(Objective):
     """Advantage = (R - mean) / std over the epoch's trajectories on all ranks, or over the prompt's last 16."""
 
     needs = NEEDS["ddpo"]
-    target = "maximises the expected reward; it has no target distribution, and beta does not matter"
+    target = "no exact target: it maximises the expected reward, and beta does not matter"
     _advantages: dict[int, float]  # of the epoch's trajectories, by id
 
     def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:

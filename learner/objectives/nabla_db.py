@@ -67,7 +67,7 @@ class NablaDB(Objective):
             x = x.detach().requires_grad_()
             guidance = policy.guidance if self.settings.clean_prediction == "guided" else 1.0
             inputs = x, t.clamp(min=1), batch.embeddings, guidance
-            # Of the weights that the rollout took its clean prediction from.
+            # Of the weights behind the rollout's clean prediction; under a lag with `snapshot`, of later ones.
             reference, model = self.settings.forward_looking == "base", policy.model
             output = model.predict_reference(*inputs) if reference else model.predict(*inputs)[0]
             clean = torch.where((t == 0).reshape(-1, 1, 1, 1), x, self.kernel.clean(output, inputs[1], x))

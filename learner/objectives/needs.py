@@ -23,6 +23,7 @@ class Needs:
     inner_rewards: bool = True  # uses the rewards of states before the image
     prepared_fields: int = 0  # latents a transition that `prepare` returns
     compares_groups: bool = False  # transitions are compared within groups of objective.group_size
+    noising_kernel: bool = False  # has p_B in it, to which the sampler's steps belong at eta 1 alone
 
 
 # The published code of DAG: gradient through both flows, psi of the rollout's own weights.
@@ -46,10 +47,10 @@ _DDPO: Defaults = {key: {"regulariser": 0.0, "anneal_fraction": 0.0} for key in 
 
 NEEDS: dict[str, Needs] = {
     # The residual is 0 at balance whoever chose the transition; so are both conditions of nabla-DB.
-    "dag_db": Needs(_DAG, "log_flow"),
+    "dag_db": Needs(_DAG, "log_flow", noising_kernel=True),
     # The score-function gradient is only right for the policy's own samples, within the clip.
-    "dag_kl": Needs(_DAG, "log_flow", uses_ratio=True, compares_groups=True),
-    "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4),
+    "dag_kl": Needs(_DAG, "log_flow", uses_ratio=True, compares_groups=True, noising_kernel=True),
+    "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4, noising_kernel=True),
     "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4),
     "residual_nabla_db_no_flow": Needs(_RESIDUAL, reward_gradients=True, prepared_fields=2),
     "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False),

@@ -63,7 +63,7 @@ class ResidualNablaDBNoFlow(ResidualNablaDB):
     total variation 0.2 with zero loss on the exact problem."""
 
     needs = NEEDS["residual_nabla_db_no_flow"]
-    target = "seeks the reward near the reference model; it does not sample from a known target"
+    target = "no exact target: it seeks the reward near the reference model"
 
     @classmethod
     def extra_passes(cls, settings: Settings) -> int:

@@ -24,7 +24,7 @@ def without_text(ddpm, tmp_path_factory):
     return ddpm, folder
 
 
-OUT_OF_RANGE = {"--images": "0", "--seed": "-1", "--steps": "1", "--eta": "0", "--guidance": "0.5"}
+OUT_OF_RANGE = {"--images": "0", "--seed": "-1", "--steps": "1", "--eta": "1.5", "--guidance": "0.5"}
 
 
 def pictures(folder, label, prompt=1) -> np.ndarray:

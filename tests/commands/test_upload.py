@@ -184,7 +184,7 @@ def test_a_server_that_never_answers_costs_a_warning_and_a_moment(run, black_hol
         time.sleep(0.1)
     start = time.monotonic()
     tracker.finish("FINISHED")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20  # and not mlflow.finish_seconds
     assert sum(text.startswith("warning: MLflow") for text in said) == 1 and f"learner.upload {run}" in said[-1]
 
 

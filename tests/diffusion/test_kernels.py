@@ -123,7 +123,11 @@ def test_half_precision_inputs_are_computed_in_float32():
 
 def test_refuses_what_has_no_density():
     scheduler = DDIMScheduler(**SD15)
-    for change, message in (({"eta": 0.0}, "eta"), ({"num_steps": 1001}, "num_inference_steps")):
+    for change, message in (
+        ({"eta": 0.0}, "eta"),
+        ({"eta": 1.5}, "at most 1"),
+        ({"num_steps": 1001}, "num_inference_steps"),
+    ):
         with pytest.raises(ValueError, match=message):
             DDIMKernel.from_scheduler(scheduler, **change)
     for grid, message in (([900, 400, 0], "timestep 0"), ([400, 400, 1], "must decrease")):
@@ -151,3 +155,23 @@ def test_the_dpm_solver_grid_is_first_order_sde_dpm_solver(spacing):
         theirs = own.step(output, step, x, variance_noise=noise).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
         x = theirs
+
+
+def test_the_reverse_of_a_step_knows_nothing_of_the_image_at_eta_1_alone():
+    """q(x_t | x_t', x_0) by Bayes from DDIM's q(x_t' | x_t, x_0) and q(x_t | x_0): a normal law around k x_t' + m x_0.
+    At eta 1 m is 0 and the law is p_B; below, a noising kernel would have to know the image."""
+    scheduler = DDIMScheduler(**SD15)
+    for eta in (1.0, 0.5):
+        kernel = DDIMKernel.from_scheduler(scheduler, 20, eta)
+        t = kernel.timesteps
+        a, b = (scheduler.alphas_cumprod.double()[times] for times in (t, torch.cat([t[1:], t.new_zeros(1)])))
+        kept = (1 - b - kernel.variance(t, torch.float64)).sqrt()  # of x_t's noise in x_t'
+        k = (1 - a).sqrt() * kept / (1 - b)
+        m, variance = a.sqrt() - k * b.sqrt(), (1 - a) - k**2 * (1 - b)
+        if eta < 1:
+            assert m.abs().min() > 1e-3
+            continue
+        assert m.abs().max() < 1e-6
+        x, x_next = (state[:, :1, :1, :1] for state in batch(kernel)[1:3])
+        numbers = zip(x.flatten().tolist(), (k * x_next.flatten()).tolist(), variance.tolist(), strict=True)
+        assert kernel.log_pb(t, x, x_next, "sum").tolist() == pytest.approx([log_normal(*each) for each in numbers])

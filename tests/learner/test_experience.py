@@ -1,11 +1,13 @@
-"""What the learner keeps of an epoch for later ones."""
+"""What the learner makes of an epoch, and what it keeps of it for later ones."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion.trajectory import Chunk, Scores, Trajectories
+from learner.config import Config
 from learner.experience import Experience
 
 CHUNK = Chunk(0, "train", 0, 0, ("a", "b"), (0, 1))
@@ -13,6 +15,34 @@ CHUNK = Chunk(0, "train", 0, 0, ("a", "b"), (0, 1))
 
 def arrays(record) -> dict[str, np.ndarray]:
     return {name: value for name, value in vars(record).items() if isinstance(value, np.ndarray)}
+
+
+class Embeds:
+    device = torch.device("cpu")
+
+    def embed(self, prompts):
+        return torch.tensor([[[float(ord(prompt))]] for prompt in prompts])
+
+
+@pytest.mark.parametrize("last", ["train", "skip"])
+def test_each_transition_has_its_own_states_rewards_and_prompt(last):
+    rng = np.random.default_rng(0)
+    states, log_pf, rewards = (rng.normal(size=size).astype(np.float32) for size in ((2, 5, 1, 1, 1), (2, 4), (2, 5)))
+    chosen = np.array([[0, 1, 2], [2, 0, 1] if last == "skip" else [3, 0, 1]])
+    outputs = rng.normal(size=(2, 3, 1, 1, 1)).astype(np.float32)
+    made = Trajectories(CHUNK, 3, "hash", np.array([8, 6, 4, 2]), states, log_pf, log_pf, chosen, outputs)
+    settings = {"last_transition": last, "reward_offset": 0.5}
+    config = Config.model_validate({"objective": settings})
+    batch = Experience(made, Scores(CHUNK, rewards)).gather(np.arange(6), Embeds(), config)
+    end, times = 4 - (last == "skip"), [8, 6, 4, 2, 0]
+    for i, (row, step) in enumerate((row, step) for row, steps in enumerate(chosen) for step in steps):
+        assert (batch.t[i], batch.t_next[i]) == (times[step], times[step + 1])
+        assert (batch.x[i], batch.x_next[i]) == (states[row, step], states[row, step + 1])
+        raw = rewards[row] - np.float32(0.5)
+        assert (batch.reward[i], batch.reward_next[i], batch.reward_terminal[i]) == (raw[step], raw[step + 1], raw[end])
+        assert batch.terminal[i] == (step + 1 == end) and batch.log_pf_old[i] == log_pf[row, step]
+        assert batch.trajectory_id[i] == row and batch.embeddings[i] == ord("ab"[row])
+        assert batch.output_old[i] == outputs.reshape(-1)[i]
 
 
 def held_elsewhere(record):

@@ -171,7 +171,9 @@ def test_of_a_long_error_the_beginning_is_said_and_all_of_it_kept(go, tmp_path, 
     monkeypatch.setattr(InProcessRunner, "train_epoch", Mock(side_effect=NonFiniteGradient(words)))
     assert go(tmp_path) == 1
     said = capsys.readouterr()
-    assert "\x1b" not in said.err and len(said.err) < 3000 and said.err.rstrip().endswith("where traceback.txt says more")
+    assert (
+        "\x1b" not in said.err and len(said.err) < 3000 and said.err.rstrip().endswith("where traceback.txt says more")
+    )
     assert words in (tmp_path / "traceback.txt").read_text()
     reason = look(Storage(str(tmp_path)), 0)["reason"]
     assert len(reason) < 3000

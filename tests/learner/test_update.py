@@ -140,6 +140,19 @@ def test_files_that_are_no_learners_state_are_refused(small_config, content):
         learner.restore({state.LEARNER_FILE: content})
 
 
+def test_flow_only_fits_are_towards_the_annealed_beta(small_config, monkeypatch):
+    """A flow that stays at zero has exactly the loss of the epoch's beta, here a tenth of the final one."""
+    config = small_config("flow.learning_rate=1e-30", "flow.weight_decay=0", "flow.fit_steps=1", "flow.warmup_steps=0")
+    learner = build.build_learner(config)
+    epoch, batches, fit = scored_epoch(config, learner.published), [], learner.objective.flow_loss
+    monkeypatch.setattr(
+        learner.objective, "flow_loss", lambda batch, flow, beta: batches.append(batch) or fit(batch, flow, beta)
+    )
+    said = learner.train_epoch(0, config.objective.beta / 10, [epoch]).updates[0]["flow_loss"]
+    losses = [fit(batches[0], learner.flow, config.objective.beta / share).item() for share in (10, 1)]
+    assert said == pytest.approx(losses[0], rel=1e-4) and losses[1] > 2 * losses[0]
+
+
 @pytest.mark.parametrize("fit_steps", [0, 3])
 def test_an_epoch_moves_policy_and_flow(small_config, fit_steps):
     config = small_config(f"flow.fit_steps={fit_steps}")

@@ -27,6 +27,13 @@ def test_all_faults_are_reported_at_once_each_with_its_key():
         assert faults(override)[0].startswith(override.split("=")[0])
 
 
+def test_an_eta_that_would_change_the_target_is_refused(capsys):
+    assert faults("sampler.eta=1.5") == ["sampler.eta: Input should be less than or equal to 1, got 1.5"]
+    assert main(["sampler.eta=0.5"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sampler.eta: dag_db" in line and "use sampler.eta=1, or one of residual_nabla_db" in line
+
+
 def test_settings_come_from_a_file_or_sections_with_overrides_as_text_or_objects():
     for preset in DEFAULT_CONFIG.parent.glob("*.yaml"):
         load_config(preset)

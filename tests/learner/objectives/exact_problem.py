@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from diffusion.kernels import DDIMKernel
@@ -29,7 +30,7 @@ REWARD_MODES = ((0.85, 1.2, 0.45), (0.15, -0.8, 0.45))
 @dataclass(frozen=True)
 class Problem:
     """`log_reward` of one number; the base is N(0, 1), or M's mixture with `bimodal`. `decoder` makes of x_0 what is
-    rewarded, `inner_decoder` of inner states' clean predictions."""
+    rewarded, `inner_decoder` of inner states' clean predictions. `steps` is the highest timestep."""
 
     steps: int
     abar: Tensor
@@ -61,11 +62,13 @@ def schedule(steps: int, high: float, low: float) -> Tensor:
     return torch.sigmoid(torch.linspace(high, low, steps + 1, dtype=torch.float64))
 
 
-def gaussian(steps: int, dimensions: int = 1) -> Problem:
+def gaussian(steps: int, dimensions: int = 1, end: int = 0) -> Problem:
     """G with R = N(sqrt(abar_0), 1 - abar_0): the exact reverse kernels have the DDIM variance, so zero loss is
-    attainable."""
+    attainable. With `end` it is R of the base's clean prediction at that timestep that has this form."""
     abar = schedule(steps, 2, -5)
-    mean, variance = abar[0].sqrt().item(), 1 - abar[0].item()
+    mean, variance = abar[end].sqrt().item(), 1 - abar[end].item()
+    if end:  # the clean prediction is sqrt(abar) x
+        mean, variance = mean * abar[end].sqrt().item(), variance * abar[end].item()
     scale = 0.5 * math.log(2 * math.pi * variance)
     return Problem(steps, abar, lambda x: -((x - mean) ** 2) / (2 * variance) - scale, dimensions=dimensions)
 
@@ -137,7 +140,8 @@ class Flow(nn.Module):
 
 
 class ToyModel:
-    """Stands in for BaseModel: eps = the base's, plus a network that is zero at the start; no prompts, no guidance."""
+    """Stands in for BaseModel: eps = the base's, plus a network that is zero at the start; without a prompt (for
+    guidance), half of the base's."""
 
     device = torch.device("cpu")
 
@@ -147,24 +151,34 @@ class ToyModel:
         self.latent_shape = (problem.dimensions, 1, 1)
 
     def kernel(self, num_steps: int, eta: float, grid: str) -> DDIMKernel:
-        return DDIMKernel(self.problem.abar, torch.arange(self.problem.steps, 0, -1), "epsilon", eta)
+        if num_steps == self.problem.steps:
+            return DDIMKernel(self.problem.abar, torch.arange(num_steps, 0, -1), "epsilon", eta)
+        betas = 1 - self.problem.abar / torch.cat([torch.ones(1), self.problem.abar[:-1]])
+        scheduler = DDIMScheduler(
+            num_train_timesteps=len(betas), trained_betas=betas.tolist(), timestep_spacing="leading", steps_offset=1,
+            set_alpha_to_one=False, clip_sample=False,
+        )  # fmt: skip
+        return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
 
     def predict(self, x, t, embeddings=None, guidance=1.0):
-        output = self.problem.base_epsilon(x, t) + self.unet(x, t)
-        return output, output
+        base = self.problem.base_epsilon(x, t)
+        output = base + self.unet(x, t)
+        return 0.5 * base + guidance * (output - 0.5 * base), output
 
     def predict_reference(self, x, t, embeddings=None, guidance=1.0):
-        return self.problem.base_epsilon(x, t)
+        return (0.5 + 0.5 * guidance) * self.problem.base_epsilon(x, t)
 
 
-def make_learner(problem: Problem, kind: str, rate: float, **objective) -> Learner:
-    """Log-probabilities summed, beta 1 and no regulariser, unless `objective` says otherwise."""
+def make_learner(problem: Problem, kind: str, rate: float, sampler: dict | None = None, **objective) -> Learner:
+    """Log-probabilities summed, beta 1 and no regulariser, unless `objective` says otherwise; every timestep a
+    step and no guidance, unless `sampler` does."""
     settings = {
         "kind": kind, "log_prob_reduction": "sum", "beta": 1.0, "regulariser": 0.0, "kl_weight": 1.0,
         "anneal_fraction": 0.0, **objective,
     }  # fmt: skip
     rates = {"learner": {"learning_rate": rate}, "flow": {"learning_rate": rate}}
-    config = Config.model_validate({"objective": settings, **rates})
+    sampling = {"steps": problem.steps, "guidance": 1.0, **(sampler or {})}
+    config = Config.model_validate({"objective": settings, "sampler": sampling, **rates})
     model, shape, flow = ToyModel(problem), config.needs.flow, None
     if shape == "log_flow" and not problem.bimodal:
         flow = Quadratic(problem)
@@ -173,26 +187,43 @@ def make_learner(problem: Problem, kind: str, rate: float, **objective) -> Learn
     return Learner(model, flow, config)  # type: ignore[arg-type]
 
 
+def grid(learner: Learner) -> list[int]:
+    """Timesteps from the first to that which counts as the end."""
+    times = learner.kernel.timesteps.tolist()
+    return times if learner.config.objective.last_transition == "skip" else [*times, 0]
+
+
+def base_clean(learner: Learner, x: Tensor) -> Tensor:
+    """What is judged of states at the end: themselves, or the base's clean prediction."""
+    end = grid(learner)[-1]
+    t = torch.full((len(x),), end)
+    return learner.kernel.clean(learner.model.problem.base_epsilon(x, t), t, x) if end else x  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def rollout(learner: Learner, count: int) -> Transitions:
     """All transitions of `count` on-policy trajectories, step by step, with rewards and their gradients."""
     model: ToyModel = learner.model  # type: ignore[assignment]
-    problem, kernel = model.problem, learner.kernel
-    x = torch.randn(count, problem.dimensions, 1, 1)
-    states, outputs, times = [x], [], [*kernel.timesteps.tolist(), 0]
+    problem, kernel, sampler = model.problem, learner.kernel, learner.config.sampler
+    store = getattr(torch, sampler.state_precision)
+    x = torch.randn(count, problem.dimensions, 1, 1).to(store).float()
+    states, outputs, times = [x], [], grid(learner)
     for step in times[:-1]:
         t = torch.full((count,), step)
-        outputs.append(model.predict(x, t)[0])
-        x = kernel.sample(outputs[-1], t, x, torch.randn_like(x))
+        outputs.append(model.predict(x, t, guidance=sampler.guidance)[0])
+        x = kernel.sample(outputs[-1], t, x, torch.randn_like(x)).to(store).float()
         states.append(x)
     t, every, output = torch.tensor(times).repeat_interleave(count), torch.cat(states), torch.cat(outputs)
-    here, after = slice(0, problem.steps * count), slice(count, None)
+    transitions = len(times) - 1
+    here, after = slice(0, transitions * count), slice(count, None)
     looking = learner.config.objective.forward_looking
     clean = every.clone()  # x_0 is itself
     if looking != "none":
         inner = t[here]
         source = model.problem.base_epsilon(every[here], inner) if looking == "base" else output
         clean[here] = kernel.clean(source, inner, every[here])
+    if times[-1]:  # objective.last_transition=skip
+        clean[-count:] = base_clean(learner, every[-count:])
     with torch.enable_grad():
         clean.requires_grad_()
         rewards = problem.rewards(torch.cat([problem.inner_decoder(clean[here]), problem.decoder(clean[-count:])]))
@@ -203,9 +234,9 @@ def rollout(learner: Learner, count: int) -> Transitions:
     reward[blind], gradients[blind] = 0, 0
     return Transitions(
         x=every[here], x_next=every[after], t=t[here], t_next=t[after],
-        trajectory_id=torch.arange(count).repeat(problem.steps), embeddings=torch.zeros(problem.steps * count, 1, 1),
-        reward=reward[here], reward_next=reward[after], reward_terminal=reward[-count:].repeat(problem.steps),
-        terminal=t[after] == 0, log_pf_old=kernel.log_pf(output, t[here], every[here], every[after], "sum"),
+        trajectory_id=torch.arange(count).repeat(transitions), embeddings=torch.zeros(transitions * count, 1, 1),
+        reward=reward[here], reward_next=reward[after], reward_terminal=reward[-count:].repeat(transitions),
+        terminal=t[after] == times[-1], log_pf_old=kernel.log_pf(output, t[here], every[here], every[after], "sum"),
         output_old=output, clean_gradient=gradients[here], clean_gradient_next=gradients[after],
     )  # fmt: skip
 
@@ -254,14 +285,15 @@ def stale(count: int, every: int, behind: int) -> Refill:
 
 @torch.no_grad()
 def push(learner: Learner, reference: bool = False, dimension: int = 0) -> Tensor:
-    """Density of x_0 on GRID: N(0, 1) pushed through the transitions of the policy, or of the base chain."""
+    """Density of the end on GRID: N(0, 1) pushed through the transitions of the policy, or of the base chain."""
     model: ToyModel = learner.model  # type: ignore[assignment]
-    kernel, n = learner.kernel, len(GRID)
+    kernel, n, guidance = learner.kernel, len(GRID), learner.config.sampler.guidance
     density = torch.exp(-GRID.square() / 2) / math.sqrt(2 * math.pi)
     x = GRID.reshape(-1, 1, 1, 1).expand(-1, model.problem.dimensions, 1, 1).float()
-    for step in kernel.timesteps.tolist():
+    for step in grid(learner)[:-1]:
         t = torch.full((n,), step)
-        output = model.predict_reference(x, t) if reference else model.predict(x, t)[0]
+        which = x, t, None, guidance
+        output = model.predict_reference(*which) if reference else model.predict(*which)[0]
         mean = kernel.mean(output, t, x)[:, dimension].flatten().double()
         sigma = kernel.variance(torch.tensor([step])).double().sqrt()
         transition = torch.exp(-((GRID[None] - mean[:, None]) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
@@ -271,9 +303,10 @@ def push(learner: Learner, reference: bool = False, dimension: int = 0) -> Tenso
 
 
 def total_variation(learner: Learner, residual: bool = False, exponent: float = 1.0) -> float:
-    """TV of x_0 to R^exponent, or to base chain x R^exponent; of the joint law if there are two dimensions."""
+    """TV of the end to R^exponent, or to base chain x R^exponent; of the joint law if there are two dimensions."""
     problem: Problem = learner.model.problem  # type: ignore[attr-defined]
-    target = (exponent * problem.log_reward(GRID)).exp()
+    judged = base_clean(learner, GRID.reshape(-1, 1, 1, 1)).flatten()
+    target = (exponent * problem.log_reward(judged)).exp()
     if residual:
         target = target * push(learner, reference=True)
     target = target / (target.sum() * WIDTH)

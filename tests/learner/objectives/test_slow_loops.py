@@ -103,7 +103,7 @@ class Slow:
     def __init__(self, s: Setup, i: int) -> None:
         batch = s.batch
         self.t, self.t_next, self.terminal = batch.t[i].item(), batch.t_next[i].item(), bool(batch.terminal[i])
-        self.a, self.next = s.abar[self.t], s.abar[self.t_next]
+        self.a, self.next, self.first = s.abar[self.t], s.abar[self.t_next], s.abar[0]
         self.variance = (1 - self.next) / (1 - self.a) * (1 - self.a / self.next)
         self.x, self.y = batch.x[i].detach().flatten().tolist(), batch.x_next[i].flatten().tolist()
         self.gradient = batch.clean_gradient[i].flatten().tolist()
@@ -134,9 +134,13 @@ class Slow:
         squares = [(x - shrink * y) ** 2 for x, y in zip(self.x, self.y, strict=True)]
         return sum(-square / (2 * back) - 0.5 * math.log(2 * math.pi * back) for square in squares)
 
-    def delta(self, beta: float, dimensions: int) -> float:
-        here = sum(map(math.sin, self.x)) * (1 + self.t / 1000) + beta * self.reward
-        after = sum(map(math.sin, self.y)) * (1 + self.t_next / 1000) + beta * self.reward_next
+    def log_flow(self, x: list[float], t: int, abar: float, psi: float, dimensions: int) -> float:
+        known = sum((1 - abar) ** 2 * (number**2 - 1) + math.log((1 - abar) / (1 - self.first)) for number in x) / -2
+        return sum(map(math.sin, x)) * (1 + t / 1000) + psi + (known if dimensions == 1 else 0.0)
+
+    def delta(self, beta: float, dimensions: int, fade=lambda abar: 1.0) -> float:
+        here = self.log_flow(self.x, self.t, self.a, beta * fade(self.a) * self.reward, dimensions)
+        after = self.log_flow(self.y, self.t_next, self.next, beta * fade(self.next) * self.reward_next, dimensions)
         if self.terminal:
             after = beta * self.end
         return here + (self.log_pf() - self.log_pb()) / dimensions - after
@@ -203,15 +207,25 @@ def slow_clipped(log_ratio: float, advantage: float, clip: float) -> float:
     return max(-advantage * ratio, -advantage * min(1 + clip, max(1 - clip, ratio)))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("weight", ["uniform", "variance"])
-def test_dag_db(reduction, weight):
-    s = setup("dag_db", log_prob_reduction=reduction, transition_weight=weight)
-    every = slow(s)
-    expected = sum(
-        weight_of(one, weight, every) * one.delta(BETA, 1 if reduction == "sum" else D) ** 2 for one in every
-    ) / len(every)
-    assert loss_of(s)[0] == pytest.approx(expected, **close)
+FADES = {"none": lambda abar: 1.0, "sqrt_abar": math.sqrt, "abar": float}
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weight", "decay"),
+    [("sum", "uniform", "none"), ("sum", "variance", "abar"), ("mean", "uniform", "sqrt_abar"),
+     ("mean", "variance", "none")],
+)  # fmt: skip
+def test_dag_db(reduction, weight, decay):
+    s = setup("dag_db", log_prob_reduction=reduction, transition_weight=weight, forward_looking_decay=decay)
+    every, dimensions = slow(s), 1 if reduction == "sum" else D
+    squares = [one.delta(BETA, dimensions, FADES[decay]) ** 2 for one in every]
+    weighted = [weight_of(one, weight, every) * square for one, square in zip(every, squares, strict=True)]
+    assert loss_of(s)[0] == pytest.approx(sum(weighted) / len(every), **close)
+    # A flow-only fit: the same residual at the rollout's log p_F, and no weights.
+    shifts = [(one.log_pf_old - one.log_pf()) / dimensions for one in every]
+    deltas = [one.delta(BETA, dimensions, FADES[decay]) + shift for one, shift in zip(every, shifts, strict=True)]
+    found = s.objective.flow_loss(s.batch, s.flow, BETA).item()
+    assert found == pytest.approx(sum(delta**2 for delta in deltas) / len(every), **close)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

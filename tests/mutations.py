@@ -1,0 +1,143 @@
+"""`make mutate`: faults that once passed unseen, or would cost most, put into a copy of the tree one by one; for each,
+the tests named beside it must fail. A row whose old text is gone is itself a failure (`tests/test_house.py` looks too).
+
+    python tests/mutations.py [WORD ...]     only the rows whose file or replacement has one of these words
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 900  # of a row's tests: a hang is told from a failure, and neither from a busy machine
+KERNELS, SLOW = "tests/diffusion/test_kernels.py", "tests/learner/objectives/test_slow_loops.py"
+DB, GRADIENTS = "tests/learner/objectives/test_db.py", "tests/learner/objectives/test_gradients.py"
+TARGETS, GATHER = "tests/learner/objectives/test_targets.py", "tests/learner/test_experience.py"
+UPDATE, HELD, EVERY = (f"tests/learner/test_{name}.py" for name in ("update", "regulariser", "every_objective"))
+ROLLOUT, COLLAPSE = "tests/diffusion/test_rollout.py", "tests/evaluation/test_collapse.py"
+
+# By file: old text (there once), new text, tests that must fail.
+ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "diffusion/kernels.py": (
+        ("sigma2 = eta**2 *", "sigma2 = eta *", KERNELS),
+        ("if eta > 1:", "if eta > 9:", KERNELS),
+        ('"noising": 1 - abar / after', '"noising": 1 - abar', KERNELS),
+        ("return flat.sum(1) if reduction", "return flat.mean(1) if reduction", KERNELS),
+        ('return -self._at("root_shrink"', 'return self._at("root_shrink"', SLOW),
+    ),
+    "diffusion/rollout.py": (
+        ("log_pf.append(kernel.log_pf(guided", "log_pf.append(kernel.log_pf(conditional", ROLLOUT),
+        ("needed[:, 1:] |= chosen[:, :-1]", "needed[:, 1:] |= chosen[:, 1:]", ROLLOUT),
+        ("draw(i + 1)).to(store).float()", "draw(i + 1)).float()", ROLLOUT),
+    ),
+    "learner/config/checks.py": (("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),),
+    "learner/objectives/base.py": (
+        ("variance / self.kernel.variance(self.kernel.timesteps, batch.x.dtype).mean()", "variance", SLOW),
+        ('abar.sqrt() if decay == "sqrt_abar" else abar', "abar", SLOW),
+        ("torch.cat([batch.t, batch.t_next])", "torch.cat([batch.t, batch.t])", SLOW),
+        ("torch.maximum(-advantage", "torch.minimum(-advantage", SLOW),
+        ("min(1.0, epoch / ramp)", "min(1.0, (epoch + 1) / ramp)", DB),
+    ),
+    "learner/objectives/db.py": (
+        ("self.gamma(batch.t_next, batch.x.dtype) *", "self.gamma(batch.t, batch.x.dtype) *", SLOW),
+        ("* batch.reward_next", "* batch.reward", SLOW),
+        ("(f_next.detach() if detach else f_next)", "f_next", GRADIENTS),
+        ("torch.where(terminal, log_reward, ahead)", "ahead", SLOW),
+        ("noise.square() * (norm", "(norm", SLOW),
+        ("self.kernel.timesteps[-1] if skip else", "self.kernel.timesteps[-1] if 0 else", DB),
+    ),
+    "learner/objectives/ddpo.py": (("(rewards.std() + 1e-8)", "(rewards.std(ddof=1) + 1e-8)", SLOW),),
+    "learner/objectives/kl.py": (
+        ("weight = self.settings.beta if", "weight = beta if", SLOW),
+        ("(squared.sum(1, keepdim=True) - squared) / others", "squared.mean(1, keepdim=True)", SLOW),
+        ("log_pf.detach(), flow, beta", "log_pf, flow, beta", GRADIENTS),
+    ),
+    "learner/objectives/nabla_db.py": (
+        ("self.gamma(batch.t_next, h.dtype)", "self.gamma(batch.t, h.dtype)", SLOW),
+        ('settings.reverse_transitions == "inner"', "settings.reverse_transitions", SLOW),
+        ("h_next.detach() if settings", "h_next if settings", GRADIENTS),
+    ),
+    "learner/objectives/residual_nabla_db.py": (("pretrained_strength * batch", "beta * batch", SLOW),),
+    "learner/experience.py": (
+        ("reward_next=tensor(rewards[row, step + 1])", "reward_next=tensor(rewards[row, step])", GATHER),
+        ("chunk.prompts[r] for r in row", "chunk.prompts[0] for r in row", GATHER),
+        ("terminal=tensor(step + 1 >= end)", "terminal=tensor(step >= end)", GATHER),
+    ),
+    "learner/update.py": (
+        ("flow_loss(concatenate(parts), self.flow, beta)",
+         "flow_loss(concatenate(parts), self.flow, self.config.objective.beta)", f"{UPDATE} -k annealed"),
+        ("share = len(batch.t) / count", "share = self.micro_batch / count", f"{EVERY} -k micro_batches_do_not"),
+        ("loss + self.config.objective.regulariser * moved_by", "loss", f"{HELD} -k anchor"),
+    ),
+    "evaluation/collapse.py": (
+        ("kept < KEPT and", "kept < KEPT or", COLLAPSE),
+        ("-fell > FALL *", "-fell > -FALL *", COLLAPSE),
+    ),
+}  # fmt: skip
+MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]
+
+
+def run_tests(folder: Path, tests: str) -> int | None:
+    """pytest's exit status in a copy of the tree, in a process of its own; None if it ran too long."""
+    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, tests.split()))
+    process.start()
+    process.join(timeout=SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join(timeout=30)
+        return None
+    return process.exitcode
+
+
+def _pytest(folder: Path, tests: list[str]) -> None:
+    import pytest
+
+    os.chdir(folder)
+    sys.dont_write_bytecode = True  # a mutation of the same second and length would be taken for what it replaces
+    sys.path[:0] = [str(folder)]
+    with open(os.devnull, "w") as quiet:
+        os.dup2(quiet.fileno(), 1)
+        os.dup2(quiet.fileno(), 2)
+        os._exit(pytest.main([*tests, "-x", "-p", "no:cacheprovider", "-o", "timeout=0"]))
+
+
+def main(words: list[str]) -> int:
+    """Exit status 0: all were seen; 1: one was not."""
+    import_module("diffusers.pipelines.stable_diffusion")  # before the forks, so that no row imports it anew
+
+    rows = [row for row in MUTATIONS if not words or any(word in f"{row[0]} {row[2]}" for word in words)]
+    faults = 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "tree"
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        for name in listed.stdout.splitlines():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        for tests in dict.fromkeys(row[3] for row in rows):
+            if (status := run_tests(folder, tests)) != 0:
+                print(f"FAILS WITHOUT A MUTATION ({status}): {tests}", flush=True)
+                faults += 1
+        for name, old, new, tests in rows:
+            source = (ROOT / name).read_text(encoding="utf-8")
+            said = "GONE, or there twice"
+            if source.count(old) == 1:
+                (folder / name).write_text(source.replace(old, new), encoding="utf-8")
+                status = run_tests(folder, tests)
+                # 1: tests failed. Anything else is no verdict: nothing collected, an import that breaks, a signal.
+                said = {1: "seen", 0: "NOT SEEN", None: f"NO ANSWER in {SECONDS} s"}.get(status, f"BROKE ({status})")
+                (folder / name).write_text(source, encoding="utf-8")
+            faults += said != "seen"
+            print(f"{said}: {name}: {old} -> {new}", flush=True)
+    print(f"{len(rows)} mutations, {faults} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
