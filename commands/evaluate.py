@@ -102,7 +102,7 @@ def _facts(target: Target) -> dict[str, Any]:
     evaluation = target.config.evaluation
     settings = evaluation.model_dump(include={"images", "seed", "features"})
     settings |= target.config.sampler.model_dump(include={"steps", "guidance", "eta", "grid"})
-    settings |= {"prompts": len(set(target.prompts)), "other_seed": evaluation.seed + OTHER_SEED}
+    settings |= {"prompts": len(set(target.prompts[: evaluation.images])), "other_seed": evaluation.seed + OTHER_SEED}
     return {
         "format": image_sets.FORMAT, "name": target.name, "adapter_sha256": target.adapter.sha256, **target.facts,
         "base_model": target.config.model.path, "reward_name": target.config.reward.name, "settings": settings,
