@@ -232,7 +232,8 @@ def floor(
     pool, groups = pool[kept], _numbers(np.tile(np.asarray(prompts, object), 2)[kept])
     halves = (_split(groups, rng) for _ in range(2 * SPLITS))
     drawn = np.array([difference(pool[one], pool[two]) for one, two in halves])
-    return float(np.median(drawn)), float(np.quantile(drawn, LEVEL))
+    most = np.quantile(drawn, LEVEL * (len(drawn) + 1) / len(drawn), method="higher")  # that a further one stays below
+    return float(np.median(drawn)), float(most)
 
 
 def _split(groups: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ from learner.protocol.runner import Hooks, Runner
 from records import checkpoint, environment
 from records.checkpoint import CheckpointError
 from reports.pictures import contact_sheet, png
+from reports.summary import plural
 from reports.views import RunViews
 from rewards import judges, registry
 from rewards.registry import UserReward
@@ -138,7 +139,7 @@ def run(
     try:
         say(f"run directory: {records.storage}")
         if begun:
-            say(f"going on from {begun.name}: {done} of {config.train.epochs} epochs are done")
+            say(f"going on from {begun.name}: {done} of {plural(config.train.epochs, 'epoch')} done")
         if records.about["finished"] and done >= config.train.epochs:
             say("nothing is left to do")
         elif config.train.stop_on_collapse and (signs := controller.collapsed(records)):

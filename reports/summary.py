@@ -216,11 +216,17 @@ def number(value: float | None, sign: bool = False, like: float | None = None) -
     return ("+" if sign and text.strip("0.,") and not text.startswith("-") else "") + text.replace("-", "−")
 
 
+def ascii_number(value: float | None) -> str:
+    """The same for terminals that know no other minus."""
+    return number(value).replace("−", "-").replace("–", "not known")
+
+
 def alike(*values: float) -> list[str]:
     """Differences with their signs, to the same places: three, or as many as show of each that it is not 0."""
     least = min((abs(value) for value in values if value and math.isfinite(value)), default=1.0)
     digits = max(3, -math.floor(math.log10(least)))
-    return [f"{value:+.{digits}f}" if value else f"{0:.{digits}f}" for value in values]
+    form = f"+.{digits}f" if digits < 10 else "+.2g"
+    return [f"{value:{form}}" if value else f"{0:.3f}" for value in values]
 
 
 def plural(count: int, thing: str) -> str:
@@ -257,8 +263,9 @@ def describe(records: Records, config: Config) -> list[str]:
     gain, low, high = alike(change.gain, change.low, change.high)
     lines = [
         f"trained: {goal}",
-        f"evaluated reward {change.before:.3f} -> {change.after:.3f} on {plural(change.images, 'fixed image')}{bad}: "
-        f"{gain}, 95 % interval {low} to {high}: {VERDICTS[change.verdict]}",
+        f"evaluated reward {ascii_number(change.before)} -> {ascii_number(change.after)} "
+        f"on {plural(change.images, 'fixed image')}{bad}: "
+        f"{gain}{f', 95 % interval {low} to {high}' * (change.verdict != 'unknown')}: {VERDICTS[change.verdict]}",
     ]
     for label, other in changes.items():
         form, name = (".0%", SHARES[label]) if label in SHARES else (".3f", f"{label}, not trained on")

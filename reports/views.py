@@ -122,7 +122,7 @@ def _epoch_line(config: Config, line: dict[str, Any], seconds: float) -> str:
     """What is said of a closed epoch."""
     if line["epoch"] == BEFORE:
         images = summary.plural(config.evaluation.images, "fixed image")
-        return f"before training: evaluated reward {summary.number(line['eval_reward_mean'])} on {images}"
+        return f"before training: evaluated reward {summary.ascii_number(line['eval_reward_mean'])} on {images}"
     words = {
         "sampling": "sample",
         "scoring": "score",

@@ -64,8 +64,8 @@ def _named(value: Any) -> Iterator[tuple[str, Path]]:
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
     if path.is_file():
         yield path.name, path
-    elif path.is_dir():
-        for file in path.rglob("*"):
+    elif path.is_dir():  # two levels, as a pipeline has: a setting may name any folder
+        for file in (*path.glob("*"), *path.glob("*/*")):
             if file.suffix in PARTS and file.is_file():
                 yield str(file.relative_to(path)), file
 

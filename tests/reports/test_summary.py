@@ -82,14 +82,15 @@ def test_a_change_beyond_chance_never_reads_as_0(copied, changes, said):
 
 
 def test_one_picture_proves_nothing_and_one_epoch_is_no_epochs(copied):
-    save_evaluation(copied, BEFORE, [0.5])
-    save_evaluation(copied, 11, [0.7])
+    for epoch, reward in ((BEFORE, 0.5), (3, 0.6), (7, 0.6), (11, 0.7)):
+        save_evaluation(copied, epoch, [reward])
     records = Records.open(Storage(str(copied)))
     records.keep([line for line in records.lines if line["epoch"] < 1])
     first, *lines = said_of(copied)
     assert "; 1 epoch of 64 pictures; " in first
     (reward,) = [line for line in lines if line.startswith("evaluated reward ")]
-    assert "on 1 fixed image: " in reward and reward.endswith("too few images to tell it from chance")
+    assert reward.endswith("on 1 fixed image: +0.200: too few images to tell it from chance")
+    assert "too few pictures for an interval" in html.render(records, load_config()).decode()
 
 
 def test_diversity_that_is_not_known_is_not_said_to_be(copied):
