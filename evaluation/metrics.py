@@ -81,7 +81,8 @@ def _mean_interval(values: np.ndarray, groups: np.ndarray) -> Interval:
     if error <= 1e-12 * abs(mean):
         return mean, mean
     told = ((sizes - 1) * (sizes - 2) / sizes).sum()  # of n that tell of skewness: pairs do not
-    skew = float(np.clip((apart**3).sum() / told / n**2 / error**3, -1, 1)) if told else 0.0  # of the mean itself
+    skew = float((apart**3).sum() / told / n**2 / error**3) if told else 0.0  # of the mean itself
+    skew = float(np.clip(skew, -0.8 / t, 0.8 / t))  # of few values it is hardly known, and the ends would be anywhere
 
     def untransformed(y: float) -> float:
         return float(3 * (np.cbrt(1 + skew * (y - skew / 6)) - 1) / skew) if abs(skew) > 1e-6 else y
