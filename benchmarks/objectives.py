@@ -70,14 +70,16 @@ def judge(folders: Sequence[Path], images: int, cache: Path) -> list[dict[str, A
         "--cache", str(cache),
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT, timeout=JUDGE_SECONDS)
-    return [json.loads(max((folder / "evaluation").glob("step-*.json")).read_text()) for folder in folders]
+    files = [(folder / "evaluation").glob(f"step-*-{images}-images-*.json") for folder in folders]
+    return [json.loads(max(each, key=lambda file: file.stat().st_mtime).read_text()) for each in files]
 
 
 def row(name: str, found: Sequence[dict[str, Any]]) -> str:
     """A line of the table, of one objective's seeds."""
 
     def mean(figure: str) -> str:
-        return f"{np.mean([one[figure]['value'] for one in found]):.3g}"
+        known = [one[figure]["value"] for one in found if one[figure]]
+        return f"{np.mean(known):.3g}" if known else "-"
 
     gains = [one["reward"]["gain"] for one in found]
     each = ", ".join(
@@ -104,10 +106,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             f"{OTHER_REWARD}: mean gain", "accuracy", "distance", "drift (fid)", "seconds"]  # fmt: skip
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     rows += [row(name, results[name]) for name in sorted(results, key=gain)]
+    apart = f"{base['distance']['base']:.3g}" if base["distance"] else "-"
     rows.append(
         f"| base model: {base['reward']['base']:.3f} | | | | {base['held_out'][OTHER_REWARD]['base']:.3f} | "
-        f"{base['accuracy']['base']:.3g} | {base['distance']['base']:.3g} | "
-        f"{base['fid']['floor']:.3g} (noise alone) | |"
+        f"{base['accuracy']['base']:.3g} | {apart} | {base['fid']['base']:.3g} (itself) | |"
     )
     return "\n".join(rows) + "\n"
 
@@ -121,8 +123,10 @@ def pareto(results: dict[str, list[dict[str, Any]]]) -> Figure:
         (panels[0], "distance", "diversity within a prompt (mean distance; right is better)"),
         (panels[1], "fid", "drift from the base model (Frechet distance; left is better)"),
     ):
-        for index, (kind, found) in enumerate(results.items()):
-            colour = f"C{index}"
+        for index, (kind, runs) in enumerate(results.items()):
+            colour, found = f"C{index}", [one for one in runs if one[name]]
+            if not found:  # no prompt has two pictures
+                continue
             x, y = (np.array([[one[key][part] for part in ("value", "low", "high")] for one in found])
                     for key in (name, "reward"))  # fmt: skip
             spread = [np.abs(one[:, 1:] - one[:, :1]).T for one in (x, y)]
@@ -131,14 +135,14 @@ def pareto(results: dict[str, list[dict[str, Any]]]) -> Figure:
             ax.plot(
                 [x[:, 0].mean()], [y[:, 0].mean()], marker="D", markersize=9, linestyle="", color=colour, label=kind
             )
-        ax.plot([base[name]["base"]], [base["reward"]["base"]], marker="*", markersize=13, color="black", linestyle="",
-                label="base model")  # fmt: skip
+        ax.plot([base[name]["base"]] if base[name] else [], [base["reward"]["base"]] if base[name] else [], marker="*",
+                markersize=13, color="black", linestyle="", label="base model")  # fmt: skip
         ax.set_xlabel(title)
         ax.grid(alpha=0.25)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
     panels[0].set_ylabel(f"reward ({REWARD})")
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 

@@ -1,12 +1,14 @@
 """Compares adapters on the same prompts and noise: `python -m learner.compare RUN_OR_LORA... [key=value ...]`.
 
-Judges what is not judged yet, and writes into --out a table (comparison.md, .json), pareto.png (reward against
-diversity and drift) and sheet.png (the same noise, base model and every adapter side by side).
+Judges what is not judged yet, and writes into --out two tables (comparison.md, .json), of adapters and of the
+differences of every two on the same noise; pareto.png (reward against diversity and drift) and sheet.png (the same
+noise, base model and every adapter side by side).
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 
 from commands import evaluate
 from commands.evaluate import Judged, number
+from evaluation import image_sets, metrics
 from evaluation.adapters import Target
 from learner.config import ConfigError
-from records.storage import Storage
+from records.storage import Storage, StorageError
 from reports.model_card import plain
+from reports.summary import alike
 
 FILE = "comparison"
 COLUMNS = ("accuracy", "vendi", "distance", "fid")
@@ -35,8 +39,62 @@ def require_alike(targets: Sequence[Target]) -> None:
             raise ConfigError(f"{key}:{values} differ between {first[0]} and {name}; give {remedy} for all")
 
 
+def require_own(targets: Sequence[Target], out: Storage) -> None:
+    """Raises a ConfigError where the folder holds another comparison than the one to be written."""
+    if out.exists(f"{FILE}.json"):
+        try:
+            there = json.loads(out.read(f"{FILE}.json"))["of"]
+        except (StorageError, ValueError, KeyError, TypeError):
+            there = None
+        if there != _of(targets):
+            raise ConfigError(f"{out} holds another comparison: name another folder with --out, or remove that one")
+
+
+def _of(targets: Sequence[Target]) -> list[str]:
+    """What tells this comparison from others."""
+    return sorted(target.sets()["tuned"].name for target in targets)
+
+
+def pairs(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Of every two adapters the differences on the same prompts and noise, the second's less the first's: {of, than,
+    figure, difference, low, high}, with 95 % intervals."""
+    sets = [(result.target.name, image_sets.read_images(result.sets["tuned"])) for result in judged]
+    found = []
+    for (one, first), (two, second) in itertools.combinations(sets, 2):
+        values = {"reward": (first.rewards, second.rewards)}
+        values |= {label: (first.held_out[label], second.held_out[label]) for label in first.held_out}
+        figures = {
+            label: (metrics.mean_of_good(now - was), *metrics.paired_interval(was, now, first.prompts))
+            for label, (was, now) in values.items()
+        }
+        if first.features is not None and second.features is not None:
+            figures["distance"] = metrics.distance(second.features, first.prompts, first.features)
+        found += [
+            {"of": two, "than": one, "figure": label, **dict(zip(("difference", "low", "high"), numbers, strict=True))}
+            for label, numbers in figures.items()
+            if numbers[1] <= numbers[2]  # an interval is known
+        ]
+    return found
+
+
+def differences(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line a difference, and how many there are to be right by chance."""
+    if not found:
+        return ""
+    rows = ["| difference | of | less | [95 %] |", "| --- | --- | --- | --- |"]
+    for each in found:
+        by, low, high = alike(each["difference"], each["low"], each["high"])
+        rows.append(f"| {plain(each['figure'])} | {plain(each['of'])} | {plain(each['than'])} | {by} [{low}, {high}] |")
+    count, chance = len(found), 1 - metrics.LEVEL
+    plural = "s" * (count > 1)
+    return "\n".join(rows) + (
+        f"\n\n{count} comparison{plural} on the same prompts and noise, each by itself at {metrics.LEVEL:.0%}: about "
+        f"{count * chance:.2g} of so many would exclude 0 by chance alone.\n"
+    )
+
+
 def table(judged: Sequence[Judged]) -> str:
-    """Markdown: a line an adapter, best reward first; a last one of the base model."""
+    """Markdown: a line an adapter, best reward first; a last one of the base model; why figures are absent."""
     held_out = list(judged[0].figures["held_out"])
     head = ["adapter", "reward", "gain [95 %]", *map(plain, held_out), "accuracy", "Vendi", "distance", "drift (fid)"]
     devices = "GPU" if any(result.figures.get("gpus") for result in judged) else "CPU"
@@ -56,7 +114,10 @@ def table(judged: Sequence[Judged]) -> str:
     base = judged[0].figures
     cells = [number(figure["base"]) if figure else "-" for figure in columns(base)]
     rows.append(["base model", number(base["reward"]["base"]), "", *cells, "0", "0"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    given = "{images} images of {prompts} prompts, noise seed {seed}, features {features}"
+    about = [given.format(**base["settings"])]
+    about += [f"no {name}: {why}" for result in judged for name, why in result.figures["absent"].items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{'; '.join(dict.fromkeys(about))}\n"
 
 
 def pareto(judged: Sequence[Judged]) -> bytes:
@@ -69,7 +130,11 @@ def pareto(judged: Sequence[Judged]) -> bytes:
     for axes, (key, title) in zip(picture.subplots(1, 2, sharey=True), panels.items(), strict=True):
         axes.set(xlabel=title, ylabel=f"reward ({judged[0].target.config.reward.name})".replace("$", r"\$"))
         axes.grid(alpha=0.25)
-        for result in judged:
+        known = [result for result in judged if result.figures[key] and result.figures["reward"]["value"] is not None]
+        if not known:
+            axes.text(0.5, 0.5, "not known", ha="center", transform=axes.transAxes)
+            continue
+        for result in known:
             values = result.figures[key], result.figures["reward"]
             x, y = ([figure["value"]] for figure in values)
             xerr, yerr = (
@@ -78,7 +143,7 @@ def pareto(judged: Sequence[Judged]) -> bytes:
             axes.errorbar(x, y, yerr, xerr, "o", elinewidth=1, capsize=2, label=_label(result))
         base = judged[0].figures
         axes.plot([base[key]["base"]], [base["reward"]["base"]], "k*", markersize=11, label="base model")
-    picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    picture.legend(*picture.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     picture.savefig(file := io.BytesIO(), format="png", dpi=120)
     return file.getvalue()
 
@@ -101,12 +166,15 @@ def write(judged: Sequence[Judged], out: Path) -> None:
     """Raises a StorageError if the folder cannot be written."""
     from reports import pictures
 
-    storage, text = Storage(str(out)), table(judged)
+    storage, found = Storage(str(out)), pairs(judged)
+    text = f"{table(judged)}\n{differences(found)}"
     sheets = [judged[0].sets["base"], *(result.sets["tuned"] for result in judged)]
     names = ["base", *(result.target.name for result in judged)]
     storage.write("sheet.png", pictures.png(pictures.side_by_side(sheets, names)))
     storage.write("pareto.png", pareto(judged))
-    storage.write(f"{FILE}.json", (json.dumps([result.figures for result in judged], indent=1) + "\n").encode())
+    tree = {"of": _of([result.target for result in judged]), "comparisons": len(found), "differences": found}
+    tree |= {"adapters": [result.figures for result in judged]}
+    storage.write(f"{FILE}.json", (json.dumps(tree, indent=1) + "\n").encode())
     storage.write(f"{FILE}.md", text.encode())
     print(f"\n{text}\n{storage}/{FILE}.md, pareto.png, sheet.png", flush=True)
 
@@ -115,4 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = evaluate.parser("compare", __doc__.splitlines()[0], f"folder for table and pictures (default: {FILE})")
     args = parser.parse_intermixed_args(arguments)
     out, args.out = args.out or Path(FILE), None
-    return evaluate.run("compare", args, lambda judged: write(judged, out), require_alike)
+
+    def require(targets: Sequence[Target]) -> None:
+        require_alike(targets)
+        require_own(targets, Storage(str(out)))
+
+    return evaluate.run("compare", args, lambda judged: write(judged, out), require)

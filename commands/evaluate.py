@@ -1,7 +1,8 @@
 """Judges finished adapters beside their base model: `python -m learner.evaluate RUN_OR_LORA... [key=value ...]`.
 
 A RUN is a run's folder or URL (its newest checkpoint, or --step); a LORA a .safetensors file or the folder it is in.
-What is written, RUN/evaluation/step-NNNNNN.json, .parquet and .png (of a LoRA: into --out), is in docs/evaluation.md.
+What is written, RUN/evaluation/step-NNNNNN-N-images-KEY.json, .parquet and .png (of a LoRA: into --out), is in
+docs/evaluation.md; KEY tells judgements by other settings apart.
 Stopped? The same command goes on: finished chunks are kept (evaluation/image_sets.py).
 """
 
@@ -82,12 +83,14 @@ def _start(config: Config, say: Callable[[str], None], stack: contextlib.ExitSta
 def table(judged: Judged) -> str:
     """The figures for a terminal."""
     config = judged.target.config
-    settings = f"reward: {config.reward.name}, features: {config.evaluation.features}"
+    settings = f"seed {config.evaluation.seed}, reward: {config.reward.name}, features: {config.evaluation.features}"
     lines = [f"{judged.target.name}: {config.evaluation.images} images, {settings}"]
-    lines.append(f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}{'noise alone':>13}")
+    lines.append(f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}  {'noise alone, up to':<18}")
     for row in summary.rows(judged.figures):
-        value, low, high, base, floor = (number(row[key]) for key in ("value", "low", "high", "base", "floor"))
-        lines.append(f"{short(printable(row['name']), 60):32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}{floor:>13}")
+        value, low, high, base, floor, most = (number(row[key]) for key in summary.NUMBERS[:6])
+        name = short(printable(row["name"]), 60)
+        lines.append(f"{name:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}  {floor}, {most}")
+    lines += [f"{summary.FIGURES[name][0]:32}{'-':>9}  {why}" for name, why in judged.figures["absent"].items()]
     return "\n".join(lines)
 
 
@@ -100,7 +103,7 @@ def _facts(target: Target) -> dict[str, Any]:
     evaluation = target.config.evaluation
     settings = evaluation.model_dump(include={"images", "seed", "features"})
     settings |= target.config.sampler.model_dump(include={"steps", "guidance", "eta", "grid"})
-    settings |= {"prompts": len(set(target.prompts)), "other_seed": evaluation.seed + OTHER_SEED}
+    settings |= {"prompts": len(set(target.prompts[: evaluation.images])), "other_seed": evaluation.seed + OTHER_SEED}
     return {
         "format": image_sets.FORMAT, "name": target.name, "adapter_sha256": target.adapter.sha256, **target.facts,
         "base_model": target.config.model.path, "reward_name": target.config.reward.name, "settings": settings,

@@ -21,6 +21,7 @@ from diffusion.rollout import states_with_reward
 from learner.build import flow_network
 from learner.config import Config, resolve
 from learner.objectives.by_name import OBJECTIVES
+from reports.summary import plural
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
 FLOAT = 4  # bytes
@@ -157,11 +158,12 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
         "actors": ["none: 1 sampler, 1 scorer, 1 learner in this process"] if in_process else actors,
         "an epoch": [
             f"{train.trajectories} trajectories of {sampler.steps} steps in chunks of {sampler.chunk_size}",
-            f"{each.states_scored} states scored, {each.transitions} transitions trained on in {updates} updates",
+            f"{each.states_scored} states scored, {each.transitions} transitions trained on in "
+            f"{plural(updates, 'update')}",
         ],
         "the run": [
-            f"{train.epochs} epochs, {trajectories} trajectories, {train.epochs * updates} updates",
-            f"{evaluations} evaluations of {images} images",
+            f"{plural(train.epochs, 'epoch')}, {trajectories} trajectories, {plural(train.epochs * updates, 'update')}",
+            f"{plural(evaluations, 'evaluation')} of {plural(images, 'image')}",
         ],
         "FLOPs": [
             f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "

@@ -43,7 +43,7 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     trained = [line for line in status["lines"] if line["epoch"] >= 0]
     yield "state", _state_in_words(status)
     total = f" of {status['epochs']}" if status["epochs"] else ""
-    progress = f"{status['epochs_done']}{total} epochs done"
+    progress = f"{status['epochs_done']}{total} epoch{'' if status['epochs'] == 1 else 's'} done"
     if doing := status["doing"]:
         progress += f", {doing['doing']}" + (f" {doing['done']}/{doing['total']}" if doing["total"] > 1 else "")
     progress += f"; step {status['step']}, policy version {status['policy_version']}"

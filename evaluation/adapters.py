@@ -120,9 +120,14 @@ class Target:
     config: Config  # only what judging needs, see _needed
     prompts: tuple[str, ...]
     out: Storage
-    file: str  # under `out`, without its suffix
+    place: str  # under `out`, as `file`
     records: Records | None = None  # of the run that it is from
     facts: dict[str, Any] = field(default_factory=dict)  # for the JSON
+
+    @property
+    def file(self) -> str:
+        """Under `out`, without a suffix: judgements by other settings, or of other adapters, have other files."""
+        return f"{self.place}-{self.sets()['tuned'].name}"
 
     def sets(self) -> dict[str, ImageSet]:
         """The adapter's, and its base model's at the same and at other noise."""

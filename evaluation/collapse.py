@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion.trajectory import Scores
 from evaluation.image_sets import Evaluated, image_rows, read_images
-from evaluation.metrics import mean_of_good, paired_interval, prompt_distances, vendi
+from evaluation.metrics import distance, mean_of_good, paired_interval, vendi
 from records.run_folder import BEFORE, Records
 from records.storage import StorageError
 
@@ -36,7 +36,7 @@ def judge(
     line |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
     if now.features is not None:
         line["eval_vendi"] = vendi(now.features)
-        line["eval_distance"] = mean_of_good(prompt_distances(now.features, now.prompts))
+        line["eval_distance"] = distance(now.features, now.prompts)[0]
     if epoch != BEFORE and BEFORE in records.evaluated():
         try:
             line["collapse"] = "; ".join(signs(read_images(*records.images(BEFORE)), now)) or None
@@ -51,17 +51,17 @@ def signs(before: Evaluated, now: Evaluated) -> list[str]:
     A fall counts if its paired 95 % interval lies below 0, it is large (KEPT, FALL), and the trained reward's own lies
     above 0.
     """
-    if not paired_interval(before.rewards, now.rewards)[0] > 0:
+    if not paired_interval(before.rewards, now.rewards, now.prompts)[0] > 0:
         return []
     texts = []
     if before.features is not None and now.features is not None:
-        was, is_now = prompt_distances(before.features, before.prompts), prompt_distances(now.features, now.prompts)
-        both = ~np.isnan(was) & ~np.isnan(is_now)
-        kept = float(is_now[both].mean() / was[both].mean()) if both.any() and was[both].mean() > 0 else 1.0
-        if kept < KEPT and paired_interval(was, is_now)[1] < 0:
-            texts.append(f"diversity fell to {kept:.0%} of the base model's")
-    for label, was in before.held_out.items():
-        fell = mean_of_good(now.held_out[label] - was)
-        if paired_interval(was, now.held_out[label])[1] < 0 and -fell > FALL * np.nanstd(was):
+        change, _, high = distance(now.features, now.prompts, before.features)
+        was, _, _ = distance(np.where(np.isnan(now.features), np.nan, before.features), now.prompts)  # good in both
+        if high < 0 < was and 1 + change / was < KEPT:
+            texts.append(f"diversity fell to {1 + change / was:.0%} of the base model's")
+    for label, was_held in before.held_out.items():
+        fell = mean_of_good(now.held_out[label] - was_held)
+        high = paired_interval(was_held, now.held_out[label], now.prompts)[1]
+        if high < 0 and -fell > FALL * np.nanstd(was_held):
             texts.append(f"held-out {label} fell by {-fell:.3g} to {mean_of_good(now.held_out[label]):.3g}")
     return texts

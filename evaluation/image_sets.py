@@ -4,7 +4,7 @@ A set is what one adapter draws of fixed prompts with counter-based noise. Each 
 follows from everything it depends on: it is never made again, by whatever command, and a stopped set goes on.
 
 Three sets make an adapter's figures: its own, its base model's at the same noise, and its base model's at other noise.
-The last is what drift is measured against; the base model's own distance to it is the floor, what noise alone makes.
+The last is what drift is measured against; both sets of the base model together tell what noise alone makes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from PIL import Image
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
 from evaluation import metrics
-from evaluation.metrics import Interval, mean_interval, mean_of_good
+from evaluation.metrics import Interval, mean_of_good
 from learner.config import Config, resolve
 from learner.protocol.chunks import evaluation_chunks
 from records.run_folder import IMAGES, parquet, read_parquet
 from records.storage import Storage, StorageError
 
-FORMAT = 1  # of chunk files and of the figures' JSON
+FORMAT = 2  # of chunk files and of the figures' JSON
 ACCURACY = "shapes_accuracy"  # a held-out reward with a key of its own
 SHOWN_PIXELS = 256  # side of the pictures that a set keeps
 # Settings that change no picture and no score; prompts are compared themselves.
@@ -113,26 +113,44 @@ class ImageSet:
     snapshot: Snapshot
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Everything but the adapter that the pictures and their scores depend on, by key of the config."""
-        facts = {
+    def settings(self) -> dict[str, Any]:
+        """What was set of all that the pictures and their scores depend on, by key of the config, and the prompts."""
+        settings = {
             f"{section}.{key}": value
             for section in ("model", "sampler", "reward", "evaluation")
             for key, value in getattr(self.config, section).model_dump(mode="json", exclude=NOT_JUDGED_BY).items()
         }
-        folder = resolve(self.config.model.path)  # files of a local model, told from others at the same path
-        files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
-        weights = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        threads = self.config.run.cpu_threads
-        return {**facts, "run.cpu_threads": threads, "prompts": self.prompts, "weights": weights}
+        return {**settings, "run.cpu_threads": self.config.run.cpu_threads, "prompts": self.prompts}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything but the adapter that the pictures and their scores depend on: files and code by their content."""
+        from rewards import content
+
+        reward, evaluation, clip = self.config.reward.model_dump(), self.config.evaluation, None
+        if evaluation.features == "clip":
+            from rewards.aesthetic import CLIP
+
+            clip = evaluation.clip or CLIP
+        read = [str(resolve(self.config.model.path)), reward, evaluation.held_out, clip]
+        return {**self.settings, "content": content.digest(read), "program": content.program()}
 
     @property
     def key(self) -> str:
         """sha256 of all that. All base models' adapters, whatever their rank, are one: they add nothing."""
         lora = self.config.lora
         adapter = [self.snapshot.sha256, lora.rank, lora.alpha] if self.snapshot.flat.any() else None
-        facts = {"format": FORMAT, "adapter": adapter, **self.facts}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _digest({"format": FORMAT, "adapter": adapter, **self.facts})
+
+    @property
+    def name(self) -> str:
+        """For files about the set: its size, and what tells its settings and adapter from others'."""
+        settings = {**self.settings, "adapter": self.snapshot.sha256}
+        return f"{self.config.evaluation.images}-images-{_digest(settings)[:8]}"
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class Cache:
@@ -176,36 +194,66 @@ class Cache:
 
 def compare(tuned: bytes, base: bytes, other: bytes) -> dict[str, Any]:
     """The figures of an adapter's set beside its base model's at the same noise (`base`) and at other noise (`other`);
-    None where one cannot be had.
+    None where one cannot be had, and `absent` says by its name why.
 
-    Each is {value, low, high, base, floor}: the value with its 95 % interval, half-sampled, or by bootstrap of a mean
-    over pictures, which also has the gain over the base model at the same noise (gain, gain_low, gain_high); the base
-    model's own; how far that moves when only the noise changes. Drift is from `other`: the base model's is the floor.
+    Each is {value, low, high, base, floor, floor_high}: the value with its 95 % interval; the base model's own; median
+    and upper end of what noise alone makes of it (metrics.floor): of a drift, the base model's distance from itself,
+    else by how much two of the base model's sets differ. Means over pictures and the distance within a prompt also have
+    the gain over the base model at the same noise (gain, gain_low, gain_high). Drift is from `other`.
     """
     sets = [read_images(content) for content in (tuned, base, other)]
-    held_out = {label: _mean(*(images.held_out[label] for images in sets)) for label in sets[0].held_out}
+    prompts = sets[0].prompts
+    held_out = {label: _mean(prompts, *(images.held_out[label] for images in sets)) for label in sets[0].held_out}
     figures: dict[str, Any] = dict.fromkeys(("vendi", "distance", "fid", "kid"))
-    figures |= {"reward": _mean(*(images.rewards for images in sets)), "accuracy": held_out.pop(ACCURACY, None)}
+    figures |= {
+        "reward": _mean(prompts, *(images.rewards for images in sets)),
+        "accuracy": held_out.pop(ACCURACY, None),
+    }
     features = [images.features for images in sets if images.features is not None]
     if len(features) == len(sets):
         own, same, apart = features
-        vendi, base_vendi, other_vendi = map(metrics.vendi, features)
-        interval = metrics.half_interval(metrics.vendi, own)
-        figures["vendi"] = _figure(vendi, interval, base_vendi, abs(other_vendi - base_vendi))
-        figures["distance"] = _mean(*(metrics.prompt_distances(rows, sets[0].prompts) for rows in features))
         for name, drift in (("fid", metrics.fid), ("kid", metrics.kid)):
-            interval, floor = metrics.half_interval(drift, own, apart), drift(same, apart)
-            figures[name] = _figure(drift(own, apart), interval, floor, floor)
-    return {**figures, "held_out": held_out}
+            interval = metrics.drift_interval(drift, own, apart, prompts)
+            floor = metrics.floor(drift, same, apart, prompts)
+            figures[name] = _figure(drift(own, apart), interval, drift(same, apart), floor)
+        interval, floor = metrics.vendi_interval(own, prompts), _floor(metrics.vendi, same, apart, prompts)
+        figures["vendi"] = _figure(metrics.vendi(own), interval, metrics.vendi(same), floor)
+        figures["distance"] = _distance(prompts, own, same, apart)
+    count = f"{len(prompts)} pictures of {len(set(prompts))} prompts"
+    reasons = {"distance": f"no prompt has two good pictures ({count})", "reward": "no picture is good"}
+    reasons |= dict.fromkeys(("vendi", "fid", "kid"), f"too few good pictures ({count})")
+    absent = {name: why for name, why in reasons.items() if (figures[name] or {}).get("value") is None}
+    figures |= dict.fromkeys(name for name in absent if name != "reward")
+    return {**figures, "held_out": held_out, "absent": absent}
 
 
-def _mean(tuned: np.ndarray, base: np.ndarray, other: np.ndarray) -> Figure:
+def _mean(prompts: Sequence[str], tuned: np.ndarray, base: np.ndarray, other: np.ndarray) -> Figure:
     """Of a value for each picture [n]."""
-    (gain_low, gain_high), mean = metrics.paired_interval(base, tuned), mean_of_good(base)
-    gain = {"gain": mean_of_good(tuned - base), "gain_low": gain_low, "gain_high": gain_high}
-    return _figure(mean_of_good(tuned), mean_interval(tuned), mean, abs(mean_of_good(other) - mean), **gain)
+    interval, floor = metrics.mean_interval(tuned, prompts), _floor(mean_of_good, base, other, prompts)
+    gain = mean_of_good(tuned - base), *metrics.paired_interval(base, tuned, prompts)
+    return _figure(mean_of_good(tuned), interval, mean_of_good(base), floor, *gain)
 
 
-def _figure(value: float, interval: Interval, base: float, floor: float, **gain: float) -> Figure:
-    numbers = {"value": value, "low": interval[0], "high": interval[1], "base": base, "floor": floor, **gain}
+def _distance(prompts: Sequence[str], tuned: np.ndarray, base: np.ndarray, other: np.ndarray) -> Figure:
+    """Within a prompt, of features [n, F]."""
+    pool, names = np.concatenate([base, other]), np.array([*prompts, *prompts], object)
+
+    def at(rows: np.ndarray) -> float:
+        return metrics.distance(pool[rows], names[rows])[0]
+
+    value, *interval = metrics.distance(tuned, prompts)
+    floor = _floor(at, np.arange(len(base)), np.arange(len(base), len(pool)), prompts)
+    gain = metrics.distance(tuned, prompts, before=base)
+    return _figure(value, (interval[0], interval[1]), metrics.distance(base, prompts)[0], floor, *gain)
+
+
+def _floor(
+    statistic: Callable[[np.ndarray], float], base: np.ndarray, other: np.ndarray, prompts: Sequence[str]
+) -> Interval:
+    return metrics.floor(lambda one, two: abs(statistic(one) - statistic(two)), base, other, prompts)
+
+
+def _figure(value: float, interval: Interval, base: float, floor: Interval, *gain: float) -> Figure:
+    numbers = {"value": value, "low": interval[0], "high": interval[1], "base": base, "floor": floor[0]}
+    numbers |= {"floor_high": floor[1], **dict(zip(("gain", "gain_low", "gain_high"), gain, strict=False))}
     return {name: float(number) if np.isfinite(number) else None for name, number in numbers.items()}

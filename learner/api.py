@@ -34,6 +34,7 @@ from records.run_folder import TRACEBACK
 from records.storage import StorageError
 from records.words import short
 from reports.pictures import contact_sheet, png
+from reports.summary import plural
 from reports.views import RunViews
 from rewards import judges, registry
 from rewards.registry import UnknownReward, UserReward
@@ -148,7 +149,7 @@ def run(
     try:
         say(f"run directory: {records.storage}")
         if begun:
-            say(f"going on from {begun.name}: {done} of {config.train.epochs} epochs are done")
+            say(f"going on from {begun.name}: {done} of {plural(config.train.epochs, 'epoch')} done")
         if records.about["finished"] and done >= config.train.epochs:
             say("nothing is left to do")
         elif config.train.stop_on_collapse and (signs := controller.collapsed(records)):

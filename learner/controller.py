@@ -61,7 +61,8 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     ledger, epochs = Ledger(begun.get("ledger")), range(begun.get("next_epoch", 0), config.train.epochs)
     runner.begin(lambda epoch: training_chunks(config, prompts, epoch), epochs, ledger)
     views.running(runner.vitals)
-    views.say(f"{runner.description}; {config.train.epochs} epochs of {config.train.trajectories} trajectories")
+    ending = "s" * (config.train.epochs != 1)
+    views.say(f"{runner.description}; {config.train.epochs} epoch{ending} of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
     views.say(prospects(config))
     records.note(dimensions=runner.dimensions)
@@ -82,7 +83,9 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         count, limit = ledger.totals["quarantined"], config.reward.quarantine_limit
         quarantine.write(records.storage, result.set_aside, count, limit)
         due = fixed and ((epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.train.epochs)
+        trained = time.perf_counter()
         evaluated = _evaluate(runner, fixed, epoch, judge, views) if due else {}
+        evaluated |= {"evaluate_seconds": time.perf_counter() - trained} if due else {}
         evaluated |= {"beta": beta, "seconds": time.perf_counter() - start, "lost_trajectories": lost}
         line = _line(config, epoch, runner, ledger, result, **evaluated)
         records.append(line)

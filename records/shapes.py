@@ -101,9 +101,18 @@ class Figure(Shape):
     __pydantic_extra__: dict[str, Number]
 
 
-class Judgement(Shape):
-    """evaluation/step-N.json, of learner.evaluate."""
+class JudgedOn(Shape):
+    images: Count = 0
+    prompts: Count = 0
+    seed: int = 0
+    features: str = ""
 
+
+class Judgement(Shape):
+    """evaluation/step-N-IMAGES-images-....json, of learner.evaluate."""
+
+    settings: JudgedOn | None = None
+    absent: dict[str, str] = {}  # figures that cannot be had, and why
     reward: Figure | None = None
     accuracy: Figure | None = None
     vendi: Figure | None = None

@@ -31,7 +31,7 @@ from records.words import PROMPT, printable, short
 from reports.diagrams import HEIGHT, WIDTH, Diagram, curves
 from reports.model_card import usage
 from reports.pictures import SHEET_IMAGES, tiles
-from reports.summary import Facts, clock, duration, figures, number, state
+from reports.summary import Facts, alike, clock, duration, figures, number, plural, seconds_of, state
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")  # now: files may change under a run
@@ -54,7 +54,7 @@ LEARNING = [
     ("Staleness", "policy versions behind", {"staleness_mean": "mean", "staleness_max": "most"}),
     (BETA := "Reward exponent", "beta", {"beta": "beta"}),  # where it changes
 ]
-SECONDS = {"seconds": "all", "sample_seconds": "sampling", "score_seconds": "scoring", "train_seconds": "training"}
+SECONDS = ("sampling", "scoring", "training", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def render(records: Records, config: Config) -> bytes:
     """The page, at any time of a run, of whatever is there; `records.warn` hears of what is damaged and left out.
     Raises a StorageError if a file that must be there cannot be read."""
     facts, known = Facts(records, config), state(records)
+    seconds = [{"epoch": line["epoch"], **seconds_of(line, config)} for line in facts.trained]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
-    environment.filters |= {"number": number, "duration": duration, "clock": clock}
+    environment.filters |= {"number": number, "duration": duration, "clock": clock, "plural": plural}
     page = environment.from_string(TEMPLATE).render(
         about=records.about,
         place=str(records.storage),
@@ -91,12 +92,13 @@ def render(records: Records, config: Config) -> bytes:
         now=time.time(),
         size=(WIDTH, HEIGHT),
         curves=_sections(facts),
-        time_curve=curves("Seconds an epoch", "seconds", SECONDS, facts.trained),
+        time_curve=curves("Seconds an epoch", "seconds", dict(zip(SECONDS, SECONDS, strict=True)), seconds),
         before_after=pairs(records, facts.evaluated),
         extremes=extremes(records),
         figures=figures(records),
         usage=usage(config, "peft" if config.prompts.path is None else "diffusers", config.model.path, known["lora"]),
         quote=shlex.quote,
+        alike=alike,
         settings_file=_data_url("text/yaml", facts.settings().encode()),
     )
     return without_passwords(page).encode()
@@ -116,7 +118,7 @@ def _sections(facts: Facts) -> dict[str, list[Diagram]]:
         for key in dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)):
             labels.setdefault(key.removeprefix(prefix), words)
     after = [epoch for epoch in facts.evaluated if epoch != BEFORE][:: -max(1, -(-len(facts.evaluated) // INTERVALS))]
-    changes = [change for epoch in after if (change := facts.changes(epoch).get(""))]
+    changes = [change for epoch in after if (change := facts.changes(epoch).get("")) and change.low <= change.high]
     intervals = [(change.epoch, change.before + change.low, change.before + change.high) for change in changes]
     rewards = [curves("Reward", "raw reward", REWARD, lines, intervals)] + [
         curves(f"{words}: {label}", "raw reward", {f"{key}/{label}": kind for key, kind in REWARD.items()}, lines)

@@ -257,7 +257,8 @@ class Mirror:
 
     def _send_judgements(self, records: Records) -> None:
         """Figures and pictures that commands/evaluate.py left: judged/NAME the value, judged/NAME_base and
-        judged/NAME_floor beside it. MLflow takes no metric back: those of an epoch's first judgement stay."""
+        judged/NAME_floor, its upper end, beside it, and judged/images, of how many. MLflow takes no metric back: those
+        of an epoch's first judgement stay."""
         judged = {entry.step for entry in self.client.get_metric_history(self.run_id, f"judged/{SENTINEL}")}
         for place in summary.judgements(self.storage).values():
             tree = summary.judgement_in(records, place)
@@ -267,9 +268,10 @@ class Mirror:
             metrics = [  # their names may have few characters
                 Metric(re.sub(r"[^\w\-. :/]", "_", f"judged/{row['key']}{end}"), float(row[key]), time, step)
                 for row in summary.rows(tree)
-                for key, end in (("value", ""), ("base", "_base"), ("floor", "_floor"))
+                for key, end in (("value", ""), ("base", "_base"), ("floor_high", "_floor"))
                 if row[key] is not None
             ]
+            metrics.append(Metric("judged/images", float((tree.get("settings") or {}).get("images", 0)), time, step))
             if self.storage.exists(picture := place.replace(".json", ".png")):
                 with _left_out(records):
                     self._send_picture("judged/base_and_tuned", records.picture(picture), step, time)

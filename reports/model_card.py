@@ -125,7 +125,7 @@ def card(
     Raises a StorageError if a record cannot be read."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    from reports.summary import Facts, figures
+    from reports.summary import Facts, figures, plural
 
     config, records = trained.config, trained.records
     task = "text-to-image" if config.prompts.path is not None else "unconditional-image-generation"
@@ -138,7 +138,8 @@ def card(
     page = ModelCard.from_template(
         front, template_path=str(TEMPLATE), plain=plain, public=public, trained=trained, form=form, adapter=adapter,
         base=base, sheets=sheets, about=about, generation=generation, usage=usage(config, form, base.name),
-        prompts=_prompts(trained), figures=figures(records, trained.step), facts=Facts(records, config, trained.epochs),
+        prompts=_prompts(trained), figures=figures(records, trained.step), plural=plural,
+        facts=Facts(records, config, trained.epochs),
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(page)).rstrip() + "\n"
 

@@ -34,7 +34,7 @@ STATES = {  # of records/heartbeat.py, where its name alone would not do
     **{state: f"{state} when this page was made" for state in ("starting", "running")},
     "silent": "no sign of life when this page was made", "gone": "ended without a word", "unknown": "not finished",
 }  # fmt: skip
-FIGURES = {  # of evaluation/step-N.json: name, and what it is
+FIGURES = {  # of evaluation/step-*.json: name, and what it is
     "reward": ("Reward", "mean over the evaluated pictures"),
     "accuracy": ("Accuracy", "share of pictures that are right"),
     "vendi": ("Vendi score", "effective number of different pictures"),
@@ -42,11 +42,12 @@ FIGURES = {  # of evaluation/step-N.json: name, and what it is
     "fid": ("Drift (FID)", "Frechet distance from the base model's pictures"),
     "kid": ("Drift (KID)", "kernel distance from the base model's pictures"),
 }
-NUMBERS = "value", "low", "high", "base", "floor", "gain", "gain_low", "gain_high"  # of each
+NUMBERS = "value", "low", "high", "base", "floor", "floor_high", "gain", "gain_low", "gain_high"  # of each
 VERDICTS = {
     "rose": "it rose by more than chance",
     "fell": "it FELL by more than chance",
     "unclear": "this may be chance, the interval holds 0",
+    "unknown": "too few images to tell it from chance",
 }
 # Of rewards that say of each picture whether it is right: what the share of these is called.
 SHARES = {"shapes_accuracy": "pictures that show exactly what their prompt says"}
@@ -56,7 +57,7 @@ IMAGES = 128  # that learner.evaluate is to draw where the run itself drew none
 @dataclass(frozen=True)
 class Change:
     """Mean reward of the same `images` before and after `epoch` epochs, and the interval of its change. `bad` images,
-    without a reward on either side, are left out. `verdict`: rose, fell or unclear."""
+    without a reward on either side, are left out. `verdict`: of VERDICTS."""
 
     before: float
     after: float
@@ -106,8 +107,8 @@ class Facts:
         changes = {}
         for label, sides in pairs.items():
             was, now = (np.asarray(side, np.float64) for side in sides)
-            low, high = paired_interval(was, now)
-            verdict = "rose" if low > 0 else "fell" if high < 0 else "unclear"
+            low, high = paired_interval(was, now, before["prompt"])
+            verdict = "rose" if low > 0 else "fell" if high < 0 else "unclear" if low <= high else "unknown"
             good = ~np.isnan(was - now)
             if count := int(good.sum()):
                 first, last, bad = float(was[good].mean()), float(now[good].mean()), len(good) - count
@@ -120,23 +121,24 @@ class Facts:
         count = sum(line.get("eval_reward_mean") is not None for line in self.trained)
         if warnings or not count:
             return warnings, None
-        text = f"No sign of collapse in {count} evaluation{'s' if count > 1 else ''}"
-        measured = any(line.get("eval_vendi") is not None for line in self.lines)
+        text = f"No sign of collapse in {plural(count, 'evaluation')}"
+        measured = any(line.get("eval_distance") is not None for line in self.trained)
         return [], text + ("." if measured else ", by the reward alone: diversity was not measured.")
 
+    def diversity(self) -> str | None:
+        """How the distance within a prompt has changed, or why that is not known; None where nothing was evaluated."""
+        seen = [line.get("eval_distance") for line in self.lines if line.get("eval_reward_mean") is not None]
+        if len(seen) < 2:
+            return None
+        if (first := seen[0]) is None or (last := seen[-1]) is None:
+            return "not known, no prompt has two good pictures; more evaluation.images, or fewer evaluation.prompts"
+        return f"{first:.3g} -> {last:.3g}" + (f", {last / first:.0%} of what it was" if first > 0 else "")
+
     def timings(self) -> list[tuple[str, float, float]]:
-        """What the epochs' time goes into, parts that follow each other: (name, seconds in the median epoch, share of
-        all epochs' seconds). On Ray sampling and scoring go on side by side, both counted from the epoch's start, and
-        scoring is what comes after the last sample."""
-        overlap, rows = self.config.run.runner == "ray", []
-        for line in self.trained:
-            sample, score, train = (line.get(f"{name}_seconds") or 0.0 for name in ("sample", "score", "train"))
-            score = max(0.0, score - sample) if overlap else score
-            rows.append((sample, score, train, max(0.0, (line.get("seconds") or 0.0) - sample - score - train)))
-        scoring = "scoring after the last sample" if overlap else "scoring"
-        names, total = ("sampling", scoring, "training", "evaluation and the rest"), sum(map(sum, rows)) or 1.0
-        columns = zip(*rows, strict=True)
-        return [(name, median(part), sum(part) / total) for name, part in zip(names, columns, strict=False)]
+        """What the epochs' time goes into: (name, seconds of all epochs, their share)."""
+        parts = [seconds_of(line, self.config) for line in self.trained]
+        totals = {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
+        return [(name, seconds, seconds / (sum(totals.values()) or 1.0)) for name, seconds in totals.items()]
 
     def reasons(self) -> tuple[list[tuple[int, int, str, str]], int]:
         """Of the first trajectories that were set aside (epoch, number, prompt, why); how many more there are."""
@@ -156,6 +158,16 @@ class Facts:
         return without_passwords(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10**6))
 
 
+def seconds_of(line: Line, config: Config) -> dict[str, float]:
+    """Of an epoch's seconds, what each part took, one after the other: they add up. On Ray sampling and scoring go on
+    side by side, both counted from the epoch's start: there scoring is what comes after the last sample."""
+    keys = "sample", "score", "train", "evaluate"
+    sample, score, train, evaluate = (line.get(f"{name}_seconds") or 0.0 for name in keys)
+    score = max(0.0, score - sample) if config.run.runner == "ray" else score
+    rest = max(0.0, (line.get("seconds") or 0.0) - sample - score - train - evaluate)
+    return {"sampling": sample, "scoring": score, "training": train, "evaluation": evaluate, "the rest": rest}
+
+
 def state(records: Records) -> dict[str, Any]:
     """All that records/heartbeat.py knows of the run, and `in_words` what state it is in."""
     known = look(records.storage, time.time(), records.warn)
@@ -163,16 +175,17 @@ def state(records: Records) -> dict[str, Any]:
 
 
 def judgements(storage: Storage) -> dict[int, str]:
-    """What commands/evaluate.py left: evaluation/step-N.json by step, the newest last."""
-    names = (name for name in storage.entries(EVALUATION) if re.fullmatch(r"step-\d+\.json", name))
-    return {step: f"{EVALUATION}/{name}" for step, name in sorted((int(name[5:-5]), name) for name in names)}
+    """What commands/evaluate.py left, evaluation/step-*.json by step, the newest last: that of most pictures."""
+    found = (re.fullmatch(r"step-(\d+)-(\d+)-images-\w+\.json", name) for name in storage.entries(EVALUATION))
+    names = sorted((int(match[1]), int(match[2]), match[0]) for match in found if match)
+    return {step: f"{EVALUATION}/{name}" for step, _, name in names}
 
 
-def figures(records: Records, until: float = math.inf) -> tuple[int, list[dict[str, Any]]] | None:
-    """(policy updates, `rows`) of the newest judgement that is whole, until step `until`."""
+def figures(records: Records, until: float = math.inf) -> tuple[int, list[dict[str, Any]], dict[str, Any]] | None:
+    """(policy updates, `rows`, the judgement) of the newest one that is whole, until step `until`."""
     for step, place in reversed(judgements(records.storage).items()):
         if step <= until and (judgement := judgement_in(records, place)):
-            return step, rows(judgement)
+            return step, rows(judgement), judgement
     return None
 
 
@@ -211,6 +224,23 @@ def number(value: float | None, sign: bool = False, like: float | None = None) -
     return ("+" if sign and text.strip("0.,") and not text.startswith("-") else "") + text.replace("-", "−")
 
 
+def ascii_number(value: float | None) -> str:
+    """The same for terminals that know no other minus."""
+    return number(value).replace("−", "-").replace("–", "not known")
+
+
+def alike(*values: float) -> list[str]:
+    """Differences with their signs, to the same places: three, or as many as show of each that it is not 0."""
+    least = min((abs(value) for value in values if value and math.isfinite(value)), default=1.0)
+    digits = max(3, -math.floor(math.log10(least)))
+    form = f"+.{digits}f" if digits < 10 else "+.2g"
+    return [f"{value:{form}}" if value else f"{0:.3f}" for value in values]
+
+
+def plural(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
@@ -226,7 +256,7 @@ def describe(records: Records, config: Config) -> list[str]:
     """What was trained and what came of it, a line each."""
     facts = Facts(records, config)
     done = len(facts.trained)
-    count = f"{done} epoch{'' if done == 1 else 's'} of {config.train.trajectories} pictures"
+    count = f"{plural(done, 'epoch')} of {plural(config.train.trajectories, 'picture')}"
     words = f"{count}; {config.objective.kind}: {facts.towards}"
     goal = f"towards pictures that {config.reward.name} scores higher; {words}"
     if config.train.shuffle_rewards:
@@ -238,18 +268,17 @@ def describe(records: Records, config: Config) -> list[str]:
         unknown = f"not judged ({why}): whether the reward rose is not known; learner.evaluate, below, finds out"
         return [f"trained: {goal}", unknown]
     bad = f" ({change.bad} bad ones left out)" if change.bad else ""
+    gain, low, high = alike(change.gain, change.low, change.high)
     lines = [
         f"trained: {goal}",
-        f"evaluated reward {change.before:.3f} -> {change.after:.3f} on {change.images} fixed images{bad}: "
-        f"{change.gain:+.3f}, 95 % interval {change.low:+.3f} to {change.high:+.3f}: {VERDICTS[change.verdict]}",
+        f"evaluated reward {ascii_number(change.before)} -> {ascii_number(change.after)} "
+        f"on {plural(change.images, 'fixed image')}{bad}: "
+        f"{gain}{f', 95 % interval {low} to {high}' * (change.verdict != 'unknown')}: {VERDICTS[change.verdict]}",
     ]
     for label, other in changes.items():
         form, name = (".0%", SHARES[label]) if label in SHARES else (".3f", f"{label}, not trained on")
         lines.append(f"{name}: {other.before:{form}} -> {other.after:{form}}")
-    apart = [line["eval_distance"] for line in facts.lines if line.get("eval_distance") is not None]
-    if len(apart) > 1 and apart[0] > 0 and np.isfinite(apart[-1]):
-        kept = f"{apart[0]:.3g} -> {apart[-1]:.3g}, {apart[-1] / apart[0]:.0%} of what it was"
-        lines.append(f"diversity among a prompt's pictures: {kept}")
+    lines += [f"diversity among a prompt's pictures: {text}"] if (text := facts.diversity()) else []
     warnings, none = facts.collapse()
     if warnings:  # of all evaluations, not of the last alone: a run that got over it is worth a look too
         epoch, text = warnings[-1]

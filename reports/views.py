@@ -122,13 +122,21 @@ class RunViews:
 def _epoch_line(config: Config, line: dict[str, Any], seconds: float) -> str:
     """What is said of a closed epoch."""
     if line["epoch"] == BEFORE:
-        images = config.evaluation.images
-        return f"before training: evaluated reward {line['eval_reward_mean']:.3f} on {images} fixed images"
+        images = summary.plural(config.evaluation.images, "fixed image")
+        return f"before training: evaluated reward {summary.ascii_number(line['eval_reward_mean'])} on {images}"
+    words = {
+        "sampling": "sample",
+        "scoring": "score",
+        "training": "train",
+        "evaluation": "evaluate",
+        "the rest": "rest",
+    }
+    parts = summary.seconds_of({**line, "seconds": seconds}, config).items()
     text = (
         f"epoch {line['epoch'] + 1}/{config.train.epochs}  "
         f"reward {line['reward_mean']:.3f} +- {line['reward_std']:.3f}  "
         f"loss {line['loss']:.4g}  beta {line['beta']:.3g}  {seconds:.1f} s "
-        f"(sample {line['sample_seconds']:.1f}, score {line['score_seconds']:.1f}, train {line['train_seconds']:.1f})"
+        f"({', '.join(f'{words[name]} {part:.1f}' for name, part in parts if part)})"
     )
     if line.get("quarantined"):
         text += f"  {line['quarantined']} set aside"

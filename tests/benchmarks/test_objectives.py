@@ -11,7 +11,7 @@ from learner.objectives.by_name import OBJECTIVES
 
 def figures(gain: float, distance: float, fid: float) -> dict:
     def figure(value: float, base: float) -> dict:
-        return {"value": value, "low": value - 0.01, "high": value + 0.01, "base": base, "floor": 0.002}
+        return {"value": value, "low": value - 0.01, "high": value + 0.01, "base": base, "floor_high": 0.002}
 
     reward = {"gain": gain, "gain_low": gain - 0.01, "gain_high": gain + 0.01}
     return {
@@ -35,7 +35,12 @@ def test_the_best_mean_gain_comes_first_and_the_base_model_last():
     assert (first[0], first[1]) == ("ddpo", "+0.060") and (second[0], second[1]) == ("dag_db", "+0.020")
     assert second[2] == "+0.010 [0.000, 0.020], +0.030 [0.020, 0.040]"
     assert second[3] == f"{0.02 / 1.28:+.4f}" and second[6:8] == ["5.8", "0.03"]
-    assert base[0] == "base model: 0.800" and base[7] == "0.002 (noise alone)"
+    assert base[0] == "base model: 0.800" and base[7] == "0.01 (itself)"
+
+
+def test_a_distance_that_is_not_known_is_left_out():
+    results = {kind: [{**one, "distance": None} for one in found] for kind, found in RESULTS.items()}
+    assert "| - |" in table(results).splitlines()[2] and len(pareto(results).axes) == 2
 
 
 def test_the_picture_has_a_point_a_seed_their_mean_and_the_base_model():

@@ -39,10 +39,12 @@ def test_a_table_and_two_pictures(runs, tmp_path, monkeypatch, capsys):
     assert main([str(runs / "late"), str(runs / "early"), *SMALL, *places]) == 0
     said, text = capsys.readouterr().out, (out / "comparison.md").read_text()
     assert text in said
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[:5]]
     assert {row[0] for row in rows} == {"early", "late", "base model"} and rows[-1][0] == "base model"
     assert head[:3] == ["adapter", "reward", "gain [95 %]"] and head[-1] == "CPU seconds"
-    figures = {each["name"]: each for each in json.loads((out / "comparison.json").read_text())}
+    tree = json.loads((out / "comparison.json").read_text())
+    figures = {each["name"]: each for each in tree["adapters"]}
     best = max(figures.values(), key=lambda each: each["reward"]["value"])
     assert rows[0][0] == best["name"] and rows[0][1] == f"{best['reward']['value']:.4g}"
     assert all(float(row[-1]) > 0 and row[-2] == {"early": "8", "late": "16"}[row[0]] for row in rows[:2])
@@ -53,6 +55,20 @@ def test_a_table_and_two_pictures(runs, tmp_path, monkeypatch, capsys):
         with Image.open(out / name) as picture:
             assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
     assert made == [2] * 4 and figures["early"]["fid"]["floor"] == figures["late"]["fid"]["floor"]  # one base model's
+    # Every two adapters, on the same noise: the difference of their gains, with an interval of its own.
+    rewards = next(each for each in tree["differences"] if each["figure"] == "reward")
+    assert (rewards["of"], rewards["than"]) == ("early", "late")
+    gains = [figures[name]["reward"]["gain"] for name in ("early", "late")]
+    assert rewards["difference"] == pytest.approx(gains[0] - gains[1], abs=1e-6)
+    assert rewards["low"] <= rewards["difference"] <= rewards["high"]
+    assert tree["comparisons"] == len(tree["differences"]) == 2 and "2 comparisons on the same prompts" in text
+    assert "8 images of 8 prompts, noise seed 5" in text and "no distance: no prompt has two good pictures" in text
+    # The same again is no loss, another in its place would be one.
+    assert main([str(runs / "early"), str(runs / "late"), *SMALL, *places]) == 0
+    before = (out / "comparison.md").read_bytes()
+    assert main([str(runs / "late"), str(runs / "early"), *SMALL[:1], "--images", "4", *places]) == 2
+    assert "holds another comparison: name another folder with --out" in capsys.readouterr().err
+    assert (out / "comparison.md").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,8 @@ def judged(name, reward, cost=True) -> Judged:
     more = {"gain": reward - 0.5, "gain_low": reward - 0.6, "gain_high": reward - 0.4}
     target = SimpleNamespace(name=name, config=SimpleNamespace(reward=SimpleNamespace(name="beauty")))
     figures = {"reward": {**figure, **more}, "held_out": {}, "accuracy": None, "vendi": figure, "distance": figure,
-               "fid": figure, "trajectories_trained": 100, "seconds": 10.0}  # fmt: skip
+               "fid": figure, "trajectories_trained": 100, "seconds": 10.0, "absent": {},
+               "settings": {"images": 8, "prompts": 4, "seed": 0, "features": "pixels"}}  # fmt: skip
     return Judged(target, figures | ({"gpus": 8, "cpus": 64} if cost else {}), {})
 
 
@@ -100,4 +117,6 @@ def test_diversity_in_the_picture_is_that_within_a_prompt():
     first.figures["vendi"] = changed
     assert pareto([first, second]) == drawn
     first.figures["distance"] = changed
+    assert pareto([first, second]) != drawn
+    first.figures["distance"] = second.figures["distance"] = None  # no prompt with two pictures
     assert pareto([first, second]) != drawn

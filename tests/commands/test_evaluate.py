@@ -1,6 +1,8 @@
 """`learner.evaluate` on a small real run, in process: figures, files, going on, and what it refuses."""
 
+import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from evaluation.metrics import paired_interval
 from learner.inprocess import InProcessPools
 from records.run_folder import Records
 from records.storage import Storage
-from reports import html
+from reports import html, summary
+from rewards import content
 
-KEYS = {"reward", "vendi", "distance", "fid", "kid", "accuracy", "held_out"}
+KEYS = {"reward", "vendi", "distance", "fid", "kid", "accuracy", "held_out", "absent"}
 SMALL = ("run.runner=inprocess", "evaluation.held_out=[jpeg_incompressibility]")
 LORA = "checkpoints/latest/lora/pytorch_lora_weights.safetensors"
 
@@ -52,7 +55,7 @@ def metadata_of(run) -> dict[str, str]:
 
 
 def figures_of(run) -> dict:
-    (file,) = (run / "evaluation").glob("step-*.json")
+    (file,) = (run / "evaluation").glob("step-*-8-images-*.json")
     return json.loads(file.read_text())
 
 
@@ -62,15 +65,23 @@ def test_a_run_is_judged(run, judge, cache, capsys):
     assert set(figures) >= KEYS and figures["epochs_done"] == 2 and figures["trajectories_trained"] == 16
     (checkpoint,) = (run / "checkpoints").glob("step-000002")
     assert figures["adapter_sha256"] == json.loads((checkpoint / "state.json").read_text())["adapter_sha256"]
-    for figure in (figures[name] for name in KEYS - {"held_out"}):
+    for figure in (figures[name] for name in KEYS - {"held_out", "distance", "absent"}):
         assert {"base", "floor"} <= set(figure) and figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["floor"] <= figure["floor_high"]
+    # Eight pictures of eight prompts: their distance is not that within a prompt under the same name.
+    assert figures["distance"] is None and list(figures["absent"]) == ["distance"]
+    assert (
+        "Distance within a prompt                -  no prompt has two good pictures (8 pictures of 8 prompts)" in said
+    )
+    assert figures["settings"]["images"] == 8 and figures["settings"]["seed"] == 5
     assert set(figures["held_out"]) == {"jpeg_incompressibility"}  # accuracy has a key of its own
-    assert figures["fid"]["floor"] == figures["fid"]["base"] > 0
+    assert figures["fid"]["floor"] > 0 and figures["fid"]["base"] > 0
     assert "reward: shapes_alignment" in said and "noise alone" in said
-    rows = pq.read_table(run / "evaluation/step-000002.parquet").to_pylist()
+    (table,) = (run / "evaluation").glob("step-000002-*.parquet")
+    rows = pq.read_table(table).to_pylist()
     assert [row["number"] for row in rows] == list(range(8))
     assert figures["reward"]["value"] == pytest.approx(np.mean([row["reward"] for row in rows]), rel=1e-6)
-    assert (run / "evaluation/step-000002.png").read_bytes().startswith(b"\x89PNG")
+    assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     then = json.loads((run / "evaluation/epoch-000001.json").read_text())  # the run's own of the first four, at its end
     assert [row["prompt"] for row in rows[:4]] == then["prompt"]
     assert [row["reward"] for row in rows[:4]] == pytest.approx(then["reward"])
@@ -78,9 +89,14 @@ def test_a_run_is_judged(run, judge, cache, capsys):
     sets = target_of(run, "--images", "8").sets().values()
     made = [Cache(cache).make(image_set, pytest.fail, lambda *_: None) for image_set in sets]
     tuned, base, other = (read_images(content).rewards for content in made)
-    low, high = paired_interval(base, tuned)
+    low, high = paired_interval(base, tuned, [row["prompt"] for row in rows])
     assert (figures["reward"]["gain_low"], figures["reward"]["gain_high"]) == pytest.approx((low, high))
-    assert figures["reward"]["floor"] == pytest.approx(abs(base.mean() - other.mean()))
+    assert abs(base.mean() - other.mean()) < 2 * figures["reward"]["floor_high"]
+    # Another number of pictures is another judgement, in files of its own; the report shows that of most.
+    assert main([str(run), "--images", "4", "--cache", str(cache), *SMALL]) == 0 and figures_of(run) == figures
+    (file,) = (run / "evaluation").glob("step-*-4-images-*.json")
+    assert json.loads(file.read_text())["settings"]["images"] == 4
+    assert summary.figures(Storage(str(run)))[2] == figures
 
 
 @pytest.mark.long
@@ -164,8 +180,9 @@ def test_a_base_models_own_adapter_has_the_floors_as_figures(run, judge, tmp_pat
     assert any(value.any() for value in state.values())
     save_file({name: torch.zeros_like(value) for name, value in state.items()}, nothing, metadata=metadata_of(run))
     assert judge("--config", run / "config.yaml", "--out", tmp_path / "out", source=nothing) == 0
-    figures = json.loads((tmp_path / "out/nothing.json").read_text())
-    assert all(figures[name]["value"] == figures[name]["floor"] for name in ("fid", "kid"))
+    (file,) = (tmp_path / "out").glob("nothing-8-images-*.json")
+    figures = json.loads(file.read_text())
+    assert all(figures[name]["value"] == figures[name]["base"] for name in ("fid", "kid"))
     assert figures["reward"]["gain"] == 0 and figures["vendi"]["value"] == figures["vendi"]["base"]
 
 
@@ -174,5 +191,30 @@ def test_the_cache_knows_a_model_that_was_changed_in_place(run, tmp_path, tiny_p
     target = target_of(run, "--base", copy)
     before = target.sets()["base"].key
     assert target.sets()["base"].key == before
-    next((copy / "unet").glob("*.safetensors")).touch()
+    weights = next((copy / "unet").glob("*.safetensors"))
+    weights.touch()  # the same content
+    assert target.sets()["base"].key == before
+    bits, about = weights.read_bytes(), weights.stat()
+    weights.write_bytes(bits[:-1] + bytes([bits[-1] ^ 1]))
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns))  # of the same size and age
     assert target.sets()["base"].key != before
+
+
+def test_the_cache_knows_a_rewards_code_and_files(tmp_path, monkeypatch):
+    """What it imports of the user's own, files that its options name, and nothing else."""
+    monkeypatch.syspath_prepend(tmp_path)
+    mine, helper, table = (tmp_path / name for name in ("mine_26.py", "helper_26.py", "table.txt"))
+    mine.write_text("from helper_26 import scale\ndef score(images, prompts): return images.mean() * scale()\n")
+    helper.write_text("def scale(): return 1\n")
+    table.write_text("0.5")
+    (tmp_path / "beside.py").write_text("")
+    importlib.import_module("mine_26")
+    tree = {"name": "mine_26:score", "options": {"table": str(table)}}
+    seen = [content.digest(tree)]
+    (tmp_path / "beside.py").write_text("x = 1")
+    assert content.digest([tree]) == seen[0]
+    for file in (mine, helper, table):
+        file.write_text(file.read_text() + "\n")
+        seen.append(content.digest(tree))
+    assert len(set(seen)) == 4
+    assert content.digest({"name": "jpeg_compressibility"}) == content.digest(None)  # ours: in `program`

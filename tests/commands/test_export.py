@@ -125,7 +125,7 @@ def test_equal_exports_are_equal_files_and_tell_no_paths(exported, exports, tmp_
 def test_the_card_has_the_runs_figures(exported, exports):
     opened = open_trained(str(exported), None, print)
     before, after = (np.array(opened.records.evaluation(epoch)["reward"]) for epoch in (-1, 1))
-    low, high = paired_interval(before, after)
+    low, high = paired_interval(before, after, opened.records.evaluation(1)["prompt"])
     row = f"{before.mean():.4g} | {after.mean():.4g} | {(after - before).mean():+.3g} | {low:+.3g} to {high:+.3g}"
     for form, folder in exports.items():
         front, page = front_and_page(folder)
@@ -133,7 +133,7 @@ def test_the_card_has_the_runs_figures(exported, exports):
         assert front["pipeline_tag"] == "text-to-image" and {"gflownet", "dag-db", "tributary"} < set(front["tags"])
         assert ("lora" in front["tags"]) == (form != "fused")
         for words in (
-            f"| shapes_alignment (trained on) | {row} |", "4 fixed images", "after 2 of 2 epochs",
+            f"| shapes_alignment (trained on) | {row} |", "4 fixed images (noise seed 5)", "after 2 of 2 epochs",
             "# finished\n", "dag_db (corrected): target proportional to exp(30720 x reward)",
             "2 epochs, 16 trajectories", "rank 2, alpha 3, on to_k, to_out.0, to_q, to_v",
             "4 DDIM steps, eta 1, guidance 3", "shapes_placed.txt", "at the right", opened.records.run_id,
@@ -152,19 +152,29 @@ def test_comfyui_and_a1111_are_named_for_what_they_know(run, monkeypatch, form):
 
 
 def test_figures_of_an_evaluation_apart(run, tmp_path, refused):
-    figure = {"value": 0.51234, "low": 0.4, "high": 0.6, "floor": 0.01}
-    figures = {"reward": figure | {"base": 0.3}, "vendi": figure, "fid": None, "kid": None, "accuracy": figure}
+    figure = {"value": 0.51234, "low": 0.4, "high": 0.6, "floor": 0.005, "floor_high": 0.01}
+    settings = {"images": 32, "prompts": 8, "seed": 7, "features": "pixels"}
+    figures = {
+        "settings": settings,
+        "absent": {"distance": "no prompt has two"},
+        "reward": figure | {"base": 0.3},
+        "vendi": figure,
+        "fid": None,
+        "kid": None,
+        "accuracy": figure,
+    }
     for step in (0, 2, 9):
         vendi = {"vendi": figure | {"value": step + 0.5}}
-        (run / f"evaluation/step-{step:06d}.json").write_text(json.dumps(figures | vendi))
+        (run / f"evaluation/step-{step:06d}-32-images-ab12cd34.json").write_text(json.dumps(figures | vendi))
     assert export.main([str(run), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
     _, page = front_and_page(tmp_path / "out")
-    assert "Evaluated at step 2" in page  # the newest until then
+    assert "Evaluated at step 2 (" in page  # the newest until then
+    assert "on 32 images of 8 prompts, noise seed 7, features pixels" in page and "not known: no prompt has two" in page
     assert "| Reward | 0.5123 | 0.4 to 0.6 | 0.3 | 0.01 |" in page
     assert "| Vendi score | 2.5 | 0.4 to 0.6 |  | 0.01 |" in page and "| FID" not in page
-    (run / "evaluation/step-000002.json").write_text("{")
+    (run / "evaluation/step-000002-32-images-ab12cd34.json").write_text("{")
     said = refused("export", run, "--format", "diffusers", "--out", tmp_path / "other")
-    assert "step-000002.json" in said and not (tmp_path / "other").exists()
+    assert "step-000002-32-images-ab12cd34.json" in said and not (tmp_path / "other").exists()
 
 
 def test_the_hub_id_of_a_folder_can_be_said(finished_run, tmp_path):

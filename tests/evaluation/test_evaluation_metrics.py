@@ -1,15 +1,22 @@
-"""Diversity and drift of known sets, and intervals that hold the truth as often as they say."""
+"""Diversity and drift of known sets, and their intervals; how often these hold the truth: test_coverage.py."""
+
+import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from evaluation import metrics
 
 RNG = np.random.default_rng(0)
 
 
+def same(rows) -> list[str]:
+    return ["the same"] * len(rows)
+
+
 def distance(features) -> float:
-    return metrics.mean_of_good(metrics.prompt_distances(features, ["the same"] * len(features)))
+    return metrics.distance(features, same(features))[0]
 
 
 def test_vendi_counts_different_pictures_by_the_papers_formula():
@@ -28,11 +35,24 @@ def test_distances_are_to_the_others_of_the_prompt():
     pairs = [1 - unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
     assert distance(pictures) == pytest.approx(np.mean(pairs), rel=1e-9)
     features, prompts = np.array([[1.0, 0], [0, 2.0], [1.0, 0], [3.0, 0], [1.0, 0]]), ["a", "a", "b", "b", "c"]
-    distances = metrics.prompt_distances(features, prompts)
-    np.testing.assert_allclose(distances[:4], [1, 1, 0, 0], atol=1e-12)
-    assert np.isnan(distances[4])
-    alone = metrics.prompt_distances(features[:3], ["a", "b", "c"])  # no prompt has two: all others
-    np.testing.assert_allclose(alone, [0.5, 1, 0.5], atol=1e-12)
+    assert metrics.distance(features, prompts)[0] == pytest.approx(0.5)  # of a 1, of b 0; c has no other
+    assert np.isnan(metrics.distance(features[:3], ["a", "b", "c"])).all()  # not the distance over all pictures
+
+
+def test_the_variance_of_a_distance_is_that_of_disjoint_pairs():
+    """U^2 less the mean product of two pairs without a common picture, counted one by one."""
+    features, prompts = RNG.normal(size=(11, 3)), ["a"] * 6 + ["b"] * 5
+    variance, means = 0.0, []
+    for rows in (features[:6], features[6:]):
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        pairs = {pair: 1 - unit[pair[0]] @ unit[pair[1]] for pair in itertools.combinations(range(len(rows)), 2)}
+        products = [p * q for one, p in pairs.items() for two, q in pairs.items() if not set(one) & set(two)]
+        means.append(np.mean(list(pairs.values())))
+        least = np.var(list(pairs.values())) / len(pairs)
+        variance += (len(rows) / 11) ** 2 * max(means[-1] ** 2 - np.mean(products), least)
+    value, low, high = metrics.distance(features, prompts)
+    assert value == pytest.approx((6 * means[0] + 5 * means[1]) / 11)
+    np.testing.assert_allclose([value - low, high - value], stats.t.ppf(0.975, 9) * variance**0.5, rtol=1e-9)
 
 
 def test_frechet_distance_is_that_of_the_sets_moments():
@@ -69,50 +89,66 @@ def test_bad_pictures_are_left_out():
     assert np.isnan(metrics.fid(features[:1], reference)) and np.isnan(metrics.kid(features, reference[:1]))
 
 
-def test_half_sampled_intervals_hold_the_truth_about_as_often_as_they_say():
-    rng, truth = np.random.default_rng(1), 1 - 1 / 8  # two draws of eight kinds differ so often
-    intervals = [metrics.half_interval(distance, np.eye(8)[rng.integers(0, 8, 80)]) for _ in range(60)]
-    assert sum(low <= truth <= high for low, high in intervals) >= 50
+def test_an_interval_of_a_mean_is_students_within_prompts_and_wilsons_of_shares():
+    prompts = [f"{i % 3}" for i in range(30)]
+    values = np.tile([-1.0, 1.0], 15) + np.repeat([0, 50, 100], 10)[np.argsort(np.argsort(prompts, kind="stable"))]
+    ordinary = stats.ttest_1samp(np.tile([-1.0, 1.0], 15), 0).confidence_interval()
+    low, high = metrics.mean_interval(values, prompts)  # what prompts differ by is no noise
+    assert high - low == pytest.approx(ordinary.high - ordinary.low, rel=0.05) and low + high == pytest.approx(100)
+    assert metrics.mean_interval(np.zeros(256), same(range(256)))[1] == pytest.approx(0.01478, abs=1e-4)  # not [0, 0]
+    skewed = np.random.default_rng(0).exponential(size=40)
+    low, high = metrics.mean_interval(np.append(skewed, np.nan), same(range(41)))
+    assert high - skewed.mean() > 1.1 * (skewed.mean() - low)  # the long tail may have been missed
+    for few in ([], [3.0], [3.0, np.nan]):
+        assert np.isnan(metrics.mean_interval(np.array(few), same(few))).all()
+    assert np.isnan(metrics.paired_interval(np.ones(1), np.zeros(1), ["a"])).all()  # one picture proves nothing
 
 
-@pytest.mark.parametrize(
-    ("draw", "mean", "size"), [("normal", 0, 150), pytest.param("exponential", 1, 500, marks=pytest.mark.long)]
-)
-def test_bootstrap_intervals_hold_the_mean_as_often_as_they_say(draw, mean, size, monkeypatch):
-    """95 % intervals of 1,000 samples: the share that holds the mean has a standard error of 0.7 %."""
-    monkeypatch.setattr(metrics, "RESAMPLES", 500)
-    rng = np.random.default_rng(2)
-    intervals = [metrics.mean_interval(getattr(rng, draw)(size=size)) for _ in range(1_000)]
-    assert 0.93 <= np.mean([low <= mean <= high for low, high in intervals]) <= 0.97
+def test_a_change_of_shares_is_no_point_where_nothing_changed_and_never_beyond_1():
+    right = np.ones(32)
+    low, high = metrics.paired_interval(right, right, same(right))
+    assert low < 0 < high
+    low, high = metrics.paired_interval(1 - right, right, same(right))
+    assert 0.8 < low < high <= 1
 
 
-def test_a_bootstrap_interval_is_the_percentiles_of_resampled_means():
-    """Against a resampler made here: quantiles of 10,000 resamples differ by about 0.02 standard errors."""
-    values = np.append(RNG.exponential(size=80), np.nan)
-    good = values[:-1]
-    means = good[np.random.default_rng(5).integers(0, 80, (10_000, 80))].mean(1)
-    standard_error = good.std() / np.sqrt(80)
-    quantiles = np.quantile(means, [0.025, 0.975])
-    np.testing.assert_allclose(metrics.mean_interval(values), quantiles, rtol=0, atol=0.1 * standard_error)
-    assert metrics.mean_interval(np.array([3.0, np.nan])) == (3, 3)
-    assert np.isnan(metrics.mean_interval(np.array([np.nan]))).all()
+def test_a_drifts_interval_is_one_that_the_distance_can_have():
+    for shift in (0.0, 3.0):
+        a, b = RNG.normal(size=(32, 40)) + shift, RNG.normal(size=(32, 40))
+        low, high = metrics.drift_interval(metrics.fid, a, b, same(a))
+        assert 0 < low < metrics.fid(a, b) < high
+    assert metrics.drift_interval(metrics.fid, a, a, same(a)) == pytest.approx((0, 0), abs=1e-9)
+    low, high = metrics.drift_interval(metrics.kid, a, b, same(a))
+    assert low < metrics.kid(a, b) < high
+    vendi = metrics.vendi_interval(np.ones((9, 4)), same(range(9)))
+    assert vendi == pytest.approx((1, 1))
+
+
+def test_a_floor_is_a_distribution_of_many_splits():
+    rng = np.random.default_rng(0)
+    drawn = [metrics.floor(metrics.fid, *rng.normal(size=(2, 40, 5)), same(range(40))) for _ in range(5)]
+    singles = [metrics.fid(*rng.normal(size=(2, 40, 5))) for _ in range(200)]
+    assert all(median < high for median, high in drawn)
+    assert np.mean([high for _, high in drawn]) == pytest.approx(np.quantile(singles, 0.95), rel=0.2)
 
 
 def test_a_paired_interval_holds_the_true_shift_and_uses_the_pairing():
     rng = np.random.default_rng(0)
     before = rng.normal(0, 10, 200)
     after = before + 0.5 + rng.normal(0, 0.1, 200)
-    low, high = metrics.paired_interval(before, after)
+    low, high = metrics.paired_interval(before, after, same(before))
     assert 0.45 < low < 0.5 < high < 0.55
-    low, high = metrics.paired_interval(rng.normal(size=100), rng.normal(size=100))  # no shift
+    low, high = metrics.paired_interval(*rng.normal(size=(2, 100)), same(range(100)))  # no shift
     assert low < 0 < high
 
 
 def test_intervals_are_the_same_every_time_and_around_the_value():
-    features, state = RNG.normal(size=(40, 5)), np.random.get_state()[1].copy()
-    interval = metrics.half_interval(metrics.vendi, features)
-    assert interval == metrics.half_interval(metrics.vendi, features)
-    assert interval[0] < metrics.vendi(features) < interval[1]
-    assert metrics.mean_interval(features[:, 0]) == metrics.mean_interval(features[:, 0])
+    features, other, state = *RNG.normal(size=(2, 40, 5)), np.random.get_state()[1].copy()
+    prompts = [f"{i % 4}" for i in range(40)]
+    interval = metrics.drift_interval(metrics.fid, features, other, prompts)
+    assert interval == metrics.drift_interval(metrics.fid, features, other, prompts)
+    low, high = metrics.vendi_interval(features, prompts)
+    assert low < metrics.vendi(features) < high
+    assert metrics.floor(metrics.fid, features, other, prompts) == metrics.floor(metrics.fid, features, other, prompts)
     assert (np.random.get_state()[1] == state).all()
-    assert np.isnan(metrics.half_interval(metrics.vendi, features[:3])).all()
+    assert np.isnan(metrics.drift_interval(metrics.fid, features[:3], other[:3], prompts[:3])).all()

@@ -17,7 +17,7 @@ SETTINGS = (
     "flow.batch=8", "learner.ranks=2", "learner.micro_batch=1", "mlflow.enabled=false", "run.thumbnail_pixels=0",
 )  # fmt: skip
 IN_PROCESS = ("run.runner=inprocess", "learner.ranks=1")
-TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds")
+TIMES = ("time", "seconds", "sample_seconds", "score_seconds", "train_seconds", "evaluate_seconds")
 COLUMNS = ["epoch", "trajectory_id", "policy_version", "adapter_sha256", "prompt", "reward", "log_pf_sum", "beta"]
 
 

@@ -28,7 +28,8 @@ def lines(tmp_path) -> dict[int, dict]:
 def test_it_is_said_and_recorded_and_the_run_goes_on(small_settings, signs, tmp_path, capsys):
     settings = [
         *small_settings, "run.runner=inprocess", "evaluation.every=1", "evaluation.held_out=[jpeg_incompressibility]",
-        "prompts.path=configs/prompts/shapes_common.txt", "flow.widths=[8,16]", f"run.dir={tmp_path / 'run'}",
+        "prompts.path=[a red circle on a white background, a blue star on a white background]", "flow.widths=[8,16]",
+        f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert main(settings) == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "COLLAPSE?" in line]

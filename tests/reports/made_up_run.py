@@ -43,8 +43,8 @@ def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
     }  # fmt: skip
     if evaluated:
         line |= {
-            "eval_reward_mean": 0.5 + 0.1 * progress, "eval_reward_mean/held out": 5 - progress, "eval_vendi": 12.5,
-            "eval_distance": 0.3, "collapse": COLLAPSE if progress == 1 else None,
+            "evaluate_seconds": 1.5, "eval_reward_mean": 0.5 + 0.1 * progress, "eval_vendi": 12.5, "eval_distance": 0.3,
+            "eval_reward_mean/held out": 5 - progress, "collapse": COLLAPSE if progress == 1 else None,
         }  # fmt: skip
     return line
 
@@ -103,10 +103,14 @@ def made_up_run(folder: Path, epochs: int = 12, settings: tuple[str, ...] = ()) 
     }  # fmt: skip
     (folder / "status.json").write_text(json.dumps(beat))
     (folder / "checkpoints/step-000024/lora").mkdir(parents=True)
-    figure = {"value": 0.61, "low": 0.58, "high": 0.64, "base": 0.5, "floor": 0.01}
+    figure = {"value": 0.61, "low": 0.58, "high": 0.64, "base": 0.5, "floor": 0.01, "floor_high": 0.025}
     for step, value in ((8, 0.111), (24, 0.612)):
         gain = {"gain": 0.11, "gain_low": 0.09, "gain_high": 0.13}
         found = {"reward": figure | {"value": value} | gain, "vendi": None, "kid": {"value": -0.002, "floor": 0.0001}}
         found["held_out"] = {LABEL: figure | {"value": 7.25}}
-        (folder / f"evaluation/step-{step:06d}.json").write_text(json.dumps(found))
+        found |= {"absent": {"distance": "no prompt has two"}}
+        for images in (16, 256):
+            found["settings"] = {"images": images, "prompts": 8, "seed": 3, "features": "pixels"}
+            text = json.dumps(found if images == 256 else found | {"reward": figure | {"value": 0.999}})
+            (folder / f"evaluation/step-{step:06d}-{images}-images-ab12cd34.json").write_text(text)
     return folder

@@ -25,8 +25,8 @@ from reports.mlflow_mirror import GROUP, PARENT, TABLE, Mirror
 RANK, ALPHA = 2, 3.0  # of the finished run
 LATEST = "checkpoints/latest/lora"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-FIGURE = {"value": 0.81, "low": 0.8, "high": 0.82, "base": 0.7, "floor": 0.01}
-JUDGED = "evaluation/step-000002.png"
+FIGURE = {"value": 0.81, "low": 0.8, "high": 0.82, "base": 0.7, "floor": 0.005, "floor_high": 0.01}
+JUDGED = "evaluation/step-000002-4-images-ab12cd34.png"
 PASSWORD = "open-sesame"
 
 
@@ -46,7 +46,7 @@ def run(finished_run, tables, tmp_path):
     """A copy of a finished run of two epochs, judged after the second, with an empty MLflow beside it."""
     shutil.copy(tables, tmp_path)
     folder = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
-    (folder / "evaluation/step-000002.json").write_bytes(judgement(2))
+    (folder / JUDGED).with_suffix(".json").write_bytes(judgement(2))
     (folder / JUDGED).write_bytes(picture())
     return folder
 
@@ -162,12 +162,12 @@ def test_a_table_has_parts_and_judges(run):
 def test_judgements_are_metrics_of_their_epoch_and_the_first_stays(sent):
     later = judgement(2, reward={**FIGURE, "value": 0.9}), b'{"epochs_done": 1', judgement(None), b"[1]"
     for step, content in enumerate(later, 3):
-        sent.storage.write(f"evaluation/step-{step:06d}.json", content)
+        sent.storage.write(f"evaluation/step-{step:06d}-4-images-ab12cd34.json", content)
     sent.finish("FINISHED")
     assert set(history(sent, "judged/reward")) == {(2, 0.81)} and set(history(sent, "judged/fid_floor")) == {(2, 0.01)}
     names = {key for key in sent.client.get_run(sent.run_id).data.metrics if key.startswith("judged/")}
     judged = (f"{name}{more}" for name in ("reward", "fid", "held_out/my judge_2") for more in ("", "_base", "_floor"))
-    assert names == {f"judged/{name}" for name in (*judged, "epochs_done")}
+    assert names == {f"judged/{name}" for name in (*judged, "epochs_done", "images")}
 
 
 def test_mlflow_loads_the_adapter_with_its_alpha_and_without_code(sent, run, tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def test_collapse_is_said_loudly_or_its_absence(page, copied):
     sound = page_of(copied)
     assert 'class="warning"' not in sound and "No sign of collapse in 3 evaluations." in words(sound)
     assert facts_of(copied, lines[:4]).collapse() == ([], None)  # nothing was evaluated since training began
-    bare = [{key: value for key, value in line.items() if key != "eval_vendi"} for line in lines]
+    bare = [{key: value for key, value in line.items() if key != "eval_distance"} for line in lines]
     assert "diversity was not measured" in facts_of(copied, bare).collapse()[1]
 
 
@@ -129,9 +129,10 @@ def test_it_says_what_it_shows(page):
     text = words(page)
     for said in (
         "not chosen by how they came out",
-        "Evaluation after 24 policy updates", "0.612 0.580 to 0.640 0.500 0.010",  # the newer one
+        "Evaluation after 24 policy updates", "0.612 0.580 to 0.640 0.500 0.010 up to 0.025",  # the newer one
+        "256 pictures of 8 prompts, noise seed 3, features pixels", "distance no prompt has two",
         "over the base, same noise: +0.110 (+0.090 to +0.130)",
-        "the same figure of the base model against itself, drawn with other seeds",
+        "the same figure of the base model makes against itself, drawn with other seeds",
         f"Held out: {LABEL} a reward not trained on 7.250", "−0.002 – 1.00e−04",  # no interval, no base
         "2 trajectories went with an actor or a node and were made again; 12 were bad and set aside",
         "and 2 more in quarantine/", "Last events (3 since the last start)",
@@ -255,10 +256,12 @@ def test_numbers_for_people():
 
 def test_the_parts_of_an_epoch_follow_each_other(made_up):
     line = {"sample_seconds": 2.0, "score_seconds": 3.0, "train_seconds": 4.0, "seconds": 10.0, "trajectories": 20}
-    line["epoch"], alone = 0, "run.runner=inprocess"
-    for runner, wanted in (("run.runner=ray", [2.0, 1.0, 4.0, 3.0]), (alone, [2.0, 3.0, 4.0, 1.0])):
+    line |= {"epoch": 0, "evaluate_seconds": 0.5}
+    alone = "run.runner=inprocess"
+    for runner, wanted in (("run.runner=ray", [2.0, 1.0, 4.0, 0.5, 2.5]), (alone, [2.0, 3.0, 4.0, 0.5, 0.5])):
         assert [seconds for _, seconds, _ in facts_of(made_up, [line], runner).timings()] == wanted
     parts = facts_of(made_up, [line, line, line | {"seconds": 30.0}], alone).timings()
-    assert [share for *_, share in parts] == [0.12, 0.18, 0.24, 0.46] and parts[-1][1] == 1.0
+    assert [share for *_, share in parts] == [0.12, 0.18, 0.24, 0.03, 0.43]  # seconds and shares of one total
+    assert sum(seconds for _, seconds, _ in parts) == 50.0
     twice = facts_of(made_up, [line, line], alone)
     assert (twice.rate, twice.seconds) == (2.0, 20.0) and facts_of(made_up, [], alone).timings() == []

@@ -1,6 +1,7 @@
 """The last lines of a run: true to its records, in words that need no other page."""
 
 import io
+import json
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from reports import html, summary
 from reports.views import RunViews
 
 
-def said(copied, *settings) -> list[str]:
+def said_of(copied, *settings) -> list[str]:
     """What a run says at its end, made-up figures and all, without its pictures and report."""
     records, config = Records.open(Storage(str(copied))), load_config(overrides=["evaluation.images=16", *settings])
     return [*summary.describe(records, config), *summary.next_commands(records, config)]
@@ -32,11 +33,11 @@ def finish(copied) -> list[str]:
 
 
 def test_a_gain_is_said_with_its_interval_and_what_it_means_and_collapse_is_the_loudest_line(copied):
-    lines, records = said(copied), Records.open(Storage(str(copied)))
+    lines, records = said_of(copied), Records.open(Storage(str(copied)))
     assert f"SIGNS OF COLLAPSE after epoch 12: {COLLAPSE}. Look at the pictures before you use this LoRA" in lines
     assert not any("no sign of collapse" in line for line in lines)
     records.keep([{**line, "collapse": None} for line in records.lines])
-    lines = said(copied, "objective.beta=30", "objective.kind=dag_db")
+    lines = said_of(copied, "objective.beta=30", "objective.kind=dag_db")
     goal = "trained: towards pictures that shapes_alignment scores higher; 12 epochs of 64 pictures"
     assert lines[0].startswith(goal) and "dag_db: target proportional to exp(30 x D x reward)" in lines[0]
     (reward,) = [line for line in lines if line.startswith("evaluated reward ")]
@@ -55,19 +56,66 @@ def test_no_gain_is_said_as_plainly(copied, change, words, on_the_page):
     moved = before + change + np.random.default_rng(2).permutation(np.repeat([-0.02, 0.02], 10))
     save_evaluation(copied, BEFORE, list(before))
     save_evaluation(copied, 11, list(moved))
-    (reward,) = [line for line in said(copied) if line.startswith("evaluated reward ")]
+    (reward,) = [line for line in said_of(copied) if line.startswith("evaluated reward ")]
     assert words in reward and "rose" not in reward
     page = html.render(Records.open(Storage(str(copied))), load_config()).decode()
     assert on_the_page in page and "the reward rose" not in page
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([-2e-4, -4e-4] * 10, "-0.0003, 95 % interval -0.0003 to -0.0003: it FELL by more than chance"),
+        ([5e-3, -1e-3] * 10, "+0.0020, 95 % interval +0.0006 to +0.0034: it rose by more than chance"),
+        ([0.3, 0.1] * 10, "+0.200, 95 % interval +0.152 to +0.248: it rose by more than chance"),
+        ([0.0] * 20, "0.000, 95 % interval 0.000 to 0.000: this may be chance, the interval holds 0"),
+    ],
+)
+def test_a_change_beyond_chance_never_reads_as_0(copied, changes, said):
+    save_evaluation(copied, BEFORE, [0.5] * 20)
+    save_evaluation(copied, 11, [0.5 + change for change in changes])
+    for name in ("epoch-before", "epoch-000011"):
+        file = copied / f"evaluation/{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prompt": ["one"] * 20}))
+    (reward,) = [line for line in said_of(copied) if line.startswith("evaluated reward ")]
+    assert reward.endswith(said)
+
+
+def test_one_picture_proves_nothing_and_one_epoch_is_no_epochs(copied):
+    for epoch, reward in ((BEFORE, 0.5), (3, 0.6), (7, 0.6), (11, 0.7)):
+        save_evaluation(copied, epoch, [reward])
+    records = Records.open(Storage(str(copied)))
+    records.keep([line for line in records.lines if line["epoch"] < 1])
+    first, *lines = said_of(copied)
+    assert "; 1 epoch of 64 pictures; " in first
+    (reward,) = [line for line in lines if line.startswith("evaluated reward ")]
+    assert reward.endswith("on 1 fixed image: +0.200: too few images to tell it from chance")
+    assert "too few pictures for an interval" in html.render(records, load_config()).decode()
+
+
+def test_diversity_that_is_not_known_is_not_said_to_be(copied):
+    records = Records.open(Storage(str(copied)))
+    records.keep([{**line, "eval_distance": None, "collapse": None} for line in records.lines])
+    lines = said_of(copied)
+    (diversity,) = [line for line in lines if line.startswith("diversity among a prompt's pictures: ")]
+    assert "not known, no prompt has two good pictures" in diversity
+    assert "no sign of collapse in 3 evaluations, by the reward alone: diversity was not measured" in lines
+
+
+def test_the_parts_of_an_epochs_line_add_up(copied):
+    records, lines = Records.open(Storage(str(copied))), []
+    views = RunViews(records, load_config(overrides=["run.runner=ray"]), lines.append)
+    views.epoch_closed(records.lines[4] | {"evaluate_seconds": 1.5}, 12.0)
+    assert "12.0 s (sample 2.0, score 1.0, train 4.0, evaluate 1.5, rest 3.5)" in lines[-1]
+
+
 def test_without_an_evaluation_nothing_is_claimed_and_the_way_to_one_is_told(copied):
     for file in copied.glob("evaluation/epoch-*"):
         file.unlink()
-    lines = said(copied, "evaluation.images=0")
+    lines = said_of(copied, "evaluation.images=0")
     assert lines[1].startswith("not judged (evaluation.images=0): whether the reward rose is not known")
     assert not any("chance" in line or "pictures: " in line for line in lines)
-    wide = said(copied, "evaluation.images=0", "sampler.chunk_size=24", "train.trajectories=96")
+    wide = said_of(copied, "evaluation.images=0", "sampler.chunk_size=24", "train.trajectories=96")
     # Evaluation refuses 0, and any that are not whole chunks.
     for told, command, images in ((lines, "evaluate", 128), (wide, "evaluate", 144), (wide, "compare", 144)):
         (line,) = [line for line in told if f"learner.{command}" in line and line.startswith("  ")]
@@ -78,12 +126,12 @@ def test_what_rewards_not_trained_on_say_and_a_control_and_bad_images_are_called
     sides = {BEFORE: ([0, 1, 0, None], [5, 5, 5, 5]), 11: ([1, 1, 0, 0], [4, 4, 4, 6])}
     for epoch, (accuracy, other) in sides.items():
         save_evaluation(copied, epoch, [0.5] * 4, {"shapes_accuracy": accuracy, "other": other})
-    lines = said(copied)
+    lines = said_of(copied)
     assert "pictures that show exactly what their prompt says: 33% -> 67%" in lines  # the bad one is left out
     assert "other, not trained on: 5.000 -> 4.500" in lines
     for epoch in (BEFORE, 3, 7, 11):
         save_evaluation(copied, epoch, [None] * 20)
-    lines = said(copied, "train.shuffle_rewards=true")
+    lines = said_of(copied, "train.shuffle_rewards=true")
     assert lines[0].startswith("trained: nothing to learn from, as rewards were")
     assert lines[1].startswith("not judged (too few evaluations, or only bad images)")
 
@@ -111,7 +159,7 @@ def test_without_an_activated_environment_the_commands_name_its_python(copied, m
     assert summary.interpreter() == shlex.quote(sys.executable)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
     assert summary.interpreter() == ".venv/bin/python"  # after `make demo`
-    assert any(line.startswith("  .venv/bin/python -m learner.evaluate ") for line in said(copied))
+    assert any(line.startswith("  .venv/bin/python -m learner.evaluate ") for line in said_of(copied))
 
 
 def test_what_the_terminal_cannot_show_is_escaped(monkeypatch):
