@@ -13,7 +13,9 @@ from commands import evaluate
 from commands.compare import main, pareto, require_alike, table
 from commands.evaluate import Judged
 from evaluation.adapters import find, split
+from learner.config import load_config
 from learner.inprocess import InProcessPools
+from learner.prompts import evaluation_prompts, prompts_digest, training_prompts
 from records.run_folder import Records
 from records.storage import Storage
 
@@ -84,6 +86,8 @@ def test_what_was_not_judged_alike_is_refused(key, value, remedy, runs, run, tmp
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree[section][leaf] = yaml.safe_load(value)
     Records.open(Storage(str(run))).save_settings(yaml.safe_dump(tree).encode())
+    config, records = load_config(run / "config.yaml"), Records.open(Storage(str(run)))
+    records.note(prompts_sha256=prompts_digest([*training_prompts(config), *evaluation_prompts(config)]))
     said = refused("compare", runs / "late", run, *SMALL, "--out", tmp_path / "out")
     words = ("give --prompts FILE for all",) if section == "prompts" else (f"{key}: ", f"give {key}=... for all")
     assert all(word in said for word in words) and not (tmp_path / "out").exists()

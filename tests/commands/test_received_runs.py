@@ -108,6 +108,7 @@ def test_a_reward_that_only_the_runs_settings_name_is_not_run(settings, witness,
     assert not witness.exists() and EVIL not in sys.modules
 
 
+@pytest.mark.long
 def test_one_that_the_command_names_too_is(witness, run, capsys):
     plant(run, REWARDS["reward"] | REWARDS["held out"])
     given = [f"reward.name={EVIL}:score", f'evaluation.held_out=[{{"name": "{EVIL}:score"}}]']
