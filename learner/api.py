@@ -209,5 +209,5 @@ def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runne
     except TypeError as error:
         if reward is None or "serialize" not in str(error):
             raise
-        way = "put it into a file, as module:function, or use run.runner=inprocess"
-        raise UnknownReward(f"reward {reward.name} cannot be sent to the reward actors; {way}: {error}") from error
+        way = f"({error.__cause__}); put it into a file, as module:function, or use run.runner=inprocess"
+        raise UnknownReward(f"reward {reward.name} cannot be sent to the reward actors {way}") from error

@@ -8,6 +8,7 @@ import torch
 
 import learner
 from learner import ConfigError, load_config
+from rewards.registry import UnknownReward
 
 PROMPTS = ["a red circle", "a blue\nring"]
 QUIET = ("flow.fit_steps", "flow.warmup_steps")
@@ -98,3 +99,15 @@ def test_an_offset_that_is_not_given_is_the_mean_before_training_and_is_kept(sma
     (tmp_path / "chosen/evaluation/epoch-before.json").write_text('{"prompt": ["x"], "reward": [7.0]}')
     longer = [train(name, offset, **{"train.epochs": 2}) for name, offset in (("chosen", None), ("given", mean))]
     assert longer[0].metrics[-1]["adapter_sha256"] == longer[1].metrics[-1]["adapter_sha256"]
+
+
+def test_a_reward_that_cannot_be_sent_to_another_process_is_said_with_the_ways_on(small, tmp_path, monkeypatch):
+    def serialize(*_):
+        raise TypeError("Could not serialize the argument ...") from TypeError("cannot pickle '_thread.lock' object")
+
+    monkeypatch.setattr("actors.ray_runner.RayRunner", serialize)
+    said = r"reward .*:blue cannot be sent .* \(cannot pickle '_thread\.lock' object\); put it into a file, as module:f"
+    with pytest.raises(UnknownReward, match=said):
+        learner.train(
+            small, reward=blue, prompts=PROMPTS, runner="ray", run_dir=tmp_path / "run", say=lambda text: None
+        )
