@@ -19,8 +19,8 @@ Warn = Callable[[str], None]
 
 
 def there(storage: Storage) -> bool:
-    """Whether there is a run."""
-    return storage.exists(RUN) or bool(checkpoint.steps(storage))
+    """Whether there is a run: run.json, or a checkpoint's copy of it."""
+    return storage.exists(RUN) or bool((checkpoint.newest(storage) or {}).get("run"))
 
 
 def about(storage: Storage, warn: Warn) -> dict[str, Any]:

@@ -272,9 +272,9 @@ class Mirror:
                 if row[key] is not None
             ]
             metrics.append(Metric("judged/images", float((tree.get("settings") or {}).get("images", 0)), time, step))
-            if self.storage.exists(picture := place.replace(".json", ".png")):
-                with _left_out(records):
-                    self._send_picture("judged/base_and_tuned", records.picture(picture), step, time)
+            with _left_out(records):
+                both = records.picture(place.replace(".json", ".png"))
+                self._send_picture("judged/base_and_tuned", both, step, time)
             if step not in judged:
                 self.client.log_batch(self.run_id, [*metrics, Metric(f"judged/{SENTINEL}", step, time, step)])
 

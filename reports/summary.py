@@ -100,7 +100,8 @@ class Facts:
             return {}
         before, after = (self.records.evaluation(number) for number in (BEFORE, epoch))
         if before["prompt"] != after["prompt"]:
-            raise StorageError(f"{EVALUATION}/ in {self.records.storage} has other prompts before and after training")
+            fault = f"{EVALUATION}/ in {self.records.storage} has other prompts before and after training"
+            raise StorageError(f"{fault}: put it back from a copy, or remove one")
         pairs = {"": (before["reward"], after["reward"])}
         labels = (label for label in before.get("held_out", {}) if label in after.get("held_out", {}))
         pairs |= {label: (before["held_out"][label], after["held_out"][label]) for label in labels}

@@ -62,6 +62,7 @@ def _lines(whole: bytes) -> dict[str, bytes]:
 def _parquet(whole: bytes) -> dict[str, bytes]:
     table, found = pq.read_table(io.BytesIO(whole)), {"other": b"PAR1" + DEEP[:1000] + b"PAR1"}
     words = pa.table({name: ["x" + ESCAPES] * table.num_rows for name in table.column_names})
+    words = words.set_column(words.column_names.index("prompt"), "prompt", table["prompt"])
     for name, forged in (("types", words), ("no rows", table.slice(0, 0)), ("no columns", table.select(["prompt"]))):
         pq.write_table(forged, file := io.BytesIO())
         found[name] = file.getvalue()
