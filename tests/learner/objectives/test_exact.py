@@ -171,7 +171,7 @@ def test_t7_mean_with_the_same_beta_has_another_target():
 @pytest.mark.long
 def test_rollouts_five_refreshes_old():
     """Off-policy detailed balance: rollouts made every 20 updates, trained on 5 refreshes later."""
-    _, after, _, _ = learned("stale DB", gaussian(20), "dag_db", 3e-2, 3000, stale(64, 20, 5), forward_looking="none")
+    _, after, _, _ = learned("stale DB", gaussian(20), "dag_db", 2e-2, 3000, stale(64, 20, 5), forward_looking="none")
     assert after < 0.03
 
 
