@@ -15,7 +15,7 @@ from commands import report
 from learner.config import load_config, saved_config
 from records.run_folder import BEFORE, Records
 from records.storage import Storage
-from reports import html, summary
+from reports import html, model_card, summary
 from reports.summary import Facts
 
 
@@ -151,6 +151,9 @@ def test_how_to_make_it_again_and_how_to_load_the_lora(page, made_up, tmp_path):
     assert load_config(tmp_path / "saved.yaml") == saved_config(Records.open(Storage(str(made_up))))
     lora = f"{made_up}/checkpoints/latest/lora"
     assert f'pipe.load_lora_weights("{lora}")' in text and "num_inference_steps=10, eta=1.0, guidance_scale=3.0" in text
+    config = saved_config(Records.open(Storage(str(made_up))))
+    code = model_card.usage(config, "diffusers", config.model.path, lora)  # the model card's own, scheduler and all
+    assert "set_alpha_to_one=False" in code and all(line in text for line in code.splitlines())
 
 
 def test_without_prompts_and_evaluations(tmp_path):
