@@ -30,7 +30,7 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / index).is_file():
-            raise BaseModelError(f"{key}: {path} holds no {index}, so it is no diffusers folder; {AGAIN}")
+            raise BaseModelError(f"{key}: {path} holds no {index}: name a whole diffusers folder, or {AGAIN}")
         return str(local)
     if local.is_file():
         raise BaseModelError(
