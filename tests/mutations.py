@@ -77,7 +77,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("loss + self.config.objective.regulariser * moved_by", "loss", f"{HELD} -k anchor"),
     ),
     "evaluation/collapse.py": (
-        ("kept < KEPT and", "kept < KEPT or", COLLAPSE),
+        ("high < 0 < was and", "high < 0 < was or", COLLAPSE),
         ("-fell > FALL *", "-fell > -FALL *", COLLAPSE),
     ),
 }  # fmt: skip
