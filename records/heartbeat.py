@@ -101,7 +101,7 @@ def look(storage: Storage, now: float, warn: Warn = lambda text: None) -> dict[s
         "events": beat.get("events", 0),
         "last_events": beat.get("last_events", []),
         "lora": checkpoint.lora_folder(storage) if checkpoint.steps(storage) else None,
-        "report": f"{storage}/{REPORT}" if storage.exists(REPORT) else None,
+        "report": f"{storage}/{REPORT}" if REPORT in storage.entries() else None,
         "lines": [{key: value for key, value in line.items() if key != "updates"} for line in lines],
     }
 

@@ -132,7 +132,7 @@ def test_how_far_training_is_is_asked_of_the_first_rank_until_all_have_answered(
     group = world.group(meanwhile=wait, trained=lambda done, total: told.append((done, total)))
     group.start(None, deadline=10.0)
     world.spawned[0].answers["progress"], world.spawned[1].silent = (0, 16), {"train_epoch"}
-    group.train(1, 0.5)
+    group.train(1, 0.5, 0.0)
     assert told == [(0, 1), (4, 16), (12, 16)]
     assert all(call[0] != "progress" for call in world.spawned[1].calls)
 

@@ -1,6 +1,6 @@
 """Every file that a run leaves, damaged in every way, under every command that reads a run: it does what it does for
 the whole run, or names the file in a warning, or refuses in one line with the remedy. A run that goes on itself:
-tests/learner/test_damaged_runs.py."""
+tests/learner/test_damaged_files.py."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import pytest
 from damages import REMEDIES, damages
 
 from commands import compare, evaluate, export, generate, report, status, upload
-from diffusion import base_model
+from diffusion import parts
 from learner.run import main
 from records.storage import Storage
 from reports import html
@@ -57,7 +57,7 @@ def commands(small_settings):
     """`commands(name, run, out)`: its exit status and what it made, with all that only computes or talks left out."""
     with pytest.MonkeyPatch.context() as patch:
         made: list = []
-        patch.setattr(base_model, "without_weights", cache(base_model.without_weights))
+        patch.setattr(parts, "without_weights", cache(parts.without_weights))
         patch.setattr(evaluate, "judge", lambda targets, cache: made.extend(map(_judged, targets)) or [])
         patch.setattr(html, "_jpeg", lambda picture: f"{zlib.crc32(picture.tobytes())}")
         patch.setattr(compare, "write", lambda judged, out: None)

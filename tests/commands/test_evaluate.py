@@ -44,7 +44,7 @@ def judge(run, cache):
 
 def target_of(run, *more) -> Target:
     args = evaluate.parser("evaluate", "").parse_intermixed_args([str(run), *map(str, more), *SMALL])
-    (target,) = find(*split(args.names), args)
+    (target,) = find(*split(args.names), args, print)
     return target
 
 
@@ -90,7 +90,7 @@ def test_a_run_is_judged(run, judge, cache, capsys):
     assert main([str(run), "--images", "4", "--cache", str(cache), *SMALL]) == 0 and figures_of(run) == figures
     (file,) = (run / "evaluation").glob("step-*-4-images-*.json")
     assert json.loads(file.read_text())["settings"]["images"] == 4
-    assert summary.figures(Storage(str(run)))[2] == figures
+    assert summary.figures(Records.open(Storage(str(run))))[2] == figures
 
 
 @pytest.mark.long

@@ -241,7 +241,7 @@ KOHYA, DAMAGED = {"name": lora.KOHYA_FILE}, {"metadata": {lora_files.METADATA_KE
         (dict, {"r": 7}, "has ranks [2, 7]"),
         (dict, {"lora_alpha": None}, "its settings, or adapter_config.json, are damaged"),
         (dict, DAMAGED, "are damaged"),
-        (dict, {"metadata": {lora.METADATA_KEY: "[" * 10**6}}, "are damaged"),
+        (dict, {"metadata": {lora_files.METADATA_KEY: "[" * 10**6}}, "are damaged"),
         (dict, {"r": float("inf")}, "are damaged"),
         (dict, {"lora_alpha": float("inf")}, "alpha (inf) are beyond what half precision holds, 65504: no picture"),
         (lambda t: with_first(t, lambda x: x.fill_(1e38)), {}, "are beyond what half precision holds"),

@@ -198,11 +198,11 @@ def test_a_run_is_laid_out_as_format_5_says(finished_run):
     about, manifest = (json.loads((finished_run / name).read_text()) for name in files)
     assert set(about) == {
         "format", "run_id", "name", "created", "finished", "config_digest", "prompts_sha256", "environment", "cluster",
-        "dimensions",
+        "dimensions", "config_sha256", "failure", "changes", "sha256",
     }  # fmt: skip
     assert set(manifest) == {
         "format", "run_id", "mlflow_run_id", "step", "next_epoch", "prompts_drawn", "policy_version", "adapter_sha256",
-        "ranks", "batch_sizes", "ledger", "reward_offset", "config_digest", "files", "sha256",
+        "run", "metrics_sha256", "ranks", "batch_sizes", "ledger", "reward_offset", "config_digest", "files", "sha256",
     }  # fmt: skip
     assert set(manifest["batch_sizes"]) == {"chunk", "flow_batch", "micro_batch", "score"}
     adapter = {"lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"}

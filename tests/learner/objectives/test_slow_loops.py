@@ -25,7 +25,7 @@ SLOPE, WAVE, REFERENCE = 0.7, 0.3, 0.5  # of policy SLOPE x + WAVE sin x, and of
 def scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         num_train_timesteps=50, beta_schedule="linear", beta_start=0.02, beta_end=0.2, timestep_spacing="trailing",
-        steps_offset=1, set_alpha_to_one=False, prediction_type="v_prediction",
+        steps_offset=1, set_alpha_to_one=False, prediction_type="v_prediction", clip_sample=False,
     )  # fmt: skip
 
 
