@@ -90,7 +90,7 @@ def test_a_run_is_judged(run, judge, cache, capsys):
     assert main([str(run), "--images", "4", "--cache", str(cache), *SMALL]) == 0 and figures_of(run) == figures
     (file,) = (run / "evaluation").glob("step-*-4-images-*.json")
     assert json.loads(file.read_text())["settings"]["images"] == 4
-    assert summary.figures(Records.open(Storage(str(run))))[2] == figures
+    assert summary.figures(Records.open(Storage(str(run))))[2].items() <= figures.items()
 
 
 @pytest.mark.long
