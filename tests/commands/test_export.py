@@ -1,6 +1,7 @@
 """Exports: other programs draw the sampler's own pixels from them, and their cards tell what the records do."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -112,10 +113,11 @@ def test_the_files_say_where_they_come_from(exported, exports):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_exports_are_equal_files_and_tell_no_paths(exported, exports, tmp_path, tiny_pipeline, form):
-    first = files_of(exports[form])
+    first, mask = files_of(exports[form]), os.umask(0o022)
     for place in (["--out", str(tmp_path / "deep")], []):  # and again in its place
         assert export.main([str(exported), "--format", form, *place]) == 0
     assert files_of(tmp_path / "deep") == files_of(exports[form]) == first
+    os.umask(mask)
     assert all(path.stat().st_mode & 0o077 for path in (tmp_path / "deep").rglob("*"))  # not for their owner alone
     assert sorted(path.name for path in (exported / "export").iterdir()) == sorted(FORMS)
     for content in first.values():
