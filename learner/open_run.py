@@ -36,8 +36,11 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
     wanted = _facts(config, prompts)
     if config.run.dir:
         storage = Storage(_absolute(config.run.dir, config))
-        if storage.local and storage.local.is_file():
-            raise ConfigError(f"run.dir: {storage} is a file")
+        try:
+            if storage.local and storage.local.is_file():
+                raise ConfigError(f"run.dir: {storage} is a file")
+        except OSError as error:  # too long a name
+            raise ConfigError(f"run.dir: {storage!s:.200}: {error.strerror}") from error
         if not facts.there(storage):
             _require_free(storage, config)
         elif config.run.resume == "never":
@@ -45,7 +48,12 @@ def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
     else:
         storage = (config.run.resume == "auto" and _newest_unfinished(config, wanted)) or _new_folder(config, source)
     if facts.there(storage):
-        _settings_of(Records.open(storage), config, wanted)
+        _settings_of(records := Records.open(storage), config, wanted)
+        if not checkpoint.steps(storage) and any(line["epoch"] >= 0 for line in records.lines):
+            raise ConfigError(
+                f"run.dir: {storage} has records of epochs, and none of their checkpoints: put checkpoints/ back from "
+                "a copy, or choose another run.dir"
+            )
         done = max(checkpoint.steps(storage), default=0) // config.steps_per_epoch
         if config.train.epochs < done:
             raise ConfigError(f"train.epochs: {config.train.epochs}, but the run in {storage} has done {done} already")

@@ -117,7 +117,11 @@ def _parse(content: bytes, fault: str) -> dict[str, Any]:
         raise ConfigError(f"{fault}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{fault}: it holds {type(tree).__name__}, expected sections of keys")
-    return tree
+    sections = {str(name): section for name, section in tree.items()}  # YAML has other keys, too
+    return {
+        name: {str(key): value for key, value in section.items()} if isinstance(section, dict) else section
+        for name, section in sections.items()
+    }
 
 
 def _section(tree: dict[str, Any], name: str, *keys: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def key(default: Any, description: str, **limits: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Run(Section):
@@ -42,7 +42,7 @@ class Run(Section):
     keep_checkpoints: int = key(3, "newest checkpoints kept, beside those of evaluated epochs; 0: all", ge=0)
     thumbnail_pixels: int = key(64, "side of the pictures in trajectories/*.parquet; 0: none", ge=0)
     chunk_attempts: int = key(3, "times a chunk is tried on another actor when its actor dies or hangs", ge=1)
-    seed: int = key(0, "seed of all randomness in the run", ge=0)
+    seed: int = key(0, "seed of all randomness in the run", ge=0, lt=2**62)
     runner: Literal["ray", "inprocess"] = key("ray", "ray: actors; inprocess: the same parts in one process")
     cpu_threads: int = key(1, "torch threads of each process (results depend on it)", ge=1)
     ready_seconds: float = key(300, "deadline for all actors to be up", gt=0)
@@ -216,7 +216,7 @@ class Objective(Section):
 
 
 class Train(Section):
-    epochs: int = key(100, "epochs", ge=1)
+    epochs: int = key(100, "epochs", ge=1, le=1_000_000)
     trajectories: int = key(512, "trajectories an epoch", ge=1)
     updates_per_epoch: int = key(2, "policy optimizer steps an epoch on its own trajectories", ge=1)
     replay_updates: int = key(0, "more policy steps an epoch, each on an update's trajectories of an earlier one", ge=0)
@@ -230,7 +230,7 @@ class Evaluation(Section):
     prompts: str | None = key(None, "file or set of fixed evaluation prompts; default: prompts.path")
     images: int = key(128, "images of the fixed evaluation set", ge=0)
     every: int = key(10, "epochs between evaluations (before the first and after the last always)", ge=1)
-    seed: int = key(0, "seed of the evaluation noise, the same for every run.seed", ge=0)
+    seed: int = key(0, "seed of the evaluation noise, the same for every run.seed", ge=0, lt=2**62)
     held_out: tuple[str | dict[str, Any], ...] = key(
         (), "rewards that judge evaluation images and are never trained on: names, or {name, weights, options}"
     )

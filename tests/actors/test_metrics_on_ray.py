@@ -104,12 +104,11 @@ def test_a_run_is_measured_and_its_actors_have_names(settings, tmp_path, monkeyp
 
     def shown(values) -> tuple:
         """Ray sends the counters apart from the gauges."""
-        trained = of(values, "trajectories_total", "mine", stage="trained")
-        return trained, of(values, "policy_version", "mine"), of(values, "actors", "mine", role="learner")
+        trained, scored = (of(values, "trajectories_total", "mine", stage=stage) for stage in ("trained", "scored"))
+        return trained, scored, of(values, "policy_version", "mine"), of(values, "actors", "mine", role="learner")
 
-    values = wait_for(lambda values: shown(values) == (48, 3, 1))
     chunks = 3 * 4 + len(list((tmp_path / "mine/evaluation").glob("*.parquet")))
-    assert of(values, "trajectories_total", "mine", stage="scored") == 4 * chunks
+    values = wait_for(lambda values: shown(values) == (48, 4 * chunks, 3, 1))
     assert of(values, "receipts_total", "mine", outcome="verified") == chunks
     assert of(values, "chunk_seconds_count", "mine", role="sampler") == chunks
     assert of(values, "chunk_seconds_sum", "mine", role="sampler") > chunks * 0.1

@@ -206,6 +206,13 @@ def test_somebody_elses_folder_is_left_alone(go, name, more, tmp_path, capsys):
     assert left.read_text() == "theirs"
 
 
+def test_records_without_their_checkpoints_are_not_written_over(go, stopped, capsys):
+    before = (stopped / "metrics.jsonl").read_bytes()
+    shutil.rmtree(stopped / "checkpoints")
+    assert go(stopped) == 2 and "none of their checkpoints: put checkpoints/ back" in capsys.readouterr().err
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_run_that_was_killed_as_its_folder_was_begun_begins_there(go, count, unbroken, tmp_path):
     folder = tmp_path / "run"

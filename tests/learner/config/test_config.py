@@ -62,6 +62,26 @@ def test_overrides_stand_on_both_sides_of_the_config_and_a_run_of_the_first_vers
     assert "holds metrics.jsonl and no run of this Tributary" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["run.seed=99999999999999999999", "evaluation.seed=99999999999999999999", "train.epochs=100000000000000000000000",
+     "objective.beta=1e400", f"run.dir=/tmp/{'x' * 300}"],
+)  # fmt: skip
+def test_numbers_and_names_beyond_all_measure_are_refused_at_once(override, capsys):
+    assert main([override, "--plan"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert override.partition("=")[0] in line and len(line) < 500
+
+
+def test_files_that_are_nested_too_deeply_or_have_numbers_for_keys_are_named(tmp_path, capsys):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "numbers.yaml").write_text("1: 2\nrun: {3: 4}\n")
+    assert main([f"prompts.path={tmp_path}/deep.json", "--plan"]) == 2 and "deep.json" in capsys.readouterr().err
+    assert main(["--config", f"{tmp_path}/numbers.yaml", "--plan"]) == 2
+    said = capsys.readouterr().err
+    assert "run.3: unknown key" in said and "1: unknown section" in said
+
+
 def test_an_offset_in_a_file_is_of_the_files_reward():
     for overrides, offset in (
         ((), 0.8), (["reward.name=shapes_alignment"], 0.8), (["reward.name=mine:f"], None),
