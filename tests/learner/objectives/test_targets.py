@@ -107,6 +107,7 @@ def test_exact_with_every_setting_of_the_sampler_changed_at_once(kind):
     assert reached(kind, ALL) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ALONE, ids=lambda sampler: "-".join(map(str, sampler.values())))
 @pytest.mark.parametrize("kind", kinds())
 def test_exact_with_one_setting_of_the_sampler_changed(kind, sampler):
