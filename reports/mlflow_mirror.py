@@ -60,7 +60,7 @@ def require_own_place(server: str, place: str) -> None:
         same_host = not to.netloc or (to.hostname, to.port) == (uri.hostname, uri.port)
         own = same_host or to.scheme not in (*WEB, "mlflow-artifacts")
     if not own:
-        raise StrangePlace(f"its artifacts would go to {place}, which is not its own: name another --experiment")
+        raise StrangePlace(f"name another --experiment: its artifacts would go to {place}, which is not its own")
 
 
 class Mirror:

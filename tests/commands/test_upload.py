@@ -142,7 +142,7 @@ def test_artifacts_of_a_database_that_came_with_a_run_stay_beside_it(run, tmp_pa
     (tmp_path / "mlartifacts").symlink_to(mine)
     for more in ([], ["--experiment", "other"]):
         assert upload.main([str(run), *more]) == 1
-        assert "which is not its own: name another --experiment" in capsys.readouterr().err
+        assert "name another --experiment: its artifacts would go to" in capsys.readouterr().err
     assert not any(mine.iterdir())
 
 
