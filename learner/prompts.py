@@ -26,13 +26,8 @@ def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str =
             texts = [_text(item, column, number) for number, item in enumerate(_items(file, column), 1)]
     except prompt_sets.PromptSetError as error:
         raise ConfigError(f"{key}: {error}") from error
-    except (
-        OSError,
-        csv.Error,
-        ValueError,
-        NotImplementedError,
-        RecursionError,
-    ) as error:  # pyarrow raises all but one of these
+    # pyarrow raises ValueError, OSError and NotImplementedError; json, nested too deeply, RecursionError.
+    except (OSError, csv.Error, ValueError, NotImplementedError, RecursionError) as error:
         sets = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}{sets}") from error
     prompts = [text.strip() for text in texts if text.strip()]

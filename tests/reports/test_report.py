@@ -225,7 +225,7 @@ def test_what_is_no_run_is_said_in_one_line(copied, capsys):
         assert report.main([str(copied)]) == 2
         *warnings, message = capsys.readouterr().err.splitlines()
         assert message.startswith("learner.report: ") and str(copied) in message
-        assert all("warning: " in line for line in warnings)
+        assert all(": warning: config.yaml in " in line for line in warnings)  # there is no copy of it
 
     line = json.loads((copied / "metrics.jsonl").read_text().splitlines()[1]) | {"reward_mean": "high"}
     for name, damage in {"metrics.jsonl": json.dumps(line) + "\n", "run.json": "{]", "config.yaml": "{]"}.items():
