@@ -16,6 +16,7 @@ from typing import Any
 
 from commands import evaluate
 from commands.evaluate import Judged, number
+from commands.outcome import require_writable
 from evaluation import image_sets, metrics
 from evaluation.adapters import Target
 from learner.config import ConfigError
@@ -185,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     out, args.out = args.out or Path(FILE), None
 
     def require(targets: Sequence[Target]) -> None:
+        require_writable("--out", out, folder=True)
         require_alike(targets)
         require_own(targets, Storage(str(out)))
 

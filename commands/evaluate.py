@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster import signals
 from commands import report
-from commands.outcome import attempt, complain, warner
+from commands.outcome import attempt, complain, require_writable, warner
 from diffusion.failures import RunFailure
 from evaluation import image_sets
 from evaluation.adapters import OTHER_SEED, Target, find, split
@@ -85,11 +85,11 @@ def table(judged: Judged) -> str:
     config = judged.target.config
     settings = f"seed {config.evaluation.seed}, reward: {config.reward.name}, features: {config.evaluation.features}"
     lines = [f"{judged.target.name}: {config.evaluation.images} images, {settings}"]
-    lines.append(f"{'':32}{'tuned':>9}  {'95 % interval':<20}{'base':>9}  {'noise alone, up to':<18}")
+    lines.append(f"{'':32}{'tuned':>9}  {'95 % interval':<23}{'base':>10}  {'noise alone, up to':<18}")
     for row in summary.rows(judged.figures):
         value, low, high, base, floor, most = (number(row[key]) for key in summary.NUMBERS[:6])
         name = short(printable(row["name"]), 60)
-        lines.append(f"{name:32}{value:>9}  {f'[{low}, {high}]':<20}{base:>9}  {floor}, {most}")
+        lines.append(f"{name:32}{value:>9}  {f'[{low}, {high}]':<23}{base:>10}  {floor}, {most}")
     lines += [f"{summary.FIGURES[name][0]:32}{'-':>9}  {why}" for name, why in judged.figures["absent"].items()]
     return "\n".join(lines)
 
@@ -167,6 +167,7 @@ def run(
     targets = []
 
     def look() -> None:
+        require_writable("--out", args.out, folder=True)
         targets.extend(find(*split(args.names), args, warner(verb)))
         if not targets:
             raise ConfigError("name a run or a LoRA")

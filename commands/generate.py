@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from commands.outcome import attempt, warner
+from commands.outcome import attempt, require_writable, warner
 from diffusion.trajectory import Chunk
 from evaluation.adapters import open_adapter
 from learner.config import Config, load_config, resolve, saved_config
@@ -89,6 +89,8 @@ def write(args: argparse.Namespace) -> None:
         raise ValueError(f"--images: expected 1 or more, got {args.images}")
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out: {args.out} is no .png file")
+    require_writable("--out", args.out)
+    require_writable("--separate", args.separate, folder=True)
     if args.step is not None and args.lora is None:
         raise ValueError("--step: of which run? give --lora RUN")
     read_adapter, run, _ = open_adapter(args.lora, args.step, warn) if args.lora else (lambda: None, None, None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 from cluster import signals
@@ -23,6 +25,22 @@ def complain(verb: str, text: str) -> None:
 def warner(verb: str) -> Callable[[str], None]:
     """Says each warning once."""
     return functools.cache(lambda text: complain(verb, f"warning: {text}"))
+
+
+def require_writable(flag: str, path: Path | None, folder: bool = False) -> None:
+    """Before the work whose result goes there: raises a ValueError, which names the flag, where `path`, a file or a
+    `folder`, cannot be written."""
+    if path is None:
+        return
+    target = path.absolute()
+    there = next(place for place in (target, *target.parents) if os.path.lexists(place))
+    fault = ""
+    if there.is_dir() != (folder or there != target):
+        fault = f"{there} is a {'folder' if there.is_dir() else 'file'}"
+    elif not os.access(there, os.W_OK):
+        fault = f"{there} cannot be written"
+    if fault:
+        raise ValueError(f"{flag}: {path}: {fault}")
 
 
 def tell(text: str, stream: TextIO) -> None:

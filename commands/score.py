@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands.outcome import complain
+from commands.outcome import complain, require_writable
 from rewards import registry
 from rewards.own_code import named_failure
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.output and args.output.suffix != ".csv":
             raise ValueError(f"--output: {args.output}, expected a .csv")
+        require_writable("--output", args.output)
         registry.check_name(args.reward)
         options = dict(_option(text) for text in args.option)
         registry.check_options(options)

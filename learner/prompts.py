@@ -28,8 +28,9 @@ def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str =
         raise ConfigError(f"{key}: {error}") from error
     # pyarrow raises ValueError, OSError and NotImplementedError; json, nested too deeply, RecursionError.
     except (OSError, csv.Error, ValueError, NotImplementedError, RecursionError) as error:
-        sets = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}{sets}") from error
+        remedy = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if isinstance(error, FileNotFoundError) else ""
+        remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else remedy
+        raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}{remedy}") from error
     prompts = [text.strip() for text in texts if text.strip()]
     if not prompts:
         raise ConfigError(f"{key}: {file or 'the list'} holds no prompt")

@@ -167,12 +167,14 @@ def _import(name: str) -> Any:
     module, attribute = _place(name)
     where = "looked in the current directory and PYTHONPATH"
     with named_failure(UnknownReward, f"reward.name: cannot import {name!r} ({where})"):
-        names = dir(importlib.import_module(module))
+        names = [key for key, value in vars(importlib.import_module(module)).items() if callable(value)]
         try:
             function = pkgutil.resolve_name(f"{module}:{attribute}")
         except AttributeError as error:
             close = difflib.get_close_matches(attribute, names, 1)
-            raise AttributeError(f"{error}; did you mean {close[0]}?" if close else str(error)) from error
+            there = ", ".join(key for key in names if not key.startswith("_")) or "no function"
+            remedy = f"did you mean {close[0]}?" if close else f"it has {there}"
+            raise AttributeError(f"{error}; {remedy}") from error
     if not callable(function):
         raise UnknownReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
     return function

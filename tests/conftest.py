@@ -8,9 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
-# Tests of Ctrl-C need it, and a shell's background job, as which this may run, ignores it and so would all runs in it.
+# Tests of signals need them, and a shell's background job or `nohup`, as which this may run, ignores one, and so would
+# all runs in it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import filelock
 import pytest

@@ -112,7 +112,7 @@ def resolve(path: str) -> Path:
 def _parse(content: bytes, fault: str) -> dict[str, Any]:
     """Raises a ConfigError: `fault`, and why: no YAML, or no sections of keys."""
     try:
-        tree = yaml.safe_load(content) or {}
+        tree = yaml.load(content, _Loader) or {}  # noqa: S506 (it is a safe one)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{fault}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -121,7 +121,21 @@ def _parse(content: bytes, fault: str) -> dict[str, Any]:
     return {
         name: {str(key): value for key, value in section.items()} if isinstance(section, dict) else section
         for name, section in sections.items()
+        if section is not None or name not in section_types()  # all its keys are comments
     }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own would take the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in given:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                given.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _section(tree: dict[str, Any], name: str, *keys: str) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def test_a_table_is_written_and_mean_and_spread_said(folder, tmp_path, capsys):
         ("jpeg_compressibility --option colour pictures", "'colour', expected key=value"),
         ("jpeg_compressibility --option colour=3 pictures", "colour"),
         ("jpeg_compressibility --output scores.txt pictures", "expected a .csv"),
+        ("jpeg_compressibility --output broken.png/s.csv pictures", "--output: broken.png/s.csv: "),
+        ("jpeg_compressibility --output folder.csv pictures", "folder.csv is a folder"),
         ("hpsv2 --weights gone.pt pictures", "no such file or folder: gone.pt"),
         ("shapes_alignment pictures", ""),  # which has no prompts
         ("jpeg_compressibility broken.png", "broken.png"),
@@ -86,5 +88,6 @@ def test_a_table_is_written_and_mean_and_spread_said(folder, tmp_path, capsys):
 def test_what_is_wrong_is_said_in_one_line(arguments, message, folder, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.txt").write_text("one\ntwo\n")
+    (tmp_path / "folder.csv").mkdir()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG but not really")
     assert message in refused("score", "--reward", *arguments.split())

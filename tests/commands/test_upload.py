@@ -308,6 +308,7 @@ def test_a_server_killed_on_the_way_gets_the_rest_later(settings, tmp_path, monk
             assert_complete(uri, tmp_path / "run", "shapes")
         (version,) = mlflow.MlflowClient(uri).search_model_versions("name='shapes'")
         adapter = mlflow.diffusers.load_model(f"models:/shapes/{version.version}").adapter_path
-        assert [file.suffix for file in Path(adapter).iterdir()] == [".safetensors"]
+        both = ["kohya.safetensors", "pytorch_lora_weights.safetensors"]
+        assert sorted(file.name for file in Path(adapter).iterdir()) == both
     finally:
         os.killpg(server.pid, signal.SIGKILL)

@@ -100,7 +100,7 @@ def test_the_whole_of_it(tmp_path):
     first, second = re.split(r"run\.dir=runs/too_much", said)
     assert "no sign of collapse in 2 evaluations" in first
     assert "COLLAPSE? " in second and "SIGNS OF COLLAPSE after epoch 6" in second
-    compared = json.loads((runs / "comparison/comparison.json").read_text())
+    compared = json.loads((runs / "comparison/comparison.json").read_text())["adapters"]
     mild, harsh = (next(run for run in compared if run["name"] == name) for name in ("bigger", "too_much"))
     assert harsh["reward"]["value"] > mild["reward"]["value"]
     assert harsh["accuracy"]["value"] < mild["accuracy"]["value"] - 0.2

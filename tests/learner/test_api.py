@@ -78,6 +78,7 @@ def test_bad_input_is_named(small, arguments, match, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_an_offset_that_is_not_given_is_the_mean_before_training_and_is_kept(small_config, tmp_path):
     """The preset's is of its own reward: with another one it is not given."""
     settings, said = {"objective.reward_offset": None, "evaluation.images": 4, "train.epochs": 1}, []

@@ -15,10 +15,11 @@ def gain(folder, *overrides) -> tuple[float, float, float]:
     settings = ["run.runner=inprocess", f"train.epochs={EPOCHS}", f"evaluation.every={EPOCHS}", f"run.dir={folder}"]
     assert main([*settings, *overrides]) == 0
     before, after = (
-        np.array(json.loads((folder / "evaluation" / f"{name}.json").read_text())["reward"])
+        json.loads((folder / "evaluation" / f"{name}.json").read_text())
         for name in ("epoch-before", f"epoch-{EPOCHS - 1:06d}")
     )
-    return float((after - before).mean()), *paired_interval(before, after)
+    rewards = np.array(before["reward"]), np.array(after["reward"])
+    return float((rewards[1] - rewards[0]).mean()), *paired_interval(*rewards, before["prompt"])
 
 
 @pytest.mark.slow

@@ -158,6 +158,7 @@ def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(config
     assert len(set(batch.trajectory_id.tolist())) > 2 and len(set(batch.t.tolist())) > 1
 
 
+@pytest.mark.long
 def test_replayed_updates_are_past_ones_and_counted(small_config):
     config = small_config("train.replay_updates=2", "train.replay_epochs=1", "flow.replay_epochs=1")
     learner = build.build_learner(config)

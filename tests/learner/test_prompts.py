@@ -47,7 +47,7 @@ def test_every_kind_gives_the_same_prompts_and_a_missing_column_names_those_ther
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.txt", b"\xff\xfe bad", "'utf-8' codec can't decode"),
+        ("p.txt", b"\xff\xfe bad", "'utf-8' codec can't decode.*; save it as UTF-8"),
         ("p.txt", b"# nothing\n\n", "holds no prompt"),
         ("p.json", b"[]", "holds no prompt"),
         ("p.json", b'["a",', "Expecting value: line 1"),

@@ -41,6 +41,7 @@ def weights(learner) -> np.ndarray:
     return np.array(learner.publish(learner.published.version + 1).flat)
 
 
+@pytest.mark.long
 def test_a_lagging_epoch_is_held_as_if_the_present_policy_had_sampled_it(lagging):
     learner, epoch = lagging()
     learner.train_epoch(1, 5.0, [epoch[:1], epoch[1:]])
@@ -89,6 +90,7 @@ def test_the_first_update_of_a_lagging_epoch_costs_no_pass_more(lagging, monkeyp
     assert not anchored and np.array_equal(weights(learner), weights(free))
 
 
+@pytest.mark.long
 def test_replayed_updates_are_held_so_too_and_nothing_of_it_is_kept(small_config):
     config = small_config("train.replay_updates=1", f"objective.regulariser={HELD}")
     learner = build.build_learner(config)

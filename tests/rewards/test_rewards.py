@@ -169,7 +169,12 @@ def test_a_users_own_reward(own):
     assert scaled.differentiable and scaled(images, ["", ""]).tolist() == [2, 2]
     with pytest.raises(ValueError, match="shape"):
         registry.load("my_reward:wrong")(images, ["", ""])
-    for name, said in (("number", "expected a function"), ("brightnes", r"did you mean brightness\?")):
+    said_of = {
+        "number": "expected a function",
+        "brightnes": r"did you mean brightness\?",
+        "nosuch": "it has .*brightness",
+    }
+    for name, said in said_of.items():
         with pytest.raises(registry.UnknownReward, match=said):
             registry.check(f"my_reward:{name}", None, {}, [])
     for written in ("my_reward.py:brightness", "./my_reward.py:brightness"):

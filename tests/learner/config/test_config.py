@@ -2,7 +2,7 @@
 
 import pytest
 
-from learner.config import DEFAULT_CONFIG, ConfigError, load_config
+from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config
 from learner.objectives.needs import NEEDS
 from learner.run import main
 
@@ -71,6 +71,15 @@ def test_numbers_and_names_beyond_all_measure_are_refused_at_once(override, caps
     assert main([override, "--plan"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert override.partition("=")[0] in line and len(line) < 500
+
+
+def test_a_key_given_twice_is_named_and_a_section_without_keys_has_the_defaults(tmp_path):
+    (file := tmp_path / "some.yaml").write_text("train: {epochs: 3}\nreward:\n# name: aesthetic\n")
+    assert (load_config(file).train.epochs, load_config(file).reward) == (3, Config().reward)
+    for text in ("train: {epochs: 3, epochs: 4}\n", "train: {epochs: 3}\nrun: {seed: 1}\ntrain: {epochs: 4}\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"(epochs|train) is given twice.*line [13]"):
+            load_config(file)
 
 
 def test_files_that_are_nested_too_deeply_or_have_numbers_for_keys_are_named(tmp_path, capsys):

@@ -102,6 +102,7 @@ ALONE = [{"grid": "dpm_solver", "steps": 8}, *({key: ALL[key]} for key in ("guid
 ALONE += [{"transitions": which, "transition_fraction": 0.5} for which in ("random", "low_variance")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", kinds("dag_db", "residual_nabla_db"))
 def test_exact_with_every_setting_of_the_sampler_changed_at_once(kind):
     assert reached(kind, ALL) < 0.03
