@@ -33,7 +33,7 @@ def require_writable(flag: str, path: Path | None, folder: bool = False) -> None
     if path is None:
         return
     target = path.absolute()
-    there = next(place for place in (target, *target.parents) if os.path.lexists(place))
+    there = next(place for place in (target, *target.parents) if os.path.exists(place))
     fault = ""
     if there.is_dir() != (folder or there != target):
         fault = f"{there} is a {'folder' if there.is_dir() else 'file'}"

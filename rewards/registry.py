@@ -199,7 +199,8 @@ class UserReward:
             raise TypeError(f"it returned a {kind}, expected a tensor of {len(images)} scores: {error}") from error
         if scores.shape != (len(images),):
             raise ValueError(
-                f"it returned shape {list(scores.shape)}, expected {[len(images)]}, a score for each image"
+                f"it returned shape {list(scores.shape)}, expected {[len(images)]}, a score for each image: reduce "
+                "over what belongs to one image, as in .mean((1, 2, 3))"
             )
         return scores
 

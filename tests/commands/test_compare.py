@@ -66,7 +66,7 @@ def test_a_table_and_two_pictures(runs, tmp_path, monkeypatch, capsys):
     assert tree["comparisons"] == len(tree["differences"]) == 2 and "2 comparisons on the same prompts" in text
     assert "8 images of 8 prompts, noise seed 5" in text and "no distance: no prompt has two good pictures" in text
     assert main([str(runs / "early"), *SMALL, "--out", str(out / "comparison.md")]) == 2
-    assert "--out: " in capsys.readouterr().err
+    assert f"--out: {out}/comparison.md: {out}/comparison.md is a file" in capsys.readouterr().err
     # The same again is no loss, another in its place would be one.
     assert main([str(runs / "early"), str(runs / "late"), *SMALL, *places]) == 0
     before = (out / "comparison.md").read_bytes()

@@ -151,7 +151,7 @@ def test_what_cannot_be_drawn_is_refused(finished_run, without_text, tmp_path, r
         (("--lora", finished_run, "--step", "7", *prompt, *grid), "there are 0, 1, 2"),
         (("--lora", damaged, "--step", "7", *prompt, *grid), "--step"),
         (("--lora", finished_run, *prompt, "--out", tmp_path / "grid.jpg"), "is no .png file"),
-        (("--lora", finished_run, *prompt, "--out", damaged / "grid.png"), "--out: "),
+        (("--lora", finished_run, *prompt, "--out", damaged / "grid.png"), f"grid.png: {damaged} is a file"),
         (("--lora", finished_run, *prompt, *grid, "--separate", damaged), "cut.safetensors is a file"),
         ((*prompt, *grid, "--step", "1"), "--step: of which run?"),
         (("--lora", finished_run, *grid), "--prompt: what shall be drawn"),

@@ -78,8 +78,8 @@ def test_a_table_is_written_and_mean_and_spread_said(folder, tmp_path, capsys):
         ("jpeg_compressibility --option colour pictures", "'colour', expected key=value"),
         ("jpeg_compressibility --option colour=3 pictures", "colour"),
         ("jpeg_compressibility --output scores.txt pictures", "expected a .csv"),
-        ("jpeg_compressibility --output broken.png/s.csv pictures", "--output: broken.png/s.csv: "),
-        ("jpeg_compressibility --output folder.csv pictures", "folder.csv is a folder"),
+        ("jpeg_compressibility --output broken.png/s.csv pictures", "broken.png is a file"),
+        ("jpeg_compressibility --output folder.csv pictures", "--output: folder.csv: "),
         ("hpsv2 --weights gone.pt pictures", "no such file or folder: gone.pt"),
         ("shapes_alignment pictures", ""),  # which has no prompts
         ("jpeg_compressibility broken.png", "broken.png"),
