@@ -178,8 +178,8 @@ def run(
             records.note(failure=type(error).__name__)
             records.storage.write(TRACEBACK, "".join(traceback.format_exception(raised)).encode(errors="replace"))
         if isinstance(error, RunFailure | ConfigError):
-            way_on = f"the same command goes on from what is done in {records.storage} once that is mended"
-            way_on += f"; {TRACEBACK} there says more"
+            way_on = f"the same command goes on, once that is mended, from what is done in {records.storage}"
+            way_on += f", where {TRACEBACK} says more"
             complain(f"{reason}; {way_on}")
         if error is raised:
             raise

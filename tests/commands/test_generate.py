@@ -86,6 +86,7 @@ def test_the_sheet_shows_both_rows_where_they_belong():
     assert (sheet[: corners[0][0][0]] < 128).any() and (sheet[corners[1][0][0] + 206 :] < 160).any()
 
 
+@pytest.mark.long
 def test_wherever_the_lora_lies_it_is_the_same(finished_run, tmp_path, tiny_pipeline):
     elsewhere = shutil.copytree(finished_run / "checkpoints/step-000002/lora", tmp_path / "elsewhere")
     given = ("--base", tiny_pipeline, "--steps", "4", "--guidance", "3", "--eta", "1", "--seed", "5")

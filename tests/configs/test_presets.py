@@ -59,7 +59,6 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("sd15_*.yaml"))
 CASES = [
     (name, kind) for name in PRESETS for kind in ("residual_nabla_db",) * ("nabla" in name) or ("dag_db", "dag_kl")
 ]
-SHORTEST = ("sd15_incompressibility", "dag_db")  # in `make test`
 
 
 @pytest.mark.parametrize("name", [PRESETS[0], *(pytest.param(name, marks=pytest.mark.long) for name in PRESETS[1:])])
@@ -70,10 +69,8 @@ def test_the_plan_of_every_preset(name, settings_of_preset, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [case if case == SHORTEST else pytest.param(*case, marks=pytest.mark.long) for case in CASES],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_small_epoch_in_bfloat16(name, kind, settings_of_preset, sd15, tmp_path):
     assert load_config(CONFIGS / f"{name}.yaml").model.dtype == "bfloat16"
     assert main([*settings_of_preset(name), f"objective.kind={kind}"]) == 0

@@ -31,6 +31,7 @@ def small(small_config):
     return small_config(*settings).model_dump(mode="json")
 
 
+@pytest.mark.long
 def test_objects_train_as_their_names_do_and_the_same_call_goes_on(small, tmp_path):
     said = []
 

@@ -25,6 +25,7 @@ def lines(tmp_path) -> dict[int, dict]:
     return {line["epoch"]: line for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())}
 
 
+@pytest.mark.long
 def test_it_is_said_and_recorded_and_the_run_goes_on(small_settings, signs, tmp_path, capsys):
     settings = [
         *small_settings, "run.runner=inprocess", "evaluation.every=1", "evaluation.held_out=[jpeg_incompressibility]",

@@ -52,7 +52,8 @@ def test_by_default_a_bad_trajectory_ends_the_run_with_the_way_out(settings, tmp
     assert all(word in said for word in words) and not (tmp_path / "run/quarantine").exists()
 
 
-@pytest.mark.parametrize("kind", ["dag_db", pytest.param("nabla_db", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["dag_db", "nabla_db"])
 def test_set_aside_it_is_counted_kept_and_not_trained_on(kind, settings, settings_of, tmp_path, monkeypatch):
     poison(monkeypatch)
     assert main([*settings, *settings_of(kind)]) == 0
