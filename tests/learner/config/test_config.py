@@ -86,6 +86,8 @@ def test_files_that_are_nested_too_deeply_or_have_numbers_for_keys_are_named(tmp
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "numbers.yaml").write_text("1: 2\nrun: {3: 4}\n")
     assert main([f"prompts.path={tmp_path}/deep.json", "--plan"]) == 2 and "deep.json" in capsys.readouterr().err
+    (tmp_path / "deep.yaml").write_text("run: " + "[" * 10_000)
+    assert main(["--config", f"{tmp_path}/deep.yaml", "--plan"]) == 2 and "deep.yaml: " in capsys.readouterr().err
     assert main(["--config", f"{tmp_path}/numbers.yaml", "--plan"]) == 2
     said = capsys.readouterr().err
     assert "run.3: unknown key" in said and "1: unknown section" in said
