@@ -97,8 +97,10 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     """An epoch of this config, exact but for thumbnails and rewards."""
     settings, n, count = config.rollout_settings(), config.sampler.steps, config.train.trajectories
     ids = list(range(config.sampler.chunk_size))
-    end = n - settings.skip_last
-    selected = noise.select_transitions(settings.selection, settings.fraction, end, config.run.seed, 0, ids)
+    steps = (settings.end or n) - settings.first
+    selected = settings.first + noise.select_transitions(
+        settings.selection, settings.fraction, steps, config.run.seed, 0, ids
+    )
     chosen = np.zeros((len(ids), n + 1), bool)
     np.put_along_axis(chosen, selected, True, axis=1)
     needed = states_with_reward(settings, chosen)
@@ -119,7 +121,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     extra += lagging if config.objective.regulariser else 0
     outputs = trained * cost.latent * (1 + config.needs.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if config.needs.reward_gradients else 1
-    ends = count * (1 + (settings.skip_last and not settings.image_only))
+    ends = count * (1 + (settings.terminal is not None and not settings.image_only))
     inner = cost.decode if config.objective.forward_looking_decoder == "full" else (cost.tiny or 0.0)
     number = 2 if config.sampler.state_precision == "float16" else FLOAT
     clean = scored * cost.latent * (number + FLOAT * (there_and_back - 1))

@@ -69,7 +69,7 @@ class DDIMKernel:
             raise ValueError(f"a transition has no variance: sampler.eta ({eta}) and all its betas must be above 0")
         squares = {
             "abar": abar, "noise": 1 - abar, "abar_next": after, "sigma": sigma2, "shrink": abar / after,
-            "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after,
+            "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after, "noise_next": 1 - after,
         }  # fmt: skip
         roots = {f"root_{name}": table.sqrt() for name, table in squares.items()}
         # [T] float64 by device: a copy to a GPU makes the host wait, so each is made once.
@@ -144,6 +144,17 @@ class DDIMKernel:
         x = _wide(x)
         signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
         return signal + self._at("root_direction", t, x) * self.epsilon(model_output, t, x)
+
+    def without_noise(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """The next state by DDIM with eta 0, whatever this kernel's eta."""
+        x = _wide(x)
+        signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
+        return signal + self._at("root_noise_next", t, x) * self.epsilon(model_output, t, x)
+
+    def divergence(self, model_output: Tensor, reference: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """KL(p_F(.|x) || p_ref(.|x)) [B] in nats, of two guided outputs: |mu - mu_ref|^2 / (2 sigma_t^2)."""
+        apart = self.mean(model_output, t, x) - self.mean(reference, t, x)
+        return (apart.square() / (2 * self._at("sigma", t, apart))).flatten(1).sum(1)
 
     def abar(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Cumulative alpha abar_t [B]."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from diffusion import gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.settings import RolloutSettings
-from diffusion.trajectory import Chunk, CleanPredictions, Trajectories
+from diffusion.trajectory import Chunk, CleanPredictions, Nats, Trajectories
 
 
 class Sampler:
@@ -18,12 +18,14 @@ class Sampler:
         self.model, self.settings = model, settings
         self.kernel = model.kernel(settings.num_steps, settings.eta, settings.grid)
         self._loaded: tuple[int, str] | None = None
+        self._adapted = True  # else it is the reference itself
 
     def sample(self, chunk: Chunk, snapshot: lora.Snapshot) -> tuple[Trajectories, CleanPredictions]:
         """Roll out the chunk; OutOfMemory if the GPU is too small. The trajectories carry the hash of the adapter as it
         stands in the module, not of what was sent."""
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
+            self._adapted = bool(snapshot.flat.any())
             self._loaded = (snapshot.version, snapshot.sha256)
         with gpu_memory.smaller("sampler.chunk_size", len(chunk.prompts)):
             return self._rollout(chunk, snapshot.version)
@@ -42,8 +44,8 @@ class Sampler:
         batch, n = len(chunk.prompts), kernel.num_steps
         selected, model_output = np.zeros((batch, 0), np.int64), np.zeros((batch, 0, *model.latent_shape), np.float32)
         if training:
-            steps, key = n - settings.skip_last, (chunk.seed, chunk.epoch, chunk.trajectory_ids)
-            selected = noise.select_transitions(settings.selection, settings.fraction, steps, *key)
+            steps, key = (settings.end or n) - settings.first, (chunk.seed, chunk.epoch, chunk.trajectory_ids)
+            selected = settings.first + noise.select_transitions(settings.selection, settings.fraction, steps, *key)
         chosen = np.zeros((batch, n + 1), bool)
         np.put_along_axis(chosen, selected, True, axis=1)
         needed = states_with_reward(settings, chosen)
@@ -58,6 +60,9 @@ class Sampler:
         x = draw(noise.INITIAL_STATE).to(store).float()
         grid = gpu_memory.to_device(kernel.timesteps.numpy(), model.device)
         states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
+        log_ref, kl = [], []
+        noisy = n if settings.noise_steps is None else settings.noise_steps
+        compare, adapted = settings.reference or not training, self._adapted
         for i in range(n):
             t = grid[i].expand(batch)
             guided, conditional = model.predict(x, t, embeddings, settings.guidance)
@@ -68,9 +73,18 @@ class Sampler:
                     inputs = x[at], t[at], embeddings[at], settings.guidance if guided_clean else 1.0
                     output = output.index_copy(0, at, model.predict_reference(*inputs))
                 cleans.append(kernel.clean(output, t, x).to(store))
-            x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
-            log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
-            log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
+            if i < noisy:
+                x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
+                log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
+                log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
+                if compare:
+                    reference = model.predict_reference(x, t, embeddings, settings.guidance) if adapted else guided
+                    log_ref.append(kernel.log_pf(reference, t, x, x_next, "sum"))
+                    kl.append(kernel.divergence(guided, reference, t, x))
+            else:
+                x_next = kernel.without_noise(guided, t, x).to(store).float()
+                for each in (log_pf, log_pb, *((log_ref, kl) if compare else ())):
+                    each.append(torch.zeros_like(log_pf[0]))
             if training:
                 outputs.append(guided.to(store))
             states.append(x_next)
@@ -88,16 +102,21 @@ class Sampler:
             log_pb=torch.stack(log_pb, 1).cpu().numpy(),
             selected=selected,
             model_output=np.ascontiguousarray(model_output),
+            log_ref=torch.stack(log_ref, 1).cpu().numpy() if compare else None,
         )
+        nats = None
+        if trajectories.log_ref is not None:
+            nats = Nats(trajectories.log_pf - trajectories.log_ref, torch.stack(kl, 1).cpu().numpy())
         row, step = np.nonzero(needed)
         latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
-        terminal = n - 1 if training and settings.skip_last else n
-        return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal)
+        terminal = n if settings.terminal is None or not training else settings.terminal
+        return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal, nats)
 
 
 def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:
     """Which states [B, N+1] need a reward, for transitions `chosen` [B, N+1] (by the step they start from): both
-    ends of each, unless psi is 0 there; the terminal state of training and the image itself always do."""
+    ends of each, unless psi is 0 there or the image's reward stands for the last end; the terminal state of training
+    and the image itself always do."""
     needed = np.zeros_like(chosen)
     needed[:, -1] = True
     if settings.image_only:
@@ -106,6 +125,6 @@ def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndar
         needed |= chosen
         needed[:, 1:] |= chosen[:, :-1]
         needed[:, : settings.from_step] = False
-    if settings.skip_last:
-        needed[:, -2] = chosen.any(axis=1)
+    if settings.end is not None:
+        needed[:, settings.end] = chosen.any(axis=1) & (settings.terminal == settings.end)
     return needed

@@ -23,7 +23,11 @@ class RolloutSettings:
     clean_prediction: CleanPrediction = "conditional"  # as the published code; guided foretells the image better
     selection: Selection = "all"
     fraction: float = 1.0
-    skip_last: bool = False  # the last transition is not trained on; the state before it has its prediction's reward
+    first: int = 0  # the trained transitions begin there
+    end: int | None = None  # and end in this state; None: in the image
+    terminal: int | None = None  # the state whose reward is the trajectory's: the image, or `end` by its prediction
+    noise_steps: int | None = None  # transitions that add noise; later ones are DDIM's without; None: all
     from_step: int = 0  # psi is 0 at steps before, and nothing is decoded there
     image_only: bool = False  # nothing but x_0 is scored
+    reference: bool = False  # training chunks too have the frozen reference's densities
     state_precision: StatePrecision = "float32"  # states are rounded as they are made: log p_F is of what is stored

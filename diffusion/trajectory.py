@@ -54,6 +54,9 @@ class Trajectories:
     log_pb: np.ndarray  # [B, N] nats, summed over dimensions, of the states as stored
     selected: np.ndarray  # [B, K] int64 steps to train on, ascending
     model_output: np.ndarray  # [B, K, C, H, W] the rollout's guided output at the selected steps
+    # [B, N] nats, summed over dimensions: log p_F of the frozen reference; None where it was not asked for. Transitions
+    # without noise have no density: there all three are 0.
+    log_ref: np.ndarray | None = None
 
     def receipt(self, node: str, seconds: float) -> "Receipt":
         log_pf, log_pb = (tuple(each.sum(1, dtype=np.float64).tolist()) for each in (self.log_pf, self.log_pb))
@@ -81,7 +84,16 @@ class CleanPredictions:
     latents: np.ndarray  # [M, C, H, W] of the states' type: clean predictions, and x_0 itself where step is N
     row: np.ndarray  # [M] int64 its trajectory in the chunk, 0..B-1
     step: np.ndarray  # [M] int64 its state's index, 0..N
-    terminal: int  # the state whose reward is the trajectory's in training: N, or N-1
+    terminal: int  # the state whose reward is the trajectory's in training: N, or an earlier one
+    nats: "Nats | None" = None
+
+
+@dataclass(frozen=True)
+class Nats:
+    """How far a chunk's policy is from the frozen reference, along its trajectories; 0 where no noise is added."""
+
+    log_ratio: np.ndarray  # [B, N] float32, log p_F - log p_ref of the transition that was drawn, over all dimensions
+    kl: np.ndarray  # [B, N] float32, KL(p_F || p_ref) at the state: the mean of the former over what could be drawn
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class Scores:
     # Of evaluation chunks, NaN in bad rows: label -> [B] by each reward that is not trained on; [B, F] float32
     held_out: dict[str, np.ndarray] = field(default_factory=dict)
     features: np.ndarray | None = None
+    nats: Nats | None = None  # the sampler's
 
     @property
     def good_ids(self) -> tuple[int, ...]:

@@ -40,17 +40,17 @@ class Experience:
             trajectories = replace(trajectories, model_output=trajectories.model_output[:, :, :0])
         return Experience(own(trajectories), own(self.scores), self.prepared)
 
-    def order(self, group: int) -> np.ndarray:
-        """Positions of the transitions in selected.ravel(), in the order they are trained on. Groups mix trajectories
-        and timesteps by the chunk's own draw: they are the same whatever the ranks or micro-batches."""
-        if group == 1:
+    def order(self, mixed: bool) -> np.ndarray:
+        """Positions of the transitions in selected.ravel(), in the order they are trained on. Where they are `mixed`,
+        trajectories and timesteps, it is by the chunk's own draw: the same whatever the ranks or micro-batches."""
+        if not mixed:
             return np.arange(len(self))
         chunk = self.trajectories.chunk
         return noise.generator(chunk.seed, noise.GROUPS, chunk.epoch, chunk.index).permutation(len(self))
 
-    def windows(self, size: int, group: int) -> list[list[np.ndarray]]:
+    def windows(self, size: int, group: int, mixed: bool = False) -> list[list[np.ndarray]]:
         """Positions of the micro-batches, of at most `size` transitions, in lists that hold whole groups."""
-        order = self.order(group)
+        order = self.order(mixed)
         width = max(size // group * group, group)
         windows = [order[start : start + width] for start in range(0, len(order), width)]
         return [[window[start : start + size] for start in range(0, len(window), size)] for window in windows]
@@ -60,7 +60,9 @@ class Experience:
         trajectories, objective = self.trajectories, config.objective
         row, column = np.unravel_index(flat, trajectories.selected.shape)
         step = trajectories.selected[row, column]
-        end = len(trajectories.timesteps) - (objective.last_transition == "skip")
+        settings = config.rollout_settings()
+        end = settings.end or len(trajectories.timesteps)
+        terminal = len(trajectories.timesteps) if settings.terminal is None else settings.terminal
 
         def tensor(array: np.ndarray) -> Tensor:
             moved = gpu_memory.to_device(array, model.device)
@@ -87,9 +89,10 @@ class Experience:
             embeddings=model.embed([trajectories.chunk.prompts[r] for r in row]),
             reward=tensor(rewards[row, step]),
             reward_next=tensor(rewards[row, step + 1]),
-            reward_terminal=tensor(rewards[row, end]),
+            reward_terminal=tensor(rewards[row, terminal]),
             terminal=tensor(step + 1 >= end),
             log_pf_old=tensor(trajectories.log_pf[row, step]),
+            log_ref=None if trajectories.log_ref is None else tensor(trajectories.log_ref[row, step]),
             output_old=tensor(trajectories.model_output[row, column]),
             clean_gradient=gradient(step),
             clean_gradient_next=gradient(step + 1),
@@ -115,5 +118,6 @@ def made_up(size: int, model: BaseModel, times: Sequence[int], gradients: bool) 
         x=x, x_next=x.clone(), t=index + times[0], t_next=index + times[1], trajectory_id=index,
         embeddings=model.embed([""] * size), reward=number, reward_next=number, reward_terminal=number,
         terminal=index > 0, log_pf_old=number, output_old=x.clone(), clean_gradient=gradient,
-        clean_gradient_next=gradient, prepared={"advantage": number},
+        clean_gradient_next=gradient, log_ref=number,
+        prepared=dict.fromkeys(("advantage", "slope", "flow_slope", "loss_share"), number),
     )  # fmt: skip

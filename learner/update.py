@@ -80,7 +80,7 @@ class Learner:
         """One forward and backward pass of `size` made-up transitions; networks and objective stay as they are."""
         batch = made_up(size, self.model, self.kernel.timesteps.tolist(), self.objective.needs.reward_gradients)
         before = deepcopy(self.objective.memory)
-        self.objective.begin_epoch((0, 1), ("", ""), (0.0, 1.0))
+        self.objective.begin_epoch((0, 1), ("", ""), (0.0, 1.0), np.zeros((2, self.objective.group), np.float32), 1.0)
         batch.prepared |= self.objective.prepare(self.policy, batch)
         self.loss(batch, 1.0)[0].backward()
         self.objective.memory = before
@@ -128,7 +128,7 @@ class Learner:
     def _all_updates(self, epoch: int, beta: float, fresh: list[list[Experience]]) -> list[dict[str, float]]:
         """Metrics of each update of the epoch, those of earlier epochs last."""
         train = self.config.train
-        self._prepare([experience for update in fresh for experience in update])
+        self._prepare([experience for update in fresh for experience in update], beta)
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
         updates = list(fresh)
         for index in range(len(fresh), len(fresh) + (train.replay_updates if earlier else 0)):
@@ -144,22 +144,26 @@ class Learner:
             row["replay_age"] = float(self.published.version - update[0].trajectories.policy_version)
         return rows
 
-    def _prepare(self, experiences: Sequence[Experience]) -> None:
+    def _prepare(self, experiences: Sequence[Experience], beta: float) -> None:
         """Let the objective compute what it needs once an epoch."""
-        mine: list[tuple[int, str, float]] = []  # id, prompt and raw reward of each image
+        mine: list[tuple[int, str, float, list[float]]] = []  # id, prompt, raw reward and nats of each image
         for experience in experiences:
             chunk, rewards = experience.trajectories.chunk, experience.scores.rewards[:, -1].tolist()
-            mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, strict=True)
-        rows = sorted(row for part in process_group.gather(mine) for row in part)
-        self.objective.begin_epoch(*zip(*rows, strict=True))
+            nats = self.objective.nats(experience.trajectories).tolist()
+            mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, nats, strict=True)
+        ids, prompts, raw, nats = zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True)
+        self.objective.begin_epoch(ids, prompts, raw, np.asarray(nats, np.float32), beta)
         for experience in experiences:
             computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
             experience.prepared |= computed
             experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
 
+    def _windows(self, experience: Experience) -> list[list[np.ndarray]]:
+        return experience.windows(self.micro_batch, self.objective.group, self.objective.needs.compares_groups)
+
     def _by_transition(self, experience: Experience, compute: Compute) -> dict[str, np.ndarray]:
         """What `compute` returns of each micro-batch, as arrays [B, K, ...] by selected transition."""
-        positions = [part for window in experience.windows(self.micro_batch, self.objective.group) for part in window]
+        positions = [part for window in self._windows(experience) for part in window]
         values: list[dict[str, Tensor]] = []
         for part in positions:
             values.append(compute(experience.gather(part, self.model, self.config)))
@@ -210,7 +214,7 @@ class Learner:
 
     def _micro_batches(self, experience: Experience, beta: float) -> Iterator[Transitions]:
         """The chunk's transitions, window by window: what an objective compares is in one window."""
-        for window in experience.windows(self.micro_batch, self.objective.group):
+        for window in self._windows(experience):
             batches = [experience.gather(part, self.model, self.config) for part in window]
             self.objective.prepare_window(self.policy, batches, self.flow, beta)
             yield from batches

@@ -69,9 +69,24 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
     if needs.reward_gradients and config.train.shuffle_rewards:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
+    if isinstance(given.window, tuple):
+        if not 0 <= given.window[0] <= given.window[1] < config.sampler.steps:
+            yield f"objective.window: {list(given.window)} is not within 0 to {config.sampler.steps - 1}"
+            return
+        if given.last_transition == "skip":
+            yield "objective.window, objective.last_transition: give one of them"
+    if needs.whole_trajectories and config.sampler.transitions != "all":
+        yield f"sampler.transitions: {given.kind} sums over trajectories; set it to all (a part: objective.window)"
+    if given.kind in ("rtb", "tb") and given.log_z == "group" and config.prompts.per_prompt < 2:
+        yield (
+            f"prompts.per_prompt: {given.kind} compares a prompt's trajectories; make it at least 2, or set "
+            "objective.log_z=learned"
+        )
+    if config.sampler.noise == "window" and given.window == "all":
+        yield "sampler.noise: window, but objective.window is all; name the window, or set noise to all"
     if needs.compares_groups:
-        sampler, end = config.sampler, config.sampler.steps - (given.last_transition == "skip")
-        each = select_transitions(sampler.transitions, sampler.transition_fraction, end, 0, 0, [0]).shape[1]
+        sampler, (first, end) = config.sampler, given.span(config.sampler.steps)
+        each = select_transitions(sampler.transitions, sampler.transition_fraction, end - first, 0, 0, [0]).shape[1]
         if chunk * each % given.group_size:
             yield (
                 f"objective.group_size: {given.group_size} does not divide the {chunk * each} transitions of a chunk "

@@ -79,7 +79,17 @@ class Config(Section):
         held_out = self.evaluation.held_out
         return named | ({"evaluation.held_out": [*held_out]} if any(map(_is_own, held_out)) else {})
 
+    @property
+    def noise_steps(self) -> int:
+        """Transitions that add noise; the later ones are DDIM's without."""
+        steps = self.sampler.steps
+        return self.objective.span(steps)[1] if self.sampler.noise == "window" else steps
+
     def rollout_settings(self) -> RolloutSettings:
+        steps = self.sampler.steps
+        first, end = self.objective.span(steps)
+        # The gradient of the image's reward is not one to the window's end: there the clean prediction's counts.
+        by_prediction = self.objective.window == "all" or self.needs.reward_gradients
         return RolloutSettings(
             num_steps=self.sampler.steps,
             guidance=self.sampler.guidance,
@@ -90,8 +100,12 @@ class Config(Section):
             from_step=self.objective.forward_looking_from,
             selection=self.sampler.transitions,
             fraction=self.sampler.transition_fraction,
-            skip_last=self.objective.last_transition == "skip",
+            first=first,
+            end=end if end < steps else None,
+            terminal=end if end < steps and by_prediction else None,
+            noise_steps=self.noise_steps,
             image_only=not self.needs.inner_rewards,
+            reference=self.needs.reference,
             state_precision=self.sampler.state_precision,
         )
 

@@ -78,6 +78,11 @@ class SamplerConfig(Section):
     chunk_size: int = key(16, "trajectories rolled out together", ge=1)
     steps: int = key(50, "DDIM steps N", ge=2, le=1000)
     guidance: float = key(5.0, "classifier-free guidance scale w, in rollout and training; 1: off", ge=1)
+    noise: Literal["all", "window"] = key(
+        "all",
+        "where noise is added: in all transitions, or up to the end of objective.window and by deterministic DDIM "
+        "after it, in rollouts and in evaluations",
+    )
     eta: float = key(1.0, "noise scale of DDIM; 1 is the papers', and the only one of objectives with p_B", gt=0, le=1)
     grid: Grid = key(
         "ddim",
@@ -158,13 +163,14 @@ class Objective(Section):
     )
     beta: float = key(100.0, "reward exponent (per dimension when log_prob_reduction is mean)", ge=0)
     anneal_fraction: float = key(0.5, "beta rises linearly over this share of the epochs", ge=0, le=1)
-    log_prob_reduction: Reduction = key("mean", "dag_db, dag_kl, ddpo: over dimensions, mean or sum")
+    log_prob_reduction: Reduction = key("mean", "of all but nabla-DB: over dimensions, mean or sum")
     forward_looking: ForwardLooking = key("base", "weights of psi's clean predictions: base, snapshot, none")
     forward_looking_decay: Decay = key("none", "weight of psi by timestep: none (the paper), sqrt_abar or abar")
     reward_offset: float | None = key(
         None,
-        "dag_db, dag_kl: subtracted from rewards: shifts log Z alone; near their mean f has less to do; default: the "
-        "mean of the evaluation before training (0 where there is none, and in the faithful setting)",
+        "of objectives with a flow network f: subtracted from rewards: shifts log Z alone; near their mean f has less "
+        "to do; default: the mean of the evaluation before training (0 where there is none, and in the faithful "
+        "setting)",
     )
     forward_looking_from: int = key(0, "psi is 0 before this step, and nothing is decoded there", ge=0)
     forward_looking_decoder: Literal["full", "tiny"] = key(
@@ -174,12 +180,19 @@ class Objective(Section):
         "conditional", "model output behind psi: conditional (DAG's code), or guided (nabla's; foretells better)"
     )
     detach_next_flow: bool = key(True, "no gradient into f(x_t'), h(x_t'); false is the published code")
-    penalty: Penalty = key("squared", "dag_db, dag_kl: of the residual, squared or huber")
+    penalty: Penalty = key("squared", "of residuals, squared or huber")
     huber_width: float = key(1.0, "residual in nats where huber turns linear", gt=0)
     transition_weight: Weighting = key("uniform", "uniform, or variance: weight sigma_t^2 over its mean")
     last_transition: Literal["train", "skip"] = key(
         "train", "skip: not trained on, the state before it counts as terminal (its 1/sigma^2 drowns the rest)"
     )
+    window: Literal["all", "auto"] | tuple[int, int] = key(
+        "all",
+        "which transitions are trained, from 0: all; [first, last]; or auto: those that settle window_share of the "
+        "reward's variance, measured before training. At its end the image's reward counts, nabla-DB: the clean "
+        "prediction's",
+    )
+    window_share: float = key(0.95, "of the reward's variance, for window=auto", gt=0, lt=1)
     regulariser: float = key(1.0, "weight of the squared change of the model output within an epoch's updates", ge=0)
     clip_range: float = key(
         1e-4,
@@ -195,6 +208,18 @@ class Objective(Section):
     advantage: Literal["epoch", "prompt"] = key(
         "epoch", "ddpo: rewards are compared with the epoch's, or the prompt's last 16 once it has 16"
     )
+    log_z: Literal["group", "learned"] = key(
+        "group", "rtb, tb: log Z of a prompt, from its other trajectories of the epoch, or a learned number"
+    )
+    log_z_rate: float = key(0.1, "rtb, tb: share of the way that a learned log Z moves in an epoch", gt=0, le=1)
+    segments: Literal["end", "all"] = key("end", "rsub, sub_tb: those that end with the image, or all")
+    segment_decay: float = key(0.9, "rsub, sub_tb with segments=all: lambda, weight by a segment's length", gt=0, le=1)
+    reference_kl: float = key(0.0, "grpo: weight of a transition's exact KL to the frozen model, in nats", ge=0)
+    later_kl: float = key(
+        0.0,
+        "weight of the same KL at the transitions behind the window, where they have noise; 0: nothing holds them",
+        ge=0,
+    )
     pretrained_strength: float = key(1.0, "residual nabla-DB: exponent eta_p of the base model's density", ge=0)
     flow_start: Literal["zero", "reference"] = key(
         "zero", "nabla_db: what h_phi is added to, nothing (the paper) or the frozen model's own score"
@@ -204,6 +229,12 @@ class Objective(Section):
         "all", "nabla-DB: reverse loss on every transition, or (published) on all but the last"
     )
     decay_terminal: bool = key(False, "nabla-DB: the image's reward gradient fades by abar_0 too (published), not by 1")
+
+    def span(self, steps: int) -> tuple[int, int]:
+        """First and last state of the trained transitions, of `steps` in all. Where it is not measured yet: all."""
+        if isinstance(self.window, tuple):
+            return self.window[0], self.window[1] + 1
+        return 0, steps - (self.last_transition == "skip")
 
     @model_validator(mode="before")
     @classmethod

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffusion.base_model import BaseModel
 from diffusion.kernels import DDIMKernel
+from diffusion.trajectory import Trajectories
 from learner.config.sections import Objective as Settings
 from learner.objectives.needs import Needs
 
@@ -33,6 +35,7 @@ class Transitions:
     terminal: Tensor  # [b] bool: x_next is the state whose flow is the reward
     log_pf_old: Tensor  # [b] nats, summed over dimensions, of the rollout
     output_old: Tensor  # [b, C, H, W] guided output of the rollout; [b, 0, H, W] in flow-only fits, which need none
+    log_ref: Tensor | None = None  # [b] nats, summed over dimensions: of the frozen reference
     clean_gradient: Tensor | None = None  # [b, C, H, W] of the raw reward to the clean prediction at x
     clean_gradient_next: Tensor | None = None  # [b, C, H, W] the same at x_next
     prepared: dict[str, Tensor] = field(default_factory=dict)  # [b, ...] what the objective computed once an epoch
@@ -67,6 +70,9 @@ class Objective:
     @property
     def group(self) -> int:
         """Transitions whose losses depend on each other: a window holds whole groups."""
+        if self.needs.whole_trajectories:
+            first, end = self.settings.span(self.kernel.num_steps)
+            return end - first
         return self.settings.group_size if self.needs.compares_groups else 1
 
     @classmethod
@@ -74,8 +80,16 @@ class Objective:
         """U-Net passes a transition, forward or back to its input, beside the policy's own forward and backward."""
         return int(cls.needs.uses_ratio and settings.old_log_prob == "learner")
 
-    def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:
-        """All trajectories of the epoch, on all ranks, in the order of their ids, and their images' raw rewards."""
+    def nats(self, trajectories: Trajectories) -> np.ndarray:
+        """What `begin_epoch` gets of each transition of whole trajectories, [B, K] as log_prob_reduction says; else
+        nothing, [B, 0]."""
+        return np.zeros((len(trajectories.selected), 0), np.float32)
+
+    def begin_epoch(
+        self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float], nats: np.ndarray, beta: float
+    ) -> None:
+        """All n trajectories of the epoch, on all ranks, in the order of their ids; their images' raw rewards less
+        objective.reward_offset; and `nats` [n, K] of each."""
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`: here
@@ -112,6 +126,19 @@ class Objective:
         each, outside = clipped(log_pf - self.log_pf_old(batch), advantage, self.settings.clip_range)
         loss = (self.weights(batch) * each).mean()
         return loss, {"policy_loss": loss, "clipped": outside.float().mean()}
+
+    def penalty(self, delta: Tensor) -> Tensor:
+        """Of residuals, in their shape: delta^2, or Huber (quadratic within huber_width, then linear, same
+        curvature)."""
+        if self.settings.penalty == "squared":
+            return delta.square()
+        width, zero = self.settings.huber_width, torch.zeros_like(delta)
+        return 2 * nn.functional.huber_loss(delta, zero, reduction="none", delta=width)
+
+    def psi(self, t: Tensor, reward: Tensor, beta: float) -> Tensor:
+        """Forward-looking part of the log-flow [b] of states at t whose clean predictions have this reward."""
+        scale = beta if self.settings.forward_looking != "none" else 0.0
+        return scale * self.gamma(t, reward.dtype) * reward
 
     def weights(self, batch: Transitions) -> Tensor:
         """[b]: 1, or sigma_t^2 over its mean on the grid, as objective.transition_weight says."""

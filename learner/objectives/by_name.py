@@ -7,9 +7,13 @@ from learner.config.sections import Objective as Settings
 from learner.objectives.base import Objective
 from learner.objectives.db import DagDB
 from learner.objectives.ddpo import DDPO
+from learner.objectives.grpo import GRPO
 from learner.objectives.kl import DagKL
 from learner.objectives.nabla_db import NablaDB
+from learner.objectives.residual_db import ResidualDB
 from learner.objectives.residual_nabla_db import ResidualNablaDB, ResidualNablaDBNoFlow
+from learner.objectives.sub_trajectory_balance import ResidualSubTrajectoryBalance, SubTrajectoryBalance
+from learner.objectives.trajectory_balance import ResidualTrajectoryBalance, TrajectoryBalance
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "dag_db": DagDB,
@@ -18,6 +22,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "residual_nabla_db": ResidualNablaDB,
     "residual_nabla_db_no_flow": ResidualNablaDBNoFlow,
     "ddpo": DDPO,
+    "rtb": ResidualTrajectoryBalance,
+    "rsub": ResidualSubTrajectoryBalance,
+    "rdb": ResidualDB,
+    "tb": TrajectoryBalance,
+    "sub_tb": SubTrajectoryBalance,
+    "grpo": GRPO,
 }
 
 
@@ -32,6 +42,9 @@ def target(config: Config, dimensions: int | None = None) -> str:
     text = OBJECTIVES[settings.kind].target.format(**words, **settings.model_dump())
     if settings.last_transition == "skip" and config.needs.flow:
         text += "; the state before the last transition counts as the end"
+    if isinstance(settings.window, tuple):
+        whose = "its clean prediction's" if config.needs.reward_gradients else "the image's"
+        text += f"; transitions {settings.window[0]} to {settings.window[1]} are trained, whose end has {whose} reward"
     because = "; ".join(_inexact(config))
     return f"no exact target ({because}), but towards a {text}" if because else text
 
@@ -39,9 +52,10 @@ def target(config: Config, dimensions: int | None = None) -> str:
 def _inexact(config: Config) -> Iterator[str]:
     """Why not even at zero loss the formula holds. tests/learner/objectives/test_targets.py has them all."""
     settings, needs = config.objective, config.needs
-    if needs.flow and config.train.shuffle_rewards:
+    balanced = needs.flow or needs.whole_trajectories
+    if balanced and config.train.shuffle_rewards:
         yield "train.shuffle_rewards: rewards are other pictures'"
-    if needs.flow and config.sampler.eta != 1:
+    if balanced and config.sampler.eta != 1:
         yield "sampler.eta below 1: the image keeps part of its first noise, which nothing moves"
     if needs.flow != "gradient":
         return
@@ -70,5 +84,6 @@ def prospects(config: Config) -> str:
     """What a run does, and what is known of its target, for whoever meets such a run for the first time."""
     weight, kind = config.objective.regulariser, config.objective.kind
     held = f"held back by objective.regulariser={weight:g}" if weight else "and nothing holds it back"
-    proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if config.needs.flow else ""
+    balanced = config.needs.flow or config.needs.whole_trajectories
+    proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if balanced else ""
     return f"what to expect: the reward is raised, {held}{proven}"

@@ -12,6 +12,7 @@ known of it without a network (`known`): hundreds to thousands of nats."""
 import torch
 from torch import Tensor, nn
 
+from diffusion.kernels import DDIMKernel
 from learner.objectives.base import Flow, Loss, Objective, Transitions, both_ends
 from learner.objectives.needs import NEEDS
 
@@ -41,35 +42,34 @@ class DagDB(Objective):
         """Not weighted by sigma_t^2: that holds down the 1/sigma_t^2 of the policy's gradient, which f's has not."""
         return self.penalty(self.residual(batch, self.log_pf_old(batch), flow, beta, flow_gradient=True)).mean()
 
-    def penalty(self, delta: Tensor) -> Tensor:
-        """[b]: delta^2, or Huber (quadratic within huber_width, then linear, same curvature)."""
-        if self.settings.penalty == "squared":
-            return delta.square()
-        width, zero = self.settings.huber_width, torch.zeros_like(delta)
-        return 2 * nn.functional.huber_loss(delta, zero, reduction="none", delta=width)
-
     def residual(self, batch: Transitions, log_pf: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Tensor:
         """delta [b], in nats (per dimension if log-probabilities are means), rewards multiplied by beta."""
         settings = self.settings
         f, f_next = both_ends(flow, batch, flow_gradient)
         if settings.log_prob_reduction == "sum":
             f, f_next = f + self.known(batch.x, batch.t), f_next + self.known(batch.x_next, batch.t_next)
-        scale = beta if settings.forward_looking != "none" else 0.0
-        psi = scale * self.gamma(batch.t, batch.x.dtype) * batch.reward
-        psi_next = scale * self.gamma(batch.t_next, batch.x.dtype) * batch.reward_next
+        psi = self.psi(batch.t, batch.reward, beta)
+        psi_next = self.psi(batch.t_next, batch.reward_next, beta)
         log_reward = beta * batch.reward_terminal
         log_flow_next = next_log_flow(f_next, psi_next, log_reward, batch.terminal, settings.detach_next_flow)
-        log_pb = self.kernel.log_pb(batch.t, batch.x, batch.x_next, settings.log_prob_reduction)
-        return f + psi + log_pf - log_pb - log_flow_next
+        return f + psi + log_pf - self.log_other(batch) - log_flow_next
+
+    def log_other(self, batch: Transitions) -> Tensor:
+        """What log p_F [b] is in balance with: log p_B."""
+        return self.kernel.log_pb(batch.t, batch.x, batch.x_next, self.settings.log_prob_reduction)
 
     def known(self, x: Tensor, t: Tensor) -> Tensor:
-        """What log F(x_t) [b] has under `sum` whatever the images are: log N(x; 0, I) where all is noise, fading as
-        |x|^2 becomes the image's, and the volume that every step of p_B adds, -D/2 log((1 - abar_t) / (1 - abar_end)).
-        A network that normalises its channels cannot learn the first, nor soon the second. Under `mean` it would be 1/D
-        of it, too little beside beta r to matter."""
-        skip, size = self.settings.last_transition == "skip", x[0].numel()
-        end = self.kernel.timesteps[-1] if skip else torch.tensor(0)
-        left = 1 - self.kernel.abar(end, torch.float64).item()  # on the CPU: no host waits for it
-        noise = 1 - self.kernel.abar(t, torch.float64)
-        norm = x.double().square().flatten(1).sum(1)
-        return -(noise.square() * (norm - size) + size * (noise / left).log()).to(x.dtype) / 2
+        """What log F(x_t) [b] has under `sum` without a network."""
+        return known_log_flow(self.kernel, self.settings.span(self.kernel.num_steps)[1], x, t)
+
+
+def known_log_flow(kernel: DDIMKernel, end: int, x: Tensor, t: Tensor) -> Tensor:
+    """What log F(x_t) [b] has whatever the images are, where the `end`-th state is the end: log N(x; 0, I) where all is
+    noise, fading as |x|^2 becomes the image's, and the volume that every step of p_B adds, -D/2 log((1 - abar_t) /
+    (1 - abar_end)). A network that normalises its channels cannot learn the first, nor soon the second. Under `mean` it
+    would be 1/D of it, too little beside beta r to matter."""
+    size, last = x[0].numel(), torch.tensor([*kernel.timesteps.tolist(), 0][end])
+    left = 1 - kernel.abar(last, torch.float64).item()  # on the CPU: no host waits for it
+    noise = 1 - kernel.abar(t, torch.float64)
+    norm = x.double().square().flatten(1).sum(1)
+    return -(noise.square() * (norm - size) + size * (noise / left).log()).to(x.dtype) / 2

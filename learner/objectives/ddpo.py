@@ -21,7 +21,9 @@ class DDPO(Objective):
     target = "no exact target: it maximises the expected reward, and beta does not matter"
     _advantages: dict[int, float]  # of the epoch's trajectories, by id
 
-    def begin_epoch(self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float]) -> None:
+    def begin_epoch(
+        self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float], nats: np.ndarray, beta: float
+    ) -> None:
         values = advantages(prompts, rewards, self.memory if self.settings.advantage == "prompt" else None)
         self._advantages = dict(zip(ids, values.tolist(), strict=True))
 

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["dag_db", "dag_kl", "nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow", "ddpo"]
+Kind = Literal[
+    "dag_db", "dag_kl", "nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow", "ddpo",
+    "rtb", "rsub", "rdb", "tb", "sub_tb", "grpo",
+]  # fmt: skip
 FlowKind = Literal["log_flow", "gradient"]
 Weighting = Literal["uniform", "variance"]
 Decay = Literal["none", "sqrt_abar", "abar"]
@@ -24,6 +27,8 @@ class Needs:
     prepared_fields: int = 0  # latents a transition that `prepare` returns
     compares_groups: bool = False  # transitions are compared within groups of objective.group_size
     noising_kernel: bool = False  # has p_B in it, to which the sampler's steps belong at eta 1 alone
+    reference: bool = False  # compares with the frozen reference's densities, which the sampler then adds
+    whole_trajectories: bool = False  # a loss of trajectories: all transitions of the window are trained on together
 
 
 # The published code of DAG: gradient through both flows, psi of the rollout's own weights.
@@ -43,6 +48,12 @@ _NABLA_FAITHFUL: Mapping[str, Any] = {
 }  # fmt: skip
 _RESIDUAL: Defaults = {"corrected": _NABLA, "faithful": _NABLA_FAITHFUL}
 _PLAIN: Defaults = {**_RESIDUAL, "corrected": {**_NABLA, "flow_start": "reference"}}
+# Every exponent is the true one, nothing is held to where an epoch began, and one image a trajectory is scored.
+_EXACT: Mapping[str, Any] = {
+    "log_prob_reduction": "sum", "beta": 1.0, "anneal_fraction": 0.0, "regulariser": 0.0, "forward_looking": "none",
+}  # fmt: skip
+_BALANCE: Defaults = {key: _EXACT for key in ("corrected", "faithful")}
+_GRPO: Defaults = {key: {**_EXACT, "clip_range": 0.2} for key in ("corrected", "faithful")}
 _DDPO: Defaults = {key: {"regulariser": 0.0, "anneal_fraction": 0.0} for key in ("corrected", "faithful")}
 
 NEEDS: dict[str, Needs] = {
@@ -54,4 +65,10 @@ NEEDS: dict[str, Needs] = {
     "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4),
     "residual_nabla_db_no_flow": Needs(_RESIDUAL, reward_gradients=True, prepared_fields=2),
     "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False),
+    "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, whole_trajectories=True),
+    "rsub": Needs(_BALANCE, "log_flow", reference=True, whole_trajectories=True),
+    "rdb": Needs(_BALANCE, "log_flow", reference=True),
+    "tb": Needs(_BALANCE, inner_rewards=False, noising_kernel=True, whole_trajectories=True),
+    "sub_tb": Needs(_BALANCE, "log_flow", noising_kernel=True, whole_trajectories=True),
+    "grpo": Needs(_GRPO, uses_ratio=True, inner_rewards=False),
 }

@@ -103,7 +103,7 @@ def test_a_just_sampled_trajectorys_ratio_is_one_in_bfloat16(settings_of_preset)
     chunk = training_chunks(config, ["a fox", "a green chair"], 0)[0]
     trajectories, _ = sampler.sample(chunk, snapshot)
     one = Experience(trajectories, build.build_scorer(config).score(sampler.sample(chunk, snapshot)[1]))
-    learner._prepare([one])
+    learner._prepare([one], 1.0)
     for batch in learner._micro_batches(one, 1.0):
         per_dimension = (batch.prepared["log_pf_old"] - batch.log_pf_old) / batch.x[0].numel()
         assert per_dimension.abs().max() < 1e-5

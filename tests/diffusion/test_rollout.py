@@ -121,9 +121,9 @@ def test_states_that_need_no_reward_are_not_scored(tiny_pipeline, purpose, setti
 
 
 def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipeline):
-    made = sampler(tiny_pipeline, forward_looking="none", selection="random", fraction=0.25, skip_last=True)
+    made = sampler(tiny_pipeline, forward_looking="none", selection="random", fraction=0.25, end=3, terminal=3)
     chosen = np.array([[True, False, False, False, False], [False, True, False, False, False]])
-    needed = states_with_reward(RolloutSettings(skip_last=True), chosen)
+    needed = states_with_reward(RolloutSettings(end=3, terminal=3), chosen)
     assert [np.flatnonzero(row).tolist() for row in needed] == [[0, 1, 3, 4], [1, 2, 3, 4]]
     trajectories, clean = made.sample(chunk(), moved(made.model))
     assert trajectories.selected.shape == (4, 1) and trajectories.selected.max() < 3

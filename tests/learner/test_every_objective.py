@@ -55,7 +55,7 @@ def new_learner(config: Config, version: int = 0) -> Learner:
 def gradients(learner: Learner, scored) -> torch.Tensor:
     """What one update of this rank's `scored` hands to the optimizers, flattened."""
     experiences = [Experience(*pair) for pair in scored]
-    learner._prepare(experiences)
+    learner._prepare(experiences, BETA)
     if learner.config.objective.kind == "dag_kl":  # ratios away from 1, some clipped
         for each in experiences:
             shift = np.random.default_rng(each.trajectories.chunk.index).normal(0, 0.05, each.trajectories.log_pf.shape)
@@ -152,9 +152,9 @@ def test_groups_mix_trajectories_and_timesteps_and_do_not_depend_on_ranks(config
     learner = new_learner(configured("dag_kl"), version=1)
     chunk = Experience(*scored_epoch(learner.config, learner.published)[0])
     other = Experience(replace(chunk.trajectories, chunk=replace(chunk.trajectories.chunk, index=1)), chunk.scores)
-    orders = [list(each.order(6)) for each in (chunk, chunk, other)]
+    orders = [list(each.order(True)) for each in (chunk, chunk, other)]
     assert list(range(12)) == sorted(orders[0]) != orders[0] == orders[1] != orders[2]
-    batch = chunk.gather(chunk.order(6)[:6], learner.model, learner.config)
+    batch = chunk.gather(chunk.order(True)[:6], learner.model, learner.config)
     assert len(set(batch.trajectory_id.tolist())) > 2 and len(set(batch.t.tolist())) > 1
 
 
@@ -178,7 +178,7 @@ def test_the_learners_own_log_prob_replaces_the_samplers(configured):
         learner = new_learner(configured("dag_kl", f"objective.old_log_prob={who}"), version=1)
         trajectories, scores = scored_epoch(learner.config, learner.published)[0]
         chunk = Experience(replace(trajectories, log_pf=trajectories.log_pf + 5.0), scores)
-        learner._prepare([chunk])
+        learner._prepare([chunk], BETA)
         with torch.no_grad():
             clipped[who] = learner.loss(next(learner._micro_batches(chunk, BETA)), BETA)[1]["clipped"].item()
     assert clipped == {"sampler": 1.0, "learner": 0.0}
@@ -186,7 +186,7 @@ def test_the_learners_own_log_prob_replaces_the_samplers(configured):
 
 def test_ddpo_standardises_over_the_whole_epoch_and_scores_the_images_alone(configured):
     learner = new_learner(configured("ddpo", "objective.advantage=epoch", "objective.last_transition=skip"))
-    learner.objective.begin_epoch((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0))
+    learner.objective.begin_epoch((0, 1, 2), ("", "", ""), (1.0, 2.0, 6.0), np.zeros((3, 0)), BETA)
     values = np.array([learner.objective._advantages[i] for i in range(3)])
     np.testing.assert_allclose(values, (np.array([1, 2, 6]) - 3) / np.std([1, 2, 6]))
     for _, scores in scored_epoch(learner.config, learner.published):

@@ -32,7 +32,7 @@ def test_each_transition_has_its_own_states_rewards_and_prompt(last):
     outputs = rng.normal(size=(2, 3, 1, 1, 1)).astype(np.float32)
     made = Trajectories(CHUNK, 3, "hash", np.array([8, 6, 4, 2]), states, log_pf, log_pf, chosen, outputs)
     settings = {"last_transition": last, "reward_offset": 0.5}
-    config = Config.model_validate({"objective": settings})
+    config = Config.model_validate({"objective": settings, "sampler": {"steps": 4}})
     batch = Experience(made, Scores(CHUNK, rewards)).gather(np.arange(6), Embeds(), config)
     end, times = 4 - (last == "skip"), [8, 6, 4, 2, 0]
     for i, (row, step) in enumerate((row, step) for row, steps in enumerate(chosen) for step in steps):

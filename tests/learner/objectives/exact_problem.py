@@ -232,13 +232,30 @@ def rollout(learner: Learner, count: int) -> Transitions:
         gradients[here] = 0
     reward, blind = rewards.detach(), slice(0, learner.config.objective.forward_looking_from * count)
     reward[blind], gradients[blind] = 0, 0
+    reference = model.predict_reference(every[here], t[here], None, sampler.guidance)
     return Transitions(
         x=every[here], x_next=every[after], t=t[here], t_next=t[after],
         trajectory_id=torch.arange(count).repeat(transitions), embeddings=torch.zeros(transitions * count, 1, 1),
         reward=reward[here], reward_next=reward[after], reward_terminal=reward[-count:].repeat(transitions),
         terminal=t[after] == times[-1], log_pf_old=kernel.log_pf(output, t[here], every[here], every[after], "sum"),
+        log_ref=kernel.log_pf(reference, t[here], every[here], every[after], "sum"),
         output_old=output, clean_gradient=gradients[here], clean_gradient_next=gradients[after],
     )  # fmt: skip
+
+
+def by_trajectory(learner: Learner, count: int) -> Transitions:
+    """`rollout` with each trajectory's transitions side by side, told to the objective as an epoch."""
+    batch = rollout(learner, count)
+    batch = pick(batch, torch.arange(len(batch.t)).reshape(-1, count).T.flatten())
+    objective = learner.objective
+    nats = (objective.log_pf_old(batch) - objective.log_q(batch)).reshape(count, -1).numpy()
+    rewards, beta = batch.reward_terminal.reshape(count, -1)[:, 0].tolist(), learner.config.objective.beta
+    objective.begin_epoch(range(count), ("",) * count, rewards, nats, beta)
+    return batch
+
+
+def whole(count: int) -> Refill:
+    return lambda learner: by_trajectory(learner, count)
 
 
 def pick(batch: Transitions, index: Tensor) -> Transitions:

@@ -196,7 +196,7 @@ def test_ddpo_reaches_no_target():
     def draw(learner):
         batch = rollout(learner, 64)
         rewards = batch.reward_terminal[:64].tolist()
-        learner.objective.begin_epoch(range(64), ("",) * 64, rewards)
+        learner.objective.begin_epoch(range(64), ("",) * 64, rewards, np.zeros((64, 0)), 1.0)
         return batch
 
     _, after, _, learner = learned("DDPO", tilted(10), "ddpo", 1e-2, 100, draw, True)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -90,7 +91,13 @@ def setup(kind: str, **settings) -> Setup:
     # Ratios near 1, some of them outside of the clip.
     close = kernel.log_pf(output.detach(), batch.t, x.detach(), batch.x_next, "sum")
     batch.log_pf_old = close + batch.log_pf_old
-    objective.begin_epoch(range(COUNT), ("a",) * COUNT, rewards[:, -1].tolist())
+    nats = np.zeros((COUNT, 0))
+    if objective.needs.whole_trajectories:
+        batch.log_ref = kernel.log_pf(
+            Model().predict_reference(x.detach(), None, None, 1.0), batch.t, x, batch.x_next, "sum"
+        )
+        nats = (objective.log_pf_old(batch) - objective.log_q(batch)).detach().reshape(COUNT, STEPS).numpy()
+    objective.begin_epoch(range(COUNT), ("a",) * COUNT, rewards[:, -1].tolist(), nats, BETA)
     policy = Policy(Model(), 1.0)
     batch.prepared.update(objective.prepare(policy, batch))
     flow = {"log_flow": ScalarFlow(), "gradient": FieldFlow(), None: None}[objective.needs.flow]

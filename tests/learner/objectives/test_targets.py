@@ -23,6 +23,12 @@ OBJECTIVES = {
     "residual_nabla_db": (EXACT, NONE, NONE),
     "residual_nabla_db_no_flow": (NONE, NONE, NONE),
     "ddpo": (NONE, NONE, NONE),
+    "rtb": (EXACT, NONE, EXACT),
+    "rsub": (EXACT, NONE, EXACT),
+    "rdb": (EXACT, NONE, EXACT),
+    "tb": (EXACT, REFUSED, EXACT),
+    "sub_tb": (EXACT, REFUSED, EXACT),
+    "grpo": (NONE, NONE, NONE),
 }
 SAMPLERS = {  # all but eta, which OBJECTIVES has, and where and how fast things run
     "grid": ("ddim", "dpm_solver"), "guidance": (1.0, 5.0), "steps": (4, 50), "state_precision": ("float32", "float16"),
