@@ -72,7 +72,7 @@ def costs(config: Config) -> Costs:
     width = getattr(unet.config, "cross_attention_dim", None)  # none without prompts
     tiny = None
     with torch.device("meta"):
-        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank)
+        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank, lora.TARGETS[config.lora.targets])
         flow = flow_network(config, shape[1:], width)
         x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
         if config.objective.forward_looking_decoder == "tiny":

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -229,8 +229,12 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
         reward=config.reward,
         evaluation=evaluation,
         sampler=SamplerConfig(**config.sampler.model_dump(include=SAMPLING)),
-        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha),
+        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=_targets(adapter)),
     )
+
+
+def _targets(adapter: AdapterFile) -> Literal["attention", "all"]:
+    return "all" if any(module.endswith(("conv1", "time_emb_proj")) for module in adapter.modules) else "attention"
 
 
 def _check(target: Target, warn: Callable[[str], None]) -> None:
@@ -250,11 +254,11 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
         warn(f"{target.name}: {said}")
     unet, _ = without_weights(path)
     lora_files.require_fit(unet, adapter)
-    ends = tuple(f".{module}" for module in lora.TARGETS)
+    ends = tuple(f".{module}" for module in lora.TARGETS[config.lora.targets])
     if set(adapter.modules) != {name for name, _ in unet.named_modules() if name.endswith(ends)}:
         raise lora_files.BadAdapter(
-            f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.TARGETS)}): "
-            "learner.generate draws with it, samplers do not"
+            f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.ATTENTION)}), or "
+            "all that lora.targets=all has: learner.generate draws with it, samplers do not"
         )
     reward, evaluation = config.reward, config.evaluation
     target.out.exists(f"{target.file}.json")  # no link leads out

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from learner.config import Config
 from learner.config.sections import Objective as Settings
+from learner.objectives.adjoint_matching import AdjointMatching
 from learner.objectives.base import Objective
 from learner.objectives.db import DagDB
 from learner.objectives.ddpo import DDPO
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tb": TrajectoryBalance,
     "sub_tb": SubTrajectoryBalance,
     "grpo": GRPO,
+    "adjoint_matching": AdjointMatching,
 }
 
 
@@ -43,7 +45,8 @@ def target(config: Config, dimensions: int | None = None) -> str:
     if settings.last_transition == "skip" and config.needs.flow:
         text += "; the state before the last transition counts as the end"
     if isinstance(settings.window, tuple):
-        whose = "its clean prediction's" if config.needs.reward_gradients else "the image's"
+        by_prediction = config.needs.reward_gradients and not config.needs.adjoint
+        whose = "its clean prediction's" if by_prediction else "the image's"
         text += f"; transitions {settings.window[0]} to {settings.window[1]} are trained, whose end has {whose} reward"
     because = "; ".join(_inexact(config))
     return f"no exact target ({because}), but towards a {text}" if because else text
@@ -52,7 +55,7 @@ def target(config: Config, dimensions: int | None = None) -> str:
 def _inexact(config: Config) -> Iterator[str]:
     """Why not even at zero loss the formula holds. tests/learner/objectives/test_targets.py has them all."""
     settings, needs = config.objective, config.needs
-    balanced = needs.flow or needs.whole_trajectories
+    balanced = needs.flow or needs.whole_trajectories or needs.adjoint
     if balanced and config.train.shuffle_rewards:
         yield "train.shuffle_rewards: rewards are other pictures'"
     if balanced and config.sampler.eta != 1:
@@ -84,6 +87,6 @@ def prospects(config: Config) -> str:
     """What a run does, and what is known of its target, for whoever meets such a run for the first time."""
     weight, kind = config.objective.regulariser, config.objective.kind
     held = f"held back by objective.regulariser={weight:g}" if weight else "and nothing holds it back"
-    balanced = config.needs.flow or config.needs.whole_trajectories
+    balanced = config.needs.flow or config.needs.whole_trajectories or config.needs.adjoint
     proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if balanced else ""
     return f"what to expect: the reward is raised, {held}{proven}"
