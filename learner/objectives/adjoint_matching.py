@@ -7,10 +7,10 @@ The target p_ref exp(beta r) moves the mean of a transition to
 over its own continuations, J_ref(x_j) being the Jacobian of the frozen model's step from x_j (the "lean" adjoint: of the
 reference, not of the policy). So the loss is a regression on single trajectories' a:
 
-    sum over dimensions of |mu_theta(x_k) - mu_ref(x_k) - sigma_k^2 beta a_k+1|^2 / (2 sigma_k^2),  a mean over transitions
+    sum over dimensions of |mu_theta(x_k) - mu_ref(x_k) - sigma_k^2 beta a_k+1|^2 / (2 sigma_k^2)
 
-in nats. It has no flow network, and no value that must first be right: a is 4 to 6 times as noisy as its mean (measured
-on the embedded model), where a single reward is hundreds of times. Means are exact at its fixed point, as far as the
+in nats, and the mean over transitions. It has no flow network: no value must first be right. a is 4 to 6 times as noisy
+as its mean (measured on the embedded model), a single reward hundreds of times. Means are exact at its fixed point, as far as the
 variances of the steps, which stay as they are, allow: moment-matched Gaussian steps."""
 
 import torch
