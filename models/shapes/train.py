@@ -125,7 +125,8 @@ def pictures(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[s
     """`count` training drawings [count, 3, H, W] uint8 and their captions."""
     scenes = [world.training_scene(rng) for _ in range(count)]
     stack = np.stack([world.draw(scene, rng) for scene in scenes])
-    return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous(), [scene.caption() for scene in scenes]
+    captions = [world.training_caption(scene, rng) for scene in scenes]
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous(), captions
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=24000)
     parser.add_argument("--vae-steps", type=int, default=3200)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--vae", type=Path, help="use this trained autoencoder folder, skip the first stage")
     args = parser.parse_args()
     torch.set_num_threads(1)
