@@ -116,7 +116,7 @@ def parse(caption: str) -> Scene:
         place = words.pop() if words[:2] == ["at", "the"] and words[2:] and words[-1] in PLACES else None
         if not shape or words != (["at", "the"] if place else []):
             raise ValueError(
-                f"prompt {caption!r}: expected '[a|an] [small|large] [COLOUR] SHAPE [at the PLACE] [and another object] "
+                f"prompt {caption!r}: expected 'a [small|large] [COLOUR] SHAPE [at the PLACE] [and a [COLOUR] SHAPE] "
                 f"[on a BACKGROUND background]', with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}, or "
                 f"{ANY_SHAPE!r} for any; places {', '.join(PLACES)}"
             )
