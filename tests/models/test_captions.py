@@ -51,8 +51,8 @@ def test_articles_are_right_when_written_and_either_is_read():
     "foreign",
     [
         "", "a", "a dog", "a red", "a small", "a red circle star", "circle red", "a circle at the",
-        "a circle at the middle", "a circle at the left right", "a circle left", "shape circle", "a red circle and", "a red circle on a",
-        "a red circle on a plaid background", "a red star and a blue star and a pink star",
+        "a circle at the middle", "a circle at the left right", "a circle left", "shape circle", "a red circle and",
+        "a red circle on a", "a red circle on a plaid background", "a red star and a blue star and a pink star",
     ],
 )  # fmt: skip
 def test_foreign_captions_are_refused_with_the_grammar(foreign):
