@@ -27,7 +27,8 @@ class ShapesAlignment:
 
     Form is the overlap with the asked shape against the best other shape; when the prompt names a size, it is
     multiplied by how well the radius fits; when it names a place, half of form's weight goes to how far the object
-    lies towards it. Two objects are read in the left and right half and averaged."""
+    lies towards it. Two objects are read in the left and right half and averaged. A colour or shape that the prompt
+    leaves open is taken as the one that fits best, over the second best; an open background has full marks."""
 
     name = "shapes_alignment"
     differentiable = False
@@ -47,9 +48,11 @@ class ShapesAlignment:
         pair = len(scene.things) == 2
         things, backgrounds = [], []
         for part, thing in zip(halves(picture) if pair else [picture], scene.things, strict=True):
-            reading, shape = read(part), SHAPES.index(thing.shape)
+            reading = read(part)
+            shape = SHAPES.index(thing.shape) if thing.shape else int(reading.iou.argmax())
             iou_margin = _margin(-reading.iou, shape)
-            hue_margin = _margin(reading.colour_distance, list(COLOURS).index(thing.colour))
+            hue = list(COLOURS).index(thing.colour) if thing.colour else int(reading.colour_distance.argmin())
+            hue_margin = _margin(reading.colour_distance, hue)
             offset = reading.centre[0] - IMAGE_SIZE / 2, reading.centre[1] - IMAGE_SIZE / 2
             seen = reading.contrast, iou_margin, reading.radius_as[shape], hue_margin, offset
             things.append(thing_score(thing, pair, *seen, _sigmoid, max))
@@ -60,8 +63,8 @@ class ShapesAlignment:
 
 
 class ShapesAccuracy(ShapesAlignment):
-    """1 where a picture shows every object with the asked colour, shape, size and place, else 0. For judging; a reward
-    of two values is a poor one to train on."""
+    """1 where a picture shows every object with the asked colour, shape, size and place (any known colour and shape
+    where the prompt leaves them open), else 0. For judging; a reward of two values is a poor one to train on."""
 
     name = "shapes_accuracy"
 
@@ -129,7 +132,8 @@ def _soft_score(picture: Tensor, thing: Thing, background: str | None, pair: boo
     alpha = ((picture - ground[:, None, None]) * direction[:, None, None]).sum(0) / (direction.square().sum() + 1)
     alpha = ((alpha - 0.15) / 0.7).clamp(0, 1)
     iou, radius, (cx, cy) = _fit(alpha)
-    shape, offset = SHAPES.index(thing.shape), (cx - alpha.shape[1] / 2, cy - alpha.shape[0] / 2)
+    shape = SHAPES.index(thing.shape) if thing.shape else int(iou.argmax())
+    offset = (cx - alpha.shape[1] / 2, cy - alpha.shape[0] / 2)
     seen = _length(direction), _lead(iou, shape, 20.0), radius[shape], _soft_margin(ink, COLOURS, thing.colour), offset
     whole = thing_score(thing, pair, *seen, torch.sigmoid, torch.maximum)
     if background is None:
@@ -156,8 +160,9 @@ def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     return torch.stack(ious), torch.stack(radii), (cx, cy)
 
 
-def _soft_margin(colour: Tensor, known: dict[str, tuple[int, int, int]], asked: str) -> Tensor:
-    return _lead(-_length((colour.new_tensor(list(known.values())) - colour).T), list(known).index(asked), 0.1)
+def _soft_margin(colour: Tensor, known: dict[str, tuple[int, int, int]], asked: str | None) -> Tensor:
+    nearness = -_length((colour.new_tensor(list(known.values())) - colour).T)
+    return _lead(nearness, list(known).index(asked) if asked else int(nearness.argmax()), 0.1)
 
 
 def _lead(values: Tensor, index: int, sharpness: float) -> Tensor:
