@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.shapes.detector import read
 from models.shapes.world import COLOURS, IMAGE_SIZE, SHAPES
-from rewards.shapes_alignment import seen_softly
+from rewards.shapes_alignment import length, read_softly
 
 COLOUR_SHARPNESS = 0.1  # per unit of RGB distance
 SHAPE_SHARPNESS = 20.0  # per unit of IoU
@@ -57,10 +57,10 @@ class ShapesPreferenceSoft(ShapesPreference):
         return torch.stack([self._of(picture) for picture in images * 255])
 
     def _of(self, picture: Tensor) -> Tensor:
-        ink, iou, centre = seen_softly(picture)
-        distance = (ink.new_tensor(list(COLOURS.values())) - ink).square().sum(1).add(1e-3).sqrt()
-        colours = ink.new_tensor([self.colours.get(name, 0.0) for name in COLOURS])
-        shapes = ink.new_tensor([self.shapes.get(name, 0.0) for name in SHAPES])
+        read = read_softly(picture)
+        distance = length((read.ink.new_tensor(list(COLOURS.values())) - read.ink).T)
+        colours = read.ink.new_tensor([self.colours.get(name, 0.0) for name in COLOURS])
+        shapes = read.ink.new_tensor([self.shapes.get(name, 0.0) for name in SHAPES])
         by_colour = (torch.softmax(-COLOUR_SHARPNESS * distance, 0) * colours).sum()
-        by_shape = (torch.softmax(SHAPE_SHARPNESS * iou, 0) * shapes).sum()
-        return by_colour + by_shape + self.place_x * (centre - picture.shape[2] / 2)
+        by_shape = (torch.softmax(SHAPE_SHARPNESS * read.iou, 0) * shapes).sum()
+        return by_colour + by_shape + self.place_x * (read.centre[0] - picture.shape[2] / 2)
