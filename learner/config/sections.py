@@ -159,7 +159,7 @@ class LearnerConfig(Section):
         "objectives that are sums of squares; trains the LoRA's B matrices",
     )
     natural_epochs: int = key(1, "natural: a step solves over the trajectories of so many epochs", ge=1)
-    natural_floor: float = key(1.0, "natural: least Fisher information that is scaled for, in medians", gt=0)
+    natural_floor: float = key(0.1, "natural: least Fisher information that is scaled for, in medians", gt=0)
     learning_rate: float = key(3e-4, "AdamW learning rate of the LoRA", gt=0)
     weight_decay: float = key(1e-4, "AdamW weight decay of the LoRA", ge=0)
     max_grad_norm: float = key(1.0, "gradient norm clip, for LoRA and flow network separately", gt=0)
