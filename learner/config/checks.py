@@ -82,6 +82,8 @@ def contradictions(config: Config) -> Iterator[str]:
             f"prompts.per_prompt: {given.kind} compares a prompt's trajectories; make it at least 2, or set "
             "objective.log_z=learned"
         )
+    if given.kind == "grpo" and config.prompts.per_prompt < 2:
+        yield "prompts.per_prompt: grpo compares a prompt's trajectories; make it at least 2"
     if config.sampler.noise == "window" and given.window == "all":
         yield "sampler.noise: window, but objective.window is all; name the window, or set noise to all"
     if needs.compares_groups:
