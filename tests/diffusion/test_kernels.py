@@ -113,7 +113,9 @@ def test_the_divergence_of_two_outputs_is_that_of_their_normal_laws():
     abar, grid = scheduler.alphas_cumprod.double().tolist(), [*kernel.timesteps.tolist(), 0]
     for i, found in enumerate(kernel.divergence(output, reference, t, x).tolist()):
         numbers = zip(*(values[i].flatten().tolist() for values in (x, output, reference)), strict=True)
-        steps = [[slow_step(abar, grid[i], grid[i + 1], "epsilon", n, o, 0.7)[1:3] for o in both] for n, *both in numbers]
+        steps = [
+            [slow_step(abar, grid[i], grid[i + 1], "epsilon", n, o, 0.7)[1:3] for o in both] for n, *both in numbers
+        ]
         expected = sum((ours - theirs) ** 2 / (2 * variance) for (ours, variance), (theirs, _) in steps)
         assert found == pytest.approx(expected, rel=1e-9)
     assert (kernel.divergence(output, output, t, x) == 0).all()

@@ -209,8 +209,10 @@ MALFORMED = {"objective.kind": ("[dag_db]", "dag"), "objective.setting": ["{a: 1
         ((*RTB, "objective.window=[1]"), ("objective.window",)),
         ((*RTB, "objective.window=3"), ("objective.window",)),
         ((*RTB, "objective.window=some"), ("objective.window", "'all'")),
-        ((*RTB, "objective.window=[0, 3]", "objective.last_transition=skip"),
-         ("objective.window, objective.last_transition: give one of them",)),
+        (
+            (*RTB, "objective.window=[0, 3]", "objective.last_transition=skip"),
+            ("objective.window, objective.last_transition: give one of them",),
+        ),
         ((*RTB, "sampler.noise=window"), ("sampler.noise: window, but objective.window is all",)),
         ((*RTB, "sampler.transitions=random"), ("sampler.transitions: rtb sums over trajectories",)),
         ((*RTB, "prompts.per_prompt=1"), ("prompts.per_prompt: rtb compares", "objective.log_z=learned")),
@@ -234,9 +236,7 @@ def test_what_contradicts_an_objective_is_refused(overrides, said):
 
 
 def test_a_window_is_read_from_yaml_and_from_a_command(tmp_path):
-    (tmp_path / "run.yaml").write_text(
-        "sampler: {steps: 10, noise: window}\nobjective: {kind: rtb, window: [0, 3]}\n"
-    )
+    (tmp_path / "run.yaml").write_text("sampler: {steps: 10, noise: window}\nobjective: {kind: rtb, window: [0, 3]}\n")
     for config in (
         load_config(tmp_path / "run.yaml"),
         load_config(overrides=[*RTB, "objective.window=[0,3]", "sampler.noise=window"]),

@@ -196,7 +196,9 @@ def grid(learner: Learner) -> list[int]:
     """Timesteps from the first to that which counts as the end: where noise ends it is the end."""
     times = [*learner.kernel.timesteps.tolist(), 0]
     settings = learner.config.rollout_settings()
-    return times[: min(settings.num_steps if settings.terminal is None else settings.terminal, settings.noise_steps) + 1]
+    return times[
+        : min(settings.num_steps if settings.terminal is None else settings.terminal, settings.noise_steps) + 1
+    ]
 
 
 def base_clean(learner: Learner, x: Tensor) -> Tensor:
