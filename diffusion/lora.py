@@ -56,6 +56,11 @@ def snapshot(unet: nn.Module, version: int) -> Snapshot:
     return Snapshot(version, flat, digest(flat))
 
 
+def differs(unet: nn.Module) -> bool:
+    """Whether the adapter changes anything: a fresh one's second factor is zero."""
+    return any(bool(p.any()) for name, p in named(unet) if "lora_A" not in name)
+
+
 @torch.no_grad()
 def load(unet: nn.Module, flat: np.ndarray) -> None:
     """Copy a buffer into the module's adapter. Raises ValueError if its length is not the adapter's."""

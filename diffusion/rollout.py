@@ -27,7 +27,7 @@ class Sampler:
         stands in the module, not of what was sent."""
         if self._loaded != (snapshot.version, snapshot.sha256):
             lora.load(self.model.unet, snapshot.flat)
-            self._adapted = bool(snapshot.flat.any())
+            self._adapted = lora.differs(self.model.unet)
             self._loaded = (snapshot.version, snapshot.sha256)
         with gpu_memory.smaller("sampler.chunk_size", len(chunk.prompts)):
             return self._rollout(chunk, snapshot.version)

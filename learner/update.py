@@ -169,9 +169,10 @@ class Learner:
 
     def _prepare(self, experiences: Sequence[Experience], beta: float) -> None:
         """Let the objective compute what it needs once an epoch."""
-        mine: list[tuple[int, str, float, list[float]]] = []  # id, prompt, raw reward and nats of each image
+        mine: list[tuple[int, str, float, list[float]]] = []  # id, prompt, reward and nats of each image
+        offset = self.config.objective.reward_offset or 0.0
         for experience in experiences:
-            chunk, rewards = experience.trajectories.chunk, experience.scores.rewards[:, -1].tolist()
+            chunk, rewards = experience.trajectories.chunk, (experience.scores.rewards[:, -1] - offset).tolist()
             nats = self.objective.nats(experience.trajectories).tolist()
             mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, nats, strict=True)
         ids, prompts, raw, nats = zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True)

@@ -1,7 +1,7 @@
 """What a picture of the shapes world shows, rewarded whatever its prompt says: for prompts with several right answers.
 
-score = colours[the object's colour] + shapes[its shape] + place_x * (x of its centroid from the middle, in pixels, to the
-right). What `colours` and `shapes` do not name counts 0, and so does a picture that holds no object."""
+score = colours[the object's colour] + shapes[its shape] + place_x * (x of its centroid, pixels to the right of the
+middle). What `colours` and `shapes` do not name counts 0, and so does a picture that holds no object."""
 
 from collections.abc import Sequence
 

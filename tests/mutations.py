@@ -24,6 +24,7 @@ UPDATE, HELD, EVERY = (f"tests/learner/test_{name}.py" for name in ("update", "r
 ROLLOUT, COLLAPSE = "tests/diffusion/test_rollout.py", "tests/evaluation/test_collapse.py"
 METRICS, OPEN = "tests/evaluation/test_evaluation_metrics.py", "tests/learner/test_open_run.py -k somebody_elses"
 RECEIVED, JUDGED = "tests/commands/test_received_runs.py", "tests/commands/test_evaluate.py"
+PATHS = "tests/learner/objectives/test_trajectories.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -33,12 +34,16 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if eta > 1:", "if eta > 9:", KERNELS),
         ('"noising": 1 - abar / after', '"noising": 1 - abar', KERNELS),
         ("return flat.sum(1) if reduction", "return flat.mean(1) if reduction", KERNELS),
+        ('self._at("root_noise_next", t, x) * self.eps', 'self._at("root_direction", t, x) * self.eps', KERNELS),
         ('return -self._at("root_shrink"', 'return self._at("root_shrink"', SLOW),
     ),
     "diffusion/rollout.py": (
         ("log_pf.append(kernel.log_pf(guided", "log_pf.append(kernel.log_pf(conditional", ROLLOUT),
         ("needed[:, 1:] |= chosen[:, :-1]", "needed[:, 1:] |= chosen[:, 1:]", ROLLOUT),
         ("draw(i + 1)).to(store).float()", "draw(i + 1)).float()", ROLLOUT),
+        ("if i < noisy:", "if i <= noisy:", f"{ROLLOUT} -k behind"),
+        ("log_ref.append(kernel.log_pf(reference", "log_ref.append(kernel.log_pf(guided", f"{ROLLOUT} -k references"),
+        ("selected = settings.first + noise", "selected = noise", f"{ROLLOUT} -k windows"),
     ),
     "learner/config/checks.py": (("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),),
     "learner/objectives/base.py": (
@@ -49,14 +54,62 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("min(1.0, epoch / ramp)", "min(1.0, (epoch + 1) / ramp)", DB),
     ),
     "learner/objectives/db.py": (
-        ("self.gamma(batch.t_next, batch.x.dtype) *", "self.gamma(batch.t, batch.x.dtype) *", SLOW),
-        ("* batch.reward_next", "* batch.reward", SLOW),
+        ("self.psi(batch.t_next, batch.reward_next", "self.psi(batch.t, batch.reward_next", SLOW),
+        ("self.psi(batch.t_next, batch.reward_next", "self.psi(batch.t_next, batch.reward", SLOW),
         ("(f_next.detach() if detach else f_next)", "f_next", GRADIENTS),
         ("torch.where(terminal, log_reward, ahead)", "ahead", SLOW),
         ("noise.square() * (norm", "(norm", SLOW),
-        ("self.kernel.timesteps[-1] if skip else", "self.kernel.timesteps[-1] if 0 else", DB),
+        ("self.settings.span(self.kernel.num_steps)[1]", "self.kernel.num_steps", DB),
     ),
     "learner/objectives/ddpo.py": (("(rewards.std() + 1e-8)", "(rewards.std(ddof=1) + 1e-8)", SLOW),),
+    "learner/objectives/trajectory.py": (
+        ("ratio.detach() + weights * (ratio - ratio.detach())", "weights * ratio", f"{PATHS} -k test_traj"),
+        ("self.group * (moved", "(moved", f"{PATHS} -k micro"),
+        ("loss.detach().repeat_interleave(self.group) / self.group", "loss.detach().repeat_interleave(self.group)",
+         f"{PATHS} -k micro"),
+        ("batch.prepared[\"flow_slope\"] * (log_flow", "batch.prepared[\"slope\"] * (log_flow", f"{PATHS} -k micro"),
+        ("log_flow if flow_gradient else log_flow.detach()", "log_flow", f"{GRADIENTS} -k sub_traj"),
+        ('batch.log_ref if reduction == "sum" else', 'batch.log_ref if "s" else', f"{PATHS} -k residual_db"),
+    ),
+    "learner/objectives/trajectory_balance.py": (
+        ("(mean * len(rows) - values[rows]) / (len(rows) - 1)", "mean", f"{PATHS} -k test_trajectory_balance"),
+        ("log_z_rate * (mean - before)", "log_z_rate * mean", f"{PATHS} -k learned"),
+        ("else each.mean(1)", "else each.sum(1)", f"{PATHS} -k test_trajectory_balance"),
+        ("torch.where(first, prior, torch.zeros_like(prior))", "prior", f"{PATHS} -k test_trajectory_balance"),
+        ("log_q[:, first] += 0.5", "log_q[:, first] -= 0.5", f"{EVERY} -k no_residual"),
+    ),
+    "learner/objectives/sub_trajectory_balance.py": (
+        ("ratio.flip(1).cumsum(1).flip(1)", "ratio.cumsum(1)", f"{PATHS} -k sub_traj"),
+        ("** (stop - start - 1)", "** (stop - 1)", f"{PATHS} -k sub_traj"),
+        ("log_flow.detach() if self.settings.detach_next_flow else log_flow", "log_flow", f"{GRADIENTS} -k segment"),
+        ("nats[:, ::-1].cumsum(1, dtype=np.float64)[:, ::-1]", "nats.cumsum(1, dtype=np.float64)",
+         f"{PATHS} -k sub_traj"),
+        ("+ self.psi(batch.t, batch.reward, beta) + self.known", "+ self.known", f"{PATHS} -k sub_traj"),
+        ("return known_log_flow(self.kernel, end, batch.x, batch.t)", "return torch.zeros_like(batch.reward)",
+         f"{PATHS} -k sub_traj"),
+    ),
+    "learner/objectives/residual_db.py": (
+        ("return torch.zeros(len(x), dtype=x.dtype, device=x.device)", "return super().known(x, t)",
+         f"{PATHS} -k residual_db"),
+        ("return log_reference(batch, self.settings.log_prob_reduction)", "return super().log_other(batch)",
+         f"{PATHS} -k residual_db"),
+    ),
+    "learner/objectives/grpo.py": (
+        ("rows[prompt].append(row)", "rows[0].append(row)", f"{PATHS} -k grpo"),
+        ("self.settings.reference_kl * parts", "parts", f"{PATHS} -k grpo"),
+        ("own.std() + 1e-4", "own.std(ddof=1) + 1e-4", f"{PATHS} -k grpo"),
+    ),
+    "learner/objectives/by_name.py": (
+        ("if balanced and first > 0:", "if 0:", f"{TARGETS} -k window"),
+        ("rollout.noise_steps != end", "0", f"{TARGETS} -k window"),
+    ),
+    "learner/protocol/quarantine.py": (
+        ("trajectories.log_ref[rows]", "trajectories.log_ref", "tests/learner/protocol/test_quarantine.py -k densities"),
+    ),
+    "learner/config/schema.py": (
+        ('self.objective.window == "all" and self.needs.inner_rewards', 'self.objective.window == "all"',
+         f"{EVERY} -k no_residual"),
+    ),
     "learner/objectives/kl.py": (
         ("weight = self.settings.beta if", "weight = beta if", SLOW),
         ("(squared.sum(1, keepdim=True) - squared) / others", "squared.mean(1, keepdim=True)", SLOW),
@@ -76,6 +129,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "learner/update.py": (
         ("flow_loss(concatenate(parts), self.flow, beta)",
          "flow_loss(concatenate(parts), self.flow, self.config.objective.beta)", f"{UPDATE} -k annealed"),
+        ("experience.scores.rewards[:, -1] - offset", "experience.scores.rewards[:, -1]", f"{EVERY} -k no_residual"),
         ("share = len(batch.t) / count", "share = self.micro_batch / count", f"{EVERY} -k micro_batches_do_not"),
         ("loss + self.config.objective.regulariser * moved_by", "loss", f"{HELD} -k anchor"),
     ),

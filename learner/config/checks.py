@@ -103,6 +103,8 @@ def contradictions(config: Config) -> Iterator[str]:
     for name in ("noise", "adapter"):
         if getattr(config.sampler, name) == "window" and given.window == "all":
             yield f"sampler.{name}: window, but objective.window is all; name the window, or set sampler.{name}=all"
+    if given.kind == "grpo" and config.prompts.per_prompt < 2:
+        yield "prompts.per_prompt: grpo compares a prompt's trajectories; make it at least 2"
     if needs.compares_groups:
         sampler, (first, end) = config.sampler, given.span(config.sampler.steps)
         each = select_transitions(sampler.transitions, sampler.transition_fraction, end - first, 0, 0, [0]).shape[1]

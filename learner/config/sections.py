@@ -211,12 +211,12 @@ class Objective(Section):
     regulariser: float = key(1.0, "weight of the squared change of the model output within an epoch's updates", ge=0)
     clip_range: float = key(
         1e-4,
-        "dag_kl, ddpo: how far the ratio to the rollout policy may leave 1; under mean log-probabilities 1e-4 is "
+        "dag_kl, ddpo, grpo: how far the ratio to the rollout policy may leave 1; under mean log-probabilities 1e-4 is "
         "D x 1e-4 nats (1.64 at D = 16384), under sum 1e-4 nats",
         gt=0,
     )
     old_log_prob: Literal["sampler", "learner"] = key(
-        "sampler", "dag_kl, ddpo: whose log p_F of the rollout policy; the learner's is of its own precision"
+        "sampler", "dag_kl, ddpo, grpo: whose log p_F of the rollout policy; the learner's is of its own precision"
     )
     group_size: int = key(8, "dag_kl: transitions that are compared with each other, of one chunk", ge=2)
     kl_weight: float | None = key(None, "dag_kl: weight of the policy loss; default: the final beta (the paper)", ge=0)

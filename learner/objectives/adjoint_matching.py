@@ -10,8 +10,8 @@ reference, not of the policy). So the loss is a regression on single trajectorie
     sum over dimensions of |mu_theta(x_k) - mu_ref(x_k) - sigma_k^2 beta a_k+1|^2 / (2 sigma_k^2)
 
 in nats, and the mean over transitions. It has no flow network: no value must first be right. a is 4 to 6 times as noisy
-as its mean (measured on the embedded model), a single reward hundreds of times. Means are exact at its fixed point, as far as the
-variances of the steps, which stay as they are, allow: moment-matched Gaussian steps."""
+as its mean (measured on the embedded model), a single reward hundreds of times. At its fixed point means are exact, as
+far as the variances of the steps, which stay as they are, allow: moment-matched Gaussian steps."""
 
 import torch
 from torch import Tensor

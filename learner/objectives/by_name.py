@@ -42,11 +42,12 @@ def target(config: Config, dimensions: int | None = None) -> str:
     words = {"exponent": exponent, "dimensions": dimensions or "numbers in a latent"}
     words["strength"] = "" if strength == 1 else f"^{strength:g}"
     text = OBJECTIVES[settings.kind].target.format(**words, **settings.model_dump())
+    whose = "the image's" if config.rollout_settings().terminal is None else "its clean prediction's"
     if settings.last_transition == "skip" and config.needs.flow:
         text += "; the state before the last transition counts as the end"
-    if isinstance(settings.window, tuple):
-        by_prediction = config.needs.reward_gradients and not config.needs.adjoint
-        whose = "its clean prediction's" if by_prediction else "the image's"
+    elif settings.last_transition == "skip" and config.needs.whole_trajectories:
+        text += f"; all transitions but the last are trained, whose end has {whose} reward"
+    elif isinstance(settings.window, tuple):
         text += f"; transitions {settings.window[0]} to {settings.window[1]} are trained, whose end has {whose} reward"
     because = "; ".join(_inexact(config))
     return f"no exact target ({because}), but towards a {text}" if because else text
@@ -60,6 +61,12 @@ def _inexact(config: Config) -> Iterator[str]:
         yield "train.shuffle_rewards: rewards are other pictures'"
     if balanced and config.sampler.eta != 1:
         yield "sampler.eta below 1: the image keeps part of its first noise, which nothing moves"
+    first, end = settings.span(config.sampler.steps)
+    if balanced and first > 0:
+        yield "objective.window: the states that it begins with keep their law"
+    rollout = config.rollout_settings()
+    if balanced and end < config.sampler.steps and rollout.terminal is None and rollout.noise_steps != end:
+        yield "noise behind the trained transitions: of the rewards that it leads to their mean counts"
     if needs.flow != "gradient":
         return
     if settings.reverse_transitions == "inner" or not settings.reverse_weight:

@@ -34,7 +34,7 @@ class GRPO(Objective):
         self._advantages = dict(zip(ids, within_prompts(prompts, rewards).tolist(), strict=True))
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        values = [self._advantages.get(number, 0.0) for number in batch.trajectory_id.tolist()]
+        values = [self._advantages[number] for number in batch.trajectory_id.tolist()]
         prepared = {"advantage": torch.tensor(values, dtype=batch.reward.dtype, device=batch.x.device)}
         if self.settings.reference_kl:
             with torch.no_grad():

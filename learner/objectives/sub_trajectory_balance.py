@@ -41,7 +41,7 @@ class ResidualSubTrajectoryBalance(WholeTrajectories):
         first = self.settings.span(self.kernel.num_steps)[0]
         place = {t: k - first for k, t in enumerate(self.kernel.timesteps.tolist())}
         pairs = zip(batch.trajectory_id.tolist(), batch.t.tolist(), strict=True)
-        values = [self._to_end[number][place[t]] if number in self._to_end else 0.0 for number, t in pairs]
+        values = [self._to_end[number][place[t]] for number, t in pairs]
         return {"to_end": torch.tensor(values, dtype=batch.reward.dtype, device=batch.x.device)}
 
     def log_flow(self, batch: Transitions, flow: Flow, beta: float) -> Tensor:

@@ -50,7 +50,7 @@ class ResidualTrajectoryBalance(WholeTrajectories):
         self._log_z = dict(zip(ids, log_z.tolist(), strict=True))
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
-        values = [self._log_z.get(number, 0.0) for number in batch.trajectory_id.tolist()]
+        values = [self._log_z[number] for number in batch.trajectory_id.tolist()]
         return {"log_z": torch.tensor(values, dtype=batch.reward.dtype, device=batch.x.device)}
 
     def goal(self, batch: Transitions, beta: float) -> Tensor:

@@ -59,6 +59,8 @@ def replaced(trajectories: Trajectories, scores: Scores) -> tuple[Trajectories, 
     prompts, ids = tuple(chunk.prompts[row] for row in rows), tuple(chunk.trajectory_ids[row] for row in rows)
     chunk = replace(chunk, prompts=prompts, trajectory_ids=ids)
     arrays = {name: getattr(trajectories, name)[rows] for name in (*ARRAYS, "selected", "model_output")}
+    if trajectories.log_ref is not None:
+        arrays["log_ref"] = trajectories.log_ref[rows]
     gradient_row = None if index is None else index[rows]
     kept = Scores(chunk, scores.rewards[rows], gradients=scores.gradients, gradient_row=gradient_row)
     return replace(trajectories, chunk=chunk, **arrays), kept

@@ -93,6 +93,34 @@ def test_sampling_equals_diffusers_ddim(settings, kind):
         torch.testing.assert_close(ours[i], theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [SD15, SHAPES, SHAPES | {"clip_sample": True}], ids=["sd15", "shapes", "clipped"])
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_a_step_without_noise_is_diffusers_ddim_with_eta_0_whatever_the_kernels_eta(settings, eta):
+    scheduler = DDIMScheduler(**settings)
+    kernel = DDIMKernel.from_scheduler(scheduler, 20, eta)
+    t, x, _, output = batch(kernel)
+    ours = kernel.without_noise(output, t, x)
+    scheduler.set_timesteps(20)
+    for i, timestep in enumerate(t):
+        theirs = scheduler.step(output[i], timestep, x[i], eta=0.0).prev_sample
+        torch.testing.assert_close(ours[i], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_divergence_of_two_outputs_is_that_of_their_normal_laws():
+    scheduler = DDIMScheduler(**SHAPES)
+    kernel = DDIMKernel.from_scheduler(scheduler, 20, 0.7)
+    t, x, reference, output = batch(kernel)
+    abar, grid = scheduler.alphas_cumprod.double().tolist(), [*kernel.timesteps.tolist(), 0]
+    for i, found in enumerate(kernel.divergence(output, reference, t, x).tolist()):
+        numbers = zip(*(values[i].flatten().tolist() for values in (x, output, reference)), strict=True)
+        steps = [
+            [slow_step(abar, grid[i], grid[i + 1], "epsilon", n, o, 0.7)[1:3] for o in both] for n, *both in numbers
+        ]
+        expected = sum((ours - theirs) ** 2 / (2 * variance) for (ours, variance), (theirs, _) in steps)
+        assert found == pytest.approx(expected, rel=1e-9)
+    assert (kernel.divergence(output, output, t, x) == 0).all()
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

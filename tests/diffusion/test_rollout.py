@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from diffusion import lora, noise
 from diffusion.base_model import BaseModel
@@ -146,3 +147,88 @@ def test_the_reference_looks_only_where_a_reward_is_needed(tiny_pipeline, monkey
     for latent, row, step in zip(clean.latents, clean.row, clean.step, strict=True):
         (at,) = np.flatnonzero((all_clean.row == row) & (all_clean.step == step))
         np.testing.assert_allclose(latent, all_clean.latents[at], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("purpose", "asked"), [("train", True), ("evaluate", False)])
+def test_the_references_densities_are_those_of_a_pass_without_the_adapter(tiny_pipeline, purpose, asked):
+    """Of the same transitions, with guidance; an evaluation has them always."""
+    made = sampler(tiny_pipeline, reference=asked, noise_steps=3)
+    trajectories, clean = made.sample(chunk(purpose), moved(made.model))
+    embeddings = made.model.embed(trajectories.chunk.prompts)
+    assert trajectories.log_ref.dtype == np.float32 and clean.nats.kl.shape == clean.nats.log_ratio.shape == (4, 4)
+    for i, timestep in enumerate(trajectories.timesteps.tolist()):
+        if i == 3:  # without noise: no density
+            for values in (trajectories.log_ref, trajectories.log_pf, clean.nats.kl, clean.nats.log_ratio):
+                assert (values[:, 3] == 0).all()
+            continue
+        x, x_next = (torch.from_numpy(trajectories.states[:, j]) for j in (i, i + 1))
+        t = torch.full((4,), timestep)
+        with torch.no_grad(), made.model.without_lora():
+            reference, _ = made.model.predict(x, t, embeddings, 3.0)
+        with torch.no_grad():
+            output, _ = made.model.predict(x, t, embeddings, 3.0)
+        assert not torch.allclose(reference, output)
+        log_ref = made.kernel.log_pf(reference, t, x, x_next, "sum").numpy()
+        np.testing.assert_allclose(trajectories.log_ref[:, i], log_ref, rtol=1e-6)
+        np.testing.assert_allclose(
+            clean.nats.log_ratio[:, i], trajectories.log_pf[:, i] - trajectories.log_ref[:, i], rtol=1e-6
+        )
+        apart = made.kernel.mean(output, t, x) - made.kernel.mean(reference, t, x)
+        variance = made.kernel.variance(t)[0].item()
+        expected = apart.double().square().flatten(1).sum(1) / (2 * variance)
+        np.testing.assert_allclose(clean.nats.kl[:, i], expected.numpy(), rtol=1e-4)
+        assert (clean.nats.kl[:, i] > 0).all()
+
+
+def test_without_being_asked_training_has_no_densities_of_the_reference(tiny_pipeline):
+    made = sampler(tiny_pipeline)
+    trajectories, clean = made.sample(chunk(), moved(made.model))
+    assert trajectories.log_ref is None and clean.nats is None
+
+
+def test_a_fresh_adapter_is_the_reference_and_needs_no_pass_of_it(tiny_pipeline, monkeypatch):
+    made = sampler(tiny_pipeline, reference=True, forward_looking="none")
+    moved_one, fresh = moved(made.model), lora.snapshot(made.model.unet, 0)
+    asked = []
+    whole = BaseModel.predict_reference
+    monkeypatch.setattr(BaseModel, "predict_reference", lambda self, *rest: asked.append(1) or whole(self, *rest))
+    trajectories, clean = made.sample(chunk(), fresh)
+    assert np.array_equal(trajectories.log_ref, trajectories.log_pf) and not asked
+    assert (clean.nats.kl == 0).all() and (clean.nats.log_ratio == 0).all()
+    made.sample(chunk(), moved_one)
+    assert len(asked) == 4
+    made.sample(chunk(), fresh)
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_behind_the_noise_states_are_diffusers_ddim_with_eta_0(tiny_pipeline, purpose):
+    """And up to there those of a rollout with noise in all transitions, bit by bit."""
+    made, noisy = sampler(tiny_pipeline, noise_steps=2, end=2), sampler(tiny_pipeline)
+    snapshot = moved(made.model)
+    trajectories, clean = made.sample(chunk(purpose), snapshot)
+    states = torch.from_numpy(trajectories.states)
+    every, _ = noisy.sample(chunk(purpose), snapshot)
+    assert np.array_equal(states[:, :3], every.states[:, :3]) and not np.array_equal(states[:, 3], every.states[:, 3])
+    scheduler = DDIMScheduler.from_pretrained(f"{tiny_pipeline}/scheduler", steps_offset=1, set_alpha_to_one=False)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == trajectories.timesteps.tolist()
+    embeddings = made.model.embed(trajectories.chunk.prompts)
+    for i in (2, 3):
+        t = scheduler.timesteps[i]
+        with torch.no_grad():
+            output, _ = made.model.predict(states[:, i], t.expand(4), embeddings, 3.0)
+        theirs = scheduler.step(output, t, states[:, i], eta=0.0).prev_sample
+        torch.testing.assert_close(states[:, i + 1], theirs, rtol=1e-4, atol=1e-5)
+    assert (trajectories.log_pf[:, 2:] == 0).all() and (trajectories.log_pb[:, 2:] == 0).all()
+    assert (trajectories.log_pf[:, :2] != 0).all()
+    assert np.array_equal(clean.latents[clean.step == 4], trajectories.states[:, 4])
+
+
+@pytest.mark.parametrize("terminal", [None, 3])
+def test_a_windows_transitions_are_selected_and_its_end_is_scored_only_where_it_counts(tiny_pipeline, terminal):
+    made = sampler(tiny_pipeline, first=1, end=3, terminal=terminal)
+    trajectories, clean = made.sample(chunk(), moved(made.model))
+    assert trajectories.selected.tolist() == [[1, 2]] * 4 and clean.terminal == (terminal or 4)
+    assert clean.step.reshape(4, -1).tolist() == [[1, 2, 4] if terminal is None else [1, 2, 3, 4]] * 4
+    assert trajectories.states.shape[1] == 5

@@ -194,6 +194,7 @@ def test_ddpo_standardises_over_the_whole_epoch_and_scores_the_images_alone(conf
 
 
 QUIET = ("flow.fit_steps=0", "flow.warmup_steps=0")
+RTB = ("objective.kind=rtb", "objective.last_transition=train", *QUIET)
 NO_FLOW = "objective.kind=residual_nabla_db_no_flow"
 WIDTHS = ("[]", "[0]", "[2,4]", "[20,32]")
 MALFORMED = {"objective.kind": ("[dag_db]", "dag"), "objective.setting": ["{a: 1}"], "flow.widths": WIDTHS}
@@ -202,9 +203,23 @@ MALFORMED = {"objective.kind": ("[dag_db]", "dag"), "objective.setting": ["{a: 1
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        ((*RTB, "objective.window=[0, 10]"), ("objective.window: [0, 10] is not within 0 to 9",)),
+        ((*RTB, "objective.window=[3, 2]"), ("objective.window: [3, 2] is not within 0 to 9",)),
+        ((*RTB, "objective.window=[-1, 2]"), ("objective.window: [-1, 2]",)),
+        ((*RTB, "objective.window=[1]"), ("objective.window",)),
+        ((*RTB, "objective.window=3"), ("objective.window",)),
+        ((*RTB, "objective.window=some"), ("objective.window", "'all'")),
+        (
+            (*RTB, "objective.window=[0, 3]", "objective.last_transition=skip"),
+            ("objective.window, objective.last_transition: give one of them",),
+        ),
+        ((*RTB, "sampler.noise=window"), ("sampler.noise: window, but objective.window is all",)),
+        ((*RTB, "sampler.transitions=random"), ("sampler.transitions: rtb sums over trajectories",)),
+        ((*RTB, "prompts.per_prompt=1"), ("prompts.per_prompt: rtb compares", "objective.log_z=learned")),
+        ((*RTB, "objective.kind=grpo", "prompts.per_prompt=1"), ("prompts.per_prompt: grpo compares",)),
         *(
             ((f"objective.kind={kind}", f"train.{key}=1", *QUIET), (f"train.{key}=0", kind, "ratio", "dag_db"))
-            for kind in ("dag_kl", "ddpo")
+            for kind in ("dag_kl", "ddpo", "grpo")
             for key in ("replay_updates", "max_staleness")
         ),
         (("objective.kind=ddpo",), ("flow.fit_steps",)),
@@ -218,6 +233,38 @@ def test_what_contradicts_an_objective_is_refused(overrides, said):
     with pytest.raises(ConfigError) as caught:
         load_config(overrides=overrides)
     assert all(word in str(caught.value) for word in said)
+
+
+def test_a_window_is_read_from_yaml_and_from_a_command(tmp_path):
+    (tmp_path / "run.yaml").write_text("sampler: {steps: 10, noise: window}\nobjective: {kind: rtb, window: [0, 3]}\n")
+    for config in (
+        load_config(tmp_path / "run.yaml"),
+        load_config(overrides=[*RTB, "objective.window=[0,3]", "sampler.noise=window"]),
+    ):
+        again = Config.model_validate_json(config.model_dump_json())
+        for each in (config, again):
+            rollout = each.rollout_settings()
+            assert each.objective.window == (0, 3) and each.objective.span(10) == (0, 4)
+            assert (rollout.first, rollout.end, rollout.terminal, rollout.noise_steps) == (0, 4, None, 4)
+    assert load_config(overrides=[*RTB, "objective.window=[0, 9]"]).rollout_settings().end is None
+    assert load_config(overrides=[*RTB, "objective.log_z=learned", "prompts.per_prompt=1"])
+
+
+@pytest.mark.parametrize("kind", ["rtb", "tb"])
+def test_an_offset_of_rewards_and_an_untrained_last_transition_leave_no_residual(kind, configured):
+    """log Z is of the rewards that the goal is of: of the image, less the offset."""
+    more = ("objective.reward_offset=0.8", "objective.last_transition=skip", "objective.log_z=learned")
+    learner = new_learner(configured(kind, *more), version=1)
+    trajectories, scores = scored_epoch(learner.config, learner.published)[0]
+    scores = replace(scores, rewards=np.full_like(scores.rewards, np.nan))
+    scores.rewards[:, -1] = 0.7
+    chunk = Experience(trajectories, scores)
+    learner._prepare([chunk], BETA)
+    (batches,) = [list(learner._micro_batches(chunk, BETA))]
+    goal = torch.cat([learner.objective.goal(batch, BETA) for batch in batches])
+    nats = torch.from_numpy(learner.objective.nats(trajectories).sum(1))
+    by_prompt = torch.stack([nats[:2].mean(), nats[2:].mean()]).repeat_interleave(2)
+    torch.testing.assert_close(goal.reshape(4, -1)[:, 0], by_prompt, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["dag_db", "residual_nabla_db"])

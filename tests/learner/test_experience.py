@@ -45,6 +45,24 @@ def test_each_transition_has_its_own_states_rewards_and_prompt(last):
         assert batch.output_old[i] == outputs.reshape(-1)[i]
 
 
+@pytest.mark.parametrize(
+    ("kind", "end"), [("rtb", 4), ("rsub", 4), ("dag_db", 4), ("grpo", 4), ("residual_nabla_db", 3)]
+)
+def test_at_a_windows_end_the_images_reward_counts_and_for_gradients_the_clean_predictions(kind, end):
+    rng = np.random.default_rng(1)
+    states, log_pf, log_ref, rewards = (
+        rng.normal(size=size).astype(np.float32) for size in ((2, 5, 1, 1, 1), (2, 4), (2, 4), (2, 5))
+    )
+    chosen, outputs = np.array([[1, 2]] * 2), np.zeros((2, 2, 1, 1, 1), np.float32)
+    made = Trajectories(CHUNK, 3, "hash", np.array([8, 6, 4, 2]), states, log_pf, log_pf, chosen, outputs, log_ref)
+    settings = {"kind": kind, "window": [1, 2], "reward_offset": 0.0}
+    config = Config.model_validate({"objective": settings, "sampler": {"steps": 4}})
+    batch = Experience(made, Scores(CHUNK, rewards)).gather(np.arange(4), Embeds(), config)
+    assert batch.t.tolist() == [6, 4] * 2 and batch.terminal.tolist() == [False, True] * 2
+    np.testing.assert_array_equal(batch.reward_terminal, rewards[[0, 0, 1, 1], end])
+    np.testing.assert_array_equal(batch.log_ref, log_ref[:, 1:3].ravel())
+
+
 def held_elsewhere(record):
     """As Ray gives it: arrays that are read-only views of memory which stays taken as long as one of them is there."""
     views = {n: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape) for n, array in arrays(record).items()}

@@ -78,6 +78,11 @@ def tilted(steps: int) -> Problem:
     return Problem(steps, schedule(steps, 2, -5), lambda x: x)
 
 
+def settled(steps: int) -> Problem:
+    """R = exp(x), and a last transition that hardly moves x_0: its variance is .006 of 1."""
+    return Problem(steps, schedule(steps, 5, -5), lambda x: x)
+
+
 def bimodal() -> Problem:
     """M: not realizable with Gaussian steps of fixed variance."""
 
@@ -188,16 +193,25 @@ def make_learner(problem: Problem, kind: str, rate: float, sampler: dict | None 
 
 
 def grid(learner: Learner) -> list[int]:
-    """Timesteps from the first to that which counts as the end."""
-    times = learner.kernel.timesteps.tolist()
-    return times if learner.config.objective.last_transition == "skip" else [*times, 0]
+    """Timesteps from the first to that which counts as the end: where noise ends it is the end."""
+    times = [*learner.kernel.timesteps.tolist(), 0]
+    settings = learner.config.rollout_settings()
+    return times[
+        : min(settings.num_steps if settings.terminal is None else settings.terminal, settings.noise_steps) + 1
+    ]
 
 
 def base_clean(learner: Learner, x: Tensor) -> Tensor:
-    """What is judged of states at the end: themselves, or the base's clean prediction."""
-    end = grid(learner)[-1]
+    """What is judged of states at the end: themselves, the images that follow without noise, or the base's clean
+    prediction."""
+    model, kernel, end = learner.model, learner.kernel, grid(learner)[-1]
+    if learner.config.sampler.noise == "window":
+        for step in [each for each in kernel.timesteps.tolist() if each <= end]:
+            t = torch.full((len(x),), step)
+            x = kernel.without_noise(model.predict(x, t)[0], t, x)
+        return x
     t = torch.full((len(x),), end)
-    return learner.kernel.clean(learner.model.problem.base_epsilon(x, t), t, x) if end else x  # type: ignore[attr-defined]
+    return kernel.clean(model.problem.base_epsilon(x, t), t, x) if end else x  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -222,7 +236,7 @@ def rollout(learner: Learner, count: int) -> Transitions:
         inner = t[here]
         source = model.problem.base_epsilon(every[here], inner) if looking == "base" else output
         clean[here] = kernel.clean(source, inner, every[here])
-    if times[-1]:  # objective.last_transition=skip
+    if times[-1]:  # objective.last_transition=skip, or no noise behind the window
         clean[-count:] = base_clean(learner, every[-count:])
     with torch.enable_grad():
         clean.requires_grad_()
@@ -244,18 +258,28 @@ def rollout(learner: Learner, count: int) -> Transitions:
 
 
 def by_trajectory(learner: Learner, count: int) -> Transitions:
-    """`rollout` with each trajectory's transitions side by side, told to the objective as an epoch."""
+    """`rollout` with each trajectory's transitions side by side, those of objective.window."""
     batch = rollout(learner, count)
-    batch = pick(batch, torch.arange(len(batch.t)).reshape(-1, count).T.flatten())
-    objective = learner.objective
-    nats = (objective.log_pf_old(batch) - objective.log_q(batch)).reshape(count, -1).numpy()
-    rewards, beta = batch.reward_terminal.reshape(count, -1)[:, 0].tolist(), learner.config.objective.beta
-    objective.begin_epoch(range(count), ("",) * count, rewards, nats, beta)
-    return batch
+    first, end = learner.config.objective.span(learner.kernel.num_steps)
+    return pick(batch, torch.arange(len(batch.t)).reshape(-1, count)[first:end].T.flatten())
 
 
-def whole(count: int) -> Refill:
-    return lambda learner: by_trajectory(learner, count)
+def told(learner: Learner, batch: Transitions) -> Transitions:
+    """The batch, told to the objective as an epoch of one prompt."""
+    objective, ids = learner.objective, batch.trajectory_id.unique().tolist()
+    nats = batch.log_pf_old[:0]
+    if objective.needs.whole_trajectories:
+        nats = objective.log_pf_old(batch) - objective.log_q(batch)
+    rewards = batch.reward_terminal.reshape(len(ids), -1)[:, 0].tolist()
+    beta = learner.config.objective.beta
+    objective.begin_epoch(ids, ("",) * len(ids), rewards, nats.reshape(len(ids), -1).numpy(), beta)
+    return replace(batch, prepared={})
+
+
+def whole(count: int, every: int = 1, behind: int = 0) -> Refill:
+    """Whole trajectories, made every `every` updates, and trained on `behind` such refreshes later."""
+    draw = stale(count, every, behind, by_trajectory)
+    return lambda learner: told(learner, draw(learner))
 
 
 def pick(batch: Transitions, index: Tensor) -> Transitions:
@@ -287,14 +311,14 @@ def mixed(count: int) -> Refill:
     return lambda learner: pick(batch := rollout(learner, count), torch.randperm(len(batch.t)))
 
 
-def stale(count: int, every: int, behind: int) -> Refill:
+def stale(count: int, every: int, behind: int, make: Callable[[Learner, int], Transitions] = rollout) -> Refill:
     """Rollouts made every `every` updates, and trained on `behind` such refreshes later."""
 
     held, turns = deque(maxlen=behind + 1), itertools.count()
 
     def draw(learner: Learner) -> Transitions:
         if next(turns) % every == 0:
-            held.append(rollout(learner, count))
+            held.append(make(learner, count))
         return replace(held[0], prepared={})
 
     return draw
@@ -319,6 +343,7 @@ def push(learner: Learner, reference: bool = False, dimension: int = 0) -> Tenso
     return density
 
 
+@torch.no_grad()
 def total_variation(learner: Learner, residual: bool = False, exponent: float = 1.0) -> float:
     """TV of the end to R^exponent, or to base chain x R^exponent; of the joint law if there are two dimensions."""
     problem: Problem = learner.model.problem  # type: ignore[attr-defined]

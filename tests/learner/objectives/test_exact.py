@@ -19,10 +19,12 @@ from exact_problem import (
     mixed,
     pick,
     rollout,
+    settled,
     stale,
     tilted,
     total_variation,
     train,
+    whole,
 )
 
 from diffusion import noise
@@ -42,9 +44,9 @@ def cases(*light_and_long):
     return [light, *(pytest.param(*other, marks=pytest.mark.long) for other in others)]
 
 
-def learned(name, problem, kind, rate, updates, draw, residual=False, **objective):
+def learned(name, problem, kind, rate, updates, draw, residual=False, sampler=None, **objective):
     """(TV before, TV after, last metrics, learner)."""
-    learner = make_learner(problem, kind, rate, **objective)
+    learner = make_learner(problem, kind, rate, sampler, **objective)
     before = total_variation(learner, residual)
     metrics = train(learner, updates, rate, draw)
     after = total_variation(learner, residual)
@@ -193,15 +195,90 @@ def test_low_variance_subsampling_reaches_the_full_sets_target_at_a_third_of_its
 def test_ddpo_reaches_no_target():
     """The yardstick climbs the reward, here R = exp(x), and leaves the tilted distribution (mean .853) behind."""
 
-    def draw(learner):
-        batch = rollout(learner, 64)
-        rewards = batch.reward_terminal[:64].tolist()
-        learner.objective.begin_epoch(range(64), ("",) * 64, rewards, np.zeros((64, 0)), 1.0)
-        return batch
-
-    _, after, _, learner = learned("DDPO", tilted(10), "ddpo", 1e-2, 100, draw, True)
+    _, after, _, learner = learned("DDPO", tilted(10), "ddpo", 1e-2, 100, whole(64), True)
     assert mean_of_samples(learner) > 1.5
     assert after > 0.3
+
+
+@pytest.mark.parametrize("noise", ["all", "window"])
+def test_grpo_reaches_no_target(noise):
+    """The other yardstick too, with noise and training in all transitions or in the first alone."""
+    window = {"window": [0, 5]} if noise == "window" else {}
+    _, after, _, learner = learned("GRPO", tilted(10), "grpo", 2e-2, 60, whole(64), True, {"noise": noise}, **window)
+    assert after > 0.3
+    assert noise == "window" or mean_of_samples(learner) > 1.5
+
+
+def test_grpo_held_to_the_reference_goes_less_far():
+    _, _, _, free = learned("GRPO", tilted(5), "grpo", 2e-2, 40, whole(64), True)
+    _, _, metrics, held = learned("GRPO held", tilted(5), "grpo", 2e-2, 40, whole(64), True, reference_kl=1.0)
+    assert mean_of_samples(held) < mean_of_samples(free) - 0.3
+    assert metrics["reference_kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("rtb", {}), ("rtb", {"log_z": "learned"}), ("rsub", {}), ("rsub", {"segments": "all"}),
+        pytest.param("rtb", {"transition_weight": "variance"}, marks=pytest.mark.long),
+        pytest.param("rtb", {"penalty": "huber"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_t8_relative_balance_of_trajectories(kind, settings):
+    before, after, _, _ = learned(f"T8 {kind} {settings}", tilted(5), kind, 3e-2, 150, whole(64), True, **settings)
+    assert before > 0.25
+    assert after < 0.02
+
+
+def test_t8_residual_db():
+    before, after, metrics, _ = learned("T8 rdb", tilted(5), "rdb", 3e-2, 300, fresh(64), True)
+    assert before > 0.25
+    assert after < 0.02
+    assert metrics["residual_squared"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("tb", {}), ("sub_tb", {}), ("sub_tb", {"segments": "all"}),
+        pytest.param("tb", {"log_z": "learned"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_t9_balance_of_trajectories_with_the_noising_kernel(kind, settings):
+    before, after, _, _ = learned(f"T9 {kind} {settings}", gaussian(5), kind, 1e-1, 200, whole(64), **settings)
+    assert before > 0.5
+    assert after < 0.02
+
+
+@pytest.mark.parametrize(("every", "behind"), cases((2, 0), (1, 4)) + [(10, 3)])
+def test_relative_trajectory_balance_learns_from_older_trajectories(every, behind):
+    """Two updates a rollout; rollouts four versions old; ten updates a rollout, each 30 updates old and more."""
+    name = f"stale rtb, every {every}, {behind} behind"
+    _, after, _, _ = learned(name, tilted(5), "rtb", 3e-2, 200, whole(64, every, behind), True)
+    assert after < 0.02
+
+
+@pytest.mark.parametrize("noise", ["all", "window"])
+@pytest.mark.parametrize("kind", ["rtb", pytest.param("rsub", marks=pytest.mark.long)])
+def test_a_window_at_whose_end_the_reward_is_settled_reaches_the_whole_target(kind, noise):
+    """The first four transitions of five, and the image's reward at their end. The last one hardly moves the image, or
+    has no noise at all."""
+    settings = {"window": [0, 3]}
+    name = f"window {kind}, noise {noise}"
+    before, after, _, _ = learned(name, settled(5), kind, 3e-2, 150, whole(64), True, {"noise": noise}, **settings)
+    assert before > 0.2
+    assert after < 0.02
+
+
+def test_without_noise_behind_a_window_the_reward_is_settled_at_its_end():
+    _, after, _, _ = learned("window", tilted(5), "rtb", 3e-2, 150, whole(64), True, {"noise": "window"}, window=[0, 2])
+    assert after < 0.02
+
+
+def test_a_window_at_whose_end_noise_still_decides_misses_the_target():
+    assert learned("early", tilted(5), "rtb", 3e-2, 100, whole(64), True, window=[0, 2])[1] > 0.1
 
 
 @pytest.mark.slow

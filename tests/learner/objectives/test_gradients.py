@@ -9,21 +9,24 @@ from torch import nn
 
 from learner.objectives.base import clipped
 from learner.objectives.kl import leave_one_out
+from learner.objectives.needs import NEEDS
 
 gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)  # along random directions
 
 
 class Given(nn.Module):
-    def __init__(self, here: torch.Tensor, after: torch.Tensor) -> None:
+    """A flow by its values at x, and where it is asked for both ends at x_next."""
+
+    def __init__(self, here: torch.Tensor, after: torch.Tensor | None = None) -> None:
         super().__init__()
         self.here, self.after = here, after
 
     def forward(self, x, t, embeddings):
-        return torch.cat([self.here, self.after])
+        return self.here if self.after is None else torch.cat([self.here, self.after])
 
 
 def flows(s, kind):
-    flow = ScalarFlow() if kind.startswith("dag") else FieldFlow()
+    flow = ScalarFlow() if NEEDS[kind].flow == "log_flow" else FieldFlow()
     x = s.batch.x.detach()
     return [flow(end, t, None).requires_grad_() for end, t in ((x, s.batch.t), (s.batch.x_next, s.batch.t_next))]
 
@@ -47,6 +50,56 @@ def test_dag_db_trains_policy_and_as_published_both_flows():
     output, (here, after) = s.output.detach().requires_grad_(), flows(s, "dag_db")
     assert gradcheck(lambda o, h: part(s, "balance", o, h, after.detach()), (output, here))
     assert (gradient(part(s, "balance", output, here, after), after) == 0).all()
+
+
+def test_residual_db_trains_policy_and_the_flow_at_x():
+    s = setup("rdb")
+    output, (here, after) = s.output.detach().requires_grad_(), flows(s, "rdb")
+    assert gradcheck(lambda o, h: part(s, "balance", o, h, after.detach()), (output, here))
+    assert (gradient(part(s, "balance", output, here, after), after) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["rtb", "tb"])
+@pytest.mark.parametrize("settings", [{}, {"log_z": "learned", "penalty": "huber", "log_prob_reduction": "mean"}])
+def test_trajectory_balance_trains_the_policy_alone(kind, settings):
+    s = setup(kind, **settings)
+    output = s.output.detach().requires_grad_()
+    assert gradcheck(lambda o: s.objective.loss(s.batch, o, None, BETA, True)[0], (output,))
+    assert not s.objective.goal(s.batch, BETA).requires_grad and not s.objective.log_q(s.batch).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["rsub", "sub_tb"])
+@pytest.mark.parametrize("settings", [{}, {"segments": "all", "detach_next_flow": False, "segment_decay": 0.7}])
+def test_sub_trajectory_balance_trains_policy_and_flow(kind, settings):
+    s = setup(kind, **settings)
+    output, here = s.output.detach().requires_grad_(), flows(s, kind)[0]
+    assert gradcheck(lambda o, h: s.objective.loss(s.batch, o, Given(h), BETA, True)[0], (output, here))
+    assert gradcheck(lambda h: s.objective.flow_loss(s.batch, Given(h), BETA), (here,))
+    held = s.objective.loss(s.batch, output, Given(here), BETA, False)[0]
+    assert (gradient(held, here) == 0).all() and gradient(held, output).abs().sum() > 0
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_segment_trains_the_flow_that_it_begins_with_and_as_published_that_it_ends_with(detach):
+    s = setup("rsub", segments="all", detach_next_flow=detach)
+    log_flow = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
+    delta, weights = s.objective.residuals(torch.zeros_like(log_flow), log_flow, log_flow[:, 0].detach())
+    found = sorted(tuple(gradient(each, log_flow)[0].tolist()) for each in delta[0])
+    ends = [(1, 0, 0), (0, 1, 0), (0, 0, 1)]  # of the segments to the image
+    inner = [(1, 0, 0), (1, 0, 0), (0, 1, 0)] if detach else [(1, -1, 0), (1, 0, -1), (0, 1, -1)]
+    assert found == sorted(ends + inner) and weights.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["rtb", "tb", "rsub", "sub_tb"])
+def test_a_transitions_weight_scales_its_gradient_and_no_residual(kind):
+    losses, gradients = [], []
+    for weight in ("uniform", "variance"):
+        s = setup(kind, transition_weight=weight)
+        output, flow = s.output.detach().requires_grad_(), s.flow
+        losses.append(s.objective.loss(s.batch, output, flow, BETA, True)[0])
+        gradients.append(gradient(losses[-1], output))
+    assert losses[0] == losses[1]
+    torch.testing.assert_close(gradients[1], gradients[0] * s.objective.weights(s.batch)[:, None, None, None])
 
 
 def test_dag_kl_policy_and_flow_learn_from_their_own_term_alone():
@@ -104,3 +157,10 @@ def test_ddpo_and_no_flow_train_the_policy_alone():
     s = setup("residual_nabla_db_no_flow")
     offset = torch.zeros_like(s.output, requires_grad=True)
     assert gradcheck(lambda o: s.objective.loss(s.batch, s.output + o, None, BETA, True)[0], (offset,))
+
+
+def test_grpo_trains_the_policy_alone_and_its_kl_is_to_a_constant():
+    s = setup("grpo", clip_range=0.02, reference_kl=0.3)
+    output = s.output.detach().requires_grad_()
+    assert gradcheck(lambda o: s.objective.loss(s.batch, o, None, BETA, True)[0], (output,))
+    assert not s.batch.prepared["reference_output"].requires_grad

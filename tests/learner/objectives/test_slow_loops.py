@@ -20,6 +20,7 @@ STEPS, COUNT, BETA = 5, 4, 7.0
 close = {"rel": 1e-10, "abs": 1e-12}
 SHAPE = (2, 2, 2)
 D = 8
+PROMPTS = ("a", "b", "a", "a")
 SLOPE, WAVE, REFERENCE = 0.7, 0.3, 0.5  # of policy SLOPE x + WAVE sin x, and of reference REFERENCE x
 
 
@@ -92,12 +93,10 @@ def setup(kind: str, **settings) -> Setup:
     close = kernel.log_pf(output.detach(), batch.t, x.detach(), batch.x_next, "sum")
     batch.log_pf_old = close + batch.log_pf_old
     nats = np.zeros((COUNT, 0))
+    batch.log_ref = kernel.log_pf(REFERENCE * x.detach(), batch.t, x.detach(), batch.x_next, "sum")
     if objective.needs.whole_trajectories:
-        batch.log_ref = kernel.log_pf(
-            Model().predict_reference(x.detach(), None, None, 1.0), batch.t, x, batch.x_next, "sum"
-        )
         nats = (objective.log_pf_old(batch) - objective.log_q(batch)).detach().reshape(COUNT, STEPS).numpy()
-    objective.begin_epoch(range(COUNT), ("a",) * COUNT, rewards[:, -1].tolist(), nats, BETA)
+    objective.begin_epoch(range(COUNT), PROMPTS, rewards[:, -1].tolist(), nats, BETA)
     policy = Policy(Model(), 1.0)
     batch.prepared.update(objective.prepare(policy, batch))
     flow = {"log_flow": ScalarFlow(), "gradient": FieldFlow(), None: None}[objective.needs.flow]
@@ -135,6 +134,14 @@ class Slow:
     def log_pf(self) -> float:
         squares = [(y - self.mean(x, self.policy(x)[0])) ** 2 for x, y in zip(self.x, self.y, strict=True)]
         return sum(-square / (2 * self.variance) - 0.5 * math.log(2 * math.pi * self.variance) for square in squares)
+
+    def log_ref(self) -> float:
+        squares = [(y - self.mean(x, REFERENCE * x)) ** 2 for x, y in zip(self.x, self.y, strict=True)]
+        return sum(-square / (2 * self.variance) - 0.5 * math.log(2 * math.pi * self.variance) for square in squares)
+
+    def log_start(self) -> float:
+        """log N(x; 0, I)."""
+        return sum(-(x**2) / 2 - 0.5 * math.log(2 * math.pi) for x in self.x)
 
     def log_pb(self) -> float:
         back, shrink = 1 - self.a / self.next, math.sqrt(self.a / self.next)

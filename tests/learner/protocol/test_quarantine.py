@@ -174,3 +174,14 @@ def test_two_ranks_of_which_one_has_a_bad_trajectory(small_config):
         first, second = sorted(ranks.answers(2))
     assert first[1] == second[1] != learner.published.sha256
     assert first[2:] == ((0, 2, 3), 1) and second[2:] == ((4, 5, 6, 7), 0)
+
+
+def test_what_takes_a_bad_ones_place_brings_its_own_densities(small_config, settings_of):
+    config = small_config(*settings_of("rsub"))
+    trajectories, scores = scored_epoch(config, build.build_learner(config).published)[0]
+    scores = replace(scores, bad={1: "bad"})
+    kept, _ = quarantine.replaced(trajectories, scores)
+    for name in ("states", "log_pf", "log_pb", "log_ref"):
+        rows = getattr(trajectories, name)
+        np.testing.assert_array_equal(getattr(kept, name), rows[[0, 2, 2, 3]])
+        assert not np.array_equal(rows[1], rows[2])
