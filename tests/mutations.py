@@ -104,7 +104,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("rollout.noise_steps != end", "0", f"{TARGETS} -k window"),
     ),
     "learner/protocol/quarantine.py": (
-        ("trajectories.log_ref[rows]", "trajectories.log_ref", "tests/learner/protocol/test_quarantine.py -k densities"),
+        ("trajectories.log_ref[rows]", "trajectories.log_ref",
+         "tests/learner/protocol/test_quarantine.py -k densities"),
     ),
     "learner/config/schema.py": (
         ('self.objective.window == "all" and self.needs.inner_rewards', 'self.objective.window == "all"',

@@ -2,10 +2,10 @@
 
 The target p_ref exp(beta r) moves the mean of a transition to
 
-    mu(x_k) = mu_ref(x_k) + sigma_k^2 beta E[a_k+1 | x_k],    a_k+1 = J_ref(x_k+1)^T ... J_ref(x_N-1)^T grad r(x_N)
+    mu(x_k) = mu_ref(x_k) + sigma_k^2 beta E[a_k+1 | x_k],   a_k+1 = J_ref(x_k+1)^T ... J_ref(x_N-1)^T grad r(x_N)
 
-over its own continuations, J_ref(x_j) being the Jacobian of the frozen model's step from x_j (the "lean" adjoint: of the
-reference, not of the policy). So the loss is a regression on single trajectories' a:
+over its own continuations, J_ref(x_j) being the Jacobian of the frozen model's step from x_j (the "lean" adjoint: not
+the policy's). So the loss is a regression on single trajectories' a:
 
     sum over dimensions of |mu_theta(x_k) - mu_ref(x_k) - sigma_k^2 beta a_k+1|^2 / (2 sigma_k^2)
 

@@ -24,6 +24,3 @@ class ResidualDB(DagDB):
 
     def log_other(self, batch: Transitions) -> Tensor:
         return log_reference(batch, self.settings.log_prob_reduction)
-
-    def known(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.zeros_like(t, dtype=x.dtype)

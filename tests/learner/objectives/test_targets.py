@@ -40,6 +40,7 @@ OBJECTIVES = {
     "tb": (EXACT, REFUSED, EXACT),
     "sub_tb": (EXACT, REFUSED, EXACT),
     "grpo": (NONE, NONE, NONE),
+    "adjoint_matching": (EXACT, NONE, EXACT),
 }
 SAMPLERS = {  # all but eta, which OBJECTIVES has, and where and how fast things run
     "grid": ("ddim", "dpm_solver"), "guidance": (1.0, 5.0), "steps": (4, 50), "state_precision": ("float32", "float16"),
@@ -53,7 +54,8 @@ TRAINED = "objective.last_transition=train"
 WINDOWS = {  # of objectives that are exact without
     ("objective.window=[0, 9]",): EXACT,
     ("objective.window=[0, 3]",): NONE,  # noise behind it
-    ("objective.window=[0, 3]", "sampler.noise=window"): EXACT,
+    ("objective.window=[0, 3]", "sampler.noise=window", "sampler.adapter=window"): EXACT,
+    ("objective.window=[0, 3]", "sampler.noise=window"): NONE,
     ("objective.window=[1, 3]", "sampler.noise=window"): NONE,
     ("objective.window=[1, 9]",): NONE,
 }
