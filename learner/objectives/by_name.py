@@ -67,12 +67,8 @@ def _inexact(config: Config) -> Iterator[str]:
     rollout = config.rollout_settings()
     if balanced and end < config.sampler.steps and rollout.terminal is None and rollout.noise_steps != end:
         yield "noise behind the trained transitions: of the rewards that it leads to their mean counts"
-    if (
-        balanced
-        and isinstance(settings.window, tuple)
-        and end < config.sampler.steps
-        and config.sampler.adapter == "all"
-    ):
+    moved_behind = config.sampler.adapter == "all" and isinstance(settings.window, tuple)
+    if balanced and moved_behind and end < config.sampler.steps and rollout.terminal is None:
         yield "sampler.adapter=all: behind the window the LoRA moves what no loss sees"
     if needs.flow != "gradient":
         return
