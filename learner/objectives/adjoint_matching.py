@@ -16,7 +16,6 @@ far as the variances of the steps, which stay as they are, allow: moment-matched
 import torch
 from torch import Tensor
 
-from learner.config.sections import Objective as Settings
 from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions
 from learner.objectives.needs import NEEDS
 
@@ -24,10 +23,6 @@ from learner.objectives.needs import NEEDS
 class AdjointMatching(Objective):
     needs = NEEDS["adjoint_matching"]
     target = "target proportional to p_ref x exp({beta:g} x reward)"
-
-    @classmethod
-    def extra_passes(cls, settings: Settings) -> int:
-        return 3  # the reference's, forward and back to its input; those behind the window come on top
 
     def carry_back(
         self, policy: Policy, states: Tensor, times: list[int], noisy: int, embeddings: Tensor, gradient: Tensor
