@@ -28,6 +28,7 @@ class Needs:
     compares_groups: bool = False  # transitions are compared within groups of objective.group_size
     noising_kernel: bool = False  # has p_B in it, to which the sampler's steps belong at eta 1 alone
     reference: bool = False  # compares with the frozen reference's densities, which the sampler then adds
+    residual: bool = False  # its target is p_ref exp(beta r)
     whole_trajectories: bool = False  # a loss of trajectories: all transitions of the window are trained on together
 
 
@@ -62,12 +63,12 @@ NEEDS: dict[str, Needs] = {
     # The score-function gradient is only right for the policy's own samples, within the clip.
     "dag_kl": Needs(_DAG, "log_flow", uses_ratio=True, compares_groups=True, noising_kernel=True),
     "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4, noising_kernel=True),
-    "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4),
+    "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4, residual=True),
     "residual_nabla_db_no_flow": Needs(_RESIDUAL, reward_gradients=True, prepared_fields=2),
     "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False),
-    "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, whole_trajectories=True),
-    "rsub": Needs(_BALANCE, "log_flow", reference=True, whole_trajectories=True),
-    "rdb": Needs(_BALANCE, "log_flow", reference=True),
+    "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, residual=True, whole_trajectories=True),
+    "rsub": Needs(_BALANCE, "log_flow", reference=True, residual=True, whole_trajectories=True),
+    "rdb": Needs(_BALANCE, "log_flow", reference=True, residual=True),
     "tb": Needs(_BALANCE, inner_rewards=False, noising_kernel=True, whole_trajectories=True),
     "sub_tb": Needs(_BALANCE, "log_flow", noising_kernel=True, whole_trajectories=True),
     "grpo": Needs(_GRPO, uses_ratio=True, inner_rewards=False),
