@@ -30,7 +30,7 @@ from learner.config import DEFAULT_CONFIG, Config, ConfigError, saved_config
 from records.heartbeat import REPORT
 from records.run_folder import Records
 from records.words import printable, short
-from reports import summary, target_words
+from reports import summary, targets
 from reports.progress import Bar
 
 UPLOAD_SECONDS = 120
@@ -108,7 +108,7 @@ def table(judged: Judged) -> str:
         name = short(printable(row["name"]), 60)
         lines.append(f"{name:32}{value:>9}  {f'[{low}, {high}]':<23}{base:>10}  {floor}, {most}")
     lines += [f"{summary.FIGURES[name][0]:32}{'-':>9}  {why}" for name, why in judged.figures["absent"].items()]
-    lines += target_words.of_certificate(judged.figures)
+    lines += targets.of_certificate(judged.figures)
     return "\n".join(lines)
 
 

@@ -142,6 +142,36 @@ class Judgement(Shape):
     epochs_done: Count | None = None
 
 
+class Law(Shape):
+    """Of an attribute: shares of its values."""
+
+    name: str
+    values: list[str]
+    base: list[Number]
+    target: list[Number]
+    tuned: list[Number]
+    tv: Figure
+    drift: Figure | None = None
+
+
+class TargetJudgement(Shape):
+    """evaluation/targets-step-N-IMAGES-images-....json, of learner.targets."""
+
+    settings: JudgedOn
+    name: str
+    reward_name: str
+    beta: FiniteFloat
+    base_pictures: Count
+    ess: FiniteFloat
+    ess_least: FiniteFloat
+    given: str
+    warning: str | None = None
+    reward: Figure
+    distance: Figure | None = None
+    attributes: Annotated[list[Law], Field(min_length=1)]
+    epochs_done: Count | None = None
+
+
 class SetAside(Shape):
     """quarantine/*.json."""
 

@@ -28,6 +28,7 @@ from records.passwords import without_passwords
 from records.run_folder import BEFORE, Records
 from records.storage import StorageError
 from records.words import PROMPT, printable, short
+from reports import targets
 from reports.diagrams import HEIGHT, WIDTH, Diagram, bars, curves
 from reports.model_card import usage
 from reports.pictures import SHEET_IMAGES, tiles
@@ -104,6 +105,10 @@ def render(records: Records, config: Config) -> bytes:
         before_after=pairs(records, facts.evaluated),
         extremes=extremes(records),
         figures=figures(records),
+        targets=(judged := targets.newest(records)),
+        target_words=targets.of_targets(judged[1]) if judged else "",
+        target_rows=targets.rows(judged[1]) if judged else (),
+        target_chart=_data_url("image/png", judged[2]) if judged else "",
         usage=usage(config, "peft" if config.prompts.path is None else "diffusers", config.model.path, known["lora"]),
         quote=shlex.quote,
         alike=alike,
