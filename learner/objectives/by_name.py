@@ -53,6 +53,22 @@ def target(config: Config, dimensions: int | None = None) -> str:
     return f"no exact target ({because}), but towards a {text}" if because else text
 
 
+def tilt(config: Config, dimensions: int | None = None) -> tuple[float | None, str]:
+    """The true exponent b where the target is p_ref exp(b r), r the image's reward; else None, and why there is no such
+    target. With mean log-probabilities b is known once D = `dimensions` is."""
+    settings, needs = config.objective, config.needs
+    kind, inexact = settings.kind, "; ".join(_inexact(config))
+    if not needs.residual or inexact:
+        return None, f"{kind} has no target p_ref x exp(beta x reward)" + (f" ({inexact})" if inexact else "")
+    if settings.window != "all" and needs.reward_gradients:
+        return None, f"{kind} with objective.window aims at the clean prediction's reward, not the image's"
+    if not settings.beta:
+        return None, "objective.beta is 0: the target is the base model itself"
+    if needs.reward_gradients or settings.log_prob_reduction == "sum":
+        return settings.beta, ""
+    return (settings.beta * dimensions, "") if dimensions else (None, "how many numbers a latent has is not known")
+
+
 def _inexact(config: Config) -> Iterator[str]:
     """Why not even at zero loss the formula holds. tests/learner/objectives/test_targets.py has them all."""
     settings, needs = config.objective, config.needs

@@ -31,6 +31,7 @@ class Needs:
     adjoint: bool = False  # carries the image's reward gradient back along trajectories
     least_squares: bool = False  # its policy part is a sum of squares, for learner.optimizer=natural
     free_constant: bool = False  # residuals of a prompt share a constant, log Z, that is left to the data
+    residual: bool = False  # its target is p_ref exp(beta r)
     whole_trajectories: bool = False  # a loss of trajectories: all transitions of the window are trained on together
 
 
@@ -66,14 +67,16 @@ NEEDS: dict[str, Needs] = {
     # The score-function gradient is only right for the policy's own samples, within the clip.
     "dag_kl": Needs(_DAG, "log_flow", uses_ratio=True, compares_groups=True, noising_kernel=True),
     "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4, noising_kernel=True),
-    "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4),
+    "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4, residual=True),
     "residual_nabla_db_no_flow": Needs(_RESIDUAL, reward_gradients=True, prepared_fields=2),
     "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False),
-    "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, **_WHOLE, free_constant=True),
-    "rsub": Needs(_BALANCE, "log_flow", reference=True, **_WHOLE),
-    "rdb": Needs(_BALANCE, "log_flow", reference=True, least_squares=True),
+    "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, residual=True, **_WHOLE, free_constant=True),
+    "rsub": Needs(_BALANCE, "log_flow", reference=True, residual=True, **_WHOLE),
+    "rdb": Needs(_BALANCE, "log_flow", reference=True, residual=True, least_squares=True),
     "tb": Needs(_BALANCE, inner_rewards=False, noising_kernel=True, **_WHOLE, free_constant=True),
     "sub_tb": Needs(_BALANCE, "log_flow", noising_kernel=True, **_WHOLE),
     "grpo": Needs(_GRPO, uses_ratio=True, inner_rewards=False),
-    "adjoint_matching": Needs(_BALANCE, reward_gradients=True, inner_rewards=False, adjoint=True, prepared_fields=2),
+    "adjoint_matching": Needs(
+        _BALANCE, reward_gradients=True, inner_rewards=False, adjoint=True, residual=True, prepared_fields=2
+    ),
 }
