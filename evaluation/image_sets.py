@@ -135,8 +135,6 @@ class ImageSet:
             for section in ("model", "sampler", "reward", "evaluation")
             for key, value in getattr(self.config, section).model_dump(mode="json", exclude=NOT_JUDGED_BY).items()
         }
-        if self.config.noise_steps < self.config.sampler.steps:
-            settings["noise_steps"] = self.config.noise_steps
         if "window" in (self.config.sampler.noise, self.config.sampler.adapter):
             settings["objective.window"] = self.config.objective.span(self.config.sampler.steps)
         return {**settings, "run.cpu_threads": self.config.run.cpu_threads, "prompts": self.prompts}
