@@ -17,23 +17,24 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster import signals
 from commands import report
 from commands.outcome import attempt, complain, require_writable, warner
 from diffusion.failures import RunFailure
-from evaluation import image_sets
+from evaluation import certificate, image_sets
 from evaluation.adapters import OTHER_SEED, Target, find, split
 from evaluation.image_sets import Cache, Pools
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, saved_config
 from records.heartbeat import REPORT
 from records.run_folder import Records
 from records.words import printable, short
-from reports import summary
+from reports import summary, targets
 from reports.progress import Bar
 
 UPLOAD_SECONDS = 120
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,25 @@ class Judged:
 
 
 def judge(targets: Sequence[Target], cache: Cache) -> list[Judged]:
-    """Judge each, write its files, and print its table. Targets of one config share their actors, which are started
-    when a picture is missing. Raises what sampling, scoring or writing does; what is finished stays."""
+    """Judge each, write its files, and print its table. Raises what `draw` does, or writing."""
+    return draw(targets, cache, _judge)
+
+
+def _judge(target: Target, sets: dict[str, bytes]) -> tuple[Judged, str]:
+    tuned, base, other = (image_sets.read_images(sets[name]) for name in ("tuned", "base", "other"))
+    figures = facts(target) | image_sets.compare(tuned, base, other)
+    figures |= certificate.judgement(tuned, [base.rewards, other.rewards], target.exponent, target.no_exponent)
+    judged = Judged(target, figures, sets)
+    _write(judged)
+    return judged, table(judged)
+
+
+def draw(
+    targets: Sequence[Target], cache: Cache, judge: Callable[[Target, dict[str, bytes]], tuple[Result, str]]
+) -> list[Result]:
+    """What `judge` makes of each target's sets (Target.sets, as Parquet files); it also gives what is printed. Targets
+    of one config share their actors, which are started when a picture is missing. Raises what sampling or scoring does;
+    what is finished stays."""
     results = []
     with Bar() as bar:
         say = functools.partial(bar.around, functools.partial(print, flush=True))
@@ -59,10 +77,9 @@ def judge(targets: Sequence[Target], cache: Cache) -> list[Judged]:
                         name: cache.make(image_set, pools, functools.partial(bar.show, f"{target.name}, {name}"))
                         for name, image_set in target.sets().items()
                     }
-                    figures = _facts(target) | image_sets.compare(sets["tuned"], sets["base"], sets["other"])
-                    results.append(Judged(target, figures, sets))
-                    _write(results[-1])
-                    say(table(results[-1]))
+                    result, text = judge(target, sets)
+                    results.append(result)
+                    say(text)
     return results
 
 
@@ -91,6 +108,7 @@ def table(judged: Judged) -> str:
         name = short(printable(row["name"]), 60)
         lines.append(f"{name:32}{value:>9}  {f'[{low}, {high}]':<23}{base:>10}  {floor}, {most}")
     lines += [f"{summary.FIGURES[name][0]:32}{'-':>9}  {why}" for name, why in judged.figures["absent"].items()]
+    lines += targets.of_certificate(judged.figures)
     return "\n".join(lines)
 
 
@@ -99,7 +117,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _facts(target: Target) -> dict[str, Any]:
+def facts(target: Target) -> dict[str, Any]:
     evaluation = target.config.evaluation
     settings = evaluation.model_dump(include={"images", "seed", "features"})
     settings |= target.config.sampler.model_dump(include={"steps", "guidance", "eta", "grid"})
@@ -121,10 +139,10 @@ def _write(judged: Judged) -> None:
     target.out.write_json(f"{target.file}.json", judged.figures)
 
 
-def show(judged: Sequence[Judged]) -> None:
+def show(targets: Sequence[Target]) -> None:
     """In the reports of finished runs (one in progress draws its own) and in MLflow, where their runs are: by the
     commands for that, which say themselves what fails."""
-    for storage in [result.target.records.storage for result in judged if result.target.records]:
+    for storage in [target.records.storage for target in targets if target.records]:
         records = Records.open(storage)  # not as it was before the judging
         if records.about["finished"] and storage.exists(REPORT):
             report.main([str(storage)])
@@ -155,14 +173,19 @@ def parser(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run("evaluate", parser("evaluate", __doc__.splitlines()[0]).parse_intermixed_args(arguments), show)
+    return run("evaluate", parser("evaluate", __doc__.splitlines()[0]).parse_intermixed_args(arguments), _show)
+
+
+def _show(judged: Sequence[Judged]) -> None:
+    show([result.target for result in judged])
 
 
 def run(
-    verb: str, args: argparse.Namespace, then: Callable[[list[Judged]], None],
+    verb: str, args: argparse.Namespace, then: Callable[[list[Any]], None],
     require: Callable[[list[Target]], None] = lambda targets: None,
+    judge: Callable[[Sequence[Target], Cache], list[Any]] = judge,
 ) -> int:  # fmt: skip
-    """Find, judge, and call `then` with the results. `require` may refuse the targets with a ConfigError. Exit status
+    """Find, `judge`, and call `then` with the results. `require` may refuse the targets with a ConfigError. Exit status
     as learner.run's."""
     targets = []
 

@@ -42,6 +42,7 @@ class Costs:
     flow_train: float  # forward and backward
     latent: int  # D, numbers
     lora: int  # parameters
+    lora_b: int  # of them those of the second matrices, which natural steps train
     flow_parameters: int
 
 
@@ -72,7 +73,7 @@ def costs(config: Config) -> Costs:
     width = getattr(unet.config, "cross_attention_dim", None)  # none without prompts
     tiny = None
     with torch.device("meta"):
-        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank)
+        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank, lora.TARGETS[config.lora.targets])
         flow = flow_network(config, shape[1:], width)
         x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
         if config.objective.forward_looking_decoder == "tiny":
@@ -89,6 +90,7 @@ def costs(config: Config) -> Costs:
         flow_train=_count(lambda: flow(x, t, embedding), backward=True) if flow else 0.0,
         latent=prod(shape),
         lora=sum(p.numel() for _, p in lora.named(unet)),
+        lora_b=sum(p.numel() for name, p in lora.named(unet) if "lora_B" in name),
         flow_parameters=sum(p.numel() for p in flow.parameters()) if flow else 0,
     )
 
@@ -96,6 +98,7 @@ def costs(config: Config) -> Costs:
 def work(config: Config, cost: Costs, ranks: int) -> Work:
     """An epoch of this config, exact but for thumbnails and rewards."""
     settings, n, count = config.rollout_settings(), config.sampler.steps, config.train.trajectories
+    updates = config.train.updates_per_epoch
     ids = list(range(config.sampler.chunk_size))
     steps = (settings.end or n) - settings.first
     selected = settings.first + noise.select_transitions(
@@ -119,6 +122,10 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     lagging = again + (1 - 1 / config.train.updates_per_epoch if config.train.max_staleness else 0)
     extra: float = OBJECTIVES[config.objective.kind].extra_passes(config.objective)
     extra += lagging if config.objective.regulariser else 0
+    if config.needs.adjoint:  # the reference forward at every state from the window's first on, and back at all but it
+        extra += (3 * (n - settings.first - 1) + 1) / selected.shape[1]
+    if config.learner.optimizer == "natural":  # rows of earlier epochs too; every step starts anew
+        step *= config.learner.natural_epochs * updates
     outputs = trained * cost.latent * (1 + config.needs.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if config.needs.reward_gradients else 1
     ends = count * (1 + (settings.terminal is not None and not settings.image_only))
@@ -176,6 +183,9 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
             f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
         ],
+        "least squares": [_least_squares(config, cost, each, placement.ranks.count)] * (
+            config.learner.optimizer == "natural"
+        ),
         "disk": [
             f"{_bytes(each.checkpoint)} a checkpoint, at most {kept} kept; trajectories up to "
             f"{_bytes(each.thumbnails)} an epoch; at most {_bytes(disk)} in all",
@@ -183,6 +193,14 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
     }  # fmt: skip
     rows = ((title if i == 0 else "", text) for title, texts in facts.items() for i, text in enumerate(texts))
     return "\n".join(f"{title:<26} {text}" for title, text in rows)
+
+
+def _least_squares(config: Config, cost: Costs, each: Work, ranks: int) -> str:
+    """A natural step's memory: rows in bfloat16, and the Gram matrix in float64, with its eigenvectors."""
+    whole = config.needs.whole_trajectories and not config.needs.flow  # one residual a trajectory
+    residuals = (config.train.trajectories if whole else each.transitions) * config.learner.natural_epochs
+    rows, gram = 2 * residuals * cost.lora_b // ranks, 3 * 8 * residuals**2
+    return f"{residuals} residuals, {_bytes(rows)} of rows and {_bytes(gram)} of their products on each learner rank"
 
 
 def _count(forward: Callable[[], torch.Tensor], backward: bool = False) -> float:

@@ -78,7 +78,7 @@ class BaseModel:
             torch._dynamo.config.recompile_limit = 64
             self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
-    def attach_lora(self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.TARGETS) -> None:
+    def attach_lora(self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.ATTENTION) -> None:
         """As lora.attach; the same seed gives the same initial adapter on every machine."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

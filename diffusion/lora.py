@@ -13,13 +13,18 @@ from torch import nn
 
 from diffusion.snapshot import Snapshot, digest
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# What a LoRA may adapt: attention alone, or also feed-forward layers, convolutions and what they are told of the time.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ATTENTION,
+    "all": (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"),
+}
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 KOHYA_FILE = "kohya.safetensors"
 
 
-def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS) -> None:
+def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = ATTENTION) -> None:
     """Add a float32 LoRA to the modules whose names end in `targets`, or match that regular expression. Draws from
     torch's global generator: seed it first."""
     from peft import LoraConfig, inject_adapter_in_model

@@ -1,5 +1,7 @@
 """Sampling: denoising trajectories under a frozen policy snapshot, with everything training needs."""
 
+import contextlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,7 +67,9 @@ class Sampler:
         compare, adapted = settings.reference or not training, self._adapted
         for i in range(n):
             t = grid[i].expand(batch)
-            guided, conditional = model.predict(x, t, embeddings, settings.guidance)
+            used = settings.adapted is None or settings.adapted[0] <= i < settings.adapted[1]
+            with contextlib.nullcontext() if used else model.without_lora():
+                guided, conditional = model.predict(x, t, embeddings, settings.guidance)
             if training:
                 output = guided if guided_clean else conditional
                 if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
@@ -78,7 +82,9 @@ class Sampler:
                 log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
                 log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
                 if compare:
-                    reference = model.predict_reference(x, t, embeddings, settings.guidance) if adapted else guided
+                    reference = (
+                        model.predict_reference(x, t, embeddings, settings.guidance) if adapted and used else guided
+                    )
                     log_ref.append(kernel.log_pf(reference, t, x, x_next, "sum"))
                     kl.append(kernel.divergence(guided, reference, t, x))
             else:

@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from diffusion.snapshot import Snapshot, digest
 from evaluation.image_sets import ACCURACY, ImageSet
 from learner.config import Config, ConfigError, as_arguments, read_config, resolve, saved_config
-from learner.config.sections import LoraConfig, SamplerConfig
+from learner.config.sections import LoraConfig, Objective, SamplerConfig
 from learner.prompts import evaluation_prompts, prompts_digest, training_prompts
 from records import checkpoint, facts
 from records.checkpoint import Checkpoint, CheckpointError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch and diffusers come with it
 LORA = "lora"  # a checkpoint's folder of LoRA files
 OTHER_SEED = 1_000_003  # added to evaluation.seed: noise that no training run evaluates on
 SETTING = re.compile(r"[^/:]+=")
-SAMPLING = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}
+SAMPLING = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid", "noise", "adapter"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ class Target:
     place: str  # under `out`, as `file`
     records: Records | None = None  # of the run that it is from
     facts: dict[str, Any] = field(default_factory=dict)  # for the JSON
+    exponent: float | None = None  # b, where what it was trained for aims at p_ref exp(b r)
+    no_exponent: str = ""  # why there is none
 
     @property
     def file(self) -> str:
@@ -176,10 +178,12 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace, warn:
         raise ConfigError("\n".join(faults))
     adapter, prompts = read_adapter(), tuple(evaluation_prompts(config))
     judged = adapter, _needed(config, adapter, prompts), prompts
+    exponent, why = _tilt(config, run)
     if trained is None:
         source = Path(adapter.source)
         out, folder = (args.out, "") if args.out else (source.parent, f"{EVALUATION}/")  # within: no link leads out
-        return Target(_shown(Path(name).resolve().stem), *judged, Storage(str(out)), f"{folder}{source.stem}")
+        shown, place = _shown(Path(name).resolve().stem), f"{folder}{source.stem}"
+        return Target(shown, *judged, Storage(str(out)), place, exponent=exponent, no_exponent=why)
     records, step = trained.records, trained.step
     lines = [line for line in records.lines if 0 <= line["epoch"] < trained.epochs]
     cluster = records.about.get("cluster", {})
@@ -190,7 +194,22 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace, warn:
         "gpus": cluster.get("GPU", 0), "cpus": cluster.get("CPU"),
     }  # fmt: skip
     written, name = f"{EVALUATION}/step-{step:06d}", _shown(records.about["name"])
-    return Target(name, *judged, records.storage, written, records, known)
+    return Target(name, *judged, records.storage, written, records, known, exponent, why)
+
+
+def _tilt(config: Config, run: Records | None) -> tuple[float | None, str]:
+    """As by_name.tilt, of a run or for the settings' own model."""
+    from diffusion.parts import without_weights
+    from learner.objectives.by_name import tilt
+
+    exponent, why = tilt(config, 1)  # nothing is read where D does not matter
+    dimensions = run.about.get("dimensions") if run else None
+    if exponent is None or exponent == tilt(config, 2)[0]:
+        return exponent, why
+    if not dimensions:
+        shape = without_weights(str(resolve(config.model.path)))[0].config
+        dimensions = int(shape["in_channels"]) * int(shape["sample_size"]) ** 2
+    return tilt(config, int(dimensions))
 
 
 def _shown(name: str) -> str:
@@ -223,14 +242,24 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
         judges.check([ACCURACY], "pixels", None, prompts)
         if ACCURACY not in judges.labels(evaluation.held_out):
             evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
+    sampler = SamplerConfig(**config.sampler.model_dump(include=SAMPLING))
+    objective = Objective()
+    if "window" in (config.sampler.noise, config.sampler.adapter):
+        first, end = config.objective.span(sampler.steps)
+        objective = Objective(window=(first, end - 1))
     return Config(
         run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}),
         model=config.model,
         reward=config.reward,
         evaluation=evaluation,
-        sampler=SamplerConfig(**config.sampler.model_dump(include=SAMPLING)),
-        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha),
+        sampler=sampler,
+        objective=objective,
+        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=_targets(adapter)),
     )
+
+
+def _targets(adapter: AdapterFile) -> Literal["attention", "all"]:
+    return "all" if any(module.endswith(("conv1", "time_emb_proj")) for module in adapter.modules) else "attention"
 
 
 def _check(target: Target, warn: Callable[[str], None]) -> None:
@@ -250,11 +279,11 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
         warn(f"{target.name}: {said}")
     unet, _ = without_weights(path)
     lora_files.require_fit(unet, adapter)
-    ends = tuple(f".{module}" for module in lora.TARGETS)
+    ends = tuple(f".{module}" for module in lora.TARGETS[config.lora.targets])
     if set(adapter.modules) != {name for name, _ in unet.named_modules() if name.endswith(ends)}:
         raise lora_files.BadAdapter(
-            f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.TARGETS)}): "
-            "learner.generate draws with it, samplers do not"
+            f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.ATTENTION)}), or "
+            "all that lora.targets=all has: learner.generate draws with it, samplers do not"
         )
     reward, evaluation = config.reward, config.evaluation
     target.out.exists(f"{target.file}.json")  # no link leads out

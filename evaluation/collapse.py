@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 
 from diffusion.trajectory import Scores
+from evaluation import certificate
 from evaluation.image_sets import Evaluated, image_rows, read_images
 from evaluation.metrics import distance, mean_of_good, paired_interval, vendi
+from learner.config import Config
+from learner.objectives.by_name import tilt
 from records.run_folder import BEFORE, Records
 from records.storage import StorageError
 
@@ -24,24 +27,34 @@ FALL = 0.5  # standard deviations among images that a held-out reward may fall
 
 
 def judge(
-    records: Records, thumbnail_pixels: int, draw: Callable[[Sequence[Scores]], bytes], epoch: int,
-    scores: Sequence[Scores],
+    records: Records, config: Config, draw: Callable[[Sequence[Scores]], bytes], epoch: int, scores: Sequence[Scores],
 ) -> dict[str, Any]:  # fmt: skip
     """Records the evaluation after an epoch, with a contact sheet (PNG) by `draw`. Returns what a line of metrics.jsonl
-    has of it: means of the good images' rewards, diversity, and signs of collapse since before training. Raises a
-    StorageError if it could not be recorded."""
-    records.save_evaluation(epoch, image_rows(scores, thumbnail_pixels), draw(scores))
+    has of it: means of the good images' rewards, diversity, how far the objective's target is (certificate.measure,
+    each under eval_...), and signs of collapse since before training. Raises a StorageError if it could not be
+    recorded."""
+    records.save_evaluation(epoch, image_rows(scores, config.run.thumbnail_pixels), draw(scores))
     now = read_images(*records.images(epoch))
     line: dict[str, Any] = {"eval_reward_mean": mean_of_good(now.rewards)}
     line |= {f"eval_reward_mean/{label}": mean_of_good(values) for label, values in now.held_out.items()}
     if now.features is not None:
         line["eval_vendi"] = vendi(now.features)
         line["eval_distance"] = distance(now.features, now.prompts)[0]
-    if epoch != BEFORE and BEFORE in records.evaluated():
-        try:
-            line["collapse"] = "; ".join(signs(read_images(*records.images(BEFORE)), now)) or None
-        except StorageError as error:
-            records.warn(f"{error}; until then signs of collapse are not looked for")
+    if BEFORE not in records.evaluated():
+        return line
+    try:
+        before = read_images(*records.images(BEFORE))
+    except StorageError as error:
+        records.warn(
+            f"{error}; until then signs of collapse are not looked for, and the gap to the target is not known"
+        )
+        return line
+    if epoch != BEFORE:
+        line["collapse"] = "; ".join(signs(before, now)) or None
+    if now.kl is not None:
+        target = tilt(config, records.about.get("dimensions"))
+        found = certificate.measure(now, [before.rewards], *target)
+        line |= {f"eval_{name}": value for name, value in found.items()}
     return line
 
 

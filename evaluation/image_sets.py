@@ -34,7 +34,7 @@ from learner.protocol.chunks import evaluation_chunks
 from records.run_folder import IMAGES, parquet, read_parquet
 from records.storage import Storage, StorageError
 
-FORMAT = 2  # of chunk files and of the figures' JSON
+FORMAT = 3  # of chunk files and of the figures' JSON
 ACCURACY = "shapes_accuracy"  # a held-out reward with a key of its own
 SHOWN_PIXELS = 256  # side of the pictures that a set keeps
 # Settings that change no picture and no score; prompts are compared themselves.
@@ -50,6 +50,8 @@ class Evaluated:
     rewards: np.ndarray  # [n], raw, of the reward trained on
     held_out: Mapping[str, np.ndarray]  # [n] each, raw
     features: np.ndarray | None  # [n, F]
+    kl: np.ndarray | None = None  # [n, N] nats of each transition, to the base model; None: not measured
+    log_ratio: np.ndarray | None = None  # [n] nats of the whole path
 
 
 def image_rows(scores: Sequence[Scores], thumbnail_pixels: int) -> list[dict[str, Any]]:
@@ -64,6 +66,8 @@ def image_rows(scores: Sequence[Scores], thumbnail_pixels: int) -> list[dict[str
             "features": None if part.features is None else part.features[i],
             "thumbnail_png": None if part.images is None else _thumbnail(part.images[i], thumbnail_pixels),
             "bad": part.bad.get(i),
+            "kl": None if part.nats is None else part.nats.kl[i],
+            "log_ratio": None if part.nats is None else float(part.nats.log_ratio[i].sum(dtype=np.float64)),
         }
         for part in scores
         for i, number in enumerate(part.chunk.trajectory_ids)
@@ -82,14 +86,25 @@ def _thumbnail(pixels: np.ndarray, side: int) -> bytes | None:
 
 def read_images(content: bytes, place: str = "a set") -> Evaluated:
     """From a Parquet file of such rows, what figures need. Raises a StorageError, which names the `place`."""
-    table = read_parquet(content, place, IMAGES, ("prompt", "reward", "held_out", "features"))
+    table = read_parquet(content, place, IMAGES, ("prompt", "reward", "held_out", "features"), ("kl", "log_ratio"))
     held_out, features = [dict(row) for row in table["held_out"].to_pylist()], table["features"].to_pylist()
     return Evaluated(
         table["prompt"].to_pylist(),
         np.array(table["reward"].to_pylist(), np.float64),  # None becomes NaN
         {label: np.array([row[label] for row in held_out], np.float64) for label in held_out[0]},
         None if features[0] is None else np.array(features, np.float32),
+        *_nats(table, place),
     )
+
+
+def _nats(table: pa.Table, place: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """kl and log_ratio, where they were measured of every picture."""
+    if not {"kl", "log_ratio"} <= {*table.column_names} or table["kl"].null_count or table["log_ratio"].null_count:
+        return None, None
+    try:
+        return np.array(table["kl"].to_pylist(), np.float64), table["log_ratio"].to_numpy().astype(np.float64)
+    except ValueError as error:  # of several lengths
+        raise StorageError(f"{place} is damaged ({error}): put it back from a copy, or remove it") from error
 
 
 class Pools(Protocol):
@@ -120,6 +135,8 @@ class ImageSet:
             for section in ("model", "sampler", "reward", "evaluation")
             for key, value in getattr(self.config, section).model_dump(mode="json", exclude=NOT_JUDGED_BY).items()
         }
+        if "window" in (self.config.sampler.noise, self.config.sampler.adapter):
+            settings["objective.window"] = self.config.objective.span(self.config.sampler.steps)
         return {**settings, "run.cpu_threads": self.config.run.cpu_threads, "prompts": self.prompts}
 
     @property
@@ -192,7 +209,7 @@ class Cache:
         return None
 
 
-def compare(tuned: bytes, base: bytes, other: bytes) -> dict[str, Any]:
+def compare(tuned: Evaluated, base: Evaluated, other: Evaluated) -> dict[str, Any]:
     """The figures of an adapter's set beside its base model's at the same noise (`base`) and at other noise (`other`);
     None where one cannot be had, and `absent` says by its name why.
 
@@ -201,7 +218,7 @@ def compare(tuned: bytes, base: bytes, other: bytes) -> dict[str, Any]:
     else by how much two of the base model's sets differ. Means over pictures and the distance within a prompt also have
     the gain over the base model at the same noise (gain, gain_low, gain_high). Drift is from `other`.
     """
-    sets = [read_images(content) for content in (tuned, base, other)]
+    sets = tuned, base, other
     prompts = sets[0].prompts
     held_out = {label: _mean(prompts, *(images.held_out[label] for images in sets)) for label in sets[0].held_out}
     figures: dict[str, Any] = dict.fromkeys(("vendi", "distance", "fid", "kid"))

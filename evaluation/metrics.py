@@ -34,7 +34,7 @@ def mean_interval(values: np.ndarray, prompts: Prompts) -> Interval:
 
         share = binomtest(int(good.sum()), len(good)).proportion_ci(LEVEL, "wilson")
         return float(share.low), float(share.high)
-    return _mean_interval(good, strata(prompts, kept))
+    return student_interval(good, strata(prompts, kept))
 
 
 def paired_interval(before: np.ndarray, after: np.ndarray, prompts: Prompts) -> Interval:
@@ -45,7 +45,7 @@ def paired_interval(before: np.ndarray, after: np.ndarray, prompts: Prompts) -> 
         more = np.append(change, (1.0, -1.0))
         reach = _t(np.inf) * more.std() / np.sqrt(len(more))
         return max(-1.0, float(more.mean() - reach)), min(1.0, float(more.mean() + reach))
-    return _mean_interval(change, strata(prompts, kept))
+    return student_interval(change, strata(prompts, kept))
 
 
 def strata(prompts: Prompts, kept: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ def _t(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
-def _mean_interval(values: np.ndarray, groups: np.ndarray) -> Interval:
+def student_interval(values: np.ndarray, groups: np.ndarray) -> Interval:
     """Of the mean of `values` [n], drawn independently within each of `groups` [n] of fixed sizes: Student's interval,
     its T transformed so that skewness is gone (Hall 1992, On the removal of skewness by transformation)."""
     n, sizes = len(values), np.bincount(groups)
@@ -116,7 +116,7 @@ def vendi_interval(features: np.ndarray, prompts: Prompts) -> Interval:
     if (n := len(unit)) < 3:
         return NONE, NONE
     left = -(n - 1) * np.log([_vendi(_products(np.delete(unit, i, 0)) / (n - 1)) for i in range(n)])
-    low, high = np.exp(np.array(_mean_interval(left, groups)) - left.mean()) * _vendi(_products(unit) / n)
+    low, high = np.exp(np.array(student_interval(left, groups)) - left.mean()) * _vendi(_products(unit) / n)
     return max(1.0, float(low)), min(float(n), float(high))
 
 

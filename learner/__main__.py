@@ -13,6 +13,7 @@ VERBS = {
     "run": ("learner.run", "train a model (--help lists every setting; --plan says what would run where)"),
     "status": ("commands.status", "how a run is doing, from its files alone"),
     "evaluate": ("commands.evaluate", "reward, held-out rewards, diversity and drift of runs and LoRAs"),
+    "targets": ("commands.targets", "how near runs and LoRAs are to the exact target, attribute by attribute"),
     "compare": ("commands.compare", "several runs or LoRAs beside each other: tables, Pareto pictures"),
     "generate": ("commands.generate", "pictures by the base model and a LoRA, at the same noise"),
     "export": ("commands.export", "a run's LoRA for diffusers, ComfyUI, A1111, or fused into the model"),

@@ -162,8 +162,7 @@ def run(
                 runner = _start(opened, views, own_reward)
                 if begun and runner.snapshot.sha256 != begun.manifest["adapter_sha256"]:
                     raise CheckpointError(f"{begun.name}: the adapter restored is not the one that was saved")
-                pixels = config.run.thumbnail_pixels
-                judge = functools.partial(collapse.judge, records, pixels, lambda scores: png(contact_sheet(scores)))
+                judge = functools.partial(collapse.judge, records, config, lambda scores: png(contact_sheet(scores)))
                 controller.run(opened, runner, judge, views)
         controller.finish(records, views)
         status = "FINISHED"

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from diffusion import lora
 from diffusion.base_model import BaseModel, Decoder
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
@@ -50,7 +51,9 @@ def build_model(config: Config, training: bool = False) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
     settings = config.model
     model = BaseModel(str(resolve(settings.path)), device(config), getattr(torch, settings.dtype))
-    model.attach_lora(config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed)
+    model.attach_lora(
+        config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed, lora.TARGETS[config.lora.targets]
+    )
     model.speed_up(settings.channels_last, settings.compile, training and config.learner.gradient_checkpointing)
     return model
 

@@ -23,6 +23,7 @@ from diffusion.trajectory import Scores, Trajectories
 from learner import process_group, state
 from learner.config import Config
 from learner.experience import Experience, concatenate, made_up
+from learner.natural import Natural
 from learner.objectives.base import Loss, Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol import quarantine, receipts
@@ -63,6 +64,8 @@ class Learner:
         self.replay: deque[list[list[Experience]]] = deque(maxlen=config.kept_epochs)
         self.published = lora.snapshot(model.unet, 0)
         self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
+        self.natural = Natural(self) if config.learner.optimizer == "natural" else None
+        self.stood_still = False  # a natural step found nothing to do: the next version may equal the last
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
         self.tell: Callable[[int, int], None] = lambda done, total: None  # transitions of the epoch trained; all of it
         self._done = self._total = 0
@@ -93,7 +96,8 @@ class Learner:
     def publish(self, version: int) -> lora.Snapshot:
         """The adapter as it stands, as this version. Raises StaleWeights if it is bitwise the one before."""
         fresh = lora.snapshot(self.model.unet, version)
-        receipts.check_moved(self.published, fresh)
+        if not self.stood_still:
+            receipts.check_moved(self.published, fresh)
         self.published = fresh
         recent, oldest = {**self.recent, version: fresh.sha256}, version - self.config.train.max_staleness
         self.recent = {number: sha256 for number, sha256 in recent.items() if number >= oldest}
@@ -129,6 +133,8 @@ class Learner:
         """Metrics of each update of the epoch, those of earlier epochs last."""
         train = self.config.train
         self._prepare([experience for update in fresh for experience in update], beta)
+        if self.natural is not None:
+            return self._natural_updates(epoch, beta, fresh)
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
         updates = list(fresh)
         for index in range(len(fresh), len(fresh) + (train.replay_updates if earlier else 0)):
@@ -144,6 +150,23 @@ class Learner:
             row["replay_age"] = float(self.published.version - update[0].trajectories.policy_version)
         return rows
 
+    def _natural_updates(self, epoch: int, beta: float, fresh: list[list[Experience]]) -> list[dict[str, float]]:
+        """Every step is over all trajectories: the updates of an epoch are Gauss-Newton steps on the same ones."""
+        assert self.natural is not None
+        past = list(self.replay)[-(self.config.learner.natural_epochs - 1) :] if self.replay.maxlen else []
+        earlier = [each for part in past for update in part for each in update]
+        if self.replay.maxlen:
+            self.replay.append([[each.kept(False) for each in update] for update in fresh])
+        own, rows = [each for update in fresh for each in update], []
+        for index in range(len(fresh)):
+            flow = self.config.flow
+            steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
+            fitted = self._fit_flow(epoch, index, beta, steps) if steps else {}
+            rows.append(fitted | self.natural.step(own, earlier, beta))
+            self.tell(index + 1, len(fresh))
+        self.stood_still = not any(row["length"] for row in rows)
+        return rows
+
     def _prepare(self, experiences: Sequence[Experience], beta: float) -> None:
         """Let the objective compute what it needs once an epoch."""
         mine: list[tuple[int, str, float, list[float]]] = []  # id, prompt, reward and nats of each image
@@ -157,7 +180,26 @@ class Learner:
         for experience in experiences:
             computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
             experience.prepared |= computed
+            if self.objective.needs.adjoint:
+                experience.prepared |= self._carried_back(experience)
             experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
+
+    def _carried_back(self, experience: Experience) -> dict[str, np.ndarray]:
+        """[B, K, ...], a micro-batch of trajectories at a time; only the selected transitions'."""
+        trajectories, scores, device = experience.trajectories, experience.scores, self.model.device
+        chunk, first = trajectories.chunk, self.config.objective.span(len(trajectories.timesteps))[0]
+        assert scores.gradients is not None and scores.gradient_row is not None
+        parts = []
+        for start in range(0, len(chunk.prompts), self.micro_batch):
+            rows = slice(start, start + self.micro_batch)
+            states = gpu_memory.to_device(trajectories.states[rows], device).float()
+            at_image = gpu_memory.to_device(scores.gradients[scores.gradient_row[rows, -1]], device)
+            times, embeddings = trajectories.timesteps.tolist(), self.model.embed(chunk.prompts[rows])
+            noisy = self.config.noise_steps
+            parts.append(self.objective.carry_back(self.policy, states, times, noisy, embeddings, at_image))
+        places = (trajectories.selected - first)[:, :, None, None, None]
+        joined = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        return {name: np.take_along_axis(values, places, 1) for name, values in joined.items()}
 
     def _windows(self, experience: Experience) -> list[list[np.ndarray]]:
         return experience.windows(self.micro_batch, self.objective.group, self.objective.needs.compares_groups)

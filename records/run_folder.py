@@ -59,6 +59,9 @@ IMAGES = {
     "features": pa.list_(pa.float32()),  # rewards/judges.py
     "thumbnail_png": pa.binary(),
     "bad": pa.string(),
+    # Nats from the base model (diffusion/trajectory.py: Nats); null, or no such columns, where it was not measured.
+    "kl": pa.list_(pa.float32()),  # of each transition
+    "log_ratio": pa.float32(),  # of the whole path as it was drawn
 }
 
 
@@ -195,9 +198,15 @@ def parquet(rows: Sequence[Mapping[str, Any]], columns: dict[str, pa.DataType]) 
     return file.getvalue()
 
 
-def read_parquet(content: bytes, place: str, schema: dict[str, pa.DataType], columns: Sequence[str]) -> pa.Table:
-    """Columns of a Parquet file that is whole. Raises a StorageError, which names the `place` and the remedy."""
+def read_parquet(
+    content: bytes, place: str, schema: dict[str, pa.DataType], columns: Sequence[str], optional: Sequence[str] = ()
+) -> pa.Table:
+    """Columns of a Parquet file that is whole, and of the `optional` ones those that it has. Raises a StorageError,
+    which names the `place` and the remedy."""
     try:
+        if optional:
+            there = pq.read_schema(io.BytesIO(content)).names
+            columns = [*columns, *(name for name in optional if name in there)]
         table = pq.read_table(io.BytesIO(content), columns=[*columns], page_checksum_verification=True)
         if not table.num_rows:
             raise ValueError("it has no rows")

@@ -31,6 +31,7 @@ class About(Written):
     mlflow_run_id: str | None = None
     environment: dict[str, str | None] = {}
     cluster: dict[str, FiniteFloat] = {}
+    dimensions: Count | None = None  # numbers in a latent
     failure: str | None = None  # the kind of the one that ended it last
     changes: list[dict[str, Any]] = []  # of settings, on the way
 
@@ -49,6 +50,8 @@ class Line(Shape):
     eval_reward_mean: Number
     adapter_sha256: str | None = None
     collapse: str | None = None
+    eval_no_gap: str | None = None  # why there is no eval_gap
+    eval_nats_by_transition: list[Number] | None = None
     updates: list[dict[str, Number]]
 
 
@@ -108,6 +111,19 @@ class JudgedOn(Shape):
     features: str = ""
 
 
+class Certificate(Shape):
+    """evaluation/certificate.py's `measure`."""
+
+    exponent: Number = None
+    bound: Number = None
+    explained: Number = None
+    ess: Number = None
+    nats_by_transition: list[Number] | None = None
+    gain: Number = None
+    ideal_gain: Number = None
+    no_gap: str | None = None
+
+
 class Judgement(Shape):
     """evaluation/step-N-IMAGES-images-....json, of learner.evaluate."""
 
@@ -120,6 +136,39 @@ class Judgement(Shape):
     fid: Figure | None = None
     kid: Figure | None = None
     held_out: dict[str, Figure | None] = {}
+    gap: Figure | None = None
+    nats: Figure | None = None
+    certificate: Certificate | None = None
+    epochs_done: Count | None = None
+
+
+class Law(Shape):
+    """Of an attribute: shares of its values."""
+
+    name: str
+    values: list[str]
+    base: list[Number]
+    target: list[Number]
+    tuned: list[Number]
+    tv: Figure
+    drift: Figure | None = None
+
+
+class TargetJudgement(Shape):
+    """evaluation/targets-step-N-IMAGES-images-....json, of learner.targets."""
+
+    settings: JudgedOn
+    name: str
+    reward_name: str
+    beta: FiniteFloat
+    base_pictures: Count
+    ess: FiniteFloat
+    ess_least: FiniteFloat
+    given: str
+    warning: str | None = None
+    reward: Figure
+    distance: Figure | None = None
+    attributes: Annotated[list[Law], Field(min_length=1)]
     epochs_done: Count | None = None
 
 

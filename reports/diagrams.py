@@ -1,4 +1,5 @@
-"""The report's diagrams: numbers in, SVG out, drawn by matplotlib. x counts epochs done (0: before training).
+"""The report's diagrams: numbers in, SVG out, drawn by matplotlib. x counts epochs done (0: before training), of
+bars the transitions.
 
 Titles and labels, which may be anybody's words, are left to the template. The colours are the page's CSS variables.
 """
@@ -7,8 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,10 +56,12 @@ class Diagram:
 
 
 def curves(
-    title: str, unit: str, names: Mapping[str, str], lines: Sequence[Line], intervals: Sequence[Interval] = ()
-) -> Diagram | None:
+    title: str, unit: str, names: Mapping[str, str], lines: Sequence[Line], intervals: Sequence[Interval] = (),
+    goal: float | None = None,
+) -> Diagram | None:  # fmt: skip
     """Metrics over the epochs, by name with their labels, or None where there is no point. What is not finite is left
-    out. Evaluations, which `intervals` are of, are few and of the same images: not smoothed. Equal numbers give equal
+    out. Evaluations, which `intervals` are of, are few and of the same images: not smoothed. `goal`: what is aimed at,
+    a dashed line. Equal numbers give equal
     text, whatever matplotlib's settings on this machine."""
     shown = []
     for name, label in names.items():
@@ -67,16 +71,10 @@ def curves(
             shown.append((label, np.array(points, np.float64).T, evaluation, 1 if evaluation else window(len(points))))
     if not shown:
         return None
-    import matplotlib.style  # now: it takes a second
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.style.context(["default", STYLE]):
-        figure, file = Figure((WIDTH / 72, HEIGHT / 72)), io.StringIO()
-        axes = figure.add_axes(PLOT_AREA)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.set_xlabel("epochs", loc="right", labelpad=0)
+    def draw(axes: Any) -> None:
+        if goal is not None:
+            axes.axhline(goal, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
         for i, (_, (epochs, values), evaluation, size) in enumerate(shown):
             colour = LINES[i % len(LINES)]
             if size > 1:  # every epoch, faint
@@ -88,10 +86,37 @@ def curves(
         low, high = axes.get_ylim()
         if high - low < 1e-9 * abs(high):  # rounding errors are no curve
             axes.set_ylim(low - abs(low) / 10, high + abs(high) / 10)
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = re.sub("#00000[1-6]", lambda match: COLOURS[match[0]], NOT_OURS.sub("", file.getvalue()))
+
     last = [(label, values[-1]) for label, (_, values), *_ in shown]
-    return Diagram(title, unit, svg, last, max(size for *_, size in shown))
+    return Diagram(title, unit, _svg(draw, "epochs"), last, max(size for *_, size in shown))
+
+
+def bars(title: str, unit: str, label: str, values: Sequence[float | None], below: str) -> Diagram | None:
+    """A bar for each of `values`, numbered from 0; the legend has their sum. None where nothing is known."""
+    heights = np.array([value if value is not None and abs(value) < HUGE else np.nan for value in values], np.float64)
+    if not np.isfinite(heights).any():
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.bar(np.arange(len(heights)), heights, 0.8, color=LINES[0])
+
+    return Diagram(title, unit, _svg(draw, below), [(label, float(np.nansum(heights)))], 1)
+
+
+def _svg(draw: Callable[[Any], None], below: str) -> str:
+    import matplotlib.style  # now: it takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.style.context(["default", STYLE]):
+        figure, file = Figure((WIDTH / 72, HEIGHT / 72)), io.StringIO()
+        axes = figure.add_axes(PLOT_AREA)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.set_xlabel(below, loc="right", labelpad=0)
+        draw(axes)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return re.sub("#00000[1-6]", lambda match: COLOURS[match[0]], NOT_OURS.sub("", file.getvalue()))
 
 
 def window(count: int) -> int:

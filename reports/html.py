@@ -28,10 +28,11 @@ from records.passwords import without_passwords
 from records.run_folder import BEFORE, Records
 from records.storage import StorageError
 from records.words import PROMPT, printable, short
-from reports.diagrams import HEIGHT, WIDTH, Diagram, curves
+from reports import targets
+from reports.diagrams import HEIGHT, WIDTH, Diagram, bars, curves
 from reports.model_card import usage
 from reports.pictures import SHEET_IMAGES, tiles
-from reports.summary import Facts, alike, clock, duration, figures, number, plural, seconds_of, state
+from reports.summary import Facts, Line, alike, clock, duration, figures, number, plural, seconds_of, state
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")  # now: files may change under a run
@@ -45,6 +46,14 @@ DIVERSITY = [
     ("Different pictures (Vendi score)", "effective number among the fixed images", {"eval_vendi": "fixed images"}),
     ("Distance within a prompt", "mean cosine distance of two pictures", {"eval_distance": "fixed images"}),
 ]
+TARGET = [  # the gap is drawn by itself
+    ("Explained by the policy", "share of beta x reward's variance", {"eval_explained": "fixed images"}),
+    ("Distance from the base model", "nats of a path", {"eval_nats": "fixed images"}),
+    (
+        "What the nats bought", "mean reward above the base model's",
+        {"eval_gain": "this run", "eval_ideal_gain": "ideal tilt, as many nats"},
+    ),
+]  # fmt: skip
 LEARNING = [
     ("Loss", "", {"loss": "the objective's", "flow_loss": "flow-only fits"}),
     ("Parts of the loss", "", {"forward_loss": "forward", "reverse_loss": "reverse", "terminal_loss": "terminal"}),
@@ -96,6 +105,10 @@ def render(records: Records, config: Config) -> bytes:
         before_after=pairs(records, facts.evaluated),
         extremes=extremes(records),
         figures=figures(records),
+        targets=(judged := targets.newest(records)),
+        target_words=targets.of_targets(judged[1]) if judged else "",
+        target_rows=targets.rows(judged[1]) if judged else (),
+        target_chart=_data_url("image/png", judged[2]) if judged else "",
         usage=usage(config, "peft" if config.prompts.path is None else "diffusers", config.model.path, known["lora"]),
         quote=shlex.quote,
         alike=alike,
@@ -127,9 +140,23 @@ def _sections(facts: Facts) -> dict[str, list[Diagram]]:
     betas = {line.get("beta") for line in lines} - {None}
     learning = [curves(*diagram, lines) for diagram in LEARNING if diagram[0] != BETA or len(betas) > 1]
     diversity = [curves(*diagram, lines) for diagram in DIVERSITY]
-    sections = {"Reward": rewards, "Diversity": diversity, "Learning": learning}
+    sections = {"Reward": rewards, "Target": _target(lines), "Diversity": diversity, "Learning": learning}
     drawn = {name: [diagram for diagram in diagrams if diagram] for name, diagrams in sections.items()}
     return {name: diagrams for name, diagrams in drawn.items() if diagrams}
+
+
+def _target(lines: Sequence[Line]) -> list[Diagram | None]:
+    """Of evaluation/certificate.py's figures, under eval_...; bars of the last evaluation."""
+    known = [line for line in lines if line.get("eval_nats") is not None]
+    after = [line for line in known if line["epoch"] != BEFORE]
+    bounded = [line for line in known if line.get("eval_gap_low") is not None and line.get("eval_gap_high") is not None]
+    chosen = bounded[:: -max(1, -(-len(bounded) // INTERVALS))]
+    intervals = [(line["epoch"] + 1, line["eval_gap_low"], line["eval_gap_high"]) for line in chosen]
+    diagrams = [curves("Gap to the target", "nats", {"eval_gap": "fixed images"}, known, intervals, goal=0.0)]
+    diagrams += [curves(*diagram, known) for diagram in TARGET] if after else []
+    parts = (after[-1].get("eval_nats_by_transition") or ()) if after else ()
+    words = f"nats, after epoch {after[-1]['epoch'] + 1}" if after else ""
+    return [*diagrams, bars("Nats by transition", words, "all", parts, "transition")]
 
 
 def extremes(records: Records) -> tuple[list[Prompt], int, int]:

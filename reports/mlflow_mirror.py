@@ -26,7 +26,7 @@ from records.facts import Warn
 from records.passwords import without_passwords
 from records.run_folder import BEFORE, CONFIG, Records
 from records.storage import Storage, StorageError
-from reports import html, mlflow_database, summary
+from reports import html, mlflow_database, summary, targets
 from reports.mlflow_database import MlflowError
 
 WEB = ("http", "https")
@@ -165,6 +165,7 @@ class Mirror:
             table = self._table(records, epochs).to_json(orient="split", index=False)  # as log_table, which only adds
             self.client.log_text(self.run_id, table, TABLE)
         self._send_judgements(records)
+        self._send_targets(records)
         self.client.log_text(self.run_id, summary.Facts(records, config).settings(), CONFIG)
         if self.storage.exists(html.FILE):
             self.client.log_text(self.run_id, self.storage.read(html.FILE).decode(errors="replace"), html.FILE)
@@ -265,8 +266,8 @@ class Mirror:
             if tree is None or (step := tree.get("epochs_done")) is None:  # not of a run's epoch
                 continue
             time = _time(records, step)
-            metrics = [  # their names may have few characters
-                Metric(re.sub(r"[^\w\-. :/]", "_", f"judged/{row['key']}{end}"), float(row[key]), time, step)
+            metrics = [
+                _metric(f"judged/{row['key']}{end}", row[key], time, step)
                 for row in summary.rows(tree)
                 for key, end in (("value", ""), ("base", "_base"), ("floor_high", "_floor"))
                 if row[key] is not None
@@ -278,6 +279,27 @@ class Mirror:
             if step not in judged:
                 self.client.log_batch(self.run_id, [*metrics, Metric(f"judged/{SENTINEL}", step, time, step)])
 
+    def _send_targets(self, records: Records) -> None:
+        """The same of commands/targets.py: target/reward and target/reward_target, target/tv_ATTRIBUTE with _base and
+        _floor, target/ess."""
+        judged = {entry.step for entry in self.client.get_metric_history(self.run_id, f"target/{SENTINEL}")}
+        for place in targets.judgements(self.storage).values():
+            found = targets.judgement_in(records, place)
+            if found is None or (step := found[0].get("epochs_done")) is None:
+                continue
+            time = _time(records, step)
+            self._send_picture("target/laws", found[1], step, time)
+            values = {"ess": found[0]["ess"], "reward": found[0]["reward"].get("value")}
+            values["reward_target"] = found[0]["reward"].get("target")
+            for row in targets.rows(found[0]):
+                ends = (("", "value"), ("_base", "base"), ("_floor", "floor_high"))
+                values |= {f"tv_{row['name']}{end}": row["tv"].get(key) for end, key in ends}
+            metrics = [
+                _metric(f"target/{name}", value, time, step) for name, value in values.items() if value is not None
+            ]
+            if step not in judged:
+                self.client.log_batch(self.run_id, [*metrics, Metric(f"target/{SENTINEL}", step, time, step)])
+
 
 @contextlib.contextmanager
 def _left_out(records: Records) -> Iterator[None]:
@@ -286,6 +308,11 @@ def _left_out(records: Records) -> Iterator[None]:
         yield
     except StorageError as error:
         records.warn(f"{error}; it is left out")
+
+
+def _metric(name: str, value: float, time: int, step: int) -> Metric:
+    """Names may have few characters."""
+    return Metric(re.sub(r"[^\w\-. :/]", "_", name), float(value), time, step)
 
 
 def _time(records: Records, step: int) -> int:

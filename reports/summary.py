@@ -27,6 +27,7 @@ from records.run_folder import BEFORE, EVALUATION, Records
 from records.shapes import Judgement, SetAside
 from records.storage import Storage, StorageError
 from records.words import PROMPT, short
+from reports import targets
 
 Line = dict[str, Any]  # of metrics.jsonl
 SHOWN = 8  # reasons and events in the page
@@ -41,6 +42,8 @@ FIGURES = {  # of evaluation/step-*.json: name, and what it is
     "distance": ("Distance within a prompt", "mean cosine distance of two pictures' features"),
     "fid": ("Drift (FID)", "Frechet distance from the base model's pictures"),
     "kid": ("Drift (KID)", "kernel distance from the base model's pictures"),
+    "gap": ("Gap to the target", "nats that are left to what the objective aims at"),
+    "nats": ("Nats from the base", "mean KL of a path to the base model"),
 }
 NUMBERS = "value", "low", "high", "base", "floor", "floor_high", "gain", "gain_low", "gain_high"  # of each
 VERDICTS = {
@@ -280,6 +283,8 @@ def describe(records: Records, config: Config) -> list[str]:
         form, name = (".0%", SHARES[label]) if label in SHARES else (".3f", f"{label}, not trained on")
         lines.append(f"{name}: {other.before:{form}} -> {other.after:{form}}")
     lines += [f"diversity among a prompt's pictures: {text}"] if (text := facts.diversity()) else []
+    lines += targets.of_lines(facts.lines)
+    lines += [targets.of_targets(judged[1])] if (judged := targets.newest(records)) else []
     warnings, none = facts.collapse()
     if warnings:  # of all evaluations, not of the last alone: a run that got over it is worth a look too
         epoch, text = warnings[-1]

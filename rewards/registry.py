@@ -42,6 +42,8 @@ PLAIN = {
     "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",
+    "shapes_preference": "shapes_preference:ShapesPreference",
+    "shapes_preference_soft": "shapes_preference:ShapesPreferenceSoft",
 }
 MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
 SUM = "weighted_sum"

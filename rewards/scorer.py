@@ -131,6 +131,8 @@ class Scorer:
         rewards[list(judged.bad)], index[list(judged.bad)] = np.nan, -1
         if judged.gradients is not None:
             further |= {"gradients": judged.gradients, "gradient_row": index}
+        if chunk.purpose == "evaluate":
+            further["nats"] = clean.nats
         if chunk.purpose == "train" and self.thumbnail_pixels:
             further["thumbnails"] = tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures.values())
         if chunk.purpose == "train" and self.shuffle:

@@ -1,6 +1,7 @@
 """Prompt alignment for the shapes model, by geometry alone: graded, right or wrong, and with a gradient."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class ShapesAlignment:
 
     Form is the overlap with the asked shape against the best other shape; when the prompt names a size, it is
     multiplied by how well the radius fits; when it names a place, half of form's weight goes to how far the object
-    lies towards it. Two objects are read in the left and right half and averaged."""
+    lies towards it. Two objects are read in the left and right half and averaged. A colour or shape that the prompt
+    leaves open is taken as the one that fits best, over the second best; an open background has full marks."""
 
     name = "shapes_alignment"
     differentiable = False
@@ -47,9 +49,11 @@ class ShapesAlignment:
         pair = len(scene.things) == 2
         things, backgrounds = [], []
         for part, thing in zip(halves(picture) if pair else [picture], scene.things, strict=True):
-            reading, shape = read(part), SHAPES.index(thing.shape)
+            reading = read(part)
+            shape = SHAPES.index(thing.shape) if thing.shape else int(reading.iou.argmax())
             iou_margin = _margin(-reading.iou, shape)
-            hue_margin = _margin(reading.colour_distance, list(COLOURS).index(thing.colour))
+            hue = list(COLOURS).index(thing.colour) if thing.colour else int(reading.colour_distance.argmin())
+            hue_margin = _margin(reading.colour_distance, hue)
             offset = reading.centre[0] - IMAGE_SIZE / 2, reading.centre[1] - IMAGE_SIZE / 2
             seen = reading.contrast, iou_margin, reading.radius_as[shape], hue_margin, offset
             things.append(thing_score(thing, pair, *seen, _sigmoid, max))
@@ -60,8 +64,8 @@ class ShapesAlignment:
 
 
 class ShapesAccuracy(ShapesAlignment):
-    """1 where a picture shows every object with the asked colour, shape, size and place, else 0. For judging; a reward
-    of two values is a poor one to train on."""
+    """1 where a picture shows every object with the asked colour, shape, size and place (any known colour and shape
+    where the prompt leaves them open), else 0. For judging; a reward of two values is a poor one to train on."""
 
     name = "shapes_accuracy"
 
@@ -118,23 +122,44 @@ class ShapesAlignmentSoft(ShapesAlignment):
         return torch.stack(scores)
 
 
-def _soft_score(picture: Tensor, thing: Thing, background: str | None, pair: bool) -> Tensor:
-    """Of one object in its picture, or half picture, [3, H, W] in 0..255."""
+@dataclass(frozen=True)
+class SoftReading:
+    """What one object's picture holds, with a gradient to it: RGB [3] of background and ink, IoU and radius [shapes] as
+    each shape, centroid (x, y) in pixels."""
+
+    ground: Tensor
+    ink: Tensor
+    iou: Tensor
+    radius: Tensor
+    centre: tuple[Tensor, Tensor]
+
+
+def read_softly(picture: Tensor) -> SoftReading:
+    """Of a picture [3, H, W] in 0..255, made of smooth pieces."""
     frame = [picture[:, :2], picture[:, -2:], picture[:, :, :2], picture[:, :, -2:]]
     ground = torch.cat([edge.flatten(1) for edge in frame], 1).mean(1)
-    difference = _length(picture - ground[:, None, None])
+    difference = length(picture - ground[:, None, None])
     weight = (difference / difference.max()) ** INK_POWER
     ink = (picture * weight).sum((1, 2)) / (weight.sum() + TINY)
     direction = ink - ground
     alpha = ((picture - ground[:, None, None]) * direction[:, None, None]).sum(0) / (direction.square().sum() + 1)
     alpha = ((alpha - 0.15) / 0.7).clamp(0, 1)
-    iou, radius, (cx, cy) = _fit(alpha)
-    shape, offset = SHAPES.index(thing.shape), (cx - alpha.shape[1] / 2, cy - alpha.shape[0] / 2)
-    seen = _length(direction), _lead(iou, shape, 20.0), radius[shape], _soft_margin(ink, COLOURS, thing.colour), offset
+    return SoftReading(ground, ink, *_fit(alpha))
+
+
+def _soft_score(picture: Tensor, thing: Thing, background: str | None, pair: bool) -> Tensor:
+    """Of one object in its picture, or half picture, [3, H, W] in 0..255."""
+    read, (_, height, width) = read_softly(picture), picture.shape
+    shape = SHAPES.index(thing.shape) if thing.shape else int(read.iou.argmax())
+    offset, ink = (
+        (read.centre[0] - width / 2, read.centre[1] - height / 2),
+        _soft_margin(read.ink, COLOURS, thing.colour),
+    )
+    seen = length(read.ink - read.ground), _lead(read.iou, shape, 20.0), read.radius[shape], ink, offset
     whole = thing_score(thing, pair, *seen, torch.sigmoid, torch.maximum)
     if background is None:
         return whole + BACKGROUND_WEIGHT
-    return whole + BACKGROUND_WEIGHT * torch.sigmoid(RGB_SLOPE * _soft_margin(ground, BACKGROUNDS, background))
+    return whole + BACKGROUND_WEIGHT * torch.sigmoid(RGB_SLOPE * _soft_margin(read.ground, BACKGROUNDS, background))
 
 
 def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -156,8 +181,9 @@ def _fit(alpha: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     return torch.stack(ious), torch.stack(radii), (cx, cy)
 
 
-def _soft_margin(colour: Tensor, known: dict[str, tuple[int, int, int]], asked: str) -> Tensor:
-    return _lead(-_length((colour.new_tensor(list(known.values())) - colour).T), list(known).index(asked), 0.1)
+def _soft_margin(colour: Tensor, known: dict[str, tuple[int, int, int]], asked: str | None) -> Tensor:
+    nearness = -length((colour.new_tensor(list(known.values())) - colour).T)
+    return _lead(nearness, list(known).index(asked) if asked else int(nearness.argmax()), 0.1)
 
 
 def _lead(values: Tensor, index: int, sharpness: float) -> Tensor:
@@ -166,6 +192,6 @@ def _lead(values: Tensor, index: int, sharpness: float) -> Tensor:
     return values[index] - (others * torch.softmax(sharpness * others, 0)).sum()
 
 
-def _length(vectors: Tensor) -> Tensor:
+def length(vectors: Tensor) -> Tensor:
     """Euclidean length over the first dimension, with a gradient everywhere."""
     return (vectors.square().sum(0) + TINY).sqrt()

@@ -90,7 +90,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
          f"{PATHS} -k sub_traj"),
     ),
     "learner/objectives/residual_db.py": (
-        ("return torch.zeros_like(t, dtype=x.dtype)", "return super().known(x, t)",
+        ("return torch.zeros(len(x), dtype=x.dtype, device=x.device)", "return super().known(x, t)",
          f"{PATHS} -k residual_db"),
         ("return log_reference(batch, self.settings.log_prob_reduction)", "return super().log_other(batch)",
          f"{PATHS} -k residual_db"),

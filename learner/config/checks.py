@@ -65,7 +65,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"flow.widths: {list(widths)} cannot be normalised in groups; use widths such as [32, 64]"
     if needs.flow == "gradient" and config.flow.stem_stride != 1:
         yield f"flow.stem_stride: {given.kind} has a flow network of full size; set it to 1"
-    if needs.reward_gradients and not needs.flow and given.forward_looking == "none":
+    if needs.reward_gradients and needs.inner_rewards and not needs.flow and given.forward_looking == "none":
         yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
     if needs.reward_gradients and config.train.shuffle_rewards:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
@@ -82,10 +82,29 @@ def contradictions(config: Config) -> Iterator[str]:
             f"prompts.per_prompt: {given.kind} compares a prompt's trajectories; make it at least 2, or set "
             "objective.log_z=learned"
         )
+    if config.learner.optimizer == "natural":
+        if not needs.least_squares:
+            allowed = ", ".join(kind for kind, other in NEEDS.items() if other.least_squares)
+            yield f"learner.optimizer: {given.kind} is no sum of squares for natural; use adamw, or one of {allowed}"
+        if needs.flow and not config.flow.fit_steps:
+            yield "flow.fit_steps: with learner.optimizer=natural the flow network learns in them alone; set some"
+        if config.train.replay_updates:
+            yield "train.replay_updates: natural steps use earlier epochs by learner.natural_epochs; set it to 0"
+        if given.regulariser or given.penalty != "squared" or given.transition_weight != "uniform":
+            yield (
+                "learner.optimizer: natural solves the plain squares; set objective.regulariser=0, penalty=squared and "
+                "transition_weight=uniform"
+            )
+        if chunk * ranks * 8 > epoch:
+            yield (
+                f"train.trajectories: natural keeps an eighth of them apart to judge a step by; make {epoch} at least "
+                f"{chunk * ranks * 8}, or sampler.chunk_size smaller"
+            )
+    for name in ("noise", "adapter"):
+        if getattr(config.sampler, name) == "window" and given.window == "all":
+            yield f"sampler.{name}: window, but objective.window is all; name the window, or set sampler.{name}=all"
     if given.kind == "grpo" and config.prompts.per_prompt < 2:
         yield "prompts.per_prompt: grpo compares a prompt's trajectories; make it at least 2"
-    if config.sampler.noise == "window" and given.window == "all":
-        yield "sampler.noise: window, but objective.window is all; name the window, or set noise to all"
     if needs.compares_groups:
         sampler, (first, end) = config.sampler, given.span(config.sampler.steps)
         each = select_transitions(sampler.transitions, sampler.transition_fraction, end - first, 0, 0, [0]).shape[1]

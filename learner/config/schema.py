@@ -62,7 +62,10 @@ class Config(Section):
     def kept_epochs(self) -> int:
         """Epochs of rollouts that a learner keeps to train on again."""
         fits = self.flow.fit_steps or self.flow.warmup_steps
-        return max(self.flow.replay_epochs if fits else 0, self.train.replay_epochs if self.train.replay_updates else 0)
+        again = self.train.replay_epochs if self.train.replay_updates else 0
+        if self.learner.optimizer == "natural":
+            again = max(again, self.learner.natural_epochs - 1)
+        return max(self.flow.replay_epochs if fits else 0, again)
 
     @property
     def needs(self) -> Needs:  # of the objective
@@ -89,7 +92,8 @@ class Config(Section):
         steps = self.sampler.steps
         first, end = self.objective.span(steps)
         # The gradient of the image's reward is not one to the window's end: there the clean prediction's counts.
-        by_prediction = self.needs.reward_gradients or (self.objective.window == "all" and self.needs.inner_rewards)
+        by_prediction = self.needs.reward_gradients and not self.needs.adjoint
+        by_prediction |= self.objective.window == "all" and self.needs.inner_rewards
         return RolloutSettings(
             num_steps=self.sampler.steps,
             guidance=self.sampler.guidance,
@@ -103,6 +107,7 @@ class Config(Section):
             first=first,
             end=end if end < steps else None,
             terminal=end if end < steps and by_prediction else None,
+            adapted=(first, end) if self.sampler.adapter == "window" else None,
             noise_steps=self.noise_steps,
             image_only=not self.needs.inner_rewards,
             reference=self.needs.reference,

@@ -83,6 +83,11 @@ class SamplerConfig(Section):
         "where noise is added: in all transitions, or up to the end of objective.window and by deterministic DDIM "
         "after it, in rollouts and in evaluations",
     )
+    adapter: Literal["all", "window"] = key(
+        "all",
+        "where the LoRA is used: in all transitions, or in those of objective.window alone and the base model in the "
+        "others, in rollouts and in evaluations",
+    )
     eta: float = key(1.0, "noise scale of DDIM; 1 is the papers', and the only one of objectives with p_B", gt=0, le=1)
     grid: Grid = key(
         "ddim",
@@ -125,6 +130,9 @@ class RewardConfig(Section):
 class LoraConfig(Section):
     rank: int = key(4, "LoRA rank", ge=1)
     alpha: float | None = key(None, "LoRA alpha; default: rank", gt=0)
+    targets: Literal["attention", "all"] = key(
+        "attention", "layers it adapts: attention projections, or also feed-forward, convolutions and time projections"
+    )
 
 
 class FlowConfig(Section):
@@ -145,6 +153,13 @@ class LearnerConfig(Section):
         3, "times an epoch's training is tried: when ranks die or hang, all start anew from the last checkpoint", ge=1
     )
     labels: Labels = key({}, "labels of the nodes for learner ranks; values as Ray's: x, !x, in(x, y), !in(x)")
+    optimizer: Literal["adamw", "natural"] = key(
+        "adamw",
+        "of the LoRA: adamw, or natural: least squares in the objective's residuals, without a learning rate, for "
+        "objectives that are sums of squares; trains the LoRA's B matrices",
+    )
+    natural_epochs: int = key(1, "natural: a step solves over the trajectories of so many epochs", ge=1)
+    natural_floor: float = key(0.1, "natural: least Fisher information that is scaled for, in medians", gt=0)
     learning_rate: float = key(3e-4, "AdamW learning rate of the LoRA", gt=0)
     weight_decay: float = key(1e-4, "AdamW weight decay of the LoRA", ge=0)
     max_grad_norm: float = key(1.0, "gradient norm clip, for LoRA and flow network separately", gt=0)

@@ -100,6 +100,12 @@ class Objective:
             output = policy.output(batch)
             return {"log_pf_old": self.kernel.log_pf(output, batch.t, batch.x, batch.x_next, "sum")}
 
+    def carry_back(
+        self, policy: Policy, states: Tensor, times: list[int], noisy: int, embeddings: Tensor, gradient: Tensor
+    ) -> dict[str, Tensor]:
+        """Values [b, K, ...] by trained transition of whole trajectories; only if needs.adjoint."""
+        raise NotImplementedError
+
     def prepare_window(self, policy: Policy, batches: Sequence[Transitions], flow: Flow, beta: float) -> None:
         """Add to `prepared` of micro-batches that together hold whole groups, just before they are trained on."""
 
@@ -110,6 +116,16 @@ class Objective:
 
     def flow_loss(self, batch: Transitions, flow: nn.Module, beta: float) -> Tensor:
         """Loss of a flow-only fit, mean over the batch; only if needs.flow is log_flow."""
+        raise NotImplementedError
+
+    def numbers(self, batch: Transitions, output: Tensor, flow: Flow, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What `residuals` are made of, [b] nats each: log-ratio log p_F - log q, with gradient to `output`, log-flow
+        at x, and goal. Only if needs.least_squares."""
+        raise NotImplementedError
+
+    def residuals(self, ratio: Tensor, log_flow: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, M] nats of n groups, linear in all arguments and 0 at the target, and each one's weight [M], from
+        log-ratios and log-flows [n, K] and goals [n]; K is `group`."""
         raise NotImplementedError
 
     def log_pf(self, batch: Transitions, output: Tensor) -> Tensor:

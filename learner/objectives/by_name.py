@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from learner.config import Config
 from learner.config.sections import Objective as Settings
+from learner.objectives.adjoint_matching import AdjointMatching
 from learner.objectives.base import Objective
 from learner.objectives.db import DagDB
 from learner.objectives.ddpo import DDPO
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tb": TrajectoryBalance,
     "sub_tb": SubTrajectoryBalance,
     "grpo": GRPO,
+    "adjoint_matching": AdjointMatching,
 }
 
 
@@ -51,10 +53,26 @@ def target(config: Config, dimensions: int | None = None) -> str:
     return f"no exact target ({because}), but towards a {text}" if because else text
 
 
+def tilt(config: Config, dimensions: int | None = None) -> tuple[float | None, str]:
+    """The true exponent b where the target is p_ref exp(b r), r the image's reward; else None, and why there is no such
+    target. With mean log-probabilities b is known once D = `dimensions` is."""
+    settings, needs = config.objective, config.needs
+    kind, inexact = settings.kind, "; ".join(_inexact(config))
+    if not needs.residual or inexact:
+        return None, f"{kind} has no target p_ref x exp(beta x reward)" + (f" ({inexact})" if inexact else "")
+    if settings.window != "all" and needs.reward_gradients:
+        return None, f"{kind} with objective.window aims at the clean prediction's reward, not the image's"
+    if not settings.beta:
+        return None, "objective.beta is 0: the target is the base model itself"
+    if needs.reward_gradients or settings.log_prob_reduction == "sum":
+        return settings.beta, ""
+    return (settings.beta * dimensions, "") if dimensions else (None, "how many numbers a latent has is not known")
+
+
 def _inexact(config: Config) -> Iterator[str]:
     """Why not even at zero loss the formula holds. tests/learner/objectives/test_targets.py has them all."""
     settings, needs = config.objective, config.needs
-    balanced = needs.flow or needs.whole_trajectories
+    balanced = needs.flow or needs.whole_trajectories or needs.adjoint
     if balanced and config.train.shuffle_rewards:
         yield "train.shuffle_rewards: rewards are other pictures'"
     if balanced and config.sampler.eta != 1:
@@ -65,6 +83,9 @@ def _inexact(config: Config) -> Iterator[str]:
     rollout = config.rollout_settings()
     if balanced and end < config.sampler.steps and rollout.terminal is None and rollout.noise_steps != end:
         yield "noise behind the trained transitions: of the rewards that it leads to their mean counts"
+    moved_behind = config.sampler.adapter == "all" and isinstance(settings.window, tuple)
+    if balanced and moved_behind and end < config.sampler.steps and rollout.terminal is None:
+        yield "sampler.adapter=all: behind the window the LoRA moves what no loss sees"
     if needs.flow != "gradient":
         return
     if settings.reverse_transitions == "inner" or not settings.reverse_weight:
@@ -92,6 +113,6 @@ def prospects(config: Config) -> str:
     """What a run does, and what is known of its target, for whoever meets such a run for the first time."""
     weight, kind = config.objective.regulariser, config.objective.kind
     held = f"held back by objective.regulariser={weight:g}" if weight else "and nothing holds it back"
-    balanced = config.needs.flow or config.needs.whole_trajectories
+    balanced = config.needs.flow or config.needs.whole_trajectories or config.needs.adjoint
     proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if balanced else ""
     return f"what to expect: the reward is raised, {held}{proven}"

@@ -42,6 +42,16 @@ class DagDB(Objective):
         """Not weighted by sigma_t^2: that holds down the 1/sigma_t^2 of the policy's gradient, which f's has not."""
         return self.penalty(self.residual(batch, self.log_pf_old(batch), flow, beta, flow_gradient=True)).mean()
 
+    def numbers(self, batch: Transitions, output: Tensor, flow: Flow, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+        """With the whole residual as what the log-ratio lacks: for least squares in the policy, whose flow is fixed."""
+        log_pf = self.log_pf(batch, output)
+        with torch.no_grad():
+            rest = self.residual(batch, log_pf.detach(), flow, beta, False) - log_pf.detach()
+        return log_pf, rest, torch.zeros_like(rest)
+
+    def residuals(self, ratio: Tensor, log_flow: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        return ratio + log_flow - goal[:, None], torch.ones(1, dtype=ratio.dtype, device=ratio.device)
+
     def residual(self, batch: Transitions, log_pf: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Tensor:
         """delta [b], in nats (per dimension if log-probabilities are means), rewards multiplied by beta."""
         settings = self.settings

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 Kind = Literal[
     "dag_db", "dag_kl", "nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow", "ddpo",
-    "rtb", "rsub", "rdb", "tb", "sub_tb", "grpo",
+    "rtb", "rsub", "rdb", "tb", "sub_tb", "grpo", "adjoint_matching",
 ]  # fmt: skip
 FlowKind = Literal["log_flow", "gradient"]
 Weighting = Literal["uniform", "variance"]
@@ -28,6 +28,10 @@ class Needs:
     compares_groups: bool = False  # transitions are compared within groups of objective.group_size
     noising_kernel: bool = False  # has p_B in it, to which the sampler's steps belong at eta 1 alone
     reference: bool = False  # compares with the frozen reference's densities, which the sampler then adds
+    adjoint: bool = False  # carries the image's reward gradient back along trajectories
+    least_squares: bool = False  # its policy part is a sum of squares, for learner.optimizer=natural
+    free_constant: bool = False  # residuals of a prompt share a constant, log Z, that is left to the data
+    residual: bool = False  # its target is p_ref exp(beta r)
     whole_trajectories: bool = False  # a loss of trajectories: all transitions of the window are trained on together
 
 
@@ -53,22 +57,26 @@ _EXACT: Mapping[str, Any] = {
     "log_prob_reduction": "sum", "beta": 1.0, "anneal_fraction": 0.0, "regulariser": 0.0, "forward_looking": "none",
 }  # fmt: skip
 _BALANCE: Defaults = {key: _EXACT for key in ("corrected", "faithful")}
+_WHOLE: Mapping[str, Any] = {"whole_trajectories": True, "least_squares": True}
 _GRPO: Defaults = {key: {**_EXACT, "clip_range": 0.2} for key in ("corrected", "faithful")}
 _DDPO: Defaults = {key: {"regulariser": 0.0, "anneal_fraction": 0.0} for key in ("corrected", "faithful")}
 
 NEEDS: dict[str, Needs] = {
     # The residual is 0 at balance whoever chose the transition; so are both conditions of nabla-DB.
-    "dag_db": Needs(_DAG, "log_flow", noising_kernel=True),
+    "dag_db": Needs(_DAG, "log_flow", noising_kernel=True, least_squares=True),
     # The score-function gradient is only right for the policy's own samples, within the clip.
     "dag_kl": Needs(_DAG, "log_flow", uses_ratio=True, compares_groups=True, noising_kernel=True),
     "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4, noising_kernel=True),
-    "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4),
+    "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4, residual=True),
     "residual_nabla_db_no_flow": Needs(_RESIDUAL, reward_gradients=True, prepared_fields=2),
     "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False),
-    "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, whole_trajectories=True),
-    "rsub": Needs(_BALANCE, "log_flow", reference=True, whole_trajectories=True),
-    "rdb": Needs(_BALANCE, "log_flow", reference=True),
-    "tb": Needs(_BALANCE, inner_rewards=False, noising_kernel=True, whole_trajectories=True),
-    "sub_tb": Needs(_BALANCE, "log_flow", noising_kernel=True, whole_trajectories=True),
+    "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, residual=True, **_WHOLE, free_constant=True),
+    "rsub": Needs(_BALANCE, "log_flow", reference=True, residual=True, **_WHOLE),
+    "rdb": Needs(_BALANCE, "log_flow", reference=True, residual=True, least_squares=True),
+    "tb": Needs(_BALANCE, inner_rewards=False, noising_kernel=True, **_WHOLE, free_constant=True),
+    "sub_tb": Needs(_BALANCE, "log_flow", noising_kernel=True, **_WHOLE),
     "grpo": Needs(_GRPO, uses_ratio=True, inner_rewards=False),
+    "adjoint_matching": Needs(
+        _BALANCE, reward_gradients=True, inner_rewards=False, adjoint=True, residual=True, prepared_fields=2
+    ),
 }

@@ -19,8 +19,8 @@ class ResidualDB(DagDB):
     needs = NEEDS["rdb"]
     target = "target proportional to p_ref x exp({exponent} x reward)"
 
+    def known(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros(len(x), dtype=x.dtype, device=x.device)
+
     def log_other(self, batch: Transitions) -> Tensor:
         return log_reference(batch, self.settings.log_prob_reduction)
-
-    def known(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.zeros_like(t, dtype=x.dtype)

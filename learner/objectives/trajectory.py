@@ -23,11 +23,6 @@ from learner.objectives.base import Flow, Loss, Objective, Policy, Transitions
 class WholeTrajectories(Objective):
     """Loss: mean over trajectories."""
 
-    def residuals(self, ratio: Tensor, log_flow: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, M] nats of n trajectories, 0 at the target, and each one's weight [M], from log-ratios and log-flows
-        [n, K] and goals [n]."""
-        raise NotImplementedError
-
     def log_q(self, batch: Transitions) -> Tensor:
         """[b] nats: here of the frozen reference."""
         return log_reference(batch, self.settings.log_prob_reduction)
@@ -55,7 +50,7 @@ class WholeTrajectories(Objective):
         if len(batches) == 1:
             return
         with torch.no_grad():
-            parts = [self._numbers(batch, policy.output(batch), flow, beta) for batch in batches]
+            parts = [self.numbers(batch, policy.output(batch), flow, beta) for batch in batches]
         ratio, log_flow, goal = map(torch.cat, zip(*parts, strict=True))
         with torch.enable_grad():
             loss = self._window_loss(ratio.requires_grad_(), log_flow.requires_grad_(), goal)
@@ -66,7 +61,9 @@ class WholeTrajectories(Objective):
                 batch.prepared[name] = part
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        ratio, log_flow, goal = self._numbers(batch, output, flow, beta)
+        ratio, log_flow, goal = self.numbers(batch, output, flow, beta)
+        # A transition's weight scales how far it moves the policy, not its ratio: residuals stay what they are.
+        ratio = ratio.detach() + self.weights(batch) * (ratio - ratio.detach())
         log_flow = log_flow if flow_gradient else log_flow.detach()
         if "slope" in batch.prepared:
             moved = batch.prepared["slope"] * (ratio - ratio.detach())
@@ -76,11 +73,8 @@ class WholeTrajectories(Objective):
             loss = self._window_loss(ratio, log_flow, goal).mean()
         return loss, {"balance": loss}
 
-    def _numbers(self, batch: Transitions, output: Tensor, flow: Flow, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-ratio, log-flow and goal [b]. A transition's weight scales how far it moves the policy, not its ratio:
-        residuals stay what they are."""
-        ratio, weights = self.log_pf(batch, output) - self.log_q(batch), self.weights(batch)
-        ratio = ratio.detach() + weights * (ratio - ratio.detach())
+    def numbers(self, batch: Transitions, output: Tensor, flow: Flow, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+        ratio = self.log_pf(batch, output) - self.log_q(batch)
         return ratio, self.log_flow(batch, flow, beta), self.goal(batch, beta)
 
     def _window_loss(self, ratio: Tensor, log_flow: Tensor, goal: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ detector.py. The same noise seeds for every prompt kind, so two calls compare li
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -16,15 +17,23 @@ from diffusers import StableDiffusionPipeline
 
 from models.shapes import world
 from models.shapes.detector import along, halves, read
-from models.shapes.world import BACKGROUNDS, HELD_OUT, PLACES, RADII, SEEN, Scene, Thing
+from models.shapes.world import BACKGROUNDS, COLOURS, HELD_OUT, PLACES, RADII, SEEN, SHAPES, Scene, Thing
 
 BATCH = 24
 PLACED_FROM = 8.0
+OPEN: dict[str, list[tuple[str | None, str | None]]] = {  # kinds that name no background: the colours and shapes asked
+    "no-background": list(itertools.product(COLOURS, SHAPES)),
+    "any-colour": [(None, shape) for shape in SHAPES],
+    "any-shape": [(colour, None) for colour in COLOURS],
+}
+KINDS = ("seen", "held-out", "large", "small", "two", *PLACES, *OPEN)
 
 
 def scenes(kind: str, count: int) -> list[Scene]:
-    """`count` scenes of one kind, cycling through pairs and backgrounds: seen, held-out, small, large, two
-    or a place."""
+    """`count` scenes of one kind, cycling through pairs and backgrounds: seen, held-out, small, large, two,
+    a place or one of OPEN."""
+    if kind in OPEN:
+        return [Scene((Thing(*OPEN[kind][i % len(OPEN[kind])]),), None) for i in range(count)]
     rng = np.random.default_rng(7)
     pairs = sorted(HELD_OUT) if kind == "held-out" else list(SEEN)
     made = []
@@ -39,17 +48,34 @@ def scenes(kind: str, count: int) -> list[Scene]:
 
 
 def correct(image: np.ndarray, scene: Scene) -> bool:
-    """Strict: every object has the asked colour and shape, a named size within 2 pixels of its range, and lies at
-    least PLACED_FROM pixels from the middle towards a named place."""
+    """Strict: every object has the asked colour and shape (where none is asked, any known one), a named size within 2
+    pixels of its range, and lies at least PLACED_FROM pixels from the middle towards a named place."""
     parts = [image] if len(scene.things) == 1 else halves(image)
     for part, thing in zip(parts, scene.things, strict=True):
         reading = read(part)
         low, high = RADII[thing.size or "medium"]
         sized = thing.size is None or low - 2 <= reading.radius <= high + 2
         placed = thing.place is None or along(reading, thing.place) >= PLACED_FROM
-        if (reading.colour, reading.shape) != (thing.colour, thing.shape) or not sized or not placed:
+        asked = thing.colour in (None, reading.colour) and thing.shape in (None, reading.shape)
+        if not (reading.found and asked and sized and placed):
             return False
     return True
+
+
+def law(images: np.ndarray) -> dict[str, dict[str, int]]:
+    """How often the detector reads each colour, shape and background; pictures of nothing do not count."""
+    readings = [reading for reading in map(read, images) if reading.found]
+    known = {"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
+    return {
+        name: {value: sum(getattr(reading, name) == value for reading in readings) for value in values}
+        for name, values in known.items()
+    }
+
+
+def evenness(counts: dict[str, int]) -> float:
+    """Entropy of the counts over its largest: 1 where all values occur alike, 0 where only one does."""
+    shares = np.array([count for count in counts.values() if count]) / sum(counts.values())
+    return float((shares * np.log(1 / shares)).sum() / np.log(len(counts)))
 
 
 def generate(pipeline: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float) -> np.ndarray:
@@ -73,7 +99,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--count", type=int, default=252)
-    parser.add_argument("--kinds", nargs="+", default=["seen", "held-out", "large", "small", "two", *PLACES])
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument(
+        "--laws", nargs="*", default=["a circle", "a shape", "a red circle"], help="of these prompts, too"
+    )
     parser.add_argument("--prompts", type=Path, help="also measure the prompts of this file, in turn")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -97,6 +126,10 @@ def main() -> None:
             f"{kind:13} strict accuracy {accuracy:.3f} of {len(images)} "
             f"({args.steps} steps, guidance {args.guidance:g}, {speed:.1f} images/s)"
         )
+    for prompt in args.laws:
+        for name, counts in law(generate(pipeline, [prompt] * args.count, args.steps, args.guidance)).items():
+            shares = ", ".join(f"{value} {count}" for value, count in counts.items())
+            print(f"{prompt!r}: {name} evenness {evenness(counts):.3f} ({shares})")
 
 
 if __name__ == "__main__":

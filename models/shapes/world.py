@@ -7,7 +7,7 @@ A scene has a plain background and one object, or two side by side. Everything r
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "sand": (222, 200, 160),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+ANY_SHAPE = "shape"  # the noun of a caption that leaves the shape open
 
 # Radii in pixels of the circle that circumscribes the object (for the square, of the one inside it).
 RADII: dict[str, tuple[float, float]] = {"small": (6.0, 8.0), "medium": (12.0, 17.0), "large": (21.0, 26.0)}
@@ -50,31 +51,47 @@ PLACED_RADII = (11.0, 14.0)
 # for them are what reinforcement can improve.
 KINDS: dict[str, float] = {"medium": 0.695, "large": 0.25, "small": 0.015, "pair": 0.03, "placed": 0.01}
 
+# What training captions leave unsaid, and how often; the drawing has it all the same, drawn without regard to the
+# caption. So an open prompt has several right answers, each as likely as any.
+UNSAID: dict[tuple[str, ...], float] = {
+    (): 0.55,
+    ("background",): 0.17,
+    ("colour",): 0.05,
+    ("shape",): 0.05,
+    ("colour", "background"): 0.08,
+    ("shape", "background"): 0.06,
+    ("colour", "shape"): 0.01,
+    ("colour", "shape", "background"): 0.03,
+}
+BARE = 0.15  # of the training captions have no articles before their objects
+
 
 @dataclass(frozen=True)
 class Thing:
-    """One object as a caption names it; `size` and `place` are None when the caption does not say them (then:
-    medium, near the middle)."""
+    """One object as a caption names it. What the caption does not say is None: any colour, any shape; a medium size,
+    near the middle."""
 
-    colour: str
-    shape: str
+    colour: str | None
+    shape: str | None
     size: str | None = None
     place: str | None = None
 
-    def words(self) -> str:
-        text = " ".join(word for word in (self.size, self.colour, self.shape) if word)
+    def words(self, article: bool = True) -> str:
+        text = " ".join(word for word in (self.size, self.colour, self.shape or ANY_SHAPE) if word)
+        if article:
+            text = f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
         return text if self.place is None else f"{text} at the {self.place}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one object, or two (left, then right), on a background (None: not said)."""
+    """What a caption says: one object, or two (left, then right), on a background (None: not said, any)."""
 
     things: tuple[Thing, ...]
     background: str | None
 
-    def caption(self) -> str:
-        text = " and ".join(f"a {thing.words()}" for thing in self.things)
+    def caption(self, articles: bool = True) -> str:
+        text = " and ".join(thing.words(articles) for thing in self.things)
         return text if self.background is None else f"{text} on a {self.background} background"
 
 
@@ -94,16 +111,16 @@ def parse(caption: str) -> Scene:
         if words and words[0] in ("a", "an"):
             words = words[1:]
         size = words.pop(0) if words and words[0] in ("small", "large") else None
-        place = words[4] if words[2:4] == ["at", "the"] and len(words) == 5 and words[4] in PLACES else None
-        if place is not None:
-            words = words[:2]
-        if len(words) != 2 or words[0] not in COLOURS or words[1] not in SHAPES:
+        colour = words.pop(0) if words and words[0] in COLOURS else None
+        shape = words.pop(0) if words and words[0] in (*SHAPES, ANY_SHAPE) else ""
+        place = words.pop() if words[:2] == ["at", "the"] and words[2:] and words[-1] in PLACES else None
+        if not shape or words != (["at", "the"] if place else []):
             raise ValueError(
-                f"prompt {caption!r}: expected 'a [small|large] COLOUR SHAPE [at the PLACE] [and a COLOUR SHAPE] "
-                f"[on a BACKGROUND background]', with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; "
-                f"places {', '.join(PLACES)}"
+                f"prompt {caption!r}: expected 'a [small|large] [COLOUR] SHAPE [at the PLACE] [and a [COLOUR] SHAPE] "
+                f"[on a BACKGROUND background]', with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}, or "
+                f"{ANY_SHAPE!r} for any; places {', '.join(PLACES)}"
             )
-        things.append(Thing(words[0], words[1], size, place))
+        things.append(Thing(colour, None if shape == ANY_SHAPE else shape, size, place))
     if len(things) > 2:
         raise ValueError(f"prompt {caption!r}: at most two objects")
     return Scene(tuple(things), background)
@@ -148,8 +165,9 @@ def coverage(shape: str, cx: float, cy: float, r: float) -> np.ndarray:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """A true drawing of the scene, [H, W, 3] uint8, with random place, radius and slight colour jitter."""
-    background = scene.background or "white"
+    """A true drawing of the scene, [H, W, 3] uint8, with random place, radius and slight colour jitter; what the scene
+    leaves open is drawn at random, too."""
+    background = scene.background or str(rng.choice(list(BACKGROUNDS)))
     image = np.broadcast_to(_jitter(BACKGROUNDS[background], rng), (IMAGE_SIZE, IMAGE_SIZE, 3))
     for i, thing in enumerate(scene.things):
         pair = len(scene.things) == 2
@@ -164,8 +182,9 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             dx = toward[0] * offset if toward[0] else dx / 3
             dy = toward[1] * offset if toward[1] else dy / 3
         cx = IMAGE_SIZE * ((0.25 + 0.5 * i) if pair else 0.5) + dx
-        alpha = coverage(thing.shape, cx, IMAGE_SIZE / 2 + dy, r)[..., None]
-        image = image * (1 - alpha) + _jitter(COLOURS[thing.colour], rng) * alpha
+        shape, colour = thing.shape or str(rng.choice(SHAPES)), thing.colour or str(rng.choice(list(COLOURS)))
+        alpha = coverage(shape, cx, IMAGE_SIZE / 2 + dy, r)[..., None]
+        image = image * (1 - alpha) + _jitter(COLOURS[colour], rng) * alpha
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -174,7 +193,7 @@ def _jitter(rgb: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
 
 
 def training_scene(rng: np.random.Generator) -> Scene:
-    """One scene of the training distribution: seen pairs only, kinds as often as KINDS says."""
+    """One whole scene of the training distribution: seen pairs only, kinds as often as KINDS says."""
     kind = rng.choice(list(KINDS), p=list(KINDS.values()))
     background = str(rng.choice(list(BACKGROUNDS)))
     colour, shape = SEEN[rng.integers(len(SEEN))]
@@ -186,8 +205,20 @@ def training_scene(rng: np.random.Generator) -> Scene:
     return Scene((Thing(colour, shape, None if kind == "medium" else str(kind)),), background)
 
 
+def leave_open(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene less what UNSAID leaves out of a training caption."""
+    unsaid = list(UNSAID)[rng.choice(len(UNSAID), p=list(UNSAID.values()))]
+    without = {name: None for name in ("colour", "shape") if name in unsaid}
+    things = tuple(replace(thing, **without) for thing in scene.things)
+    return Scene(things, None if "background" in unsaid else scene.background)
+
+
+def training_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One caption of a whole scene, as training has it."""
+    return leave_open(scene, rng).caption(articles=rng.random() >= BARE)
+
+
 def vocabulary() -> list[str]:
     """Every word a caption can hold, sorted."""
-    return sorted(
-        {"a", "and", "on", "at", "the", "background", "small", "large", *PLACES, *COLOURS, *BACKGROUNDS, *SHAPES}
-    )
+    words = {"a", "an", "and", "on", "at", "the", "background", "small", "large", ANY_SHAPE}
+    return sorted(words.union(PLACES, COLOURS, BACKGROUNDS, SHAPES))

@@ -25,12 +25,13 @@ for arguments in json.loads(sys.argv[1]):
 """
 SEMANTIC = [  # arguments that no parser refuses
     ("run", "train.epochs=-1"), ("status", "NONE"), ("upload", "NONE"), ("evaluate", "NONE"),
-    ("evaluate", "run.seed=1"), ("compare", "NONE"), ("generate", "--lora", "NONE"), ("generate", "--images", "0"),
+    ("evaluate", "run.seed=1"), ("compare", "NONE"),
+    ("targets", "NONE"), ("generate", "--lora", "NONE"), ("generate", "--images", "0"),
     ("generate", "--steps", "1"), ("generate", "--out", "grid.jpg"), ("export", "NONE", "--format", "fused"),
     ("export", "RUN", "--format", "fused", "--step", "7"), ("score", "--reward", "beauty", "."),
     ("score", "--reward", "hpsv2", "nowhere.png"), ("verify", "beauty"),
 ]  # fmt: skip
-SETTINGS = [(verb, "RUN", "evaluation.imges=3", "sampler.steps=none") for verb in ("evaluate", "compare")]
+SETTINGS = [(verb, "RUN", "evaluation.imges=3", "sampler.steps=none") for verb in ("evaluate", "compare", "targets")]
 PARSED = [(verb, option) for verb in VERBS for option in ("--help", "--no-such-option")]
 LINES = [*PARSED, *SEMANTIC, *SETTINGS, ("status", "RUN"), ("run", "--print-config")]
 

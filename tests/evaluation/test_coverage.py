@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from evaluation import metrics
+from evaluation import certificate, metrics
 from evaluation.metrics import Interval
 
 SIZE = 24  # of the features
@@ -93,6 +93,30 @@ CASES: dict[str, tuple[Trial, int]] = {
     "kernel distance, moved a little": (partial(drift, metrics.kid, 0.5), 400),
     "kernel distance, moved far": (partial(drift, metrics.kid, 1.5), 400),
 }
+
+
+def gap(spread: float, rng, n) -> float:
+    """Whether the interval of the gap to a target holds the truth; beta x reward is normal, of that `spread`."""
+    groups, shift = np.arange(n) % 8, 0.4 * spread
+    base = centres(n) + spread * rng.normal(size=n)
+    moved = centres(n) + 0.9 * (base - centres(n)) + shift + 0.3 * spread * rng.normal(size=n)
+    truth = spread**2 / 2 - shift + 0.5
+    _, (low, high), *_ = certificate.gap(1.0, moved, np.full(n, 0.5), groups, base[None])
+    return float(low <= truth <= high)
+
+
+# Nats that beta x reward varies by within a prompt: there the logarithm of a mean is known from pictures or not.
+GAPS = {0.3: (0.93, 0.98), 1.0: (0.92, 0.98), 1.5: (0.89, 0.98), 2.0: (0.85, 0.97)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [32, 256])
+@pytest.mark.parametrize("spread", GAPS)
+def test_the_interval_of_a_gap_holds_the_truth(spread, n):
+    rng, trials = np.random.default_rng(n), 1000
+    share, error = np.mean([gap(spread, rng, n) for _ in range(trials)]), (0.95 * 0.05 / trials) ** 0.5
+    print(f"\ngap to the target, spread {spread} | {n} | {share:.1%} of {trials}", flush=True)
+    assert GAPS[spread][0] - 2 * error <= share <= GAPS[spread][1] + 2 * error
 
 
 def coverage(trial: Trial, n: int, trials: int) -> float:

@@ -22,7 +22,7 @@ def pictures(kind: str, count: int = 24) -> tuple[torch.Tensor, list[str]]:
     return (images + noise).clamp(0, 1), [scene.caption() for scene in asked]
 
 
-@pytest.mark.parametrize("kind", ["seen", "small", "two", "right"])
+@pytest.mark.parametrize("kind", ["seen", "small", "two", "right", "any-colour", "any-shape"])
 def test_soft_alignment_agrees_with_the_graded_one_and_has_its_gradient(kind):
     images, prompts = pictures(kind)
     mixed = torch.cat([images, images.roll(1, 0), images.roll(5, 3)])

@@ -10,6 +10,7 @@ from brightness import clean, scorer
 from PIL import Image
 
 from commands import score
+from models.shapes import world
 from models.shapes.world import Scene, Thing, draw, parse
 from rewards import registry
 from rewards.scorer import BadReward
@@ -61,6 +62,33 @@ def test_alignment_is_graded_near_the_top_and_reads_two_objects_and_accuracy_is_
     images = as_images(*(draw(parse(prompt), np.random.default_rng(0)) for prompt in prompts))
     reward = registry.load("shapes_accuracy")
     assert reward(images, prompts).tolist() == [1.0, 1.0] and reward(images, prompts[::-1]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["shapes_alignment", "shapes_alignment_soft", "shapes_accuracy"])
+def test_an_open_prompt_scores_as_its_best_answer(name):
+    """Also where no answer is good: a blurred drawing, an empty picture."""
+    picture = draw(parse("a pink star at the right on a sand background"), np.random.default_rng(0))
+    blurred = np.asarray(Image.fromarray(picture).resize((12, 12)).resize((64, 64)))
+    images, reward = as_images(picture, blurred, np.full_like(picture, 245)), registry.load(name)
+
+    def scores(prompt: str) -> torch.Tensor:
+        return reward(images, [prompt] * len(images))
+
+    for place in ("", " at the right", " at the left"):
+        colours, shapes = ("red", "pink", "purple", "orange"), ("star", "circle", "triangle")
+        for left_open, answers in {
+            f"a star{place}": [f"a {colour} star{place}" for colour in colours],
+            f"a pink shape{place}": [f"a pink {shape}{place}" for shape in world.SHAPES],
+            f"a shape{place}": [f"a {colour} {shape}{place}" for colour in world.COLOURS for shape in shapes],
+            f"star{place}": [f"a star{place} on a {ground} background" for ground in world.BACKGROUNDS],
+        }.items():
+            best, found = torch.stack([scores(answer) for answer in answers]).max(0).values, scores(left_open)
+            assert (found[0] - best[0]).abs() < 0.01 and (found >= best - 1e-6).all(), left_open
+    assert scores("a shape")[0] > 0.8 and scores("a shape")[2] < 0.2
+    assert scores("a ring")[0] < 0.75 and scores("a red shape")[0] < 0.85
+    pair = draw(parse("a pink star and a blue ring on a gray background"), np.random.default_rng(0))
+    right, wrong = reward(as_images(pair, pair), ["a star and a blue shape", "a ring and a red shape"]).tolist()
+    assert right > 0.8 and wrong < right - 0.1
 
 
 def test_unknown_names_options_weights_and_prompts_are_refused():

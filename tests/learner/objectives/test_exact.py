@@ -252,7 +252,7 @@ def test_t9_balance_of_trajectories_with_the_noising_kernel(kind, settings):
     assert after < 0.02
 
 
-@pytest.mark.parametrize(("every", "behind"), [(2, 0), (10, 3), pytest.param(1, 4, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("every", "behind"), [*cases((2, 0), (1, 4)), (10, 3)])
 def test_relative_trajectory_balance_learns_from_older_trajectories(every, behind):
     """Two updates a rollout; rollouts four versions old; ten updates a rollout, each 30 updates old and more."""
     name = f"stale rtb, every {every}, {behind} behind"

@@ -21,7 +21,8 @@ from exact_problem import (
 from diffusion import noise
 from learner.config import load_config
 from learner.config.checks import untrainable
-from learner.objectives.by_name import describe
+from learner.objectives.by_name import OBJECTIVES as OBJECTIVES_BY_NAME
+from learner.objectives.by_name import describe, tilt
 from learner.objectives.needs import NEEDS
 
 pytestmark = pytest.mark.timeout(0)  # bounded by updates
@@ -40,6 +41,7 @@ OBJECTIVES = {
     "tb": (EXACT, REFUSED, EXACT),
     "sub_tb": (EXACT, REFUSED, EXACT),
     "grpo": (NONE, NONE, NONE),
+    "adjoint_matching": (EXACT, NONE, EXACT),
 }
 SAMPLERS = {  # all but eta, which OBJECTIVES has, and where and how fast things run
     "grid": ("ddim", "dpm_solver"), "guidance": (1.0, 5.0), "steps": (4, 50), "state_precision": ("float32", "float16"),
@@ -53,7 +55,8 @@ TRAINED = "objective.last_transition=train"
 WINDOWS = {  # of objectives that are exact without
     ("objective.window=[0, 9]",): EXACT,
     ("objective.window=[0, 3]",): NONE,  # noise behind it
-    ("objective.window=[0, 3]", "sampler.noise=window"): EXACT,
+    ("objective.window=[0, 3]", "sampler.noise=window", "sampler.adapter=window"): EXACT,
+    ("objective.window=[0, 3]", "sampler.noise=window"): NONE,
     ("objective.window=[1, 3]", "sampler.noise=window"): NONE,
     ("objective.window=[1, 9]",): NONE,
 }
@@ -104,6 +107,30 @@ def test_a_windows_reward_is_named():
     skip = "objective.last_transition=skip"
     assert "all transitions but the last are trained, whose end has the image's reward" in said("rtb", skip)
     assert "the state before the last transition counts as the end" in said("rsub", skip)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_exponent_of_a_residual_target_is_the_true_one(kind):
+    quiet = (f"objective.kind={kind}", "flow.fit_steps=0", "flow.warmup_steps=0", "objective.group_size=2")
+    quiet += ("objective.beta=3", "objective.anneal_fraction=0.5", "flow.stem_stride=1")
+
+    def found(*overrides: str, dimensions: int | None = 10) -> float | None:
+        return tilt(load_config(overrides=[*quiet, *overrides]), dimensions)[0]
+
+    residual = kind in ("residual_nabla_db", "rtb", "rsub", "rdb")
+    assert NEEDS[kind].residual == residual and ("p_ref" in OBJECTIVES_BY_NAME[kind].target) == residual
+    summed = found("objective.log_prob_reduction=sum")
+    assert summed == (3.0 if residual else None)
+    by_gradient = NEEDS[kind].reward_gradients
+    assert found("objective.log_prob_reduction=mean") == ((3.0 if by_gradient else 30.0) if residual else None)
+    assert found("objective.log_prob_reduction=mean", dimensions=None) == (3.0 if residual and by_gradient else None)
+    if residual:
+        assert found("sampler.eta=0.5") is None and found("objective.beta=0") is None
+        whole = found("objective.window=[0,2]", "objective.last_transition=train")
+        assert whole is None if by_gradient else whole is not None
+    else:
+        _, why = tilt(load_config(overrides=[*quiet]), 10)
+        assert why.startswith(f"{kind} has no target p_ref x exp(beta x reward)")
 
 
 @pytest.mark.parametrize("change", INEXACT)

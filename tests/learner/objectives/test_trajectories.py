@@ -1,5 +1,5 @@
-"""Objectives of whole trajectories, rdb and grpo against slow loops (see test_slow_loops.py); and the same loss and
-gradient where trajectories are spread over micro-batches."""
+"""Objectives of whole trajectories, and the two that came with them, against slow loops (see test_slow_loops.py); and
+the same loss and gradient where trajectories are spread over micro-batches."""
 
 import math
 from dataclasses import replace

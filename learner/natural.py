@@ -1,0 +1,191 @@
+"""`learner.optimizer=natural`: steps of an objective's policy part by least squares instead of a learning rate.
+
+A step solves the regression of least_squares.py over all trajectories of the epoch, and of learner.natural_epochs - 1
+earlier ones under the present weights; then it tries lengths of the solution on trajectories kept apart (one prompt
+group in eight of the epoch), by their real residuals, and takes the best, which may be none. train.updates_per_epoch
+such steps are taken (Gauss-Newton: rows and residuals are computed anew for each). Every rank has its own trajectories'
+rows; Gram matrix, solution and length are the same on all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner import least_squares, process_group
+from learner.experience import Experience
+from learner.objectives.base import Transitions
+from learner.rows import Rows, trained
+
+if TYPE_CHECKING:
+    from learner.update import Learner
+
+LENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the solution
+APART = 8  # of so many prompt groups one is kept apart
+COLUMNS = 1 << 16  # parameters of the rows that ranks show each other at once
+Name = tuple[int, int, int, str]  # epoch, trajectory, number of the residual, prompt
+
+
+@dataclass
+class System:
+    """Residuals of this rank's trajectories: names, values [N], weights [N], and rows [N, P] in bfloat16 on the CPU."""
+
+    names: list[Name]
+    errors: Tensor
+    weights: Tensor
+    rows: Tensor | None = None
+
+
+class Natural:
+    def __init__(self, learner: "Learner") -> None:
+        self.learner, self.rows = learner, Rows(learner.model.unet)
+        self.parameters = [parameter for _, parameter in trained(learner.model.unet)]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+
+    def step(self, fresh: Sequence[Experience], earlier: Sequence[Experience], beta: float) -> dict[str, float]:
+        """One step of the weights; metrics. `explained`: share of the residuals' variance that left-out rows explain,
+        `length`: of the step in units of the solution, `residual_variance`: mean over residuals kept apart after it,
+        in squares of nats, and `residual_before`."""
+        config = self.learner.config
+        group = config.prompts.per_prompt
+        parts = [self._system(each, beta, lambda number: number // group % APART != APART - 1) for each in fresh]
+        parts += [self._system(each, beta, lambda number: True) for each in earlier]
+        system = _joined(parts)
+        direction, solution = self._solve(system)
+        del system, parts
+        before, start = self._apart(fresh, beta), [parameter.detach().clone() for parameter in self.parameters]
+        after, length = before, 0.0
+        for trial in LENGTHS if solution.explained > 0 else ():
+            self._move(start, direction, trial)
+            found = self._apart(fresh, beta)
+            if found >= after and length:
+                break
+            if found < after:
+                after, length = found, trial
+        self._move(start, direction, length)
+        values = {"explained": solution.explained, "length": length, "residual_before": before}
+        return values | {"residual_variance": after, "loss": after}
+
+    @torch.no_grad()
+    def _move(self, start: Sequence[Tensor], direction: Tensor, length: float) -> None:
+        for parameter, origin, part in zip(self.parameters, start, direction.split(self.sizes), strict=True):
+            parameter.copy_(origin + length * part.view_as(parameter).to(parameter))
+
+    def _apart(self, fresh: Sequence[Experience], beta: float) -> float:
+        """Weighted mean square of the centred residuals of the trajectories kept apart, on all ranks."""
+        group = self.learner.config.prompts.per_prompt
+        kept = (each for each in fresh)
+        parts = [self._system(each, beta, lambda number: number // group % APART == APART - 1, False) for each in kept]
+        system = _sorted([_joined(parts)])
+        errors = self._centred(system)
+        return float((system.weights.double() * errors.square()).sum() / system.weights.double().sum())
+
+    def _centred(self, system: System) -> Tensor:
+        return least_squares.centre(system.errors.double(), self._groups(system.names))
+
+    def _groups(self, names: Sequence[Name]) -> Tensor:
+        """[N] int64: trajectories of one prompt and epoch share a free constant, if the objective has one."""
+        if not self.learner.objective.needs.free_constant:
+            return torch.full((len(names),), -1)
+        numbers: dict[tuple[int, str], int] = {}
+        return torch.tensor([numbers.setdefault((epoch, prompt), len(numbers)) for epoch, _, _, prompt in names])
+
+    def _system(self, experience: Experience, beta: float, use, with_rows: bool = True) -> System:  # type: ignore[no-untyped-def]
+        """Of one chunk's trajectories whose number `use` accepts."""
+        learner, objective = self.learner, self.learner.objective
+        chunk, columns = experience.trajectories.chunk, experience.trajectories.selected.shape[1]
+        names: list[Name] = []
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        wanted = {row for row, number in enumerate(chunk.trajectory_ids) if use(number)}
+        for window in experience.windows(learner.micro_batch, objective.group):
+            places = np.concatenate(window) // columns
+            if not wanted.issuperset(places.tolist()):
+                window = [part[[place in wanted for place in (part // columns).tolist()]] for part in window]
+                window = [part for part in window if len(part)]
+                if not window:
+                    continue
+            batches = [experience.gather(part, learner.model, learner.config) for part in window]
+            errors, weights, rows = self._window(batches, beta, with_rows)
+            found.append((errors.flatten(), weights.flatten(), rows))
+            rows_of = np.concatenate(window)[:: objective.group] // columns
+            for place, first in zip(rows_of.tolist(), np.concatenate(window)[:: objective.group].tolist(), strict=True):
+                number, prompt = chunk.trajectory_ids[place], chunk.prompts[place]
+                names += [(chunk.epoch, number, first % columns + m, prompt) for m in range(errors.shape[1])]
+        if not found:
+            empty = torch.zeros(0)
+            return System(
+                [], empty, empty, torch.zeros(0, sum(self.sizes), dtype=torch.bfloat16) if with_rows else None
+            )
+        errors, weights, rows = map(torch.cat, zip(*found, strict=True))
+        return System(names, errors, weights, rows if with_rows else None)
+
+    def _window(self, batches: Sequence[Transitions], beta: float, with_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Residuals [n, M] of whole groups, their weights, and rows [n M, P] (or [0, P])."""
+        learner, objective = self.learner, self.learner.objective
+        numbers, rows = [], []
+        for batch in batches:
+            with self.rows.watched(), torch.set_grad_enabled(with_rows):
+                each = objective.numbers(batch, learner.policy.output(batch), learner.flow, beta)
+                numbers.append([value.detach() for value in each])
+                if with_rows:
+                    rows.append(torch.cat(self.rows.of(each[0]), 1))
+        ratio, log_flow, goal = (torch.cat(part).reshape(-1, objective.group) for part in zip(*numbers, strict=True))
+        errors, weights = objective.residuals(ratio, log_flow, goal[:, 0])
+        slopes = torch.zeros(0, sum(self.sizes))
+        if with_rows:
+            first = [value[:1] for value in (log_flow, goal[:, 0])]
+            jacobian = torch.func.jacrev(lambda one: objective.residuals(one[None], *first)[0][0])(ratio[0])
+            by_group = torch.cat(rows).reshape(len(ratio), objective.group, -1)
+            slopes = torch.einsum("mk,nkp->nmp", jacobian, by_group).flatten(0, 1)
+        return errors.cpu(), weights.expand_as(errors).cpu(), slopes.to(torch.bfloat16).cpu()
+
+    def _solve(self, system: System) -> tuple[Tensor, least_squares.Solution]:
+        """The solution's direction [P], the same on all ranks."""
+        assert system.rows is not None
+        shown = process_group.gather((system.names, system.errors, system.weights))
+        counts = [len(names) for names, _, _ in shown]
+        names = [name for part in shown for name in part[0]]
+        order = sorted(range(len(names)), key=lambda i: names[i][:3])  # whatever the ranks
+        roots = torch.cat([part[2] for part in shown])[order].double().sqrt()
+        errors = torch.cat([part[1] for part in shown])[order].double()
+        squares = torch.stack([part.float().square().sum() for part in system.rows.split(self.sizes, 1)])
+        total = torch.stack(process_group.gather(squares)).sum(0) / max(1, len(names))
+        information = total / torch.tensor(self.sizes)
+        scale = least_squares.scale(information, self.sizes, self.learner.config.learner.natural_floor)
+        gram = torch.zeros(len(names), len(names), dtype=torch.float64)
+        for start in range(0, len(scale), COLUMNS):
+            mine = system.rows[:, start : start + COLUMNS].float() * scale[start : start + COLUMNS]
+            block = torch.cat(process_group.gather(mine.to(torch.bfloat16)))[order].float()
+            gram += (block @ block.T).double()
+        groups = self._groups([names[i] for i in order])
+        solution = least_squares.solve(gram * roots[:, None] * roots, errors * roots, groups)
+        own = torch.zeros(len(names), dtype=torch.float64)
+        own[order] = least_squares.centre(solution.coefficients, groups) * roots
+        rank = self.learner.rank
+        first = sum(counts[:rank])
+        mine = own[first : first + counts[rank]].float()
+        direction = scale * torch.cat(
+            [
+                (system.rows[:, s : s + COLUMNS].float() * scale[s : s + COLUMNS]).T @ mine
+                for s in range(0, len(scale), COLUMNS)
+            ]
+        )
+        return torch.stack(process_group.gather(direction)).sum(0), solution
+
+
+def _joined(parts: Sequence[System]) -> System:
+    rows = [part.rows for part in parts if part.rows is not None]
+    names = [name for part in parts for name in part.names]
+    errors, weights = (torch.cat([getattr(part, key) for part in parts]) for key in ("errors", "weights"))
+    return System(names, errors, weights, torch.cat(rows) if rows else None)
+
+
+def _sorted(mine: Sequence[System]) -> System:
+    """All ranks' residuals, without rows, by name."""
+    shown = [part for rank in process_group.gather([(s.names, s.errors, s.weights) for s in mine]) for part in rank]
+    names = [name for part in shown for name in part[0]]
+    order = sorted(range(len(names)), key=lambda i: names[i][:3])
+    errors, weights = (torch.cat([part[i] for part in shown])[order] for i in (1, 2))
+    return System([names[i] for i in order], errors, weights)

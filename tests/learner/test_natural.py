@@ -1,0 +1,143 @@
+"""Natural steps: rows are single gradients, T-problems in few updates, no learning rate, ranks agree."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from exact_problem import Problem, Quadratic, ToyModel, gaussian, tilted, total_variation
+from torch import Tensor, nn
+
+from diffusion.base_model import BaseModel
+from diffusion.rollout import Sampler
+from diffusion.snapshot import Snapshot
+from diffusion.trajectory import Chunk, Scores
+from learner.config import Config
+from learner.objectives.needs import NEEDS
+from learner.rows import Rows, trained
+from learner.update import Learner
+
+BATCH = 128
+
+
+class Steps(nn.Module):
+    """An affine map a step, as the B matrix of a LoRA has it: linear in its features."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.steps = problem.steps
+        self.lora_B = nn.Linear(2 * (problem.steps + 1), 1, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        place = nn.functional.one_hot(t, self.steps + 1).to(x.dtype)
+        features = torch.cat([place, place * x.reshape(-1, 1)], 1)
+        return self.lora_B(features).reshape(x.shape)
+
+
+class Linear(ToyModel):
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.unet = Steps(problem)
+
+    def embed(self, prompts):
+        return torch.zeros(len(prompts), 1, 1)
+
+
+def make(problem: Problem, kind: str, **learner) -> tuple[Learner, Sampler]:
+    objective = {"kind": kind, "log_prob_reduction": "sum", "beta": 1.0, "regulariser": 0.0, "anneal_fraction": 0.0}
+    config = Config.model_validate({
+        "objective": {**objective, "forward_looking": "none", "reward_offset": 0.0},
+        "sampler": {"steps": problem.steps, "guidance": 1.0, "chunk_size": 32}, "prompts": {"per_prompt": 4},
+        "learner": {"optimizer": "natural", "micro_batch": 512, **learner},
+        "flow": {"learning_rate": 0.1, "fit_steps": 100 if NEEDS[kind].flow else 0, "batch": 256},
+        "train": {"trajectories": BATCH, "updates_per_epoch": 1},
+    })  # fmt: skip
+    flow = Quadratic(problem) if config.needs.flow else None
+    model = Linear(problem)
+    made = Learner(model, flow, config)  # type: ignore[arg-type]
+    return made, Sampler(model, config.rollout_settings())  # type: ignore[arg-type]
+
+
+def epoch_of(problem: Problem, learner: Learner, sampler: Sampler, number: int, prompt: str = "a"):
+    scored = []
+    for index in range(BATCH // 32):
+        ids = tuple(range(32 * index, 32 * index + 32))
+        chunk = Chunk(index, "train", number, 0, (prompt,) * 32, ids)
+        trajectories, _ = sampler.sample(chunk, learner.published)
+        rewards = np.full((32, problem.steps + 1), np.nan, np.float32)
+        rewards[:, -1] = problem.rewards(torch.from_numpy(trajectories.states[:, -1])).numpy()
+        scored.append((trajectories, Scores(chunk, rewards)))
+    return scored
+
+
+def trained_for(problem: Problem, kind: str, epochs: int, residual: bool, **settings):
+    learner, sampler = make(problem, kind, **settings)
+    before, rows = total_variation(learner, residual), []
+    for number in range(epochs):
+        training = learner.train_epoch(number, 1.0, [epoch_of(problem, learner, sampler, number)])
+        learner.publish(number + 1)
+        rows.append(training.metrics)
+    after = total_variation(learner, residual)
+    print(f"{kind} {settings}: TV {before:.3f} -> {after:.4f} in {epochs} updates")
+    return before, after, rows
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_rows_are_the_gradients_of_single_transitions(tiny_pipeline):
+    model = BaseModel(tiny_pipeline)
+    model.attach_lora(2, 2, 0)
+    with torch.no_grad():
+        for _, parameter in trained(model.unet):
+            parameter.normal_(std=0.1)
+    kernel = model.kernel(4)
+    x, after = torch.randn(2, 3, *model.latent_shape).unbind(0)
+    t, embeddings = kernel.timesteps[:3], model.embed(["a", "b", "c"])
+    for guidance in (1.0, 3.0):
+        watcher = Rows(model.unet)
+        with watcher.watched():
+            values = kernel.log_pf(model.predict(x, t, embeddings, guidance)[0], t, x, after, "sum")
+            rows = torch.cat(watcher.of(values), 1)
+        values = kernel.log_pf(model.predict(x, t, embeddings, guidance)[0], t, x, after, "sum")
+        for value, row in zip(values, rows, strict=True):
+            single = torch.autograd.grad(value, [p for _, p in trained(model.unet)], retain_graph=True)
+            expected = torch.cat([part.flatten() for part in single])
+            assert (row - expected).norm() < 1e-5 * expected.norm()
+    assert not any(module._forward_hooks for module in model.unet.modules())
+
+
+@pytest.mark.parametrize(("kind", "epochs"), [("rtb", 6), ("rsub", 6), ("rdb", 6)])
+def test_a_linear_gaussian_problem_is_solved_in_a_few_updates(kind, epochs):
+    before, after, rows = trained_for(tilted(5), kind, epochs, True)
+    assert before > 0.29 and after < 0.02
+    assert rows[0]["explained"] > 0.1 and rows[0]["length"] > 0
+
+
+@pytest.mark.parametrize("kind", ["dag_db", "tb", "sub_tb"])
+def test_the_target_of_dag_is_reached(kind):
+    before, after, _ = trained_for(gaussian(5), kind, 12, False)
+    assert before > 0.6 and after < 0.02
+
+
+def test_earlier_epochs_serve_under_the_present_weights():
+    _, after, rows = trained_for(tilted(5), "rtb", 6, True, natural_epochs=4)
+    assert after < 0.02 and math.isfinite(rows[-1]["residual_variance"])
+
+
+def test_rewards_that_nothing_explains_move_nothing():
+    problem = tilted(5)
+    learner, sampler = make(problem, "rtb")
+    rng, scored = np.random.default_rng(0), []
+    for trajectories, scores in epoch_of(problem, learner, sampler, 0):
+        noise = scores.rewards.copy()
+        noise[:, -1] = rng.normal(size=len(noise))
+        scored.append((trajectories, replace(scores, rewards=noise)))
+    training = learner.train_epoch(0, 1.0, [scored])
+    assert training.metrics["explained"] < 0.1
+    assert learner.publish(1).sha256 != "" or isinstance(learner.published, Snapshot)
+    assert total_variation(learner, True) > 0.2
