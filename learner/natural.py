@@ -6,7 +6,7 @@ group in eight of the epoch), by their real residuals, and takes the best, which
 such steps are taken (Gauss-Newton: rows and residuals are computed anew for each). Every rank has its own trajectories'
 rows; Gram matrix, solution and length are the same on all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,7 +91,9 @@ class Natural:
         numbers: dict[tuple[int, str], int] = {}
         return torch.tensor([numbers.setdefault((epoch, prompt), len(numbers)) for epoch, _, _, prompt in names])
 
-    def _system(self, experience: Experience, beta: float, use, with_rows: bool = True) -> System:  # type: ignore[no-untyped-def]
+    def _system(
+        self, experience: Experience, beta: float, use: Callable[[int], bool], with_rows: bool = True
+    ) -> System:
         """Of one chunk's trajectories whose number `use` accepts."""
         learner, objective = self.learner, self.learner.objective
         chunk, columns = experience.trajectories.chunk, experience.trajectories.selected.shape[1]
@@ -141,7 +143,7 @@ class Natural:
         return errors.cpu(), weights.expand_as(errors).cpu(), slopes.to(torch.bfloat16).cpu()
 
     def _solve(self, system: System) -> tuple[list[Tensor], least_squares.Solution]:
-        """Directions [P] to try, the same on all ranks: the whole solution, and its free scaling of the adapter alone."""
+        """Directions [P] to try, the same on all ranks: the whole solution, and its scaling of the adapter alone."""
         assert system.rows is not None
         adapter = torch.cat([parameter.detach().flatten() for parameter in self.parameters]).float().cpu()
         parts = [slice(start, start + COLUMNS) for start in range(0, len(adapter), COLUMNS)]
