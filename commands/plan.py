@@ -18,9 +18,12 @@ from cluster.placement import Placement, counted
 from diffusion import lora, noise
 from diffusion.parts import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
+from evaluation import settling
+from learner import later
 from learner.build import flow_network
 from learner.config import Config, resolve
 from learner.objectives.by_name import OBJECTIVES
+from learner.prompts import training_prompts
 from reports.summary import plural
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
@@ -119,6 +122,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     lagging = again + (1 - 1 / config.train.updates_per_epoch if config.train.max_staleness else 0)
     extra: float = OBJECTIVES[config.objective.kind].extra_passes(config.objective)
     extra += lagging if config.objective.regulariser else 0
+    held = len(later.steps(config)) * count * bool(config.objective.later_kl)  # behind the window
     outputs = trained * cost.latent * (1 + config.needs.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if config.needs.reward_gradients else 1
     ends = count * (1 + (settings.terminal is not None and not settings.image_only))
@@ -129,7 +133,9 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
         rollout=(count * n * passes + reference) * cost.unet,
         decoding=((scored - ends) * inner + ends * cost.decode) * there_and_back,
         scoring=scored * (cost.reward or 0.0) * there_and_back,
-        training=trained * ((1 + again) * step + extra * passes * cost.unet) + fits * 2 * cost.flow_train,
+        training=trained * ((1 + again) * step + extra * passes * cost.unet)
+        + fits * 2 * cost.flow_train
+        + held * (1 + again) * passes * (cost.unet_train + cost.unet),
         evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode + (cost.reward or 0.0)),
         transitions=trained,
         states_scored=scored,
@@ -167,6 +173,7 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{plural(train.epochs, 'epoch')}, {trajectories} trajectories, {plural(train.epochs * updates, 'update')}",
             f"{plural(evaluations, 'evaluation')} of {plural(images, 'image')}",
         ],
+        "window": _window(config, cost),
         "FLOPs": [
             f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
@@ -183,6 +190,20 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
     }  # fmt: skip
     rows = ((title if i == 0 else "", text) for title, texts in facts.items() for i, text in enumerate(texts))
     return "\n".join(f"{title:<26} {text}" for title, text in rows)
+
+
+def _window(config: Config, cost: Costs) -> list[str]:
+    """Where objective.window=auto is still to be measured."""
+    if config.objective.window != "auto":
+        return []
+    wanted = settling.continuations(config, training_prompts(config))
+    each = wanted.transitions * (1 if config.sampler.guidance == 1 else 2) * cost.unet
+    each += wanted.pictures * (cost.decode + (cost.reward or 0.0))
+    return [
+        f"objective.window=auto is measured before training, unless it has been for this model, prompts, reward and "
+        f"sampler: {wanted.transitions} transitions, {plural(wanted.pictures, 'picture')}, {_flops(each)}",
+        "until then all transitions are counted as trained",
+    ]
 
 
 def _count(forward: Callable[[], torch.Tensor], backward: bool = False) -> float:

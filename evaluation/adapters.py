@@ -16,7 +16,7 @@ import numpy as np
 from diffusion.snapshot import Snapshot, digest
 from evaluation.image_sets import ACCURACY, ImageSet
 from learner.config import Config, ConfigError, as_arguments, read_config, resolve, saved_config
-from learner.config.sections import LoraConfig, SamplerConfig
+from learner.config.sections import Evaluation, LoraConfig, Objective, SamplerConfig
 from learner.prompts import evaluation_prompts, prompts_digest, training_prompts
 from records import checkpoint, facts
 from records.checkpoint import Checkpoint, CheckpointError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch and diffusers come with it
 LORA = "lora"  # a checkpoint's folder of LoRA files
 OTHER_SEED = 1_000_003  # added to evaluation.seed: noise that no training run evaluates on
 SETTING = re.compile(r"[^/:]+=")
-SAMPLING = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}
+SAMPLING = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid"}  # and where noise ends
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace, warn:
     settings = [*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides]
     if run and not args.config:
         config, faults = read_config(saved_config(run).model_dump(mode="json"), settings)
-        faults = faults or _unconfirmed(config, {text.partition("=")[0].strip() for text in settings}, run)
+        faults = faults or unconfirmed(config, {text.partition("=")[0].strip() for text in settings}, run)
     else:
         config, faults = read_config(args.config, settings)
     if faults := faults or ["evaluation.images: 0; say how many with --images"] * (not config.evaluation.images):
@@ -197,7 +197,7 @@ def _shown(name: str) -> str:
     return short(printable(name), 100)
 
 
-def _unconfirmed(config: Config, given: Collection[str], run: Records) -> list[str]:
+def unconfirmed(config: Config, given: Collection[str], run: Records) -> list[str]:
     """What only the run's files name and the command does not: they may be somebody else's. They run no code of the
     user's, and have no file read for prompts but the one that the run knows the content of."""
     own = {key: value for key, value in config.own_code.items() if key not in given}
@@ -223,14 +223,21 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
         judges.check([ACCURACY], "pixels", None, prompts)
         if ACCURACY not in judges.labels(evaluation.held_out):
             evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
+    return drawing(config, evaluation, LoraConfig(rank=adapter.rank, alpha=adapter.alpha))
+
+
+def drawing(config: Config, evaluation: Evaluation, adapter: LoraConfig) -> Config:
+    """What drawing and scoring need of the settings. Of the objective it is where its window ends, where noise does."""
+    sampler = SamplerConfig(**config.sampler.model_dump(include=SAMPLING))
+    objective = Objective()
+    if config.noise_steps < sampler.steps:
+        sampler = sampler.model_copy(update={"noise": "window"})
+        objective = Objective(window=(0, config.noise_steps - 1))
     return Config(
         run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}),
-        model=config.model,
-        reward=config.reward,
-        evaluation=evaluation,
-        sampler=SamplerConfig(**config.sampler.model_dump(include=SAMPLING)),
-        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha),
-    )
+        model=config.model, reward=config.reward, evaluation=evaluation, sampler=sampler, objective=objective,
+        lora=adapter,
+    )  # fmt: skip
 
 
 def _check(target: Target, warn: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ VERBS = {
     "status": ("commands.status", "how a run is doing, from its files alone"),
     "evaluate": ("commands.evaluate", "reward, held-out rewards, diversity and drift of runs and LoRAs"),
     "compare": ("commands.compare", "several runs or LoRAs beside each other: tables, Pareto pictures"),
+    "settled": ("commands.settled", "where on the way from noise to picture a reward is settled"),
     "generate": ("commands.generate", "pictures by the base model and a LoRA, at the same noise"),
     "export": ("commands.export", "a run's LoRA for diffusers, ComfyUI, A1111, or fused into the model"),
     "report": ("commands.report", "draw a run's report.html anew"),

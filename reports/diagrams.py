@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,16 +68,8 @@ def curves(
             shown.append((label, np.array(points, np.float64).T, evaluation, 1 if evaluation else window(len(points))))
     if not shown:
         return None
-    import matplotlib.style  # now: it takes a second
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.style.context(["default", STYLE]):
-        figure, file = Figure((WIDTH / 72, HEIGHT / 72)), io.StringIO()
-        axes = figure.add_axes(PLOT_AREA)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.set_xlabel("epochs", loc="right", labelpad=0)
+    def draw(axes: Any) -> None:
         for i, (_, (epochs, values), evaluation, size) in enumerate(shown):
             colour = LINES[i % len(LINES)]
             if size > 1:  # every epoch, faint
@@ -88,10 +81,41 @@ def curves(
         low, high = axes.get_ylim()
         if high - low < 1e-9 * abs(high):  # rounding errors are no curve
             axes.set_ylim(low - abs(low) / 10, high + abs(high) / 10)
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = re.sub("#00000[1-6]", lambda match: COLOURS[match[0]], NOT_OURS.sub("", file.getvalue()))
+
     last = [(label, values[-1]) for label, (_, values), *_ in shown]
-    return Diagram(title, unit, svg, last, max(size for *_, size in shown))
+    return Diagram(title, unit, _svg("epochs", draw), last, max(size for *_, size in shown))
+
+
+def profile(settled: Mapping[str, Any]) -> str:
+    """SVG of where a reward is settled (records/shapes.py): shares by state with their intervals, and the states of
+    the trained window."""
+    states, shares, *interval = np.transpose(
+        [[each[key] for key in ("state", "share", "low", "high")] for each in settled["profile"]]
+    )
+
+    def draw(axes: Any) -> None:
+        axes.axvspan(settled["window"][0], settled["window"][1] + 1, color=LINES[0], alpha=0.12, linewidth=0)
+        axes.vlines(states, *interval, color=LINES[0], alpha=0.65, linewidth=1.4)
+        axes.plot(states, shares, color=LINES[0], marker="o" if len(states) <= DOTS else "", markersize=6)
+
+    return _svg("states", draw)
+
+
+def _svg(along: str, draw: Callable[[Any], None]) -> str:
+    """What `draw` puts into axes, without what is not ours."""
+    import matplotlib.style  # now: it takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.style.context(["default", STYLE]):
+        figure, file = Figure((WIDTH / 72, HEIGHT / 72)), io.StringIO()
+        axes = figure.add_axes(PLOT_AREA)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.set_xlabel(along, loc="right", labelpad=0)
+        draw(axes)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return re.sub("#00000[1-6]", lambda match: COLOURS[match[0]], NOT_OURS.sub("", file.getvalue()))
 
 
 def window(count: int) -> int:
