@@ -31,7 +31,7 @@ def settings(name: str, overrides: list[str]) -> Config:
         config, faults = read_config(Path(name), overrides)
     else:
         if not facts.there(Storage(name)):
-            raise ConfigError(f"{name}: no run, and no config file")
+            raise ConfigError("there is no run, and no config file")
         run = Records.open(Storage(name), warner("settled"))
         config, faults = read_config(saved_config(run).model_dump(mode="json"), overrides)
         faults = faults or unconfirmed(config, {text.partition("=")[0].strip() for text in overrides}, run)
