@@ -4,7 +4,7 @@ runner, its records and its views."""
 import contextlib
 import functools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -205,7 +205,8 @@ def pools_for(config: Config, say: Say, own_reward: Reward | None = None) -> Poo
         return InProcessPools(config, reward)
     from actors.rollouts import evaluation_pools
 
-    return evaluation_pools(config, say, reward)
+    with _sending(reward):
+        return evaluation_pools(config, say, reward)
 
 
 def settled_profile(
@@ -248,8 +249,15 @@ def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runne
         return InProcessRunner(config, files, hooks, reward)
     from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
 
-    try:
+    with _sending(reward):
         return RayRunner(config, files, hooks, records.about["name"], reward)
+
+
+@contextlib.contextmanager
+def _sending(reward: UserReward | None) -> Iterator[None]:
+    """Raises an UnknownReward where what is done within cannot send it to the actors."""
+    try:
+        yield
     except TypeError as error:
         if reward is None or "serialize" not in str(error):
             raise

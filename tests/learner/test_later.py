@@ -9,7 +9,8 @@ from learner import build, later
 from learner.config import ConfigError
 from learner.experience import Experience
 
-SETTINGS = ("objective.kind=rtb", "objective.window=[0, 1]", "flow.fit_steps=0", "flow.warmup_steps=0")
+PLAIN = ("objective.kind=rtb", "objective.last_transition=train", "flow.fit_steps=0", "flow.warmup_steps=0")
+SETTINGS = (*PLAIN, "objective.window=[0, 1]")
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_an_update_reports_it_and_the_plain_one_does_not(stirred, small_config):
 
 def test_what_becomes_of_them_is_said(small_config):
     def said(*settings):
-        return later.in_words(small_config("objective.kind=rtb", *settings, "flow.fit_steps=0", "flow.warmup_steps=0"))
+        return later.in_words(small_config(*PLAIN, *settings))
 
     assert said() is None
     assert "transitions 2 to 3, behind those trained, are free" in said("objective.window=[0, 1]")
