@@ -327,7 +327,8 @@ def test_the_cards_code_uses_the_lora_where_the_sampler_does(tiny_pipeline, tmp_
         return step(self, output, timestep, sample, eta=eta, generator=generator, **more)
 
     monkeypatch.setattr(type(pipe.scheduler), "step", recorded)
-    theirs = pipe(list(PROMPTS), latents=initial * pipe.scheduler.init_noise_sigma, num_inference_steps=5, eta=1.0,
-                  guidance_scale=own.guidance, output_type="np", callback_on_step_end=names["lora_within"]).images  # fmt: skip
+    how = {"num_inference_steps": 5, "eta": 1.0, "guidance_scale": own.guidance, "output_type": "np"}
+    latents = initial * pipe.scheduler.init_noise_sigma
+    theirs = pipe(list(PROMPTS), latents=latents, callback_on_step_end=names["lora_within"], **how).images
     assert np.abs(theirs - drawn[0, 2]).max() < 2e-3 < 0.02 < np.abs(theirs - drawn[None]).max()
     assert "this uses it in all" in model_card.usage(config, "fused", tiny_pipeline)
