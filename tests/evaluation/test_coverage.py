@@ -110,7 +110,7 @@ def gap(spread: float, rng, n) -> float | None:
 @pytest.mark.parametrize("n", [32, 256, 1024])
 @pytest.mark.parametrize("spread", [0.3, 1.0, 1.5, 2.0])
 def test_a_gap_that_is_given_is_seldom_wrong(spread, n):
-    """`spread` in nats, of beta x reward within a prompt: the larger, the more pictures the logarithm of a mean takes."""
+    """`spread` in nats, of beta x reward within a prompt: the larger, the more pictures log Z takes."""
     rng, trials = np.random.default_rng(n), 700
     held = [found for _ in range(trials) if (found := gap(spread, rng, n)) is not None]
     given, wrong = len(held) / trials, (len(held) - sum(held)) / trials
