@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation import tilts
-from evaluation.metrics import Interval, student_interval
+from evaluation.metrics import Interval, strata, student_interval
 
 if TYPE_CHECKING:
     from evaluation.image_sets import Evaluated
@@ -53,18 +53,19 @@ def measure(now: Evaluated, base: Sequence[np.ndarray], exponent: float | None, 
     if now.kl is None or now.log_ratio is None:
         return {**figures, "no_gap": UNMEASURED}
     kept = np.isfinite(np.stack([now.rewards, now.log_ratio, now.kl.sum(1), *base])).all(0)
-    names = [prompt for prompt, good in zip(now.prompts, kept, strict=True) if good]
-    groups = np.unique(np.array(names, object), return_inverse=True)[1] if names else np.zeros(0, int)
-    enough = np.bincount(groups, minlength=1)[groups] > 1
-    kept[kept], groups = enough, np.unique(groups[enough], return_inverse=True)[1]
     if not kept.any():
-        return {**figures, "no_gap": "no prompt has two good pictures"}
-    rewards, kl, pool = now.rewards[kept], now.kl[kept].astype(np.float64), np.stack([part[kept] for part in base])
-    path, places = kl.sum(1), np.tile(groups, len(pool))
-    low, high = student_interval(path, groups)
-    figures |= {"nats": float(path.mean()), "nats_low": max(0.0, low), "nats_high": high}
-    figures["nats_by_transition"] = kl.mean(0).tolist()
-    figures["gain"] = float((rewards - pool[0]).mean())
+        return {**figures, "no_gap": "no picture is good"}
+    path = now.kl[kept].sum(1, dtype=np.float64)
+    low, high = student_interval(path, strata(now.prompts, kept))
+    figures |= {"nats": float(path.mean()), "nats_low": float(np.maximum(0.0, low)), "nats_high": high}
+    figures["nats_by_transition"] = now.kl[kept].mean(0, dtype=np.float64).tolist()
+    figures["gain"] = float((now.rewards - base[0])[kept].mean())
+    groups = np.unique(np.asarray(now.prompts, object)[kept], return_inverse=True)[1]
+    several = np.bincount(groups)[groups] > 1
+    if not several.any():
+        return {**figures, "no_gap": why if exponent is None else "no prompt has two good pictures"}
+    kept[kept], groups, path = several, np.unique(groups[several], return_inverse=True)[1], path[several]
+    rewards, pool, places = now.rewards[kept], np.stack([part[kept] for part in base]), np.tile(groups, len(base))
     figures["ideal_gain"] = tilts.ideal_gain(pool.ravel(), places, figures["nats"])
     if exponent is None:
         return {**figures, "no_gap": why}

@@ -40,6 +40,8 @@ def ideal_gain(rewards: np.ndarray, groups: np.ndarray, nats: float) -> float | 
     counts = np.bincount(groups)
     if not len(counts) or counts.min() < 2 or np.ptp(rewards) == 0 or not np.isfinite(nats):
         return None
+    if nats <= 0:
+        return 0.0
     share = 1 / counts[groups] / len(counts)  # prompts count alike
 
     def tilted(exponent: float) -> tuple[np.ndarray, float, float]:

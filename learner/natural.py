@@ -6,7 +6,7 @@ group in eight of the epoch), by their real residuals, and takes the best, which
 such steps are taken (Gauss-Newton: rows and residuals are computed anew for each). Every rank has its own trajectories'
 rows; Gram matrix, solution and length are the same on all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,20 +53,20 @@ class Natural:
         parts = [self._system(each, beta, lambda number: number // group % APART != APART - 1) for each in fresh]
         parts += [self._system(each, beta, lambda number: True) for each in earlier]
         system = _joined(parts)
-        direction, solution = self._solve(system)
+        candidates, solution = self._solve(system)
         del system, parts
-        before, start = self._apart(fresh, beta), [parameter.detach().clone() for parameter in self.parameters]
-        after, length = before, 0.0
-        for trial in LENGTHS if solution.explained > 0 else ():
-            self._move(start, direction, trial)
-            found = self._apart(fresh, beta)
-            if found >= after and length:
-                break
-            if found < after:
-                after, length = found, trial
-        self._move(start, direction, length)
+        best = before = self._apart(fresh, beta)
+        start, taken, length = [parameter.detach().clone() for parameter in self.parameters], candidates[0], 0.0
+        for direction in candidates:
+            for trial in LENGTHS:
+                self._move(start, direction, trial)
+                found = self._apart(fresh, beta)
+                if found >= best:
+                    break
+                best, taken, length = found, direction, trial
+        self._move(start, taken, length)
         values = {"explained": solution.explained, "length": length, "residual_before": before}
-        return values | {"residual_variance": after, "loss": after}
+        return values | {"residual_variance": best, "loss": best}
 
     @torch.no_grad()
     def _move(self, start: Sequence[Tensor], direction: Tensor, length: float) -> None:
@@ -79,11 +79,10 @@ class Natural:
         kept = (each for each in fresh)
         parts = [self._system(each, beta, lambda number: number // group % APART == APART - 1, False) for each in kept]
         system = _sorted([_joined(parts)])
-        errors = self._centred(system)
-        return float((system.weights.double() * errors.square()).sum() / system.weights.double().sum())
-
-    def _centred(self, system: System) -> Tensor:
-        return least_squares.centre(system.errors.double(), self._groups(system.names))
+        roots = system.weights.double().sqrt()
+        constants = roots[:, None] * least_squares.columns(self._groups(system.names))
+        left = least_squares.without(constants, roots * system.errors.double())
+        return float(left.square().sum() / system.weights.double().sum())
 
     def _groups(self, names: Sequence[Name]) -> Tensor:
         """[N] int64: trajectories of one prompt and epoch share a free constant, if the objective has one."""
@@ -92,7 +91,9 @@ class Natural:
         numbers: dict[tuple[int, str], int] = {}
         return torch.tensor([numbers.setdefault((epoch, prompt), len(numbers)) for epoch, _, _, prompt in names])
 
-    def _system(self, experience: Experience, beta: float, use, with_rows: bool = True) -> System:  # type: ignore[no-untyped-def]
+    def _system(
+        self, experience: Experience, beta: float, use: Callable[[int], bool], with_rows: bool = True
+    ) -> System:
         """Of one chunk's trajectories whose number `use` accepts."""
         learner, objective = self.learner, self.learner.objective
         chunk, columns = experience.trajectories.chunk, experience.trajectories.selected.shape[1]
@@ -141,38 +142,38 @@ class Natural:
             slopes = torch.einsum("mk,nkp->nmp", jacobian, by_group).flatten(0, 1)
         return errors.cpu(), weights.expand_as(errors).cpu(), slopes.to(torch.bfloat16).cpu()
 
-    def _solve(self, system: System) -> tuple[Tensor, least_squares.Solution]:
-        """The solution's direction [P], the same on all ranks."""
+    def _solve(self, system: System) -> tuple[list[Tensor], least_squares.Solution]:
+        """Directions [P] to try, the same on all ranks: the whole solution, and its scaling of the adapter alone."""
         assert system.rows is not None
-        shown = process_group.gather((system.names, system.errors, system.weights))
-        counts = [len(names) for names, _, _ in shown]
-        names = [name for part in shown for name in part[0]]
+        adapter = torch.cat([parameter.detach().flatten() for parameter in self.parameters]).float().cpu()
+        parts = [slice(start, start + COLUMNS) for start in range(0, len(adapter), COLUMNS)]
+        along = torch.zeros(len(system.names))
+        for part in parts:
+            along += system.rows[:, part].float() @ adapter[part]
+        shown = process_group.gather((system.names, system.errors, system.weights, along))
+        names = [name for each in shown for name in each[0]]
         order = sorted(range(len(names)), key=lambda i: names[i][:3])  # whatever the ranks
-        roots = torch.cat([part[2] for part in shown])[order].double().sqrt()
-        errors = torch.cat([part[1] for part in shown])[order].double()
+        errors, weights, along = (torch.cat([each[i] for each in shown])[order].double() for i in (1, 2, 3))
         squares = torch.stack([part.float().square().sum() for part in system.rows.split(self.sizes, 1)])
-        total = torch.stack(process_group.gather(squares)).sum(0) / max(1, len(names))
-        information = total / torch.tensor(self.sizes)
+        information = torch.stack(process_group.gather(squares)).sum(0) / len(names) / torch.tensor(self.sizes)
         scale = least_squares.scale(information, self.sizes, self.learner.config.learner.natural_floor)
         gram = torch.zeros(len(names), len(names), dtype=torch.float64)
-        for start in range(0, len(scale), COLUMNS):
-            mine = system.rows[:, start : start + COLUMNS].float() * scale[start : start + COLUMNS]
-            block = torch.cat(process_group.gather(mine.to(torch.bfloat16)))[order].float()
+        for part in parts:
+            mine = (system.rows[:, part].float() * scale[part]).to(torch.bfloat16)
+            block = torch.cat(process_group.gather(mine))[order].float()
             gram += (block @ block.T).double()
-        groups = self._groups([names[i] for i in order])
-        solution = least_squares.solve(gram * roots[:, None] * roots, errors * roots, groups)
-        own = torch.zeros(len(names), dtype=torch.float64)
-        own[order] = least_squares.centre(solution.coefficients, groups) * roots
-        rank = self.learner.rank
-        first = sum(counts[:rank])
-        mine = own[first : first + counts[rank]].float()
-        direction = scale * torch.cat(
-            [
-                (system.rows[:, s : s + COLUMNS].float() * scale[s : s + COLUMNS]).T @ mine
-                for s in range(0, len(scale), COLUMNS)
-            ]
-        )
-        return torch.stack(process_group.gather(direction)).sum(0), solution
+        roots = weights.sqrt()
+        constants = least_squares.columns(self._groups([names[i] for i in order]))
+        free = torch.cat([constants, along[:, None]], 1) if along.any() else constants
+        solution = least_squares.solve(gram * roots[:, None] * roots, errors * roots, free * roots[:, None])
+        coefficients = torch.zeros(len(names), dtype=torch.float64)
+        coefficients[order] = solution.coefficients * roots
+        first = sum(len(each[0]) for each in shown[: self.learner.rank])
+        own = coefficients[first : first + len(system.names)].float()
+        moved = torch.cat([scale[part].square() * (system.rows[:, part].float().T @ own) for part in parts])
+        moved = torch.stack(process_group.gather(moved)).sum(0)
+        rescaled = solution.free[-1].item() * adapter if along.any() else torch.zeros_like(adapter)
+        return [-moved - rescaled, *([-rescaled] if along.any() and solution.explained > 0 else [])], solution
 
 
 def _joined(parts: Sequence[System]) -> System:

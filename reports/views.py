@@ -142,4 +142,6 @@ def _epoch_line(config: Config, line: dict[str, Any], seconds: float) -> str:
         text += f"  {line['quarantined']} set aside"
     if line["eval_reward_mean"] is not None:
         text += f"  evaluated {line['eval_reward_mean']:.3f}"
+    if line.get("eval_gap") is not None:
+        text += f"  gap {line['eval_gap']:.3g} nats"
     return f"{text}  COLLAPSE? {line['collapse']}" if line.get("collapse") else text

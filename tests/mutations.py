@@ -22,6 +22,7 @@ DB, GRADIENTS = "tests/learner/objectives/test_db.py", "tests/learner/objectives
 TARGETS, GATHER = "tests/learner/objectives/test_targets.py", "tests/learner/test_experience.py"
 UPDATE, HELD, EVERY = (f"tests/learner/test_{name}.py" for name in ("update", "regulariser", "every_objective"))
 ROLLOUT, COLLAPSE = "tests/diffusion/test_rollout.py", "tests/evaluation/test_collapse.py"
+CERTIFICATE, LAWS = "tests/evaluation/test_certificate.py", "tests/evaluation/test_target_laws.py"
 METRICS, OPEN = "tests/evaluation/test_evaluation_metrics.py", "tests/learner/test_open_run.py -k somebody_elses"
 RECEIVED, JUDGED = "tests/commands/test_received_runs.py", "tests/commands/test_evaluate.py"
 PATHS = "tests/learner/objectives/test_trajectories.py"
@@ -142,6 +143,18 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("np.flatnonzero(good & (groups == group))", "np.flatnonzero(good)", METRICS),
         ("more = np.append(change, (1.0, -1.0))", "more = change", METRICS),
         ("return float(np.median(drawn)), float(most)", "return float(drawn[0]), float(drawn[0])", METRICS),
+    ),
+    "evaluation/certificate.py": (
+        ("each = log_z - exponent * rewards + path", "each = log_z - exponent * rewards - path", CERTIFICATE),
+        ("if bias > tilts.MOST_BIAS:", "if False:", CERTIFICATE),
+        ("(count - 1) * np.log(others", "count * np.log(others", CERTIFICATE),
+    ),
+    "evaluation/targets.py": (
+        ("aim = laws(pool, self.places, self.weights, count)",
+         "aim = laws(pool, self.places, np.ones(len(pool)), count)", LAWS),
+        ("drawn.append(float(share @ variations(sampled, estimated)))",
+         "drawn.append(float(share @ variations(sampled, law)) / 2)", LAWS),
+        ("of_tuned, _, of_pool = self._codes(given)", "of_tuned, _, of_pool = self._codes(name)", LAWS),
     ),
     "evaluation/adapters.py": (
         ("own = {key: value for key, value in config.own_code.items() if key not in given}", "own = {}", RECEIVED),

@@ -52,7 +52,8 @@ def test_too_few_pictures_are_said_instead_of_a_gap():
     assert few["no_gap"].startswith("too few pictures: 512 base pictures of a prompt count as ") and few["nats"] == 0
     alone = policy(0.0)
     alone = Evaluated([str(i) for i in range(N)], alone.rewards, {}, None, alone.kl, alone.log_ratio)
-    assert certificate.measure(alone, [BASE], 1.0)["no_gap"] == "no prompt has two good pictures"
+    single = certificate.measure(alone, [BASE], 1.0)
+    assert single["no_gap"] == "no prompt has two good pictures" and single["nats"] == 0 and single["gain"] == 0
     none = certificate.measure(policy(1.0), [BASE], None, "ddpo has no target")
     assert none["no_gap"] == "ddpo has no target" and none["gap"] is None and none["ideal_gain"] is not None
     old = certificate.measure(Evaluated(PROMPTS, BASE, {}, None), [BASE], 1.0)
