@@ -78,7 +78,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("log_z_rate * (mean - before)", "log_z_rate * mean", f"{PATHS} -k learned"),
         ("else each.mean(1)", "else each.sum(1)", f"{PATHS} -k test_trajectory_balance"),
         ("torch.where(first, prior, torch.zeros_like(prior))", "prior", f"{PATHS} -k test_trajectory_balance"),
-        ("log_q[:, first] += 0.5", "log_q[:, first] -= 0.5", f"{EVERY} -k no_residual"),
+        ("log_q[:, first] += 0.5", "log_q[:, first] -= 0.5", f"{EVERY} -k log_ratios"),
     ),
     "learner/objectives/sub_trajectory_balance.py": (
         ("ratio.flip(1).cumsum(1).flip(1)", "ratio.cumsum(1)", f"{PATHS} -k sub_traj"),
