@@ -27,6 +27,8 @@ METRICS, OPEN = "tests/evaluation/test_evaluation_metrics.py", "tests/learner/te
 RECEIVED, JUDGED = "tests/commands/test_received_runs.py", "tests/commands/test_evaluate.py"
 PATHS = "tests/learner/objectives/test_trajectories.py"
 QUARANTINE = "tests/learner/protocol/test_quarantine.py"
+ADJOINT, NATURAL = "tests/learner/objectives/test_adjoint_matching.py", "tests/learner/test_natural.py"
+SQUARES = "tests/learner/test_least_squares.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -95,6 +97,25 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
          f"{PATHS} -k residual_db"),
         ("return log_reference(batch, self.settings.log_prob_reduction)", "return super().log_other(batch)",
          f"{PATHS} -k residual_db"),
+    ),
+    "learner/objectives/adjoint_matching.py": (
+        ("adjoints.append(adjoint)", "adjoints.append(gradient)", ADJOINT),
+        ("variance * beta * batch", "variance * batch", ADJOINT),
+        ("self.kernel.mean if step < noisy else self.kernel.without_noise", "self.kernel.mean", ADJOINT),
+    ),
+    "learner/least_squares.py": (
+        (" - (1 - kept) / ridge", "", SQUARES),
+        ("gain.mean() > SURE", "gain.mean() > 0 * SURE", SQUARES),
+        ("information.clamp(min=least).rsqrt()", "information.clamp(min=least).sqrt()", SQUARES),
+        ("errors - gram @ best.coefficients", "errors", SQUARES),
+    ),
+    "learner/natural.py": (
+        ("if found >= best:", "if 0:", f"{NATURAL} -k explains_move_nothing"),
+        ("scale[part].square() *", "scale[part] *", f"{NATURAL} -k ranks"),
+        ("epoch, prompt), len(numbers))", "0, prompt), 0)", f"{NATURAL} -k two_prompts"),
+    ),
+    "learner/rows.py": (
+        ("len(values), each.shape[1]).sum(0)", "len(values), each.shape[1])[0]", f"{NATURAL} -k rows"),
     ),
     "learner/objectives/grpo.py": (
         ("rows[prompt].append(row)", "rows[0].append(row)", f"{PATHS} -k grpo"),
