@@ -11,8 +11,7 @@ picture's attribute has a law further than sqrt(gap / 2) from the target's, in t
 log Z_c is the logarithm of a mean over the base model's pictures, and so too low on average. The jackknife, over the
 pictures of a prompt, takes out what is of first order, and gives each picture its part in the figure, paired with the
 policy's picture of the same noise: the interval is that of a mean (metrics.py), its upper end moved by what was taken
-out, since about as much may be left. Where that is more than MOST_BIAS, the pictures do not know Z_c, and no gap is
-given.
+out, since about as much may be left. Where pictures are too few for Z_c (tilts.known) no gap is given.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ def measure(now: Evaluated, base: Sequence[np.ndarray], exponent: float | None, 
     figures["ideal_gain"] = tilts.ideal_gain(pool.ravel(), places, figures["nats"])
     if exponent is None:
         return {**figures, "no_gap": why}
-    value, (low, high), own, size, bias = gap(exponent, rewards, path, groups, pool)
+    value, (low, high), own, size = gap(exponent, rewards, path, groups, pool)
     figures |= {"ess": size, "explained": explained(exponent * rewards, now.log_ratio[kept], groups)}
-    if bias > tilts.MOST_BIAS:
+    if not tilts.known(pool.ravel(), places, exponent):
         count = f"{len(places) / (groups.max() + 1):.3g} base pictures of a prompt"
         return {**figures, "no_gap": f"too few pictures: {count} count as {size:.2g} under the target"}
     bound = min(1.0, math.sqrt(max(0.0, high) / 2))
@@ -80,10 +79,10 @@ def measure(now: Evaluated, base: Sequence[np.ndarray], exponent: float | None, 
 
 def gap(
     exponent: float, rewards: np.ndarray, path: np.ndarray, groups: np.ndarray, pool: np.ndarray
-) -> tuple[float, Interval, float, float, float]:
+) -> tuple[float, Interval, float, float]:
     """Of n policy's pictures with their rewards [n] and paths' KL [n], in prompts `groups` [n] with at least two each,
-    and K base pictures for each of them [K, n]: the gap, its interval, the base model's own, the mean effective sample
-    size of a prompt, and the bias that was taken out; nats."""
+    and K base pictures for each of them [K, n]: the gap, its interval and the base model's own, in nats, and the mean
+    effective sample size of a prompt."""
     values, places = exponent * pool.astype(np.float64), np.tile(groups, len(pool))
     counts = np.bincount(places)
     most = np.full(len(counts), -np.inf)
@@ -96,12 +95,11 @@ def gap(
     parts = count * whole - (count - 1) * np.log(others / (count - 1)) + most[groups]  # [K, n], each picture's log Z
     log_z = parts.mean(0)
     sizes = tilts.sample_sizes(tilts.weights(pool.ravel(), places, exponent), places)
-    bias = tilts.bias(sizes, counts)
     each = log_z - exponent * rewards + path
     low, high = student_interval(each, groups)
     moved = max(0.0, float((log_z - whole - most[groups]).mean()))
     own = float((log_z - values[0]).mean())  # at the same noise
-    return float(each.mean()), (low, high + moved), own, float(sizes.mean()), bias
+    return float(each.mean()), (low, high + moved), own, float(sizes.mean())
 
 
 def explained(target: np.ndarray, log_ratio: np.ndarray, groups: np.ndarray) -> float | None:

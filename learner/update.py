@@ -20,7 +20,7 @@ from diffusion import gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.failures import RunFailure
 from diffusion.trajectory import Scores, Trajectories
-from learner import process_group, state
+from learner import later, process_group, state
 from learner.config import Config
 from learner.experience import Experience, concatenate, made_up
 from learner.natural import Natural
@@ -220,6 +220,7 @@ class Learner:
         flow = self.config.flow
         steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
         metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
+        metrics |= later.hold(update, self.config, self.policy, self.kernel, self.micro_batch)
         batches = (batch for experience in update for batch in self._micro_batches(experience, beta))
         # The first update starts where the regulariser holds the policy: nothing to hold yet (see _anchored).
         held = index > 0 or not self._off_policy(update)

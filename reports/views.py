@@ -39,6 +39,10 @@ class RunViews:
             self._tracker = self._try("MLflow", lambda: Tracker(self._records, config, self.say))
         self._heartbeat = self._try("status.json", lambda: Heartbeat(storage, config.train.epochs, uri, quiet))
 
+    def settled(self, config: Config) -> None:
+        """Where its reward is settled is known."""
+        self._config = config
+
     def say(self, text: str) -> None:
         self._bar.around(self._say, "\n".join(short(printable(line)) for line in text.split("\n")))
 

@@ -146,7 +146,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "evaluation/certificate.py": (
         ("each = log_z - exponent * rewards + path", "each = log_z - exponent * rewards - path", CERTIFICATE),
-        ("if bias > tilts.MOST_BIAS:", "if False:", CERTIFICATE),
+        ("if not tilts.known(pool.ravel(), places, exponent):", "if False:", CERTIFICATE),
         ("(count - 1) * np.log(others", "count * np.log(others", CERTIFICATE),
     ),
     "evaluation/targets.py": (

@@ -47,11 +47,12 @@ class Linear(ToyModel):
 
 def make(problem: Problem, kind: str, **learner) -> tuple[Learner, Sampler]:
     objective = {"kind": kind, "log_prob_reduction": "sum", "beta": 1.0, "regulariser": 0.0, "anneal_fraction": 0.0}
+    fits = (300 if kind == "sub_tb" else 100) if NEEDS[kind].flow else 0
     config = Config.model_validate({
         "objective": {**objective, "forward_looking": "none", "reward_offset": 0.0},
         "sampler": {"steps": problem.steps, "guidance": 1.0, "chunk_size": 32}, "prompts": {"per_prompt": 4},
         "learner": {"optimizer": "natural", "micro_batch": 512, **learner},
-        "flow": {"learning_rate": 0.1, "fit_steps": (300 if kind == "sub_tb" else 100) if NEEDS[kind].flow else 0, "batch": 256},
+        "flow": {"learning_rate": 0.1, "fit_steps": fits, "batch": 256},
         "train": {"trajectories": BATCH, "updates_per_epoch": 1},
     })  # fmt: skip
     flow = Quadratic(problem) if config.needs.flow else None
