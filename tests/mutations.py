@@ -67,7 +67,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "learner/objectives/ddpo.py": (("(rewards.std() + 1e-8)", "(rewards.std(ddof=1) + 1e-8)", SLOW),),
     "learner/objectives/trajectory.py": (
-        ("ratio.detach() + weights * (ratio - ratio.detach())", "weights * ratio", f"{PATHS} -k test_traj"),
+        ("ratio.detach() + self.weights(batch)", "0 * ratio + self.weights(batch)", f"{PATHS} -k test_traj"),
         ("self.group * (moved", "(moved", f"{PATHS} -k micro"),
         ("loss.detach().repeat_interleave(self.group) / self.group", "loss.detach().repeat_interleave(self.group)",
          f"{PATHS} -k micro"),
