@@ -73,7 +73,7 @@ def test_many_steps_are_measured_at_some_states_and_none_where_no_noise_is_left(
     assert len(rows) == of.pictures and [number for number, *_ in rows] == list(range(of.pictures))
     mine = sum(50 if number == parent else 50 - fork for number, parent, fork in rows)
     assert mine == of.transitions
-    window = small_config("sampler.noise=window", "objective.window=[0, 1]")
+    window = small_config("sampler.noise=window", "objective.window=[0, 1]", "objective.last_transition=train")
     assert settling.continuations(window, ["a"]).states == [0, 1]
 
 
