@@ -35,7 +35,7 @@ def measured(config, tmp_path, pools, prompts=("a", "ab", "abc")):
 
 
 def test_the_profile_of_a_known_process_and_its_window(small_config, tmp_path, monkeypatch):
-    config = small_config("sampler.chunk_size=8")
+    config = small_config("sampler.chunk_size=8", "evaluation.images=8")
     monkeypatch.setattr(settling, "STARTS", 600)
     profile = measured(config, tmp_path, MadeUp)
     assert [each["state"] for each in profile] == [0, 1, 2, 3, 4]
@@ -49,7 +49,8 @@ def test_the_profile_of_a_known_process_and_its_window(small_config, tmp_path, m
     assert "objective.window=[0, 2]" in settling.table(profile, 0.95)[-1]
 
 
-def test_it_is_measured_once_for_what_it_depends_on(small_config, tmp_path):
+def test_it_is_measured_once_for_what_it_depends_on(small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(settling, "STARTS", 9)
     config, starts = small_config(), []
 
     def pools():
@@ -72,7 +73,7 @@ def test_many_steps_are_measured_at_some_states_and_none_where_no_noise_is_left(
     assert len(rows) == of.pictures and [number for number, *_ in rows] == list(range(of.pictures))
     mine = sum(50 if number == parent else 50 - fork for number, parent, fork in rows)
     assert mine == of.transitions
-    window = small_config("sampler.noise=window", "objective.window=[0, 1]")
+    window = small_config("sampler.noise=window", "objective.window=[0, 1]", "objective.last_transition=train")
     assert settling.continuations(window, ["a"]).states == [0, 1]
 
 
