@@ -34,29 +34,30 @@ def bias(sizes: np.ndarray, counts: np.ndarray) -> float:
     return float((1 / sizes - 1 / counts).mean() / 2)
 
 
+def tilted(rewards: np.ndarray, groups: np.ndarray, exponent: float) -> tuple[np.ndarray, float, float]:
+    """Weights [M] of a tilt, its nats from the base model, and what it adds to the mean reward; prompts count alike."""
+    counts = np.bincount(groups)
+    weighted = weights(rewards, groups, exponent)
+    known = np.where(weighted > 0, weighted * np.log(np.maximum(weighted * counts[groups], 1e-300)), 0)
+    share = 1 / counts[groups] / len(counts)
+    return weighted, float(known.sum() / len(counts)), float((weighted / len(counts) - share) @ rewards)
+
+
 def ideal_gain(rewards: np.ndarray, groups: np.ndarray, nats: float) -> float | None:
     """How far above the base model's mean reward its best law at `nats` from it is, with one exponent for all prompts:
     of base pictures' rewards [M]. None where these are too few to tell, or nothing differs."""
     counts = np.bincount(groups)
     if not len(counts) or counts.min() < 2 or np.ptp(rewards) == 0 or not np.isfinite(nats):
         return None
-    share = 1 / counts[groups] / len(counts)  # prompts count alike
-
-    def tilted(exponent: float) -> tuple[np.ndarray, float, float]:
-        """Weights, nats and gain."""
-        weighted = weights(rewards, groups, exponent)
-        known = np.where(weighted > 0, weighted * np.log(np.maximum(weighted * counts[groups], 1e-300)), 0)
-        return weighted, float(known.sum() / len(counts)), float((weighted / len(counts) - share) @ rewards)
-
     low, high = 0.0, 1 / float(np.std(rewards))
     for _ in range(DOUBLINGS):
-        if tilted(high)[1] >= nats:
+        if tilted(rewards, groups, high)[1] >= nats:
             break
         low, high = high, 2 * high
     else:
         return None
     for _ in range(DOUBLINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if tilted(middle)[1] < nats else (low, middle)
-    weighted, _, gain = tilted(high)
+        low, high = (middle, high) if tilted(rewards, groups, middle)[1] < nats else (low, middle)
+    weighted, _, gain = tilted(rewards, groups, high)
     return gain if bias(sample_sizes(weighted, groups), counts) <= MOST_BIAS else None
