@@ -40,6 +40,15 @@ def known(rewards: np.ndarray, groups: np.ndarray, exponent: float) -> bool:
     return float(np.expm1(min(variance, 100.0)) / 2 * (1 / counts).mean()) <= MOST_BIAS
 
 
+def tilted(rewards: np.ndarray, groups: np.ndarray, exponent: float) -> tuple[np.ndarray, float, float]:
+    """Weights [M] of a tilt, its nats from the base model, and what it adds to the mean reward; prompts count alike."""
+    counts = np.bincount(groups)
+    weighted = weights(rewards, groups, exponent)
+    each = np.where(weighted > 0, weighted * np.log(np.maximum(weighted * counts[groups], 1e-300)), 0)
+    share = 1 / counts[groups] / len(counts)
+    return weighted, float(each.sum() / len(counts)), float((weighted / len(counts) - share) @ rewards)
+
+
 def ideal_gain(rewards: np.ndarray, groups: np.ndarray, nats: float) -> float | None:
     """How far above the base model's mean reward its best law at `nats` from it is, with one exponent for all prompts:
     of base pictures' rewards [M]. None where these are too few to tell, or nothing differs."""
@@ -48,22 +57,14 @@ def ideal_gain(rewards: np.ndarray, groups: np.ndarray, nats: float) -> float | 
         return None
     if nats <= 0:
         return 0.0
-    share = 1 / counts[groups] / len(counts)  # prompts count alike
-
-    def tilted(exponent: float) -> tuple[np.ndarray, float, float]:
-        """Weights, nats and gain."""
-        weighted = weights(rewards, groups, exponent)
-        known = np.where(weighted > 0, weighted * np.log(np.maximum(weighted * counts[groups], 1e-300)), 0)
-        return weighted, float(known.sum() / len(counts)), float((weighted / len(counts) - share) @ rewards)
-
     low, high = 0.0, 1 / float(np.std(rewards))
     for _ in range(DOUBLINGS):
-        if tilted(high)[1] >= nats:
+        if tilted(rewards, groups, high)[1] >= nats:
             break
         low, high = high, 2 * high
     else:
         return None
     for _ in range(DOUBLINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if tilted(middle)[1] < nats else (low, middle)
-    return tilted(high)[2] if known(rewards, groups, high) else None
+        low, high = (middle, high) if tilted(rewards, groups, middle)[1] < nats else (low, middle)
+    return tilted(rewards, groups, high)[2] if known(rewards, groups, high) else None

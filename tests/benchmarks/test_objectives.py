@@ -1,81 +1,174 @@
-"""The comparison of objectives: its table and picture from made-up figures, and (long) a small one for real."""
+"""The comparison of objectives: its draws and choices, its table and picture from made-up figures, and (long) a small
+one for real."""
 
+import argparse
+import itertools
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.objectives import PRESETS, main, pareto, table
-from learner.objectives.by_name import OBJECTIVES
+from benchmarks import objectives
+from benchmarks.objectives import BETA, GRIDS, Comparison, frontier, main, maximises, passes, score, told, trials
+from benchmarks.objectives_shown import COLUMNS, figures, pareto, row, table
+from evaluation import tilts
+from learner.config import load_config
+
+BUDGET = argparse.Namespace(budget=4096, overrides=[])
 
 
-def figures(gain: float, distance: float, fid: float) -> dict:
-    def figure(value: float, base: float) -> dict:
-        return {"value": value, "low": value - 0.01, "high": value + 0.01, "base": base, "floor_high": 0.002}
+def test_every_point_of_every_grid_is_a_valid_config():
+    for kind, (_, grid) in GRIDS.items():
+        for values in itertools.product(*grid.values()):
+            config = load_config({}, told(kind, dict(zip(grid, values, strict=True)), BUDGET))
+            assert config.objective.kind == kind and config.objective.beta == BETA
+            assert config.train.epochs * config.train.trajectories == BUDGET.budget
+            # Of the same law of base pictures, and with all its checkpoints where one is searched for.
+            assert (config.sampler.noise, config.sampler.adapter) == ("window", "window")
+            assert (config.run.keep_checkpoints == 0) == maximises(kind)
 
-    reward = {"gain": gain, "gain_low": gain - 0.01, "gain_high": gain + 0.01}
-    return {
-        "reward": figure(0.8 + gain, 0.8) | reward, "held_out": {"shapes_alignment_soft": figure(0.9, 0.85) | reward},
-        "accuracy": figure(0.5, 0.4), "distance": figure(distance, 6.0), "fid": figure(fid, 0.01),
-        "trajectories_trained": 1280, "seconds": 100.0,
+
+def test_every_objective_has_as_many_different_trials_the_same_at_every_call():
+    for kind in GRIDS:
+        drawn = trials(kind, 4)
+        assert len(drawn) == 4 and len({str(point) for point in drawn}) == 4
+        assert drawn == trials(kind, 4) and drawn[:2] == trials(kind, 2)
+    assert trials("ddpo", 4) != trials("dag_kl", 4)  # of the same grid
+
+
+def judged(kind="rtb", tv=0.2, reward=0.3, nats=0.1, **changes) -> dict:
+    """A run's made-up figures: base -0.1, target 0.5."""
+    law = {"name": "place_x", "tv": {"value": tv, "floor": 0.04}, "drift": None}
+    drifts = [{"value": None, "floor": None}, {"value": 0.05, "floor": 0.03}, {"value": 0.06, "floor": 0.05}]
+    rest = [{"name": f"other {i}", "tv": {"value": 0.9}, "drift": drift} for i, drift in enumerate(drifts)]
+    target = {
+        "reward": {"value": reward, "base": -0.1, "target": 0.5}, "distance": {"value": 0.02, "target": 0.04},
+        "attributes": [*rest, law], "trajectories_trained": 4000, "seconds": 1800.0, "epochs_done": 64,
     }  # fmt: skip
+    certificate = {"gap": 0.1, "nats": nats, "ideal_gain": 0.8}
+    return {"kind": kind, "folder": f"{kind}-1", "target": target, "certificate": certificate, "flops": 2e15} | changes
 
 
-RESULTS = {
-    "dag_db": [figures(0.01, 5.9, 0.02), figures(0.03, 5.7, 0.04)],
-    "ddpo": [figures(0.05, 4.0, 0.3), figures(0.07, 4.2, 0.5)],
-}
+FAILED = {"kind": "rtb", "folder": "rtb-2", "failed": "learner.run ended with status 1"}
 
 
-def test_the_best_mean_gain_comes_first_and_the_base_model_last():
-    assert set(PRESETS) == set(OBJECTIVES)
-    _, _, first, second, base = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table(RESULTS).splitlines()
-    )
-    assert (first[0], first[1]) == ("ddpo", "+0.060") and (second[0], second[1]) == ("dag_db", "+0.020")
-    assert second[2] == "+0.010 [0.000, 0.020], +0.030 [0.020, 0.040]"
-    assert second[3] == f"{0.02 / 1.28:+.4f}" and second[6:8] == ["5.8", "0.03"]
-    assert base[0] == "base model: 0.800" and base[7] == "0.01 (itself)"
+def test_figures_are_ratios_to_the_target_and_rates_of_the_gain():
+    assert figures(judged(), "place_x") == pytest.approx(
+        {
+            "tv": 0.2, "floor": 0.04, "gain": 0.4, "gap": 0.1, "nats": 0.1, "of_target": 2 / 3, "of_ideal": 0.5,
+            "drift": 0.02, "distance": 0.5, "per_trajectory": 0.1, "per_flop": 0.2, "per_second": 0.8,
+        }
+    )  # fmt: skip
 
 
-def test_a_distance_that_is_not_known_is_left_out():
-    results = {kind: [{**one, "distance": None} for one in found] for kind, found in RESULTS.items()}
-    assert "| - |" in table(results).splitlines()[2] and len(pareto(results).axes) == 2
+def made_up() -> list[dict]:
+    unknown = judged(tv=0.5, certificate={"gap": None, "nats": None, "ideal_gain": None})
+    unknown["target"] |= {"distance": None, "seconds": None}
+    runs = {
+        "dag_db": [unknown],
+        "ddpo": [judged("ddpo", tv=0.3, reward=0.9, nats=3.0), judged("ddpo", tv=0.4, reward=1.1, nats=5.0)],
+        "ddpo where it passes the target's reward": [judged("ddpo", tv=0.25), judged("ddpo") | FAILED],
+        "rtb": [judged(tv=0.1), FAILED, judged(tv=0.2)],
+        "rdb": [FAILED],
+    }
+    return [row(name, found, "place_x") for name, found in runs.items()]
 
 
-def test_the_picture_has_a_point_a_seed_their_mean_and_the_base_model():
-    for ax, name, means, base in zip(
-        pareto(RESULTS).axes, ("distance", "fid"), ([5.8, 4.1], [0.03, 0.4]), (6.0, 0.01), strict=True
-    ):
-        lines = {line.get_label(): line for line in ax.get_lines()}
-        for kind, mean in zip(RESULTS, means, strict=True):
-            assert lines[kind].get_xdata()[0] == pytest.approx(mean)
-        assert lines["base model"].get_xdata()[0] == base and lines["base model"].get_ydata()[0] == 0.8
-        seeds = sorted(x for line in ax.get_lines() if len(line.get_xdata()) == 2 for x in line.get_xdata())
-        assert seeds == sorted(run[name]["value"] for runs in RESULTS.values() for run in runs)
+def test_the_nearest_to_the_target_comes_first_and_what_failed_last():
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(made_up()).splitlines()]
+    assert [cells[0] for cells in lines[2:]] == [
+        "rtb", "ddpo where it passes the target's reward", "ddpo", "dag_db", "rdb",
+    ]  # fmt: skip
+    found = {cells[0]: dict(zip(("runs", *COLUMNS), cells[1:], strict=True)) for cells in lines[2:]}
+    assert found["rtb"]["runs"] == "3 (1)" and found["rdb"]["runs"] == "1 (1)"
+    assert set(found["rdb"].values()) == {"1 (1)", "-"}
+    # Student's interval of two seeds, .1 and .2: 12.7 standard errors of .05 to either side.
+    assert found["rtb"]["tv"] == "0.15 [-0.485, 0.785]" and found["dag_db"]["tv"] == "0.5"
+    assert (found["dag_db"]["gap"], found["dag_db"]["distance"], found["dag_db"]["per_second"]) == ("-", "-", "-")
+    assert found["ddpo"]["of_target"].startswith("1.83 [")
+
+
+def test_the_picture_has_what_is_known_below_the_frontier():
+    (ax,) = pareto(made_up(), [(0.0, 0.0), (1.0, 0.9)], (0.5, 0.6)).axes
+    points = {mark.get_label(): tuple(mark.lines[0].get_xydata()[0]) for mark in ax.containers}
+    assert points.keys() == {"ddpo", "ddpo where it passes the target's reward", "rtb"}
+    assert points["ddpo"] == pytest.approx((4.0, 1.1)) and points["rtb"] == pytest.approx((0.1, 0.4))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert lines["the target"] == [[0.5, 0.6]] and lines["ideal tilts of the base model"][-1] == [1.0, 0.9]
+
+
+def test_target_samplers_are_chosen_by_total_variation_and_maximisers_by_reward():
+    near, high = judged(tv=0.1, reward=0.2), judged(tv=0.3, reward=0.9)
+    assert min((FAILED, high, near), key=score) is near
+    near, high = judged("ddpo", tv=0.1, reward=0.2), judged("ddpo", tv=0.3, reward=0.9)
+    assert min((FAILED | {"kind": "ddpo"}, near, high), key=score) is high
+    assert [kind for kind in GRIDS if maximises(kind)] == ["ddpo", "grpo"]
+
+
+def test_the_checkpoint_that_passes_is_the_one_that_the_rollouts_came_from():
+    rewards = [(-1, 0, None), (0, 2, -0.1), (1, 4, 0.3), (2, 6, 0.6), (3, 8, 0.5), (4, 10, 0.9)]
+    lines = [dict(zip(("epoch", "step", "reward_mean"), line, strict=True)) for line in rewards]
+    assert passes(lines, 0.5) == 4  # after the second epoch
+    assert passes(lines, 0.9) == 8 and passes(lines, 1.0) is None
+
+
+def test_a_maximiser_that_never_passes_is_a_failure(tmp_path):
+    here = Comparison(argparse.Namespace(out=tmp_path))
+    (tmp_path / "ddpo-1").mkdir()
+    (tmp_path / "ddpo-1/metrics.jsonl").write_text('{"epoch": 0, "step": 2, "reward_mean": 0.1}\n')
+    assert here.at_the_target(judged("ddpo"))["failed"] == "its reward never passes the target's"
+    assert here.at_the_target(FAILED) is FAILED
+
+
+def test_the_frontier_rises_and_the_target_is_on_it():
+    rng = np.random.default_rng(0)
+    rewards, groups = rng.normal(size=2000), np.arange(2000) % 2
+    curve, (nats, gain) = frontier(rewards, groups)
+    x, y = np.array(curve).T
+    assert curve[0] == (0.0, pytest.approx(0)) and len(curve) > 20
+    assert (np.diff(x) > 0).all() and (np.diff(y) > 0).all()
+    assert gain == pytest.approx(BETA, abs=0.1) and nats == pytest.approx(BETA**2 / 2, abs=0.1)  # of a Gaussian
+    assert x[-1] > nats and np.interp(nats, x, y) == pytest.approx(gain, rel=1e-3)
+    assert tilts.ideal_gain(rewards, groups, nats) == pytest.approx(gain)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--trials", "7"], "from 1 to 6"),
+        (["--budget", "32"], "train.epochs"),
+        (["train.epoch=1"], "train.epoch: unknown key"),
+        (["train"], "train: expected key=value"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_does(given, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(objectives, "compare", lambda args: pytest.fail("it runs"))
+    with pytest.raises(SystemExit, match="2"):
+        main([*given, "--out", str(tmp_path), "--only", "adjoint_matching", "ddpo"])
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.long
-def test_two_objectives_for_real_and_a_second_time_for_nothing(tmp_path, capsys):
-    arguments = [
-        "train.epochs=1", "train.trajectories=32", "evaluation.images=16", "sampler.steps=5", "--out", str(tmp_path),
-        "--seeds", "1", "--images", "16", "--only", "ddpo", "residual_nabla_db",
-    ]  # fmt: skip
-    main(arguments)
-    text = (tmp_path / "results.md").read_text()
-    results = list(json.loads((tmp_path / "results.json").read_text()).values())
-    assert text in capsys.readouterr().out
-    assert {run["trajectories_trained"] for runs in results for run in runs} == {32}
-    assert all(runs[0]["held_out"]["shapes_alignment_soft"] for runs in results)
+def test_two_objectives_for_real(tmp_path, capsys):
+    main([
+        "sampler.steps=5", "lora.rank=2", "lora.targets=attention", "--out", str(tmp_path), "--only", "ddpo",
+        "adjoint_matching", "--trials", "1", "--seeds", "1", "--budget", "64", "--images", "16", "--workers", "1",
+    ])  # fmt: skip
+    text, found = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    assert text in capsys.readouterr().out and len(json.loads((tmp_path / "trials.json").read_text())) == 2
+    for kind in ("ddpo", "adjoint_matching"):
+        (one,) = found["runs"][kind]
+        assert one["target"]["trajectories_trained"] == 64 and one["target"]["beta"] == BETA and one["flops"] > 1e9
+        assert one["target"]["reward_name"] == "shapes_preference" and one["certificate"]["nats"] > 0
+    assert "ddpo-1: its reward never passes the target's" in found["failures"]  # of a single epoch
     with Image.open(tmp_path / "pareto.png") as picture:
         assert picture.width > 1000
-    metrics = (tmp_path / "ddpo-1/metrics.jsonl").read_bytes()
-    main(arguments)
-    assert (tmp_path / "ddpo-1/metrics.jsonl").read_bytes() == metrics and (tmp_path / "results.md").read_text() == text
 
 
 @pytest.mark.long
-def test_a_run_that_fails_says_where_its_words_are(tmp_path):
-    with pytest.raises(RuntimeError, match=r"ddpo, seed 1, ended with status 2: see .*ddpo-1\.log"):
-        main(["train.epochs=none", "--out", str(tmp_path), "--seeds", "1", "--only", "ddpo"])
-    assert "train.epochs" in (tmp_path / "ddpo-1.log").read_text()
+def test_a_run_that_fails_is_in_the_table(tmp_path):
+    main(["model.path=nowhere", "--out", str(tmp_path), "--only", "grpo", "--trials", "1", "--seeds", "1"])
+    text = (tmp_path / "results.md").read_text()
+    assert "| grpo | 1 (1) | -" in text and "grpo-1: learner.run ended with status 2: see grpo-1.log" in text
+    assert "nowhere" in (tmp_path / "grpo-1.log").read_text()
