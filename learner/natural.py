@@ -8,19 +8,16 @@ rows; Gram matrix, solution and length are the same on all."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from learner import least_squares, process_group
+from learner.config import Config
 from learner.experience import Experience
-from learner.objectives.base import Transitions
+from learner.objectives.base import Flow, Objective, Policy, Transitions
 from learner.rows import Rows, trained
-
-if TYPE_CHECKING:
-    from learner.update import Learner
 
 LENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the solution
 APART = 8  # of so many prompt groups one is kept apart
@@ -39,16 +36,19 @@ class System:
 
 
 class Natural:
-    def __init__(self, learner: "Learner") -> None:
-        self.learner, self.rows = learner, Rows(learner.model.unet)
-        self.parameters = [parameter for _, parameter in trained(learner.model.unet)]
+    def __init__(self, policy: Policy, objective: Objective, flow: Flow, rank: int) -> None:
+        self.policy, self.objective, self.flow, self.rank = policy, objective, flow, rank
+        self.rows = Rows(policy.model.unet)
+        self.parameters = [parameter for _, parameter in trained(policy.model.unet)]
         self.sizes = [parameter.numel() for parameter in self.parameters]
 
-    def step(self, fresh: Sequence[Experience], earlier: Sequence[Experience], beta: float) -> dict[str, float]:
+    def step(
+        self, config: Config, micro_batch: int, fresh: Sequence[Experience], earlier: Sequence[Experience], beta: float
+    ) -> dict[str, float]:
         """One step of the weights; metrics. `explained`: share of the residuals' variance that left-out rows explain,
         `length`: of the step in units of the solution, `residual_variance`: mean over residuals kept apart after it,
         in squares of nats, and `residual_before`."""
-        config = self.learner.config
+        self.config, self.micro_batch = config, micro_batch
         group = config.prompts.per_prompt
         parts = [self._system(each, beta, lambda number: number // group % APART != APART - 1) for each in fresh]
         parts += [self._system(each, beta, lambda number: True) for each in earlier]
@@ -75,7 +75,7 @@ class Natural:
 
     def _apart(self, fresh: Sequence[Experience], beta: float) -> float:
         """Weighted mean square of the centred residuals of the trajectories kept apart, on all ranks."""
-        group = self.learner.config.prompts.per_prompt
+        group = self.config.prompts.per_prompt
         kept = (each for each in fresh)
         parts = [self._system(each, beta, lambda number: number // group % APART == APART - 1, False) for each in kept]
         system = _sorted([_joined(parts)])
@@ -86,7 +86,7 @@ class Natural:
 
     def _groups(self, names: Sequence[Name]) -> Tensor:
         """[N] int64: trajectories of one prompt and epoch share a free constant, if the objective has one."""
-        if not self.learner.objective.needs.free_constant:
+        if not self.objective.needs.free_constant:
             return torch.full((len(names),), -1)
         numbers: dict[tuple[int, str], int] = {}
         return torch.tensor([numbers.setdefault((epoch, prompt), len(numbers)) for epoch, _, _, prompt in names])
@@ -95,19 +95,19 @@ class Natural:
         self, experience: Experience, beta: float, use: Callable[[int], bool], with_rows: bool = True
     ) -> System:
         """Of one chunk's trajectories whose number `use` accepts."""
-        learner, objective = self.learner, self.learner.objective
+        objective = self.objective
         chunk, columns = experience.trajectories.chunk, experience.trajectories.selected.shape[1]
         names: list[Name] = []
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         wanted = {row for row, number in enumerate(chunk.trajectory_ids) if use(number)}
-        for window in experience.windows(learner.micro_batch, objective.group):
+        for window in experience.windows(self.micro_batch, objective.group):
             places = np.concatenate(window) // columns
             if not wanted.issuperset(places.tolist()):
                 window = [part[[place in wanted for place in (part // columns).tolist()]] for part in window]
                 window = [part for part in window if len(part)]
                 if not window:
                     continue
-            batches = [experience.gather(part, learner.model, learner.config) for part in window]
+            batches = [experience.gather(part, self.policy.model, self.config) for part in window]
             errors, weights, rows = self._window(batches, beta, with_rows)
             found.append((errors.flatten(), weights.flatten(), rows))
             rows_of = np.concatenate(window)[:: objective.group] // columns
@@ -124,11 +124,11 @@ class Natural:
 
     def _window(self, batches: Sequence[Transitions], beta: float, with_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Residuals [n, M] of whole groups, their weights, and rows [n M, P] (or [0, P])."""
-        learner, objective = self.learner, self.learner.objective
+        objective = self.objective
         numbers, rows = [], []
         for batch in batches:
             with self.rows.watched(), torch.set_grad_enabled(with_rows):
-                each = objective.numbers(batch, learner.policy.output(batch), learner.flow, beta)
+                each = objective.numbers(batch, self.policy.output(batch), self.flow, beta)
                 numbers.append([value.detach() for value in each])
                 if with_rows:
                     rows.append(torch.cat(self.rows.of(each[0]), 1))
@@ -156,7 +156,7 @@ class Natural:
         errors, weights, along = (torch.cat([each[i] for each in shown])[order].double() for i in (1, 2, 3))
         squares = torch.stack([part.float().square().sum() for part in system.rows.split(self.sizes, 1)])
         information = torch.stack(process_group.gather(squares)).sum(0) / len(names) / torch.tensor(self.sizes)
-        scale = least_squares.scale(information, self.sizes, self.learner.config.learner.natural_floor)
+        scale = least_squares.scale(information, self.sizes, self.config.learner.natural_floor)
         gram = torch.zeros(len(names), len(names), dtype=torch.float64)
         for part in parts:
             mine = (system.rows[:, part].float() * scale[part]).to(torch.bfloat16)
@@ -168,7 +168,7 @@ class Natural:
         solution = least_squares.solve(gram * roots[:, None] * roots, errors * roots, free * roots[:, None])
         coefficients = torch.zeros(len(names), dtype=torch.float64)
         coefficients[order] = solution.coefficients * roots
-        first = sum(len(each[0]) for each in shown[: self.learner.rank])
+        first = sum(len(each[0]) for each in shown[: self.rank])
         own = coefficients[first : first + len(system.names)].float()
         moved = torch.cat([scale[part].square() * (system.rows[:, part].float().T @ own) for part in parts])
         moved = torch.stack(process_group.gather(moved)).sum(0)
