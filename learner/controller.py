@@ -65,7 +65,7 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     ending = "s" * (config.train.epochs != 1)
     views.say(f"{runner.description}; {config.train.epochs} epoch{ending} of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
-    if said := later.in_words(config):
+    if config.objective.window != "all" and (said := later.in_words(config)):
         views.say(said)
     views.say(prospects(config))
     records.note(dimensions=runner.dimensions)

@@ -60,7 +60,7 @@ def tilt(config: Config, dimensions: int | None = None) -> tuple[float | None, s
     kind, inexact = settings.kind, "; ".join(_inexact(config))
     if not needs.residual or inexact:
         return None, f"{kind} has no target p_ref x exp(beta x reward)" + (f" ({inexact})" if inexact else "")
-    if settings.window != "all" and needs.reward_gradients:
+    if settings.window != "all" and needs.reward_gradients and not needs.adjoint:
         return None, f"{kind} with objective.window aims at the clean prediction's reward, not the image's"
     if not settings.beta:
         return None, "objective.beta is 0: the target is the base model itself"

@@ -30,7 +30,7 @@ def judge(cluster, monkeypatch):
 
     def go(samplers: int, parts=PARTS):
         said, rewards = [], {}
-        monkeypatch.setattr(build, "parts", lambda config: parts)
+        monkeypatch.setattr(build, "parts", lambda config, own_reward: parts)
         config = load_config(overrides=[f"sampler.actors={samplers}", "reward.actors=1"])
         pools = evaluation_pools(config, said.append)
         try:

@@ -83,7 +83,7 @@ def test_a_part_without_memory_is_left_out_of_everything():
 
 def test_objectives_that_do_not_go_with_the_config_say_why():
     configs, missing = parts.objective_configs(None, ["sampler.transitions=random"], list(OBJECTIVES), False)
-    assert {"dag_db", "dag_kl", "ddpo"} == set(configs)
+    assert {"dag_db", "dag_kl", "ddpo", "rdb", "grpo"} == set(configs)
     assert "not differentiable" in missing[parts.learning("nabla_db")]
     configs, missing = parts.objective_configs(None, ["objective.group_size=7"], ["dag_kl"], True)
     assert not configs and "group_size" in missing[parts.learning("dag_kl")]

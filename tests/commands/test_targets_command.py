@@ -96,7 +96,13 @@ def test_what_cannot_be_judged_is_refused_before_anything_starts(run, refused, t
 def residual_run(tmp_path_factory, small_settings):
     """Of an objective with a target: two epochs, evaluated after each."""
     folder = tmp_path_factory.mktemp("residual") / "run"
-    settings = ["objective.kind=rtb", "objective.beta=2", "evaluation.every=1", "evaluation.images=16"]
+    settings = [
+        "objective.kind=rtb",
+        "objective.beta=2",
+        "objective.last_transition=train",
+        "evaluation.every=1",
+        "evaluation.images=16",
+    ]
     settings += ["flow.warmup_steps=0", "flow.fit_steps=0", "run.runner=inprocess", f"run.dir={folder}"]
     settings += ["prompts.path=[a red circle, a blue square]", "learner.learning_rate=1e-3"]
     assert learner_run.main([*small_settings, *settings]) == 0

@@ -46,7 +46,7 @@ def test_files_without_nats_are_read_and_torn_ones_are_not():
 
 
 def test_a_set_is_drawn_with_noise_where_its_run_has_it():
-    adapter: Any = SimpleNamespace(rank=2, alpha=2.0)
+    adapter: Any = SimpleNamespace(rank=2, alpha=2.0, modules=())
     whole = ["objective.kind=rtb", "flow.fit_steps=0", "flow.warmup_steps=0", "sampler.steps=8"]
     window = [*whole, "objective.window=[1,3]", "objective.last_transition=train", "sampler.noise=window"]
     made = {}
@@ -55,5 +55,5 @@ def test_a_set_is_drawn_with_noise_where_its_run_has_it():
         needed = _needed(config, adapter, ["a red circle"])
         assert needed.rollout_settings().noise_steps == config.rollout_settings().noise_steps == steps
         made[steps] = ImageSet(needed, ("a red circle",), Snapshot(0, np.zeros(3, np.float32), "0"))
-    assert "noise_steps" not in made[8].settings and made[4].settings["noise_steps"] == 4
+    assert "objective.window" not in made[8].settings and made[4].settings["objective.window"] == (1, 4)
     assert made[8].name != made[4].name

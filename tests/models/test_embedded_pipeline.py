@@ -50,5 +50,5 @@ def test_loads_in_one_precision_is_small_and_every_word_is_one_token(pipeline):
     with safe_open(FOLDER / "text_encoder/model.safetensors", "pt") as opened:  # as transformers 4 reads them, too
         assert all(name.startswith("text_model.") for name in opened.keys())  # noqa: SIM118
     assert {file.name for file in (FOLDER / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
-    ids = pipeline.tokenizer("a small red circle and an orange shape on a white background").input_ids
+    ids = pipeline.tokenizer("a small red circle and a blue square on a white background").input_ids
     assert len(ids) == 12 + 2

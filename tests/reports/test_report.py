@@ -117,7 +117,7 @@ def test_collapse_is_said_loudly_or_its_absence(page, copied):
 
 
 def test_there_is_a_curve_for_whatever_was_measured(page):
-    titles = re.findall(r'aria-label="([^"]+) over the epochs"', page)
+    titles = re.findall(r'class="chart" [^>]*aria-label="([^"]+)"', page)
     assert [unescape(title) for title in titles] == [
         "Reward", "Part of the reward: sharp & bright", f"Part of the reward: {LABEL}", "Held-out reward: held out",
         "Different pictures (Vendi score)", "Distance within a prompt",

@@ -81,7 +81,7 @@ def status(kind: str, *overrides: str, **sampler) -> str:
 def test_every_sampler_with_every_objective_is_exact_refused_or_without_target(kind):
     assert list(OBJECTIVES) == list(NEEDS)
     at_one, below, published = OBJECTIVES[kind]
-    whole = NEEDS[kind].whole_trajectories and not NEEDS[kind].flow
+    whole = (NEEDS[kind].whole_trajectories and not NEEDS[kind].flow) or NEEDS[kind].adjoint  # the image alone counts
     samplers = SAMPLERS | ({"transitions": ("all",)} if NEEDS[kind].whole_trajectories else {})
     assert status(kind, TRAINED, **samplers) == at_one
     assert status(kind, TRAINED, **samplers, eta=(0.999, 0.5)) == below
@@ -93,7 +93,8 @@ def test_every_sampler_with_every_objective_is_exact_refused_or_without_target(k
 @pytest.mark.parametrize("kind", [kind for kind, found in OBJECTIVES.items() if found[0] == EXACT])
 def test_a_window_keeps_the_target_where_it_begins_with_noise_and_nothing_moves_behind_it(kind):
     for settings, expected in WINDOWS.items():
-        by_prediction = NEEDS[kind].reward_gradients and settings[0].startswith("objective.window=[0")
+        by_prediction = NEEDS[kind].reward_gradients and not NEEDS[kind].adjoint
+        by_prediction &= settings[0].startswith("objective.window=[0")
         assert status(kind, TRAINED, *settings) == (EXACT if by_prediction else expected), settings
 
 
@@ -112,12 +113,17 @@ def test_a_windows_reward_is_named():
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_the_exponent_of_a_residual_target_is_the_true_one(kind):
     quiet = (f"objective.kind={kind}", "flow.fit_steps=0", "flow.warmup_steps=0", "objective.group_size=2")
-    quiet += ("objective.beta=3", "objective.anneal_fraction=0.5", "flow.stem_stride=1")
+    quiet += (
+        "objective.last_transition=train",
+        "objective.beta=3",
+        "objective.anneal_fraction=0.5",
+        "flow.stem_stride=1",
+    )
 
     def found(*overrides: str, dimensions: int | None = 10) -> float | None:
         return tilt(load_config(overrides=[*quiet, *overrides]), dimensions)[0]
 
-    residual = kind in ("residual_nabla_db", "rtb", "rsub", "rdb")
+    residual = kind in ("residual_nabla_db", "rtb", "rsub", "rdb", "adjoint_matching")
     assert NEEDS[kind].residual == residual and ("p_ref" in OBJECTIVES_BY_NAME[kind].target) == residual
     summed = found("objective.log_prob_reduction=sum")
     assert summed == (3.0 if residual else None)
@@ -126,8 +132,8 @@ def test_the_exponent_of_a_residual_target_is_the_true_one(kind):
     assert found("objective.log_prob_reduction=mean", dimensions=None) == (3.0 if residual and by_gradient else None)
     if residual:
         assert found("sampler.eta=0.5") is None and found("objective.beta=0") is None
-        whole = found("objective.window=[0,2]", "objective.last_transition=train")
-        assert whole is None if by_gradient else whole is not None
+        exact = "objective.window=[0,2]", "sampler.noise=window", "sampler.adapter=window"
+        assert found(*exact) == (None if kind == "residual_nabla_db" else 3.0)
     else:
         _, why = tilt(load_config(overrides=[*quiet]), 10)
         assert why.startswith(f"{kind} has no target p_ref x exp(beta x reward)")
