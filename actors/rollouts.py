@@ -22,6 +22,7 @@ from learner.config import Config
 from learner.prompts import training_prompts
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
+from rewards.registry import Reward
 from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25
@@ -158,12 +159,12 @@ class Rollouts:
         return f"its prompts: {textwrap.shorten(prompts, SHOWN_CHARACTERS)}; {REMEDIES[role]}"
 
 
-def evaluation_pools(config: Config, say: Callable[[str], None]) -> Rollouts:
+def evaluation_pools(config: Config, say: Callable[[str], None], own_reward: Reward | None = None) -> Rollouts:
     """Without a learner. Raises PlacementError, ActorDied or DeadlineExceeded if they cannot start."""
     crew = Crew(config, "evaluation", say)
     try:
         crew.place(learner=False)
-        rollouts = Rollouts(crew, build.parts(config))
+        rollouts = Rollouts(crew, build.parts(config, own_reward))
         rollouts.await_ready(time.monotonic() + config.run.ready_seconds)
         return rollouts
     except BaseException:

@@ -27,6 +27,7 @@ from learner.protocol.runner import Training
 
 Scored = tuple[Trajectories, Scores]
 STATE = "learner.json"
+DECIDED = 3  # the state that settles a reward
 SCALE = 2**20  # rewards are whole multiples of 1 / SCALE
 
 
@@ -75,7 +76,8 @@ class EmulatedSampler:
 
     @staticmethod
     def _value(chunk: Chunk, i: int, loaded: str) -> float:
-        key = f"{chunk.purpose} {chunk.seed} {chunk.epoch} {chunk.trajectory_ids[i]} {chunk.prompts[i]} {loaded}"
+        number = chunk.noise_ids(DECIDED)[i]
+        key = f"{chunk.purpose} {chunk.seed} {chunk.epoch} {number} {chunk.prompts[i]} {loaded}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:2], "big") / 2**16
 
 

@@ -84,14 +84,9 @@ def draw(
 
 
 def _start(config: Config, say: Callable[[str], None], stack: contextlib.ExitStack) -> Pools:
-    if config.run.runner == "inprocess":
-        from learner.inprocess import InProcessPools
+    from learner.api import pools_for  # here: torch comes with it
 
-        pools: Pools = InProcessPools(config)
-    else:
-        from actors.rollouts import evaluation_pools
-
-        pools = evaluation_pools(config, say)
+    pools = pools_for(config, say)
     stack.callback(pools.close)
     say(pools.description)
     return pools
@@ -121,6 +116,7 @@ def facts(target: Target) -> dict[str, Any]:
     evaluation = target.config.evaluation
     settings = evaluation.model_dump(include={"images", "seed", "features"})
     settings |= target.config.sampler.model_dump(include={"steps", "guidance", "eta", "grid"})
+    settings |= {"noise_steps": target.config.noise_steps}
     settings |= {"prompts": len(set(target.prompts[: evaluation.images])), "other_seed": evaluation.seed + OTHER_SEED}
     return {
         "format": image_sets.FORMAT, "name": target.name, "adapter_sha256": target.adapter.sha256, **target.facts,

@@ -72,6 +72,9 @@ def settings(run_config: Config | None, base: str | None, seed: int | None, samp
     """The run's settings, the demo's, or of another base model the defaults; with this base model, seed and `sampling`.
     Raises a ValueError for one that cannot be."""
     config = run_config or (Config() if base else load_config())
+    if config.noise_steps < config.sampler.steps != sampling.get("steps", config.sampler.steps):
+        first = f"noise in the first {config.noise_steps} of {config.sampler.steps} steps alone (sampler.noise=window)"
+        raise ValueError(f"--steps: the run has {first}; leave it out")
     try:
         sampler = SamplerConfig(**config.sampler.model_dump() | sampling)
         evaluation = Evaluation(**config.evaluation.model_dump() | ({} if seed is None else {"seed": seed}))
@@ -120,9 +123,10 @@ def write(args: argparse.Namespace) -> None:
                 Storage(str(args.separate)).write(name, png(Image.fromarray(pixels)))
     with_lora = f" tuned: with {args.lora} (rank {adapter.rank}, alpha {adapter.alpha:g})." if adapter else ""
     noise = f"{'Same noise in a column: s' if adapter else 'S'}eed {config.evaluation.seed}"
+    ends = f" in the first {config.noise_steps}" if config.noise_steps < sampler.steps else ""
     legend = (
         f"base: {Path(config.model.path).name}.{with_lora} {noise}, {sampler.steps} steps, "
-        f"guidance {sampler.guidance:g}, eta {sampler.eta:g}"
+        f"guidance {sampler.guidance:g}, eta {sampler.eta:g}{ends}"
     )
     Storage(str(args.out.parent)).write(args.out.name, png(comparison(prompts, drawn, legend)))
     print(args.out)

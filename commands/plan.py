@@ -18,9 +18,12 @@ from cluster.placement import Placement, counted
 from diffusion import lora, noise
 from diffusion.parts import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
+from evaluation import settling
+from learner import later
 from learner.build import flow_network
 from learner.config import Config, resolve
 from learner.objectives.by_name import OBJECTIVES
+from learner.prompts import training_prompts
 from reports.summary import plural
 
 TOKENS = 77  # of a prompt's embedding: CLIP's
@@ -126,6 +129,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
         extra += (3 * (n - settings.first - 1) + 1) / selected.shape[1]
     if config.learner.optimizer == "natural":  # rows of earlier epochs too; every step starts anew
         step *= config.learner.natural_epochs * updates
+    held = len(later.steps(config)) * count * bool(config.objective.later_kl)  # behind the window
     outputs = trained * cost.latent * (1 + config.needs.prepared_fields) if config.train.replay_updates else 0
     there_and_back = 2 if config.needs.reward_gradients else 1
     ends = count * (1 + (settings.terminal is not None and not settings.image_only))
@@ -136,7 +140,9 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
         rollout=(count * n * passes + reference) * cost.unet,
         decoding=((scored - ends) * inner + ends * cost.decode) * there_and_back,
         scoring=scored * (cost.reward or 0.0) * there_and_back,
-        training=trained * ((1 + again) * step + extra * passes * cost.unet) + fits * 2 * cost.flow_train,
+        training=trained * ((1 + again) * step + extra * passes * cost.unet)
+        + fits * 2 * cost.flow_train
+        + held * (1 + again) * passes * (cost.unet_train + cost.unet),
         evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode + (cost.reward or 0.0)),
         transitions=trained,
         states_scored=scored,
@@ -174,6 +180,7 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{plural(train.epochs, 'epoch')}, {trajectories} trajectories, {plural(train.epochs * updates, 'update')}",
             f"{plural(evaluations, 'evaluation')} of {plural(images, 'image')}",
         ],
+        "window": _window(config, cost),
         "FLOPs": [
             f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
@@ -201,6 +208,20 @@ def _least_squares(config: Config, cost: Costs, each: Work, ranks: int) -> str:
     residuals = (config.train.trajectories if whole else each.transitions) * config.learner.natural_epochs
     rows, gram = 2 * residuals * cost.lora_b // ranks, 3 * 8 * residuals**2
     return f"{residuals} residuals, {_bytes(rows)} of rows and {_bytes(gram)} of their products on each learner rank"
+
+
+def _window(config: Config, cost: Costs) -> list[str]:
+    """Where objective.window=auto is still to be measured."""
+    if config.objective.window != "auto":
+        return []
+    wanted = settling.continuations(config, training_prompts(config))
+    each = wanted.transitions * (1 if config.sampler.guidance == 1 else 2) * cost.unet
+    each += wanted.pictures * (cost.decode + (cost.reward or 0.0))
+    return [
+        f"objective.window=auto is measured before training, unless it has been for this model, prompts, reward and "
+        f"sampler: {wanted.transitions} transitions, {plural(wanted.pictures, 'picture')}, {_flops(each)}",
+        "until then all transitions are counted as trained",
+    ]
 
 
 def _count(forward: Callable[[], torch.Tensor], backward: bool = False) -> float:

@@ -59,6 +59,9 @@ def require(asked: Asked, found: Sequence[Target]) -> None:
                 f"{target.name}: {target.no_exponent}; --beta B judges it against p_ref x exp(B x reward)"
             )
         prompts = target.prompts[: target.config.evaluation.images]
+        if len(set(prompts)) * 2 > max(len(prompts), target.config.evaluation.images):
+            fault = f"--images: {target.config.evaluation.images} pictures of {len(set(prompts))} prompts"
+            raise ConfigError(f"{target.name}: {fault}; a law is within a prompt: give more, or fewer with --prompts")
         if asked.attributes:
             attributes.require_clip(target.config.evaluation.clip)
         elif not attributes.names_shapes(prompts):

@@ -54,7 +54,7 @@ class Sampler:
         store = getattr(torch, settings.state_precision)
 
         def draw(step: int) -> Tensor:
-            drawn = noise.normal(chunk.seed, use, chunk.epoch, chunk.trajectory_ids, step, model.latent_shape)
+            drawn = noise.normal(chunk.seed, use, chunk.epoch, chunk.noise_ids(step), step, model.latent_shape)
             return gpu_memory.to_device(drawn, model.device)
 
         embeddings = model.embed(chunk.prompts)
@@ -69,7 +69,7 @@ class Sampler:
             t = grid[i].expand(batch)
             used = settings.adapted is None or settings.adapted[0] <= i < settings.adapted[1]
             with contextlib.nullcontext() if used else model.without_lora():
-                guided, conditional = model.predict(x, t, embeddings, settings.guidance)
+                guided, conditional = self._predict(chunk, i, x, t, embeddings)
             if training:
                 output = guided if guided_clean else conditional
                 if settings.forward_looking == "base" and (rows := np.flatnonzero(needed[:, i])).size:
@@ -117,6 +117,15 @@ class Sampler:
         latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
         terminal = n if settings.terminal is None or not training else settings.terminal
         return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal, nats)
+
+    def _predict(self, chunk: Chunk, step: int, x: Tensor, t: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Guided and conditional output; of rows that are still one trajectory, one for all."""
+        if not chunk.parents:
+            return self.model.predict(x, t, embeddings, self.settings.guidance)
+        _, first, place = np.unique(chunk.noise_ids(step), return_index=True, return_inverse=True)
+        one, back = (gpu_memory.to_device(rows, self.model.device) for rows in (first, place))
+        outputs = self.model.predict(x[one], t[one], embeddings[one], self.settings.guidance)
+        return outputs[0][back], outputs[1][back]
 
 
 def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:

@@ -34,6 +34,16 @@ class Chunk:
     seed: int  # keys the noise
     prompts: tuple[str, ...]  # B
     trajectory_ids: tuple[int, ...]  # B, unique within (purpose, epoch); they name the noise
+    # B each, or none: row i is trajectory parents[i] until its state forks[i], and goes on from there with own noise.
+    parents: tuple[int, ...] = ()
+    forks: tuple[int, ...] = ()
+
+    def noise_ids(self, step: int) -> tuple[int, ...]:
+        """Whose noise each row takes, by the steps of diffusion/noise.py. Rows of one are equal in state `step`."""
+        if not self.parents:
+            return self.trajectory_ids
+        rows = zip(self.trajectory_ids, self.parents, self.forks, strict=True)
+        return tuple(parent if step <= fork else own for own, parent, fork in rows)
 
     @property
     def key(self) -> ChunkKey:

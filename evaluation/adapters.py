@@ -16,7 +16,7 @@ import numpy as np
 from diffusion.snapshot import Snapshot, digest
 from evaluation.image_sets import ACCURACY, ImageSet
 from learner.config import Config, ConfigError, as_arguments, read_config, resolve, saved_config
-from learner.config.sections import LoraConfig, Objective, SamplerConfig
+from learner.config.sections import Evaluation, LoraConfig, Objective, SamplerConfig
 from learner.prompts import evaluation_prompts, prompts_digest, training_prompts
 from records import checkpoint, facts
 from records.checkpoint import Checkpoint, CheckpointError
@@ -171,7 +171,7 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace, warn:
     settings = [*(f"{key}={value}" for key, value in options.items() if value is not None), *overrides]
     if run and not args.config:
         config, faults = read_config(saved_config(run).model_dump(mode="json"), settings)
-        faults = faults or _unconfirmed(config, {text.partition("=")[0].strip() for text in settings}, run)
+        faults = faults or unconfirmed(config, {text.partition("=")[0].strip() for text in settings}, run)
     else:
         config, faults = read_config(args.config, settings)
     if faults := faults or ["evaluation.images: 0; say how many with --images"] * (not config.evaluation.images):
@@ -216,7 +216,7 @@ def _shown(name: str) -> str:
     return short(printable(name), 100)
 
 
-def _unconfirmed(config: Config, given: Collection[str], run: Records) -> list[str]:
+def unconfirmed(config: Config, given: Collection[str], run: Records) -> list[str]:
     """What only the run's files name and the command does not: they may be somebody else's. They run no code of the
     user's, and have no file read for prompts but the one that the run knows the content of."""
     own = {key: value for key, value in config.own_code.items() if key not in given}
@@ -242,20 +242,21 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
         judges.check([ACCURACY], "pixels", None, prompts)
         if ACCURACY not in judges.labels(evaluation.held_out):
             evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
-    sampler = SamplerConfig(**config.sampler.model_dump(include=SAMPLING))
-    objective = Objective()
-    if "window" in (config.sampler.noise, config.sampler.adapter):
+    return drawing(config, evaluation, LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=_targets(adapter)))
+
+
+def drawing(config: Config, evaluation: Evaluation, adapter: LoraConfig) -> Config:
+    """What drawing and scoring need of the settings. Of the objective it is the window, where noise or the adapter end
+    with it."""
+    sampler, objective = SamplerConfig(**config.sampler.model_dump(include=SAMPLING)), Objective()
+    if "window" in (sampler.noise, sampler.adapter):
         first, end = config.objective.span(sampler.steps)
         objective = Objective(window=(first, end - 1))
     return Config(
         run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}),
-        model=config.model,
-        reward=config.reward,
-        evaluation=evaluation,
-        sampler=sampler,
-        objective=objective,
-        lora=LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=_targets(adapter)),
-    )
+        model=config.model, reward=config.reward, evaluation=evaluation, sampler=sampler, objective=objective,
+        lora=adapter,
+    )  # fmt: skip
 
 
 def _targets(adapter: AdapterFile) -> Literal["attention", "all"]:

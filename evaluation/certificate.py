@@ -11,8 +11,7 @@ picture's attribute has a law further than sqrt(gap / 2) from the target's, in t
 log Z_c is the logarithm of a mean over the base model's pictures, and so too low on average. The jackknife, over the
 pictures of a prompt, takes out what is of first order, and gives each picture its part in the figure, paired with the
 policy's picture of the same noise: the interval is that of a mean (metrics.py), its upper end moved by what was taken
-out, since about as much may be left. Where that is more than MOST_BIAS, the pictures do not know Z_c, and no gap is
-given.
+out, since about as much may be left. Where pictures are too few for Z_c (tilts.known) no gap is given.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation import tilts
-from evaluation.metrics import Interval, student_interval
+from evaluation.metrics import Interval, strata, student_interval
 
 if TYPE_CHECKING:
     from evaluation.image_sets import Evaluated
@@ -53,24 +52,25 @@ def measure(now: Evaluated, base: Sequence[np.ndarray], exponent: float | None, 
     if now.kl is None or now.log_ratio is None:
         return {**figures, "no_gap": UNMEASURED}
     kept = np.isfinite(np.stack([now.rewards, now.log_ratio, now.kl.sum(1), *base])).all(0)
-    names = [prompt for prompt, good in zip(now.prompts, kept, strict=True) if good]
-    groups = np.unique(np.array(names, object), return_inverse=True)[1] if names else np.zeros(0, int)
-    enough = np.bincount(groups, minlength=1)[groups] > 1
-    kept[kept], groups = enough, np.unique(groups[enough], return_inverse=True)[1]
     if not kept.any():
-        return {**figures, "no_gap": "no prompt has two good pictures"}
-    rewards, kl, pool = now.rewards[kept], now.kl[kept].astype(np.float64), np.stack([part[kept] for part in base])
-    path, places = kl.sum(1), np.tile(groups, len(pool))
-    low, high = student_interval(path, groups)
-    figures |= {"nats": float(path.mean()), "nats_low": max(0.0, low), "nats_high": high}
-    figures["nats_by_transition"] = kl.mean(0).tolist()
-    figures["gain"] = float((rewards - pool[0]).mean())
+        return {**figures, "no_gap": "no picture is good"}
+    path = now.kl[kept].sum(1, dtype=np.float64)
+    low, high = student_interval(path, strata(now.prompts, kept))
+    figures |= {"nats": float(path.mean()), "nats_low": float(np.maximum(0.0, low)), "nats_high": high}
+    figures["nats_by_transition"] = now.kl[kept].mean(0, dtype=np.float64).tolist()
+    figures["gain"] = float((now.rewards - base[0])[kept].mean())
+    groups = np.unique(np.asarray(now.prompts, object)[kept], return_inverse=True)[1]
+    several = np.bincount(groups)[groups] > 1
+    if not several.any():
+        return {**figures, "no_gap": why if exponent is None else "no prompt has two good pictures"}
+    kept[kept], groups, path = several, np.unique(groups[several], return_inverse=True)[1], path[several]
+    rewards, pool, places = now.rewards[kept], np.stack([part[kept] for part in base]), np.tile(groups, len(base))
     figures["ideal_gain"] = tilts.ideal_gain(pool.ravel(), places, figures["nats"])
     if exponent is None:
         return {**figures, "no_gap": why}
-    value, (low, high), own, size, bias = gap(exponent, rewards, path, groups, pool)
+    value, (low, high), own, size = gap(exponent, rewards, path, groups, pool)
     figures |= {"ess": size, "explained": explained(exponent * rewards, now.log_ratio[kept], groups)}
-    if bias > tilts.MOST_BIAS:
+    if not tilts.known(pool.ravel(), places, exponent):
         count = f"{len(places) / (groups.max() + 1):.3g} base pictures of a prompt"
         return {**figures, "no_gap": f"too few pictures: {count} count as {size:.2g} under the target"}
     bound = min(1.0, math.sqrt(max(0.0, high) / 2))
@@ -79,10 +79,10 @@ def measure(now: Evaluated, base: Sequence[np.ndarray], exponent: float | None, 
 
 def gap(
     exponent: float, rewards: np.ndarray, path: np.ndarray, groups: np.ndarray, pool: np.ndarray
-) -> tuple[float, Interval, float, float, float]:
+) -> tuple[float, Interval, float, float]:
     """Of n policy's pictures with their rewards [n] and paths' KL [n], in prompts `groups` [n] with at least two each,
-    and K base pictures for each of them [K, n]: the gap, its interval, the base model's own, the mean effective sample
-    size of a prompt, and the bias that was taken out; nats."""
+    and K base pictures for each of them [K, n]: the gap, its interval and the base model's own, in nats, and the mean
+    effective sample size of a prompt."""
     values, places = exponent * pool.astype(np.float64), np.tile(groups, len(pool))
     counts = np.bincount(places)
     most = np.full(len(counts), -np.inf)
@@ -95,12 +95,11 @@ def gap(
     parts = count * whole - (count - 1) * np.log(others / (count - 1)) + most[groups]  # [K, n], each picture's log Z
     log_z = parts.mean(0)
     sizes = tilts.sample_sizes(tilts.weights(pool.ravel(), places, exponent), places)
-    bias = tilts.bias(sizes, counts)
     each = log_z - exponent * rewards + path
     low, high = student_interval(each, groups)
     moved = max(0.0, float((log_z - whole - most[groups]).mean()))
     own = float((log_z - values[0]).mean())  # at the same noise
-    return float(each.mean()), (low, high + moved), own, float(sizes.mean()), bias
+    return float(each.mean()), (low, high + moved), own, float(sizes.mean())
 
 
 def explained(target: np.ndarray, log_ratio: np.ndarray, groups: np.ndarray) -> float | None:

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -126,6 +126,10 @@ class ImageSet:
     config: Config
     prompts: tuple[str, ...]
     snapshot: Snapshot
+    pixels: ClassVar[int] = SHOWN_PIXELS  # side of what is kept of a picture; 0: nothing
+
+    def chunks(self) -> list[Chunk]:
+        return evaluation_chunks(self.config, self.prompts)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -181,7 +185,7 @@ class Cache:
     def make(self, image_set: ImageSet, pools: Callable[[], Pools], progress: Callable[[int, int], None]) -> bytes:
         """The set as a Parquet file, columns of run_folder.IMAGES. `pools` are started if a chunk is missing; raises
         what they do, and a StorageError where the folder cannot be written or read."""
-        chunks, folder = evaluation_chunks(image_set.config, image_set.prompts), f"evaluation/{image_set.key[:32]}"
+        chunks, folder = image_set.chunks(), f"evaluation/{image_set.key[:32]}"
         files = {chunk.index: f"{folder}/chunk-{chunk.index:05d}.parquet" for chunk in chunks}
         tables = {chunk.index: self._table(files[chunk.index]) for chunk in chunks}
         missing = [chunk for chunk in chunks if tables[chunk.index] is None]
@@ -190,7 +194,7 @@ class Cache:
 
         def done(chunk: Chunk, scores: Scores) -> None:
             nonlocal finished
-            self.storage.write(files[chunk.index], parquet(image_rows([scores], SHOWN_PIXELS), IMAGES))
+            self.storage.write(files[chunk.index], parquet(image_rows([scores], image_set.pixels), IMAGES))
             finished += 1
             progress(finished, len(chunks))
 

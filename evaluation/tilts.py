@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-# Nats: the correction of log Z's bias, half of the mean of 1 / ESS - 1 / n over prompts, from which on it is no longer
-# known: intervals of Gaussian rewards then hold the truth less than nine times in ten (docs/evaluation.md).
-MOST_BIAS = 0.075
+# Nats, about, by which log Z from as many pictures would be too low, were exponent x reward normal: above that it is
+# taken for unknown (docs/evaluation.md has how often intervals hold the truth below).
+MOST_BIAS = 0.5
 DOUBLINGS = 60  # in the search for an exponent
 
 
@@ -29,18 +29,24 @@ def sample_sizes(weighted: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return 1 / np.bincount(groups, weighted**2)
 
 
-def bias(sizes: np.ndarray, counts: np.ndarray) -> float:
-    """Nats by which log Z is too low on average, from effective and true sample sizes [G]."""
-    return float((1 / sizes - 1 / counts).mean() / 2)
+def known(rewards: np.ndarray, groups: np.ndarray, exponent: float) -> bool:
+    """Whether as many pictures [M] tell the mean of exp(exponent x reward) of each group. By the rewards' variance
+    within groups, not by the effective sample size: that is largest where by chance no picture has a large weight."""
+    counts = np.bincount(groups)
+    if len(groups) <= len(counts):
+        return False
+    values = exponent * rewards.astype(np.float64)
+    variance = ((values - (np.bincount(groups, values) / counts)[groups]) ** 2).sum() / (len(groups) - len(counts))
+    return float(np.expm1(min(variance, 100.0)) / 2 * (1 / counts).mean()) <= MOST_BIAS
 
 
 def tilted(rewards: np.ndarray, groups: np.ndarray, exponent: float) -> tuple[np.ndarray, float, float]:
     """Weights [M] of a tilt, its nats from the base model, and what it adds to the mean reward; prompts count alike."""
     counts = np.bincount(groups)
     weighted = weights(rewards, groups, exponent)
-    known = np.where(weighted > 0, weighted * np.log(np.maximum(weighted * counts[groups], 1e-300)), 0)
+    each = np.where(weighted > 0, weighted * np.log(np.maximum(weighted * counts[groups], 1e-300)), 0)
     share = 1 / counts[groups] / len(counts)
-    return weighted, float(known.sum() / len(counts)), float((weighted / len(counts) - share) @ rewards)
+    return weighted, float(each.sum() / len(counts)), float((weighted / len(counts) - share) @ rewards)
 
 
 def ideal_gain(rewards: np.ndarray, groups: np.ndarray, nats: float) -> float | None:
@@ -49,6 +55,8 @@ def ideal_gain(rewards: np.ndarray, groups: np.ndarray, nats: float) -> float | 
     counts = np.bincount(groups)
     if not len(counts) or counts.min() < 2 or np.ptp(rewards) == 0 or not np.isfinite(nats):
         return None
+    if nats <= 0:
+        return 0.0
     low, high = 0.0, 1 / float(np.std(rewards))
     for _ in range(DOUBLINGS):
         if tilted(rewards, groups, high)[1] >= nats:
@@ -59,5 +67,4 @@ def ideal_gain(rewards: np.ndarray, groups: np.ndarray, nats: float) -> float | 
     for _ in range(DOUBLINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if tilted(rewards, groups, middle)[1] < nats else (low, middle)
-    weighted, _, gain = tilted(rewards, groups, high)
-    return gain if bias(sample_sizes(weighted, groups), counts) <= MOST_BIAS else None
+    return tilted(rewards, groups, high)[2] if known(rewards, groups, high) else None

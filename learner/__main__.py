@@ -15,6 +15,7 @@ VERBS = {
     "evaluate": ("commands.evaluate", "reward, held-out rewards, diversity and drift of runs and LoRAs"),
     "targets": ("commands.targets", "how near runs and LoRAs are to the exact target, attribute by attribute"),
     "compare": ("commands.compare", "several runs or LoRAs beside each other: tables, Pareto pictures"),
+    "settled": ("commands.settled", "where on the way from noise to picture a reward is settled"),
     "generate": ("commands.generate", "pictures by the base model and a LoRA, at the same noise"),
     "export": ("commands.export", "a run's LoRA for diffusers, ComfyUI, A1111, or fused into the model"),
     "report": ("commands.report", "draw a run's report.html anew"),

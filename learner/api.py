@@ -4,9 +4,10 @@ runner, its records and its views."""
 import contextlib
 import functools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,12 @@ from diffusion.base_model import load_kernel
 from diffusion.failures import RunFailure
 from diffusion.locate import is_unconditional
 from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
-from evaluation import collapse
+from evaluation import collapse, settling
+from evaluation.image_sets import Cache, Pools
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
 from learner.config.checks import untrainable
-from learner.inprocess import InProcessRunner
+from learner.inprocess import InProcessPools, InProcessRunner
 from learner.open_run import OpenRun, open_run
 from learner.prompts import evaluation_prompts, training_prompts
 from learner.protocol.runner import Hooks, Runner
@@ -157,6 +159,10 @@ def run(
         else:
             records.note(finished=False, failure=None, environment=environment.facts(), cluster=resources)
             views.open()
+            if config.objective.window == "auto":
+                opened.settle(_settle(config, views, own_reward))
+                config = opened.config
+                views.settled(config)
             if done < config.train.epochs:
                 say(f"starting {'in process' if config.run.runner == 'inprocess' else 'on Ray'}: loading the model")
                 runner = _start(opened, views, own_reward)
@@ -191,6 +197,44 @@ def run(
         opened.close()
 
 
+def pools_for(config: Config, say: Say, own_reward: Reward | None = None) -> Pools:
+    """That sample and score without a learner; raises what their start does."""
+    reward = UserReward(config.reward.name, own_reward) if own_reward else None
+    if config.run.runner == "inprocess":
+        return InProcessPools(config, reward)
+    from actors.rollouts import evaluation_pools
+
+    with _sending(reward):
+        return evaluation_pools(config, say, reward)
+
+
+def settled_profile(
+    config: Config, cache: Cache, say: Say, progress: Callable[[str, int, int], None], own_reward: Reward | None = None
+) -> list[dict[str, float]]:
+    """Where the reward of this config is settled, as evaluation/settling.py's `measure`."""
+    wanted = settling.continuations(config, training_prompts(config))
+    with contextlib.ExitStack() as stack:
+
+        def pools() -> Pools:
+            started = pools_for(wanted.config, say, own_reward)
+            stack.callback(started.close)
+            return started
+
+        return settling.measure(wanted, cache, pools, progress)
+
+
+def _settle(config: Config, views: RunViews, own_reward: Reward | None) -> dict[str, Any]:
+    """What objective.window=auto is, for run.json. A function's code cannot be told from others': it is not kept."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory())) if own_reward else None
+        views.say(f"objective.window=auto: {settling.DOING}")
+        profile = settled_profile(config, Cache(folder), views.say, views.progress, own_reward)
+    for line in settling.table(profile, config.objective.window_share):
+        views.say(f"  {line}")
+    window = settling.window(profile, config.objective.window_share)
+    return {"window": [*window], "steps": config.sampler.steps, "profile": profile}
+
+
 def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runner:
     config, begun, records = opened.as_begun, opened.checkpoint, opened.records
 
@@ -204,8 +248,15 @@ def _start(opened: OpenRun, views: RunViews, own_reward: Reward | None) -> Runne
         return InProcessRunner(config, files, hooks, reward)
     from actors.ray_runner import RayRunner  # here: a run in process needs no Ray
 
-    try:
+    with _sending(reward):
         return RayRunner(config, files, hooks, records.about["name"], reward)
+
+
+@contextlib.contextmanager
+def _sending(reward: UserReward | None) -> Iterator[None]:
+    """Raises an UnknownReward where what is done within cannot send it to the actors."""
+    try:
+        yield
     except TypeError as error:
         if reward is None or "serialize" not in str(error):
             raise

@@ -22,6 +22,7 @@ import numpy as np
 
 from diffusion.failures import RunFailure
 from diffusion.trajectory import Chunk, Scores
+from learner import later
 from learner.config import Config, config_yaml
 from learner.objectives.base import anneal
 from learner.objectives.by_name import describe, prospects
@@ -64,6 +65,8 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     ending = "s" * (config.train.epochs != 1)
     views.say(f"{runner.description}; {config.train.epochs} epoch{ending} of {config.train.trajectories} trajectories")
     views.say(describe(config, runner.dimensions))
+    if said := later.in_words(config):
+        views.say(said)
     views.say(prospects(config))
     records.note(dimensions=runner.dimensions)
     if opened.checkpoint is None:
@@ -151,11 +154,11 @@ def _save(opened: OpenRun, runner: Runner, ledger: Ledger, epochs: int, offset: 
         "batch_sizes": {"chunk": config.sampler.chunk_size, "flow_batch": config.flow.batch, **runner.batch_sizes},
         "ledger": ledger.to_json(),
         "reward_offset": offset,
-        "config_digest": config.digest(),
+        "config_digest": opened.given.digest(),
         "run": {**records.about, "finished": epochs == config.train.epochs},  # should run.json be damaged
         "metrics_sha256": digest(records.lines),
     }
-    checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: config_yaml(config)})
+    checkpoint.save(records.storage, manifest, {**runner.checkpoint_files(), CONFIG: config_yaml(opened.given)})
     keep, always = config.run.keep_checkpoints, {(epoch + 1) * config.steps_per_epoch for epoch in records.evaluated()}
     try:
         checkpoint.prune(

@@ -1,18 +1,19 @@
 """The step of `learner.optimizer=natural`: least squares of the objective's residuals in the adapter's parameters.
 
-A squared-residual objective is, near the present weights, a regression: residual i is e_i, and moving the parameters by
-d moves it by g_i . d, g_i being the gradient of what the objective makes of log p_F. With N trajectories an epoch and
+A squared-residual objective is, near the present weights, a regression: residual i is e_i, moving the parameters by d
+moves it by g_i . d, g_i being the gradient of what the objective makes of log p_F. With N trajectories an epoch and
 more parameters than that the minimum-norm solution needs the N x N Gram matrix of the rows alone, as MinSR (arXiv
 2302.01941) and SPRING (arXiv 2401.10190) do for quantum states:
 
-    d = S^2 G^T a,   (G S^2 G^T + ridge) a = e     with a free intercept a group of rows
+    d = -S^2 G^T a,   (G S^2 G^T + ridge) a = e    beside free columns, which no ridge holds
 
 S scales parameters to equal Fisher information; the ridge is the one whose leave-one-out error is least, which is exact
 and free once the Gram matrix is factorised. There is no learning rate, and where leaving one out shows that nothing can
-be told from noise, no step."""
+be told from noise, no step. Free columns are a constant for each group of rows, and what scaling the present adapter
+does: ridges make every step too short, and this one number says by how much."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,51 +24,59 @@ RIDGES = torch.logspace(-5, 5, 41, dtype=torch.float64)  # times the mean eigenv
 
 @dataclass(frozen=True)
 class Solution:
-    """`coefficients` [N] float64 of the rows (0: no step); `explained` is the share of the errors' variance that rows
-    left out of the fit explain, at most 1; 0 where no step is taken."""
+    """`coefficients` a [N] float64 of the rows, `free` [F] of the free columns: errors are about free columns x `free`
+    + Gram matrix x `coefficients`. `explained` is the share that rows explain of what the free columns leave of the
+    errors of rows left out of the fit; 0, with coefficients 0, where that cannot be told from chance."""
 
     coefficients: Tensor
+    free: Tensor
     ridge: float
     explained: float
 
 
-def centre(values: Tensor, groups: Tensor) -> Tensor:
-    """Values [N, ...] less the mean of each's group [N] int64; a group below 0 is not centred."""
-    mask = groups >= 0
-    index, count = groups.clamp(min=0), int(groups.max().item()) + 1 if mask.any() else 1
-    flat = values.reshape(len(values), -1)
-    sums = flat.new_zeros(count, flat.shape[1]).index_add_(0, index[mask], flat[mask])
-    sizes = torch.bincount(index[mask], minlength=count).clamp(min=1).to(flat.dtype)
-    means = (sums / sizes[:, None])[index] * mask[:, None]
-    return (flat - means).reshape(values.shape)
+def columns(groups: Tensor) -> Tensor:
+    """A free constant [N, G] float64 for each group of rows, [N] int64; -1: none."""
+    count = int(groups.max().item()) + 1 if len(groups) else 0
+    return torch.nn.functional.one_hot(groups + 1, max(count, 0) + 1)[:, 1:].double()
 
 
-def solve(gram: Tensor, errors: Tensor, groups: Tensor) -> Solution:
-    """From the Gram matrix [N, N] of the (scaled, uncentred) rows, errors [N] and groups [N] (an intercept each, -1:
-    none). The errors' fit by rows moved `d` is what makes errors + rows . d small: coefficients carry the minus."""
-    gram, errors = gram.double(), errors.double()
-    centred = centre(centre(gram, groups).T, groups)
-    error = centre(errors, groups)
-    values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
-    values = values.clamp(min=0)
-    # What the projection on centred vectors leaves of each unit vector: 1 - 1/n in a group of n.
-    sizes = torch.bincount(groups[groups >= 0], minlength=1).clamp(min=1)
-    kept = torch.where(groups >= 0, 1 - 1 / sizes[groups.clamp(min=0)].double(), torch.ones_like(errors))
-    usable = kept > 0  # alone in its group a row says nothing
-    if not usable.any() or not values[-1] > 0:
-        return Solution(torch.zeros_like(errors), float("inf"), 0.0)
-    alone = (error / kept.clamp(min=1e-12))[usable].square()  # of rows left out, with the intercepts alone
+def without(free: Tensor, values: Tensor) -> Tensor:
+    """Of values [N] or [N, M] float64 what free columns [N, F] leave."""
+    q = _basis(free)
+    return values - q @ (q.T @ values)
+
+
+def solve(gram: Tensor, errors: Tensor, free: Tensor) -> Solution:
+    """From the Gram matrix [N, N] of the scaled rows, errors [N] and free columns [N, F]."""
+    gram, errors, free = gram.double(), errors.double(), free.double()
+    q = _basis(free)
+    rest = without(free, without(free, gram).T)
+    error = without(free, errors)
+    kept = 1 - q.square().sum(1)  # what is left of each unit vector
+    usable = kept > 1e-9  # a row that has a free column to itself says nothing
+    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
+    values, best = values.clamp(min=0), None
+    alone = (error / kept.clamp(min=1e-9))[usable].square()  # of rows left out, with the free columns alone
     along, squares = vectors.T @ error, vectors.square()
-    best = Solution(torch.zeros_like(errors), float("inf"), 0.0)
-    for ridge in (RIDGES * values.mean()).tolist():
+    for ridge in (RIDGES * values.mean()).tolist() if usable.any() and values[-1] > 0 else ():
         coefficients = vectors @ (along / (values + ridge))
-        # The diagonal of the inverse on centred vectors: those of the intercepts, with value 0, are no part of it.
+        # The inverse's diagonal on what is left: the free columns' own directions, with value 0, are no part of it.
         diagonal = squares @ (1 / (values + ridge)) - (1 - kept) / ridge
         gain = alone - (coefficients / diagonal.clamp(min=1e-300))[usable].square()
         explained = (gain.sum() / alone.sum()).item()
-        if explained > best.explained and gain.mean() > SURE * gain.std() / len(gain) ** 0.5:
-            best = Solution(-coefficients, ridge, explained)
-    return best
+        if explained > (best.explained if best else 0.0) and gain.mean() > SURE * gain.std() / len(gain) ** 0.5:
+            best = Solution(without(free, coefficients), torch.zeros(0), ridge, explained)
+    best = best or Solution(torch.zeros_like(errors), torch.zeros(0), float("inf"), 0.0)
+    left = (errors - gram @ best.coefficients)[:, None]
+    return replace(best, free=torch.linalg.lstsq(free, left).solution[:, 0] if free.shape[1] else errors[:0])
+
+
+def _basis(free: Tensor) -> Tensor:
+    """Orthonormal columns [N, R] that span the free ones; equal ones count once."""
+    if not free.shape[1]:
+        return free
+    vectors, sizes, _ = torch.linalg.svd(free, full_matrices=False)
+    return vectors[:, sizes > 1e-9 * sizes[0].clamp(min=1e-300)]
 
 
 def scale(information: Tensor, sizes: Sequence[int], floor: float) -> Tensor:

@@ -6,21 +6,18 @@ group in eight of the epoch), by their real residuals, and takes the best, which
 such steps are taken (Gauss-Newton: rows and residuals are computed anew for each). Every rank has its own trajectories'
 rows; Gram matrix, solution and length are the same on all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from learner import least_squares, process_group
+from learner.config import Config
 from learner.experience import Experience
-from learner.objectives.base import Transitions
+from learner.objectives.base import Flow, Objective, Policy, Transitions
 from learner.rows import Rows, trained
-
-if TYPE_CHECKING:
-    from learner.update import Learner
 
 LENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the solution
 APART = 8  # of so many prompt groups one is kept apart
@@ -39,34 +36,37 @@ class System:
 
 
 class Natural:
-    def __init__(self, learner: "Learner") -> None:
-        self.learner, self.rows = learner, Rows(learner.model.unet)
-        self.parameters = [parameter for _, parameter in trained(learner.model.unet)]
+    def __init__(self, policy: Policy, objective: Objective, flow: Flow, rank: int) -> None:
+        self.policy, self.objective, self.flow, self.rank = policy, objective, flow, rank
+        self.rows = Rows(policy.model.unet)
+        self.parameters = [parameter for _, parameter in trained(policy.model.unet)]
         self.sizes = [parameter.numel() for parameter in self.parameters]
 
-    def step(self, fresh: Sequence[Experience], earlier: Sequence[Experience], beta: float) -> dict[str, float]:
+    def step(
+        self, config: Config, micro_batch: int, fresh: Sequence[Experience], earlier: Sequence[Experience], beta: float
+    ) -> dict[str, float]:
         """One step of the weights; metrics. `explained`: share of the residuals' variance that left-out rows explain,
         `length`: of the step in units of the solution, `residual_variance`: mean over residuals kept apart after it,
         in squares of nats, and `residual_before`."""
-        config = self.learner.config
+        self.config, self.micro_batch = config, micro_batch
         group = config.prompts.per_prompt
         parts = [self._system(each, beta, lambda number: number // group % APART != APART - 1) for each in fresh]
         parts += [self._system(each, beta, lambda number: True) for each in earlier]
         system = _joined(parts)
-        direction, solution = self._solve(system)
+        candidates, solution = self._solve(system)
         del system, parts
-        before, start = self._apart(fresh, beta), [parameter.detach().clone() for parameter in self.parameters]
-        after, length = before, 0.0
-        for trial in LENGTHS if solution.explained > 0 else ():
-            self._move(start, direction, trial)
-            found = self._apart(fresh, beta)
-            if found >= after and length:
-                break
-            if found < after:
-                after, length = found, trial
-        self._move(start, direction, length)
+        best = before = self._apart(fresh, beta)
+        start, taken, length = [parameter.detach().clone() for parameter in self.parameters], candidates[0], 0.0
+        for direction in candidates:
+            for trial in LENGTHS:
+                self._move(start, direction, trial)
+                found = self._apart(fresh, beta)
+                if found >= best:
+                    break
+                best, taken, length = found, direction, trial
+        self._move(start, taken, length)
         values = {"explained": solution.explained, "length": length, "residual_before": before}
-        return values | {"residual_variance": after, "loss": after}
+        return values | {"residual_variance": best, "loss": best}
 
     @torch.no_grad()
     def _move(self, start: Sequence[Tensor], direction: Tensor, length: float) -> None:
@@ -75,38 +75,39 @@ class Natural:
 
     def _apart(self, fresh: Sequence[Experience], beta: float) -> float:
         """Weighted mean square of the centred residuals of the trajectories kept apart, on all ranks."""
-        group = self.learner.config.prompts.per_prompt
+        group = self.config.prompts.per_prompt
         kept = (each for each in fresh)
         parts = [self._system(each, beta, lambda number: number // group % APART == APART - 1, False) for each in kept]
         system = _sorted([_joined(parts)])
-        errors = self._centred(system)
-        return float((system.weights.double() * errors.square()).sum() / system.weights.double().sum())
-
-    def _centred(self, system: System) -> Tensor:
-        return least_squares.centre(system.errors.double(), self._groups(system.names))
+        roots = system.weights.double().sqrt()
+        constants = roots[:, None] * least_squares.columns(self._groups(system.names))
+        left = least_squares.without(constants, roots * system.errors.double())
+        return float(left.square().sum() / system.weights.double().sum())
 
     def _groups(self, names: Sequence[Name]) -> Tensor:
         """[N] int64: trajectories of one prompt and epoch share a free constant, if the objective has one."""
-        if not self.learner.objective.needs.free_constant:
+        if not self.objective.needs.free_constant:
             return torch.full((len(names),), -1)
         numbers: dict[tuple[int, str], int] = {}
         return torch.tensor([numbers.setdefault((epoch, prompt), len(numbers)) for epoch, _, _, prompt in names])
 
-    def _system(self, experience: Experience, beta: float, use, with_rows: bool = True) -> System:  # type: ignore[no-untyped-def]
+    def _system(
+        self, experience: Experience, beta: float, use: Callable[[int], bool], with_rows: bool = True
+    ) -> System:
         """Of one chunk's trajectories whose number `use` accepts."""
-        learner, objective = self.learner, self.learner.objective
+        objective = self.objective
         chunk, columns = experience.trajectories.chunk, experience.trajectories.selected.shape[1]
         names: list[Name] = []
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         wanted = {row for row, number in enumerate(chunk.trajectory_ids) if use(number)}
-        for window in experience.windows(learner.micro_batch, objective.group):
+        for window in experience.windows(self.micro_batch, objective.group):
             places = np.concatenate(window) // columns
             if not wanted.issuperset(places.tolist()):
                 window = [part[[place in wanted for place in (part // columns).tolist()]] for part in window]
                 window = [part for part in window if len(part)]
                 if not window:
                     continue
-            batches = [experience.gather(part, learner.model, learner.config) for part in window]
+            batches = [experience.gather(part, self.policy.model, self.config) for part in window]
             errors, weights, rows = self._window(batches, beta, with_rows)
             found.append((errors.flatten(), weights.flatten(), rows))
             rows_of = np.concatenate(window)[:: objective.group] // columns
@@ -123,11 +124,11 @@ class Natural:
 
     def _window(self, batches: Sequence[Transitions], beta: float, with_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Residuals [n, M] of whole groups, their weights, and rows [n M, P] (or [0, P])."""
-        learner, objective = self.learner, self.learner.objective
+        objective = self.objective
         numbers, rows = [], []
         for batch in batches:
             with self.rows.watched(), torch.set_grad_enabled(with_rows):
-                each = objective.numbers(batch, learner.policy.output(batch), learner.flow, beta)
+                each = objective.numbers(batch, self.policy.output(batch), self.flow, beta)
                 numbers.append([value.detach() for value in each])
                 if with_rows:
                     rows.append(torch.cat(self.rows.of(each[0]), 1))
@@ -141,38 +142,38 @@ class Natural:
             slopes = torch.einsum("mk,nkp->nmp", jacobian, by_group).flatten(0, 1)
         return errors.cpu(), weights.expand_as(errors).cpu(), slopes.to(torch.bfloat16).cpu()
 
-    def _solve(self, system: System) -> tuple[Tensor, least_squares.Solution]:
-        """The solution's direction [P], the same on all ranks."""
+    def _solve(self, system: System) -> tuple[list[Tensor], least_squares.Solution]:
+        """Directions [P] to try, the same on all ranks: the whole solution, and its scaling of the adapter alone."""
         assert system.rows is not None
-        shown = process_group.gather((system.names, system.errors, system.weights))
-        counts = [len(names) for names, _, _ in shown]
-        names = [name for part in shown for name in part[0]]
+        adapter = torch.cat([parameter.detach().flatten() for parameter in self.parameters]).float().cpu()
+        parts = [slice(start, start + COLUMNS) for start in range(0, len(adapter), COLUMNS)]
+        along = torch.zeros(len(system.names))
+        for part in parts:
+            along += system.rows[:, part].float() @ adapter[part]
+        shown = process_group.gather((system.names, system.errors, system.weights, along))
+        names = [name for each in shown for name in each[0]]
         order = sorted(range(len(names)), key=lambda i: names[i][:3])  # whatever the ranks
-        roots = torch.cat([part[2] for part in shown])[order].double().sqrt()
-        errors = torch.cat([part[1] for part in shown])[order].double()
+        errors, weights, along = (torch.cat([each[i] for each in shown])[order].double() for i in (1, 2, 3))
         squares = torch.stack([part.float().square().sum() for part in system.rows.split(self.sizes, 1)])
-        total = torch.stack(process_group.gather(squares)).sum(0) / max(1, len(names))
-        information = total / torch.tensor(self.sizes)
-        scale = least_squares.scale(information, self.sizes, self.learner.config.learner.natural_floor)
+        information = torch.stack(process_group.gather(squares)).sum(0) / len(names) / torch.tensor(self.sizes)
+        scale = least_squares.scale(information, self.sizes, self.config.learner.natural_floor)
         gram = torch.zeros(len(names), len(names), dtype=torch.float64)
-        for start in range(0, len(scale), COLUMNS):
-            mine = system.rows[:, start : start + COLUMNS].float() * scale[start : start + COLUMNS]
-            block = torch.cat(process_group.gather(mine.to(torch.bfloat16)))[order].float()
+        for part in parts:
+            mine = (system.rows[:, part].float() * scale[part]).to(torch.bfloat16)
+            block = torch.cat(process_group.gather(mine))[order].float()
             gram += (block @ block.T).double()
-        groups = self._groups([names[i] for i in order])
-        solution = least_squares.solve(gram * roots[:, None] * roots, errors * roots, groups)
-        own = torch.zeros(len(names), dtype=torch.float64)
-        own[order] = least_squares.centre(solution.coefficients, groups) * roots
-        rank = self.learner.rank
-        first = sum(counts[:rank])
-        mine = own[first : first + counts[rank]].float()
-        direction = scale * torch.cat(
-            [
-                (system.rows[:, s : s + COLUMNS].float() * scale[s : s + COLUMNS]).T @ mine
-                for s in range(0, len(scale), COLUMNS)
-            ]
-        )
-        return torch.stack(process_group.gather(direction)).sum(0), solution
+        roots = weights.sqrt()
+        constants = least_squares.columns(self._groups([names[i] for i in order]))
+        free = torch.cat([constants, along[:, None]], 1) if along.any() else constants
+        solution = least_squares.solve(gram * roots[:, None] * roots, errors * roots, free * roots[:, None])
+        coefficients = torch.zeros(len(names), dtype=torch.float64)
+        coefficients[order] = solution.coefficients * roots
+        first = sum(len(each[0]) for each in shown[: self.rank])
+        own = coefficients[first : first + len(system.names)].float()
+        moved = torch.cat([scale[part].square() * (system.rows[:, part].float().T @ own) for part in parts])
+        moved = torch.stack(process_group.gather(moved)).sum(0)
+        rescaled = solution.free[-1].item() * adapter if along.any() else torch.zeros_like(adapter)
+        return [-moved - rescaled, *([-rescaled] if along.any() and solution.explained > 0 else [])], solution
 
 
 def _joined(parts: Sequence[System]) -> System:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learner.config import Config, ConfigError, config_yaml, raise_faults, saved_config
+from learner.config import Config, ConfigError, config_yaml, given_config, raise_faults, settled
 from learner.config.schema import LOWERED
 from learner.prompts import prompts_digest
 from learner.update import NonFiniteGradient
@@ -24,10 +24,16 @@ class OpenRun:
     """A run that this process alone may write until it is closed, and the checkpoint to go on from, if any."""
 
     records: Records
-    config: Config
+    given: Config  # as the command says
+    config: Config  # with the window that was measured, once it is
     as_begun: Config  # with what it leaves open as the run began
     checkpoint: Checkpoint | None
     close: Callable[[], None]
+
+    def settle(self, known: dict[str, Any]) -> None:
+        """Keep in run.json what was measured for objective.window=auto, and go by it from now on."""
+        self.records.note(settled=known)
+        self.config, self.as_begun = (settled(config, self.records) for config in (self.config, self.as_begun))
 
 
 def find(config: Config, source: Path, prompts: Sequence[str]) -> Storage:
@@ -85,7 +91,8 @@ def open_run(config: Config, source: Path, prompts: Sequence[str], warn: Warn) -
         records.drop_after(newest.manifest["next_epoch"] if newest else BEFORE)
         changes = [*records.about.get("changes", ()), *changes]  # what may change may have
         records.save_settings(config_yaml(config), config_digest=wanted["config_digest"], changes=changes)
-        return OpenRun(records, config, as_begun, newest, undo.pop_all().close)
+        now, as_begun = settled(config, records), settled(as_begun, records)
+        return OpenRun(records, config, now, as_begun, newest, undo.pop_all().close)
 
 
 def _require_free(storage: Storage, config: Config) -> None:
@@ -139,7 +146,7 @@ def _settings_of(records: Records, config: Config, wanted: dict[str, Any]) -> Co
     storage, about, other = records.storage, records.about, "or choose another run.dir"
     if (written_as := about["format"]) != FORMAT:
         raise ConfigError(f"run.dir: {storage} is of format {written_as}; use the version that wrote it, {other}")
-    saved = saved_config(records)
+    saved = given_config(records)
     ours, theirs = config.binding(), saved.binding()
     lower = [key for key, *_ in _lowered(config, saved)] if about.get("failure") == NonFiniteGradient.__name__ else ()
     faults = [

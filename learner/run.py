@@ -16,7 +16,16 @@ from cluster import signals
 from commands import outcome
 from diffusion.failures import RunFailure
 from diffusion.locate import is_unconditional, locate
-from learner.config import DEFAULT_CONFIG, Config, ConfigError, config_yaml, known_keys, raise_faults, read_config
+from learner.config import (
+    DEFAULT_CONFIG,
+    Config,
+    ConfigError,
+    config_yaml,
+    known_keys,
+    raise_faults,
+    read_config,
+    settled,
+)
 from learner.config.checks import untrainable
 from learner.config.load import resolve
 from learner.prompts import evaluation_prompts, training_prompts
@@ -41,13 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         from learner import api, open_run  # here: they import torch
         from records import facts
+        from records.run_folder import Records
 
         prompts, placement, resources = api.check(config, warn)
         if args.plan:
             from commands import plan
 
             storage = open_run.find(config, source, prompts)
-            place = f"{storage}, {'going on' if facts.there(storage) else 'new'}"
+            known = facts.there(storage)
+            config = settled(config, Records.open(storage)) if known else config
+            place = f"{storage}, {'going on' if known else 'new'}"
             print(plan.describe(config, placement, resources, place))
             return 0
         opened = open_run.open_run(config, source, prompts, warn)

@@ -20,7 +20,7 @@ from diffusion import gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.failures import RunFailure
 from diffusion.trajectory import Scores, Trajectories
-from learner import process_group, state
+from learner import later, process_group, state
 from learner.config import Config
 from learner.experience import Experience, concatenate, made_up
 from learner.natural import Natural
@@ -64,7 +64,8 @@ class Learner:
         self.replay: deque[list[list[Experience]]] = deque(maxlen=config.kept_epochs)
         self.published = lora.snapshot(model.unet, 0)
         self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
-        self.natural = Natural(self) if config.learner.optimizer == "natural" else None
+        natural = config.learner.optimizer == "natural"
+        self.natural = Natural(self.policy, self.objective, flow, self.rank) if natural else None
         self.stood_still = False  # a natural step found nothing to do: the next version may equal the last
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
         self.tell: Callable[[int, int], None] = lambda done, total: None  # transitions of the epoch trained; all of it
@@ -162,7 +163,7 @@ class Learner:
             flow = self.config.flow
             steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
             fitted = self._fit_flow(epoch, index, beta, steps) if steps else {}
-            rows.append(fitted | self.natural.step(own, earlier, beta))
+            rows.append(fitted | self.natural.step(self.config, self.micro_batch, own, earlier, beta))
             self.tell(index + 1, len(fresh))
         self.stood_still = not any(row["length"] for row in rows)
         return rows
@@ -220,6 +221,7 @@ class Learner:
         flow = self.config.flow
         steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
         metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
+        metrics |= later.hold(update, self.config, self.policy, self.kernel, self.micro_batch)
         batches = (batch for experience in update for batch in self._micro_batches(experience, beta))
         # The first update starts where the regulariser holds the policy: nothing to hold yet (see _anchored).
         held = index > 0 or not self._off_policy(update)

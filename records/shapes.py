@@ -18,6 +18,32 @@ class Written(Shape):
     format: int
 
 
+class SettledAt(Shape):
+    """Share of a reward's variance that is settled at a state, and its 95 % interval."""
+
+    state: Count
+    share: Annotated[float, Field(ge=-1, le=1)]
+    low: Annotated[float, Field(ge=-1, le=1)]
+    high: Annotated[float, Field(ge=-1, le=1)]
+
+
+class Settled(Shape):
+    """Where a reward is settled, evaluation/settling.py, and the transitions that are trained for it."""
+
+    window: Annotated[list[Count], Field(min_length=2, max_length=2)]  # first and last
+    steps: Annotated[int, Field(ge=1, le=1000)]  # of a path
+    profile: Annotated[list[SettledAt], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _within_the_path(self) -> Self:
+        states = [each.state for each in self.profile]
+        if not self.window[0] <= self.window[1] < self.steps:
+            raise ValueError(f"its window {self.window} is not within 0 to {self.steps - 1}")
+        if states != sorted({*states}) or states[-1] > self.steps:
+            raise ValueError("its states are not in order, or beyond the path")
+        return self
+
+
 class About(Written):
     """run.json."""
 
@@ -34,6 +60,7 @@ class About(Written):
     dimensions: Count | None = None  # numbers in a latent
     failure: str | None = None  # the kind of the one that ended it last
     changes: list[dict[str, Any]] = []  # of settings, on the way
+    settled: Settled | None = None  # what objective.window=auto was measured to be
 
 
 class Line(Shape):

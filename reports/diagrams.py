@@ -103,7 +103,23 @@ def bars(title: str, unit: str, label: str, values: Sequence[float | None], belo
     return Diagram(title, unit, _svg(draw, below), [(label, float(np.nansum(heights)))], 1)
 
 
+def profile(settled: Mapping[str, Any]) -> str:
+    """SVG of where a reward is settled (records/shapes.py): shares by state with their intervals, and the states of
+    the trained window."""
+    states, shares, *interval = np.transpose(
+        [[each[key] for key in ("state", "share", "low", "high")] for each in settled["profile"]]
+    )
+
+    def draw(axes: Any) -> None:
+        axes.axvspan(settled["window"][0], settled["window"][1] + 1, color=LINES[0], alpha=0.12, linewidth=0)
+        axes.vlines(states, *interval, color=LINES[0], alpha=0.65, linewidth=1.4)
+        axes.plot(states, shares, color=LINES[0], marker="o" if len(states) <= DOTS else "", markersize=6)
+
+    return _svg(draw, "states")
+
+
 def _svg(draw: Callable[[Any], None], below: str) -> str:
+    """What `draw` puts into axes, without what is not ours."""
     import matplotlib.style  # now: it takes a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

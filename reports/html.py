@@ -29,7 +29,7 @@ from records.run_folder import BEFORE, Records
 from records.storage import StorageError
 from records.words import PROMPT, printable, short
 from reports import targets
-from reports.diagrams import HEIGHT, WIDTH, Diagram, bars, curves
+from reports.diagrams import HEIGHT, WIDTH, Diagram, bars, curves, profile
 from reports.model_card import usage
 from reports.pictures import SHEET_IMAGES, tiles
 from reports.summary import Facts, Line, alike, clock, duration, figures, number, plural, seconds_of, state
@@ -59,6 +59,7 @@ LEARNING = [
     ("Parts of the loss", "", {"forward_loss": "forward", "reverse_loss": "reverse", "terminal_loss": "terminal"}),
     ("Clipped", "share of transitions", {"clipped": "ratio outside of the clip"}),
     ("Step size", "nats a transition", {"kl": "KL, rollout policy to the one being updated"}),
+    ("Behind the window", "nats a transition", {"later_kl": "KL to the frozen model"}),
     ("Gradient norm before clipping", "", {"grad_norm": "LoRA", "flow_grad_norm": "flow network"}),
     ("Staleness", "policy versions behind", {"staleness_mean": "mean", "staleness_max": "most"}),
     (BETA := "Reward exponent", "beta", {"beta": "beta"}),  # where it changes
@@ -102,6 +103,7 @@ def render(records: Records, config: Config) -> bytes:
         size=(WIDTH, HEIGHT),
         curves=_sections(facts),
         time_curve=curves("Seconds an epoch", "seconds", dict(zip(SECONDS, SECONDS, strict=True)), seconds),
+        settled=_settled(records),
         before_after=pairs(records, facts.evaluated),
         extremes=extremes(records),
         figures=figures(records),
@@ -115,6 +117,12 @@ def render(records: Records, config: Config) -> bytes:
         settings_file=_data_url("text/yaml", facts.settings().encode()),
     )
     return without_passwords(page).encode()
+
+
+def _settled(records: Records) -> dict[str, Any] | None:
+    """Where the reward is settled, if objective.window=auto asked for it."""
+    known = records.about.get("settled")
+    return {**known, "svg": profile(known)} if known else None
 
 
 def _shown(value: Any) -> Any:

@@ -20,7 +20,7 @@ from mlflow.entities import LifecycleStage, LoggedModelStatus, Metric, Param, Ru
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from learner.config import resolve, saved_config
+from learner.config import given_config, resolve, saved_config
 from records import checkpoint
 from records.facts import Warn
 from records.passwords import without_passwords
@@ -80,7 +80,7 @@ class Mirror:
         """The MLflow run of this run, found by its tag or made; its parameters, tags and parent; and what is there of
         it. To be called again after a failure, when what was sent last may be there or not. Returns its id."""
         records = Records.open(self.storage, self._warn)
-        about, config = records.about, saved_config(records)
+        about, config = records.about, given_config(records)  # parameters never change
         try:
             with mlflow_database.opened(self.uri):
                 self._find_or_make(about)

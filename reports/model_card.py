@@ -98,12 +98,16 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
     )  # which PNDM's settings do not say; pixels as the model has it
     scheduler, settings = ("DPMSolverMultistepScheduler", DPM_SOLVER) if solver else ("DDIMScheduler", ddim)
     pipeline = "StableDiffusionPipeline" if text else "DDIMPipeline"
-    imports = [f"from diffusers import {pipeline}"]
+    names, own = [pipeline], scheduler
     load = [f"pipe = {pipeline}.from_pretrained({json.dumps(place if form == 'fused' else base)})"]
-    if form != "fused":
-        imports = [f"from diffusers import {', '.join(sorted([pipeline, scheduler]))}"]
-        arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        load.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {arguments})")
+    code: list[str] = []
+    if ends := config.noise_steps < sampler.steps:
+        own, code = "NoiseAtFirst", noise_at_first(config.noise_steps, solver)
+    if ends or form != "fused":
+        names.append(scheduler)
+        arguments = "".join(f", {key}={value!r}" for key, value in settings.items()) if form != "fused" else ""
+        load.append(f"pipe.scheduler = {own}.from_config(pipe.scheduler.config{arguments})")
+    imports = [f"from diffusers import {', '.join(sorted(names))}"]
     if form == "peft":
         imports.append("from peft import PeftModel")
         load.append(f"pipe.unet = PeftModel.from_pretrained(pipe.unet, {json.dumps(place)}).merge_and_unload()")
@@ -113,7 +117,48 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
         load.append(f"pipe.load_lora_weights({json.dumps(place)}{name})")
     how = f"num_inference_steps={sampler.steps}, " + ("" if solver else f"eta={sampler.eta!r}, ")
     how = f'"a prompt", {how}guidance_scale={sampler.guidance!r}' if text else f"{how}batch_size=1"
-    return "\n".join([*imports, "", *load, f'pipe({how}).images[0].save("image.png")'])
+    first, end = config.objective.span(sampler.steps)
+    if sampler.adapter == "window" and (first, end) != (0, sampler.steps):
+        if text and form != "fused":
+            code += lora_within(first, end)
+            load.append(f"use_lora(pipe, {first <= 0 < end})")
+            how += ", callback_on_step_end=lora_within"
+        else:
+            load.append(f"# The run used what was trained in steps {first} to {end - 1} alone; this uses it in all.")
+    return "\n".join([*imports, "", *code, *load, f'pipe({how}).images[0].save("image.png")'])
+
+
+def lora_within(first: int, end: int) -> list[str]:
+    """Lines of a pipeline's callback that uses the LoRA in steps `first` to `end` - 1, as sampler.adapter=window."""
+    return [
+        "def use_lora(pipe, on):",
+        "    pipe.enable_lora() if on else pipe.disable_lora()",
+        "",
+        "def lora_within(pipe, step, timestep, more):",
+        f"    use_lora(pipe, {first} <= step + 1 < {end})",
+        "    return more",
+        "",
+    ]
+
+
+def noise_at_first(count: int, solver: bool) -> list[str]:
+    """Lines of a scheduler that adds noise in its first `count` steps, as sampler.noise=window has it."""
+    last = f"timestep >= self.timesteps[{count - 1}]"
+    if solver:
+        return [
+            "class NoiseAtFirst(DPMSolverMultistepScheduler):",
+            "    def step(self, output, timestep, sample, generator=None, **more):",
+            f'        self.register_to_config(algorithm_type="sde-dpmsolver++" if {last} else "dpmsolver++")',
+            "        return super().step(output, timestep, sample, generator=generator, **more)",
+            "",
+        ]
+    return [
+        "class NoiseAtFirst(DDIMScheduler):",
+        "    def step(self, output, timestep, sample, eta=0.0, generator=None, **more):",
+        f"        eta = eta if {last} else 0.0",
+        "        return super().step(output, timestep, sample, eta=eta, generator=generator, **more)",
+        "",
+    ]
 
 
 def card(

@@ -39,6 +39,10 @@ class RunViews:
             self._tracker = self._try("MLflow", lambda: Tracker(self._records, config, self.say))
         self._heartbeat = self._try("status.json", lambda: Heartbeat(storage, config.train.epochs, uri, quiet))
 
+    def settled(self, config: Config) -> None:
+        """Where its reward is settled is known."""
+        self._config = config
+
     def say(self, text: str) -> None:
         self._bar.around(self._say, "\n".join(short(printable(line)) for line in text.split("\n")))
 
@@ -142,4 +146,6 @@ def _epoch_line(config: Config, line: dict[str, Any], seconds: float) -> str:
         text += f"  {line['quarantined']} set aside"
     if line["eval_reward_mean"] is not None:
         text += f"  evaluated {line['eval_reward_mean']:.3f}"
+    if line.get("eval_gap") is not None:
+        text += f"  gap {line['eval_gap']:.3g} nats"
     return f"{text}  COLLAPSE? {line['collapse']}" if line.get("collapse") else text

@@ -22,9 +22,13 @@ DB, GRADIENTS = "tests/learner/objectives/test_db.py", "tests/learner/objectives
 TARGETS, GATHER = "tests/learner/objectives/test_targets.py", "tests/learner/test_experience.py"
 UPDATE, HELD, EVERY = (f"tests/learner/test_{name}.py" for name in ("update", "regulariser", "every_objective"))
 ROLLOUT, COLLAPSE = "tests/diffusion/test_rollout.py", "tests/evaluation/test_collapse.py"
+CERTIFICATE, LAWS = "tests/evaluation/test_certificate.py", "tests/evaluation/test_target_laws.py"
 METRICS, OPEN = "tests/evaluation/test_evaluation_metrics.py", "tests/learner/test_open_run.py -k somebody_elses"
 RECEIVED, JUDGED = "tests/commands/test_received_runs.py", "tests/commands/test_evaluate.py"
 PATHS = "tests/learner/objectives/test_trajectories.py"
+QUARANTINE = "tests/learner/protocol/test_quarantine.py"
+ADJOINT, NATURAL = "tests/learner/objectives/test_adjoint_matching.py", "tests/learner/test_natural.py"
+SQUARES = "tests/learner/test_least_squares.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -63,7 +67,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "learner/objectives/ddpo.py": (("(rewards.std() + 1e-8)", "(rewards.std(ddof=1) + 1e-8)", SLOW),),
     "learner/objectives/trajectory.py": (
-        ("ratio.detach() + weights * (ratio - ratio.detach())", "weights * ratio", f"{PATHS} -k test_traj"),
+        ("ratio.detach() + self.weights(batch)", "0 * ratio + self.weights(batch)", f"{PATHS} -k test_traj"),
         ("self.group * (moved", "(moved", f"{PATHS} -k micro"),
         ("loss.detach().repeat_interleave(self.group) / self.group", "loss.detach().repeat_interleave(self.group)",
          f"{PATHS} -k micro"),
@@ -76,7 +80,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("log_z_rate * (mean - before)", "log_z_rate * mean", f"{PATHS} -k learned"),
         ("else each.mean(1)", "else each.sum(1)", f"{PATHS} -k test_trajectory_balance"),
         ("torch.where(first, prior, torch.zeros_like(prior))", "prior", f"{PATHS} -k test_trajectory_balance"),
-        ("log_q[:, first] += 0.5", "log_q[:, first] -= 0.5", f"{EVERY} -k no_residual"),
+        ("log_q[:, first] += 0.5", "log_q[:, first] -= 0.5", f"{EVERY} -k log_ratios"),
     ),
     "learner/objectives/sub_trajectory_balance.py": (
         ("ratio.flip(1).cumsum(1).flip(1)", "ratio.cumsum(1)", f"{PATHS} -k sub_traj"),
@@ -94,6 +98,25 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("return log_reference(batch, self.settings.log_prob_reduction)", "return super().log_other(batch)",
          f"{PATHS} -k residual_db"),
     ),
+    "learner/objectives/adjoint_matching.py": (
+        ("adjoints.append(adjoint)", "adjoints.append(gradient)", ADJOINT),
+        ("variance * beta * batch", "variance * batch", ADJOINT),
+        ("self.kernel.mean if step < noisy else self.kernel.without_noise", "self.kernel.mean", ADJOINT),
+    ),
+    "learner/least_squares.py": (
+        (" - (1 - kept) / ridge", "", SQUARES),
+        ("gain.mean() > SURE", "gain.mean() > 0 * SURE", SQUARES),
+        ("information.clamp(min=least).rsqrt()", "information.clamp(min=least).sqrt()", SQUARES),
+        ("errors - gram @ best.coefficients", "errors", SQUARES),
+    ),
+    "learner/natural.py": (
+        ("if found >= best:", "if 0:", f"{NATURAL} -k explains_move_nothing"),
+        ("scale[part].square() *", "scale[part] *", f"{NATURAL} -k ranks"),
+        ("epoch, prompt), len(numbers))", "0, prompt), 0)", f"{NATURAL} -k two_prompts"),
+    ),
+    "learner/rows.py": (
+        ("len(values), each.shape[1]).sum(0)", "len(values), each.shape[1])[0]", f"{NATURAL} -k rows"),
+    ),
     "learner/objectives/grpo.py": (
         ("rows[prompt].append(row)", "rows[0].append(row)", f"{PATHS} -k grpo"),
         ("self.settings.reference_kl * parts", "parts", f"{PATHS} -k grpo"),
@@ -104,8 +127,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("rollout.noise_steps != end", "0", f"{TARGETS} -k window"),
     ),
     "learner/protocol/quarantine.py": (
-        ("trajectories.log_ref[rows]", "trajectories.log_ref",
-         "tests/learner/protocol/test_quarantine.py -k densities"),
+        ("trajectories.log_ref[rows]", "trajectories.log_ref", f"{QUARANTINE} -k densities"),
     ),
     "learner/config/schema.py": (
         ('self.objective.window == "all" and self.needs.inner_rewards', 'self.objective.window == "all"',
@@ -142,6 +164,18 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("np.flatnonzero(good & (groups == group))", "np.flatnonzero(good)", METRICS),
         ("more = np.append(change, (1.0, -1.0))", "more = change", METRICS),
         ("return float(np.median(drawn)), float(most)", "return float(drawn[0]), float(drawn[0])", METRICS),
+    ),
+    "evaluation/certificate.py": (
+        ("each = log_z - exponent * rewards + path", "each = log_z - exponent * rewards - path", CERTIFICATE),
+        ("if not tilts.known(pool.ravel(), places, exponent):", "if False:", CERTIFICATE),
+        ("(count - 1) * np.log(others", "count * np.log(others", CERTIFICATE),
+    ),
+    "evaluation/targets.py": (
+        ("aim = laws(pool, self.places, self.weights, count)",
+         "aim = laws(pool, self.places, np.ones(len(pool)), count)", LAWS),
+        ("drawn.append(float(share @ variations(sampled, estimated)))",
+         "drawn.append(float(share @ variations(sampled, law)) / 2)", LAWS),
+        ("of_tuned, _, of_pool = self._codes(given)", "of_tuned, _, of_pool = self._codes(name)", LAWS),
     ),
     "evaluation/adapters.py": (
         ("own = {key: value for key, value in config.own_code.items() if key not in given}", "own = {}", RECEIVED),

@@ -69,12 +69,17 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
     if needs.reward_gradients and config.train.shuffle_rewards:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
-    if isinstance(given.window, tuple):
-        if not 0 <= given.window[0] <= given.window[1] < config.sampler.steps:
-            yield f"objective.window: {list(given.window)} is not within 0 to {config.sampler.steps - 1}"
-            return
-        if given.last_transition == "skip":
-            yield "objective.window, objective.last_transition: give one of them"
+    if isinstance(given.window, tuple) and not 0 <= given.window[0] <= given.window[1] < config.sampler.steps:
+        yield f"objective.window: {list(given.window)} is not within 0 to {config.sampler.steps - 1}"
+        return
+    if given.window != "all" and given.last_transition == "skip":
+        yield "objective.window, objective.last_transition: give one of them"
+    behind = given.window == "auto" or given.span(config.sampler.steps)[1] < config.sampler.steps
+    if given.later_kl and (config.sampler.noise == "window" or not behind):
+        yield (
+            "objective.later_kl: no transition with noise is behind the window; set it to 0, or "
+            + ("sampler.noise=all" if behind else "objective.window")
+        )
     if needs.whole_trajectories and config.sampler.transitions != "all":
         yield f"sampler.transitions: {given.kind} sums over trajectories; set it to all (a part: objective.window)"
     if given.kind in ("rtb", "tb") and given.log_z == "group" and config.prompts.per_prompt < 2:
@@ -88,6 +93,8 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"learner.optimizer: {given.kind} is no sum of squares for natural; use adamw, or one of {allowed}"
         if needs.flow and not config.flow.fit_steps:
             yield "flow.fit_steps: with learner.optimizer=natural the flow network learns in them alone; set some"
+        if given.later_kl:
+            yield "objective.later_kl: natural steps have none; set it to 0, and sampler.adapter=window to the same end"
         if config.train.replay_updates:
             yield "train.replay_updates: natural steps use earlier epochs by learner.natural_epochs; set it to 0"
         if given.regulariser or given.penalty != "squared" or given.transition_weight != "uniform":
@@ -107,6 +114,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "prompts.per_prompt: grpo compares a prompt's trajectories; make it at least 2"
     if needs.compares_groups:
         sampler, (first, end) = config.sampler, given.span(config.sampler.steps)
+        end = end if given.window != "auto" else 1  # whatever it comes out as
         each = select_transitions(sampler.transitions, sampler.transition_fraction, end - first, 0, 0, [0]).shape[1]
         if chunk * each % given.group_size:
             yield (

@@ -91,7 +91,27 @@ def as_arguments(settings: Mapping[str, Any]) -> str:
 
 
 def saved_config(records: "Records") -> Config:
-    """The settings of a run. Raises a ConfigError where they are of another version, or damaged; a StorageError."""
+    """The settings of a run, objective.window as it was measured. Raises a ConfigError where they are of another
+    version, or damaged; a StorageError."""
+    return settled(given_config(records), records)
+
+
+def settled(config: Config, records: "Records") -> Config:
+    """With the window that the run's run.json has for objective.window=auto, if it is measured. Raises a ConfigError
+    where it is of other steps."""
+    known = records.about.get("settled")
+    if config.objective.window != "auto" or not known:
+        return config
+    if known["steps"] != config.sampler.steps:
+        fault = f"its window is of {known['steps']} steps, not of {config.sampler.steps}"
+        raise ConfigError(f"run.dir: run.json in {records.storage} is damaged: {fault}")
+    first, last = known["window"]
+    objective = config.objective.model_copy(update={"window": (first, last)})
+    return config.model_copy(update={"objective": objective})
+
+
+def given_config(records: "Records") -> Config:
+    """As saved_config, but as the run was told."""
     place = f"{records.storage}/config.yaml"
     tree = _parse(records.settings(), f"run.dir: {place} is damaged")
     mlflow = tree.get("mlflow")  # of a run of an older Tributary it may hold a password

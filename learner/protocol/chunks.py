@@ -6,6 +6,8 @@ from diffusion import noise
 from diffusion.trajectory import Chunk, Purpose
 from learner.config import Config
 
+CONTINUED = 1  # in place of the evaluation set's epoch 0: other noise
+
 
 def training_chunks(config: Config, prompts: Sequence[str], epoch: int) -> list[Chunk]:
     """Of one epoch: prompts come in shuffled passes over the set, each `per_prompt` times in a row, without a state."""
@@ -23,6 +25,22 @@ def evaluation_chunks(config: Config, prompts: Sequence[str]) -> list[Chunk]:
     size = config.sampler.chunk_size
     count = -(-config.evaluation.images // size) * size
     return _cut([prompts[i % len(prompts)] for i in range(count)], size, "evaluate", 0, config.evaluation.seed)
+
+
+def continuation_chunks(
+    config: Config, prompts: Sequence[str], starts: int, states: Sequence[int], branches: int
+) -> list[Chunk]:
+    """`starts` trajectories, their prompts in turn, and for each of the states branches - 1 that go on from there with
+    other noise, numbered one after the other: `forks` says from where."""
+    each = 1 + len(states) * (branches - 1)
+    forks = [max(states), *(state for state in states for _ in range(branches - 1))]
+    ids, size, seed = range(starts * each), config.sampler.chunk_size, config.evaluation.seed
+    chunks = []
+    for index, rows in enumerate(ids[start : start + size] for start in range(0, len(ids), size)):
+        texts = tuple(prompts[row // each % len(prompts)] for row in rows)
+        parents, at = tuple(row // each * each for row in rows), tuple(forks[row % each] for row in rows)
+        chunks.append(Chunk(index, "evaluate", CONTINUED, seed, texts, tuple(rows), parents, at))
+    return chunks
 
 
 def _cut(prompts: Sequence[str], size: int, purpose: Purpose, epoch: int, seed: int) -> list[Chunk]:

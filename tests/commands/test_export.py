@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -21,6 +22,7 @@ from diffusion.rollout import Sampler
 from diffusion.trajectory import Chunk
 from evaluation.adapters import open_trained
 from evaluation.metrics import paired_interval
+from learner.config import load_config
 from records import checkpoint
 from records.run_folder import Records
 from records.storage import Storage
@@ -253,3 +255,80 @@ def test_a_run_that_somebody_sent_is_read_and_not_obeyed(run, tmp_path, refused)
     checkpoint_folder.rename(tmp_path / "outside")
     checkpoint_folder.symlink_to(tmp_path / "outside")
     assert "leads out" in refused("export", run, "--format", "kohya", "--step", "2")
+
+
+@pytest.mark.parametrize("grid", ["ddim", "dpm_solver"])
+@pytest.mark.parametrize("form", ["diffusers", "fused"])
+def test_the_cards_code_adds_noise_where_the_sampler_does(grid, form, tiny_pipeline, tmp_path, monkeypatch):
+    """sampler.noise=window: to the pixel, with the recorded noise; and not what noise in all steps draws."""
+    settings = ["sampler.steps=5", "sampler.noise=window", "objective.window=[0, 1]", "objective.last_transition=train"]
+    config = load_config(overrides=[*settings, f"sampler.grid={grid}", f"model.path={tiny_pipeline}"])
+    code = model_card.usage(config, form, tiny_pipeline, tiny_pipeline)
+    code = re.sub("(#|pipe.load_lora|pipe\\().*\n?", "", code)  # the base model's pictures will do
+    exec(code, names := {})
+    if form == "fused":  # its scheduler is the run's
+        solver, about = names["pipe"].scheduler, {"ddim": model_card.DDIM, "dpm_solver": model_card.DPM_SOLVER}[grid]
+        names["pipe"].scheduler = type(solver).from_config(solver.config, **about)
+    model = BaseModel(tiny_pipeline)
+    model.attach_lora(1, 1, seed=0)
+    zeros = lora.snapshot(model.unet, 0)
+    zeros = lora.Snapshot(0, zeros.flat * 0, lora.digest(zeros.flat * 0))
+    own = config.rollout_settings()
+    assert own.noise_steps == 2
+    drawn, chunk = {}, Chunk(0, "evaluate", 0, 11, PROMPTS, (0, 1))
+    for steps in (2, 5):
+        made, _ = Sampler(model, replace(own, noise_steps=steps)).sample(chunk, zeros)
+        drawn[steps] = Decoder(tiny_pipeline)(torch.from_numpy(made.states[:, -1])).permute(0, 2, 3, 1).numpy()
+    normal = (noise.normal(11, noise.EVALUATION, 0, range(2), i, model.latent_shape) for i in range(6))
+    initial, *draws = map(torch.from_numpy, normal)
+    scheduler = names["pipe"].scheduler
+    step = type(scheduler).step
+
+    def recorded(self, output, timestep, sample, *, generator=None, return_dict=True, **more):
+        more |= {"variance_noise": draws.pop(0), "return_dict": return_dict}
+        return step(self, output, timestep, sample, generator=generator, **more)
+
+    if grid == "ddim":
+
+        def recorded_ddim(self, output, timestep, sample, eta=0.0, generator=None, return_dict=True):
+            return recorded(self, output, timestep, sample, eta=eta, return_dict=return_dict)
+
+    monkeypatch.setattr(type(scheduler), "step", recorded_ddim if grid == "ddim" else recorded)
+    eta = {"eta": 1.0} if grid == "ddim" else {}
+    theirs = names["pipe"](list(PROMPTS), latents=initial * scheduler.init_noise_sigma, num_inference_steps=5,
+                           guidance_scale=own.guidance, output_type="np", **eta).images  # fmt: skip
+    assert np.abs(theirs - drawn[2]).max() < 2e-3 < 0.02 < np.abs(theirs - drawn[5]).max()
+
+
+def test_the_cards_code_uses_the_lora_where_the_sampler_does(tiny_pipeline, tmp_path, monkeypatch):
+    """sampler.adapter=window: to the pixel; and not what the LoRA in all steps draws."""
+    settings = ["sampler.steps=5", "sampler.noise=window", "objective.window=[0, 1]", "objective.last_transition=train"]
+    config = load_config(overrides=[*settings, "sampler.adapter=window", f"model.path={tiny_pipeline}"])
+    model = BaseModel(tiny_pipeline)
+    model.attach_lora(2, 2, seed=0, targets=lora.TARGETS["all"])
+    with torch.no_grad():
+        for _, parameter in lora.named(model.unet):
+            parameter.normal_(std=0.3)
+    lora.save_files(model.unet, tmp_path)
+    snapshot, own = lora.snapshot(model.unet, 1), config.rollout_settings()
+    drawn, chunk = {}, Chunk(0, "evaluate", 0, 11, PROMPTS, (0, 1))
+    for within in (own.adapted, None):
+        made, _ = Sampler(model, replace(own, adapted=within)).sample(chunk, snapshot)
+        drawn[within] = Decoder(tiny_pipeline)(torch.from_numpy(made.states[:, -1])).permute(0, 2, 3, 1).numpy()
+    code = re.sub(r"pipe\(.*\n?", "", model_card.usage(config, "diffusers", tiny_pipeline, str(tmp_path)))
+    exec(code, names := {})
+    normal = (noise.normal(11, noise.EVALUATION, 0, range(2), i, model.latent_shape) for i in range(6))
+    initial, *draws = map(torch.from_numpy, normal)
+    pipe = names["pipe"]
+    step = type(pipe.scheduler).step
+
+    def recorded(self, output, timestep, sample, eta=0.0, generator=None, return_dict=True):
+        more = {"variance_noise": draws.pop(0), "return_dict": return_dict}
+        return step(self, output, timestep, sample, eta=eta, generator=generator, **more)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", recorded)
+    how = {"num_inference_steps": 5, "eta": 1.0, "guidance_scale": own.guidance, "output_type": "np"}
+    latents = initial * pipe.scheduler.init_noise_sigma
+    theirs = pipe(list(PROMPTS), latents=latents, callback_on_step_end=names["lora_within"], **how).images
+    assert np.abs(theirs - drawn[0, 2]).max() < 2e-3 < 0.02 < np.abs(theirs - drawn[None]).max()
+    assert "this uses it in all" in model_card.usage(config, "fused", tiny_pipeline)

@@ -11,7 +11,9 @@ from PIL import Image
 from commands import generate
 from diffusion import lora
 from diffusion.base_model import BaseModel
+from evaluation.adapters import drawing
 from learner.config import Config, load_config
+from learner.config.sections import LoraConfig
 from reports import pictures as sheets
 
 
@@ -160,3 +162,21 @@ def test_what_cannot_be_drawn_is_refused(finished_run, without_text, tmp_path, r
     ):
         assert message in refused("generate", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors"]
+
+
+def test_noise_ends_with_the_runs_window(tiny_pipeline, tmp_path):
+    """As the sampler of such a run draws; another number of steps would have another window."""
+    settings = "sampler.steps=4", "objective.last_transition=train", f"model.path={tiny_pipeline}"
+    window = load_config(overrides=[*settings, "sampler.noise=window", "objective.window=[0, 1]"])
+    config = generate.settings(window, None, 3, {})
+    assert config.rollout_settings().noise_steps == 2
+    (ours,), (all_noise,) = (
+        generate.draw(each, None, ["a red circle"], 2)[0]
+        for each in (config, generate.settings(load_config(overrides=settings), None, 3, {}))
+    )
+    judged = drawing(config, config.evaluation, LoraConfig(rank=1, alpha=1))
+    assert judged.noise_steps == 2 and judged.rollout_settings().noise_steps == 2
+    (again,) = generate.draw(judged, None, ["a red circle"], 2)[0]
+    assert np.array_equal(ours, again) and differ(ours, all_noise) > 5
+    with pytest.raises(ValueError, match="--steps: the run has noise in the first 2 of 4 steps alone"):
+        generate.settings(window, None, None, {"steps": 8})

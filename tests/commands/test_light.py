@@ -29,7 +29,7 @@ SEMANTIC = [  # arguments that no parser refuses
     ("targets", "NONE"), ("generate", "--lora", "NONE"), ("generate", "--images", "0"),
     ("generate", "--steps", "1"), ("generate", "--out", "grid.jpg"), ("export", "NONE", "--format", "fused"),
     ("export", "RUN", "--format", "fused", "--step", "7"), ("score", "--reward", "beauty", "."),
-    ("score", "--reward", "hpsv2", "nowhere.png"), ("verify", "beauty"),
+    ("score", "--reward", "hpsv2", "nowhere.png"), ("verify", "beauty"), ("settled", "NONE"),
 ]  # fmt: skip
 SETTINGS = [(verb, "RUN", "evaluation.imges=3", "sampler.steps=none") for verb in ("evaluate", "compare", "targets")]
 PARSED = [(verb, option) for verb in VERBS for option in ("--help", "--no-such-option")]

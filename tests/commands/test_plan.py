@@ -117,3 +117,14 @@ def test_trajectories_of_an_earlier_policy_cost_the_pass_that_the_regulariser_ne
     )
     # two passes under guidance, for the second of the two updates
     assert lagging.training - plain.training == plain.transitions / 2 * 2 * cost.unet and free == plain
+
+
+def test_a_window_to_be_measured_and_what_is_behind_it_are_counted(small_config, cost):
+    auto = small_config("objective.window=auto", "objective.last_transition=train")
+    (said, until) = plan._window(auto, cost)
+    assert "1536 transitions, 576 pictures" in said and "all transitions" in until
+    settings = "objective.window=[0, 1]", "objective.last_transition=train"
+    assert plan._window(small_config(*settings), cost) == []
+    plain, held = (plan.work(small_config(*settings, *more), cost, 1) for more in ((), ("objective.later_kl=1",)))
+    more = 8 * 2 * 2 * (cost.unet_train + cost.unet)  # trajectories, transitions, guidance
+    assert held.training - plain.training == pytest.approx(more)

@@ -25,10 +25,12 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def judge(run, cache):
+def judge(run, cache, tmp_path):
+    (tmp_path / "two.txt").write_text("a red circle\na blue square\n")
+    given = ["--images", "16", "--cache", str(cache), "--prompts", str(tmp_path / "two.txt"), *SMALL]
 
     def go(*more, source=run) -> int:
-        return main([str(source), "--images", "16", "--cache", str(cache), *SMALL, *map(str, more)])
+        return main([str(source), *given, *map(str, more)])
 
     return go
 
@@ -58,7 +60,7 @@ def test_a_run_is_judged_against_a_chosen_tilt(run, judge, capsys, monkeypatch):
     records = Records.open(Storage(str(run)))
     lines = summary.describe(records, load_config(run / "config.yaml"))
     assert any(line.startswith("against the exact target (beta 2)") for line in lines)
-    # Another tilt is another judgement.
+    # Another tilt is another judgement, of the same pictures.
     assert judge("--beta", 3, "--given", "shape") == 0
     assert len(list((run / "evaluation").glob("targets-*.json"))) == 2
     # Damage is a warning.
@@ -84,6 +86,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_starts(run, refused, t
     assert "--given: no attribute 'mood'; there are colour," in refused("targets", run, *SMALL, "--given", "mood")
     clip = f"evaluation.clip={tmp_path / 'nowhere'}"
     assert "evaluation.clip" in refused("targets", run, *SMALL, clip, "--beta", "1", "--attribute", "a=b,c")
+    assert "16 pictures of 16 prompts" in refused("targets", run, *SMALL, "--beta", "1", "--images", "16")
     (tmp_path / "prompts.txt").write_text("a photo of a dog\n")
     other = ("--prompts", tmp_path / "prompts.txt", "reward.name=jpeg_compressibility")
     assert "--attribute 'animal=a cat,a dog'" in refused("targets", run, *SMALL, "--beta", "1", *other)

@@ -232,3 +232,33 @@ def test_a_windows_transitions_are_selected_and_its_end_is_scored_only_where_it_
     assert trajectories.selected.tolist() == [[1, 2]] * 4 and clean.terminal == (terminal or 4)
     assert clean.step.reshape(4, -1).tolist() == [[1, 2, 4] if terminal is None else [1, 2, 3, 4]] * 4
     assert trajectories.states.shape[1] == 5
+
+
+def test_branches_are_their_parent_until_they_fork(tiny_pipeline):
+    own = sampler(tiny_pipeline)
+    snapshot = moved(own.model)
+    prompts, ids = ("a red circle",) * 5, (10, 11, 12, 13, 14)
+    tree = Chunk(0, "evaluate", 1, 5, prompts, ids, parents=(10, 10, 10, 13, 13), forks=(3, 0, 2, 3, 3))
+    made, _ = own.sample(tree, snapshot)
+    plain, _ = own.sample(Chunk(0, "evaluate", 1, 5, prompts, ids), snapshot)
+    states, alone = made.states, plain.states
+    for row, parent, fork in ((1, 0, 0), (2, 0, 2), (4, 3, 3)):
+        assert np.array_equal(states[row, : fork + 1], states[parent, : fork + 1])
+        assert not any(np.array_equal(states[row, k], states[parent, k]) for k in range(fork + 1, 5))
+    assert np.abs(states[[0, 3]] - alone[[0, 3]]).max() < 1e-4  # in other batches: other last bits
+    after = states[1, 1] - states[0, 1], alone[1, 1] - alone[0, 1]
+    assert not np.allclose(*after)  # it begins elsewhere
+
+
+def test_steps_without_noise_have_no_density_and_no_nats(tiny_pipeline):
+    own = sampler(tiny_pipeline, noise_steps=2, reference=True)
+    made, clean = own.sample(chunk(), moved(own.model))
+    for values in (made.log_pf, made.log_pb, made.log_ref, clean.nats.log_ratio, clean.nats.kl):
+        assert (values[:, 2:] == 0).all() and (values[:, :2] != 0).all()
+    again = sampler(tiny_pipeline, noise_steps=2)
+    other, _ = again.sample(chunk(seed=6), moved(again.model))
+    assert not np.allclose(other.states, made.states)
+    x, t = torch.from_numpy(made.states[:, 2]), torch.full((4,), int(made.timesteps[2]))
+    output, _ = own.model.predict(x, t, own.model.embed(chunk().prompts), 3.0)
+    following = own.kernel.without_noise(output.detach(), t, x)
+    torch.testing.assert_close(torch.from_numpy(made.states[:, 3]), following, rtol=0, atol=1e-5)

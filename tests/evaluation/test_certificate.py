@@ -52,7 +52,8 @@ def test_too_few_pictures_are_said_instead_of_a_gap():
     assert few["no_gap"].startswith("too few pictures: 512 base pictures of a prompt count as ") and few["nats"] == 0
     alone = policy(0.0)
     alone = Evaluated([str(i) for i in range(N)], alone.rewards, {}, None, alone.kl, alone.log_ratio)
-    assert certificate.measure(alone, [BASE], 1.0)["no_gap"] == "no prompt has two good pictures"
+    single = certificate.measure(alone, [BASE], 1.0)
+    assert single["no_gap"] == "no prompt has two good pictures" and single["nats"] == 0 and single["gain"] == 0
     none = certificate.measure(policy(1.0), [BASE], None, "ddpo has no target")
     assert none["no_gap"] == "ddpo has no target" and none["gap"] is None and none["ideal_gain"] is not None
     old = certificate.measure(Evaluated(PROMPTS, BASE, {}, None), [BASE], 1.0)
@@ -82,7 +83,11 @@ def test_weights_are_the_tilts_own_within_every_prompt():
     np.testing.assert_allclose(weighted, [0, 1, 1 / (1 + np.e), np.e / (1 + np.e)], atol=1e-12)
     sizes = tilts.sample_sizes(weighted, groups)
     assert sizes[0] == 1 and sizes[1] == pytest.approx(1 / (weighted[2] ** 2 + weighted[3] ** 2))
-    assert tilts.bias(np.array([4.0, 4.0]), np.array([4, 4])) == 0
+    few, many = (np.repeat([0, 1], n) for n in (4, 400))
+    rng = np.random.default_rng(0)
+    assert tilts.known(rng.normal(size=8), few, 1.0) and not tilts.known(rng.normal(size=8), few, 3.0)
+    assert tilts.known(rng.normal(size=800), many, 2.0) and not tilts.known(rng.normal(size=800), many, 4.0)
+    assert not tilts.known(np.ones(2), np.arange(2), 1.0)
 
 
 def test_an_ideal_tilt_costs_as_many_nats_as_it_is_given():

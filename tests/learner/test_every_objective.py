@@ -250,6 +250,18 @@ def test_a_window_is_read_from_yaml_and_from_a_command(tmp_path):
     assert load_config(overrides=[*RTB, "objective.log_z=learned", "prompts.per_prompt=1"])
 
 
+@pytest.mark.parametrize("reduction", ["sum", pytest.param("mean", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["tb", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("rtb", "sub_tb"))])
+def test_an_epochs_log_ratios_are_those_of_its_transitions(kind, reduction, configured):
+    learner = new_learner(configured(kind, f"objective.log_prob_reduction={reduction}"), version=1)
+    chunk = Experience(*scored_epoch(learner.config, learner.published)[0])
+    batch = chunk.gather(np.arange(len(chunk)), learner.model, learner.config)
+    objective = learner.objective
+    expected = (objective.log_pf_old(batch) - objective.log_q(batch)).reshape(4, -1).numpy()
+    close = {"rtol": 1e-4, "atol": 1e-2 if reduction == "sum" else 1e-5}
+    np.testing.assert_allclose(objective.nats(chunk.trajectories), expected, **close)
+
+
 @pytest.mark.parametrize("kind", ["rtb", "tb"])
 def test_an_offset_of_rewards_and_an_untrained_last_transition_leave_no_residual(kind, configured):
     """log Z is of the rewards that the goal is of: of the image, less the offset."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.least_squares import centre, scale, solve
+from learner.least_squares import columns, scale, solve
 
 
 def problem(seed: int, n: int = 40, p: int = 60, noise: float = 0.5, groups: int = 0):
@@ -30,10 +30,11 @@ def dense(rows, errors, index, ridge):
 @pytest.mark.parametrize("groups", [0, 1, 4])
 def test_equals_a_dense_solution_and_leave_one_out_is_leaving_out(groups):
     rows, errors, index = problem(0, groups=groups)
-    found = solve(rows @ rows.T, errors, index)
-    step = rows.T @ centre(found.coefficients, index)
+    found = solve(rows @ rows.T, errors, columns(index))
+    step = rows.T @ found.coefficients
     expected, _ = dense(rows, errors, index, found.ridge)
-    torch.testing.assert_close(step, -expected[: rows.shape[1]], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(step, expected[: rows.shape[1]], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.free, expected[rows.shape[1] :], rtol=1e-6, atol=1e-8)
     left, alone = 0.0, 0.0
     for i in range(len(errors)):
         others = np.delete(np.arange(len(errors)), i)
@@ -53,7 +54,7 @@ def test_no_step_on_pure_noise():
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         rows, errors = torch.randn(80, 200, generator=generator), torch.randn(80, generator=generator)
-        found = solve(rows @ rows.T, errors, torch.zeros(80, dtype=torch.int64))
+        found = solve(rows @ rows.T, errors, torch.ones(80, 1))
         explained.append(found.explained)
         assert (found.coefficients == 0).all() == (found.explained == 0)
     assert sum(value == 0 for value in explained) >= 18 and max(explained) < 0.15
@@ -61,8 +62,8 @@ def test_no_step_on_pure_noise():
 
 def test_a_row_alone_in_its_group_and_rows_without_length_say_nothing():
     rows, errors, _ = problem(1, n=6)
-    assert (solve(rows @ rows.T, errors, torch.arange(6)).coefficients == 0).all()
-    found = solve(torch.zeros(6, 6), errors, torch.zeros(6, dtype=torch.int64))
+    assert (solve(rows @ rows.T, errors, columns(torch.arange(6))).coefficients == 0).all()
+    found = solve(torch.zeros(6, 6), errors, torch.ones(6, 1))
     assert (found.coefficients == 0).all() and found.explained == 0
 
 
@@ -70,3 +71,15 @@ def test_parameters_are_scaled_to_equal_information_down_to_a_floor():
     information = torch.tensor([4.0, 1.0, 0.01, 0.0])
     assert scale(information, [1, 2, 1, 1], 1.0).tolist() == [0.5, 1.0, 1.0, 1.0, 1.0]
     assert scale(information, [1, 2, 1, 1], 0.05).tolist() == pytest.approx([0.5, 1.0, 1.0, 0.05**-0.5, 0.05**-0.5])
+
+
+def test_a_free_column_is_held_by_no_ridge():
+    """As the scaling of the present adapter: found whole where rows alone shrink it."""
+    rows, _, _ = problem(2, n=200, p=400, noise=0.0)
+    generator = torch.Generator().manual_seed(5)
+    along = rows @ torch.randn(400, generator=generator, dtype=torch.float64) / 20
+    errors = -0.4 * along + 0.5 * torch.randn(200, generator=generator, dtype=torch.float64) + 2.0
+    found = solve(rows @ rows.T, errors, torch.stack([torch.ones(200), along], 1))
+    assert found.free[0].item() == pytest.approx(2.0, abs=0.15) and found.free[1].item() == pytest.approx(
+        -0.4, abs=0.15
+    )

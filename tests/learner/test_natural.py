@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from exact_problem import Problem, Quadratic, ToyModel, gaussian, tilted, total_variation
+from test_process_group import Ranks
 from torch import Tensor, nn
 
 from diffusion.base_model import BaseModel
 from diffusion.rollout import Sampler
-from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, Scores
+from learner import process_group
 from learner.config import Config
 from learner.objectives.needs import NEEDS
 from learner.rows import Rows, trained
@@ -47,11 +48,12 @@ class Linear(ToyModel):
 
 def make(problem: Problem, kind: str, **learner) -> tuple[Learner, Sampler]:
     objective = {"kind": kind, "log_prob_reduction": "sum", "beta": 1.0, "regulariser": 0.0, "anneal_fraction": 0.0}
+    fits = 100 if NEEDS[kind].flow else 0
     config = Config.model_validate({
         "objective": {**objective, "forward_looking": "none", "reward_offset": 0.0},
         "sampler": {"steps": problem.steps, "guidance": 1.0, "chunk_size": 32}, "prompts": {"per_prompt": 4},
         "learner": {"optimizer": "natural", "micro_batch": 512, **learner},
-        "flow": {"learning_rate": 0.1, "fit_steps": 100 if NEEDS[kind].flow else 0, "batch": 256},
+        "flow": {"learning_rate": 0.1, "fit_steps": fits, "batch": 256},
         "train": {"trajectories": BATCH, "updates_per_epoch": 1},
     })  # fmt: skip
     flow = Quadratic(problem) if config.needs.flow else None
@@ -60,11 +62,12 @@ def make(problem: Problem, kind: str, **learner) -> tuple[Learner, Sampler]:
     return made, Sampler(model, config.rollout_settings())  # type: ignore[arg-type]
 
 
-def epoch_of(problem: Problem, learner: Learner, sampler: Sampler, number: int, prompt: str = "a"):
+def epoch_of(problem: Problem, learner: Learner, sampler: Sampler, number: int, prompts: str = "a"):
+    """Prompts, of a letter each, take turns by groups of four."""
     scored = []
     for index in range(BATCH // 32):
         ids = tuple(range(32 * index, 32 * index + 32))
-        chunk = Chunk(index, "train", number, 0, (prompt,) * 32, ids)
+        chunk = Chunk(index, "train", number, 0, tuple(prompts[i // 4 % len(prompts)] for i in ids), ids)
         trajectories, _ = sampler.sample(chunk, learner.published)
         rewards = np.full((32, problem.steps + 1), np.nan, np.float32)
         rewards[:, -1] = problem.rewards(torch.from_numpy(trajectories.states[:, -1])).numpy()
@@ -115,10 +118,10 @@ def test_rows_are_the_gradients_of_single_transitions(tiny_pipeline):
 def test_a_linear_gaussian_problem_is_solved_in_a_few_updates(kind, epochs):
     before, after, rows = trained_for(tilted(5), kind, epochs, True)
     assert before > 0.29 and after < 0.02
-    assert rows[0]["explained"] > 0.1 and rows[0]["length"] > 0
+    assert any(row["length"] and row["explained"] > 0.1 for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["dag_db", "tb", "sub_tb"])
+@pytest.mark.parametrize("kind", ["tb", pytest.param("dag_db", marks=pytest.mark.long)])
 def test_the_target_of_dag_is_reached(kind):
     before, after, _ = trained_for(gaussian(5), kind, 12, False)
     assert before > 0.6 and after < 0.02
@@ -137,7 +140,47 @@ def test_rewards_that_nothing_explains_move_nothing():
         noise = scores.rewards.copy()
         noise[:, -1] = rng.normal(size=len(noise))
         scored.append((trajectories, replace(scores, rewards=noise)))
+    before = learner.published.sha256
     training = learner.train_epoch(0, 1.0, [scored])
-    assert training.metrics["explained"] < 0.1
-    assert learner.publish(1).sha256 != "" or isinstance(learner.published, Snapshot)
-    assert total_variation(learner, True) > 0.2
+    assert training.metrics["explained"] == training.metrics["length"] == 0
+    assert learner.publish(1).sha256 == before  # only such a step may publish what was
+
+
+def test_two_prompts_have_a_constant_each():
+    """The second prompt's rewards are 50 higher, which is log Z alone."""
+    problem = tilted(5)
+    learner, sampler = make(problem, "rtb")
+    for number in range(6):
+        scored = []
+        for trajectories, scores in epoch_of(problem, learner, sampler, number, "ab"):
+            higher = np.array([50.0 * (prompt == "b") for prompt in trajectories.chunk.prompts], np.float32)
+            scored.append((trajectories, replace(scores, rewards=scores.rewards + higher[:, None])))
+        learner.train_epoch(number, 1.0, [scored])
+        learner.publish(number + 1)
+    assert total_variation(learner, True) < 0.02
+
+
+def _rank(rank: int, count: int, address: str, problem_steps: int, queue) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    process_group.join(address, rank, count, 60, whole_gpu=False)
+    problem = tilted(problem_steps)
+    learner, sampler = make(problem, "rtb")
+    scored = epoch_of(problem, learner, sampler, 0, "ab")
+    metrics = learner.train_epoch(0, 1.0, [scored[rank::count]]).metrics
+    queue.put((rank, learner.publish(1).flat, metrics))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_take_the_step_of_one():
+    problem = tilted(5)
+    learner, sampler = make(problem, "rtb")
+    metrics = learner.train_epoch(0, 1.0, [epoch_of(problem, learner, sampler, 0, "ab")]).metrics
+    alone = learner.publish(1).flat
+    with Ranks(_rank, 2, 5, needs="learner.update") as ranks:
+        shared = ranks.answers(2, seconds=120)
+    for _, flat, found in shared:
+        np.testing.assert_allclose(flat, alone, rtol=2e-3, atol=1e-4)
+        assert found["length"] == metrics["length"] > 0
+        assert found["explained"] == pytest.approx(metrics["explained"], rel=1e-4)
+    assert np.array_equal(shared[0][1], shared[1][1])
