@@ -126,11 +126,9 @@ def passes(lines: Sequence[Mapping[str, Any]], wanted: float) -> int | None:
 
 def frontier(rewards: np.ndarray, groups: np.ndarray) -> tuple[list[tuple[float, float]], tuple[float, float]]:
     """Nats and gain of ideal tilts of base pictures, as far as these tell, and the target's: above them nothing is."""
-    curve, counts = [], np.bincount(groups)
-    for exponent in (0.0, *(BETA * np.geomspace(0.1, 30, 80))):
-        weighted, *point = tilts.tilted(rewards, groups, exponent)
-        if tilts.bias(tilts.sample_sizes(weighted, groups), counts) <= tilts.MOST_BIAS:
-            curve.append((point[0], point[1]))
+    exponents = (0.0, *(BETA * np.geomspace(0.1, 30, 80)))
+    told = filter(lambda exponent: tilts.known(rewards, groups, exponent), exponents)
+    curve = [tilts.tilted(rewards, groups, exponent)[1:] for exponent in told]
     return curve, tilts.tilted(rewards, groups, BETA)[1:]
 
 
