@@ -52,14 +52,17 @@ BETA = 1.0
 TUNING_SEED, TUNING_NOISE, NOISE = 100, 1, 2  # run.seed of trials; evaluation.seed of trials, and of what is reported
 
 # Settings of each, and what its trials are drawn from; `train` is trajectories and updates an epoch.
-RATES = {"learner.learning_rate": (3e-4, 1e-3, 3e-3)}
-SMALL, LARGE = {"train": ((64, 2), (64, 4))}, {"train": ((256, 1), (512, 1))}
-NATURAL = {"learner.natural_epochs": (1, 3), "learner.natural_floor": (0.1, 1.0)}
-WEIGHTS, CLIPS = {"objective.transition_weight": ("uniform", "variance")}, {"objective.clip_range": (0.05, 0.2)}
+Values = dict[str, Sequence[Any]]
+RATES: Values = {"learner.learning_rate": (3e-4, 1e-3, 3e-3)}
+SMALL: Values = {"train": ((64, 2), (64, 4))}
+LARGE: Values = {"train": ((256, 1), (512, 1))}
+NATURAL: Values = {"learner.natural_epochs": (1, 3), "learner.natural_floor": (0.1, 1.0)}
+WEIGHTS: Values = {"objective.transition_weight": ("uniform", "variance")}
+CLIPS: Values = {"objective.clip_range": (0.05, 0.2)}
 SUM = {"objective.log_prob_reduction": "sum", "objective.regulariser": 0.0, "objective.anneal_fraction": 0.0}
 FLOW = {"flow.widths": [32, 64], "flow.stem_stride": 2, "flow.learning_rate": 1e-3, "flow.fit_steps": 4,
         "flow.warmup_steps": 100, "flow.batch": 64, "flow.replay_epochs": 4}  # fmt: skip
-GRIDS: dict[str, tuple[dict[str, Any], dict[str, Sequence[Any]]]] = {
+GRIDS: dict[str, tuple[dict[str, Any], Values]] = {
     "rtb": ({"learner.optimizer": "natural"}, LARGE | NATURAL),
     "rsub": ({"learner.optimizer": "natural", **FLOW}, LARGE | NATURAL),
     "rdb": (FLOW, SMALL | RATES | WEIGHTS),
@@ -123,11 +126,9 @@ def passes(lines: Sequence[Mapping[str, Any]], wanted: float) -> int | None:
 
 def frontier(rewards: np.ndarray, groups: np.ndarray) -> tuple[list[tuple[float, float]], tuple[float, float]]:
     """Nats and gain of ideal tilts of base pictures, as far as these tell, and the target's: above them nothing is."""
-    curve = []
-    for exponent in (0.0, *(BETA * np.geomspace(0.1, 30, 80))):
-        _, nats, gain = tilts.tilted(rewards, groups, exponent)
-        if tilts.known(rewards, groups, exponent):
-            curve.append((nats, gain))
+    exponents = (0.0, *(BETA * np.geomspace(0.1, 30, 80)))
+    told = filter(lambda exponent: tilts.known(rewards, groups, exponent), exponents)
+    curve = [tilts.tilted(rewards, groups, exponent)[1:] for exponent in told]
     return curve, tilts.tilted(rewards, groups, BETA)[1:]
 
 

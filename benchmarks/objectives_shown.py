@@ -54,7 +54,7 @@ def row(name: str, found: Sequence[Mapping[str, Any]], attribute: str) -> dict[s
 
 def _mean(values: Sequence[Any]) -> tuple[float, float | None, float | None]:
     low, high = student_interval(np.array(values, np.float64), np.zeros(len(values), int))
-    return float(np.mean(values)), *(None if math.isnan(end) else end for end in (low, high))
+    return float(np.mean(values)), None if math.isnan(low) else low, None if math.isnan(high) else high
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
