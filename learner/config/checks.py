@@ -102,10 +102,10 @@ def contradictions(config: Config) -> Iterator[str]:
                 "learner.optimizer: natural solves the plain squares; set objective.regulariser=0, penalty=squared and "
                 "transition_weight=uniform"
             )
-        if chunk * ranks * 8 > epoch:
+        if (least := 8 * config.prompts.per_prompt) > epoch:
             yield (
-                f"train.trajectories: natural keeps an eighth of them apart to judge a step by; make {epoch} at least "
-                f"{chunk * ranks * 8}, or sampler.chunk_size smaller"
+                f"train.trajectories: natural keeps one group of prompts.per_prompt in eight apart to judge steps by; "
+                f"make {epoch} at least {least}, or prompts.per_prompt smaller"
             )
     for name in ("noise", "adapter"):
         if getattr(config.sampler, name) == "window" and given.window == "all":

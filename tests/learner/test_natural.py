@@ -1,6 +1,7 @@
 """Natural steps: rows are single gradients, T-problems in few updates, no learning rate, ranks agree."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from diffusion.base_model import BaseModel
 from diffusion.rollout import Sampler
 from diffusion.trajectory import Chunk, Scores
 from learner import process_group
-from learner.config import Config
+from learner.config import Config, ConfigError, load_config
 from learner.objectives.needs import NEEDS
 from learner.rows import Rows, trained
 from learner.update import Learner
@@ -184,3 +185,20 @@ def test_two_ranks_take_the_step_of_one():
         assert found["length"] == metrics["length"] > 0
         assert found["explained"] == pytest.approx(metrics["explained"], rel=1e-4)
     assert np.array_equal(shared[0][1], shared[1][1])
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    (("objective.kind=ddpo",), "ddpo is no sum of squares for natural"),
+    (("objective.kind=rsub", "flow.fit_steps=0"), "flow.fit_steps: with learner.optimizer=natural"),
+    (("train.replay_updates=1",), "natural steps use earlier epochs by learner.natural_epochs"),
+    (("objective.regulariser=1",), "natural solves the plain squares"),
+    (("prompts.per_prompt=16", "sampler.chunk_size=16", "train.trajectories=64"), "make 64 at least 128"),
+    (("objective.window=[0, 3]", "objective.later_kl=1"), "natural steps have none"),
+])  # fmt: skip
+def test_what_natural_steps_cannot_do_is_refused(changes, said):
+    plain = ("objective.kind=rtb", "learner.optimizer=natural", "flow.fit_steps=0", "flow.warmup_steps=0",
+             "objective.last_transition=train", "objective.regulariser=0", "objective.penalty=squared",
+             "objective.transition_weight=uniform", "train.trajectories=512")  # fmt: skip
+    load_config(overrides=list(plain))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(overrides=[*plain, *changes])
