@@ -124,11 +124,12 @@ class ShapesAlignmentSoft(ShapesAlignment):
 
 @dataclass(frozen=True)
 class SoftReading:
-    """What one object's picture holds, with a gradient to it: RGB [3] of background and ink, IoU and radius [shapes] as
-    each shape, centroid (x, y) in pixels."""
+    """What one object's picture holds, with a gradient to it: RGB [3] of background and ink, and their difference, IoU
+    and radius [shapes] as each shape, centroid (x, y) in pixels."""
 
     ground: Tensor
     ink: Tensor
+    direction: Tensor
     iou: Tensor
     radius: Tensor
     centre: tuple[Tensor, Tensor]
@@ -144,18 +145,16 @@ def read_softly(picture: Tensor) -> SoftReading:
     direction = ink - ground
     alpha = ((picture - ground[:, None, None]) * direction[:, None, None]).sum(0) / (direction.square().sum() + 1)
     alpha = ((alpha - 0.15) / 0.7).clamp(0, 1)
-    return SoftReading(ground, ink, *_fit(alpha))
+    return SoftReading(ground, ink, direction, *_fit(alpha))
 
 
 def _soft_score(picture: Tensor, thing: Thing, background: str | None, pair: bool) -> Tensor:
     """Of one object in its picture, or half picture, [3, H, W] in 0..255."""
     read, (_, height, width) = read_softly(picture), picture.shape
     shape = SHAPES.index(thing.shape) if thing.shape else int(read.iou.argmax())
-    offset, ink = (
-        (read.centre[0] - width / 2, read.centre[1] - height / 2),
-        _soft_margin(read.ink, COLOURS, thing.colour),
-    )
-    seen = length(read.ink - read.ground), _lead(read.iou, shape, 20.0), read.radius[shape], ink, offset
+    offset = (read.centre[0] - width / 2, read.centre[1] - height / 2)
+    contrast, lead, radius = length(read.direction), _lead(read.iou, shape, 20.0), read.radius[shape]
+    seen = contrast, lead, radius, _soft_margin(read.ink, COLOURS, thing.colour), offset
     whole = thing_score(thing, pair, *seen, torch.sigmoid, torch.maximum)
     if background is None:
         return whole + BACKGROUND_WEIGHT
