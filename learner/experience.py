@@ -119,5 +119,8 @@ def made_up(size: int, model: BaseModel, times: Sequence[int], gradients: bool) 
         embeddings=model.embed([""] * size), reward=number, reward_next=number, reward_terminal=number,
         terminal=index > 0, log_pf_old=number, output_old=x.clone(), clean_gradient=gradient,
         clean_gradient_next=gradient, log_ref=number,
-        prepared=dict.fromkeys(("advantage", "slope", "flow_slope", "loss_share"), number),
+        prepared={
+            **dict.fromkeys(("advantage", "slope", "flow_slope", "loss_share"), number),
+            **({name: x.clone() for name in ("adjoint", "reference_output")} if gradients else {}),
+        },
     )  # fmt: skip
