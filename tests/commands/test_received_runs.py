@@ -134,11 +134,12 @@ def test_no_verb_runs_what_a_run_names(witness, run, small_settings, capsys):
         "run": [*small_settings, *settings, "reward.name=shapes_alignment"], "status": [run], "report": [run],
         "evaluate": [run, *images], "compare": [run, run, *images], "export": [run, "--format", "fused"],
         "generate": ["--lora", run, "--images", 1, "--prompt", "a red ring"], "upload": [run], "verify": ["beauty"],
-        "score": ["--reward", "jpeg_compressibility", "pictures"],
+        "score": ["--reward", "jpeg_compressibility", "pictures"], "settled": [run],
+        "targets": [run, *images, "--beta", 1],
     }  # fmt: skip
     assert lines.keys() == VERBS.keys()
     statuses = {verb: do(capsys, verb, *arguments)[0] for verb, arguments in lines.items()}
-    refused = {"run", "evaluate", "compare", "generate", "export", "verify"}
+    refused = {"run", "evaluate", "compare", "generate", "export", "verify", "settled", "targets"}
     assert statuses == {verb: "2" if verb in refused else "0" for verb in VERBS}
     assert not witness.exists() and EVIL not in sys.modules
     kept = [file for file in run.parent.rglob("*") if file.is_file() and file != secret]
