@@ -49,12 +49,10 @@ class Natural:
         `length`: of the step in units of the solution, `residual_variance`: mean over residuals kept apart after it,
         in squares of nats, and `residual_before`."""
         self.config, self.micro_batch = config, micro_batch
-        group = config.prompts.per_prompt
-        parts = [self._system(each, beta, lambda number: number // group % APART != APART - 1) for each in fresh]
-        parts += [self._system(each, beta, lambda number: True) for each in earlier]
-        system = _joined(parts)
-        candidates, solution = self._solve(system)
-        del system, parts
+        fit = [self._system(each, beta, lambda number: not self._is_apart(number)) for each in fresh]
+        fit += [self._system(each, beta, lambda number: True) for each in earlier]
+        candidates, solution = self._solve(_joined(fit))
+        del fit  # the rows are large
         best = before = self._apart(fresh, beta)
         start, taken, length = [parameter.detach().clone() for parameter in self.parameters], candidates[0], 0.0
         for direction in candidates:
@@ -75,14 +73,15 @@ class Natural:
 
     def _apart(self, fresh: Sequence[Experience], beta: float) -> float:
         """Weighted mean square of the centred residuals of the trajectories kept apart, on all ranks."""
-        group = self.config.prompts.per_prompt
-        kept = (each for each in fresh)
-        parts = [self._system(each, beta, lambda number: number // group % APART == APART - 1, False) for each in kept]
-        system = _sorted([_joined(parts)])
-        roots = system.weights.double().sqrt()
-        constants = roots[:, None] * least_squares.columns(self._groups(system.names))
-        left = least_squares.without(constants, roots * system.errors.double())
-        return float(left.square().sum() / system.weights.double().sum())
+        mine = _joined([self._system(each, beta, self._is_apart, False) for each in fresh])
+        names, _, (errors, weights) = _of_all_ranks(mine.names, mine.errors, mine.weights)
+        roots = weights.sqrt()
+        constants = roots[:, None] * least_squares.columns(self._groups(names))
+        return float(least_squares.without(constants, roots * errors).square().sum() / weights.sum())
+
+    def _is_apart(self, number: int) -> bool:
+        """Whether the trajectory of this number judges steps."""
+        return number // self.config.prompts.per_prompt % APART == APART - 1
 
     def _groups(self, names: Sequence[Name]) -> Tensor:
         """[N] int64: trajectories of one prompt and epoch share a free constant, if the objective has one."""
@@ -150,10 +149,7 @@ class Natural:
         along = torch.zeros(len(system.names))
         for part in parts:
             along += system.rows[:, part].float() @ adapter[part]
-        shown = process_group.gather((system.names, system.errors, system.weights, along))
-        names = [name for each in shown for name in each[0]]
-        order = sorted(range(len(names)), key=lambda i: names[i][:3])  # whatever the ranks
-        errors, weights, along = (torch.cat([each[i] for each in shown])[order].double() for i in (1, 2, 3))
+        names, order, (errors, weights, along) = _of_all_ranks(system.names, system.errors, system.weights, along)
         squares = torch.stack([part.float().square().sum() for part in system.rows.split(self.sizes, 1)])
         information = torch.stack(process_group.gather(squares)).sum(0) / len(names) / torch.tensor(self.sizes)
         scale = least_squares.scale(information, self.sizes, self.config.learner.natural_floor)
@@ -163,12 +159,12 @@ class Natural:
             block = torch.cat(process_group.gather(mine))[order].float()
             gram += (block @ block.T).double()
         roots = weights.sqrt()
-        constants = least_squares.columns(self._groups([names[i] for i in order]))
+        constants = least_squares.columns(self._groups(names))
         free = torch.cat([constants, along[:, None]], 1) if along.any() else constants
         solution = least_squares.solve(gram * roots[:, None] * roots, errors * roots, free * roots[:, None])
         coefficients = torch.zeros(len(names), dtype=torch.float64)
         coefficients[order] = solution.coefficients * roots
-        first = sum(len(each[0]) for each in shown[: self.rank])
+        first = sum(process_group.gather(len(system.names))[: self.rank])
         own = coefficients[first : first + len(system.names)].float()
         moved = torch.cat([scale[part].square() * (system.rows[:, part].float().T @ own) for part in parts])
         moved = torch.stack(process_group.gather(moved)).sum(0)
@@ -183,10 +179,10 @@ def _joined(parts: Sequence[System]) -> System:
     return System(names, errors, weights, torch.cat(rows) if rows else None)
 
 
-def _sorted(mine: Sequence[System]) -> System:
-    """All ranks' residuals, without rows, by name."""
-    shown = [part for rank in process_group.gather([(s.names, s.errors, s.weights) for s in mine]) for part in rank]
-    names = [name for part in shown for name in part[0]]
-    order = sorted(range(len(names)), key=lambda i: names[i][:3])
-    errors, weights = (torch.cat([part[i] for part in shown])[order] for i in (1, 2))
-    return System([names[i] for i in order], errors, weights)
+def _of_all_ranks(names: list[Name], *values: Tensor) -> tuple[list[Name], list[int], list[Tensor]]:
+    """All ranks' residuals by name, whatever the ranks: their names, places in what ranks gather, values in float64."""
+    shown = process_group.gather((names, values))
+    every = [name for part, _ in shown for name in part]
+    order = sorted(range(len(every)), key=lambda i: every[i][:3])
+    joined = [torch.cat(parts)[order].double() for parts in zip(*(part for _, part in shown), strict=True)]
+    return [every[i] for i in order], order, joined
