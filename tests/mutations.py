@@ -111,8 +111,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "learner/natural.py": (
         ("if found >= best:", "if 0:", f"{NATURAL} -k explains_move_nothing"),
-        ("scale[part].square() *", "scale[part] *", f"{NATURAL} -k ranks"),
-        ("epoch, prompt), len(numbers))", "0, prompt), 0)", f"{NATURAL} -k two_prompts"),
+        ("scale[part].square() *", "scale[part] *", f"{NATURAL} -k scales"),
+        ("epoch, prompt), len(numbers))", "0, prompt), 0)", f"{NATURAL} -k share_a_constant"),
     ),
     "learner/rows.py": (
         ("len(values), each.shape[1]).sum(0)", "len(values), each.shape[1])[0]", f"{NATURAL} -k rows"),

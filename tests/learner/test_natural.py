@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from diffusion.rollout import Sampler
 from diffusion.trajectory import Chunk, Scores
 from learner import process_group
 from learner.config import Config, ConfigError, load_config
+from learner.natural import Natural, System
 from learner.objectives.needs import NEEDS
 from learner.rows import Rows, trained
 from learner.update import Learner
@@ -202,3 +204,31 @@ def test_what_natural_steps_cannot_do_is_refused(changes, said):
     load_config(overrides=list(plain))
     with pytest.raises(ConfigError, match=re.escape(said)):
         load_config(overrides=[*plain, *changes])
+
+
+def bare(free_constant: bool) -> Natural:
+    """Over two tensors and no model."""
+    natural = object.__new__(Natural)
+    natural.sizes, natural.rank = [30, 40], 0
+    natural.parameters = [nn.Parameter(torch.zeros(size)) for size in natural.sizes]
+    natural.objective, natural.config = SimpleNamespace(needs=SimpleNamespace(free_constant=free_constant)), Config()
+    return natural
+
+
+def test_a_prompt_and_epoch_share_a_constant_where_there_is_one():
+    names = [(0, 0, 0, "a"), (0, 1, 0, "b"), (1, 0, 0, "a"), (0, 2, 0, "a")]
+    assert bare(True)._groups(names).tolist() == [0, 1, 2, 0]
+    assert bare(False)._groups(names).tolist() == [-1] * 4
+
+
+def test_the_direction_is_the_solutions_whatever_the_scales_of_the_tensors():
+    """Residuals move along it as the Gram matrix of scaled rows says: here the second tensor's rows are 30 times the
+    first's, whose alone the residuals are."""
+    rows = torch.randn(50, 70) * torch.cat([torch.ones(30), torch.full((40,), 30.0)])
+    errors = rows[:, :5].sum(1)
+    system = System([(0, i, 0, "a") for i in range(50)], errors, torch.ones(50), rows.to(torch.bfloat16))
+    (direction,), solution = bare(False)._solve(system)
+    assert solution.explained > 0.3
+    left = errors + rows @ direction
+    of_first, of_second = rows[:, :30] @ direction[:30], rows[:, 30:] @ direction[30:]
+    assert left.norm() < 0.5 * errors.norm() and of_second.norm() < of_first.norm()
