@@ -28,6 +28,7 @@ from learner.objectives.base import Loss, Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol import quarantine, receipts
 from learner.protocol.runner import Training
+from learner.reward_model import RewardModel
 
 Scored = tuple[Trajectories, Scores]
 Compute = Callable[[Transitions], dict[str, Tensor]]  # values by name, [b, ...]
@@ -66,6 +67,7 @@ class Learner:
         self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
         natural = config.learner.optimizer == "natural"
         self.natural = Natural(self.policy, self.objective, flow, self.rank) if natural else None
+        self.reward_model = RewardModel()
         self.stood_still = False  # a natural step found nothing to do: the next version may equal the last
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
         self.tell: Callable[[int, int], None] = lambda done, total: None  # transitions of the epoch trained; all of it
@@ -82,7 +84,12 @@ class Learner:
 
     def _try_micro_batch(self, size: int) -> None:
         """One forward and backward pass of `size` made-up transitions; networks and objective stay as they are."""
-        batch = made_up(size, self.model, self.kernel.timesteps.tolist(), self.objective.needs.reward_gradients)
+        batch = made_up(
+            size,
+            self.model,
+            self.kernel.timesteps.tolist(),
+            self.objective.needs.adjoint or self.objective.needs.reward_gradients,
+        )
         before = deepcopy(self.objective.memory)
         self.objective.begin_epoch((0, 1), ("", ""), (0.0, 1.0), np.zeros((2, self.objective.group), np.float32), 1.0)
         batch.prepared |= self.objective.prepare(self.policy, batch)
@@ -133,7 +140,7 @@ class Learner:
     def _all_updates(self, epoch: int, beta: float, fresh: list[list[Experience]]) -> list[dict[str, float]]:
         """Metrics of each update of the epoch, those of earlier epochs last."""
         train = self.config.train
-        self._prepare([experience for update in fresh for experience in update], beta)
+        told = self._prepare([experience for update in fresh for experience in update], beta)
         if self.natural is not None:
             return self._natural_updates(epoch, beta, fresh)
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
@@ -146,7 +153,7 @@ class Learner:
             self.replay.append([[each.kept(train.replay_updates > 0) for each in update] for update in fresh])
         updates[1:] = map(self._anchored, updates[1:])
         self._done, self._total = 0, sum(len(experience) for update in updates for experience in update)
-        rows = [self._train(epoch, index, beta, update) for index, update in enumerate(updates)]
+        rows = [told | self._train(epoch, index, beta, update) for index, update in enumerate(updates)]
         for row, update in zip(rows[len(fresh) :], updates[len(fresh) :], strict=True):
             row["replay_age"] = float(self.published.version - update[0].trajectories.policy_version)
         return rows
@@ -168,8 +175,8 @@ class Learner:
         self.stood_still = not any(row["length"] for row in rows)
         return rows
 
-    def _prepare(self, experiences: Sequence[Experience], beta: float) -> None:
-        """Let the objective compute what it needs once an epoch."""
+    def _prepare(self, experiences: Sequence[Experience], beta: float) -> dict[str, float]:
+        """Let the objective compute what it needs once an epoch; metrics."""
         mine: list[tuple[int, str, float, list[float]]] = []  # id, prompt, reward and nats of each image
         offset = self.config.objective.reward_offset or 0.0
         for experience in experiences:
@@ -178,23 +185,42 @@ class Learner:
             mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, nats, strict=True)
         ids, prompts, raw, nats = zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True)
         self.objective.begin_epoch(ids, prompts, raw, np.asarray(nats, np.float32), beta)
+        told = {"reward_explained": self._learn_reward(experiences)} if self.objective.needs.learned_reward else {}
         for experience in experiences:
             computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
             experience.prepared |= computed
             if self.objective.needs.adjoint:
                 experience.prepared |= self._carried_back(experience)
             experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
+        return told
+
+    def _learn_reward(self, experiences: Sequence[Experience]) -> float:
+        """From the images of this epoch and of those kept, on all ranks; the share of variance that it foretells."""
+        kept = [experience for epoch in self.replay for update in epoch for experience in update]
+        mine = []
+        for experience in [*kept, *experiences]:
+            chunk = experience.trajectories.chunk
+            images = torch.from_numpy(experience.trajectories.states[:, -1].astype(np.float32))
+            rewards = experience.scores.rewards[:, -1].tolist()
+            keys = [(chunk.epoch, number) for number in chunk.trajectory_ids]
+            mine += zip(keys, chunk.prompts, rewards, images, strict=True)
+        every = sorted((row for part in process_group.gather(mine) for row in part), key=lambda row: row[0])
+        _, prompts, rewards, images = zip(*every, strict=True)
+        return self.reward_model.fit(torch.stack(images), prompts, torch.tensor(rewards))
 
     def _carried_back(self, experience: Experience) -> dict[str, np.ndarray]:
         """[B, K, ...], a micro-batch of trajectories at a time; only the selected transitions'."""
         trajectories, scores, device = experience.trajectories, experience.scores, self.model.device
         chunk, first = trajectories.chunk, self.config.objective.span(len(trajectories.timesteps))[0]
-        assert scores.gradients is not None and scores.gradient_row is not None
         parts = []
         for start in range(0, len(chunk.prompts), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
             states = gpu_memory.to_device(trajectories.states[rows], device).float()
-            at_image = gpu_memory.to_device(scores.gradients[scores.gradient_row[rows, -1]], device)
+            if self.objective.needs.learned_reward:
+                at_image = self.reward_model.gradient(states[:, -1], chunk.prompts[rows])
+            else:
+                assert scores.gradients is not None and scores.gradient_row is not None
+                at_image = gpu_memory.to_device(scores.gradients[scores.gradient_row[rows, -1]], device)
             times, embeddings = trajectories.timesteps.tolist(), self.model.embed(chunk.prompts[rows])
             noisy = self.config.noise_steps
             parts.append(self.objective.carry_back(self.policy, states, times, noisy, embeddings, at_image))
@@ -221,11 +247,20 @@ class Learner:
         flow = self.config.flow
         steps = flow.fit_steps + (flow.warmup_steps if epoch == index == 0 else 0)
         metrics = self._fit_flow(epoch, index, beta, steps) if steps else {}
+        self._set_rate(epoch, index)
         metrics |= later.hold(update, self.config, self.policy, self.kernel, self.micro_batch)
         batches = (batch for experience in update for batch in self._micro_batches(experience, beta))
         # The first update starts where the regulariser holds the policy: nothing to hold yet (see _anchored).
         held = index > 0 or not self._off_policy(update)
         return metrics | self.update(batches, sum(map(len, update)), beta, held)
+
+    def _set_rate(self, epoch: int, index: int) -> None:
+        """The policy's learning rate of this update: 0 would be that of the first one after the run's end."""
+        left = 1.0
+        if self.config.learner.schedule == "linear":
+            left = max(0.0, 1 - (epoch + index / self.config.steps_per_epoch) / self.config.train.epochs)
+        for parameters in self.policy_optimizer.param_groups:
+            parameters["lr"] = self.config.learner.learning_rate * left
 
     def _off_policy(self, update: Sequence[Experience]) -> bool:
         return any(each.trajectories.policy_version != self.published.version for each in update)

@@ -161,6 +161,9 @@ class LearnerConfig(Section):
     natural_epochs: int = key(1, "natural: a step solves over the trajectories of so many epochs", ge=1)
     natural_floor: float = key(0.1, "natural: least Fisher information that is scaled for, in medians", gt=0)
     learning_rate: float = key(3e-4, "AdamW learning rate of the LoRA", gt=0)
+    schedule: Literal["constant", "linear"] = key(
+        "constant", "of the LoRA's learning rate: constant, or linear, from there to 0 at train.epochs"
+    )
     weight_decay: float = key(1e-4, "AdamW weight decay of the LoRA", ge=0)
     max_grad_norm: float = key(1.0, "gradient norm clip, for LoRA and flow network separately", gt=0)
     micro_batch: int | None = key(
@@ -266,7 +269,9 @@ class Train(Section):
     trajectories: int = key(512, "trajectories an epoch", ge=1)
     updates_per_epoch: int = key(2, "policy optimizer steps an epoch on its own trajectories", ge=1)
     replay_updates: int = key(0, "more policy steps an epoch, each on an update's trajectories of an earlier one", ge=0)
-    replay_epochs: int = key(4, "earlier epochs that replay_updates draw from", ge=1)
+    replay_epochs: int = key(
+        4, "earlier epochs that replay_updates draw from, and a learned reward learns from beside the present one", ge=1
+    )
     max_staleness: int = key(0, "policy versions that trajectories may lag behind; 0: synchronous, as the papers", ge=0)
     stop_on_collapse: bool = key(False, "end the run where an evaluation shows collapse (evaluation/collapse.py)")
     shuffle_rewards: bool = key(False, "control experiment: permute rewards among the trajectories of a chunk")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from learner.config import Config
 from learner.config.sections import Objective as Settings
-from learner.objectives.adjoint_matching import AdjointMatching
+from learner.objectives.adjoint_matching import AdjointMatching, LearnedAdjointMatching
 from learner.objectives.base import Objective
 from learner.objectives.db import DagDB
 from learner.objectives.ddpo import DDPO
@@ -30,6 +30,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sub_tb": SubTrajectoryBalance,
     "grpo": GRPO,
     "adjoint_matching": AdjointMatching,
+    "learned_adjoint_matching": LearnedAdjointMatching,
 }
 
 
@@ -64,7 +65,7 @@ def tilt(config: Config, dimensions: int | None = None) -> tuple[float | None, s
         return None, f"{kind} with objective.window aims at the clean prediction's reward, not the image's"
     if not settings.beta:
         return None, "objective.beta is 0: the target is the base model itself"
-    if needs.reward_gradients or settings.log_prob_reduction == "sum":
+    if needs.reward_gradients or needs.adjoint or settings.log_prob_reduction == "sum":
         return settings.beta, ""
     return (settings.beta * dimensions, "") if dimensions else (None, "how many numbers a latent has is not known")
 

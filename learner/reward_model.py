@@ -1,0 +1,50 @@
+"""A reward learned from the epoch's pictures, for objectives that need its gradient where the real one has none.
+
+Kernel ridge regression of the image's reward on its latents: a linear kernel and a Gaussian one of median width, each
+prompt with a constant of its own and half of the rest to itself. The ridge is chosen by exact leave-one-out error
+(least_squares.py), and where leaving one out cannot tell the fit from chance, the gradient is zero."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from learner import least_squares
+
+MOST = 2048  # pictures, the newest: the solution takes their cube
+
+
+class RewardModel:
+    def fit(self, latents: Tensor, prompts: Sequence[str], rewards: Tensor) -> float:
+        """Learns from images' latents [n, C, H, W], oldest first, their prompts and raw rewards [n]. Returns the share
+        of the rewards' variance within prompts that it foretells of pictures left out; 0 where that may be chance."""
+        self.known = latents[-MOST:].flatten(1).double()
+        self.prompts = list(prompts[-MOST:])
+        self.middle = self.known.mean(0)
+        self.linear = (self.known - self.middle).square().sum(1).mean().clamp(min=1e-300)
+        distances = self._distances(self.known)
+        self.width = distances.flatten().median().clamp(min=1e-300)
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(self.prompts))}
+        constants = least_squares.columns(torch.tensor([numbers[prompt] for prompt in self.prompts]))
+        flat = self.known - self.middle
+        gram = (flat @ flat.T / self.linear + (-distances / self.width).exp()) * self._shared(self.prompts)
+        solution = least_squares.solve(gram, rewards[-MOST:].double(), constants)
+        self.coefficients = solution.coefficients
+        return solution.explained
+
+    def gradient(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of the learned reward to images' latents [b, C, H, W], in their shape and type."""
+        x = latents.flatten(1).double().cpu()
+        weights = self._shared(prompts) * self.coefficients
+        near = weights * (-self._distances(x) / self.width).exp() * (2 / self.width)
+        straight = weights @ (self.known - self.middle) / self.linear
+        curved = near @ self.known - near.sum(1, keepdim=True) * x
+        return (straight + curved).reshape(latents.shape).to(latents)
+
+    def _distances(self, x: Tensor) -> Tensor:
+        """Squares [b, n], from x [b, D] to the known latents."""
+        return torch.cdist(x, self.known).square()
+
+    def _shared(self, prompts: Sequence[str]) -> Tensor:
+        """[b, n]: what pictures of these prompts have in common with the known ones: all, or half of it."""
+        return torch.tensor([[1.0 if one == other else 0.5 for other in self.prompts] for one in prompts]).double()
