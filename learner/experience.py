@@ -121,6 +121,6 @@ def made_up(size: int, model: BaseModel, times: Sequence[int], gradients: bool) 
         clean_gradient_next=gradient, log_ref=number,
         prepared={
             **dict.fromkeys(("advantage", "slope", "flow_slope", "loss_share"), number),
-            **({name: x.clone() for name in ("adjoint", "reference_output")} if gradients else {}),
+            **{name: x.clone() for name in ("adjoint", "reference_output", "log_flow_gradient")},
         },
     )  # fmt: skip

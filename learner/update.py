@@ -23,12 +23,12 @@ from diffusion.trajectory import Scores, Trajectories
 from learner import later, process_group, state
 from learner.config import Config
 from learner.experience import Experience, concatenate, made_up
+from learner.fitted_flow import FittedFlow
 from learner.natural import Natural
 from learner.objectives.base import Loss, Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol import quarantine, receipts
 from learner.protocol.runner import Training
-from learner.reward_model import RewardModel
 
 Scored = tuple[Trajectories, Scores]
 Compute = Callable[[Transitions], dict[str, Tensor]]  # values by name, [b, ...]
@@ -67,7 +67,8 @@ class Learner:
         self.recent = {0: self.published.sha256}  # by version: whose trajectories train.max_staleness lets in
         natural = config.learner.optimizer == "natural"
         self.natural = Natural(self.policy, self.objective, flow, self.rank) if natural else None
-        self.reward_model = RewardModel()
+        fitted = self.objective.needs.fitted_flow
+        self.fitted_flow = FittedFlow(self.policy, self.kernel, config) if fitted else None
         self.stood_still = False  # a natural step found nothing to do: the next version may equal the last
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
         self.tell: Callable[[int, int], None] = lambda done, total: None  # transitions of the epoch trained; all of it
@@ -84,12 +85,7 @@ class Learner:
 
     def _try_micro_batch(self, size: int) -> None:
         """One forward and backward pass of `size` made-up transitions; networks and objective stay as they are."""
-        batch = made_up(
-            size,
-            self.model,
-            self.kernel.timesteps.tolist(),
-            self.objective.needs.adjoint or self.objective.needs.reward_gradients,
-        )
+        batch = made_up(size, self.model, self.kernel.timesteps.tolist(), self.objective.needs.reward_gradients)
         before = deepcopy(self.objective.memory)
         self.objective.begin_epoch((0, 1), ("", ""), (0.0, 1.0), np.zeros((2, self.objective.group), np.float32), 1.0)
         batch.prepared |= self.objective.prepare(self.policy, batch)
@@ -185,7 +181,10 @@ class Learner:
             mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, nats, strict=True)
         ids, prompts, raw, nats = zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True)
         self.objective.begin_epoch(ids, prompts, raw, np.asarray(nats, np.float32), beta)
-        told = {"reward_explained": self._learn_reward(experiences)} if self.objective.needs.learned_reward else {}
+        told = {}
+        if self.fitted_flow is not None:
+            kept = [experience for epoch in self.replay for update in epoch for experience in update]
+            told = self.fitted_flow.prepare(experiences, kept, beta, self.micro_batch)
         for experience in experiences:
             computed = self._by_transition(experience, lambda batch: self.objective.prepare(self.policy, batch))
             experience.prepared |= computed
@@ -194,33 +193,16 @@ class Learner:
             experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
         return told
 
-    def _learn_reward(self, experiences: Sequence[Experience]) -> float:
-        """From the images of this epoch and of those kept, on all ranks; the share of variance that it foretells."""
-        kept = [experience for epoch in self.replay for update in epoch for experience in update]
-        mine = []
-        for experience in [*kept, *experiences]:
-            chunk = experience.trajectories.chunk
-            images = torch.from_numpy(experience.trajectories.states[:, -1].astype(np.float32))
-            rewards = experience.scores.rewards[:, -1].tolist()
-            keys = [(chunk.epoch, number) for number in chunk.trajectory_ids]
-            mine += zip(keys, chunk.prompts, rewards, images, strict=True)
-        every = sorted((row for part in process_group.gather(mine) for row in part), key=lambda row: row[0])
-        _, prompts, rewards, images = zip(*every, strict=True)
-        return self.reward_model.fit(torch.stack(images), prompts, torch.tensor(rewards))
-
     def _carried_back(self, experience: Experience) -> dict[str, np.ndarray]:
         """[B, K, ...], a micro-batch of trajectories at a time; only the selected transitions'."""
         trajectories, scores, device = experience.trajectories, experience.scores, self.model.device
         chunk, first = trajectories.chunk, self.config.objective.span(len(trajectories.timesteps))[0]
+        assert scores.gradients is not None and scores.gradient_row is not None
         parts = []
         for start in range(0, len(chunk.prompts), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
             states = gpu_memory.to_device(trajectories.states[rows], device).float()
-            if self.objective.needs.learned_reward:
-                at_image = self.reward_model.gradient(states[:, -1], chunk.prompts[rows])
-            else:
-                assert scores.gradients is not None and scores.gradient_row is not None
-                at_image = gpu_memory.to_device(scores.gradients[scores.gradient_row[rows, -1]], device)
+            at_image = gpu_memory.to_device(scores.gradients[scores.gradient_row[rows, -1]], device)
             times, embeddings = trajectories.timesteps.tolist(), self.model.embed(chunk.prompts[rows])
             noisy = self.config.noise_steps
             parts.append(self.objective.carry_back(self.policy, states, times, noisy, embeddings, at_image))

@@ -80,7 +80,7 @@ def contradictions(config: Config) -> Iterator[str]:
             "objective.later_kl: no transition with noise is behind the window; set it to 0, or "
             + ("sampler.noise=all" if behind else "objective.window")
         )
-    if needs.whole_trajectories and config.sampler.transitions != "all":
+    if (needs.whole_trajectories or needs.fitted_flow) and config.sampler.transitions != "all":
         yield f"sampler.transitions: {given.kind} sums over trajectories; set it to all (a part: objective.window)"
     if given.kind in ("rtb", "tb") and given.log_z == "group" and config.prompts.per_prompt < 2:
         yield (

@@ -62,7 +62,7 @@ class Config(Section):
     def kept_epochs(self) -> int:
         """Epochs of rollouts that a learner keeps to train on again."""
         fits = self.flow.fit_steps or self.flow.warmup_steps
-        again = self.train.replay_epochs if self.train.replay_updates or self.needs.learned_reward else 0
+        again = self.train.replay_epochs if self.train.replay_updates or self.needs.fitted_flow else 0
         if self.learner.optimizer == "natural":
             again = max(again, self.learner.natural_epochs - 1)
         return max(self.flow.replay_epochs if fits else 0, again)

@@ -270,7 +270,9 @@ class Train(Section):
     updates_per_epoch: int = key(2, "policy optimizer steps an epoch on its own trajectories", ge=1)
     replay_updates: int = key(0, "more policy steps an epoch, each on an update's trajectories of an earlier one", ge=0)
     replay_epochs: int = key(
-        4, "earlier epochs that replay_updates draw from, and a learned reward learns from beside the present one", ge=1
+        4,
+        "earlier epochs that replay_updates draw from, and a fitted log-flow learns from beside the present one",
+        ge=1,
     )
     max_staleness: int = key(0, "policy versions that trajectories may lag behind; 0: synchronous, as the papers", ge=0)
     stop_on_collapse: bool = key(False, "end the run where an evaluation shows collapse (evaluation/collapse.py)")

@@ -56,11 +56,3 @@ class AdjointMatching(Objective):
         loss = (weights * each).mean()
         # What the untrained policy's loss is above this one's; the target's own is not 0, as single adjoints are noise.
         return loss, {"matching_loss": loss, "matched": (weights * (none - each)).mean()}
-
-
-class LearnedAdjointMatching(AdjointMatching):
-    """For rewards without a gradient: a reward learned from the pictures' rewards gives it. The target is exact as far
-    as the learned reward is right where the policy draws; `reward_explained` says how far."""
-
-    needs = NEEDS["learned_adjoint_matching"]
-    target = "target proportional to p_ref x exp({beta:g} x reward), as far as pictures teach the reward"

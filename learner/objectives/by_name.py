@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from learner.config import Config
 from learner.config.sections import Objective as Settings
-from learner.objectives.adjoint_matching import AdjointMatching, LearnedAdjointMatching
+from learner.objectives.adjoint_matching import AdjointMatching
 from learner.objectives.base import Objective
 from learner.objectives.db import DagDB
 from learner.objectives.ddpo import DDPO
+from learner.objectives.fitted_nabla_db import FittedNablaDB
 from learner.objectives.grpo import GRPO
 from learner.objectives.kl import DagKL
 from learner.objectives.nabla_db import NablaDB
@@ -30,7 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sub_tb": SubTrajectoryBalance,
     "grpo": GRPO,
     "adjoint_matching": AdjointMatching,
-    "learned_adjoint_matching": LearnedAdjointMatching,
+    "fitted_nabla_db": FittedNablaDB,
 }
 
 
@@ -65,7 +66,7 @@ def tilt(config: Config, dimensions: int | None = None) -> tuple[float | None, s
         return None, f"{kind} with objective.window aims at the clean prediction's reward, not the image's"
     if not settings.beta:
         return None, "objective.beta is 0: the target is the base model itself"
-    if needs.reward_gradients or needs.adjoint or settings.log_prob_reduction == "sum":
+    if needs.reward_gradients or needs.fitted_flow or settings.log_prob_reduction == "sum":
         return settings.beta, ""
     return (settings.beta * dimensions, "") if dimensions else (None, "how many numbers a latent has is not known")
 
@@ -73,7 +74,7 @@ def tilt(config: Config, dimensions: int | None = None) -> tuple[float | None, s
 def _inexact(config: Config) -> Iterator[str]:
     """Why not even at zero loss the formula holds. tests/learner/objectives/test_targets.py has them all."""
     settings, needs = config.objective, config.needs
-    balanced = needs.flow or needs.whole_trajectories or needs.adjoint
+    balanced = needs.flow or needs.whole_trajectories or needs.adjoint or needs.fitted_flow
     if balanced and config.train.shuffle_rewards:
         yield "train.shuffle_rewards: rewards are other pictures'"
     if balanced and config.sampler.eta != 1:
@@ -114,6 +115,7 @@ def prospects(config: Config) -> str:
     """What a run does, and what is known of its target, for whoever meets such a run for the first time."""
     weight, kind = config.objective.regulariser, config.objective.kind
     held = f"held back by objective.regulariser={weight:g}" if weight else "and nothing holds it back"
-    balanced = config.needs.flow or config.needs.whole_trajectories or config.needs.adjoint
+    needs = config.needs
+    balanced = needs.flow or needs.whole_trajectories or needs.adjoint or needs.fitted_flow
     proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if balanced else ""
     return f"what to expect: the reward is raised, {held}{proven}"

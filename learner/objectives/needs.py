@@ -7,7 +7,7 @@ from typing import Any, Literal
 Kind = Literal[
     "dag_db", "dag_kl", "nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow", "ddpo",
     "rtb", "rsub", "rdb", "tb", "sub_tb", "grpo", "adjoint_matching",
-    "learned_adjoint_matching",
+    "fitted_nabla_db",
 ]  # fmt: skip
 FlowKind = Literal["log_flow", "gradient"]
 Weighting = Literal["uniform", "variance"]
@@ -30,7 +30,7 @@ class Needs:
     noising_kernel: bool = False  # has p_B in it, to which the sampler's steps belong at eta 1 alone
     reference: bool = False  # compares with the frozen reference's densities, which the sampler then adds
     adjoint: bool = False  # carries the image's reward gradient back along trajectories
-    learned_reward: bool = False  # that gradient is of a reward learned from the pictures' (learner/reward_model.py)
+    fitted_flow: bool = False  # its log-flow is fitted, once an epoch (learner/fitted_flow.py)
     least_squares: bool = False  # its policy part is a sum of squares, for learner.optimizer=natural
     free_constant: bool = False  # residuals of a prompt share a constant, log Z, that is left to the data
     residual: bool = False  # its target is p_ref exp(beta r)
@@ -81,7 +81,5 @@ NEEDS: dict[str, Needs] = {
     "adjoint_matching": Needs(
         _BALANCE, reward_gradients=True, inner_rewards=False, adjoint=True, residual=True, prepared_fields=2
     ),
-    "learned_adjoint_matching": Needs(
-        _BALANCE, inner_rewards=False, adjoint=True, learned_reward=True, residual=True, prepared_fields=2
-    ),
+    "fitted_nabla_db": Needs(_BALANCE, inner_rewards=False, fitted_flow=True, residual=True, prepared_fields=3),
 }

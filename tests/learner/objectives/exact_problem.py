@@ -170,6 +170,9 @@ class ToyModel:
         output = base + self.unet(x, t)
         return 0.5 * base + guidance * (output - 0.5 * base), output
 
+    def embed(self, prompts):
+        return torch.zeros(len(prompts), 1, 1)
+
     def predict_reference(self, x, t, embeddings=None, guidance=1.0):
         return (0.5 + 0.5 * guidance) * self.problem.base_epsilon(x, t)
 

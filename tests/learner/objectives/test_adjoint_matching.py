@@ -4,22 +4,17 @@ import pytest
 import torch
 from exact_problem import bimodal, make_learner, pick, rollout, tilted, total_variation, train
 
-from learner.reward_model import RewardModel
-
 pytestmark = pytest.mark.timeout(0)
 
 
-def with_adjoints(learner, count: int, noisy: int | None = None, learned: RewardModel | None = None):
-    """`rollout`, trajectory by trajectory, with what `carry_back` computes; `learned` from rewards alone."""
+def with_adjoints(learner, count: int, noisy: int | None = None):
+    """`rollout`, trajectory by trajectory, with what `carry_back` computes."""
     batch = rollout(learner, count)
     batch = pick(batch, torch.arange(len(batch.t)).reshape(-1, count).T.flatten())
     steps = len(batch.t) // count
     x, end = (values.reshape(count, steps, *values.shape[1:]) for values in (batch.x, batch.x_next))
     states = torch.cat([x, end[:, -1:]], 1)
     at_end = batch.clean_gradient_next.reshape(end.shape)[:, -1]
-    if learned is not None:
-        assert learned.fit(end[:, -1], ["c"] * count, learner.model.problem.rewards(end[:, -1])) > 0.5
-        at_end = learned.gradient(end[:, -1], ["c"] * count)
     times = learner.kernel.timesteps.tolist()
     found = learner.objective.carry_back(
         learner.policy, states, times, noisy or steps, batch.embeddings[:count], at_end
@@ -77,11 +72,10 @@ def test_equals_a_slow_loop_and_says_what_is_matched():
     assert parts["matched"].item() == pytest.approx(matched, rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("learned", [None, RewardModel()], ids=["gradients", "rewards"])
-def test_the_tilted_chain_is_reached(learned):
+def test_the_tilted_chain_is_reached():
     learner = make_learner(tilted(5), "adjoint_matching", 3e-2)
     before = total_variation(learner, True)
-    train(learner, 150, 3e-2, lambda learner: with_adjoints(learner, 64, learned=learned))
+    train(learner, 150, 3e-2, lambda learner: with_adjoints(learner, 64))
     after = total_variation(learner, True)
     print(f"adjoint matching: TV {before:.3f} -> {after:.4f}")
     assert before > 0.29 and after < 0.02

@@ -42,7 +42,7 @@ OBJECTIVES = {
     "sub_tb": (EXACT, REFUSED, EXACT),
     "grpo": (NONE, NONE, NONE),
     "adjoint_matching": (EXACT, NONE, EXACT),
-    "learned_adjoint_matching": (EXACT, NONE, EXACT),
+    "fitted_nabla_db": (EXACT, NONE, EXACT),
 }
 SAMPLERS = {  # all but eta, which OBJECTIVES has, and where and how fast things run
     "grid": ("ddim", "dpm_solver"), "guidance": (1.0, 5.0), "steps": (4, 50), "state_precision": ("float32", "float16"),
@@ -82,8 +82,12 @@ def status(kind: str, *overrides: str, **sampler) -> str:
 def test_every_sampler_with_every_objective_is_exact_refused_or_without_target(kind):
     assert list(OBJECTIVES) == list(NEEDS)
     at_one, below, published = OBJECTIVES[kind]
-    whole = (NEEDS[kind].whole_trajectories and not NEEDS[kind].flow) or NEEDS[kind].adjoint  # the image alone counts
-    samplers = SAMPLERS | ({"transitions": ("all",)} if NEEDS[kind].whole_trajectories else {})
+    whole = (
+        (NEEDS[kind].whole_trajectories and not NEEDS[kind].flow) or NEEDS[kind].adjoint or NEEDS[kind].fitted_flow
+    )  # the image alone counts
+    samplers = SAMPLERS | (
+        {"transitions": ("all",)} if NEEDS[kind].whole_trajectories or NEEDS[kind].fitted_flow else {}
+    )
     assert status(kind, TRAINED, **samplers) == at_one
     assert status(kind, TRAINED, **samplers, eta=(0.999, 0.5)) == below
     assert status(kind, TRAINED, "objective.setting=faithful", **samplers) == published
@@ -124,11 +128,11 @@ def test_the_exponent_of_a_residual_target_is_the_true_one(kind):
     def found(*overrides: str, dimensions: int | None = 10) -> float | None:
         return tilt(load_config(overrides=[*quiet, *overrides]), dimensions)[0]
 
-    residual = kind in ("residual_nabla_db", "rtb", "rsub", "rdb", "adjoint_matching", "learned_adjoint_matching")
+    residual = kind in ("residual_nabla_db", "rtb", "rsub", "rdb", "adjoint_matching", "fitted_nabla_db")
     assert NEEDS[kind].residual == residual and ("p_ref" in OBJECTIVES_BY_NAME[kind].target) == residual
     summed = found("objective.log_prob_reduction=sum")
     assert summed == (3.0 if residual else None)
-    by_gradient = NEEDS[kind].reward_gradients or NEEDS[kind].adjoint
+    by_gradient = NEEDS[kind].reward_gradients or NEEDS[kind].fitted_flow
     assert found("objective.log_prob_reduction=mean") == ((3.0 if by_gradient else 30.0) if residual else None)
     assert found("objective.log_prob_reduction=mean", dimensions=None) == (3.0 if residual and by_gradient else None)
     if residual:
@@ -182,7 +186,7 @@ def reached(kind: str, sampler: dict, updates: float = 1.0, end: int = 0, **obje
 
 def kinds(*light: str, other_than: tuple[str, ...] = ()):
     """What is called exact; all but `light` in the long run."""
-    other_than = (*other_than, "adjoint_matching", "learned_adjoint_matching")  # test_adjoint_matching.py trains that
+    other_than = (*other_than, "adjoint_matching", "fitted_nabla_db")  # test_adjoint_matching.py trains that
     exact = [kind for kind, found in OBJECTIVES.items() if found[0] == EXACT and kind not in other_than]
     return [kind if kind in light else pytest.param(kind, marks=pytest.mark.long) for kind in exact]
 

@@ -1,10 +1,10 @@
-"""The learned reward: its gradient is that of a smooth reward, and nothing where rewards are noise."""
+"""Kernel ridge regression: its gradient is that of a smooth reward, and nothing where rewards are noise."""
 
 import pytest
 import torch
 
-from learner import reward_model
-from learner.reward_model import RewardModel
+from learner import kernel_ridge
+from learner.kernel_ridge import KernelRidge
 
 
 def drawn(count: int, seed: int = 0) -> torch.Tensor:
@@ -17,8 +17,9 @@ def reward(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_its_gradient_is_the_rewards():
-    x, model = drawn(800), RewardModel()
-    assert model.fit(x, ["a"] * 800, reward(x)) > 0.98
+    x = drawn(800)
+    model = KernelRidge(x, ["a"] * 800, reward(x))
+    assert model.explained > 0.98
     fresh = drawn(100, 1).requires_grad_()
     wanted = torch.autograd.grad(reward(fresh).sum(), fresh)[0]
     found = model.gradient(fresh.detach(), ["a"] * 100)
@@ -28,8 +29,8 @@ def test_its_gradient_is_the_rewards():
 
 def test_its_gradient_is_that_of_the_fitted_function():
     """By central differences of sum_i a_i k(x, x_i), written down anew."""
-    x, model = drawn(60), RewardModel()
-    model.fit(x, ["a", "b"] * 30, reward(x))
+    x = drawn(60)
+    model = KernelRidge(x, ["a", "b"] * 30, reward(x))
     at = drawn(1, 2)
 
     def value(point: torch.Tensor) -> float:
@@ -50,24 +51,26 @@ def test_its_gradient_is_that_of_the_fitted_function():
 def test_noise_teaches_nothing():
     for seed in range(10):
         noise = torch.randn(100, generator=torch.Generator().manual_seed(seed + 50))
-        model = RewardModel()
-        assert model.fit(drawn(100, seed), ["a"] * 100, noise) == 0
+        model = KernelRidge(drawn(100, seed), ["a"] * 100, noise)
+        assert model.explained == 0
         assert not model.gradient(drawn(3), ["a"] * 3).any()
 
 
 def test_prompts_may_reward_the_opposite_and_differ_in_height():
-    x, model = drawn(400), RewardModel()
+    x = drawn(400)
     prompts = ["left", "right"] * 200
     sign = torch.tensor([1.0, -1.0] * 200)
-    assert model.fit(x, prompts, sign * reward(x) + 100 * sign) > 0.9
+    model = KernelRidge(x, prompts, sign * reward(x) + 100 * sign)
+    assert model.explained > 0.9
     left, right = (model.gradient(drawn(1, 3), [prompt]).flatten()[0].item() for prompt in ("left", "right"))
     assert left == pytest.approx(3, abs=0.5) and right == pytest.approx(-3, abs=0.5)
 
 
 def test_learns_from_the_newest_pictures_alone(monkeypatch):
-    monkeypatch.setattr(reward_model, "MOST", 100)
-    x, model = drawn(150), RewardModel()
+    monkeypatch.setattr(kernel_ridge, "MOST", 100)
+    x = drawn(150)
     values = reward(x)
     values[:50] *= -1
-    assert model.fit(x, ["a"] * 150, values) > 0.9 and len(model.coefficients) == 100
+    model = KernelRidge(x, ["a"] * 150, values)
+    assert model.explained > 0.9 and len(model.coefficients) == 100
     assert model.gradient(drawn(1, 3), ["a"]).flatten()[0] > 2

@@ -1,8 +1,8 @@
-"""A reward learned from the epoch's pictures, for objectives that need its gradient where the real one has none.
+"""Kernel ridge regression of numbers on pictures, and the gradient of what it learned.
 
-Kernel ridge regression of the image's reward on its latents: a linear kernel and a Gaussian one of median width, each
-prompt with a constant of its own and half of the rest to itself. The ridge is chosen by exact leave-one-out error
-(least_squares.py), and where leaving one out cannot tell the fit from chance, the gradient is zero."""
+A linear kernel and a Gaussian one of median width; each prompt has a constant of its own, and half of the rest to
+itself. The ridge is chosen by exact leave-one-out error (least_squares.py), and where leaving one out cannot tell the
+fit from chance, the gradient is zero."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,12 @@ from learner import least_squares
 MOST = 2048  # pictures, the newest: the solution takes their cube
 
 
-class RewardModel:
-    def fit(self, latents: Tensor, prompts: Sequence[str], rewards: Tensor) -> float:
-        """Learns from images' latents [n, C, H, W], oldest first, their prompts and raw rewards [n]. Returns the share
-        of the rewards' variance within prompts that it foretells of pictures left out; 0 where that may be chance."""
-        self.known = latents[-MOST:].flatten(1).double()
+class KernelRidge:
+    def __init__(self, pictures: Tensor, prompts: Sequence[str], values: Tensor) -> None:
+        """From pictures, latents or others, [n, C, H, W], oldest first, their prompts and values [n]. `explained`: the
+        share of the values' variance within prompts that is foretold of pictures left out; 0 where that may be chance.
+        """
+        self.known = pictures[-MOST:].flatten(1).double()
         self.prompts = list(prompts[-MOST:])
         self.middle = self.known.mean(0)
         self.linear = (self.known - self.middle).square().sum(1).mean().clamp(min=1e-300)
@@ -28,21 +29,20 @@ class RewardModel:
         constants = least_squares.columns(torch.tensor([numbers[prompt] for prompt in self.prompts]))
         flat = self.known - self.middle
         gram = (flat @ flat.T / self.linear + (-distances / self.width).exp()) * self._shared(self.prompts)
-        solution = least_squares.solve(gram, rewards[-MOST:].double(), constants)
-        self.coefficients = solution.coefficients
-        return solution.explained
+        solution = least_squares.solve(gram, values[-MOST:].double(), constants)
+        self.coefficients, self.explained = solution.coefficients, solution.explained
 
-    def gradient(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of the learned reward to images' latents [b, C, H, W], in their shape and type."""
-        x = latents.flatten(1).double().cpu()
+    def gradient(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of the learned values to pictures [b, C, H, W], in their shape and type."""
+        x = pictures.flatten(1).double().cpu()
         weights = self._shared(prompts) * self.coefficients
         near = weights * (-self._distances(x) / self.width).exp() * (2 / self.width)
         straight = weights @ (self.known - self.middle) / self.linear
         curved = near @ self.known - near.sum(1, keepdim=True) * x
-        return (straight + curved).reshape(latents.shape).to(latents)
+        return (straight + curved).reshape(pictures.shape).to(pictures)
 
     def _distances(self, x: Tensor) -> Tensor:
-        """Squares [b, n], from x [b, D] to the known latents."""
+        """Squares [b, n], from x [b, D] to the known pictures."""
         return torch.cdist(x, self.known).square()
 
     def _shared(self, prompts: Sequence[str]) -> Tensor:

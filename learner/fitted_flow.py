@@ -1,0 +1,115 @@
+"""The log-flow of fitted_nabla_db.py: state by state a regression on what is still to come of each trajectory."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import gpu_memory
+from diffusion.kernels import DDIMKernel
+from learner import process_group
+from learner.config import Config
+from learner.experience import Experience
+from learner.kernel_ridge import KernelRidge
+from learner.objectives.base import Policy
+
+
+class FittedFlow:
+    def __init__(self, policy: Policy, kernel: DDIMKernel, config: Config) -> None:
+        self.policy, self.kernel, self.config = policy, kernel, config
+        self.first, self.end = config.objective.span(kernel.num_steps)
+        self.times = kernel.timesteps.tolist()
+
+    def prepare(
+        self, fresh: Sequence[Experience], kept: Sequence[Experience], beta: float, micro_batch: int
+    ) -> dict[str, float]:
+        """Adds to `prepared` of the epoch's trajectories, for each of K trained transitions: `reference_output` [B, K, C,
+        H, W] at x_k, `clean_next`, the reference's clean prediction at x_k+1, `spent` [B, K] nats, and
+        `log_flow_gradient` [B, K, C, H, W] at x_k+1, from these trajectories and `kept` earlier ones of all ranks.
+        Metrics: the share of log F's variance that is foretold of trajectories left out, in the first and last state.
+        """
+        for experience in fresh:
+            experience.prepared |= self._by_parts(experience, micro_batch, self._look)
+        fits = self._fit([*kept, *fresh], beta)
+        for experience in fresh:
+            experience.prepared |= self._by_parts(experience, micro_batch, self._gradients, fits)
+        return {"flow_explained_first": fits[0].explained, "flow_explained_last": fits[-1].explained}
+
+    def _by_parts(self, experience: Experience, size: int, compute, *more) -> dict[str, np.ndarray]:
+        parts = []
+        for start in range(0, len(experience.trajectories.chunk.prompts), size):
+            rows = slice(start, start + size)
+            states = gpu_memory.to_device(experience.trajectories.states[rows], self.policy.model.device).float()
+            parts.append(compute(states, experience.trajectories.chunk.prompts[rows], *more))
+        return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+
+    def _reference(self, x: Tensor, step: int, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference's output at the state of this step, and its clean prediction: of the image, itself."""
+        t = torch.full((len(x),), self.times[step], device=x.device)
+        output = self.policy.reference(x, t, embeddings)
+        return output, self.kernel.clean(output, t, x).to(x.dtype)
+
+    @torch.no_grad()
+    def _look(self, states: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        embeddings, outputs, clean = self.policy.model.embed(prompts), [], []
+        for step in range(self.first, self.end + 1):
+            x = states[:, step]
+            if step < len(self.times):
+                output, predicted = self._reference(x, step, embeddings)
+            else:
+                predicted = x
+            clean.append(predicted)
+            outputs.append(output)
+        outputs = outputs[: self.end - self.first]
+        return {"reference_output": torch.stack(outputs, 1), "clean_next": torch.stack(clean[1:], 1)}
+
+    def _fit(self, experiences: Sequence[Experience], beta: float) -> list[KernelRidge]:
+        """Of the states x_k+1 of trained transitions, in their order; the same on all ranks."""
+        keys, futures = [], []
+        for experience in experiences:
+            trajectories = experience.trajectories
+            if "spent" not in experience.prepared:
+                experience.prepared["spent"] = self._spent(experience)
+            spent = experience.prepared["spent"].astype(np.float64)
+            behind = np.cumsum(spent[:, ::-1], 1)[:, ::-1] - spent  # of later transitions
+            futures.append(beta * experience.scores.rewards[:, -1:].astype(np.float64) - behind)
+            chunk = trajectories.chunk
+            keys += [
+                (chunk.epoch, number, prompt)
+                for number, prompt in zip(chunk.trajectory_ids, chunk.prompts, strict=True)
+            ]
+        shown = process_group.gather(keys)
+        every = [key for part in shown for key in part]
+        order = sorted(range(len(every)), key=lambda i: every[i][:2])
+        prompts = [every[i][2] for i in order]
+        values = torch.cat(process_group.gather(torch.from_numpy(np.concatenate(futures))))[order]
+        fits = []
+        for k in range(self.end - self.first):  # a state at a time: pictures are large
+            mine = torch.from_numpy(np.concatenate([each.prepared["clean_next"][:, k] for each in experiences]))
+            pictures = torch.cat(process_group.gather(mine))[order]
+            fits.append(KernelRidge(pictures, prompts, values[:, k]))
+        return fits
+
+    def _spent(self, experience: Experience) -> np.ndarray:
+        """[B, K] nats log p_F - log p_ref of the trained transitions, as they were sampled."""
+        trajectories, columns = experience.trajectories, []
+        for k, step in enumerate(range(self.first, self.end)):
+            x, after = (torch.from_numpy(trajectories.states[:, i].astype(np.float32)) for i in (step, step + 1))
+            t = torch.full((len(x),), self.times[step])
+            output = torch.from_numpy(experience.prepared["reference_output"][:, k])
+            columns.append(trajectories.log_pf[:, step] - self.kernel.log_pf(output, t, x, after, "sum").numpy())
+        return np.stack(columns, 1).astype(np.float32)
+
+    def _gradients(self, states: Tensor, prompts: Sequence[str], fits: Sequence[KernelRidge]) -> dict[str, Tensor]:
+        embeddings, found = self.policy.model.embed(prompts), []
+        for step, fit in zip(range(self.first + 1, self.end + 1), fits, strict=True):
+            x = states[:, step]
+            if step == len(self.times):
+                found.append(fit.gradient(x, prompts))
+                continue
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                _, clean = self._reference(x, step, embeddings)
+                found.append(torch.autograd.grad(clean, x, fit.gradient(clean.detach(), prompts))[0])
+        return {"log_flow_gradient": torch.stack(found, 1)}
