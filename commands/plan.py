@@ -127,6 +127,8 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     extra += lagging if config.objective.regulariser else 0
     if config.needs.adjoint:  # the reference forward at every state from the window's first on, and back at all but it
         extra += (3 * (n - settings.first - 1) + 1) / selected.shape[1]
+    if config.needs.fitted_flow:  # the reference forward at every state, then forward and back at all but the first
+        extra += 4 + 1 / selected.shape[1]
     if config.learner.optimizer == "natural":  # rows of earlier epochs too; every step starts anew
         step *= config.learner.natural_epochs * updates
     held = len(later.steps(config)) * count * bool(config.objective.later_kl)  # behind the window

@@ -24,8 +24,8 @@ class FittedFlow:
     def prepare(
         self, fresh: Sequence[Experience], kept: Sequence[Experience], beta: float, micro_batch: int
     ) -> dict[str, float]:
-        """Adds to `prepared` of the epoch's trajectories, for each of K trained transitions: `reference_output` [B, K, C,
-        H, W] at x_k, `clean_next`, the reference's clean prediction at x_k+1, `spent` [B, K] nats, and
+        """Adds to `prepared` of the epoch's trajectories, for each of K trained transitions: `reference_output` [B, K,
+        C, H, W] at x_k, `clean_next`, the reference's clean prediction at x_k+1, `spent` [B, K] nats, and
         `log_flow_gradient` [B, K, C, H, W] at x_k+1, from these trajectories and `kept` earlier ones of all ranks.
         Metrics: the share of log F's variance that is foretold of trajectories left out, in the first and last state.
         """

@@ -82,12 +82,11 @@ def status(kind: str, *overrides: str, **sampler) -> str:
 def test_every_sampler_with_every_objective_is_exact_refused_or_without_target(kind):
     assert list(OBJECTIVES) == list(NEEDS)
     at_one, below, published = OBJECTIVES[kind]
+    needs = NEEDS[kind]
     whole = (
-        (NEEDS[kind].whole_trajectories and not NEEDS[kind].flow) or NEEDS[kind].adjoint or NEEDS[kind].fitted_flow
+        (needs.whole_trajectories and not needs.flow) or needs.adjoint or needs.fitted_flow
     )  # the image alone counts
-    samplers = SAMPLERS | (
-        {"transitions": ("all",)} if NEEDS[kind].whole_trajectories or NEEDS[kind].fitted_flow else {}
-    )
+    samplers = SAMPLERS | ({"transitions": ("all",)} if needs.whole_trajectories or needs.fitted_flow else {})
     assert status(kind, TRAINED, **samplers) == at_one
     assert status(kind, TRAINED, **samplers, eta=(0.999, 0.5)) == below
     assert status(kind, TRAINED, "objective.setting=faithful", **samplers) == published
