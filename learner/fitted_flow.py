@@ -20,6 +20,9 @@ class FittedFlow:
         self.policy, self.kernel, self.config = policy, kernel, config
         self.first, self.end = config.objective.span(kernel.num_steps)
         self.times = kernel.timesteps.tolist()
+        self.forward_looking = config.needs.reward_gradients
+        terminal = config.rollout_settings().terminal
+        self.terminal = len(self.times) if terminal is None else terminal  # whose reward counts
 
     def prepare(
         self, fresh: Sequence[Experience], kept: Sequence[Experience], beta: float, micro_batch: int
@@ -33,7 +36,7 @@ class FittedFlow:
             experience.prepared |= self._by_parts(experience, micro_batch, self._look)
         fits = self._fit([*kept, *fresh], beta)
         for experience in fresh:
-            experience.prepared |= self._by_parts(experience, micro_batch, self._gradients, fits)
+            experience.prepared |= self._by_parts(experience, micro_batch, self._log_flow, fits)
         return {"flow_explained_first": fits[0].explained, "flow_explained_last": fits[-1].explained}
 
     def _by_parts(self, experience: Experience, size: int, compute, *more) -> dict[str, np.ndarray]:
@@ -41,7 +44,7 @@ class FittedFlow:
         for start in range(0, len(experience.trajectories.chunk.prompts), size):
             rows = slice(start, start + size)
             states = gpu_memory.to_device(experience.trajectories.states[rows], self.policy.model.device).float()
-            parts.append(compute(states, experience.trajectories.chunk.prompts[rows], *more))
+            parts.append(compute(states, experience, rows, *more))
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
     def _reference(self, x: Tensor, step: int, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +54,9 @@ class FittedFlow:
         return output, self.kernel.clean(output, t, x).to(x.dtype)
 
     @torch.no_grad()
-    def _look(self, states: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        embeddings, outputs, clean = self.policy.model.embed(prompts), [], []
+    def _look(self, states: Tensor, experience: Experience, rows: slice) -> dict[str, Tensor]:
+        embeddings = self.policy.model.embed(experience.trajectories.chunk.prompts[rows])
+        outputs, clean = [], []
         for step in range(self.first, self.end + 1):
             x = states[:, step]
             if step < len(self.times):
@@ -73,7 +77,7 @@ class FittedFlow:
                 experience.prepared["spent"] = self._spent(experience)
             spent = experience.prepared["spent"].astype(np.float64)
             behind = np.cumsum(spent[:, ::-1], 1)[:, ::-1] - spent  # of later transitions
-            futures.append(beta * experience.scores.rewards[:, -1:].astype(np.float64) - behind)
+            futures.append(beta * experience.scores.rewards[:, [self.terminal]].astype(np.float64) - behind)
             chunk = trajectories.chunk
             keys += [
                 (chunk.epoch, number, prompt)
@@ -88,7 +92,11 @@ class FittedFlow:
         for k in range(self.end - self.first):  # a state at a time: pictures are large
             mine = torch.from_numpy(np.concatenate([each.prepared["clean_next"][:, k] for each in experiences]))
             pictures = torch.cat(process_group.gather(mine))[order]
-            fits.append(KernelRidge(pictures, prompts, values[:, k]))
+            known = None
+            if self.forward_looking:
+                rewards = [each.scores.rewards[:, self.first + k + 1] for each in experiences]
+                known = torch.cat(process_group.gather(torch.from_numpy(np.concatenate(rewards))))[order]
+            fits.append(KernelRidge(pictures, prompts, values[:, k], known))
         return fits
 
     def _spent(self, experience: Experience) -> np.ndarray:
@@ -101,15 +109,27 @@ class FittedFlow:
             columns.append(trajectories.log_pf[:, step] - self.kernel.log_pf(output, t, x, after, "sum").numpy())
         return np.stack(columns, 1).astype(np.float32)
 
-    def _gradients(self, states: Tensor, prompts: Sequence[str], fits: Sequence[KernelRidge]) -> dict[str, Tensor]:
-        embeddings, found = self.policy.model.embed(prompts), []
+    def _log_flow(
+        self, states: Tensor, experience: Experience, rows: slice, fits: Sequence[KernelRidge]
+    ) -> dict[str, Tensor]:
+        prompts, scores, found = experience.trajectories.chunk.prompts[rows], experience.scores, []
+        embeddings = self.policy.model.embed(prompts)
         for step, fit in zip(range(self.first + 1, self.end + 1), fits, strict=True):
+
+            def to_clean(clean: Tensor, step: int = step, fit: KernelRidge = fit) -> Tensor:
+                gradient = fit.gradient(clean, prompts)
+                if self.forward_looking:
+                    assert scores.gradients is not None and scores.gradient_row is not None
+                    rewards = gpu_memory.to_device(scores.gradients[scores.gradient_row[rows, step]], clean.device)
+                    gradient = gradient + fit.slope * rewards
+                return gradient
+
             x = states[:, step]
             if step == len(self.times):
-                found.append(fit.gradient(x, prompts))
+                found.append(to_clean(x))
                 continue
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 _, clean = self._reference(x, step, embeddings)
-                found.append(torch.autograd.grad(clean, x, fit.gradient(clean.detach(), prompts))[0])
+                found.append(torch.autograd.grad(clean, x, to_clean(clean.detach()))[0])
         return {"log_flow_gradient": torch.stack(found, 1)}

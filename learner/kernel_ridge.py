@@ -15,10 +15,10 @@ MOST = 2048  # pictures, the newest: the solution takes their cube
 
 
 class KernelRidge:
-    def __init__(self, pictures: Tensor, prompts: Sequence[str], values: Tensor) -> None:
-        """From pictures, latents or others, [n, C, H, W], oldest first, their prompts and values [n]. `explained`: the
-        share of the values' variance within prompts that is foretold of pictures left out; 0 where that may be chance.
-        """
+    def __init__(self, pictures: Tensor, prompts: Sequence[str], values: Tensor, known: Tensor | None = None) -> None:
+        """From pictures, latents or others, [n, C, H, W], oldest first, their prompts and values [n]. Values are first
+        put down to `known` numbers [n], if given, `slope` times. `explained`: the share of the rest's variance within
+        prompts that is foretold of pictures left out; 0 where that may be chance."""
         self.known = pictures[-MOST:].flatten(1).double()
         self.prompts = list(prompts[-MOST:])
         self.middle = self.known.mean(0)
@@ -29,11 +29,13 @@ class KernelRidge:
         constants = least_squares.columns(torch.tensor([numbers[prompt] for prompt in self.prompts]))
         flat = self.known - self.middle
         gram = (flat @ flat.T / self.linear + (-distances / self.width).exp()) * self._shared(self.prompts)
-        solution = least_squares.solve(gram, values[-MOST:].double(), constants)
+        free = constants if known is None else torch.cat([constants, known[-MOST:, None].double()], 1)
+        solution = least_squares.solve(gram, values[-MOST:].double(), free)
         self.coefficients, self.explained = solution.coefficients, solution.explained
+        self.slope = 0.0 if known is None else solution.free[-1].item()
 
     def gradient(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of the learned values to pictures [b, C, H, W], in their shape and type."""
+        """Of the learned part of the values to pictures [b, C, H, W], in their shape and type."""
         x = pictures.flatten(1).double().cpu()
         weights = self._shared(prompts) * self.coefficients
         near = weights * (-self._distances(x) / self.width).exp() * (2 / self.width)

@@ -92,7 +92,7 @@ class Config(Section):
         steps = self.sampler.steps
         first, end = self.objective.span(steps)
         # The gradient of the image's reward is not one to the window's end: there the clean prediction's counts.
-        by_prediction = self.needs.reward_gradients and not self.needs.adjoint
+        by_prediction = self.needs.reward_gradients and not (self.needs.adjoint or self.needs.fitted_flow)
         by_prediction |= self.objective.window == "all" and self.needs.inner_rewards
         return RolloutSettings(
             num_steps=self.sampler.steps,

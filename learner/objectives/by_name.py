@@ -8,7 +8,7 @@ from learner.objectives.adjoint_matching import AdjointMatching
 from learner.objectives.base import Objective
 from learner.objectives.db import DagDB
 from learner.objectives.ddpo import DDPO
-from learner.objectives.fitted_nabla_db import FittedNablaDB
+from learner.objectives.fitted_nabla_db import FittedNablaDB, ForwardFittedNablaDB
 from learner.objectives.grpo import GRPO
 from learner.objectives.kl import DagKL
 from learner.objectives.nabla_db import NablaDB
@@ -32,6 +32,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "grpo": GRPO,
     "adjoint_matching": AdjointMatching,
     "fitted_nabla_db": FittedNablaDB,
+    "forward_fitted_nabla_db": ForwardFittedNablaDB,
 }
 
 
@@ -62,7 +63,7 @@ def tilt(config: Config, dimensions: int | None = None) -> tuple[float | None, s
     kind, inexact = settings.kind, "; ".join(_inexact(config))
     if not needs.residual or inexact:
         return None, f"{kind} has no target p_ref x exp(beta x reward)" + (f" ({inexact})" if inexact else "")
-    if settings.window != "all" and needs.reward_gradients and not needs.adjoint:
+    if settings.window != "all" and needs.reward_gradients and not (needs.adjoint or needs.fitted_flow):
         return None, f"{kind} with objective.window aims at the clean prediction's reward, not the image's"
     if not settings.beta:
         return None, "objective.beta is 0: the target is the base model itself"

@@ -11,7 +11,10 @@ trajectory balance says of any trajectory through x_k:
 
 So each epoch, state by state, log F is regressed on that (fitted_flow.py), as a function of the frozen model's clean
 prediction, and its gradient carried back through that one prediction. Noise in the right side dies out as the policy
-nears the target. No reward's gradient is needed, and one image a trajectory is scored."""
+nears the target. No reward's gradient is needed, and one image a trajectory is scored.
+
+The forward-looking form is for rewards with a gradient. Its log F(x_k) is c_k r(xhat(x_k)), xhat being the frozen
+model's clean prediction and c_k one fitted number, plus the regression of what that leaves."""
 
 from torch import Tensor
 
@@ -32,3 +35,7 @@ class FittedNablaDB(Objective):
         weights = self.weights(batch)
         loss = (weights * each).mean()
         return loss, {"matching_loss": loss, "matched": (weights * (none - each)).mean()}
+
+
+class ForwardFittedNablaDB(FittedNablaDB):
+    needs = NEEDS["forward_fitted_nabla_db"]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 Kind = Literal[
     "dag_db", "dag_kl", "nabla_db", "residual_nabla_db", "residual_nabla_db_no_flow", "ddpo",
     "rtb", "rsub", "rdb", "tb", "sub_tb", "grpo", "adjoint_matching",
-    "fitted_nabla_db",
+    "fitted_nabla_db", "forward_fitted_nabla_db",
 ]  # fmt: skip
 FlowKind = Literal["log_flow", "gradient"]
 Weighting = Literal["uniform", "variance"]
@@ -59,6 +59,9 @@ _EXACT: Mapping[str, Any] = {
     "log_prob_reduction": "sum", "beta": 1.0, "anneal_fraction": 0.0, "regulariser": 0.0, "forward_looking": "none",
 }  # fmt: skip
 _BALANCE: Defaults = {key: _EXACT for key in ("corrected", "faithful")}
+_FORWARD: Defaults = {
+    key: {**_EXACT, "forward_looking": "base", "clean_prediction": "guided"} for key in ("corrected", "faithful")
+}
 _WHOLE: Mapping[str, Any] = {"whole_trajectories": True, "least_squares": True}
 _GRPO: Defaults = {key: {**_EXACT, "clip_range": 0.2} for key in ("corrected", "faithful")}
 _DDPO: Defaults = {key: {"regulariser": 0.0, "anneal_fraction": 0.0} for key in ("corrected", "faithful")}
@@ -82,4 +85,7 @@ NEEDS: dict[str, Needs] = {
         _BALANCE, reward_gradients=True, inner_rewards=False, adjoint=True, residual=True, prepared_fields=2
     ),
     "fitted_nabla_db": Needs(_BALANCE, inner_rewards=False, fitted_flow=True, residual=True, prepared_fields=3),
+    "forward_fitted_nabla_db": Needs(
+        _FORWARD, reward_gradients=True, fitted_flow=True, residual=True, prepared_fields=3
+    ),
 }

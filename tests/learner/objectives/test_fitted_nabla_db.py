@@ -11,6 +11,7 @@ from learner.experience import Experience
 from learner.fitted_flow import FittedFlow
 
 pytestmark = pytest.mark.timeout(0)
+FORWARD = "forward_fitted_nabla_db"
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +28,12 @@ def by_trajectory(learner, count: int, epoch: int = 0):
     chunk = SimpleNamespace(epoch=epoch, trajectory_ids=range(count), prompts=["c"] * count)
     states, log_pf = torch.cat([x, after[:, -1:]], 1), batch.log_pf_old.reshape(count, steps)
     trajectories = SimpleNamespace(chunk=chunk, states=states.numpy(), log_pf=log_pf.numpy())
-    rewards = batch.reward_terminal.reshape(count, steps)[:, -1:].numpy()
-    return batch, Experience(trajectories, SimpleNamespace(rewards=rewards))  # type: ignore[arg-type]
+    rewards = np.full((count, learner.kernel.num_steps + 1), np.nan, np.float32)
+    rewards[:, 1 : steps + 1] = batch.reward_next.reshape(count, steps)
+    rewards[:, -1] = batch.reward_terminal.reshape(count, steps)[:, -1]
+    row = np.arange(count)[:, None] * steps + np.arange(-1, steps)
+    scores = SimpleNamespace(rewards=rewards, gradients=batch.clean_gradient_next.numpy(), gradient_row=row)
+    return batch, Experience(trajectories, scores)  # type: ignore[arg-type]
 
 
 def fitted(count: int, kept: int = 0):
@@ -48,8 +53,8 @@ def fitted(count: int, kept: int = 0):
     return draw
 
 
-def stirred(*sampler):
-    learner = make_learner(tilted(5), "fitted_nabla_db", 1e-2, *sampler)
+def stirred():
+    learner = make_learner(tilted(5), "fitted_nabla_db", 1e-2)
     with torch.no_grad():
         for parameter in learner.model.unet.parameters():
             parameter.normal_(std=0.3)
@@ -86,7 +91,7 @@ def test_what_is_regressed_on_is_still_to_come_and_known_at_a_reached_target(mon
 
     monkeypatch.setattr(FittedFlow, "_fit", watched)
     learner = make_learner(tilted(5), "fitted_nabla_db", 1e-2)
-    train(learner, 200, 3e-2, fitted(64))
+    train(learner, 120, 5e-2, fitted(64))
     (experience,), fits = seen[-1]
     spent = experience.prepared["spent"]
     for i in range(3):
@@ -96,34 +101,49 @@ def test_what_is_regressed_on_is_still_to_come_and_known_at_a_reached_target(mon
             reference = learner.kernel.log_pf(learner.model.predict_reference(x, t), t, x, after, "sum").item()
             assert spent[i, k] == pytest.approx(experience.trajectories.log_pf[i, k] - reference, abs=1e-5)
     behind = np.stack([spent[:, k + 1 :].sum(1) for k in range(5)], 1)
-    values = experience.scores.rewards - behind
+    values = experience.scores.rewards[:, -1:] - behind
     gained = [values[:, k].var() for k in range(5)]
-    assert all(fit.explained > 0.99 for fit in fits) and min(gained) > 0.01
+    assert min(fit.explained for fit in fits) > 0.95 and min(gained) > 0.01
 
 
 def test_a_fit_that_may_be_chance_wants_the_reference():
     learner = make_learner(tilted(5), "fitted_nabla_db", 1e-2)
     _, experience = by_trajectory(learner, 16)
-    experience.scores.rewards[:] = np.random.default_rng(0).normal(size=(16, 1))
+    experience.scores.rewards[:] = np.random.default_rng(0).normal(size=(16, 6))
     told = FittedFlow(learner.policy, learner.kernel, learner.config).prepare([experience], [], 1.0, 16)
     assert told == {"flow_explained_first": 0.0, "flow_explained_last": 0.0}
     assert not experience.prepared["log_flow_gradient"].any()
 
 
-@pytest.mark.parametrize("kept", [0, 3])
-def test_the_tilted_chain_is_reached(kept):
-    learner = make_learner(tilted(5), "fitted_nabla_db", 3e-2)
+@pytest.mark.parametrize(("kind", "kept"), [("fitted_nabla_db", 0), ("fitted_nabla_db", 1), (FORWARD, 0)])
+def test_the_tilted_chain_is_reached(kind, kept):
+    learner = make_learner(tilted(5), kind, 5e-2)
     before = total_variation(learner, True)
-    train(learner, 150, 3e-2, fitted(64, kept))
+    train(learner, 60, 5e-2, fitted(64, kept))
     after = total_variation(learner, True)
-    print(f"fitted nabla-DB, {kept} kept: TV {before:.3f} -> {after:.4f}")
+    print(f"{kind}, {kept} kept: TV {before:.3f} -> {after:.4f}")
     assert before > 0.29 and after < 0.02
 
 
+def test_looking_forward_the_reward_of_the_clean_prediction_is_all_there_is(monkeypatch):
+    """Tilted chain: log F is linear, and so is r(xhat): nothing is left to the regression, whose gradient is then zero,
+    and the slope times the reward's gradient is log F's own."""
+    fits = []
+    original = FittedFlow._fit
+    monkeypatch.setattr(FittedFlow, "_fit", lambda *given: fits.extend(original(*given)) or fits[-5:])
+    learner = make_learner(tilted(5), FORWARD, 3e-2)
+    draw = fitted(512)
+    forward = draw(learner).prepared["log_flow_gradient"]
+    assert [fit.explained for fit in fits] == pytest.approx([0] * 5, abs=0.01)
+    assert fits[-1].slope == pytest.approx(1, abs=1e-3)  # x_0 is the image
+    abar = learner.kernel.abar(learner.kernel.timesteps, torch.float64)
+    wanted = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)]).sqrt()  # d xhat / d x, the base being N(0, 1)
+    torch.testing.assert_close(forward.reshape(-1, 5).mean(0).double(), wanted, rtol=0.3, atol=0.02)
+
+
 def test_a_window_is_exact_with_noise_in_it_alone():
-    window = {"window": (0, 2)}
-    learner = make_learner(tilted(5), "fitted_nabla_db", 3e-2, {"noise": "window"}, **window)
-    train(learner, 150, 3e-2, fitted(64))
+    learner = make_learner(tilted(5), "fitted_nabla_db", 5e-2, {"noise": "window"}, window=(0, 2))
+    train(learner, 60, 5e-2, fitted(64))
     assert total_variation(learner, True) < 0.02
 
 

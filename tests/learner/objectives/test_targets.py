@@ -26,6 +26,7 @@ from learner.objectives.by_name import describe, tilt
 from learner.objectives.needs import NEEDS
 
 pytestmark = pytest.mark.timeout(0)  # bounded by updates
+FITTED = ("fitted_nabla_db", "forward_fitted_nabla_db")
 EXACT, NONE, REFUSED = "exact", "no exact target", "refused"
 # At eta 1 and below; as published.
 OBJECTIVES = {
@@ -43,6 +44,7 @@ OBJECTIVES = {
     "grpo": (NONE, NONE, NONE),
     "adjoint_matching": (EXACT, NONE, EXACT),
     "fitted_nabla_db": (EXACT, NONE, EXACT),
+    "forward_fitted_nabla_db": (EXACT, NONE, EXACT),
 }
 SAMPLERS = {  # all but eta, which OBJECTIVES has, and where and how fast things run
     "grid": ("ddim", "dpm_solver"), "guidance": (1.0, 5.0), "steps": (4, 50), "state_precision": ("float32", "float16"),
@@ -83,9 +85,7 @@ def test_every_sampler_with_every_objective_is_exact_refused_or_without_target(k
     assert list(OBJECTIVES) == list(NEEDS)
     at_one, below, published = OBJECTIVES[kind]
     needs = NEEDS[kind]
-    whole = (
-        (needs.whole_trajectories and not needs.flow) or needs.adjoint or needs.fitted_flow
-    )  # the image alone counts
+    whole = not needs.inner_rewards and not needs.uses_ratio  # the image alone counts
     samplers = SAMPLERS | ({"transitions": ("all",)} if needs.whole_trajectories or needs.fitted_flow else {})
     assert status(kind, TRAINED, **samplers) == at_one
     assert status(kind, TRAINED, **samplers, eta=(0.999, 0.5)) == below
@@ -97,7 +97,7 @@ def test_every_sampler_with_every_objective_is_exact_refused_or_without_target(k
 @pytest.mark.parametrize("kind", [kind for kind, found in OBJECTIVES.items() if found[0] == EXACT])
 def test_a_window_keeps_the_target_where_it_begins_with_noise_and_nothing_moves_behind_it(kind):
     for settings, expected in WINDOWS.items():
-        by_prediction = NEEDS[kind].reward_gradients and not NEEDS[kind].adjoint
+        by_prediction = NEEDS[kind].reward_gradients and not (NEEDS[kind].adjoint or NEEDS[kind].fitted_flow)
         by_prediction &= settings[0].startswith("objective.window=[0")
         assert status(kind, TRAINED, *settings) == (EXACT if by_prediction else expected), settings
 
@@ -127,7 +127,7 @@ def test_the_exponent_of_a_residual_target_is_the_true_one(kind):
     def found(*overrides: str, dimensions: int | None = 10) -> float | None:
         return tilt(load_config(overrides=[*quiet, *overrides]), dimensions)[0]
 
-    residual = kind in ("residual_nabla_db", "rtb", "rsub", "rdb", "adjoint_matching", "fitted_nabla_db")
+    residual = kind in ("residual_nabla_db", "rtb", "rsub", "rdb", "adjoint_matching", *FITTED)
     assert NEEDS[kind].residual == residual and ("p_ref" in OBJECTIVES_BY_NAME[kind].target) == residual
     summed = found("objective.log_prob_reduction=sum")
     assert summed == (3.0 if residual else None)
@@ -185,7 +185,7 @@ def reached(kind: str, sampler: dict, updates: float = 1.0, end: int = 0, **obje
 
 def kinds(*light: str, other_than: tuple[str, ...] = ()):
     """What is called exact; all but `light` in the long run."""
-    other_than = (*other_than, "adjoint_matching", "fitted_nabla_db")  # test_adjoint_matching.py trains that
+    other_than = (*other_than, "adjoint_matching", *FITTED)  # trained in files of their own
     exact = [kind for kind, found in OBJECTIVES.items() if found[0] == EXACT and kind not in other_than]
     return [kind if kind in light else pytest.param(kind, marks=pytest.mark.long) for kind in exact]
 
