@@ -70,6 +70,7 @@ GRIDS: dict[str, tuple[dict[str, Any], Values]] = {
     "dag_kl": (SUM | FLOW, SMALL | RATES | CLIPS),
     "adjoint_matching": ({}, SMALL | RATES),
     "fitted_nabla_db": ({"learner.schedule": "linear"}, SMALL | RATES),
+    "forward_fitted_nabla_db": ({"learner.schedule": "linear"}, SMALL | RATES),
     "residual_nabla_db": (
         {"flow.widths": [16, 32], "flow.learning_rate": 1e-3, "objective.regulariser": 0.0},
         SMALL | RATES | {"objective.forward_looking_decay": ("none", "abar")},
