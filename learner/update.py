@@ -33,6 +33,7 @@ from learner.protocol.runner import Training
 Scored = tuple[Trajectories, Scores]
 Compute = Callable[[Transitions], dict[str, Tensor]]  # values by name, [b, ...]
 ANCHOR = "anchor"  # in Transitions.prepared: outputs that the regulariser holds the policy to
+WARM_UP = 0.05  # of the updates, with learner.schedule=linear
 MICRO_BATCH = 8  # where no GPU's memory says
 MOST = 64  # a larger one gains nothing, and must fit into a chunk's transitions
 
@@ -52,7 +53,8 @@ class Learner:
         self.policy = Policy(model, config.sampler.guidance)
         self.policy_parameters: list[nn.Parameter] = [p for _, p in lora.named(model.unet)]
         decay = config.learner.weight_decay
-        self.policy_optimizer = AdamW(self.policy_parameters, lr=config.learner.learning_rate, weight_decay=decay)
+        rate, betas = config.learner.learning_rate, (0.9, config.learner.adam_beta2)
+        self.policy_optimizer = AdamW(self.policy_parameters, lr=rate, betas=betas, weight_decay=decay)
         # Networks and optimizers whose state_dict a checkpoint has.
         self._parts: dict[str, Any] = {"policy_optimizer": self.policy_optimizer}
         self.flow = flow
@@ -237,12 +239,14 @@ class Learner:
         return metrics | self.update(batches, sum(map(len, update)), beta, held)
 
     def _set_rate(self, epoch: int, index: int) -> None:
-        """The policy's learning rate of this update: 0 would be that of the first one after the run's end."""
-        left = 1.0
+        """The policy's learning rate of this update."""
+        share = 1.0
         if self.config.learner.schedule == "linear":
-            left = max(0.0, 1 - (epoch + index / self.config.steps_per_epoch) / self.config.train.epochs)
+            every = self.config.steps_per_epoch
+            done, total = epoch * every + index, self.config.train.epochs * every
+            share = max(0.0, min((done + 1) / (WARM_UP * total), (1 - done / total) / (1 - WARM_UP), 1.0))
         for parameters in self.policy_optimizer.param_groups:
-            parameters["lr"] = self.config.learner.learning_rate * left
+            parameters["lr"] = self.config.learner.learning_rate * share
 
     def _off_policy(self, update: Sequence[Experience]) -> bool:
         return any(each.trajectories.policy_version != self.published.version for each in update)

@@ -162,7 +162,14 @@ class LearnerConfig(Section):
     natural_floor: float = key(0.1, "natural: least Fisher information that is scaled for, in medians", gt=0)
     learning_rate: float = key(3e-4, "AdamW learning rate of the LoRA", gt=0)
     schedule: Literal["constant", "linear"] = key(
-        "constant", "of the LoRA's learning rate: constant, or linear, from there to 0 at train.epochs"
+        "constant",
+        "of the LoRA's learning rate: constant, or linear: up over the first 5 % of the updates, to 0 at the end",
+    )
+    adam_beta2: float = key(
+        0.999,
+        "AdamW's decay of squared gradients of the LoRA; lower forgets the first, large ones within a short run",
+        ge=0,
+        lt=1,
     )
     weight_decay: float = key(1e-4, "AdamW weight decay of the LoRA", ge=0)
     max_grad_norm: float = key(1.0, "gradient norm clip, for LoRA and flow network separately", gt=0)

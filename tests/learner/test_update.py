@@ -134,6 +134,30 @@ def test_a_resumed_learner_has_the_rates_of_its_config(small_config):
     assert [part.param_groups[0]["lr"] for part in (lower.policy_optimizer, lower.flow_optimizer)] == [1e-7, 1e-8]
 
 
+def test_a_linear_schedule_rises_and_falls_to_nothing_and_a_constant_one_stays(small_config):
+    def rates(*settings: str) -> list[float]:
+        config = small_config("learner.learning_rate=2", "train.epochs=50", *settings)
+        learner, every, found = build.build_learner(config), config.steps_per_epoch, []
+        for number in range(50 * every):
+            learner._set_rate(number // every, number % every)
+            found.append(learner.policy_optimizer.param_groups[0]["lr"])
+        return found
+
+    linear = rates("learner.schedule=linear", "train.replay_updates=1")
+    top = round(0.05 * len(linear))
+    assert linear[:top] == pytest.approx([2 * (i + 1) / top for i in range(top)])
+    assert linear[top:] == pytest.approx(
+        [2 * (len(linear) - i) / (0.95 * len(linear)) for i in range(top, len(linear))]
+    )
+    assert set(rates("train.replay_updates=1")) == {2.0}
+
+
+def test_adams_second_decay_is_the_configs(small_config):
+    learner = build.build_learner(small_config("learner.adam_beta2=0.9"))
+    assert learner.policy_optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    assert build.build_learner(small_config()).policy_optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x02cos\nsystem\n.", state.dump({}), state.dump({"adapter": 3})])
 def test_files_that_are_no_learners_state_are_refused(small_config, content):
     learner = build.build_learner(small_config())
