@@ -31,6 +31,7 @@ from records.storage import StorageError
 from reports.targets import PREFIX, chart, table
 from rewards.attributes import Values
 
+SHOWN = 12  # pictures in each row of the chart
 IMAGES_DRAWN = 2048  # and twice as many by the base model
 
 
@@ -78,9 +79,12 @@ def _judge(asked: Asked, target: Target, sets: dict[str, bytes]) -> tuple[Judged
     reader = _reader(asked, target)
     values: dict[str, Values] = {}
 
+    shown: dict[str, dict[int, np.ndarray]] = {}  # by set and place
+
     def sample(name: str) -> tuple[list[str], targets.Sample]:
         seen = image_sets.read_images(sets[name])
         pictures, good = _pictures(sets[name], name)
+        shown[name] = dict(zip(np.flatnonzero(good).tolist(), pictures, strict=True))
         readings = reader(pictures, [prompt for prompt, kept in zip(seen.prompts, good, strict=True) if kept])
         codes = {}
         for attribute, (known, numbers) in readings.items():
@@ -98,7 +102,10 @@ def _judge(asked: Asked, target: Target, sets: dict[str, bytes]) -> tuple[Judged
     figures = evaluate.facts(target) | {"own_beta": target.exponent}
     figures |= targets.judge(estimated, values, asked.given)
     place = _place(asked, target)
-    target.out.write(f"{place}.png", chart(figures))
+    first = estimated.kept[:SHOWN].tolist()
+    rows = {name: [shown[by][i] for i in first] for name, by in (("base", "base"), ("tuned", "tuned"))}
+    rows["target"] = [shown[("base", "other")[of]][i] for of, i in estimated.drawn(len(first))]
+    target.out.write(f"{place}.png", chart(figures, rows))
     target.out.write_json(f"{place}.json", figures)
     if figures["warning"]:
         complain("targets", f"warning: {target.name}: {figures['warning']}")

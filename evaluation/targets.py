@@ -60,6 +60,15 @@ class Target:
         """Effective number of base pictures, of all prompts together."""
         return float(1 / (self.share**2 / self.sizes).sum())
 
+    def drawn(self, count: int) -> list[tuple[int, int]]:
+        """Base pictures as the target has them: (set, place) of at most `count` different ones, drawn by weight, by
+        prompt."""
+        chances = self.weights * self.share[self.places]
+        count = min(count, int(np.count_nonzero(chances)))
+        chosen = np.random.default_rng(0).choice(len(chances), count, replace=False, p=chances / chances.sum())
+        chosen = chosen[np.argsort(self.places[chosen], kind="stable")]
+        return [(int(i // len(self.kept)), int(self.kept[i % len(self.kept)])) for i in chosen]
+
     def parts(self, values: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """[n]: what each place's base pictures move a weighted mean by, times n; of their `values` [K n], whose mean
         in each prompt under the target is `mean` [C]."""

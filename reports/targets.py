@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from records.run_folder import EVALUATION, Records
 from records.shapes import TargetJudgement
@@ -142,20 +144,32 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def chart(figures: dict[str, Any]) -> bytes:
-    """PNG: of each attribute its law under base model, target and tuned model, as bars."""
+def chart(figures: dict[str, Any], pictures: Mapping[str, Sequence[np.ndarray]]) -> bytes:
+    """PNG: a row of `pictures` [H, W, 3] uint8 of base model, target and tuned model each, and of each attribute its
+    law under the three, as bars."""
     from matplotlib.figure import Figure
 
     laws = figures["attributes"]
     across = min(COLUMNS, len(laws))
     down = -(-len(laws) // across)
-    picture = Figure(figsize=(max(6, 3.9 * across), 3.3 * down + 0.5), layout="constrained")
+    width, most = max(6.0, 3.9 * across), max(map(len, pictures.values()))
+    each = width / (most + 1)  # inches of a picture
+    whole = Figure(figsize=(width, 3.3 * down + 0.5 + 3.3 * each), layout="constrained")
+    heights = (3.3 * each + 0.3, 3.3 * down + 0.2)
+    above, below = whole.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    for line, name in zip(above.subplots(3, most, squeeze=False), COLOURS, strict=True):
+        for axes in line:
+            axes.set_axis_off()
+        for axes, image in zip(line, pictures[name], strict=False):
+            axes.imshow(image)
+        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    picture = below
     panels = picture.subplots(down, across, squeeze=False).ravel()
     for axes, law in zip(panels, laws, strict=False):
         shown = [i for i, shares in enumerate(zip(*(law[key] for key in COLOURS), strict=True)) if any(shares)]
         for place, (key, colour) in enumerate(COLOURS.items()):
-            heights = [law[key][i] or 0.0 for i in shown]
-            axes.bar([i + 0.27 * (place - 1) for i in range(len(shown))], heights, 0.27, color=colour, label=key)
+            shares = [law[key][i] or 0.0 for i in shown]
+            axes.bar([i + 0.27 * (place - 1) for i in range(len(shown))], shares, 0.27, color=colour, label=key)
         names = [short(_plain(law["values"][i]), 16) for i in shown]
         axes.set_xticks(range(len(shown)), names, rotation=40 if sum(map(len, names)) > 24 else 0, fontsize=8)
         tv = law["tv"]
@@ -168,8 +182,8 @@ def chart(figures: dict[str, Any]) -> bytes:
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     beta = f"target p_ref x exp({figures['beta']:g} x {_plain(figures['reward_name'])})"
-    picture.suptitle(f"{_plain(figures['name'])}, {beta}; total variations to it", fontsize=10)
-    picture.savefig(file := io.BytesIO(), format="png", dpi=120)
+    whole.suptitle(f"{_plain(figures['name'])}, {beta}; total variations to it", fontsize=10)
+    whole.savefig(file := io.BytesIO(), format="png", dpi=120)
     return file.getvalue()
 
 

@@ -8,7 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from models.shapes.measure import correct, generate, scenes
+from models.shapes import world
+from models.shapes.measure import correct, evenness, generate, law, scenes
+from models.shapes.train import build_tokenizer, start_from
 
 FOLDER = Path("models/shapes")
 
@@ -34,6 +36,14 @@ def test_draws_common_prompts_and_leaves_headroom_on_rare_ones(pipeline):
     assert accuracy(pipeline, "right", 96) <= 0.7
 
 
+@pytest.mark.long
+def test_draws_open_prompts_and_leaves_them_open(pipeline):
+    assert accuracy(pipeline, "no-background", 96) >= 0.75
+    assert accuracy(pipeline, "any-colour", 96) >= 0.7 and accuracy(pipeline, "any-shape", 96) >= 0.85
+    drawn = law(generate(pipeline, ["a circle"] * 96, 10, 3.0))
+    assert evenness(drawn["colour"]) >= 0.8 and evenness(drawn["background"]) >= 0.8  # measured: 0.90, 0.94
+
+
 def test_loads_in_one_precision_is_small_and_every_word_is_one_token(pipeline):
     dtypes = {p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()}
     assert dtypes == {torch.float32}
@@ -42,5 +52,20 @@ def test_loads_in_one_precision_is_small_and_every_word_is_one_token(pipeline):
     with safe_open(FOLDER / "text_encoder/model.safetensors", "pt") as opened:  # as transformers 4 reads them, too
         assert all(name.startswith("text_model.") for name in opened.keys())  # noqa: SIM118
     assert {file.name for file in (FOLDER / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
-    ids = pipeline.tokenizer("a small red circle and a blue square on a white background").input_ids
+    ids = pipeline.tokenizer("a small red circle and an orange shape on a white background").input_ids
     assert len(ids) == 12 + 2
+
+
+def test_training_can_start_from_the_committed_weights_with_a_larger_vocabulary(pipeline, tmp_path, monkeypatch):
+    words = [*world.vocabulary(), "zebra"]
+    monkeypatch.setattr(world, "vocabulary", lambda: words)
+    tokenizer = build_tokenizer(tmp_path)
+    unet, text_encoder = start_from(FOLDER, tokenizer)
+    assert len(tokenizer) > len(pipeline.tokenizer)
+    assert all(map(torch.equal, unet.parameters(), pipeline.unet.parameters()))
+    caption = "a small red circle and an orange shape"
+    embedded, expected = (
+        encoder(vocabulary(caption, return_tensors="pt").input_ids)[0]
+        for encoder, vocabulary in ((text_encoder.eval(), tokenizer), (pipeline.text_encoder, pipeline.tokenizer))
+    )
+    torch.testing.assert_close(embedded, expected)
