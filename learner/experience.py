@@ -120,7 +120,7 @@ def made_up(size: int, model: BaseModel, times: Sequence[int], gradients: bool) 
         terminal=index > 0, log_pf_old=number, output_old=x.clone(), clean_gradient=gradient,
         clean_gradient_next=gradient, log_ref=number,
         prepared={
-            **dict.fromkeys(("advantage", "slope", "flow_slope", "loss_share"), number),
+            **dict.fromkeys(("advantage", "slope", "flow_slope", "loss_share", "target_weight"), number),
             **{name: x.clone() for name in ("adjoint", "reference_output", "log_flow_gradient")},
         },
     )  # fmt: skip

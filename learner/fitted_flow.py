@@ -1,5 +1,6 @@
 """The log-flow of fitted_nabla_db.py: state by state a regression on what is still to come of each trajectory."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from learner.config import Config
 from learner.experience import Experience
 from learner.kernel_ridge import KernelRidge
 from learner.objectives.base import Policy
+
+MOST_WEIGHT = 5.0  # of a trajectory, in means
 
 
 class FittedFlow:
@@ -88,6 +91,7 @@ class FittedFlow:
         order = sorted(range(len(every)), key=lambda i: every[i][:2])
         prompts = [every[i][2] for i in order]
         values = torch.cat(process_group.gather(torch.from_numpy(np.concatenate(futures))))[order]
+        self._weigh(experiences, beta)
         fits = []
         for k in range(self.end - self.first):  # a state at a time: pictures are large
             mine = torch.from_numpy(np.concatenate([each.prepared["clean_next"][:, k] for each in experiences]))
@@ -98,6 +102,27 @@ class FittedFlow:
                 known = torch.cat(process_group.gather(torch.from_numpy(np.concatenate(rewards))))[order]
             fits.append(KernelRidge(pictures, prompts, values[:, k], known))
         return fits
+
+    def _weigh(self, experiences: Sequence[Experience], beta: float) -> None:
+        """Adds to `prepared` `target_weight` [B, K]: of the epoch's trajectories, what the target's density is to the
+        policy's that sampled them, self-normalised within the prompt over all ranks, and at most MOST_WEIGHT."""
+        logs = [
+            beta * each.scores.rewards[:, self.terminal].astype(np.float64) - each.prepared["spent"].sum(1)
+            for each in experiences
+        ]
+        keys = [
+            [(each.trajectories.chunk.epoch, prompt) for prompt in each.trajectories.chunk.prompts]
+            for each in experiences
+        ]
+        mine = [pair for part in zip(keys, logs, strict=True) for pair in zip(*part, strict=True)]
+        by_prompt: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for part in process_group.gather(mine):
+            for key, value in part:
+                by_prompt[key].append(value)
+        mean = {key: np.logaddexp.reduce(sorted(found)) - np.log(len(found)) for key, found in by_prompt.items()}
+        for each, group, log in zip(experiences, keys, logs, strict=True):
+            weight = np.exp(log - [mean[key] for key in group]).clip(max=MOST_WEIGHT).astype(np.float32)
+            each.prepared["target_weight"] = np.repeat(weight[:, None], self.end - self.first, 1)
 
     def _spent(self, experience: Experience) -> np.ndarray:
         """[B, K] nats log p_F - log p_ref of the trained transitions, as they were sampled."""

@@ -205,6 +205,11 @@ class Objective(Section):
         "conditional", "model output behind psi: conditional (DAG's code), or guided (nabla's; foretells better)"
     )
     detach_next_flow: bool = key(True, "no gradient into f(x_t'), h(x_t'); false is the published code")
+    trajectory_weight: Literal["uniform", "target"] = key(
+        "uniform",
+        "of fitted nabla-DB: uniform, or target: the target's density over the policy's, so that where steps of fixed "
+        "variance cannot follow the target their means still do",
+    )
     penalty: Penalty = key("squared", "of residuals, squared or huber")
     huber_width: float = key(1.0, "residual in nats where huber turns linear", gt=0)
     transition_weight: Weighting = key("uniform", "uniform, or variance: weight sigma_t^2 over its mean")

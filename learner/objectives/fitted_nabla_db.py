@@ -33,6 +33,8 @@ class FittedNablaDB(Objective):
         wanted = variance * batch.prepared["log_flow_gradient"]
         each, none = (((by - wanted).square() / (2 * variance)).flatten(1).sum(1) for by in (moved, 0 * moved))
         weights = self.weights(batch)
+        if self.settings.trajectory_weight == "target":
+            weights = weights * batch.prepared["target_weight"]
         loss = (weights * each).mean()
         return loss, {"matching_loss": loss, "matched": (weights * (none - each)).mean()}
 

@@ -1,5 +1,6 @@
 """Residual nabla-DB with a fitted log-flow: a slow loop, an exact flow, and the targets of 1-D problems."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,11 @@ def fitted(count: int, kept: int = 0):
         return batch
 
     return draw
+
+
+def pick_one(batch, i: int):
+    one = pick(batch, torch.tensor([i]))
+    return replace(one, prepared={name: value[i : i + 1] for name, value in batch.prepared.items()})
 
 
 def stirred():
@@ -106,6 +112,33 @@ def test_what_is_regressed_on_is_still_to_come_and_known_at_a_reached_target(mon
     assert min(fit.explained for fit in fits) > 0.95 and min(gained) > 0.01
 
 
+def test_weights_are_the_targets_density_over_the_policys_within_a_prompt():
+    learner, beta = stirred(), 1.7
+    _, experience = by_trajectory(learner, 6)
+    experience.trajectories.chunk.prompts = ["a", "b"] * 3
+    flow = FittedFlow(learner.policy, learner.kernel, learner.config)
+    flow.prepare([experience], [], beta, 6)
+    left = beta * experience.scores.rewards[:, -1].astype(float) - experience.prepared["spent"].sum(1)
+    for group in (slice(0, None, 2), slice(1, None, 2)):
+        wanted = np.exp(left[group]) / np.exp(left[group]).mean()
+        for column in experience.prepared["target_weight"][group].T:
+            np.testing.assert_allclose(column, wanted.clip(max=5), rtol=1e-4)
+
+
+def test_weighted_the_loss_is_of_the_targets_trajectories():
+    learner = stirred()
+    batch = fitted(8)(learner)
+    output = learner.policy.output(batch)
+    weights = batch.prepared["target_weight"]
+    each = [
+        learner.objective.loss(pick_one(batch, i), output[i : i + 1], None, 1.0, False)[0] for i in range(len(weights))
+    ]
+    weighted = make_learner(tilted(5), "fitted_nabla_db", 1e-2, trajectory_weight="target")
+    loss, _ = weighted.objective.loss(batch, output, None, 1.0, False)
+    assert loss.item() == pytest.approx((torch.stack(each) * weights).mean().item(), rel=1e-5)
+    assert weights.std() > 0.1
+
+
 def test_a_fit_that_may_be_chance_wants_the_reference():
     learner = make_learner(tilted(5), "fitted_nabla_db", 1e-2)
     _, experience = by_trajectory(learner, 16)
@@ -115,9 +148,12 @@ def test_a_fit_that_may_be_chance_wants_the_reference():
     assert not experience.prepared["log_flow_gradient"].any()
 
 
-@pytest.mark.parametrize(("kind", "kept"), [("fitted_nabla_db", 0), ("fitted_nabla_db", 1), (FORWARD, 0)])
-def test_the_tilted_chain_is_reached(kind, kept):
-    learner = make_learner(tilted(5), kind, 5e-2)
+@pytest.mark.parametrize(
+    ("kind", "kept", "weight"),
+    [("fitted_nabla_db", 0, "uniform"), ("fitted_nabla_db", 1, "target"), (FORWARD, 0, "uniform")],
+)
+def test_the_tilted_chain_is_reached(kind, kept, weight):
+    learner = make_learner(tilted(5), kind, 5e-2, trajectory_weight=weight)
     before = total_variation(learner, True)
     train(learner, 60, 5e-2, fitted(64, kept))
     after = total_variation(learner, True)
