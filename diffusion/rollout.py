@@ -130,7 +130,7 @@ class Sampler:
 
 def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndarray:
     """Which states [B, N+1] need a reward, for transitions `chosen` [B, N+1] (by the step they start from): both
-    ends of each, unless psi is 0 there or the image's reward stands for the last end; the terminal state of training
+    ends of each, unless psi is 0 there or only the image counts at the last end; the terminal state of training
     and the image itself always do."""
     needed = np.zeros_like(chosen)
     needed[:, -1] = True
@@ -141,5 +141,5 @@ def states_with_reward(settings: RolloutSettings, chosen: np.ndarray) -> np.ndar
         needed[:, 1:] |= chosen[:, :-1]
         needed[:, : settings.from_step] = False
     if settings.end is not None:
-        needed[:, settings.end] = chosen.any(axis=1) & (settings.terminal == settings.end)
+        needed[:, settings.end] = chosen.any(axis=1) & (settings.terminal == settings.end or settings.end_scored)
     return needed

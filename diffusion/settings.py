@@ -26,6 +26,7 @@ class RolloutSettings:
     first: int = 0  # the trained transitions begin there
     end: int | None = None  # and end in this state; None: in the image
     terminal: int | None = None  # the state whose reward is the trajectory's: the image, or `end` by its prediction
+    end_scored: bool = False  # that `end`'s prediction has a reward although the image's is the trajectory's
     adapted: tuple[int, int] | None = None  # transitions that the adapter is used in, from and up to; None: all
     noise_steps: int | None = None  # transitions that add noise; later ones are DDIM's without; None: all
     from_step: int = 0  # psi is 0 at steps before, and nothing is decoded there

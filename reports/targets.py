@@ -149,7 +149,8 @@ def chart(figures: dict[str, Any], pictures: Mapping[str, Sequence[np.ndarray]])
     law under the three, as bars."""
     from matplotlib.figure import Figure
 
-    laws = figures["attributes"]
+    every = figures["attributes"]  # those that all pictures have alike say nothing
+    laws = [law for law in every if sum(map(any, zip(*(law[key] for key in COLOURS), strict=True))) > 1] or every
     across = min(COLUMNS, len(laws))
     down = -(-len(laws) // across)
     width, most = max(6.0, 3.9 * across), max(map(len, pictures.values()))

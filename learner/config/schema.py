@@ -107,6 +107,7 @@ class Config(Section):
             first=first,
             end=end if end < steps else None,
             terminal=end if end < steps and by_prediction else None,
+            end_scored=self.needs.fitted_flow and self.needs.inner_rewards,
             adapted=(first, end) if self.sampler.adapter == "window" else None,
             noise_steps=self.noise_steps,
             image_only=not self.needs.inner_rewards,

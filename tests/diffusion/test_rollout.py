@@ -126,6 +126,9 @@ def test_only_states_at_the_ends_of_selected_transitions_are_scored(tiny_pipelin
     chosen = np.array([[True, False, False, False, False], [False, True, False, False, False]])
     needed = states_with_reward(RolloutSettings(end=3, terminal=3), chosen)
     assert [np.flatnonzero(row).tolist() for row in needed] == [[0, 1, 3, 4], [1, 2, 3, 4]]
+    for scored, last in ((False, [0, 1, 4]), (True, [0, 1, 3, 4])):  # the image's reward is the trajectory's
+        ends = states_with_reward(RolloutSettings(end=3, end_scored=scored), chosen[:1])
+        assert np.flatnonzero(ends[0]).tolist() == last
     trajectories, clean = made.sample(chunk(), moved(made.model))
     assert trajectories.selected.shape == (4, 1) and trajectories.selected.max() < 3
     assert clean.terminal == 3 and clean.step.tolist() == [3, 4] * 4
