@@ -69,7 +69,8 @@ def draw(
 
 
 def settings(run_config: Config | None, base: str | None, seed: int | None, sampling: dict[str, Any]) -> Config:
-    """The run's settings, the demo's, or of another base model the defaults; with this base model, seed and `sampling`.
+    """The run's settings, the default preset's, or of another base model the defaults; with this base model, seed and
+    `sampling`.
     Raises a ValueError for one that cannot be."""
     config = run_config or (Config() if base else load_config())
     if config.noise_steps < config.sampler.steps != sampling.get("steps", config.sampler.steps):
@@ -138,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m learner.generate",
         description="Draw prompts with the base model and (if given) with a LoRA, at the same noise, side by side.",
         epilog="Base model, steps, guidance, eta and seed are the run's, where the LoRA is a run's or lies in one; "
-        "else the demo's, or with --base the defaults of learner.run.",
+        "else the default preset's, or with --base the defaults of learner.run.",
     )
     add = parser.add_argument
     add("--prompt", action="append", help="what to draw; may be given again. Not for models without text")

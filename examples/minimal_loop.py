@@ -18,7 +18,7 @@ from learner.objectives.base import anneal, both_ends
 from learner.prompts import training_prompts
 from learner.protocol.chunks import training_chunks
 
-SETTINGS = {  # in place of the demo's: the paper's loss, one update an epoch, policy and flow trained together
+SETTINGS = {  # not the default preset's: the paper's loss, one update an epoch, policy and flow trained together
     "objective.penalty": "squared", "objective.transition_weight": "uniform", "objective.last_transition": "train",
     "objective.forward_looking_decay": "none", "flow.fit_steps": 0, "flow.warmup_steps": 0,
     "train.updates_per_epoch": 1, "train.epochs": 2, "train.trajectories": 32, "evaluation.images": 0,
