@@ -30,6 +30,7 @@ QUARANTINE = "tests/learner/protocol/test_quarantine.py"
 ADJOINT, NATURAL = "tests/learner/objectives/test_adjoint_matching.py", "tests/learner/test_natural.py"
 SQUARES = "tests/learner/test_least_squares.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
+FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
 ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -48,6 +49,19 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if i < noisy:", "if i <= noisy:", f"{ROLLOUT} -k behind"),
         ("log_ref.append(kernel.log_pf(reference", "log_ref.append(kernel.log_pf(guided", f"{ROLLOUT} -k references"),
         ("selected = settings.first + noise", "selected = noise", f"{ROLLOUT} -k windows"),
+    ),
+    "learner/fitted_flow.py": (
+        ("[:, ::-1] - spent  #", "[:, ::-1]  #", FITTED),
+        ("gradient + fit.slope * rewards", "gradient + rewards", FITTED),
+        ("clip(max=MOST_WEIGHT)", "clip(max=99.0)", FITTED),
+    ),
+    "learner/kernel_ridge.py": (
+        ("* (2 / self.width)", "* (1 / self.width)", RIDGE),
+        ("1.0 if one == other else 0.5", "1.0", RIDGE),
+    ),
+    "learner/objectives/fitted_nabla_db.py": (
+        ("wanted = variance *", "wanted = variance.sqrt() *", FITTED),
+        ('weights * batch.prepared["target_weight"]', "weights", FITTED),
     ),
     "learner/config/checks.py": (("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),),
     "learner/objectives/base.py": (

@@ -114,8 +114,9 @@ def test_what_is_regressed_on_is_still_to_come_and_known_at_a_reached_target(mon
 
 def test_weights_are_the_targets_density_over_the_policys_within_a_prompt():
     learner, beta = stirred(), 1.7
-    _, experience = by_trajectory(learner, 6)
-    experience.trajectories.chunk.prompts = ["a", "b"] * 3
+    _, experience = by_trajectory(learner, 12)
+    experience.trajectories.chunk.prompts = ["a", "b"] * 6
+    experience.scores.rewards[0, -1] += 20  # alone it would count as 6
     flow = FittedFlow(learner.policy, learner.kernel, learner.config)
     flow.prepare([experience], [], beta, 6)
     left = beta * experience.scores.rewards[:, -1].astype(float) - experience.prepared["spent"].sum(1)
@@ -167,14 +168,14 @@ def test_looking_forward_the_reward_of_the_clean_prediction_is_all_there_is(monk
     fits = []
     original = FittedFlow._fit
     monkeypatch.setattr(FittedFlow, "_fit", lambda *given: fits.extend(original(*given)) or fits[-5:])
-    learner = make_learner(tilted(5), FORWARD, 3e-2)
+    learner = make_learner(tilted(5), FORWARD, 3e-2, beta=2.0)
     draw = fitted(512)
     forward = draw(learner).prepared["log_flow_gradient"]
     assert [fit.explained for fit in fits] == pytest.approx([0] * 5, abs=0.01)
-    assert fits[-1].slope == pytest.approx(1, abs=1e-3)  # x_0 is the image
+    assert fits[-1].slope == pytest.approx(2, abs=1e-3)  # beta: x_0 is the image
     abar = learner.kernel.abar(learner.kernel.timesteps, torch.float64)
     wanted = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)]).sqrt()  # d xhat / d x, the base being N(0, 1)
-    torch.testing.assert_close(forward.reshape(-1, 5).mean(0).double(), wanted, rtol=0.3, atol=0.02)
+    torch.testing.assert_close(forward.reshape(-1, 5).mean(0).double(), 2 * wanted, rtol=0.3, atol=0.02)
 
 
 def test_a_window_is_exact_with_noise_in_it_alone():
