@@ -14,9 +14,10 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The held-out reward says which share of the pictures shows exactly what was asked for.
+# Trains, then judges against the exact target. What is there from an earlier time goes on, or is judged again.
 demo: setup
-	$(BIN)/python -m learner.run 'evaluation.held_out=[shapes_accuracy]'
+	$(BIN)/python -m learner.run --config configs/demo.yaml run.dir=runs/demo
+	$(BIN)/python -m learner.targets runs/demo --images 256
 
 # The ordinary tests, two files at a time; what starts Ray one after the other.
 test: setup
