@@ -142,13 +142,16 @@ class Learner:
         if self.natural is not None:
             return self._natural_updates(epoch, beta, fresh)
         earlier = [update for part in list(self.replay)[-train.replay_epochs :] for update in part]
+        if self.fitted_flow is not None:  # what earlier epochs were to match is of earlier fits, of fewer trajectories
+            earlier = fresh
         updates = list(fresh)
         for index in range(len(fresh), len(fresh) + (train.replay_updates if earlier else 0)):
             # The same draws on every rank: each holds its share of the same past update.
             draws = noise.generator(self.config.run.seed, noise.PAST_UPDATES, epoch, index)
             updates.append(earlier[draws.integers(len(earlier))])
         if self.replay.maxlen:
-            self.replay.append([[each.kept(train.replay_updates > 0) for each in update] for update in fresh])
+            whole = train.replay_updates > 0 and self.fitted_flow is None
+            self.replay.append([[each.kept(whole) for each in update] for update in fresh])
         updates[1:] = map(self._anchored, updates[1:])
         self._done, self._total = 0, sum(len(experience) for update in updates for experience in update)
         rows = [told | self._train(epoch, index, beta, update) for index, update in enumerate(updates)]

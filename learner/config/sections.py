@@ -280,7 +280,11 @@ class Train(Section):
     epochs: int = key(100, "epochs", ge=1, le=1_000_000)
     trajectories: int = key(512, "trajectories an epoch", ge=1)
     updates_per_epoch: int = key(2, "policy optimizer steps an epoch on its own trajectories", ge=1)
-    replay_updates: int = key(0, "more policy steps an epoch, each on an update's trajectories of an earlier one", ge=0)
+    replay_updates: int = key(
+        0,
+        "more policy steps an epoch, each on an update's trajectories of an earlier one (fitted nabla-DB: of this one)",
+        ge=0,
+    )
     replay_epochs: int = key(
         4,
         "earlier epochs that replay_updates draw from, and a fitted log-flow learns from beside the present one",
