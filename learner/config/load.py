@@ -196,10 +196,10 @@ def _presets(config: Config) -> str:
     for file in DEFAULT_CONFIG.parent.glob("*.yaml"):
         tree = yaml.safe_load(file.read_bytes())
         if _section(tree, "objective").get("kind") == kind:
-            presets.append((_section(tree, "model").get("path") != config.model.path, file))
+            presets.append((_section(tree, "model").get("path") != config.model.path, kind not in file.stem, file))
     if not presets:
         return f"leave out what is not for {kind}"
-    file, here = min(presets)[1], Path.cwd()
+    file, here = min(presets)[-1], Path.cwd()
     return f"those for {kind} are in --config {file.relative_to(here) if file.is_relative_to(here) else file}"
 
 

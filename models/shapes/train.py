@@ -83,7 +83,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def start_from(folder: Path, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """A trained pipeline's U-Net and text encoder; the words that `tokenizer` shares with it keep their embeddings."""
     text_encoder = build_text_encoder(tokenizer)
-    state = CLIPTextModel.from_pretrained(folder / "text_encoder").float().state_dict()
+    state = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True).float().state_dict()
     name = next(name for name in state if name.endswith("token_embedding.weight"))
     words = text_encoder.get_input_embeddings().weight.detach().clone()
     known = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
@@ -92,7 +92,7 @@ def start_from(folder: Path, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionM
             words[row] = state[name][known[word]]
     text_encoder.load_state_dict(state | {name: words})
     unet = build_unet()
-    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict())
     return unet, text_encoder
 
 

@@ -140,7 +140,7 @@ def test_the_card_has_the_runs_figures(exported, exports):
             f"| shapes_alignment (trained on) | {row} |", "4 fixed images (noise seed 5)", "after 2 of 2 epochs",
             "# finished\n", "dag_db (corrected): target proportional to exp(30720 x reward)",
             "2 epochs, 16 trajectories", "rank 2, alpha 3, on to_k, to_out.0, to_q, to_v",
-            "4 DDIM steps, eta 1, guidance 3", "shapes_placed.txt", "at the right", opened.records.run_id,
+            "4 DDIM steps, eta 1, guidance 3", "shapes_placed.txt", "at the top", opened.records.run_id,
             "(before.png)", "Apache-2.0", "## Limits", "num_inference_steps=4, eta=1.0, guidance_scale=3.0",
         ):  # fmt: skip
             assert words in page

@@ -113,7 +113,7 @@ def test_weights_of_another_shape_or_without_a_tensor_are_not_made_up(file, fold
         ("vae/config.json", "block_out_channels", None, "vae/config.json cannot be used"),
         ("text_encoder/config.json", "hidden_size", None, "its cross_attention_dim is 64, not None"),
         ("text_encoder/config.json", "num_hidden_layers", 3, "text_encoder/model.safetensors has no encoder.layers.2"),
-        ("text_encoder/config.json", "vocab_size", None, "it knows 131 tokens, the text encoder's config.json 49408"),
+        ("text_encoder/config.json", "vocab_size", None, "it knows 135 tokens, the text encoder's config.json 49408"),
         ("text_encoder/config.json", "max_position_embeddings", 8, "model_max_length 16, the text encoder reads 8"),
         (
             "tokenizer/tokenizer_config.json",
