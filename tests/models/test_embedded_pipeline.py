@@ -33,7 +33,7 @@ def test_draws_common_prompts_and_leaves_headroom_on_rare_ones(pipeline):
     assert accuracy(pipeline, "seen", 96) >= 0.8
     assert accuracy(pipeline, "held-out", 48) >= 0.8
     assert accuracy(pipeline, "small", 96) <= 0.5
-    assert accuracy(pipeline, "right", 96) <= 0.7
+    assert accuracy(pipeline, "two", 96) <= 0.5 and accuracy(pipeline, "bottom", 96) <= 0.5
 
 
 @pytest.mark.long
@@ -41,7 +41,8 @@ def test_draws_open_prompts_and_leaves_them_open(pipeline):
     assert accuracy(pipeline, "no-background", 96) >= 0.75
     assert accuracy(pipeline, "any-colour", 96) >= 0.7 and accuracy(pipeline, "any-shape", 96) >= 0.85
     drawn = law(generate(pipeline, ["a circle"] * 96, 10, 3.0))
-    assert evenness(drawn["colour"]) >= 0.8 and evenness(drawn["background"]) >= 0.8  # measured: 0.90, 0.94
+    # Green circles are held out: seven colours, .94 at most.
+    assert evenness(drawn["colour"]) >= 0.7 and evenness(drawn["background"]) >= 0.8
 
 
 def test_loads_in_one_precision_is_small_and_every_word_is_one_token(pipeline):
