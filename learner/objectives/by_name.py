@@ -118,6 +118,5 @@ def prospects(config: Config) -> str:
     held = f"held back by objective.regulariser={weight:g}" if weight else "and nothing holds it back"
     needs = config.needs
     balanced = needs.flow or needs.whole_trajectories or needs.adjoint or needs.fitted_flow
-    where = "on 1-D problems and on the embedded model" if needs.fitted_flow else "on 1-D problems alone"
-    proven = f"; that {kind} reaches its target is shown {where}" if balanced else ""
+    proven = f"; that {kind} reaches its target is shown on 1-D problems alone" if balanced else ""
     return f"what to expect: the reward is raised, {held}{proven}"
