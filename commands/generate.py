@@ -70,8 +70,7 @@ def draw(
 
 def settings(run_config: Config | None, base: str | None, seed: int | None, sampling: dict[str, Any]) -> Config:
     """The run's settings, the default preset's, or of another base model the defaults; with this base model, seed and
-    `sampling`.
-    Raises a ValueError for one that cannot be."""
+    `sampling`. Raises a ValueError for one that cannot be."""
     config = run_config or (Config() if base else load_config())
     if config.noise_steps < config.sampler.steps != sampling.get("steps", config.sampler.steps):
         first = f"noise in the first {config.noise_steps} of {config.sampler.steps} steps alone (sampler.noise=window)"

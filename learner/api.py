@@ -67,7 +67,7 @@ def train(
     """Train to the end, or go on with the run in `run_dir`; the same as `python -m learner.run`.
 
     Args:
-        config: a YAML preset's path, sections of keys as a dict, or a Config; default: the default preset.
+        config: a YAML preset's path, sections of keys as a dict, or a Config; default: configs/shapes_alignment.yaml.
         settings: `{"section.key": value}`, in place of the config's, as are prompts, runner (run.runner) and run_dir.
         reward: a function `(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, or a reward's name. With an
             attribute `differentiable = True` it serves the nabla objectives. On Ray it is sent to the reward actors.

@@ -60,7 +60,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("1.0 if one == other else 0.5", "1.0", RIDGE),
     ),
     "learner/objectives/fitted_nabla_db.py": (
-        ("wanted = variance *", "wanted = variance.sqrt() *", FITTED),
+        ("variance * batch.prepared[\"log", "variance.sqrt() * batch.prepared[\"log", FITTED),
         ('weights * batch.prepared["target_weight"]', "weights", FITTED),
     ),
     "learner/config/checks.py": (("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "shapes_alignment.yaml"
 REWARD, OFFSET = ("name", "weights", "options"), "objective.reward_offset"
-# A YAML file, sections of keys, or a config; default: the default preset.
+# A YAML file, sections of keys, or a config; default: DEFAULT_CONFIG.
 Source = Path | str | Mapping[str, Any] | Config | None
 Overrides = Sequence[str] | Mapping[str, Any]  # "section.key=value", one or several, or {"section.key": value}
 

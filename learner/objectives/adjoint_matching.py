@@ -48,11 +48,6 @@ class AdjointMatching(Objective):
         return dict(zip(("adjoint", "reference_output"), stacked, strict=True))
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
-        where, variance = (batch.t, batch.x), self.kernel.variance(batch.t, batch.x.dtype).reshape(-1, 1, 1, 1)
-        moved = self.kernel.mean(output, *where) - self.kernel.mean(batch.prepared["reference_output"], *where)
-        wanted = variance * beta * batch.prepared["adjoint"]
-        each, none = (((by - wanted).square() / (2 * variance)).flatten(1).sum(1) for by in (moved, 0 * moved))
+        variance = self.kernel.variance(batch.t, batch.x.dtype).reshape(-1, 1, 1, 1)
         weights = self.weights(batch)
-        loss = (weights * each).mean()
-        # What the untrained policy's loss is above this one's; the target's own is not 0, as single adjoints are noise.
-        return loss, {"matching_loss": loss, "matched": (weights * (none - each)).mean()}
+        return self.matching_loss(batch, output, variance * beta * batch.prepared["adjoint"], weights)

@@ -143,6 +143,16 @@ class Objective:
         loss = (self.weights(batch) * each).mean()
         return loss, {"policy_loss": loss, "clipped": outside.float().mean()}
 
+    def matching_loss(self, batch: Transitions, output: Tensor, wanted: Tensor, weights: Tensor) -> Loss:
+        """Of the policy's means against the reference's moved by `wanted` [b, C, H, W], over 2 sigma^2, summed over
+        dimensions: nats, mean over transitions by `weights` [b]. `matched` is what the untrained policy's loss is above
+        it; the target's own need not be 0, as what single trajectories want is noise. Uses `reference_output`."""
+        where, variance = (batch.t, batch.x), self.kernel.variance(batch.t, batch.x.dtype).reshape(-1, 1, 1, 1)
+        moved = self.kernel.mean(output, *where) - self.kernel.mean(batch.prepared["reference_output"], *where)
+        each, none = (((by - wanted).square() / (2 * variance)).flatten(1).sum(1) for by in (moved, 0 * moved))
+        loss = (weights * each).mean()
+        return loss, {"matching_loss": loss, "matched": (weights * (none - each)).mean()}
+
     def penalty(self, delta: Tensor) -> Tensor:
         """Of residuals, in their shape: delta^2, or Huber (quadratic within huber_width, then linear, same
         curvature)."""

@@ -28,15 +28,11 @@ class FittedNablaDB(Objective):
 
     def loss(self, batch: Transitions, output: Tensor, flow: Flow, beta: float, flow_gradient: bool) -> Loss:
         """|mu_theta - mu_ref - sigma^2 grad log F|^2 / (2 sigma^2), summed over dimensions: nats."""
-        where, variance = (batch.t, batch.x), self.kernel.variance(batch.t, batch.x.dtype).reshape(-1, 1, 1, 1)
-        moved = self.kernel.mean(output, *where) - self.kernel.mean(batch.prepared["reference_output"], *where)
-        wanted = variance * batch.prepared["log_flow_gradient"]
-        each, none = (((by - wanted).square() / (2 * variance)).flatten(1).sum(1) for by in (moved, 0 * moved))
+        variance = self.kernel.variance(batch.t, batch.x.dtype).reshape(-1, 1, 1, 1)
         weights = self.weights(batch)
         if self.settings.trajectory_weight == "target":
             weights = weights * batch.prepared["target_weight"]
-        loss = (weights * each).mean()
-        return loss, {"matching_loss": loss, "matched": (weights * (none - each)).mean()}
+        return self.matching_loss(batch, output, variance * batch.prepared["log_flow_gradient"], weights)
 
 
 class ForwardFittedNablaDB(FittedNablaDB):
