@@ -53,12 +53,15 @@ TUNING_SEED, TUNING_NOISE, NOISE = 100, 1, 2  # run.seed of trials; evaluation.s
 
 # Settings of each, and what its trials are drawn from; `train` is trajectories and updates an epoch.
 Values = dict[str, Sequence[Any]]
-RATES: Values = {"learner.learning_rate": (3e-4, 1e-3, 3e-3)}
+RATES: Values = {"learner.learning_rate": (1e-3, 3e-3, 1e-2)}  # below, nothing moves in a thousand trajectories
 SMALL: Values = {"train": ((64, 2), (64, 4))}
+MEDIUM: Values = {"train": ((64, 4), (128, 8))}
 LARGE: Values = {"train": ((256, 1), (512, 1))}
 NATURAL: Values = {"learner.natural_epochs": (1, 3), "learner.natural_floor": (0.1, 1.0)}
 WEIGHTS: Values = {"objective.transition_weight": ("uniform", "variance")}
 CLIPS: Values = {"objective.clip_range": (0.05, 0.2)}
+TRAJECTORIES: Values = {"objective.trajectory_weight": ("uniform", "target")}
+FIT = {"learner.schedule": "linear", "learner.adam_beta2": 0.95, "train.replay_updates": 8, "train.replay_epochs": 16}
 SUM = {"objective.log_prob_reduction": "sum", "objective.regulariser": 0.0, "objective.anneal_fraction": 0.0}
 FLOW = {"flow.widths": [32, 64], "flow.stem_stride": 2, "flow.learning_rate": 1e-3, "flow.fit_steps": 4,
         "flow.warmup_steps": 100, "flow.batch": 64, "flow.replay_epochs": 4}  # fmt: skip
@@ -69,8 +72,8 @@ GRIDS: dict[str, tuple[dict[str, Any], Values]] = {
     "dag_db": (SUM | FLOW, SMALL | RATES | WEIGHTS),
     "dag_kl": (SUM | FLOW, SMALL | RATES | CLIPS),
     "adjoint_matching": ({}, SMALL | RATES),
-    "fitted_nabla_db": ({"learner.schedule": "linear"}, SMALL | RATES),
-    "forward_fitted_nabla_db": ({"learner.schedule": "linear"}, SMALL | RATES),
+    "fitted_nabla_db": (FIT, MEDIUM | RATES | TRAJECTORIES),
+    "forward_fitted_nabla_db": (FIT, MEDIUM | RATES | TRAJECTORIES),
     "residual_nabla_db": (
         {"flow.widths": [16, 32], "flow.learning_rate": 1e-3, "objective.regulariser": 0.0},
         SMALL | RATES | {"objective.forward_looking_decay": ("none", "abar")},
@@ -91,11 +94,16 @@ def size(kind: str) -> int:
 
 
 def trials(kind: str, count: int) -> list[dict[str, Any]]:
-    """`count` different points of its grid, by a draw that the name fixes."""
+    """`count` different points of its grid, by a draw that the name fixes: the first at random, then those that have
+    most settings unlike all before, so that few trials see most of the values."""
     grid = GRIDS[kind][1]
-    order = np.random.default_rng(list(kind.encode())).permutation(size(kind))[:count]
-    places = np.stack(np.unravel_index(order, [len(values) for values in grid.values()]), 1)
-    return [{key: grid[key][i] for key, i in zip(grid, place, strict=True)} for place in places.tolist()]
+    order = np.random.default_rng(list(kind.encode())).permutation(size(kind))
+    left = [*np.stack(np.unravel_index(order, [len(values) for values in grid.values()]), 1).tolist()]
+    chosen = [left.pop(0)]
+    while len(chosen) < count:
+        unlike = [min(sum(map(int.__ne__, place, other)) for other in chosen) for place in left]
+        chosen.append(left.pop(unlike.index(max(unlike))))
+    return [{key: grid[key][i] for key, i in zip(grid, place, strict=True)} for place in chosen]
 
 
 def settings(kind: str, point: Mapping[str, Any], budget: int) -> dict[str, Any]:
