@@ -1,4 +1,4 @@
-"""The forward (denoising) and backward (noising) transition kernels of DDIM with eta > 0.
+"""The forward (denoising) and backward (noising) transition kernels of a Gaussian path, and of DDIM with eta > 0.
 
 Notation of arXiv 2406.00633: x = x_t, x_next = x_t' is the cleaner state, abar = cumulative alpha;
 
@@ -11,6 +11,7 @@ The last transition goes to timestep 0, so that sigma_t > 0 everywhere (a step t
 Shapes: x and model outputs [B, C, H, W], t [B], densities [B] in nats."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -24,9 +25,120 @@ NOT_FOLLOWED = (
 )  # fmt: skip
 
 
-class DDIMKernel:
-    """Gaussian transition densities on a fixed timestep grid. Constants are float64, arithmetic is float32 or wider
-    whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
+class GaussianKernel:
+    """Gaussian transition densities on the grid of any path x_t = alpha_t x_0 + sigma_t eps. Constants are float64,
+    arithmetic is float32 or wider whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
+
+    clip: float | None = None
+
+    def __init__(
+        self, timesteps: Tensor, prediction_type: str, squares: Mapping[str, Tensor], noisy_steps: int | None = None
+    ) -> None:
+        """`timesteps` [N] int64, decreasing: rows of the tables `squares` [T] float64. Of the state at t, `abar`
+        alpha_t^2 and `noise` sigma_t^2; `abar_next` and `noise_next` of the next state; of the step, the variance
+        `sigma` of p_F, `direction` (what of noise_next is not drawn anew), A^2 `shrink` and the variance `noising` of
+        p_B. The first `noisy_steps` transitions have a density; None: all."""
+        self.timesteps, self.num_steps, self.prediction_type = timesteps, len(timesteps), prediction_type
+        self.noisy_steps = self.num_steps if noisy_steps is None else noisy_steps
+        roots = {f"root_{name}": table.sqrt() for name, table in squares.items()}
+        # [T] float64 by device: a copy to a GPU makes the host wait, so each is made once.
+        self._tables: dict[torch.device, dict[str, Tensor]] = {torch.device("cpu"): {**squares, **roots}}
+
+    def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Predicted clean latent xhat_theta(x_t), clipped where the scheduler clips it: p_F stays a Gaussian with a
+        known mean, whose gradient through what was clipped is 0."""
+        model_output, x = _wide(model_output), _wide(x)
+        clean, abar = model_output, self._at("abar", t, x)
+        if self.prediction_type == "epsilon":
+            clean = (x - self._at("root_noise", t, x) * model_output) / abar.sqrt()
+        elif self.prediction_type == "v_prediction":
+            clean = abar.sqrt() * x - self._at("root_noise", t, x) * model_output
+        elif self.prediction_type == "flow":  # the velocity eps - x_0
+            clean = x - self._at("root_noise", t, x) * model_output
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+
+    def epsilon(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Predicted noise eps_theta(x_t); like diffusers' own of the output, not of a clipped clean latent."""
+        model_output, x = _wide(model_output), _wide(x)
+        if self.prediction_type == "epsilon":
+            return model_output
+        root_noise, root_signal = self._at("root_noise", t, x), self._at("root_abar", t, x)
+        if self.prediction_type == "v_prediction":
+            return root_signal * model_output + root_noise * x
+        if self.prediction_type == "flow":
+            return x + root_signal * model_output
+        return (x - root_signal * model_output) / root_noise
+
+    def mean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """mu_theta(x_t), the mean of p_F(. | x_t)."""
+        x = _wide(x)
+        signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
+        return signal + self._at("root_direction", t, x) * self.epsilon(model_output, t, x)
+
+    def without_noise(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """The next state by DDIM with eta 0, whatever this kernel's eta."""
+        x = _wide(x)
+        signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
+        return signal + self._at("root_noise_next", t, x) * self.epsilon(model_output, t, x)
+
+    def divergence(self, model_output: Tensor, reference: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """KL(p_F(.|x) || p_ref(.|x)) [B] in nats, of two guided outputs: |mu - mu_ref|^2 / (2 sigma_t^2)."""
+        apart = self.mean(model_output, t, x) - self.mean(reference, t, x)
+        return (apart.square() / (2 * self._at("sigma", t, apart))).flatten(1).sum(1)
+
+    def abar(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Cumulative alpha abar_t = alpha_t^2 [B]."""
+        return self._table("abar", t.device)[t].to(dtype)
+
+    def noise(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """sigma_t^2 [B] of the path: what of the state is noise, per dimension."""
+        return self._table("noise", t.device)[t].to(dtype)
+
+    def variance(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Of p_F [B], per dimension."""
+        return self._table("sigma", t.device)[t].to(dtype)
+
+    def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
+        """log p_F(x_next | x)."""
+        mean, x_next = self.mean(model_output, t, x), _wide(x_next)
+        return _log_normal(x_next - mean, self._at("sigma", t, mean), reduction)
+
+    def log_pb(self, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
+        """log p_B(x | x_next)."""
+        x, x_next = _wide(x), _wide(x_next)
+        residual = x - self._at("root_shrink", t, x) * x_next
+        return _log_normal(residual, self._at("noising", t, x), reduction)
+
+    def score_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+        """Gradient of the summed log p_F(x_next | x) with respect to x_next."""
+        mean = self.mean(model_output, t, x)
+        return -(_wide(x_next) - mean) / self._at("sigma", t, mean)
+
+    def score_pb_next(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+        """Gradient of the summed log p_B(x | x_next) with respect to x_next."""
+        return -self._at("root_shrink", t, _wide(x)) * self.score_pb(t, x, x_next)
+
+    def score_pb(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+        """Gradient of the summed log p_B(x | x_next) with respect to x."""
+        x, x_next = _wide(x), _wide(x_next)
+        return -(x - self._at("root_shrink", t, x) * x_next) / self._at("noising", t, x)
+
+    def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        mean = self.mean(model_output, t, x)
+        return mean + self._at("root_sigma", t, mean) * noise
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """The table at t, shaped [B, 1, 1, 1] in like's dtype; looked up in float64, then cast."""
+        return self._table(name, t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = {key: table.to(device) for key, table in self._tables[torch.device("cpu")].items()}
+        return self._tables[device][name]
+
+
+class DDIMKernel(GaussianKernel):
+    """Of a diffusion model, abar = alpha^2 = 1 - sigma^2: DDIM's steps with eta > 0."""
 
     def __init__(
         self,
@@ -58,8 +170,6 @@ class DDIMKernel:
                 "prediction_type epsilon says nothing of the picture there: set sampler.steps or timestep_spacing to "
                 "begin later"
             )
-        self.timesteps, self.num_steps, self.prediction_type = timesteps, len(timesteps), prediction_type
-        self.clip = clip
         # Off-grid timesteps step by the grid's usual stride; grid entries step to their successor.
         following = (torch.arange(len(abar)) - max(1, len(abar) // len(timesteps))).clamp(min=0)
         following[timesteps] = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
@@ -71,9 +181,8 @@ class DDIMKernel:
             "abar": abar, "noise": 1 - abar, "abar_next": after, "sigma": sigma2, "shrink": abar / after,
             "direction": (1 - after - sigma2).clamp(min=0), "noising": 1 - abar / after, "noise_next": 1 - after,
         }  # fmt: skip
-        roots = {f"root_{name}": table.sqrt() for name, table in squares.items()}
-        # [T] float64 by device: a copy to a GPU makes the host wait, so each is made once.
-        self._tables = {torch.device("cpu"): squares | roots}
+        super().__init__(timesteps, prediction_type, squares)
+        self.clip = clip
 
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> "DDIMKernel":
@@ -117,90 +226,6 @@ class DDIMKernel:
         stepper.set_timesteps(num_steps)
         clip = own.config.clip_sample_range if own.config.clip_sample else None
         return cls(stepper.alphas_cumprod, stepper.timesteps, own.config.prediction_type, eta, clip)
-
-    def clean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted clean latent xhat_theta(x_t), clipped where the scheduler clips it: p_F stays a Gaussian with a
-        known mean, whose gradient through what was clipped is 0."""
-        model_output, x = _wide(model_output), _wide(x)
-        clean, abar = model_output, self._at("abar", t, x)
-        if self.prediction_type == "epsilon":
-            clean = (x - self._at("root_noise", t, x) * model_output) / abar.sqrt()
-        elif self.prediction_type == "v_prediction":
-            clean = abar.sqrt() * x - self._at("root_noise", t, x) * model_output
-        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
-
-    def epsilon(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Predicted noise eps_theta(x_t); like diffusers' own of the output, not of a clipped clean latent."""
-        model_output, x = _wide(model_output), _wide(x)
-        if self.prediction_type == "epsilon":
-            return model_output
-        root_noise, root_signal = self._at("root_noise", t, x), self._at("root_abar", t, x)
-        if self.prediction_type == "v_prediction":
-            return root_signal * model_output + root_noise * x
-        return (x - root_signal * model_output) / root_noise
-
-    def mean(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """mu_theta(x_t), the mean of p_F(. | x_t)."""
-        x = _wide(x)
-        signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
-        return signal + self._at("root_direction", t, x) * self.epsilon(model_output, t, x)
-
-    def without_noise(self, model_output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """The next state by DDIM with eta 0, whatever this kernel's eta."""
-        x = _wide(x)
-        signal = self._at("root_abar_next", t, x) * self.clean(model_output, t, x)
-        return signal + self._at("root_noise_next", t, x) * self.epsilon(model_output, t, x)
-
-    def divergence(self, model_output: Tensor, reference: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """KL(p_F(.|x) || p_ref(.|x)) [B] in nats, of two guided outputs: |mu - mu_ref|^2 / (2 sigma_t^2)."""
-        apart = self.mean(model_output, t, x) - self.mean(reference, t, x)
-        return (apart.square() / (2 * self._at("sigma", t, apart))).flatten(1).sum(1)
-
-    def abar(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Cumulative alpha abar_t [B]."""
-        return self._table("abar", t.device)[t].to(dtype)
-
-    def variance(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """sigma_t^2 [B], per dimension."""
-        return self._table("sigma", t.device)[t].to(dtype)
-
-    def log_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_F(x_next | x)."""
-        mean, x_next = self.mean(model_output, t, x), _wide(x_next)
-        return _log_normal(x_next - mean, self._at("sigma", t, mean), reduction)
-
-    def log_pb(self, t: Tensor, x: Tensor, x_next: Tensor, reduction: Reduction) -> Tensor:
-        """log p_B(x | x_next)."""
-        x, x_next = _wide(x), _wide(x_next)
-        residual = x - self._at("root_shrink", t, x) * x_next
-        return _log_normal(residual, self._at("noising", t, x), reduction)
-
-    def score_pf(self, model_output: Tensor, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_F(x_next | x) with respect to x_next."""
-        mean = self.mean(model_output, t, x)
-        return -(_wide(x_next) - mean) / self._at("sigma", t, mean)
-
-    def score_pb_next(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_B(x | x_next) with respect to x_next."""
-        return -self._at("root_shrink", t, _wide(x)) * self.score_pb(t, x, x_next)
-
-    def score_pb(self, t: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
-        """Gradient of the summed log p_B(x | x_next) with respect to x."""
-        x, x_next = _wide(x), _wide(x_next)
-        return -(x - self._at("root_shrink", t, x) * x_next) / self._at("noising", t, x)
-
-    def sample(self, model_output: Tensor, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        mean = self.mean(model_output, t, x)
-        return mean + self._at("root_sigma", t, mean) * noise
-
-    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """The table at t, shaped [B, 1, 1, 1] in like's dtype; looked up in float64, then cast."""
-        return self._table(name, t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-    def _table(self, name: str, device: torch.device) -> Tensor:
-        if device not in self._tables:
-            self._tables[device] = {key: table.to(device) for key, table in self._tables[torch.device("cpu")].items()}
-        return self._tables[device][name]
 
 
 def _wide(x: Tensor) -> Tensor:
