@@ -184,6 +184,9 @@ class DDIMKernel(GaussianKernel):
         super().__init__(timesteps, prediction_type, squares)
         self.clip = clip
 
+    def noise(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return 1 - self.abar(t, dtype)
+
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int = 50, eta: float = 1.0, grid: Grid = "ddim") -> "DDIMKernel":
         """The kernel of a diffusers scheduler that DDIM can stand in for; only its settings are read. Raises a

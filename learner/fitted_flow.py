@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion import gpu_memory
-from diffusion.kernels import DDIMKernel
+from diffusion.kernels import GaussianKernel
 from learner import process_group
 from learner.config import Config
 from learner.experience import Experience
@@ -19,7 +19,7 @@ MOST_WEIGHT = 5.0  # of a trajectory, in means
 
 
 class FittedFlow:
-    def __init__(self, policy: Policy, kernel: DDIMKernel, config: Config) -> None:
+    def __init__(self, policy: Policy, kernel: GaussianKernel, config: Config) -> None:
         self.policy, self.kernel, self.config = policy, kernel, config
         self.first, self.end = config.objective.span(kernel.num_steps)
         self.times = kernel.timesteps.tolist()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from diffusion import gpu_memory
-from diffusion.kernels import DDIMKernel
+from diffusion.kernels import GaussianKernel
 from learner.config import Config
 from learner.experience import Experience
 from learner.objectives.base import Policy
@@ -32,7 +32,7 @@ def in_words(config: Config) -> str | None:
 
 
 def hold(
-    update: Sequence[Experience], config: Config, policy: Policy, kernel: DDIMKernel, size: int
+    update: Sequence[Experience], config: Config, policy: Policy, kernel: GaussianKernel, size: int
 ) -> dict[str, float]:
     """Add to the gradient that of objective.later_kl times their mean KL to the frozen model, at the states of the
     update's trajectories, `size` at a time; the mean, in nats, for the log."""

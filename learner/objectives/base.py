@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.base_model import BaseModel
-from diffusion.kernels import DDIMKernel
+from diffusion.kernels import GaussianKernel
 from diffusion.trajectory import Trajectories
 from learner.config.sections import Objective as Settings
 from learner.objectives.needs import Needs
@@ -63,7 +63,7 @@ class Objective:
     needs: ClassVar[Needs]
     target: ClassVar[str]  # what it samples from when its loss is zero: a template for by_name.py's `target`
 
-    def __init__(self, settings: Settings, kernel: DDIMKernel) -> None:
+    def __init__(self, settings: Settings, kernel: GaussianKernel) -> None:
         self.settings, self.kernel = settings, kernel
         self.memory: dict[str, Any] = {}  # what a checkpoint must keep: numbers, strings, lists and dicts
 

@@ -12,7 +12,7 @@ known of it without a network (`known`): hundreds to thousands of nats."""
 import torch
 from torch import Tensor, nn
 
-from diffusion.kernels import DDIMKernel
+from diffusion.kernels import GaussianKernel
 from learner.objectives.base import Flow, Loss, Objective, Transitions, both_ends
 from learner.objectives.needs import NEEDS
 
@@ -73,13 +73,13 @@ class DagDB(Objective):
         return known_log_flow(self.kernel, self.settings.span(self.kernel.num_steps)[1], x, t)
 
 
-def known_log_flow(kernel: DDIMKernel, end: int, x: Tensor, t: Tensor) -> Tensor:
+def known_log_flow(kernel: GaussianKernel, end: int, x: Tensor, t: Tensor) -> Tensor:
     """What log F(x_t) [b] has whatever the images are, where the `end`-th state is the end: log N(x; 0, I) where all is
-    noise, fading as |x|^2 becomes the image's, and the volume that every step of p_B adds, -D/2 log((1 - abar_t) /
-    (1 - abar_end)). A network that normalises its channels cannot learn the first, nor soon the second. Under `mean` it
+    noise, fading as |x|^2 becomes the image's, and the volume that every step of p_B adds, -D/2 log(sigma_t^2 /
+    sigma_end^2). A network that normalises its channels cannot learn the first, nor soon the second. Under `mean` it
     would be 1/D of it, too little beside beta r to matter."""
     size, last = x[0].numel(), torch.tensor([*kernel.timesteps.tolist(), 0][end])
-    left = 1 - kernel.abar(last, torch.float64).item()  # on the CPU: no host waits for it
-    noise = 1 - kernel.abar(t, torch.float64)
+    left = kernel.noise(last, torch.float64).item()  # on the CPU: no host waits for it
+    noise = kernel.noise(t, torch.float64)
     norm = x.double().square().flatten(1).sum(1)
     return -(noise.square() * (norm - size) + size * (noise / left).log()).to(x.dtype) / 2

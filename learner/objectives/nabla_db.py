@@ -48,11 +48,11 @@ class NablaDB(Objective):
 
     @torch.no_grad()
     def _start(self, policy: Policy, batch: Transitions, x: Tensor, t: Tensor) -> Tensor:
-        """The frozen model's score -eps / sqrt(1 - abar_t) [b, C, H, W]: h_phi then need not learn it first."""
+        """The frozen model's score -eps / sigma_t [b, C, H, W]: h_phi then need not learn it first."""
         if self.settings.flow_start == "zero":
             return torch.zeros_like(x)
         inner = t.clamp(min=1)
-        noise = (1 - self.kernel.abar(inner, x.dtype)).sqrt().reshape(-1, 1, 1, 1)
+        noise = self.kernel.noise(inner, x.dtype).sqrt().reshape(-1, 1, 1, 1)
         return -self.kernel.epsilon(policy.reference(x, inner, batch.embeddings), inner, x) / noise
 
     def state_gradient(self, policy: Policy, batch: Transitions, after: bool = False) -> Tensor:

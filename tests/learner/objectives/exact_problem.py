@@ -16,7 +16,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from diffusion.kernels import DDIMKernel
+from diffusion.flow_kernels import FlowKernel
+from diffusion.kernels import DDIMKernel, GaussianKernel
 from learner.config import Config
 from learner.objectives.base import Transitions
 from learner.update import Learner
@@ -40,8 +41,8 @@ class Problem:
     decoder: Callable[[Tensor], Tensor] = lambda clean: clean
     inner_decoder: Callable[[Tensor], Tensor] = lambda clean: clean
 
-    def base_epsilon(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps of the base's exact score."""
+    def base_output(self, x: Tensor, t: Tensor) -> Tensor:
+        """eps of the base's exact score; of a flow model the velocity."""
         abar = self.abar[t].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         if not self.bimodal:
             return (1 - abar).sqrt() * x
@@ -58,6 +59,26 @@ class Problem:
         return self.log_reward(x).flatten(1).sum(1)
 
 
+@dataclass(frozen=True)
+class FlowProblem(Problem):
+    """On the path alpha = 1 - sigma, whose last step has no density; states are labelled by the steps to the image."""
+
+    @property
+    def sigmas(self) -> Tensor:  # [N]
+        return torch.linspace(1, 1 / self.steps, self.steps, dtype=torch.float64)
+
+    def base_output(self, x: Tensor, t: Tensor) -> Tensor:
+        sigma = (t / self.steps).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        alpha = 1 - sigma
+        clean = alpha * x / (alpha.square() + sigma.square())
+        return (x - alpha * clean) / sigma - clean
+
+    def kernel(self, eta: float) -> FlowKernel:
+        """Calibrated: the exact reverse of p_B from N(0, 1)."""
+        square = self.sigmas.square()
+        return FlowKernel(self.sigmas, eta=eta).calibrated(square / (square + (1 - self.sigmas).square()))
+
+
 def schedule(steps: int, high: float, low: float) -> Tensor:
     return torch.sigmoid(torch.linspace(high, low, steps + 1, dtype=torch.float64))
 
@@ -71,6 +92,20 @@ def gaussian(steps: int, dimensions: int = 1, end: int = 0) -> Problem:
         mean, variance = mean * abar[end].sqrt().item(), variance * abar[end].item()
     scale = 0.5 * math.log(2 * math.pi * variance)
     return Problem(steps, abar, lambda x: -((x - mean) ** 2) / (2 * variance) - scale, dimensions=dimensions)
+
+
+def flow_gaussian(steps: int) -> Problem:
+    """As G, of a flow model: R of the clean prediction at the last state with a density, a normal law of the base's own
+    variance there."""
+    sigma = 1 / steps
+    variance = (1 - sigma) ** 2 + sigma**2
+    factor = (1 - sigma) / variance  # the clean prediction is this times x
+    scale = 0.5 * math.log(2 * math.pi * variance)
+    return FlowProblem(steps, torch.zeros(0), lambda x: -((x / factor - 1) ** 2) / (2 * variance) - scale)
+
+
+def flow_tilted(steps: int) -> Problem:
+    return FlowProblem(steps, torch.zeros(0), lambda x: x)
 
 
 def tilted(steps: int) -> Problem:
@@ -155,7 +190,9 @@ class ToyModel:
         self.unet = Perceptron(problem) if problem.bimodal else Affine(problem)
         self.latent_shape = (problem.dimensions, 1, 1)
 
-    def kernel(self, num_steps: int, eta: float, grid: str) -> DDIMKernel:
+    def kernel(self, num_steps: int, eta: float, grid: str) -> GaussianKernel:
+        if isinstance(self.problem, FlowProblem):
+            return self.problem.kernel(eta)
         if num_steps == self.problem.steps:
             return DDIMKernel(self.problem.abar, torch.arange(num_steps, 0, -1), "epsilon", eta)
         betas = 1 - self.problem.abar / torch.cat([torch.ones(1), self.problem.abar[:-1]])
@@ -166,7 +203,7 @@ class ToyModel:
         return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
 
     def predict(self, x, t, embeddings=None, guidance=1.0):
-        base = self.problem.base_epsilon(x, t)
+        base = self.problem.base_output(x, t)
         output = base + self.unet(x, t)
         return 0.5 * base + guidance * (output - 0.5 * base), output
 
@@ -174,7 +211,7 @@ class ToyModel:
         return torch.zeros(len(prompts), 1, 1)
 
     def predict_reference(self, x, t, embeddings=None, guidance=1.0):
-        return (0.5 + 0.5 * guidance) * self.problem.base_epsilon(x, t)
+        return (0.5 + 0.5 * guidance) * self.problem.base_output(x, t)
 
 
 def make_learner(problem: Problem, kind: str, rate: float, sampler: dict | None = None, **objective) -> Learner:
@@ -199,22 +236,21 @@ def grid(learner: Learner) -> list[int]:
     """Timesteps from the first to that which counts as the end: where noise ends it is the end."""
     times = [*learner.kernel.timesteps.tolist(), 0]
     settings = learner.config.rollout_settings()
-    return times[
-        : min(settings.num_steps if settings.terminal is None else settings.terminal, settings.noise_steps) + 1
-    ]
+    last = settings.num_steps if settings.terminal is None else settings.terminal
+    return times[: min(last, settings.noise_steps, learner.kernel.noisy_steps) + 1]
 
 
 def base_clean(learner: Learner, x: Tensor) -> Tensor:
     """What is judged of states at the end: themselves, the images that follow without noise, or the base's clean
     prediction."""
     model, kernel, end = learner.model, learner.kernel, grid(learner)[-1]
-    if learner.config.sampler.noise == "window":
+    if learner.config.sampler.noise == "window" or learner.config.rollout_settings().terminal is None:
         for step in [each for each in kernel.timesteps.tolist() if each <= end]:
             t = torch.full((len(x),), step)
             x = kernel.without_noise(model.predict(x, t)[0], t, x)
         return x
     t = torch.full((len(x),), end)
-    return kernel.clean(model.problem.base_epsilon(x, t), t, x) if end else x  # type: ignore[attr-defined]
+    return kernel.clean(model.problem.base_output(x, t), t, x) if end else x  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -237,7 +273,7 @@ def rollout(learner: Learner, count: int) -> Transitions:
     clean = every.clone()  # x_0 is itself
     if looking != "none":
         inner = t[here]
-        source = model.problem.base_epsilon(every[here], inner) if looking == "base" else output
+        source = model.problem.base_output(every[here], inner) if looking == "base" else output
         clean[here] = kernel.clean(source, inner, every[here])
     if times[-1]:  # objective.last_transition=skip, or no noise behind the window
         clean[-count:] = base_clean(learner, every[-count:])

@@ -12,6 +12,8 @@ import pytest
 import torch
 from exact_problem import (
     bimodal,
+    flow_gaussian,
+    flow_tilted,
     fresh,
     gaussian,
     make_learner,
@@ -126,6 +128,45 @@ def test_t4_nabla_db(steps, rate, updates):
     before, after, _, _ = learned("T4", gaussian(steps), "nabla_db", rate, updates, fresh(64), **settings)
     assert before > 0.5
     assert after < 0.03
+
+
+SKIP = {"last_transition": "skip"}  # to sigma = 0 no step has a density
+
+
+@pytest.mark.parametrize(("steps", "rate", "updates"), cases((5, 1e-1, 500), (10, 3e-2, 2000)))
+def test_t1_dag_db_on_a_flow_model(steps, rate, updates):
+    settings = {**SKIP, "forward_looking": "base"}
+    problem = flow_gaussian(steps)
+    before, after, metrics, _ = learned("T1 flow", problem, "dag_db", rate, updates, fresh(64), **settings)
+    assert before > 0.3
+    assert after < 0.02
+    assert metrics["residual_squared"] < 1e-3
+
+
+@pytest.mark.parametrize(("steps", "rate", "updates"), cases((10, 3e-2, 250), (20, 1e-2, 1000)))
+def test_t3_residual_nabla_db_on_a_flow_model(steps, rate, updates):
+    problem = flow_tilted(steps)
+    before, after, _, _ = learned("T3 flow", problem, "residual_nabla_db", rate, updates, fresh(64), True, **SKIP)
+    assert before > 0.3
+    assert after < 0.015
+
+
+@pytest.mark.parametrize(("steps", "rate", "updates"), cases((5, 6e-2, 400), (20, 3e-2, 3000)))
+def test_t4_nabla_db_on_a_flow_model(steps, rate, updates):
+    settings = {**SKIP, "forward_looking": "none"}
+    problem = flow_gaussian(steps)
+    before, after, _, _ = learned("T4 flow", problem, "nabla_db", rate, updates, fresh(64), **settings)
+    assert before > 0.3
+    assert after < 0.03
+
+
+@pytest.mark.parametrize(("kind", "updates"), [("rtb", 200), ("rsub", 400), ("rdb", 500)])
+@pytest.mark.long
+def test_residual_balances_on_a_flow_model(kind, updates):
+    draw = whole(64) if kind != "rdb" else fresh(64)
+    before, after, _, _ = learned(f"{kind} flow", flow_tilted(5), kind, 3e-2, updates, draw, True, **SKIP)
+    assert before > 0.2
+    assert after < 0.02
 
 
 @pytest.mark.parametrize(("rate", "updates"), cases((3e-2, 100), (1e-2, 500)))
