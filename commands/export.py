@@ -69,7 +69,7 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
         content[lora.DIFFUSERS_FILE] = files[lora.KOHYA_FILE]
     for name in wanted:
         if name.endswith(".safetensors"):
-            content[name] = lora_files.with_metadata(content[name], _metadata(about, form, adapter, known))
+            content[name] = lora.with_metadata(content[name], _metadata(about, form, adapter, known))
     sheets = {"before.png": BEFORE, "after.png": trained.epochs - 1}  # of the base model, and of this very checkpoint
     if trained.epochs and set(sheets.values()) <= set(records.evaluated()):
         try:

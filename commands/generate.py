@@ -34,13 +34,13 @@ def draw(
     import torch
 
     from diffusion import lora, lora_files
-    from diffusion.base_model import BaseModel, Decoder
+    from diffusion.base_model import Decoder, open_base_model
     from diffusion.rollout import Sampler
     from learner import build
 
     build.prepare_process(config)
     place = str(resolve(config.model.path)), build.device(config), getattr(torch, config.model.dtype)
-    model = BaseModel(*place)
+    model = open_base_model(*place)
     if adapter is None:
         model.attach_lora(1, 1, seed=0)  # samplers have one; it stays off
         snapshot = lora.snapshot(model.unet, 0)

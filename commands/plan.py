@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement, counted
 from diffusion import lora, noise
+from diffusion.locate import family_of
 from diffusion.parts import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
+from diffusion.sd3 import velocity
 from evaluation import settling
 from learner import later
 from learner.build import flow_network
@@ -73,7 +76,8 @@ def costs(config: Config) -> Costs:
     """Count on the meta device. Raises a BaseModelError if the model's configuration cannot be read."""
     unet, vae = without_weights(str(resolve(config.model.path)))
     shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    width = getattr(unet.config, "cross_attention_dim", None)  # none without prompts
+    # None without prompts; Stable Diffusion 3's has another name.
+    width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
     tiny = None
     with torch.device("meta"):
         lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank, lora.TARGETS[config.lora.targets])
@@ -81,11 +85,15 @@ def costs(config: Config) -> Costs:
         x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
         if config.objective.forward_looking_decoder == "tiny":
             tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
-    text = {} if width is None else {"encoder_hidden_states": embedding}
+
+    def output() -> Any:
+        if family_of(str(resolve(config.model.path))).flow:
+            return velocity(unet, x, t, embedding)
+        return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
 
     return Costs(
-        unet=_count(lambda: unet(x, t, **text).sample),
-        unet_train=_count(lambda: unet(x, t, **text).sample, backward=True),
+        unet=_count(output),
+        unet_train=_count(output, backward=True),
         decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
         tiny=_count(lambda: tiny.decode(x).sample) if tiny is not None else None,
         reward=REWARDS.get(config.reward.name),

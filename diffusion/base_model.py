@@ -12,16 +12,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import lora
-from diffusion.kernels import DDIMKernel
-from diffusion.locate import INDEX, TINY_DECODER, BaseModelError, is_unconditional, load_errors, locate
+from diffusion.flow_kernels import FlowKernel
+from diffusion.kernels import DDIMKernel, GaussianKernel
+from diffusion.locate import (
+    INDEX,
+    TINY_DECODER,
+    BaseModelError,
+    family_of,
+    is_unconditional,
+    load_errors,
+    locate,
+    part_config,
+)
 from diffusion.parts import check_weights, load_scheduler
 from diffusion.settings import Grid
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
 
 
+def open_base_model(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "BaseModel":
+    """The base model of a pipeline, by its family. Raises BaseModelError as `locate.is_unconditional`."""
+    if family_of(path).flow:
+        from diffusion.sd3 import StableDiffusion3
+
+        return StableDiffusion3(path, device, dtype)
+    return BaseModel(path, device, dtype)
+
+
 class BaseModel:
-    """A U-Net with one LoRA on its attention, and the frozen text encoder of its prompts. The VAE is Decoder's.
+    """A denoising network, `unet`, with one LoRA on its attention, and the frozen text encoder of its prompts: here of
+    Stable Diffusion 1.x and 2.x and of DDPM. The VAE is Decoder's.
 
     Latents of Stable Diffusion are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). DDPM
     pipelines (arXiv 2006.11239) have neither prompts, VAE nor guidance: embeddings are [B, 0, 0], states are images in
@@ -37,6 +57,15 @@ class BaseModel:
         for library in (diffusers, transformers):  # a bar for a dozen small files, in every actor, helps nobody
             library.utils.logging.disable_progress_bar()
         self.path, self.scheduler = path, load_scheduler(path)
+        self.device, self.dtype = torch.device(device), dtype
+        self._embeddings: dict[str, Tensor] = {}
+        self._load()
+
+    def _load(self) -> None:
+        """Sets `unet`, and what `embed` needs."""
+        import diffusers
+
+        path, device, dtype = self.path, self.device, self.dtype
         folder, unconditional, dtypes = locate(path), is_unconditional(path), {"unet": dtype, "default": torch.float32}
         pipeline: Any
         with load_errors(path):
@@ -47,14 +76,12 @@ class BaseModel:
                 pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
                     folder, dtype=dtypes, requires_safety_checker=False, use_safetensors=True, **left_out
                 )
-        self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
         check_weights(path, "unet", self.unet)
         if not unconditional:
             check_weights(path, "text_encoder", pipeline.text_encoder)
             self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
             self.tokenizer = pipeline.tokenizer
-        self._embeddings: dict[str, Tensor] = {}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:  # C, H, W
@@ -64,7 +91,7 @@ class BaseModel:
     def embedding_width(self) -> int | None:  # E; None for models without prompts
         return getattr(self.unet.config, "cross_attention_dim", None)
 
-    def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> DDIMKernel:
+    def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> GaussianKernel:
         return _kernel(self.path, self.scheduler, num_steps, eta, grid)
 
     def speed_up(self, channels_last: bool = False, compiled: bool = False, checkpointing: bool = False) -> None:
@@ -102,14 +129,19 @@ class BaseModel:
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Prompt embeddings [B, L, E], computed once a prompt, and one by one: they must not depend on the batch."""
+        """Prompt embeddings [B, L, E], computed once a prompt, and one by one: they must not depend on the batch. What
+        is in which row is the model's own affair."""
         if self.embedding_width is None:
             return torch.zeros(len(prompts), 0, 0, device=self.device)
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeddings:
-                ids = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-                self._embeddings[prompt] = self.text_encoder(ids.to(self.device))[0][0]
+                self._embeddings[prompt] = self._encode(prompt)
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
+
+    def _encode(self, prompt: str) -> Tensor:
+        """[L, E]."""
+        ids = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder(ids.to(self.device))[0][0]
 
     def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
         """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32; with guidance 1 both
@@ -154,18 +186,27 @@ class Decoder:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
         images = latents.to(self.device)
         if self.vae is not None:
-            images = self.vae.decode(images.to(self.dtype) / self.vae.config.scaling_factor).sample
+            images = images.to(self.dtype) / self.vae.config.scaling_factor
+            if self.vae.config.get("shift_factor"):  # of Stable Diffusion 3
+                images = images + self.vae.config.shift_factor
+            images = self.vae.decode(images).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> DDIMKernel:
+def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> GaussianKernel:
     """The kernel of a pipeline's scheduler. Raises BaseModelError as `load_scheduler`, or for settings of the scheduler
     that the kernel does not follow."""
     return _kernel(path, load_scheduler(path), num_steps, eta, grid)
 
 
-def _kernel(path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid) -> DDIMKernel:
+def _kernel(path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid) -> GaussianKernel:
     try:
+        if (family := family_of(path)).flow:
+            if grid != "ddim":
+                raise ValueError(f"sampler.grid: {grid} is a diffusion model's; set it to ddim")
+            config = part_config(path, family.network)
+            tokens = (config.get("sample_size", 128) // config.get("patch_size", 2)) ** 2
+            return FlowKernel.from_scheduler(scheduler, num_steps, eta, tokens=tokens)
         return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
     except (ValueError, TypeError) as error:
         raise BaseModelError(f"model.path: the scheduler of {path} cannot be used: {error}") from error

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffusion import families
 from diffusion.failures import RunFailure
+from diffusion.families import FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model_index.json"
 HUB_SECONDS = 10  # for the hub to answer
 TINY_DECODER = ("config.json", "model.tiny_decoder")  # the index of one, and its setting
-TEXT = "StableDiffusionPipeline"  # 1.x and 2.x: one U-Net, one text encoder, a VAE
-UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # pixels from noise: a U-Net and a scheduler, nothing else
 AGAIN = "copy or download it again"
 
 
@@ -50,21 +50,27 @@ def pipeline_index(path: str) -> dict[str, Any]:
     folder = locate(path)
     with load_errors(path):
         index = _read(folder, INDEX)
-    if (found := index.get("_class_name")) not in [TEXT, *UNCONDITIONAL]:
+    found = index.get("_class_name")
+    if not isinstance(found, str) or not any(found in family.pipelines for family in FAMILIES.values()):
         said = f"is a {found}" if isinstance(found, str) else f"has no pipeline's _class_name in its {INDEX}"
-        known = f"{TEXT} (Stable Diffusion 1.x, 2.x), {', '.join(UNCONDITIONAL)}"
-        raise BaseModelError(f"model.path: {path} {said}; what can be trained: {known}")
+        raise BaseModelError(f"model.path: {path} {said}; what can be trained: {families.known()}")
     return index
+
+
+def family_of(path: str) -> Family:
+    """The kind of pipeline. Raises BaseModelError as `pipeline_index`."""
+    found = pipeline_index(path)["_class_name"]
+    return next(family for family in FAMILIES.values() if found in family.pipelines)
 
 
 def is_unconditional(path: str) -> bool:
     """Whether the pipeline draws pixels without text. Raises BaseModelError as `pipeline_index`."""
-    return pipeline_index(path)["_class_name"] in UNCONDITIONAL
+    return not family_of(path).text
 
 
 def part_config(path: str, name: str) -> dict[str, Any]:
-    """Of a pipeline's unet, vae, text_encoder or scheduler. Early DDPM pipelines, such as google/ddpm-cifar10-32, keep
-    all files at the top. Raises as `is_unconditional`."""
+    """Of a pipeline's network, VAE, text encoders or scheduler. Early DDPM pipelines, such as google/ddpm-cifar10-32,
+    keep all files at the top. Raises as `is_unconditional`."""
     folder, file = locate(path), "scheduler_config.json" if name == "scheduler" else "config.json"
     with load_errors(path):
         try:
@@ -106,7 +112,7 @@ def part_shapes(path: str, name: str) -> dict[str, list[int]] | None:
 
 
 def part_file(name: str) -> str:
-    return "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+    return "model.safetensors" if name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
 
 
 def _place(folder: str, name: str, file: str) -> Path | None:

@@ -3,7 +3,8 @@
 One float32 vector is what crosses the network and what receipts hash, its parameters sorted by name."""
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,23 @@ from torch import nn
 from diffusion.snapshot import Snapshot, digest
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of transformers with a stream of text
 # What a LoRA may adapt: attention alone, or also feed-forward layers, convolutions and what they are told of the time.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ATTENTION,
-    "all": (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"),
+    "attention": (*ATTENTION, *TEXT_STREAM),
+    "all": (
+        *ATTENTION,
+        *TEXT_STREAM,
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "proj_in",
+        "proj_out",
+        "conv1",
+        "conv2",
+        "time_emb_proj",
+    ),
 }
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -30,7 +44,11 @@ def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | st
     from peft import LoraConfig, inject_adapter_in_model
 
     unet.requires_grad_(False)
-    modules = targets if isinstance(targets, str) else list(targets)
+    names = [name for name, _ in unet.named_modules()]
+    streams = any(name.endswith(TEXT_STREAM) for name in names)  # what is not there, no file is to name
+    modules: Any = targets
+    if not isinstance(targets, str):
+        modules = [each for each in targets if streams or not each.startswith(("add_", "to_add", "ff_context"))]
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=modules)
     inject_adapter_in_model(config, unet)
     for _, parameter in named(unet):
@@ -80,8 +98,9 @@ def save_files(unet: nn.Module, folder: Path) -> None:
 
 def files(unet: nn.Module) -> dict[str, bytes]:
     """The adapter by file name: for diffusers, and the same for ComfyUI and A1111 (ADR 24). Of a model without text,
-    which none of them loads adapters for, in PEFT's own form: PeftModel.from_pretrained."""
-    from diffusers import UNet2DConditionModel
+    which none of them loads adapters for, in PEFT's own form: PeftModel.from_pretrained. Of a transformer as
+    StableDiffusion3Pipeline.save_lora_weights writes it."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
     from diffusers.utils import convert_state_dict_to_kohya
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -89,6 +108,13 @@ def files(unet: nn.Module) -> dict[str, bytes]:
 
     config: Any = unet.peft_config["default"]  # type: ignore[index, union-attr]
     state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+    if isinstance(unet, SD3Transformer2DModel):
+        told = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+        with tempfile.TemporaryDirectory() as folder:
+            StableDiffusion3Pipeline.save_lora_weights(
+                folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=told
+            )
+            return {DIFFUSERS_FILE: with_metadata(Path(folder, DIFFUSERS_FILE).read_bytes(), {})}
     if not isinstance(unet, UNet2DConditionModel):
         usual, always = LoraConfig().to_dict(), ("peft_type", "r", "lora_alpha")  # an older PEFT refuses what it lacks
         settings = {key: value for key, value in config.to_dict().items() if key in always or value != usual[key]}
@@ -99,3 +125,14 @@ def files(unet: nn.Module) -> dict[str, bytes]:
     alpha = torch.tensor(float(config.lora_alpha))  # the library's converter writes alpha = rank
     content = save(tensors | {name: alpha.clone() for name in tensors if name.endswith(".alpha")})
     return {DIFFUSERS_FILE: content, KOHYA_FILE: content}
+
+
+def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
+    """A safetensors file with more metadata, its tensors untouched. Keys are sorted: safetensors itself writes several
+    in a random order, and equal adapters are to be equal files."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata = {"format": "pt", **header.pop("__metadata__", {}), **entries}
+    head = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8
+    return len(head).to_bytes(8, "little") + head + content[start:]

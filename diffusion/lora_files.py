@@ -4,7 +4,6 @@ Refused is what diffusers would silently load as something else than was trained
 kinds of adapters. A layer gains alpha / rank * B A, A [rank, in, ...] and B [out, rank, ...]."""
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from diffusion.base_model import BaseModel
 from diffusion.snapshot import Snapshot, digest
 
 PLAIN = re.compile(r".+[._]lora[._](A|B|down|up)(\.default)?\.weight|.+\.alpha")
-PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
+PREFIX = re.compile(r"(base_model\.model\.)?(unet\.|transformer\.)?")
 TEXT_ENCODER = ("text_encoder", "lora_te", "text_model", "base_model.model.text_model")
 # Settings under which alpha / rank is not the scale, or weights are not all in A and B.
 OTHER_KINDS = (
@@ -171,17 +170,6 @@ def generation(adapter: AdapterFile) -> str | None:
     return None
 
 
-def with_metadata(content: bytes, entries: Mapping[str, str]) -> bytes:
-    """A safetensors file with more metadata, its tensors untouched. Keys are sorted: safetensors itself writes several
-    in a random order, and equal adapters are to be equal files."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    metadata = {"format": "pt", **header.pop("__metadata__", {}), **entries}
-    head = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8
-    return len(head).to_bytes(8, "little") + head + content[start:]
-
-
 def _find(path: Path) -> Path:
     if path.is_dir():
         there = sorted(file.name for file in path.glob("*.safetensors"))
@@ -200,7 +188,10 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         if text is None and file.name == lora.PEFT_FILES[1] and beside.is_file():
             text = beside.read_text(encoding="utf-8")
-        settings = {name.removeprefix("unet."): value for name, value in from_json(text or "{}").items()}
+        settings = {
+            name.removeprefix("unet.").removeprefix("transformer."): value
+            for name, value in from_json(text or "{}").items()
+        }
         if settings:
             float(settings["lora_alpha"]), int(settings["r"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:

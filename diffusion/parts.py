@@ -14,6 +14,7 @@ from diffusion.locate import (
     INDEX,
     TINY_DECODER,
     BaseModelError,
+    family_of,
     is_unconditional,
     load_errors,
     locate,
@@ -23,13 +24,6 @@ from diffusion.locate import (
     pipeline_index,
 )
 
-# The classes that a pipeline's index must name: other ones would be loaded as these.
-TEXT_PARTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-}
 # U-Nets with one of these take more than latents, a timestep and text.
 MORE_INPUTS = (
     "num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim",
@@ -39,11 +33,19 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def load_scheduler(path: str) -> Any:
-    """The DDIMScheduler that stands in for a pipeline's. Raises BaseModelError as `is_unconditional`, if none can."""
+    """The DDIMScheduler that stands in for a pipeline's; of a flow model its own. Raises BaseModelError as
+    `is_unconditional`, if none can."""
     import diffusers
 
     config, file = part_config(path, "scheduler"), "scheduler/scheduler_config.json"
     name, schedule = config.get("_class_name"), config.get("beta_schedule")
+    if family_of(path).flow:
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise BaseModelError(
+                f"model.path: {path}/{file} names {name}, not FlowMatchEulerDiscreteScheduler; {AGAIN}"
+            )
+        with load_errors(path, part=file):
+            return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     if "DDIMScheduler" not in getattr(getattr(diffusers, str(name), None), "_compatibles", ()):
         raise BaseModelError(f"model.path: {path}/{file} names {name}, a scheduler that DDIM cannot stand in for")
     # As StableDiffusionPipeline itself sets them, whatever the file says: latents are not clipped.
@@ -55,13 +57,14 @@ def load_scheduler(path: str) -> Any:
             raise ValueError(f"its beta_schedule is {schedule!r}, which DDIM does not have") from error
 
 
-def load_tokenizer(path: str) -> Any:
-    """Of a pipeline with text. Raises BaseModelError as `is_unconditional`, and if it does not fit the text encoder."""
+def load_tokenizer(path: str, number: str = "") -> Any:
+    """Of a pipeline with text, the CLIP one of this `number` (_2). Raises BaseModelError as `is_unconditional`, and if
+    it does not fit the text encoder."""
     from transformers import CLIPTokenizer
 
-    encoder = part_config(path, "text_encoder")
-    with load_errors(path, part="tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(locate(path), subfolder="tokenizer")
+    encoder = part_config(path, f"text_encoder{number}")
+    with load_errors(path, part=f"tokenizer{number}"):
+        tokenizer = CLIPTokenizer.from_pretrained(locate(path), subfolder=f"tokenizer{number}")
         if len(tokenizer) != (tokens := encoder.get("vocab_size", 49408)):
             raise ValueError(f"it knows {len(tokenizer)} tokens, the text encoder's config.json {tokens} (vocab_size)")
         given, most = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77)
@@ -72,7 +75,10 @@ def load_tokenizer(path: str) -> Any:
 
 
 def cut_prompts(path: str, prompts: Sequence[str]) -> str | None:
-    """What is to be said of prompts longer than the text encoder reads, whose rest is cut; raises as load_tokenizer."""
+    """What is to be said of prompts longer than the text encoder reads, whose rest is cut; raises as load_tokenizer.
+    Where a T5 reads them too, 256 tokens, nothing is."""
+    if reads_by_t5(path):
+        return None
     tokenizer, prompts = load_tokenizer(path), list(dict.fromkeys(prompts))
     lengths, limit = [len(ids) for ids in tokenizer(prompts).input_ids], tokenizer.model_max_length
     cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
@@ -88,12 +94,18 @@ def cut_prompts(path: str, prompts: Sequence[str]) -> str | None:
 def check_parts(path: str) -> None:
     """Raises BaseModelError where a part is absent or damaged, is not what its configuration says, or cannot be trained
     here. Of weights only the headers are read."""
-    index, unet, unconditional = pipeline_index(path), part_config(path, "unet"), is_unconditional(path)
-    for name, kind in ({"unet": "UNet2DModel"} if unconditional else TEXT_PARTS).items():
-        library_and_class = index.get(name)
-        found = library_and_class[-1] if isinstance(library_and_class, list) and library_and_class else None
+    index, family = pipeline_index(path), family_of(path)
+    unconditional = not family.text
+    for name, kind in {**family.parts, **family.optional}.items():
+        found = _class_of(index, name)
+        if found is None and name in family.optional:
+            continue
         if str(found).removesuffix("Fast") != kind:
             raise BaseModelError(f"model.path: the {INDEX} of {path} names {found} as its {name}, not {kind}; {AGAIN}")
+    if family.flow:
+        _check_transformer(path)
+        return
+    unet = part_config(path, "unet")
     wanted: dict[str, Any] = dict.fromkeys(MORE_INPUTS)
     if unconditional:
         channels = 3
@@ -116,6 +128,40 @@ def check_parts(path: str) -> None:
     for name, model in parts.items():
         if model is not None:
             check_weights(path, name, model)
+
+
+def _class_of(index: dict[str, Any], name: str) -> str | None:
+    """The class that a pipeline's index names for a part; None: it has none."""
+    library_and_class = index.get(name)
+    return library_and_class[-1] if isinstance(library_and_class, list) and library_and_class else None
+
+
+def reads_by_t5(path: str) -> bool:
+    """Whether a T5 reads the prompts beside CLIP."""
+    return (
+        "text_encoder_3" in family_of(path).optional and _class_of(pipeline_index(path), "text_encoder_3") is not None
+    )
+
+
+def _check_transformer(path: str) -> None:
+    """Of a Stable Diffusion 3 pipeline: raises as check_parts."""
+    config, channels = part_config(path, "transformer"), part_config(path, "vae").get("latent_channels", 4)
+    encoders = [part_config(path, f"text_encoder{number}") for number in ("", "_2")]
+    pooled = sum(encoder.get("projection_dim", 0) for encoder in encoders)
+    wanted = {"in_channels": channels, "out_channels": channels, "pooled_projection_dim": pooled}
+    if reads_by_t5(path):
+        wanted["joint_attention_dim"] = part_config(path, "text_encoder_3").get("d_model")
+    faults = [
+        f"its {key} is {config[key]}, not {good}" for key, good in wanted.items() if config.get(key, good) != good
+    ]
+    if (width := sum(encoder.get("hidden_size", 0) for encoder in encoders)) > config.get("joint_attention_dim", 4096):
+        faults.append(f"its joint_attention_dim is {config.get('joint_attention_dim')}, less than {width} of CLIP")
+    if faults:
+        raise BaseModelError(f"model.path: the transformer of {path} cannot be used: {', '.join(faults)}")
+    for number in ("", "_2"):
+        load_tokenizer(path, number)
+    for name, model in zip(("transformer", "vae"), without_weights(path), strict=True):
+        check_weights(path, name, model)
 
 
 def check_tiny_decoder(path: str, pipeline: str) -> None:
@@ -149,17 +195,18 @@ def _today(key: str) -> str:
 
 
 def without_weights(path: str) -> tuple[Any, Any]:
-    """U-Net and VAE (None if there is none) on torch's meta device, for counting. Raises BaseModelError."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+    """The denoising network and VAE (None if there is none) on torch's meta device, for counting. Raises
+    BaseModelError."""
+    import diffusers
 
     def empty(kind: Any, name: str) -> Any:
         config = part_config(path, name)
         with load_errors(path, part=f"{name}/config.json"), torch.device("meta"):
             return kind.from_config(config)
 
-    if is_unconditional(path):
-        return empty(UNet2DModel, "unet"), None
-    return empty(UNet2DConditionModel, "unet"), empty(AutoencoderKL, "vae")
+    family = family_of(path)
+    network = empty(getattr(diffusers, family.parts[family.network]), family.network)
+    return network, empty(diffusers.AutoencoderKL, "vae") if family.text else None
 
 
 def text_encoder_without_weights(path: str) -> Any:

@@ -63,7 +63,7 @@ class Sampler:
         grid = gpu_memory.to_device(kernel.timesteps.numpy(), model.device)
         states, log_pf, log_pb, outputs, cleans = [x], [], [], [], []
         log_ref, kl = [], []
-        noisy = n if settings.noise_steps is None else settings.noise_steps
+        noisy = min(n if settings.noise_steps is None else settings.noise_steps, kernel.noisy_steps)
         compare, adapted = settings.reference or not training, self._adapted
         for i in range(n):
             t = grid[i].expand(batch)

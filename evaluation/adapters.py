@@ -260,7 +260,8 @@ def drawing(config: Config, evaluation: Evaluation, adapter: LoraConfig) -> Conf
 
 
 def _targets(adapter: AdapterFile) -> Literal["attention", "all"]:
-    return "all" if any(module.endswith(("conv1", "time_emb_proj")) for module in adapter.modules) else "attention"
+    ends = "conv1", "time_emb_proj", "ff.net.2"
+    return "all" if any(module.endswith(ends) for module in adapter.modules) else "attention"
 
 
 def _check(target: Target, warn: Callable[[str], None]) -> None:

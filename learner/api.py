@@ -123,7 +123,12 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
         attempt(lambda: check_parts(path))
         if unconditional is False and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
             warn(said)
-        attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid))
+        kernel = attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid))
+        if kernel and config.objective.span(sampler.steps)[1] > kernel.noisy_steps:
+            faults.append(
+                f"objective.last_transition: the last step of {path}, to the image, has no noise, and nothing is to be "
+                "learned of it; set it to skip, or name an objective.window before it"
+            )
         if config.objective.forward_looking_decoder == "tiny":
             attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
     needing = config.objective.kind if config.needs.reward_gradients else None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffusion import lora
-from diffusion.base_model import BaseModel, Decoder
+from diffusion.base_model import BaseModel, Decoder, open_base_model
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.update import Learner
@@ -50,7 +50,7 @@ def device(config: Config) -> str:
 def build_model(config: Config, training: bool = False) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
     settings = config.model
-    model = BaseModel(str(resolve(settings.path)), device(config), getattr(torch, settings.dtype))
+    model = open_base_model(str(resolve(settings.path)), device(config), getattr(torch, settings.dtype))
     model.attach_lora(
         config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed, lora.TARGETS[config.lora.targets]
     )

@@ -18,8 +18,15 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 import filelock
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from transformers import CLIPTokenizer
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from learner.config import ROOT, Config, load_config
 from learner.objectives.needs import NEEDS
@@ -94,6 +101,37 @@ def tiny_pipeline(shared) -> str:
         train.save_pipeline(folder, vae, tokenizer, unet, text_encoder)
 
     return str(shared("tiny", make))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(shared) -> str:
+    """A Stable Diffusion 3 pipeline's classes, without T5, with random weights, over the embedded model's VAE."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models/shapes/tokenizer")
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        transformer = SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=40, caption_projection_dim=32, pooled_projection_dim=32,
+            pos_embed_max_size=16, qk_norm="rms_norm", dual_attention_layers=(0,),
+        )  # fmt: skip
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)  # else it would predict nothing
+        encoders = [CLIPTextModelWithProjection(config) for _ in range(2)]
+        vae = train.build_vae()
+        vae.register_to_config(shift_factor=0.0)
+        StableDiffusion3Pipeline(
+            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+            text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+            text_encoder_3=None, tokenizer_3=None,
+        ).save_pretrained(folder)  # fmt: skip
+
+    return str(shared("sd3", make))
 
 
 @pytest.fixture(scope="session")

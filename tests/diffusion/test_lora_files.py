@@ -169,7 +169,7 @@ def test_which_stable_diffusion_a_lora_fits(width, generation):
 
 def test_more_metadata_leaves_tensors_and_equal_files_alone(saved):
     content = (saved[0] / lora.DIFFUSERS_FILE).read_bytes()
-    made = {lora_files.with_metadata(content, {"b": "ü", "a": str(1), **more}) for more in ({}, {}, {})}
+    made = {lora.with_metadata(content, {"b": "ü", "a": str(1), **more}) for more in ({}, {}, {})}
     assert len(made) == 1
     file = saved[0].parent / "more.safetensors"
     file.write_bytes(made.pop())

@@ -1,0 +1,53 @@
+"""Kinds of pipelines that can be trained, told by the class that a folder's model_index.json names.
+
+A family's own code is a subclass of BaseModel: stable_diffusion (U-Nets, with and without text) in base_model.py, each
+other in the module of its name. Imports neither torch nor diffusers: a path is checked before anything slow starts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Family:
+    pipelines: tuple[str, ...]  # diffusers' classes
+    words: str
+    parts: Mapping[str, str]  # the class that the index must name for each part: other ones would be loaded as these
+    optional: Mapping[str, str] = field(default_factory=dict)  # parts that may be null
+    text: bool = True  # takes prompts, and has a VAE
+    flow: bool = False  # rectified flow: the network predicts a velocity
+
+    @property
+    def network(self) -> str:  # the part that denoises
+        return next(name for name in self.parts if name in ("unet", "transformer"))
+
+
+FAMILIES: Mapping[str, Family] = {
+    "stable_diffusion": Family(
+        ("StableDiffusionPipeline",),
+        "Stable Diffusion 1.x, 2.x",
+        {
+            "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+            "tokenizer": "CLIPTokenizer",
+        },
+    ),
+    "ddpm": Family(
+        ("DDPMPipeline", "DDIMPipeline"), "pixels without text", {"unet": "UNet2DModel"}, text=False
+    ),
+    "sd3": Family(
+        ("StableDiffusion3Pipeline",),
+        "Stable Diffusion 3, 3.5",
+        {
+            "transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL",
+            "text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer",
+            "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer",
+            "scheduler": "FlowMatchEulerDiscreteScheduler",
+        },
+        {"text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5Tokenizer"},
+        flow=True,
+    ),
+}  # fmt: skip
+
+
+def known() -> str:
+    """All that can be trained, for messages."""
+    return "; ".join(f"{', '.join(family.pipelines)} ({family.words})" for family in FAMILIES.values())

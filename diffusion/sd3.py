@@ -1,0 +1,67 @@
+"""Stable Diffusion 3 and 3.5: a transformer that predicts the velocity of a rectified flow, two CLIP encoders, and T5
+where the pipeline has one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.base_model import BaseModel
+from diffusion.flow_kernels import FlowKernel
+from diffusion.kernels import GaussianKernel
+from diffusion.locate import load_errors, locate
+from diffusion.parts import check_weights, reads_by_t5
+from diffusion.settings import Grid
+
+POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
+TOKENS = 256  # that T5 reads, as the pipeline's own default
+
+
+class StableDiffusion3(BaseModel):
+    """Embeddings [L + 1, E] are the pipeline's own: of CLIP and T5 in L rows, and the pooled one. The text encoders run
+    once a prompt, in float32."""
+
+    def _load(self) -> None:
+        from diffusers import StableDiffusion3Pipeline
+
+        dtypes = {"transformer": self.dtype, "default": torch.float32}
+        left_out = {} if reads_by_t5(self.path) else {"text_encoder_3": None, "tokenizer_3": None}
+        with load_errors(self.path):
+            pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+                locate(self.path), dtype=dtypes, use_safetensors=True, vae=None, **left_out
+            )
+        self.unet = pipeline.transformer.to(self.device).requires_grad_(False).eval()
+        check_weights(self.path, "transformer", self.unet)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if (encoder := getattr(pipeline, name)) is not None:
+                check_weights(self.path, name, encoder)
+                encoder.to(self.device).requires_grad_(False).eval()
+        self._pipeline, self._width = pipeline, self.unet.config.joint_attention_dim
+        self._times: Tensor | None = None
+
+    @property
+    def embedding_width(self) -> int:
+        return self._width
+
+    def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> GaussianKernel:
+        """Its labels are what `predict` takes for t from then on."""
+        kernel = super().kernel(num_steps, eta, grid)
+        assert isinstance(kernel, FlowKernel)
+        self._times = torch.cat([torch.zeros(1), kernel.times.flip(0)]).to(self.device)  # by label
+        return kernel
+
+    def _encode(self, prompt: str) -> Tensor:
+        rows, _, pooled, _ = self._pipeline.encode_prompt(
+            prompt, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+        )
+        return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, self._width - pooled.shape[1]))])
+
+    def _output(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        assert self._times is not None, "kernel() first: it has the grid that t counts on"
+        return velocity(self.unet, x.to(self.dtype), self._times[t], embeddings.to(self.dtype)).float()
+
+
+def velocity(transformer: Any, x: Tensor, time: Tensor, embeddings: Tensor) -> Tensor:
+    """[B, C, H, W], of latents x at the scheduler's timesteps `time` [B]."""
+    pooled = embeddings[:, POOLED, : transformer.config.pooled_projection_dim]
+    return transformer(x, embeddings[:, :POOLED], pooled, time).sample
