@@ -49,7 +49,11 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
     if any(name not in files for name in wanted):
         if lora.PEFT_FILES[1] in files:
             raise ValueError(f"--format {form}: this model takes no text; use --format peft or fused")
+        if lora.KOHYA_FILE not in files:
+            raise ValueError(f"--format {form}: no such form of this kind of model is written; use --format diffusers")
         raise ValueError(f"--format {form}: this model takes text; use --format diffusers, kohya or fused")
+    if form == "fused" and not {lora.KOHYA_FILE, lora.PEFT_FILES[1]} & {*files}:
+        raise ValueError("--format fused: of this kind of model no whole pipeline is written; use --format diffusers")
     require_replaceable(Storage(url))  # before the work
     adapter = trained.adapter()
     base = model_card.base_of(trained.config.model.path, base_model)
@@ -65,7 +69,9 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
     }
     known = lora_files.generation(adapter) if form in ("diffusers", "kohya") else None
     content = _fused(trained.config, adapter) if form == "fused" else {name: files[name] for name in wanted}
-    if form == "diffusers":  # under this name older runs have a file that only the newest libraries read
+    if (
+        form == "diffusers" and lora.KOHYA_FILE in files
+    ):  # under this name older runs have a file that only the newest libraries read
         content[lora.DIFFUSERS_FILE] = files[lora.KOHYA_FILE]
     for name in wanted:
         if name.endswith(".safetensors"):

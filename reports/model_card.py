@@ -92,6 +92,8 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
     """Python code that draws with diffusers as the run sampled, for an export of `form` in the folder `place`; `base`
     names the base model."""
     place = place or "path/to/this/folder"
+    if (flow := _flow_options(config)) is not None:
+        return flow_usage(config, base, place, flow)
     sampler, text, solver = config.sampler, config.prompts.path is not None, config.sampler.grid == "dpm_solver"
     ddim = (
         {"clip_sample": False, **DDIM} if text else DDIM
@@ -126,6 +128,49 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
         else:
             load.append(f"# The run used what was trained in steps {first} to {end - 1} alone; this uses it in all.")
     return "\n".join([*imports, "", *code, *load, f'pipe({how}).images[0].save("image.png")'])
+
+
+def _flow_options(config: Config) -> str | None:
+    """Of a flow model, what from_pretrained must be told beside its name; None of others, or where it is not here."""
+    from diffusion.locate import BaseModelError, family_of
+    from diffusion.parts import reads_by_t5
+
+    path = str(resolve(config.model.path))
+    with contextlib.suppress(BaseModelError):
+        if family_of(path).flow:
+            return "" if reads_by_t5(path) else ", text_encoder_3=None, tokenizer_3=None"
+    return None
+
+
+def flow_usage(config: Config, base: str, place: str, options: str) -> str:
+    """As `usage`, of a Stable Diffusion 3 model: its sampler's steps, diffusion/flow_kernels.py, are no scheduler of
+    diffusers."""
+    sampler = config.sampler
+    first, end = config.objective.span(sampler.steps)
+    within = sampler.adapter == "window" and (first, end) != (0, sampler.steps)
+    eta = f"({sampler.eta!r} if i < {config.noise_steps} else 0.0)" if config.noise_steps < sampler.steps else None
+    return "\n".join([
+        "import torch",
+        "from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline",
+        "",
+        "class WithNoise(FlowMatchEulerDiscreteScheduler):",
+        "    def step(self, output, timestep, sample, **more):",
+        "        i = self.index_for_timestep(timestep)",
+        "        t, s, eta = self.sigmas[i].item(), self.sigmas[i + 1].item(), " + (eta or repr(sampler.eta)),
+        "        clean, noise = sample - t * output, sample + (1 - t) * output",
+        "        variance = eta**2 * s**2 * (t**2 - ((1 - t) / (1 - s) * s) ** 2) / t**2",
+        "        mean = (1 - s) * clean + (s**2 - variance) ** 0.5 * noise",
+        "        return (mean + variance**0.5 * torch.randn_like(mean),)",
+        "",
+        *(lora_within(first, end) if within else []),
+        f"pipe = StableDiffusion3Pipeline.from_pretrained({json.dumps(base)}{options})",
+        "pipe.scheduler = WithNoise.from_config(pipe.scheduler.config)",
+        f"pipe.load_lora_weights({json.dumps(place)})",
+        *([f"use_lora(pipe, {first <= 0 < end})"] if within else []),
+        f'pipe("a prompt", num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance!r}'
+        + (", callback_on_step_end=lora_within" if within else "")
+        + ').images[0].save("image.png")',
+    ])  # fmt: skip
 
 
 def lora_within(first: int, end: int) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffusion import lora, lora_files
+from diffusion import noise as noise_module
 from diffusion.base_model import BaseModelError, Decoder, open_base_model
 from diffusion.flow_kernels import FlowKernel
 from diffusion.parts import check_parts
@@ -152,3 +153,54 @@ def test_a_run_trains_and_goes_on(small_settings, settings_of, tiny_sd3, tmp_pat
     one, other = (folder / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE for folder in (whole, cut))
     assert Path(one).read_bytes() == Path(other).read_bytes()
     assert lora_files.read(one).factors
+
+
+@pytest.fixture(scope="module")
+def run(small_settings, tiny_sd3, tmp_path_factory) -> Path:
+    """A run whose LoRA changes pictures enough to tell."""
+    folder = tmp_path_factory.mktemp("runs") / "sd3"
+    settings = [f"model.path={tiny_sd3}", "run.runner=inprocess", f"run.dir={folder}", *SETTINGS]
+    assert main([*small_settings, *settings, "learner.learning_rate=0.05", "evaluation.images=8"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_the_cards_own_code_draws_the_samplers_pixels(run, tiny_sd3, tmp_path, monkeypatch, window):
+    """Its scheduler's noise is replaced by the sampler's."""
+    from commands.export import main as export
+    from learner.config import read_config
+    from reports import model_card
+
+    assert export([str(run), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
+    assert "WithNoise" in (tmp_path / "out/README.md").read_text()
+    more = ["objective.last_transition=train", "objective.window=[0, 1]"] if window else []
+    settings = ["sampler.noise=window", "sampler.adapter=window"] if window else []
+    config, faults = read_config(run / "config.yaml", [*more, *settings])
+    assert not faults
+    model = open_base_model(tiny_sd3)
+    lora_files.attach(model, lora_files.read(tmp_path / "out"))
+    sampler = Sampler(model, config.rollout_settings())
+    chunk = Chunk(0, "evaluate", 0, 3, (PROMPTS[0],), (0,))
+    trajectories, _ = sampler.sample(chunk, lora.snapshot(model.unet, 0))
+    code = model_card.usage(config, "diffusers", tiny_sd3, str(tmp_path / "out"))
+    scope: dict = {}
+    start, *drawn = (
+        torch.from_numpy(noise_module.normal(3, noise_module.EVALUATION, 0, [0], step, (4, 16, 16)))
+        for step in (noise_module.INITIAL_STATE, *range(1, 5))
+    )
+    draws = iter(drawn)
+    monkeypatch.setattr(torch, "randn_like", lambda like: next(draws).to(like))
+    code = code.replace('"a prompt"', f"{PROMPTS[0]!r}, height=64, width=64, latents=start, output_type='latent'")
+    code = code.replace('.images[0].save("image.png")', "").replace("\npipe(", "\nfound = pipe(")
+    scope["start"] = start
+    exec(code, scope)
+    found = scope["found"].images
+    torch.testing.assert_close(found, torch.from_numpy(trajectories.states[:, -1]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft", "fused"])
+def test_forms_that_are_not_written_say_which_is(run, tmp_path, capsys, form):
+    from commands.export import main as export
+
+    assert export([str(run), "--format", form, "--out", str(tmp_path / "out")]) == 2
+    assert "use --format diffusers" in capsys.readouterr().err
