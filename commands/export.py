@@ -52,8 +52,8 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
         if lora.KOHYA_FILE not in files:
             raise ValueError(f"--format {form}: no such form of this kind of model is written; use --format diffusers")
         raise ValueError(f"--format {form}: this model takes text; use --format diffusers, kohya or fused")
-    if form == "fused" and not {lora.KOHYA_FILE, lora.PEFT_FILES[1]} & {*files}:
-        raise ValueError("--format fused: of this kind of model no whole pipeline is written; use --format diffusers")
+    if form == "fused":
+        _require_fusable(trained.config)
     require_replaceable(Storage(url))  # before the work
     adapter = trained.adapter()
     base = model_card.base_of(trained.config.model.path, base_model)
@@ -84,6 +84,16 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
             records.warn(f"{error}; the card shows no sheets")
     page = model_card.card(trained, form, adapter, base, [name for name in sheets if name in content], about, known)
     write(url, content | {"README.md": page.encode()}, {"form": form, **about})
+
+
+def _require_fusable(config: Config) -> None:
+    """Raises a ValueError where no whole pipeline is written, a BaseModelError where there is none to be fused with."""
+    from diffusion.locate import family_of
+    from learner.config import resolve
+
+    family = family_of(str(resolve(config.model.path)))
+    if family.name != "base_model":
+        raise ValueError(f"--format fused: of {family.words} no whole pipeline is written; use --format diffusers")
 
 
 def _metadata(about: dict[str, str], form: str, adapter: AdapterFile, generation: str | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from diffusion.locate import family_of
 from diffusion.parts import tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from diffusion.sd3 import velocity
+from diffusion.sdxl import predicted
 from evaluation import settling
 from learner import later
 from learner.build import flow_network
@@ -86,9 +87,13 @@ def costs(config: Config) -> Costs:
         if config.objective.forward_looking_decoder == "tiny":
             tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
 
+    family = family_of(str(resolve(config.model.path))).name
+
     def output() -> Any:
-        if family_of(str(resolve(config.model.path))).flow:
+        if family == "sd3":
             return velocity(unet, x, t, embedding)
+        if family == "sdxl":
+            return predicted(unet, x, t, embedding, torch.zeros(6, device="meta"))
         return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
 
     return Costs(

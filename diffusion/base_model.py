@@ -32,10 +32,15 @@ OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipelin
 
 def open_base_model(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "BaseModel":
     """The base model of a pipeline, by its family. Raises BaseModelError as `locate.is_unconditional`."""
-    if family_of(path).flow:
+    name = family_of(path).name
+    if name == "sd3":
         from diffusion.sd3 import StableDiffusion3
 
         return StableDiffusion3(path, device, dtype)
+    if name == "sdxl":
+        from diffusion.sdxl import StableDiffusionXL
+
+        return StableDiffusionXL(path, device, dtype)
     return BaseModel(path, device, dtype)
 
 

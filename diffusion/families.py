@@ -1,7 +1,7 @@
 """Kinds of pipelines that can be trained, told by the class that a folder's model_index.json names.
 
-A family's own code is a subclass of BaseModel: stable_diffusion (U-Nets, with and without text) in base_model.py, each
-other in the module of its name. Imports neither torch nor diffusers: a path is checked before anything slow starts."""
+A family's own code is a subclass of BaseModel in the module of its name, or BaseModel itself. Imports neither torch nor
+diffusers: a path is checked before anything slow starts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Family:
+    name: str  # of the module with its base model
     pipelines: tuple[str, ...]  # diffusers' classes
     words: str
     parts: Mapping[str, str]  # the class that the index must name for each part: other ones would be loaded as these
@@ -21,8 +22,9 @@ class Family:
         return next(name for name in self.parts if name in ("unet", "transformer"))
 
 
-FAMILIES: Mapping[str, Family] = {
-    "stable_diffusion": Family(
+FAMILIES = (
+    Family(
+        "base_model",
         ("StableDiffusionPipeline",),
         "Stable Diffusion 1.x, 2.x",
         {
@@ -30,10 +32,19 @@ FAMILIES: Mapping[str, Family] = {
             "tokenizer": "CLIPTokenizer",
         },
     ),
-    "ddpm": Family(
-        ("DDPMPipeline", "DDIMPipeline"), "pixels without text", {"unet": "UNet2DModel"}, text=False
+    Family("base_model", ("DDPMPipeline", "DDIMPipeline"), "pixels without text", {"unet": "UNet2DModel"}, text=False),
+    Family(
+        "sdxl",
+        ("StableDiffusionXLPipeline",),
+        "Stable Diffusion XL",
+        {
+            "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+            "tokenizer": "CLIPTokenizer", "text_encoder_2": "CLIPTextModelWithProjection",
+            "tokenizer_2": "CLIPTokenizer",
+        },
     ),
-    "sd3": Family(
+    Family(
+        "sd3",
         ("StableDiffusion3Pipeline",),
         "Stable Diffusion 3, 3.5",
         {
@@ -45,9 +56,9 @@ FAMILIES: Mapping[str, Family] = {
         {"text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5Tokenizer"},
         flow=True,
     ),
-}  # fmt: skip
+)  # fmt: skip
 
 
 def known() -> str:
     """All that can be trained, for messages."""
-    return "; ".join(f"{', '.join(family.pipelines)} ({family.words})" for family in FAMILIES.values())
+    return "; ".join(f"{', '.join(family.pipelines)} ({family.words})" for family in FAMILIES)

@@ -51,7 +51,7 @@ def pipeline_index(path: str) -> dict[str, Any]:
     with load_errors(path):
         index = _read(folder, INDEX)
     found = index.get("_class_name")
-    if not isinstance(found, str) or not any(found in family.pipelines for family in FAMILIES.values()):
+    if not isinstance(found, str) or not any(found in family.pipelines for family in FAMILIES):
         said = f"is a {found}" if isinstance(found, str) else f"has no pipeline's _class_name in its {INDEX}"
         raise BaseModelError(f"model.path: {path} {said}; what can be trained: {families.known()}")
     return index
@@ -60,7 +60,7 @@ def pipeline_index(path: str) -> dict[str, Any]:
 def family_of(path: str) -> Family:
     """The kind of pipeline. Raises BaseModelError as `pipeline_index`."""
     found = pipeline_index(path)["_class_name"]
-    return next(family for family in FAMILIES.values() if found in family.pipelines)
+    return next(family for family in FAMILIES if found in family.pipelines)
 
 
 def is_unconditional(path: str) -> bool:

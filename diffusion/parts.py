@@ -102,7 +102,7 @@ def check_parts(path: str) -> None:
             continue
         if str(found).removesuffix("Fast") != kind:
             raise BaseModelError(f"model.path: the {INDEX} of {path} names {found} as its {name}, not {kind}; {AGAIN}")
-    if family.flow:
+    if family.name == "sd3":
         _check_transformer(path)
         return
     unet = part_config(path, "unet")
@@ -111,7 +111,12 @@ def check_parts(path: str) -> None:
         channels = 3
     else:
         channels = part_config(path, "vae").get("latent_channels", 4)
-        wanted["cross_attention_dim"] = part_config(path, "text_encoder").get("hidden_size")
+        encoders = [part_config(path, name) for name in family.parts if name.startswith("text_encoder")]
+        if all("hidden_size" in encoder for encoder in encoders):
+            wanted["cross_attention_dim"] = sum(encoder["hidden_size"] for encoder in encoders)
+        if family.name == "sdxl":
+            told = encoders[1].get("projection_dim", 0) + 6 * (unet.get("addition_time_embed_dim") or 0)
+            wanted |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": told}
     wanted |= {"in_channels": channels, "out_channels": channels}
     faults = [f"its {key} is {unet[key]}, not {good}" for key, good in wanted.items() if unet.get(key, good) != good]
     if not isinstance(unet.get("sample_size"), int):
@@ -125,6 +130,8 @@ def check_parts(path: str) -> None:
     if not unconditional:
         load_tokenizer(path)
         parts["text_encoder"] = text_encoder_without_weights(path)
+    if family.name == "sdxl":
+        load_tokenizer(path, "_2")
     for name, model in parts.items():
         if model is not None:
             check_weights(path, name, model)

@@ -99,7 +99,7 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
         {"clip_sample": False, **DDIM} if text else DDIM
     )  # which PNDM's settings do not say; pixels as the model has it
     scheduler, settings = ("DPMSolverMultistepScheduler", DPM_SOLVER) if solver else ("DDIMScheduler", ddim)
-    pipeline = "StableDiffusionPipeline" if text else "DDIMPipeline"
+    pipeline = (_pipeline(config) or "StableDiffusionPipeline") if text else "DDIMPipeline"
     names, own = [pipeline], scheduler
     load = [f"pipe = {pipeline}.from_pretrained({json.dumps(place if form == 'fused' else base)})"]
     code: list[str] = []
@@ -128,6 +128,16 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
         else:
             load.append(f"# The run used what was trained in steps {first} to {end - 1} alone; this uses it in all.")
     return "\n".join([*imports, "", *code, *load, f'pipe({how}).images[0].save("image.png")'])
+
+
+def _pipeline(config: Config) -> str | None:
+    """diffusers' class of the base model's pipeline; None where it is not here."""
+    from diffusion.locate import BaseModelError, family_of
+
+    try:
+        return family_of(str(resolve(config.model.path))).pipelines[0]
+    except BaseModelError:
+        return None
 
 
 def _flow_options(config: Config) -> str | None:

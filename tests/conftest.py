@@ -21,12 +21,15 @@ import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from learner.config import ROOT, Config, load_config
 from learner.objectives.needs import NEEDS
@@ -103,19 +106,49 @@ def tiny_pipeline(shared) -> str:
     return str(shared("tiny", make))
 
 
+def small_clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models/shapes/tokenizer")
+    return tokenizer, CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(shared) -> str:
+    """A Stable Diffusion XL pipeline's classes with random weights, over the embedded model's VAE."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        tokenizer, config = small_clip()
+        unet = UNet2DConditionModel(
+            sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4), norm_num_groups=8,
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+            transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=16 + 6 * 8,
+            cross_attention_dim=32,
+        )  # fmt: skip
+        scheduler = EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading",
+            steps_offset=1,
+        )  # fmt: skip
+        StableDiffusionXLPipeline(
+            unet=unet, scheduler=scheduler, vae=train.build_vae(), text_encoder=CLIPTextModel(config),
+            tokenizer=tokenizer, text_encoder_2=CLIPTextModelWithProjection(config), tokenizer_2=tokenizer,
+        ).save_pretrained(folder)  # fmt: skip
+
+    return str(shared("sdxl", make))
+
+
 @pytest.fixture(scope="session")
 def tiny_sd3(shared) -> str:
     """A Stable Diffusion 3 pipeline's classes, without T5, with random weights, over the embedded model's VAE."""
 
     def make(folder: Path) -> None:
         torch.manual_seed(0)
-        tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models/shapes/tokenizer")
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        tokenizer, config = small_clip()
         transformer = SD3Transformer2DModel(
             sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
             num_attention_heads=2, joint_attention_dim=40, caption_projection_dim=32, pooled_projection_dim=32,

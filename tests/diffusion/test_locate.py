@@ -32,8 +32,8 @@ def test_nothing_slow_is_imported_before_it_is_needed(ddpm):
         ("[]", "cannot be used: model_index.json is damaged: it holds no JSON object"),
         ("{}", "has no pipeline's _class_name in its model_index.json; what can be trained: Stable"),
         ('{"_class_name": ["a", 1]}', "has no pipeline's _class_name"),  # Flax
-        ('{"_class_name": "StableDiffusionXLPipeline"}', "is a StableDiffusionXLPipeline; what can be trained: Stable"),
-        ('{"_class_name": "FluxPipeline"}', "is a FluxPipeline; what can be trained: StableDiffusionPipeline (Stable"),
+        ('{"_class_name": "KandinskyV22Pipeline"}', "is a KandinskyV22Pipeline; what can be trained: Stable"),
+        ('{"_class_name": "SanaPipeline"}', "is a SanaPipeline; what can be trained: StableDiffusionPipeline (Stable"),
     ],
 )
 def test_what_is_no_pipeline_of_a_supported_class_is_named_in_one_line(index, said, tmp_path):

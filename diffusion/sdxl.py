@@ -1,0 +1,52 @@
+"""Stable Diffusion XL: a U-Net that is also told a pooled embedding and the picture's size; two CLIP encoders."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.base_model import OPTIONAL, BaseModel
+from diffusion.locate import load_errors, locate, part_config
+from diffusion.parts import check_weights
+
+POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
+
+
+class StableDiffusionXL(BaseModel):
+    """Embeddings [L + 1, E] are the pipeline's own, of both encoders side by side, and the pooled one; those of the
+    empty prompt are zero where the pipeline's are. Pictures are of the U-Net's own size, not cropped."""
+
+    def _load(self) -> None:
+        from diffusers import StableDiffusionXLPipeline
+
+        left_out = dict.fromkeys(("vae", *OPTIONAL[1:]))
+        dtypes = {"unet": self.dtype, "default": torch.float32}
+        with load_errors(self.path):
+            pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
+                locate(self.path), dtype=dtypes, use_safetensors=True, **left_out
+            )
+        self.unet = pipeline.unet.to(self.device).requires_grad_(False).eval()
+        check_weights(self.path, "unet", self.unet)
+        for name in ("text_encoder", "text_encoder_2"):
+            check_weights(self.path, name, getattr(pipeline, name))
+            getattr(pipeline, name).to(self.device).requires_grad_(False).eval()
+        self._pipeline = pipeline
+        scale = 2 ** (len(part_config(self.path, "vae").get("block_out_channels", [0] * 4)) - 1)
+        size = self.unet.config.sample_size * scale
+        self._time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=self.device)
+
+    def _encode(self, prompt: str) -> Tensor:
+        rows, empty_rows, pooled, empty_pooled = self._pipeline.encode_prompt(prompt, device=self.device)
+        if not prompt:
+            rows, pooled = empty_rows, empty_pooled
+        return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, rows.shape[-1] - pooled.shape[1]))])
+
+    def _output(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        return predicted(self.unet, x.to(self.dtype), t, embeddings.to(self.dtype), self._time_ids).float()
+
+
+def predicted(unet: Any, x: Tensor, t: Tensor, embeddings: Tensor, time_ids: Tensor) -> Tensor:
+    """The U-Net's output [B, C, H, W] at latents x, timesteps t [B]; `time_ids` [6]."""
+    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    more = {"text_embeds": embeddings[:, POOLED, :width], "time_ids": time_ids.expand(len(x), -1)}
+    return unet(x, t, encoder_hidden_states=embeddings[:, :POOLED], added_cond_kwargs=more).sample
