@@ -16,9 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement, counted
-from diffusion import lora, noise
+from diffusion import flux, lora, noise
 from diffusion.locate import family_of
-from diffusion.parts import tiny_without_weights, without_weights
+from diffusion.parts import latent_shape, tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from diffusion.sd3 import velocity
 from diffusion.sdxl import predicted
@@ -76,7 +76,7 @@ class Work:
 def costs(config: Config) -> Costs:
     """Count on the meta device. Raises a BaseModelError if the model's configuration cannot be read."""
     unet, vae = without_weights(str(resolve(config.model.path)))
-    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    shape = (1, *latent_shape(str(resolve(config.model.path)), config.model.pixels))
     # None without prompts; Stable Diffusion 3's has another name.
     width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
     tiny = None
@@ -94,6 +94,8 @@ def costs(config: Config) -> Costs:
             return velocity(unet, x, t, embedding)
         if family == "sdxl":
             return predicted(unet, x, t, embedding, torch.zeros(6, device="meta"))
+        if family == "flux":
+            return flux.velocity(unet, x, t, embedding, config.sampler.guidance)
         return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
 
     return Costs(
@@ -125,7 +127,8 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     needed = states_with_reward(settings, chosen)
     scored = int(needed.sum()) * count // len(ids)
     trained = selected.shape[1] * count
-    passes = 1 if config.sampler.guidance == 1 else 2  # classifier-free guidance
+    told = family_of(str(resolve(config.model.path))).distilled
+    passes = 1 if told or config.sampler.guidance == 1 else 2  # classifier-free guidance
     reference = 0
     if settings.forward_looking == "base":
         states = int(needed[:, :n].sum()) * count // len(ids)

@@ -24,24 +24,31 @@ from diffusion.locate import (
     locate,
     part_config,
 )
-from diffusion.parts import check_weights, load_scheduler
+from diffusion.parts import check_weights, latent_shape, load_scheduler
 from diffusion.settings import Grid
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
 
 
-def open_base_model(path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "BaseModel":
-    """The base model of a pipeline, by its family. Raises BaseModelError as `locate.is_unconditional`."""
+def open_base_model(
+    path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, pixels: int | None = None
+) -> "BaseModel":
+    """The base model of a pipeline, by its family. Raises BaseModelError as `locate.is_unconditional`, and for a size
+    that cannot be."""
     name = family_of(path).name
     if name == "sd3":
         from diffusion.sd3 import StableDiffusion3
 
-        return StableDiffusion3(path, device, dtype)
+        return StableDiffusion3(path, device, dtype, pixels)
     if name == "sdxl":
         from diffusion.sdxl import StableDiffusionXL
 
-        return StableDiffusionXL(path, device, dtype)
-    return BaseModel(path, device, dtype)
+        return StableDiffusionXL(path, device, dtype, pixels)
+    if name == "flux":
+        from diffusion.flux import Flux
+
+        return Flux(path, device, dtype, pixels)
+    return BaseModel(path, device, dtype, pixels)
 
 
 class BaseModel:
@@ -54,8 +61,13 @@ class BaseModel:
 
     _adapted = True
 
-    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Raises BaseModelError as `locate.is_unconditional`."""
+    _times: Tensor | None = None  # of a flow model: what the network is told, by the kernel's labels
+
+    def __init__(
+        self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, pixels: int | None = None
+    ) -> None:
+        """`pixels`: side of the pictures, None: the model's own. Raises BaseModelError as `locate.is_unconditional`,
+        and for a size that cannot be."""
         import diffusers
         import transformers
 
@@ -64,6 +76,7 @@ class BaseModel:
         self.path, self.scheduler = path, load_scheduler(path)
         self.device, self.dtype = torch.device(device), dtype
         self._embeddings: dict[str, Tensor] = {}
+        self.latent_shape = latent_shape(path, pixels)  # C, H, W
         self._load()
 
     def _load(self) -> None:
@@ -89,15 +102,15 @@ class BaseModel:
             self.tokenizer = pipeline.tokenizer
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:  # C, H, W
-        return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
-
-    @property
     def embedding_width(self) -> int | None:  # E; None for models without prompts
         return getattr(self.unet.config, "cross_attention_dim", None)
 
     def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> GaussianKernel:
-        return _kernel(self.path, self.scheduler, num_steps, eta, grid)
+        """Of a flow model, its labels are what `predict` takes for t from then on."""
+        kernel = _kernel(self.path, self.scheduler, num_steps, eta, grid, self.latent_shape)
+        if isinstance(kernel, FlowKernel):
+            self._times = torch.cat([torch.zeros(1), kernel.times.flip(0)]).to(self.device)
+        return kernel
 
     def speed_up(self, channels_last: bool = False, compiled: bool = False, checkpointing: bool = False) -> None:
         """The same function in other last bits, with activations computed again in the backward pass in the same."""
@@ -198,20 +211,27 @@ class Decoder:
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def load_kernel(path: str, num_steps: int, eta: float, grid: Grid = "ddim") -> GaussianKernel:
+def load_kernel(
+    path: str, num_steps: int, eta: float, grid: Grid = "ddim", pixels: int | None = None
+) -> GaussianKernel:
     """The kernel of a pipeline's scheduler. Raises BaseModelError as `load_scheduler`, or for settings of the scheduler
     that the kernel does not follow."""
-    return _kernel(path, load_scheduler(path), num_steps, eta, grid)
+    return _kernel(path, load_scheduler(path), num_steps, eta, grid, latent_shape(path, pixels))
 
 
-def _kernel(path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid) -> GaussianKernel:
+def _kernel(
+    path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid, shape: tuple[int, int, int]
+) -> GaussianKernel:
     try:
         if (family := family_of(path)).flow:
             if grid != "ddim":
                 raise ValueError(f"sampler.grid: {grid} is a diffusion model's; set it to ddim")
-            config = part_config(path, family.network)
-            tokens = (config.get("sample_size", 128) // config.get("patch_size", 2)) ** 2
-            return FlowKernel.from_scheduler(scheduler, num_steps, eta, tokens=tokens)
+            patch, sigmas = part_config(path, family.network).get("patch_size", 2), None
+            if family.name == "flux":
+                from diffusion import flux
+
+                patch, sigmas = flux.PATCH, flux.grid(num_steps)
+            return FlowKernel.from_scheduler(scheduler, num_steps, eta, sigmas, (shape[1] // patch) ** 2)
         return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
     except (ValueError, TypeError) as error:
         raise BaseModelError(f"model.path: the scheduler of {path} cannot be used: {error}") from error

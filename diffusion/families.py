@@ -16,6 +16,7 @@ class Family:
     optional: Mapping[str, str] = field(default_factory=dict)  # parts that may be null
     text: bool = True  # takes prompts, and has a VAE
     flow: bool = False  # rectified flow: the network predicts a velocity
+    distilled: bool = False  # guidance is told to the network: one pass, and there is no output without it
 
     @property
     def network(self) -> str:  # the part that denoises
@@ -55,6 +56,18 @@ FAMILIES = (
         },
         {"text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5Tokenizer"},
         flow=True,
+    ),
+    Family(
+        "flux",
+        ("FluxPipeline",),
+        "FLUX.1",
+        {
+            "transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+            "tokenizer": "CLIPTokenizer", "text_encoder_2": "T5EncoderModel", "tokenizer_2": "T5Tokenizer",
+            "scheduler": "FlowMatchEulerDiscreteScheduler",
+        },
+        flow=True,
+        distilled=True,
     ),
 )  # fmt: skip
 

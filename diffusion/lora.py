@@ -99,8 +99,14 @@ def save_files(unet: nn.Module, folder: Path) -> None:
 def files(unet: nn.Module) -> dict[str, bytes]:
     """The adapter by file name: for diffusers, and the same for ComfyUI and A1111 (ADR 24). Of a model without text,
     which none of them loads adapters for, in PEFT's own form: PeftModel.from_pretrained. Of a transformer as
-    StableDiffusion3Pipeline.save_lora_weights writes it."""
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
+    save_lora_weights of its pipeline writes it."""
+    from diffusers import (
+        FluxPipeline,
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+        UNet2DConditionModel,
+    )
     from diffusers.utils import convert_state_dict_to_kohya
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -108,12 +114,11 @@ def files(unet: nn.Module) -> dict[str, bytes]:
 
     config: Any = unet.peft_config["default"]  # type: ignore[index, union-attr]
     state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
-    if isinstance(unet, SD3Transformer2DModel):
+    if isinstance(unet, SD3Transformer2DModel | FluxTransformer2DModel):
+        pipeline = FluxPipeline if isinstance(unet, FluxTransformer2DModel) else StableDiffusion3Pipeline
         told = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
         with tempfile.TemporaryDirectory() as folder:
-            StableDiffusion3Pipeline.save_lora_weights(
-                folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=told
-            )
+            pipeline.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=told)
             return {DIFFUSERS_FILE: with_metadata(Path(folder, DIFFUSERS_FILE).read_bytes(), {})}
     if not isinstance(unet, UNet2DConditionModel):
         usual, always = LoraConfig().to_dict(), ("peft_type", "r", "lora_alpha")  # an older PEFT refuses what it lacks

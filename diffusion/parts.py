@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion.families import Family
 from diffusion.locate import (
     AGAIN,
     INDEX,
@@ -102,8 +103,8 @@ def check_parts(path: str) -> None:
             continue
         if str(found).removesuffix("Fast") != kind:
             raise BaseModelError(f"model.path: the {INDEX} of {path} names {found} as its {name}, not {kind}; {AGAIN}")
-    if family.name == "sd3":
-        _check_transformer(path)
+    if family.flow:
+        _check_transformer(path, family)
         return
     unet = part_config(path, "unet")
     wanted: dict[str, Any] = dict.fromkeys(MORE_INPUTS)
@@ -145,19 +146,25 @@ def _class_of(index: dict[str, Any], name: str) -> str | None:
 
 def reads_by_t5(path: str) -> bool:
     """Whether a T5 reads the prompts beside CLIP."""
-    return (
-        "text_encoder_3" in family_of(path).optional and _class_of(pipeline_index(path), "text_encoder_3") is not None
-    )
+    family, index = family_of(path), pipeline_index(path)
+    encoders = [name for name, kind in {**family.parts, **family.optional}.items() if kind == "T5EncoderModel"]
+    return any(_class_of(index, name) is not None for name in encoders)
 
 
-def _check_transformer(path: str) -> None:
-    """Of a Stable Diffusion 3 pipeline: raises as check_parts."""
+def _check_transformer(path: str, family: Family) -> None:
+    """Of a Stable Diffusion 3 or FLUX pipeline: raises as check_parts."""
     config, channels = part_config(path, "transformer"), part_config(path, "vae").get("latent_channels", 4)
-    encoders = [part_config(path, f"text_encoder{number}") for number in ("", "_2")]
-    pooled = sum(encoder.get("projection_dim", 0) for encoder in encoders)
-    wanted = {"in_channels": channels, "out_channels": channels, "pooled_projection_dim": pooled}
-    if reads_by_t5(path):
-        wanted["joint_attention_dim"] = part_config(path, "text_encoder_3").get("d_model")
+    encoders: list[dict[str, Any]] = []  # whose rows are side by side
+    if family.name == "flux":
+        clip, t5 = part_config(path, "text_encoder"), part_config(path, "text_encoder_2")
+        wanted = {"in_channels": 4 * channels, "joint_attention_dim": t5.get("d_model")}
+        wanted["pooled_projection_dim"] = clip.get("hidden_size")
+    else:
+        encoders = [part_config(path, f"text_encoder{number}") for number in ("", "_2")]
+        pooled = sum(encoder.get("projection_dim", 0) for encoder in encoders)
+        wanted = {"in_channels": channels, "out_channels": channels, "pooled_projection_dim": pooled}
+        if reads_by_t5(path):
+            wanted["joint_attention_dim"] = part_config(path, "text_encoder_3").get("d_model")
     faults = [
         f"its {key} is {config[key]}, not {good}" for key, good in wanted.items() if config.get(key, good) != good
     ]
@@ -165,10 +172,39 @@ def _check_transformer(path: str) -> None:
         faults.append(f"its joint_attention_dim is {config.get('joint_attention_dim')}, less than {width} of CLIP")
     if faults:
         raise BaseModelError(f"model.path: the transformer of {path} cannot be used: {', '.join(faults)}")
-    for number in ("", "_2"):
+    for number in ("", "_2")[: len(encoders) or 1]:
         load_tokenizer(path, number)
     for name, model in zip(("transformer", "vae"), without_weights(path), strict=True):
         check_weights(path, name, model)
+
+
+def magnification(path: str) -> int:
+    """Pixels a side for each of the latents'."""
+    if not family_of(path).text:
+        return 1
+    return 2 ** (len(part_config(path, "vae").get("block_out_channels", [0])) - 1)
+
+
+def latent_shape(path: str, pixels: int | None = None) -> tuple[int, int, int]:
+    """C, H, W of a pipeline's states, for pictures of a side of `pixels`; None: its own. Raises BaseModelError as
+    `is_unconditional`, and for a size that its network cannot have."""
+    family, scale = family_of(path), magnification(path)
+    config = part_config(path, family.network)
+    channels, side = config.get("in_channels", 4), config.get("sample_size") or 128
+    if family.name == "flux":  # packed; the pipeline's own size
+        channels, side = channels // 4, 128
+    if pixels is None:
+        return channels, side, side
+    if family.network == "unet":
+        step = scale * 2 ** (len(config.get("block_out_channels", [0])) - 1)
+    else:
+        step = scale * (2 if family.name == "flux" else config.get("patch_size", 2))
+    if pixels % step:
+        raise BaseModelError(f"model.pixels: {pixels} is no multiple of {step}, as {path} needs")
+    most = config.get("pos_embed_max_size")
+    if most and pixels // step > most:
+        raise BaseModelError(f"model.pixels: {pixels} is more than {most * step}, for which {path} has places")
+    return channels, pixels // scale, pixels // scale
 
 
 def check_tiny_decoder(path: str, pipeline: str) -> None:
@@ -188,7 +224,11 @@ def check_weights(path: str, name: str, model: nn.Module) -> None:
     """Raises BaseModelError as `part_shapes`, and where a part's file has a tensor in another shape than its model or
     lacks it: libraries would make one up at random. `model` may be on the meta device."""
     there = {_today(key): shape for key, shape in (part_shapes(path, name) or {}).items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # what is tied has one name in the file
+    held = {id(parameter) for key, parameter in parameters.items() if _today(key) in there}
     for key, tensor in model.state_dict().items() if there else ():
+        if _today(key) not in there and id(parameters.get(key)) in held:
+            continue
         if (shape := there.get(_today(key))) != list(tensor.shape):
             has = f"has no {key}" if shape is None else f"has {key} of shape {shape}"
             file = Path(path, name, part_file(name))

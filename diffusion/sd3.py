@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from diffusion.base_model import BaseModel
-from diffusion.flow_kernels import FlowKernel
-from diffusion.kernels import GaussianKernel
 from diffusion.locate import load_errors, locate
 from diffusion.parts import check_weights, reads_by_t5
-from diffusion.settings import Grid
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
 TOKENS = 256  # that T5 reads, as the pipeline's own default
@@ -37,18 +34,10 @@ class StableDiffusion3(BaseModel):
                 check_weights(self.path, name, encoder)
                 encoder.to(self.device).requires_grad_(False).eval()
         self._pipeline, self._width = pipeline, self.unet.config.joint_attention_dim
-        self._times: Tensor | None = None
 
     @property
     def embedding_width(self) -> int:
         return self._width
-
-    def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> GaussianKernel:
-        """Its labels are what `predict` takes for t from then on."""
-        kernel = super().kernel(num_steps, eta, grid)
-        assert isinstance(kernel, FlowKernel)
-        self._times = torch.cat([torch.zeros(1), kernel.times.flip(0)]).to(self.device)  # by label
-        return kernel
 
     def _encode(self, prompt: str) -> Tensor:
         rows, _, pooled, _ = self._pipeline.encode_prompt(

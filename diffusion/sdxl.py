@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from diffusion.base_model import OPTIONAL, BaseModel
-from diffusion.locate import load_errors, locate, part_config
-from diffusion.parts import check_weights
+from diffusion.locate import load_errors, locate
+from diffusion.parts import check_weights, magnification
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
 
 
 class StableDiffusionXL(BaseModel):
     """Embeddings [L + 1, E] are the pipeline's own, of both encoders side by side, and the pooled one; those of the
-    empty prompt are zero where the pipeline's are. Pictures are of the U-Net's own size, not cropped."""
+    empty prompt are zero where the pipeline's are. The U-Net is told that pictures are not cropped."""
 
     def _load(self) -> None:
         from diffusers import StableDiffusionXLPipeline
@@ -31,8 +31,7 @@ class StableDiffusionXL(BaseModel):
             check_weights(self.path, name, getattr(pipeline, name))
             getattr(pipeline, name).to(self.device).requires_grad_(False).eval()
         self._pipeline = pipeline
-        scale = 2 ** (len(part_config(self.path, "vae").get("block_out_channels", [0] * 4)) - 1)
-        size = self.unet.config.sample_size * scale
+        size = self.latent_shape[1] * magnification(self.path)
         self._time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=self.device)
 
     def _encode(self, prompt: str) -> Tensor:

@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,7 +200,7 @@ def _target(name: str, overrides: Sequence[str], args: argparse.Namespace, warn:
 
 def _tilt(config: Config, run: Records | None) -> tuple[float | None, str]:
     """As by_name.tilt, of a run or for the settings' own model."""
-    from diffusion.parts import without_weights
+    from diffusion.parts import latent_shape
     from learner.objectives.by_name import tilt
 
     exponent, why = tilt(config, 1)  # nothing is read where D does not matter
@@ -207,8 +208,7 @@ def _tilt(config: Config, run: Records | None) -> tuple[float | None, str]:
     if exponent is None or exponent == tilt(config, 2)[0]:
         return exponent, why
     if not dimensions:
-        shape = without_weights(str(resolve(config.model.path)))[0].config
-        dimensions = int(shape["in_channels"]) * int(shape["sample_size"]) ** 2
+        dimensions = prod(latent_shape(str(resolve(config.model.path)), config.model.pixels))
     return tilt(config, int(dimensions))
 
 
@@ -276,13 +276,13 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
     config, adapter, sampler = target.config, target.adapter, target.config.sampler
     path = str(resolve(config.model.path))
     check_parts(path)
-    load_kernel(path, sampler.steps, sampler.eta, sampler.grid)
+    load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels)
     if not is_unconditional(path) and (said := cut_prompts(path, target.prompts)):
         warn(f"{target.name}: {said}")
     unet, _ = without_weights(path)
     lora_files.require_fit(unet, adapter)
     ends = tuple(f".{module}" for module in lora.TARGETS[config.lora.targets])
-    if set(adapter.modules) != {name for name, _ in unet.named_modules() if name.endswith(ends)}:
+    if set(adapter.modules) != {name for name, _ in unet.named_modules() if f".{name}".endswith(ends)}:
         raise lora_files.BadAdapter(
             f"{adapter.source} adapts other modules than all attention projections ({', '.join(lora.ATTENTION)}), or "
             "all that lora.targets=all has: learner.generate draws with it, samplers do not"

@@ -19,7 +19,7 @@ from cluster.placement import Placement, Share, place_for
 from cluster.session import nodes_at_hand
 from diffusion.base_model import load_kernel
 from diffusion.failures import RunFailure
-from diffusion.locate import is_unconditional
+from diffusion.locate import family_of
 from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
 from evaluation import collapse, settling
 from evaluation.image_sets import Cache, Pools
@@ -112,7 +112,8 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
     sampler, reward, evaluation = config.sampler, config.reward, config.evaluation
     path, in_process = str(resolve(config.model.path)), config.run.runner == "inprocess"
     prompts = attempt(lambda: [*training_prompts(config), *evaluation_prompts(config)]) or []
-    unconditional = attempt(lambda: is_unconditional(path))
+    family = attempt(lambda: family_of(path))
+    unconditional = not family.text if family else None
     if unconditional and (config.prompts.path is not None or evaluation.prompts is not None):
         faults.append(f"prompts.path, evaluation.prompts: {path} takes no prompts; set prompts.path=null")
     if unconditional and sampler.guidance != 1:
@@ -123,7 +124,7 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
         attempt(lambda: check_parts(path))
         if unconditional is False and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
             warn(said)
-        kernel = attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid))
+        kernel = attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels))
         if kernel and config.objective.span(sampler.steps)[1] > kernel.noisy_steps:
             faults.append(
                 f"objective.last_transition: the last step of {path}, to the image, has no noise, and nothing is to be "
@@ -131,6 +132,9 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
             )
         if config.objective.forward_looking_decoder == "tiny":
             attempt(lambda: check_tiny_decoder(str(resolve(config.model.tiny_decoder)), path))
+        looking = config.needs.inner_rewards and config.objective.forward_looking != "none"
+        if family.distilled and looking and config.objective.clean_prediction != "guided":
+            faults.append(f"objective.clean_prediction: {path} has no output without guidance; set it to guided")
     needing = config.objective.kind if config.needs.reward_gradients else None
     if own_reward:
         attempt(lambda: registry.check_gradient(own_reward, reward.name, needing))

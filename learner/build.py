@@ -50,7 +50,8 @@ def device(config: Config) -> str:
 def build_model(config: Config, training: bool = False) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
     settings = config.model
-    model = open_base_model(str(resolve(settings.path)), device(config), getattr(torch, settings.dtype))
+    place = str(resolve(settings.path)), device(config), getattr(torch, settings.dtype)
+    model = open_base_model(*place, settings.pixels)
     model.attach_lora(
         config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed, lora.TARGETS[config.lora.targets]
     )

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,15 +78,15 @@ def reward_in_words(trained: Trained) -> str:
 def objective_in_words(trained: Trained) -> str:
     """What was trained towards; without its target where the base model, whose size that takes, is not at hand."""
     from diffusion.locate import BaseModelError
-    from diffusion.parts import without_weights
+    from diffusion.parts import latent_shape
     from learner.objectives.by_name import describe
 
     config = trained.config
     try:
-        shape = without_weights(str(resolve(config.model.path)))[0].config
+        dimensions = prod(latent_shape(str(resolve(config.model.path)), config.model.pixels))
     except BaseModelError:
         return f"{config.objective.kind} ({config.objective.setting}), beta {config.objective.beta:g}"
-    return describe(config, int(shape["in_channels"]) * int(shape["sample_size"]) ** 2)
+    return describe(config, dimensions)
 
 
 def usage(config: Config, form: str, base: str, place: str | None = None) -> str:
@@ -119,6 +120,8 @@ def usage(config: Config, form: str, base: str, place: str | None = None) -> str
         load.append(f"pipe.load_lora_weights({json.dumps(place)}{name})")
     how = f"num_inference_steps={sampler.steps}, " + ("" if solver else f"eta={sampler.eta!r}, ")
     how = f'"a prompt", {how}guidance_scale={sampler.guidance!r}' if text else f"{how}batch_size=1"
+    if text and config.model.pixels:
+        how += f", height={config.model.pixels}, width={config.model.pixels}"
     first, end = config.objective.span(sampler.steps)
     if sampler.adapter == "window" and (first, end) != (0, sampler.steps):
         if text and form != "fused":
@@ -153,15 +156,15 @@ def _flow_options(config: Config) -> str | None:
 
 
 def flow_usage(config: Config, base: str, place: str, options: str) -> str:
-    """As `usage`, of a Stable Diffusion 3 model: its sampler's steps, diffusion/flow_kernels.py, are no scheduler of
-    diffusers."""
+    """As `usage`, of a flow model: its sampler's steps, diffusion/flow_kernels.py, are no scheduler of diffusers."""
+    pipeline, pixels = _pipeline(config), config.model.pixels
     sampler = config.sampler
     first, end = config.objective.span(sampler.steps)
     within = sampler.adapter == "window" and (first, end) != (0, sampler.steps)
     eta = f"({sampler.eta!r} if i < {config.noise_steps} else 0.0)" if config.noise_steps < sampler.steps else None
     return "\n".join([
         "import torch",
-        "from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline",
+        f"from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}",
         "",
         "class WithNoise(FlowMatchEulerDiscreteScheduler):",
         "    def step(self, output, timestep, sample, **more):",
@@ -173,11 +176,12 @@ def flow_usage(config: Config, base: str, place: str, options: str) -> str:
         "        return (mean + variance**0.5 * torch.randn_like(mean),)",
         "",
         *(lora_within(first, end) if within else []),
-        f"pipe = StableDiffusion3Pipeline.from_pretrained({json.dumps(base)}{options})",
+        f"pipe = {pipeline}.from_pretrained({json.dumps(base)}{options})",
         "pipe.scheduler = WithNoise.from_config(pipe.scheduler.config)",
         f"pipe.load_lora_weights({json.dumps(place)})",
         *([f"use_lora(pipe, {first <= 0 < end})"] if within else []),
         f'pipe("a prompt", num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance!r}'
+        + (f", height={pixels}, width={pixels}" if pixels else "")
         + (", callback_on_step_end=lora_within" if within else "")
         + ').images[0].save("image.png")',
     ])  # fmt: skip

@@ -23,18 +23,28 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from learner.config import ROOT, Config, load_config
 from learner.objectives.needs import NEEDS
 from learner.run import main
-from models.shapes import train
+from models.shapes import train, world
 
 torch.set_num_threads(1)
 
@@ -140,6 +150,40 @@ def tiny_sdxl(shared) -> str:
         ).save_pretrained(folder)  # fmt: skip
 
     return str(shared("sdxl", make))
+
+
+def small_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in world.vocabulary())]
+    config = T5Config(
+        vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return T5Tokenizer(vocab=pieces, extra_ids=0), T5EncoderModel(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(shared) -> str:
+    """A FLUX.1-dev pipeline's classes with random weights, over a VAE of the embedded model's shape."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        tokenizer, config = small_clip()
+        transformer = FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=40, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        vae = train.build_vae()
+        vae.register_to_config(shift_factor=0.1)
+        words, t5 = small_t5()
+        FluxPipeline(
+            transformer=transformer, vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer,
+            text_encoder_2=t5, tokenizer_2=words,
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+                max_image_seq_len=4096, shift=3.0,
+            ),
+        ).save_pretrained(folder)  # fmt: skip
+
+    return str(shared("flux", make))
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ class Run(Section):
 class Model(Section):
     path: str = key("models/shapes", "diffusers pipeline folder, or hub id")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto (cuda if there), cpu or cuda")
+    pixels: int | None = key(None, "side of the pictures; default: what the base model was made for", ge=8)
     dtype: Precision = key("float32", "of U-Net and VAE, float32 or bfloat16; everything else is float32 always")
     channels_last: bool = key(False, "memory layout that convolutions in bfloat16 on a GPU prefer")
     compile: bool = key(False, "torch.compile the U-Net's transformer blocks; minutes at the start")

@@ -1,0 +1,75 @@
+"""FLUX.1: a transformer that predicts the velocity of a rectified flow from packed latents; CLIP's pooled embedding and
+T5's. Guidance is a number that the network is told, in one pass: it was distilled from a guided model."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.base_model import BaseModel
+from diffusion.locate import load_errors, locate
+from diffusion.parts import check_weights
+
+POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
+TOKENS = 512  # that T5 reads, as the pipeline's own default
+PATCH = 2  # side of what is packed into one token
+
+
+def grid(num_steps: int) -> np.ndarray:
+    """What the pipeline hands its scheduler, before the shift."""
+    return np.linspace(1.0, 1 / num_steps, num_steps)
+
+
+class Flux(BaseModel):
+    """Embeddings [L + 1, E] are T5's in L rows, and the pooled one of CLIP. The text encoders run once a prompt, in
+    float32."""
+
+    def _load(self) -> None:
+        from diffusers import FluxPipeline
+
+        dtypes = {"transformer": self.dtype, "default": torch.float32}
+        with load_errors(self.path):
+            pipeline: Any = FluxPipeline.from_pretrained(
+                locate(self.path), dtype=dtypes, use_safetensors=True, vae=None, image_encoder=None,
+                feature_extractor=None,
+            )  # fmt: skip
+        self.unet = pipeline.transformer.to(self.device).requires_grad_(False).eval()
+        check_weights(self.path, "transformer", self.unet)
+        for name in ("text_encoder", "text_encoder_2"):
+            check_weights(self.path, name, getattr(pipeline, name))
+            getattr(pipeline, name).to(self.device).requires_grad_(False).eval()
+        self._pipeline = pipeline
+
+    @property
+    def embedding_width(self) -> int:
+        return self.unet.config.joint_attention_dim
+
+    def _encode(self, prompt: str) -> Tensor:
+        rows, pooled, _ = self._pipeline.encode_prompt(prompt, None, device=self.device, max_sequence_length=TOKENS)
+        return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, self.embedding_width - pooled.shape[1]))])
+
+    def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+        """The same twice: there is no output without guidance."""
+        assert self._times is not None, "kernel() first: it has the grid that t counts on"
+        inputs = x.to(self.dtype), self._times[t], embeddings.to(self.dtype), guidance
+        output = velocity(self.unet, *inputs).float()
+        return output, output
+
+
+def velocity(transformer: Any, x: Tensor, time: Tensor, embeddings: Tensor, guidance: float) -> Tensor:
+    """[B, C, H, W], of latents x at the scheduler's timesteps `time` [B]."""
+    count, channels, height, width = x.shape
+    rows, columns = height // PATCH, width // PATCH
+    packed = x.reshape(count, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(x.device)
+    places = torch.cat([torch.zeros_like(places[:, :1]), places], 1).to(x.dtype)
+    text = embeddings[:, :POOLED]
+    told = torch.full((count,), guidance, device=x.device) if transformer.config.guidance_embeds else None
+    output = transformer(
+        hidden_states=packed, timestep=time.to(x.dtype) / 1000, guidance=told, encoder_hidden_states=text,
+        pooled_projections=embeddings[:, POOLED, : transformer.config.pooled_projection_dim],
+        txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype), img_ids=places,
+    ).sample  # fmt: skip
+    unpacked = output.reshape(count, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return unpacked.reshape(count, channels, height, width)
