@@ -72,6 +72,13 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(cluster, sma
     assert lora(tmp_path / "seed") != lora(tmp_path / "three")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_other_models_give_the_bits_of_the_inprocess_run(cluster, small_settings, tmp_path, request, model):
+    settings = [f"model.path={request.getfixturevalue(model)}", "model.pixels=64", "objective.last_transition=skip"]
+    assert_same_bits([*small_settings, *settings], tmp_path, two="sampler.actors=2", ranks="learner.ranks=1")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_every_objective_gives_the_same_bits_in_process_and_with_2_samplers(
