@@ -34,7 +34,8 @@ def draw(
     import torch
 
     from diffusion import lora, lora_files
-    from diffusion.base_model import Decoder, open_base_model
+    from diffusion.base_model import Decoder
+    from diffusion.open_model import open_base_model
     from diffusion.rollout import Sampler
     from learner import build
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,28 +28,8 @@ from diffusion.locate import (
 from diffusion.parts import check_weights, latent_shape, load_scheduler
 from diffusion.settings import Grid
 
+PACKED = 2  # side of FLUX's packed latents
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
-
-
-def open_base_model(
-    path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, pixels: int | None = None
-) -> "BaseModel":
-    """The base model of a pipeline, by its family. Raises BaseModelError as `locate.is_unconditional`, and for a size
-    that cannot be."""
-    name = family_of(path).name
-    if name == "sd3":
-        from diffusion.sd3 import StableDiffusion3
-
-        return StableDiffusion3(path, device, dtype, pixels)
-    if name == "sdxl":
-        from diffusion.sdxl import StableDiffusionXL
-
-        return StableDiffusionXL(path, device, dtype, pixels)
-    if name == "flux":
-        from diffusion.flux import Flux
-
-        return Flux(path, device, dtype, pixels)
-    return BaseModel(path, device, dtype, pixels)
 
 
 class BaseModel:
@@ -227,10 +208,8 @@ def _kernel(
             if grid != "ddim":
                 raise ValueError(f"sampler.grid: {grid} is a diffusion model's; set it to ddim")
             patch, sigmas = part_config(path, family.network).get("patch_size", 2), None
-            if family.name == "flux":
-                from diffusion import flux
-
-                patch, sigmas = flux.PATCH, flux.grid(num_steps)
+            if family.name == "flux":  # its pipeline packs latents itself, and hands its scheduler these
+                patch, sigmas = PACKED, np.linspace(1.0, 1 / num_steps, num_steps)
             return FlowKernel.from_scheduler(scheduler, num_steps, eta, sigmas, (shape[1] // patch) ** 2)
         return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
     except (ValueError, TypeError) as error:

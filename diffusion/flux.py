@@ -3,22 +3,15 @@ T5's. Guidance is a number that the network is told, in one pass: it was distill
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.base_model import BaseModel
+from diffusion.base_model import PACKED, BaseModel
 from diffusion.locate import load_errors, locate
 from diffusion.parts import check_weights
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
 TOKENS = 512  # that T5 reads, as the pipeline's own default
-PATCH = 2  # side of what is packed into one token
-
-
-def grid(num_steps: int) -> np.ndarray:
-    """What the pipeline hands its scheduler, before the shift."""
-    return np.linspace(1.0, 1 / num_steps, num_steps)
 
 
 class Flux(BaseModel):
@@ -60,16 +53,19 @@ class Flux(BaseModel):
 def velocity(transformer: Any, x: Tensor, time: Tensor, embeddings: Tensor, guidance: float) -> Tensor:
     """[B, C, H, W], of latents x at the scheduler's timesteps `time` [B]."""
     count, channels, height, width = x.shape
-    rows, columns = height // PATCH, width // PATCH
-    packed = x.reshape(count, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    rows, columns = height // PACKED, width // PACKED
+    packed = (
+        x.reshape(count, channels, rows, PACKED, columns, PACKED).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    )
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(x.device)
     places = torch.cat([torch.zeros_like(places[:, :1]), places], 1).to(x.dtype)
     text = embeddings[:, :POOLED]
     told = torch.full((count,), guidance, device=x.device) if transformer.config.guidance_embeds else None
     output = transformer(
-        hidden_states=packed, timestep=time.to(x.dtype) / 1000, guidance=told, encoder_hidden_states=text,
+        hidden_states=packed.flatten(3).flatten(1, 2), timestep=time.to(x.dtype) / 1000, guidance=told,
+        encoder_hidden_states=text,
         pooled_projections=embeddings[:, POOLED, : transformer.config.pooled_projection_dim],
         txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype), img_ids=places,
     ).sample  # fmt: skip
-    unpacked = output.reshape(count, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    unpacked = output.reshape(count, rows, columns, channels, PACKED, PACKED).permute(0, 3, 1, 4, 2, 5)
     return unpacked.reshape(count, channels, height, width)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from diffusion import lora
-from diffusion.base_model import BaseModel, Decoder, open_base_model
+from diffusion.base_model import BaseModel, Decoder
+from diffusion.open_model import open_base_model
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.update import Learner

@@ -30,6 +30,8 @@ QUARANTINE = "tests/learner/protocol/test_quarantine.py"
 ADJOINT, NATURAL = "tests/learner/objectives/test_adjoint_matching.py", "tests/learner/test_natural.py"
 SQUARES = "tests/learner/test_least_squares.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
+FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
+SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -49,6 +51,25 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if i < noisy:", "if i <= noisy:", f"{ROLLOUT} -k behind"),
         ("log_ref.append(kernel.log_pf(reference", "log_ref.append(kernel.log_pf(guided", f"{ROLLOUT} -k references"),
         ("selected = settings.first + noise", "selected = noise", f"{ROLLOUT} -k windows"),
+    ),
+    "diffusion/flow_kernels.py": (
+        ("posterior = after.square() * noising / square", "posterior = after.square() * noising", FLOW_KERNELS),
+        ("alpha / alpha_next * alpha * after.square()", "alpha * after.square()", FLOW_KERNELS),
+        ("* _by_label(spread.to(torch.float64)) * (after > 0)", "* _by_label(spread.to(torch.float64))", FLOW_KERNELS),
+        ("noisy_steps=count - 1", "noisy_steps=count", FLOW_KERNELS),
+        ("low + (tokens - first) * (high - low)", "low + tokens * (high - low)", FLOW_KERNELS),
+        ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
+    ),
+    "diffusion/sd3.py": (
+        ("embeddings[:, :POOLED], pooled, time", "embeddings, pooled, time", SD3),
+    ),
+    "diffusion/sdxl.py": (
+        ("        if not prompt:\n            rows, pooled = empty_rows, empty_pooled\n", "", SDXL),
+        ("[size, size, 0, 0, size, size]", "[0, 0, 0, 0, size, size]", SDXL),
+    ),
+    "diffusion/flux.py": (
+        ("permute(0, 2, 4, 1, 3, 5)", "permute(0, 4, 2, 1, 3, 5)", FLUX),
+        ("torch.full((count,), guidance, device=x.device)", "torch.ones(count, device=x.device)", FLUX),
     ),
     "learner/fitted_flow.py": (
         ("[:, ::-1] - spent  #", "[:, ::-1]  #", FITTED),

@@ -10,7 +10,8 @@ from diffusers import FluxPipeline
 
 from commands.export import main as export
 from diffusion import lora, lora_files
-from diffusion.base_model import BaseModelError, Decoder, open_base_model
+from diffusion.base_model import BaseModelError, Decoder
+from diffusion.open_model import open_base_model
 from diffusion.parts import check_parts, latent_shape
 from learner.config import read_config
 from learner.run import main

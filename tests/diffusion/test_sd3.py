@@ -10,8 +10,9 @@ from diffusers import StableDiffusion3Pipeline
 
 from diffusion import lora, lora_files
 from diffusion import noise as noise_module
-from diffusion.base_model import BaseModelError, Decoder, open_base_model
+from diffusion.base_model import BaseModelError, Decoder
 from diffusion.flow_kernels import FlowKernel
+from diffusion.open_model import open_base_model
 from diffusion.parts import check_parts
 from diffusion.rollout import Sampler
 from diffusion.settings import RolloutSettings

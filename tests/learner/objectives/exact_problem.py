@@ -16,7 +16,6 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from diffusion.flow_kernels import FlowKernel
 from diffusion.kernels import DDIMKernel, GaussianKernel
 from learner.config import Config
 from learner.objectives.base import Transitions
@@ -59,26 +58,6 @@ class Problem:
         return self.log_reward(x).flatten(1).sum(1)
 
 
-@dataclass(frozen=True)
-class FlowProblem(Problem):
-    """On the path alpha = 1 - sigma, whose last step has no density; states are labelled by the steps to the image."""
-
-    @property
-    def sigmas(self) -> Tensor:  # [N]
-        return torch.linspace(1, 1 / self.steps, self.steps, dtype=torch.float64)
-
-    def base_output(self, x: Tensor, t: Tensor) -> Tensor:
-        sigma = (t / self.steps).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        alpha = 1 - sigma
-        clean = alpha * x / (alpha.square() + sigma.square())
-        return (x - alpha * clean) / sigma - clean
-
-    def kernel(self, eta: float) -> FlowKernel:
-        """Calibrated: the exact reverse of p_B from N(0, 1)."""
-        square = self.sigmas.square()
-        return FlowKernel(self.sigmas, eta=eta).calibrated(square / (square + (1 - self.sigmas).square()))
-
-
 def schedule(steps: int, high: float, low: float) -> Tensor:
     return torch.sigmoid(torch.linspace(high, low, steps + 1, dtype=torch.float64))
 
@@ -92,20 +71,6 @@ def gaussian(steps: int, dimensions: int = 1, end: int = 0) -> Problem:
         mean, variance = mean * abar[end].sqrt().item(), variance * abar[end].item()
     scale = 0.5 * math.log(2 * math.pi * variance)
     return Problem(steps, abar, lambda x: -((x - mean) ** 2) / (2 * variance) - scale, dimensions=dimensions)
-
-
-def flow_gaussian(steps: int) -> Problem:
-    """As G, of a flow model: R of the clean prediction at the last state with a density, a normal law of the base's own
-    variance there."""
-    sigma = 1 / steps
-    variance = (1 - sigma) ** 2 + sigma**2
-    factor = (1 - sigma) / variance  # the clean prediction is this times x
-    scale = 0.5 * math.log(2 * math.pi * variance)
-    return FlowProblem(steps, torch.zeros(0), lambda x: -((x / factor - 1) ** 2) / (2 * variance) - scale)
-
-
-def flow_tilted(steps: int) -> Problem:
-    return FlowProblem(steps, torch.zeros(0), lambda x: x)
 
 
 def tilted(steps: int) -> Problem:
@@ -191,8 +156,8 @@ class ToyModel:
         self.latent_shape = (problem.dimensions, 1, 1)
 
     def kernel(self, num_steps: int, eta: float, grid: str) -> GaussianKernel:
-        if isinstance(self.problem, FlowProblem):
-            return self.problem.kernel(eta)
+        if make := getattr(self.problem, "kernel", None):  # flow_problem.py
+            return make(eta)
         if num_steps == self.problem.steps:
             return DDIMKernel(self.problem.abar, torch.arange(num_steps, 0, -1), "epsilon", eta)
         betas = 1 - self.problem.abar / torch.cat([torch.ones(1), self.problem.abar[:-1]])

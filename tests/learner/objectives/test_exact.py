@@ -12,8 +12,6 @@ import pytest
 import torch
 from exact_problem import (
     bimodal,
-    flow_gaussian,
-    flow_tilted,
     fresh,
     gaussian,
     make_learner,
@@ -28,6 +26,7 @@ from exact_problem import (
     train,
     whole,
 )
+from flow_problem import flow_gaussian, flow_tilted
 
 from diffusion import noise
 
