@@ -41,7 +41,7 @@ def draw(
 
     build.prepare_process(config)
     place = str(resolve(config.model.path)), build.device(config), getattr(torch, config.model.dtype)
-    model = open_base_model(*place, config.model.pixels)
+    model = open_base_model(*place, config.model.pixels, config.model.text_tokens)
     if adapter is None:
         model.attach_lora(1, 1, seed=0)  # samplers have one; it stays off
         snapshot = lora.snapshot(model.unet, 0)

@@ -79,22 +79,23 @@ def costs(config: Config) -> Costs:
     shape = (1, *latent_shape(str(resolve(config.model.path)), config.model.pixels))
     # None without prompts; Stable Diffusion 3's has another name.
     width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
-    tiny = None
+    kind, tiny = family_of(str(resolve(config.model.path))), None
+    # FLUX has CLIP's pooled row alone beside T5's.
+    t5 = kind.t5_tokens and (config.model.text_tokens or kind.t5_tokens)
+    rows = t5 + (1 if kind.name == "flux" else TOKENS)
     with torch.device("meta"):
         lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank, lora.TARGETS[config.lora.targets])
         flow = flow_network(config, shape[1:], width)
-        x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, TOKENS, width or 0)
+        x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, rows, width or 0)
         if config.objective.forward_looking_decoder == "tiny":
             tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
 
-    family = family_of(str(resolve(config.model.path))).name
-
     def output() -> Any:
-        if family == "sd3":
+        if kind.name == "sd3":
             return velocity(unet, x, t, embedding)
-        if family == "sdxl":
+        if kind.name == "sdxl":
             return predicted(unet, x, t, embedding, torch.zeros(6, device="meta"))
-        if family == "flux":
+        if kind.name == "flux":
             return flux.velocity(unet, x, t, embedding, config.sampler.guidance)
         return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
 

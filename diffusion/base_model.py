@@ -45,10 +45,15 @@ class BaseModel:
     _times: Tensor | None = None  # of a flow model: what the network is told, by the kernel's labels
 
     def __init__(
-        self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, pixels: int | None = None
+        self,
+        path: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pixels: int | None = None,
+        text_tokens: int | None = None,
     ) -> None:
-        """`pixels`: side of the pictures, None: the model's own. Raises BaseModelError as `locate.is_unconditional`,
-        and for a size that cannot be."""
+        """`pixels`: side of the pictures, None: the model's own; `text_tokens` that a T5 reads, None: as its pipeline
+        has it. Raises BaseModelError as `locate.is_unconditional`, and for a size that cannot be."""
         import diffusers
         import transformers
 
@@ -58,6 +63,8 @@ class BaseModel:
         self.device, self.dtype = torch.device(device), dtype
         self._embeddings: dict[str, Tensor] = {}
         self.latent_shape = latent_shape(path, pixels)  # C, H, W
+        self._pixels = pixels
+        self._t5_tokens = text_tokens or family_of(path).t5_tokens
         self._load()
 
     def _load(self) -> None:
@@ -88,7 +95,7 @@ class BaseModel:
 
     def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> GaussianKernel:
         """Of a flow model, its labels are what `predict` takes for t from then on."""
-        kernel = _kernel(self.path, self.scheduler, num_steps, eta, grid, self.latent_shape)
+        kernel = _kernel(self.path, self.scheduler, num_steps, eta, grid, self._pixels)
         if isinstance(kernel, FlowKernel):
             self._times = torch.cat([torch.zeros(1), kernel.times.flip(0)]).to(self.device)
         return kernel
@@ -197,12 +204,10 @@ def load_kernel(
 ) -> GaussianKernel:
     """The kernel of a pipeline's scheduler. Raises BaseModelError as `load_scheduler`, or for settings of the scheduler
     that the kernel does not follow."""
-    return _kernel(path, load_scheduler(path), num_steps, eta, grid, latent_shape(path, pixels))
+    return _kernel(path, load_scheduler(path), num_steps, eta, grid, pixels)
 
 
-def _kernel(
-    path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid, shape: tuple[int, int, int]
-) -> GaussianKernel:
+def _kernel(path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid, pixels: int | None) -> GaussianKernel:
     try:
         if (family := family_of(path)).flow:
             if grid != "ddim":
@@ -210,7 +215,8 @@ def _kernel(
             patch, sigmas = part_config(path, family.network).get("patch_size", 2), None
             if family.name == "flux":  # its pipeline packs latents itself, and hands its scheduler these
                 patch, sigmas = PACKED, np.linspace(1.0, 1 / num_steps, num_steps)
-            return FlowKernel.from_scheduler(scheduler, num_steps, eta, sigmas, (shape[1] // patch) ** 2)
+            tokens = (latent_shape(path, pixels)[1] // patch) ** 2
+            return FlowKernel.from_scheduler(scheduler, num_steps, eta, sigmas, tokens)
         return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
     except (ValueError, TypeError) as error:
         raise BaseModelError(f"model.path: the scheduler of {path} cannot be used: {error}") from error

@@ -16,6 +16,7 @@ class Family:
     optional: Mapping[str, str] = field(default_factory=dict)  # parts that may be null
     text: bool = True  # takes prompts, and has a VAE
     flow: bool = False  # rectified flow: the network predicts a velocity
+    t5_tokens: int = 0  # that the pipeline has its T5 read, by default
     distilled: bool = False  # guidance is told to the network: one pass, and there is no output without it
 
     @property
@@ -56,6 +57,7 @@ FAMILIES = (
         },
         {"text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5Tokenizer"},
         flow=True,
+        t5_tokens=256,
     ),
     Family(
         "flux",
@@ -67,6 +69,7 @@ FAMILIES = (
             "scheduler": "FlowMatchEulerDiscreteScheduler",
         },
         flow=True,
+        t5_tokens=512,
         distilled=True,
     ),
 )  # fmt: skip

@@ -11,7 +11,6 @@ from diffusion.locate import load_errors, locate
 from diffusion.parts import check_weights
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
-TOKENS = 512  # that T5 reads, as the pipeline's own default
 
 
 class Flux(BaseModel):
@@ -39,7 +38,9 @@ class Flux(BaseModel):
         return self.unet.config.joint_attention_dim
 
     def _encode(self, prompt: str) -> Tensor:
-        rows, pooled, _ = self._pipeline.encode_prompt(prompt, None, device=self.device, max_sequence_length=TOKENS)
+        rows, pooled, _ = self._pipeline.encode_prompt(
+            prompt, None, device=self.device, max_sequence_length=self._t5_tokens
+        )
         return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, self.embedding_width - pooled.shape[1]))])
 
     def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def velocity(transformer: Any, x: Tensor, time: Tensor, embeddings: Tensor, guid
     text = embeddings[:, :POOLED]
     told = torch.full((count,), guidance, device=x.device) if transformer.config.guidance_embeds else None
     output = transformer(
-        hidden_states=packed.flatten(3).flatten(1, 2), timestep=time.to(x.dtype) / 1000, guidance=told,
+        hidden_states=packed, timestep=time.to(x.dtype) / 1000, guidance=told,
         encoder_hidden_states=text,
         pooled_projections=embeddings[:, POOLED, : transformer.config.pooled_projection_dim],
         txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype), img_ids=places,

@@ -11,10 +11,16 @@ CLASSES = {"base_model": "BaseModel", "sdxl": "StableDiffusionXL", "sd3": "Stabl
 
 
 def open_base_model(
-    path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, pixels: int | None = None
+    path: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    pixels: int | None = None,
+    text_tokens: int | None = None,
 ) -> BaseModel:
-    """The base model of a pipeline. Raises BaseModelError as `locate.is_unconditional`, and for a size that cannot
-    be."""
+    """The base model of a pipeline, as BaseModel. Raises BaseModelError as `locate.is_unconditional`, and for a size
+    that cannot be."""
     name = family_of(path).name
-    model: BaseModel = getattr(import_module(f"diffusion.{name}"), CLASSES[name])(path, device, dtype, pixels)
+    model: BaseModel = getattr(import_module(f"diffusion.{name}"), CLASSES[name])(
+        path, device, dtype, pixels, text_tokens
+    )  # fmt: skip
     return model

@@ -11,7 +11,6 @@ from diffusion.locate import load_errors, locate
 from diffusion.parts import check_weights, reads_by_t5
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
-TOKENS = 256  # that T5 reads, as the pipeline's own default
 
 
 class StableDiffusion3(BaseModel):
@@ -41,7 +40,12 @@ class StableDiffusion3(BaseModel):
 
     def _encode(self, prompt: str) -> Tensor:
         rows, _, pooled, _ = self._pipeline.encode_prompt(
-            prompt, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+            prompt,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._t5_tokens,
         )
         return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, self._width - pooled.shape[1]))])
 

@@ -52,7 +52,7 @@ def build_model(config: Config, training: bool = False) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
     settings = config.model
     place = str(resolve(settings.path)), device(config), getattr(torch, settings.dtype)
-    model = open_base_model(*place, settings.pixels)
+    model = open_base_model(*place, settings.pixels, settings.text_tokens)
     model.attach_lora(
         config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed, lora.TARGETS[config.lora.targets]
     )

@@ -182,6 +182,7 @@ def flow_usage(config: Config, base: str, place: str, options: str) -> str:
         *([f"use_lora(pipe, {first <= 0 < end})"] if within else []),
         f'pipe("a prompt", num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance!r}'
         + (f", height={pixels}, width={pixels}" if pixels else "")
+        + (f", max_sequence_length={config.model.text_tokens}" if config.model.text_tokens else "")
         + (", callback_on_step_end=lora_within" if within else "")
         + ').images[0].save("image.png")',
     ])  # fmt: skip

@@ -55,6 +55,12 @@ class Model(Section):
     path: str = key("models/shapes", "diffusers pipeline folder, or hub id")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto (cuda if there), cpu or cuda")
     pixels: int | None = key(None, "side of the pictures; default: what the base model was made for", ge=8)
+    text_tokens: int | None = key(
+        None,
+        "of a prompt that a T5 reads (Stable Diffusion 3, FLUX); default: 256 or 512, as their pipelines",
+        ge=1,
+        le=512,
+    )
     dtype: Precision = key("float32", "of U-Net and VAE, float32 or bfloat16; everything else is float32 always")
     channels_last: bool = key(False, "memory layout that convolutions in bfloat16 on a GPU prefer")
     compile: bool = key(False, "torch.compile the U-Net's transformer blocks; minutes at the start")

@@ -18,7 +18,7 @@ from learner.run import main
 from reports import model_card
 
 PROMPTS = ["a red circle on a white background", "a blue square"]
-SETTINGS = ["objective.last_transition=skip", "sampler.guidance=3.5", "model.pixels=64"]
+SETTINGS = ["objective.last_transition=skip", "sampler.guidance=3.5", "model.pixels=64", "model.text_tokens=16"]
 
 
 def plain(path: str) -> FluxPipeline:

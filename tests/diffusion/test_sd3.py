@@ -20,7 +20,7 @@ from diffusion.trajectory import Chunk
 from learner.run import main
 
 PROMPTS = ["a red circle on a white background", "a blue square"]
-SETTINGS = ["objective.last_transition=skip", "sampler.guidance=2"]
+SETTINGS = ["objective.last_transition=skip", "sampler.guidance=2", "model.text_tokens=16"]
 
 
 def plain(path: str) -> StableDiffusion3Pipeline:
@@ -116,6 +116,12 @@ def test_embeddings_are_the_pipelines_own_whatever_the_batch(tiny_sd3):
     assert torch.equal(model.embed(PROMPTS[1:]), found[1:])
 
 
+def test_how_much_of_a_prompt_t5_reads_can_be_set(tiny_sd3):
+    few, plain_model = open_base_model(tiny_sd3, text_tokens=8), plain(tiny_sd3)
+    rows = plain_model.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=8)[0]
+    torch.testing.assert_close(few.embed(PROMPTS)[:, :-1], rows, rtol=1e-5, atol=1e-6)
+
+
 CHANGES = [
     ("transformer/config.json", {"in_channels": 16, "out_channels": 16}, "its in_channels is 16, not 4"),
     ("transformer/config.json", {"pooled_projection_dim": 64}, "its pooled_projection_dim is 64, not 32"),
@@ -178,7 +184,7 @@ def test_the_cards_own_code_draws_the_samplers_pixels(run, tiny_sd3, tmp_path, m
     settings = ["sampler.noise=window", "sampler.adapter=window"] if window else []
     config, faults = read_config(run / "config.yaml", [*more, *settings])
     assert not faults
-    model = open_base_model(tiny_sd3)
+    model = open_base_model(tiny_sd3, text_tokens=16)
     lora_files.attach(model, lora_files.read(tmp_path / "out"))
     sampler = Sampler(model, config.rollout_settings())
     chunk = Chunk(0, "evaluate", 0, 3, (PROMPTS[0],), (0,))
