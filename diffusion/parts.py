@@ -113,8 +113,8 @@ def check_parts(path: str) -> None:
     else:
         channels = part_config(path, "vae").get("latent_channels", 4)
         encoders = [part_config(path, name) for name in family.parts if name.startswith("text_encoder")]
-        if all("hidden_size" in encoder for encoder in encoders):
-            wanted["cross_attention_dim"] = sum(encoder["hidden_size"] for encoder in encoders)
+        widths = [encoder.get("hidden_size") for encoder in encoders]
+        wanted["cross_attention_dim"] = sum(widths) if all(widths) else None
         if family.name == "sdxl":
             told = encoders[1].get("projection_dim", 0) + 6 * (unet.get("addition_time_embed_dim") or 0)
             wanted |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": told}
