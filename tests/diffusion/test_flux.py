@@ -30,8 +30,9 @@ def plain(path: str) -> FluxPipeline:
 def by_pipeline(pipeline: FluxPipeline, latents: torch.Tensor, output: str = "latent") -> torch.Tensor:
     packed = FluxPipeline._pack_latents(latents, len(latents), *latents.shape[1:])
     images = pipeline(
-        PROMPTS, num_inference_steps=5, guidance_scale=3.5, height=64, width=64, latents=packed, output_type=output
-    ).images
+        PROMPTS, num_inference_steps=5, guidance_scale=3.5, height=64, width=64, latents=packed, output_type=output,
+        max_sequence_length=16,
+    ).images  # fmt: skip
     return FluxPipeline._unpack_latents(images, 64, 64, 4) if output == "latent" else images
 
 
@@ -49,7 +50,7 @@ def noise() -> torch.Tensor:
 
 
 def test_without_noise_it_draws_what_plain_diffusers_draws(tiny_flux):
-    model, pipeline = open_base_model(tiny_flux, pixels=64), plain(tiny_flux)
+    model, pipeline = open_base_model(tiny_flux, pixels=64, text_tokens=16), plain(tiny_flux)
     latents = by_model(model, noise())
     torch.testing.assert_close(latents, by_pipeline(pipeline, noise()), rtol=1e-4, atol=1e-5)
     images = by_pipeline(pipeline, noise(), "pt")
@@ -57,8 +58,16 @@ def test_without_noise_it_draws_what_plain_diffusers_draws(tiny_flux):
     assert (latents - noise()).abs().mean() > 0.05
 
 
+def test_t5_reads_as_much_as_the_pipeline_has_it_read(tiny_flux):
+    pipeline, found = plain(tiny_flux), open_base_model(tiny_flux, pixels=64).embed(PROMPTS)
+    for prompt, embedding in zip(PROMPTS, found, strict=True):
+        rows, pooled, _ = pipeline.encode_prompt(prompt, None)
+        torch.testing.assert_close(embedding[:-1], rows[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(embedding[-1, :16], pooled[0], rtol=1e-5, atol=1e-6)
+
+
 def test_guidance_is_told_to_the_network(tiny_flux):
-    model = open_base_model(tiny_flux, pixels=64)
+    model = open_base_model(tiny_flux, pixels=64, text_tokens=16)
     model.kernel(5)
     inputs = noise(), torch.full((2,), 4), model.embed(PROMPTS)
     with torch.no_grad():
@@ -68,7 +77,7 @@ def test_guidance_is_told_to_the_network(tiny_flux):
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_a_lora_gives_plain_diffusers_the_samplers_pixels(tiny_flux, tmp_path, targets):
-    model = open_base_model(tiny_flux, pixels=64)
+    model = open_base_model(tiny_flux, pixels=64, text_tokens=16)
     model.attach_lora(3, 1.5, seed=1, targets=lora.TARGETS[targets])
     assert any("single_transformer_blocks" in name for name, _ in lora.named(model.unet))
     generator = torch.Generator().manual_seed(2)
@@ -81,7 +90,7 @@ def test_a_lora_gives_plain_diffusers_the_samplers_pixels(tiny_flux, tmp_path, t
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(by_pipeline(pipeline, noise()), tuned, rtol=1e-4, atol=1e-4)
     assert (tuned - base).abs().mean() > 0.01
-    again = open_base_model(tiny_flux, pixels=64)
+    again = open_base_model(tiny_flux, pixels=64, text_tokens=16)
     lora_files.attach(again, lora_files.read(tmp_path))
     torch.testing.assert_close(by_model(again, noise()), tuned, rtol=0, atol=0)
 
