@@ -58,6 +58,7 @@ def test_without_noise_it_draws_what_plain_diffusers_draws(tiny_flux):
     assert (latents - noise()).abs().mean() > 0.05
 
 
+@torch.no_grad()
 def test_t5_reads_as_much_as_the_pipeline_has_it_read(tiny_flux):
     pipeline, found = plain(tiny_flux), open_base_model(tiny_flux, pixels=64).embed(PROMPTS)
     for prompt, embedding in zip(PROMPTS, found, strict=True):
