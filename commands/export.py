@@ -69,9 +69,8 @@ def export(trained: Trained, form: str, url: str, base_model: str | None = None)
     }
     known = lora_files.generation(adapter) if form in ("diffusers", "kohya") else None
     content = _fused(trained.config, adapter) if form == "fused" else {name: files[name] for name in wanted}
-    if (
-        form == "diffusers" and lora.KOHYA_FILE in files
-    ):  # under this name older runs have a file that only the newest libraries read
+    # Under its name older runs have a file that only the newest libraries read.
+    if form == "diffusers" and lora.KOHYA_FILE in files:
         content[lora.DIFFUSERS_FILE] = files[lora.KOHYA_FILE]
     for name in wanted:
         if name.endswith(".safetensors"):

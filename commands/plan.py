@@ -80,9 +80,9 @@ def costs(config: Config) -> Costs:
     # None without prompts; Stable Diffusion 3's has another name.
     width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
     kind, tiny = family_of(str(resolve(config.model.path))), None
-    # FLUX has CLIP's pooled row alone beside T5's.
+    # Of CLIP (FLUX: none), of T5, and the pooled one, which Stable Diffusion 1.x and 2.x have not.
     t5 = kind.t5_tokens and (config.model.text_tokens or kind.t5_tokens)
-    rows = t5 + (1 if kind.name == "flux" else TOKENS)
+    rows = TOKENS * (kind.name != "flux") + t5 + (kind.name != "base_model")
     with torch.device("meta"):
         lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank, lora.TARGETS[config.lora.targets])
         flow = flow_network(config, shape[1:], width)

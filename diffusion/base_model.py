@@ -25,10 +25,9 @@ from diffusion.locate import (
     locate,
     part_config,
 )
-from diffusion.parts import check_weights, latent_shape, load_scheduler
+from diffusion.parts import PACKED, check_weights, latent_shape, load_scheduler
 from diffusion.settings import Grid
 
-PACKED = 2  # side of FLUX's packed latents
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
 
 
@@ -111,7 +110,9 @@ class BaseModel:
             torch._dynamo.config.recompile_limit = 64
             self.unet.compile_repeated_blocks() if self.unet._repeated_blocks else self.unet.compile()
 
-    def attach_lora(self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.ATTENTION) -> None:
+    def attach_lora(
+        self, rank: int, alpha: float, seed: int, targets: Sequence[str] | str = lora.TARGETS["attention"]
+    ) -> None:
         """As lora.attach; the same seed gives the same initial adapter on every machine."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

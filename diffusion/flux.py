@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.base_model import PACKED, BaseModel
+from diffusion.base_model import BaseModel
 from diffusion.locate import load_errors, locate
-from diffusion.parts import check_weights
+from diffusion.parts import PACKED, check_weights
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
 
@@ -58,7 +58,7 @@ def velocity(transformer: Any, x: Tensor, time: Tensor, embeddings: Tensor, guid
     packed = (
         x.reshape(count, channels, rows, PACKED, columns, PACKED).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     )
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(x.device)
+    places = torch.cartesian_prod(*(torch.arange(size, device=x.device) for size in (rows, columns)))
     places = torch.cat([torch.zeros_like(places[:, :1]), places], 1).to(x.dtype)
     text = embeddings[:, :POOLED]
     told = torch.full((count,), guidance, device=x.device) if transformer.config.guidance_embeds else None

@@ -38,7 +38,7 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 KOHYA_FILE = "kohya.safetensors"
 
 
-def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = ATTENTION) -> None:
+def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS["attention"]) -> None:
     """Add a float32 LoRA to the modules whose names end in `targets`, or match that regular expression. Draws from
     torch's global generator: seed it first."""
     from peft import LoraConfig, inject_adapter_in_model

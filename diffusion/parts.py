@@ -29,6 +29,7 @@ from diffusion.locate import (
 MORE_INPUTS = (
     "num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim",
 )  # fmt: skip
+PACKED = 2  # side of the latents that FLUX makes one token of
 # Names in files from before diffusers 0.16, which it still reads; transformers 5 has left out the prefix of 4.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -77,7 +78,7 @@ def load_tokenizer(path: str, number: str = "") -> Any:
 
 def cut_prompts(path: str, prompts: Sequence[str]) -> str | None:
     """What is to be said of prompts longer than the text encoder reads, whose rest is cut; raises as load_tokenizer.
-    Where a T5 reads them too, 256 tokens, nothing is."""
+    Where a T5 reads them too, nothing is."""
     if reads_by_t5(path):
         return None
     tokenizer, prompts = load_tokenizer(path), list(dict.fromkeys(prompts))
@@ -129,10 +130,10 @@ def check_parts(path: str) -> None:
         raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {', '.join(faults)}")
     parts = dict(zip(("unet", "vae"), without_weights(path), strict=True))
     if not unconditional:
-        load_tokenizer(path)
-        parts["text_encoder"] = text_encoder_without_weights(path)
-    if family.name == "sdxl":
-        load_tokenizer(path, "_2")
+        parts |= text_encoders_without_weights(path)
+    for name in family.parts:
+        if name.startswith("tokenizer"):
+            load_tokenizer(path, name.removeprefix("tokenizer"))
     for name, model in parts.items():
         if model is not None:
             check_weights(path, name, model)
@@ -157,7 +158,7 @@ def _check_transformer(path: str, family: Family) -> None:
     encoders: list[dict[str, Any]] = []  # whose rows are side by side
     if family.name == "flux":
         clip, t5 = part_config(path, "text_encoder"), part_config(path, "text_encoder_2")
-        wanted = {"in_channels": 4 * channels, "joint_attention_dim": t5.get("d_model")}
+        wanted = {"in_channels": PACKED**2 * channels, "joint_attention_dim": t5.get("d_model")}
         wanted["pooled_projection_dim"] = clip.get("hidden_size")
     else:
         encoders = [part_config(path, f"text_encoder{number}") for number in ("", "_2")]
@@ -174,7 +175,8 @@ def _check_transformer(path: str, family: Family) -> None:
         raise BaseModelError(f"model.path: the transformer of {path} cannot be used: {', '.join(faults)}")
     for number in ("", "_2")[: len(encoders) or 1]:
         load_tokenizer(path, number)
-    for name, model in zip(("transformer", "vae"), without_weights(path), strict=True):
+    parts = dict(zip(("transformer", "vae"), without_weights(path), strict=True))
+    for name, model in {**parts, **text_encoders_without_weights(path)}.items():
         check_weights(path, name, model)
 
 
@@ -192,13 +194,13 @@ def latent_shape(path: str, pixels: int | None = None) -> tuple[int, int, int]:
     config = part_config(path, family.network)
     channels, side = config.get("in_channels", 4), config.get("sample_size") or 128
     if family.name == "flux":  # packed; the pipeline's own size
-        channels, side = channels // 4, 128
+        channels, side = channels // PACKED**2, 128
     if pixels is None:
         return channels, side, side
     if family.network == "unet":
         step = scale * 2 ** (len(config.get("block_out_channels", [0])) - 1)
     else:
-        step = scale * (2 if family.name == "flux" else config.get("patch_size", 2))
+        step = scale * (PACKED if family.name == "flux" else config.get("patch_size", 2))
     if pixels % step:
         raise BaseModelError(f"model.pixels: {pixels} is no multiple of {step}, as {path} needs")
     most = config.get("pos_embed_max_size")
@@ -256,12 +258,18 @@ def without_weights(path: str) -> tuple[Any, Any]:
     return network, empty(diffusers.AutoencoderKL, "vae") if family.text else None
 
 
-def text_encoder_without_weights(path: str) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def text_encoders_without_weights(path: str) -> dict[str, Any]:
+    """Those that the pipeline has, by their parts' names, on torch's meta device. Raises BaseModelError."""
+    import transformers
 
-    config = part_config(path, "text_encoder")
-    with load_errors(path, part="text_encoder/config.json"), torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    family, index, found = family_of(path), pipeline_index(path), {}
+    for name, kind in {**family.parts, **family.optional}.items():
+        if name.startswith("text_encoder") and _class_of(index, name) is not None:
+            settings = transformers.T5Config if kind == "T5EncoderModel" else transformers.CLIPTextConfig
+            config = part_config(path, name)
+            with load_errors(path, part=f"{name}/config.json"), torch.device("meta"):
+                found[name] = getattr(transformers, kind)(settings.from_dict(config))
+    return found
 
 
 def tiny_without_weights(path: str) -> Any:

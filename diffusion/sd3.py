@@ -21,10 +21,11 @@ class StableDiffusion3(BaseModel):
         from diffusers import StableDiffusion3Pipeline
 
         dtypes = {"transformer": self.dtype, "default": torch.float32}
-        left_out = {} if reads_by_t5(self.path) else {"text_encoder_3": None, "tokenizer_3": None}
+        left_out = dict.fromkeys(("vae", "image_encoder", "feature_extractor"))
+        left_out |= {} if reads_by_t5(self.path) else {"text_encoder_3": None, "tokenizer_3": None}
         with load_errors(self.path):
             pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
-                locate(self.path), dtype=dtypes, use_safetensors=True, vae=None, **left_out
+                locate(self.path), dtype=dtypes, use_safetensors=True, **left_out
             )
         self.unet = pipeline.transformer.to(self.device).requires_grad_(False).eval()
         check_weights(self.path, "transformer", self.unet)

@@ -125,7 +125,8 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
         if unconditional is False and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
             warn(said)
         kernel = attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels))
-        if kernel and config.objective.span(sampler.steps)[1] > kernel.noisy_steps:
+        given = config.objective.window != "auto"  # a measured one ends before a step without noise
+        if kernel and given and config.objective.span(sampler.steps)[1] > kernel.noisy_steps:
             faults.append(
                 f"objective.last_transition: the last step of {path}, to the image, has no noise, and nothing is to be "
                 "learned of it; set it to skip, or name an objective.window before it"

@@ -32,6 +32,7 @@ SQUARES = "tests/learner/test_least_squares.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
+SHAPES_FLOW = "tests/models/test_shapes_flow.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -45,6 +46,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ('return -self._at("root_shrink"', 'return self._at("root_shrink"', SLOW),
     ),
     "diffusion/rollout.py": (
+        ("settings.noise_steps, kernel.noisy_steps)", "settings.noise_steps, n)", SD3),
         ("log_pf.append(kernel.log_pf(guided", "log_pf.append(kernel.log_pf(conditional", ROLLOUT),
         ("needed[:, 1:] |= chosen[:, :-1]", "needed[:, 1:] |= chosen[:, 1:]", ROLLOUT),
         ("draw(i + 1)).to(store).float()", "draw(i + 1)).float()", ROLLOUT),
@@ -59,6 +61,22 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("noisy_steps=count - 1", "noisy_steps=count", FLOW_KERNELS),
         ("low + (tokens - first) * (high - low)", "low + tokens * (high - low)", FLOW_KERNELS),
         ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
+    ),
+    "diffusion/open_model.py": ((", pixels, text_tokens", ", None, None", SD3),),
+    "models/shapes_flow/train.py": (("bias[:, -1] = math.log(times)", "bias[:, -1] = times", SHAPES_FLOW),),
+    "diffusion/parts.py": (
+        ("if _today(key) not in there and id(parameters.get(key)) in held:", "if False:", FLUX),
+        ("if pixels % step:", "if False:", FLUX),
+        ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
+    ),
+    "learner/api.py": (
+        ("config.objective.span(sampler.steps)[1] > kernel.noisy_steps", "False", SD3),
+        ('config.objective.window != "auto"', "True", SD3),
+        ("family.distilled and looking", "False and looking", FLUX),
+    ),
+    "reports/model_card.py": (
+        ("((1 - t) / (1 - s) * s) ** 2", "((1 - t) * s) ** 2", SD3),
+        ("{sampler.eta!r} if i < {config.noise_steps}", "{sampler.eta!r} if i <= {config.noise_steps}", SD3),
     ),
     "diffusion/sd3.py": (
         ("embeddings[:, :POOLED], pooled, time", "embeddings, pooled, time", SD3),

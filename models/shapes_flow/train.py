@@ -35,6 +35,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from diffusion import pipeline_files
 from models.shapes import train as shapes
 from models.shapes import world
 
@@ -110,6 +111,8 @@ def save_pipeline(out: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, netwo
         text_encoder_2=copy.deepcopy(second).half(), tokenizer_2=tokenizer, text_encoder_3=t5.half(),
         tokenizer_3=words,
     ).save_pretrained(out)  # fmt: skip
+    for config in out.glob("text_encoder*/config.json"):  # beside a float32 transformer
+        pipeline_files.read_in_float32(config)
 
 
 def train(network: Network, latents: Tensor, tokens: Tensor, empty: Tensor, steps: int, out: Path, resume: bool, save):

@@ -2,20 +2,17 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from model_runs import draws_by_its_card, goes_on_to_the_bit
 
-from commands.export import main as export
 from diffusion import lora, lora_files
 from diffusion.base_model import BaseModelError, Decoder
 from diffusion.open_model import open_base_model
 from diffusion.parts import check_parts, latent_shape
-from learner.config import read_config
 from learner.run import main
-from reports import model_card
 
 PROMPTS = ["a red circle on a white background", "a blue square"]
 SETTINGS = ["objective.last_transition=skip", "sampler.guidance=3.5", "model.pixels=64", "model.text_tokens=16"]
@@ -136,15 +133,5 @@ def test_clean_predictions_are_guided_or_refused(small_settings, tiny_flux, tmp_
 def test_a_run_trains_goes_on_and_is_exported(small_settings, settings_of, tiny_flux, tmp_path, kind):
     common = [*small_settings, *settings_of(kind), f"model.path={tiny_flux}", "run.runner=inprocess", *SETTINGS]
     common += ["prompts.per_prompt=4", "objective.clean_prediction=guided"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main([*common, f"run.dir={whole}"]) == 0
-    assert main([*common, f"run.dir={cut}", "train.epochs=1"]) == 0
-    assert main([*common, f"run.dir={cut}"]) == 0
-    one, other = (folder / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE for folder in (whole, cut))
-    assert Path(one).read_bytes() == Path(other).read_bytes()
-    assert export([str(whole), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
-    config, _ = read_config(whole / "config.yaml", [])
-    code = model_card.usage(config, "diffusers", tiny_flux, str(tmp_path / "out"))
+    code = draws_by_its_card(goes_on_to_the_bit(common, tmp_path), tiny_flux, tmp_path)
     assert "FluxPipeline.from_pretrained" in code and "height=64" in code
-    exec(code.replace("save(", f"save({str(tmp_path)!r} + '/' + "), {})
-    assert (tmp_path / "image.png").is_file()

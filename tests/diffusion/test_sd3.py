@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from model_runs import goes_on_to_the_bit
 
 from diffusion import lora, lora_files
 from diffusion import noise as noise_module
@@ -128,6 +129,7 @@ CHANGES = [
     ("transformer/config.json", {"pooled_projection_dim": 64}, "its pooled_projection_dim is 64, not 32"),
     ("transformer/config.json", {"joint_attention_dim": 24}, "its joint_attention_dim is 24, less than 32 of CLIP"),
     ("transformer/config.json", {"num_layers": 3}, "its config.json says"),
+    ("text_encoder_2/config.json", {"intermediate_size": 64}, "text_encoder_2/model.safetensors has"),
     ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "not FlowMatchEulerDiscreteScheduler"),
 ]
 
@@ -154,13 +156,16 @@ def test_a_run_trains_and_goes_on(small_settings, settings_of, tiny_sd3, tmp_pat
     common = [*small_settings, *settings_of(kind), f"model.path={tiny_sd3}", "run.runner=inprocess", *SETTINGS]
     if kind in ("rtb", "grpo"):
         common += ["prompts.per_prompt=4"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main([*common, f"run.dir={whole}"]) == 0
-    assert main([*common, f"run.dir={cut}", "train.epochs=1"]) == 0
-    assert main([*common, f"run.dir={cut}"]) == 0
-    one, other = (folder / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE for folder in (whole, cut))
-    assert Path(one).read_bytes() == Path(other).read_bytes()
-    assert lora_files.read(one).factors
+    assert lora_files.read(goes_on_to_the_bit(common, tmp_path) / "checkpoints/latest/lora").factors
+
+
+def test_a_window_that_is_measured_ends_before_the_last_step(small_settings, tiny_sd3, tmp_path):
+    settings = [*small_settings, f"model.path={tiny_sd3}", "run.runner=inprocess", f"run.dir={tmp_path / 'run'}"]
+    own = ["objective.kind=rtb", "objective.last_transition=train", "objective.window=auto", "prompts.per_prompt=4"]
+    free = ["flow.warmup_steps=0", "flow.fit_steps=0", "sampler.guidance=2", "model.text_tokens=16"]
+    assert main([*settings, *own, *free]) == 0
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] is not None
 
 
 @pytest.fixture(scope="module")

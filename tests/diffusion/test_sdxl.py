@@ -2,20 +2,18 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from model_runs import draws_by_its_card, goes_on_to_the_bit
 
 from commands.export import main as export
 from diffusion import lora, lora_files
 from diffusion.base_model import BaseModelError, Decoder
 from diffusion.open_model import open_base_model
 from diffusion.parts import check_parts
-from learner.config import read_config
 from learner.run import main
-from reports import model_card
 
 PROMPTS = ["a red circle on a white background", "a blue square"]
 
@@ -101,18 +99,8 @@ def test_parts_that_do_not_fit_are_named(tiny_sdxl, tmp_path, changes, said):
 def test_a_run_trains_goes_on_and_is_exported(small_settings, settings_of, tiny_sdxl, tmp_path, kind):
     common = [*small_settings, *settings_of(kind), f"model.path={tiny_sdxl}", "run.runner=inprocess"]
     common += ["sampler.guidance=2", "prompts.per_prompt=4"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main([*common, f"run.dir={whole}"]) == 0
-    assert main([*common, f"run.dir={cut}", "train.epochs=1"]) == 0
-    assert main([*common, f"run.dir={cut}"]) == 0
-    one, other = (folder / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE for folder in (whole, cut))
-    assert Path(one).read_bytes() == Path(other).read_bytes()
-    assert export([str(whole), "--format", "diffusers", "--out", str(tmp_path / "out")]) == 0
-    config, _ = read_config(whole / "config.yaml", [])
-    code = model_card.usage(config, "diffusers", tiny_sdxl, str(tmp_path / "out"))
+    code = draws_by_its_card(goes_on_to_the_bit(common, tmp_path), tiny_sdxl, tmp_path)
     assert "StableDiffusionXLPipeline.from_pretrained" in code
-    exec(code.replace("save(", f"save({str(tmp_path)!r} + '/' + "), {})
-    assert (tmp_path / "image.png").is_file()
 
 
 def test_no_whole_pipeline_is_fused(small_settings, tiny_sdxl, tmp_path, capsys):
