@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 
+from actors import texts
 from actors.crew import Crew
 from actors.learner_group import LearnerGroup, RanksLost
 from actors.pool import PATIENCE
@@ -64,7 +65,9 @@ class RayRunner:
             raise
 
     def _start(self, files: dict[str, bytes] | None, own_reward: Reward | None) -> None:
-        config, crew, parts = self.config, self.crew, build.parts(self.config, own_reward)
+        config, crew = self.config, self.crew
+        self._with_texts = texts.prepare(crew, partial(self.hooks.progress, texts.WHAT))
+        parts = self._with_texts(build.parts(config, own_reward))
         crew.place()
         self.description, self.ranks = crew.description, crew.placement.ranks.count
         self._nodes, self._looked = crew.placement.nodes, time.monotonic()
@@ -80,7 +83,7 @@ class RayRunner:
         self.batch_sizes = {"score": self.rollouts.score_batch, "micro_batch": micro_batch}
         # A restarted group keeps the batches that this one found.
         learner = config.learner.model_copy(update={"micro_batch": micro_batch})
-        self._group.build = build.parts(config.model_copy(update={"learner": learner})).learner
+        self._group.build = self._with_texts(build.parts(config.model_copy(update={"learner": learner}))).learner
 
     def begin(self, chunks_of: Callable[[int], Sequence[Chunk]], epochs: range, ledger: Ledger) -> None:
         self.ledger, self._begun = ledger, True

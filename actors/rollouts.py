@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors import texts
 from actors.crew import Crew
 from actors.pool import Pool
 from actors.shells import RewardActor, SamplerActor
@@ -163,8 +164,9 @@ def evaluation_pools(config: Config, say: Callable[[str], None], own_reward: Rew
     """Without a learner. Raises PlacementError, ActorDied or DeadlineExceeded if they cannot start."""
     crew = Crew(config, "evaluation", say)
     try:
+        parts = texts.prepare(crew)(build.parts(config, own_reward))
         crew.place(learner=False)
-        rollouts = Rollouts(crew, build.parts(config, own_reward))
+        rollouts = Rollouts(crew, parts)
         rollouts.await_ready(time.monotonic() + config.run.ready_seconds)
         return rollouts
     except BaseException:

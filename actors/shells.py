@@ -17,6 +17,9 @@ from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, CleanPredictions, Receipt, Scores, Trajectories, Verdict
 
 if TYPE_CHECKING:  # a process imports what it builds alone: emulated parts (benchmarks/emulated.py) need no torch
+    import numpy as np
+
+    from diffusion.open_model import Embed
     from diffusion.rollout import Sampler
     from learner.protocol.runner import Training
     from learner.update import Learner, Scored
@@ -44,6 +47,13 @@ class SamplerActor(_Shell):
         if self.shares_gpu:
             self.part.rest()
         return trajectories, clean, trajectories.receipt(ray.util.get_node_ip_address(), time.perf_counter() - start)
+
+
+class TextActor(_Shell):
+    part: Embed  # opens the text encoders at the first call
+
+    def embed(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        return list(self.part(prompts))
 
 
 class RewardActor(_Shell):

@@ -156,8 +156,8 @@ class Bench:
             pipeline = DDIMPipeline(model.unet, scheduler)
         else:
             pipeline = StableDiffusionPipeline(
-                vae=getattr(self.scorer.decoder, "vae", None), text_encoder=model.text_encoder, unet=model.unet,
-                tokenizer=model.tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                vae=getattr(self.scorer.decoder, "vae", None), text_encoder=model.texts.text_encoder, unet=model.unet,
+                tokenizer=model.texts.tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
                 requires_safety_checker=False,
             )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)

@@ -4,7 +4,8 @@ diffusers, transformers and PEFT are imported inside functions: their five CPU s
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import lora
+from diffusion import gpu_memory, lora
 from diffusion.flow_kernels import FlowKernel
 from diffusion.kernels import DDIMKernel, GaussianKernel
 from diffusion.locate import (
@@ -25,19 +26,20 @@ from diffusion.locate import (
     locate,
     part_config,
 )
-from diffusion.parts import PACKED, check_weights, latent_shape, load_scheduler
+from diffusion.parts import PACKED, check_weights, latent_shape, load_scheduler, reads_by_t5
 from diffusion.settings import Grid
 
-OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
+OPTIONAL = ("feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
 
 
 class BaseModel:
-    """A denoising network, `unet`, with one LoRA on its attention, and the frozen text encoder of its prompts: here of
+    """A denoising network, `unet`, with one LoRA on its attention, and the frozen text encoders of its prompts: here of
     Stable Diffusion 1.x and 2.x and of DDPM. The VAE is Decoder's.
 
     Latents of Stable Diffusion are in the U-Net's own scale (already multiplied by the VAE's scaling_factor). DDPM
     pipelines (arXiv 2006.11239) have neither prompts, VAE nor guidance: embeddings are [B, 0, 0], states are images in
-    [-1, 1]. `dtype` is the U-Net's; the adapter and the text encoder, which runs once a prompt, are float32."""
+    [-1, 1]. `dtype` is the U-Net's; the adapter and the text encoders, which run once a prompt, are float32. These are
+    opened at the first prompt that nobody has embedded before."""
 
     _adapted = True
 
@@ -50,9 +52,12 @@ class BaseModel:
         dtype: torch.dtype = torch.float32,
         pixels: int | None = None,
         text_tokens: int | None = None,
+        embedded: Mapping[str, np.ndarray] | None = None,
+        network: bool = True,
     ) -> None:
         """`pixels`: side of the pictures, None: the model's own; `text_tokens` that a T5 reads, None: as its pipeline
-        has it. Raises BaseModelError as `locate.is_unconditional`, and for a size that cannot be."""
+        has it; `embedded`: rows [L, E] float32 by prompt that `embed` has found before; without the `network` it can do
+        nothing else. Raises BaseModelError as `locate.is_unconditional`, and for a size that cannot be."""
         import diffusers
         import transformers
 
@@ -61,32 +66,44 @@ class BaseModel:
         self.path, self.scheduler = path, load_scheduler(path)
         self.device, self.dtype = torch.device(device), dtype
         self._embeddings: dict[str, Tensor] = {}
+        self._embedded = embedded or {}
         self.latent_shape = latent_shape(path, pixels)  # C, H, W
         self._pixels = pixels
-        self._t5_tokens = text_tokens or family_of(path).t5_tokens
-        self._load()
+        self._t5_tokens, self.unet = text_tokens or family_of(path).t5_tokens, None
+        if network:
+            name = family_of(path).network
+            self.unet = getattr(self._pipeline([name], self.dtype), name).to(device).requires_grad_(False).eval()
+            check_weights(path, name, self.unet)
 
-    def _load(self) -> None:
-        """Sets `unet`, and what `embed` needs."""
+    unet: Any
+
+    def _pipeline(self, parts: Sequence[str], dtype: torch.dtype = torch.float32) -> Any:
+        """The pipeline, opened with these of its parts."""
         import diffusers
 
-        path, device, dtype = self.path, self.device, self.dtype
-        folder, unconditional, dtypes = locate(path), is_unconditional(path), {"unet": dtype, "default": torch.float32}
-        pipeline: Any
-        with load_errors(path):
-            if unconditional:  # old ones have a .bin alone: read with weights_only
-                pipeline = diffusers.DDPMPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=None)
-            else:
-                left_out = dict.fromkeys(("vae", *OPTIONAL))
-                pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-                    folder, dtype=dtypes, requires_safety_checker=False, use_safetensors=True, **left_out
-                )
-        self.unet: Any = pipeline.unet.to(device).requires_grad_(False).eval()
-        check_weights(path, "unet", self.unet)
-        if not unconditional:
-            check_weights(path, "text_encoder", pipeline.text_encoder)
-            self.text_encoder = pipeline.text_encoder.to(device).requires_grad_(False).eval()
-            self.tokenizer = pipeline.tokenizer
+        family = family_of(self.path)
+        kind: Any = getattr(diffusers, family.pipelines[0])
+        with load_errors(self.path):
+            if not family.text:  # old ones have a .bin alone: read with weights_only
+                return kind.from_pretrained(locate(self.path), dtype=dtype, use_safetensors=None)
+            closed = dict.fromkeys(name for name in family.all_parts if name not in (*parts, "scheduler"))
+            closed |= dict.fromkeys(OPTIONAL)
+            more: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+            more = more if family.name == "base_model" else {}
+            return kind.from_pretrained(locate(self.path), dtype=dtype, use_safetensors=True, **closed, **more)
+
+    @cached_property
+    def texts(self) -> Any:
+        """The pipeline with its text encoders and tokenizers alone."""
+        family = family_of(self.path)
+        there = family.all_parts if reads_by_t5(self.path) else family.parts
+        names = [name for name in there if name.startswith(("text_encoder", "tokenizer"))]
+        pipeline = self._pipeline(names)
+        for name in names:
+            if name.startswith("text_encoder") and (encoder := getattr(pipeline, name)) is not None:
+                check_weights(self.path, name, encoder)
+                encoder.to(self.device).requires_grad_(False).eval()
+        return pipeline
 
     @property
     def embedding_width(self) -> int | None:  # E; None for models without prompts
@@ -138,17 +155,26 @@ class BaseModel:
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [B, L, E], computed once a prompt, and one by one: they must not depend on the batch. What
         is in which row is the model's own affair."""
-        if self.embedding_width is None:
+        if not family_of(self.path).text:
             return torch.zeros(len(prompts), 0, 0, device=self.device)
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embeddings:
-                self._embeddings[prompt] = self._encode(prompt)
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+        rows = {prompt: self._rows(prompt) for prompt in dict.fromkeys(prompts)}
+        return torch.stack([rows[prompt] for prompt in prompts])
+
+    def _rows(self, prompt: str) -> Tensor:
+        """[L, E]. Those that were embedded before stay in the host's memory, but for the empty prompt's, which every
+        guided step reads: a long list's are more than a GPU holds."""
+        if prompt not in self._embeddings:
+            given = self._embedded.get(prompt)
+            rows = self._encode(prompt) if given is None else gpu_memory.to_device(given, self.device)
+            if given is not None and prompt:
+                return rows
+            self._embeddings[prompt] = rows
+        return self._embeddings[prompt]
 
     def _encode(self, prompt: str) -> Tensor:
         """[L, E]."""
-        ids = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self.device))[0][0]
+        ids = self.texts.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.texts.text_encoder(ids.to(self.device))[0][0]
 
     def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
         """Model output at latents x [B, C, H, W], timesteps t [B]: (guided, conditional), float32; with guidance 1 both

@@ -20,6 +20,10 @@ class Family:
     distilled: bool = False  # guidance is told to the network: one pass, and there is no output without it
 
     @property
+    def all_parts(self) -> Mapping[str, str]:
+        return {**self.parts, **self.optional}
+
+    @property
     def network(self) -> str:  # the part that denoises
         return next(name for name in self.parts if name in ("unet", "transformer"))
 

@@ -7,41 +7,23 @@ import torch
 from torch import Tensor
 
 from diffusion.base_model import BaseModel
-from diffusion.locate import load_errors, locate
-from diffusion.parts import PACKED, check_weights
+from diffusion.parts import PACKED
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
 
 
 class Flux(BaseModel):
-    """Embeddings [L + 1, E] are T5's in L rows, and the pooled one of CLIP. The text encoders run once a prompt, in
-    float32."""
-
-    def _load(self) -> None:
-        from diffusers import FluxPipeline
-
-        dtypes = {"transformer": self.dtype, "default": torch.float32}
-        with load_errors(self.path):
-            pipeline: Any = FluxPipeline.from_pretrained(
-                locate(self.path), dtype=dtypes, use_safetensors=True, vae=None, image_encoder=None,
-                feature_extractor=None,
-            )  # fmt: skip
-        self.unet = pipeline.transformer.to(self.device).requires_grad_(False).eval()
-        check_weights(self.path, "transformer", self.unet)
-        for name in ("text_encoder", "text_encoder_2"):
-            check_weights(self.path, name, getattr(pipeline, name))
-            getattr(pipeline, name).to(self.device).requires_grad_(False).eval()
-        self._pipeline = pipeline
+    """Embeddings [L + 1, E] are T5's in L rows, and the pooled one of CLIP."""
 
     @property
     def embedding_width(self) -> int:
         return self.unet.config.joint_attention_dim
 
     def _encode(self, prompt: str) -> Tensor:
-        rows, pooled, _ = self._pipeline.encode_prompt(
+        rows, pooled, _ = self.texts.encode_prompt(
             prompt, None, device=self.device, max_sequence_length=self._t5_tokens
         )
-        return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, self.embedding_width - pooled.shape[1]))])
+        return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, rows.shape[-1] - pooled.shape[1]))])
 
     def predict(self, x: Tensor, t: Tensor, embeddings: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
         """The same twice: there is no output without guidance."""

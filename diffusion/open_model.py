@@ -1,13 +1,17 @@
 """Opens a base model by its family. Each is imported only if it is the one."""
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 
+import numpy as np
 import torch
 
 from diffusion.base_model import BaseModel
 from diffusion.locate import family_of
 
 CLASSES = {"base_model": "BaseModel", "sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3", "flux": "Flux"}
+
+Embed = Callable[[Sequence[str]], Iterable[np.ndarray]]  # rows [L, E] float32 of each prompt
 
 
 def open_base_model(
@@ -16,11 +20,25 @@ def open_base_model(
     dtype: torch.dtype = torch.float32,
     pixels: int | None = None,
     text_tokens: int | None = None,
+    embedded: Mapping[str, np.ndarray] | None = None,
 ) -> BaseModel:
     """The base model of a pipeline, as BaseModel. Raises BaseModelError as `locate.is_unconditional`, and for a size
     that cannot be."""
+    return _class(path)(path, device, dtype, pixels, text_tokens, embedded)
+
+
+def open_text_encoders(path: str, device: str = "cpu", text_tokens: int | None = None) -> Embed:
+    """A pipeline's text encoders alone. Raises as `open_base_model`, also when they are first called."""
+    model = _class(path)(path, device, text_tokens=text_tokens, network=False)
+
+    def embed(prompts: Sequence[str]) -> Iterator[np.ndarray]:
+        for prompt in prompts:
+            yield model.embed([prompt])[0].cpu().numpy()
+
+    return embed
+
+
+def _class(path: str) -> type[BaseModel]:
     name = family_of(path).name
-    model: BaseModel = getattr(import_module(f"diffusion.{name}"), CLASSES[name])(
-        path, device, dtype, pixels, text_tokens
-    )  # fmt: skip
-    return model
+    kind: type[BaseModel] = getattr(import_module(f"diffusion.{name}"), CLASSES[name])
+    return kind

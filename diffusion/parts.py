@@ -98,7 +98,7 @@ def check_parts(path: str) -> None:
     here. Of weights only the headers are read."""
     index, family = pipeline_index(path), family_of(path)
     unconditional = not family.text
-    for name, kind in {**family.parts, **family.optional}.items():
+    for name, kind in family.all_parts.items():
         found = _class_of(index, name)
         if found is None and name in family.optional:
             continue
@@ -148,7 +148,7 @@ def _class_of(index: dict[str, Any], name: str) -> str | None:
 def reads_by_t5(path: str) -> bool:
     """Whether a T5 reads the prompts beside CLIP."""
     family, index = family_of(path), pipeline_index(path)
-    encoders = [name for name, kind in {**family.parts, **family.optional}.items() if kind == "T5EncoderModel"]
+    encoders = [name for name, kind in family.all_parts.items() if kind == "T5EncoderModel"]
     return any(_class_of(index, name) is not None for name in encoders)
 
 
@@ -263,7 +263,7 @@ def text_encoders_without_weights(path: str) -> dict[str, Any]:
     import transformers
 
     family, index, found = family_of(path), pipeline_index(path), {}
-    for name, kind in {**family.parts, **family.optional}.items():
+    for name, kind in family.all_parts.items():
         if name.startswith("text_encoder") and _class_of(index, name) is not None:
             settings = transformers.T5Config if kind == "T5EncoderModel" else transformers.CLIPTextConfig
             config = part_config(path, name)

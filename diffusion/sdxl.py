@@ -1,13 +1,13 @@
 """Stable Diffusion XL: a U-Net that is also told a pooled embedding and the picture's size; two CLIP encoders."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion.base_model import OPTIONAL, BaseModel
-from diffusion.locate import load_errors, locate
-from diffusion.parts import check_weights, magnification
+from diffusion.base_model import BaseModel
+from diffusion.parts import magnification
 
 POOLED = -1  # the row of an embedding that holds the pooled one, filled up with zeros
 
@@ -16,26 +16,13 @@ class StableDiffusionXL(BaseModel):
     """Embeddings [L + 1, E] are the pipeline's own, of both encoders side by side, and the pooled one; those of the
     empty prompt are zero where the pipeline's are. The U-Net is told that pictures are not cropped."""
 
-    def _load(self) -> None:
-        from diffusers import StableDiffusionXLPipeline
-
-        left_out = dict.fromkeys(("vae", *OPTIONAL[1:]))
-        dtypes = {"unet": self.dtype, "default": torch.float32}
-        with load_errors(self.path):
-            pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-                locate(self.path), dtype=dtypes, use_safetensors=True, **left_out
-            )
-        self.unet = pipeline.unet.to(self.device).requires_grad_(False).eval()
-        check_weights(self.path, "unet", self.unet)
-        for name in ("text_encoder", "text_encoder_2"):
-            check_weights(self.path, name, getattr(pipeline, name))
-            getattr(pipeline, name).to(self.device).requires_grad_(False).eval()
-        self._pipeline = pipeline
+    @cached_property
+    def _time_ids(self) -> Tensor:
         size = self.latent_shape[1] * magnification(self.path)
-        self._time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=self.device)
+        return torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=self.device)
 
     def _encode(self, prompt: str) -> Tensor:
-        rows, empty_rows, pooled, empty_pooled = self._pipeline.encode_prompt(prompt, device=self.device)
+        rows, empty_rows, pooled, empty_pooled = self.texts.encode_prompt(prompt, device=self.device)
         if not prompt:
             rows, pooled = empty_rows, empty_pooled
         return torch.cat([rows[0], torch.nn.functional.pad(pooled, (0, rows.shape[-1] - pooled.shape[1]))])

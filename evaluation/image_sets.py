@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from evaluation.metrics import Interval, mean_of_good
 from learner.config import Config, resolve
 from learner.protocol.chunks import evaluation_chunks
 from records.run_folder import IMAGES, parquet, read_parquet
-from records.storage import Storage, StorageError
+from records.storage import StorageError, cache
 
 FORMAT = 3  # of chunk files and of the figures' JSON
 ACCURACY = "shapes_accuracy"  # a held-out reward with a key of its own
@@ -179,8 +178,7 @@ class Cache:
 
     def __init__(self, folder: Path | None = None) -> None:
         """Default: $TRIBUTARY_CACHE, or tributary/ in the user's cache folder."""
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.storage = Storage(str(folder or os.environ.get("TRIBUTARY_CACHE") or caches / "tributary"))
+        self.storage = cache(folder)
 
     def make(self, image_set: ImageSet, pools: Callable[[], Pools], progress: Callable[[int, int], None]) -> bytes:
         """The set as a Parquet file, columns of run_folder.IMAGES. `pools` are started if a chunk is missing; raises

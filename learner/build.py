@@ -2,22 +2,26 @@
 
 import contextlib
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
 from diffusion import lora
 from diffusion.base_model import BaseModel, Decoder
-from diffusion.open_model import open_base_model
+from diffusion.open_model import Embed, open_base_model, open_text_encoders
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.update import Learner
 from rewards import judges, registry
 from rewards.registry import Reward
 from rewards.scorer import Scorer
+
+Embedded = Mapping[str, np.ndarray]  # rows [L, E] float32 by prompt
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,22 @@ class Parts:
     scorer: Callable[[], Scorer]
     learner: Callable[[dict[str, bytes] | None], Learner]  # a checkpoint's files
 
+    def with_embedded(self, embedded: Embedded) -> Self:
+        """Sampler and learner have no text encoders: these are the rows of all prompts."""
+        without: dict[str, Any] = {
+            name: partial(getattr(self, name), embedded=embedded) for name in ("sampler", "learner")
+        }
+        return replace(self, **without)
+
 
 def parts(config: Config, reward: Reward | None = None) -> Parts:
     """`reward`: a Python object in place of the one that the config names."""
     return Parts(partial(build_sampler, config), partial(build_scorer, config, reward), partial(build_learner, config))
+
+
+def build_text_encoders(config: Config) -> Embed:
+    prepare_process(config)
+    return open_text_encoders(str(resolve(config.model.path)), device(config), config.model.text_tokens)
 
 
 def prepare_process(config: Config) -> None:
@@ -48,11 +64,11 @@ def device(config: Config) -> str:
     return available if config.model.device == "auto" else config.model.device
 
 
-def build_model(config: Config, training: bool = False) -> BaseModel:
+def build_model(config: Config, training: bool = False, embedded: Embedded | None = None) -> BaseModel:
     """The base model with the run's initial adapter: equal in every process. `training`: for a learner."""
     settings = config.model
     place = str(resolve(settings.path)), device(config), getattr(torch, settings.dtype)
-    model = open_base_model(*place, settings.pixels, settings.text_tokens)
+    model = open_base_model(*place, settings.pixels, settings.text_tokens, embedded)
     model.attach_lora(
         config.lora.rank, config.lora.alpha or config.lora.rank, config.run.seed, lora.TARGETS[config.lora.targets]
     )
@@ -60,9 +76,9 @@ def build_model(config: Config, training: bool = False) -> BaseModel:
     return model
 
 
-def build_sampler(config: Config) -> Sampler:
+def build_sampler(config: Config, embedded: Embedded | None = None) -> Sampler:
     prepare_process(config)
-    return Sampler(build_model(config), config.rollout_settings())
+    return Sampler(build_model(config, embedded=embedded), config.rollout_settings())
 
 
 def build_scorer(config: Config, own_reward: Reward | None = None) -> Scorer:
@@ -97,10 +113,10 @@ def flow_network(config: Config, latent_shape: tuple[int, int, int], embedding_w
     return FlowNetwork(latent_shape[0], embedding_width, config.flow.widths, config.flow.stem_stride)
 
 
-def build_learner(config: Config, files: dict[str, bytes] | None = None) -> Learner:
+def build_learner(config: Config, files: dict[str, bytes] | None = None, embedded: Embedded | None = None) -> Learner:
     """A learner rank; with a process group initialised, one of several. `files` of a checkpoint to go on from."""
     prepare_process(config)
-    model = build_model(config, training=True)
+    model = build_model(config, training=True, embedded=embedded)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)
         flow = flow_network(config, model.latent_shape, model.embedding_width)

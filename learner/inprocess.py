@@ -10,7 +10,7 @@ from math import prod
 from cluster.deadline import within
 from diffusion.snapshot import Snapshot
 from diffusion.trajectory import Chunk, CleanPredictions, Scores, Trajectories
-from learner import build
+from learner import build, embeddings
 from learner.config import Config
 from learner.prompts import training_prompts
 from learner.protocol import receipts
@@ -19,14 +19,22 @@ from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Vitals
 from rewards.registry import Reward
 
+Progress = Callable[[int, int], None]
+
 
 class InProcessPools:
     """See evaluation/image_sets.py's Pools."""
 
     description = "in process: 1 sampler, 1 scorer"
 
-    def __init__(self, config: Config, own_reward: Reward | None = None) -> None:
+    def __init__(
+        self, config: Config, own_reward: Reward | None = None, progress: Progress = lambda done, total: None
+    ) -> None:
+        """`progress` hears how many prompts are embedded, of how many, where that comes first."""
         self.run, self.parts = config.run, build.parts(config, own_reward)
+        if embeddings.once(config):
+            found = embeddings.embedded(config, lambda missing: build.build_text_encoders(config)(missing), progress)
+            self.parts = self.parts.with_embedded(dict(found))
         self.sampler, self.scorer = self.parts.sampler(), self.parts.scorer()
 
     def judge(self, snapshot: Snapshot, chunks: Sequence[Chunk], done: Callable[[Chunk, Scores], None]) -> None:
@@ -56,7 +64,7 @@ class InProcessRunner(InProcessPools):
         self, config: Config, files: dict[str, bytes] | None, hooks: Hooks, own_reward: Reward | None = None
     ) -> None:
         hooks.progress("loading the model", 0, 2)
-        super().__init__(config, own_reward)
+        super().__init__(config, own_reward, partial(hooks.progress, "embedding prompts"))
         hooks.progress("loading the model", 1, 2)
         self.config, self.hooks, self.learner = config, hooks, self.parts.learner(files)
         self.learner.tell = partial(hooks.progress, "training")

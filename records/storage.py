@@ -220,6 +220,12 @@ class Storage:
             raise StorageError(f"cannot {verb} {name} in {self}: {reason}") from error
 
 
+def cache(folder: Path | None = None) -> Storage:
+    """What all commands keep, by its content: by default $TRIBUTARY_CACHE, or tributary/ in the user's cache folder."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Storage(str(folder or os.environ.get("TRIBUTARY_CACHE") or caches / "tributary"))
+
+
 def sealed(value: Mapping[str, Any]) -> bytes:
     """A JSON file with its own sha256 at the end, so that a changed one is known."""
     finite = from_json(to_json(value, inf_nan_mode="null"))

@@ -12,6 +12,7 @@ from ray_processes import wait_for
 
 from actors.rollouts import Rollouts
 from benchmarks import pipelines
+from learner import embeddings
 from learner.objectives.by_name import OBJECTIVES
 from learner.run import main
 
@@ -74,9 +75,17 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(cluster, sma
 
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3", "tiny_flux"])
-def test_other_models_give_the_bits_of_the_inprocess_run(cluster, small_settings, tmp_path, request, model):
+def test_other_models_give_the_bits_of_the_inprocess_run(
+    cluster, small_settings, tmp_path, request, model, monkeypatch
+):
+    """On Ray with prompts that an actor has embedded."""
+    monkeypatch.setenv("TRIBUTARY_CACHE", str(tmp_path / "cache"))
     settings = [f"model.path={request.getfixturevalue(model)}", "model.pixels=64", "objective.last_transition=skip"]
-    assert_same_bits([*small_settings, *settings], tmp_path, two="sampler.actors=2", ranks="learner.ranks=1")
+    settings += small_settings
+    assert main([*settings, "run.runner=inprocess", f"run.dir={tmp_path / 'inprocess'}"]) == 0
+    monkeypatch.setattr(embeddings, "LARGE", 0)
+    assert_same_bits(settings, tmp_path, two="sampler.actors=2")
+    assert [*(tmp_path / "cache/embeddings").rglob("*.npy")]
 
 
 @pytest.mark.slow

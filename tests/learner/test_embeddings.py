@@ -1,0 +1,106 @@
+"""Prompts embedded once: what is kept, and that runs are the same without text encoders in their parts."""
+
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import lora
+from diffusion.base_model import BaseModel
+from diffusion.open_model import open_base_model, open_text_encoders
+from learner import build, embeddings
+from learner.config import read_config
+from learner.run import main
+
+PROMPTS = ["a red circle", "", "a blue square on a white background"]
+KINDS = ["tiny_pipeline", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIBUTARY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def no_text_encoders(monkeypatch) -> None:
+    def texts(self):
+        raise AssertionError("the text encoders were opened")
+
+    for kind in (BaseModel, *BaseModel.__subclasses__()):
+        opened = cached_property(texts)
+        opened.__set_name__(kind, "texts")
+        monkeypatch.setattr(kind, "texts", opened)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_encoders_alone_are_the_models_own_and_serve_it(kind, request, monkeypatch):
+    path = request.getfixturevalue(kind)
+    own = open_base_model(path, text_tokens=16)
+    rows = dict(zip(PROMPTS, open_text_encoders(path, text_tokens=16)(PROMPTS), strict=True))
+    assert all(np.array_equal(rows[prompt], own.embed([prompt])[0].numpy()) for prompt in PROMPTS)
+    assert len({row.tobytes() for row in rows.values()}) == len(PROMPTS)
+    no_text_encoders(monkeypatch)
+    given = open_base_model(path, text_tokens=16, embedded=rows)
+    assert torch.equal(given.embed([*PROMPTS, *PROMPTS]), own.embed([*PROMPTS, *PROMPTS]))
+    with pytest.raises(AssertionError, match="were opened"):
+        given.embed(["a prompt that nobody has embedded"])
+
+
+@pytest.fixture
+def config(small_settings, tiny_sd3):
+    def of(*overrides: str):
+        config, faults = read_config(
+            {}, [*small_settings, f"model.path={tiny_sd3}", "objective.last_transition=skip", *overrides]
+        )
+        assert not faults
+        return config
+
+    return of
+
+
+def test_no_prompt_is_embedded_twice(config, folder, tmp_path):
+    (tmp_path / "others.txt").write_text("an owl\na bee\n")
+    asked = list[str]()
+
+    def encode(prompts):
+        asked.extend(prompts)
+        return [np.full((2, 3), len(prompt), np.float32) for prompt in prompts]
+
+    def rows(*overrides: str) -> dict[str, np.ndarray]:
+        return dict(embeddings.embedded(config(*overrides), encode, lambda done, total: None))
+
+    first = rows("prompts.path=[a fox,an owl]", f"evaluation.prompts={tmp_path / 'others.txt'}")
+    assert sorted(asked) == sorted(first) == ["", "a bee", "a fox", "an owl"]
+    again = rows("prompts.path=[a fox,an elk]")
+    assert asked[4:] == ["an elk"] and np.array_equal(again["a fox"], first["a fox"])
+    rows("prompts.path=[a fox]", "model.text_tokens=8")
+    assert sorted(asked[5:]) == ["", "a fox"]  # other rows
+    for file in folder.rglob("*.npy"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert np.array_equal(rows("prompts.path=[a fox]")["a fox"], first["a fox"]) and sorted(asked[7:]) == ["", "a fox"]
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(config, folder):
+    folder.write_text("a file where the folder would be")
+    rows = embeddings.embedded(config("prompts.path=[a fox]"), lambda prompts: [np.zeros((1, 1))] * len(prompts), print)
+    assert sorted(dict(rows)) == ["", "a fox"]
+
+
+def test_a_run_without_text_encoders_in_its_parts_is_the_same(small_settings, tiny_sd3, tmp_path, monkeypatch):
+    settings = [*small_settings, f"model.path={tiny_sd3}", "objective.last_transition=skip", "run.runner=inprocess"]
+    settings += ["evaluation.images=4"]
+    files = []
+    for large in (0, embeddings.LARGE):
+        monkeypatch.setattr(embeddings, "LARGE", large)
+        assert main([*settings, f"run.dir={tmp_path / str(large)}"]) == 0
+        files.append((tmp_path / str(large) / "checkpoints/latest/lora" / lora.DIFFUSERS_FILE).read_bytes())
+        monkeypatch.setattr(embeddings, "LARGE", 0)
+    assert files[0] == files[1] and [*(tmp_path / "cache/embeddings").rglob("*.npy")]
+    no_text_encoders(monkeypatch)  # all is known by now
+    assert main([*settings, f"run.dir={tmp_path / 'known'}"]) == 0
+
+
+def test_encoders_are_in_every_process_where_they_are_small(config):
+    assert not embeddings.once(config())
+    assert build.parts(config()).with_embedded({}).sampler.keywords == {"embedded": {}}
