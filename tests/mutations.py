@@ -32,6 +32,7 @@ SQUARES = "tests/learner/test_least_squares.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
+EMBEDDED = "tests/learner/test_embeddings.py"
 SHAPES_FLOW = "tests/models/test_shapes_flow.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
@@ -62,7 +63,13 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("low + (tokens - first) * (high - low)", "low + tokens * (high - low)", FLOW_KERNELS),
         ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
     ),
-    "diffusion/open_model.py": ((", pixels, text_tokens", ", None, None", SD3),),
+    "diffusion/open_model.py": ((", pixels, text_tokens, emb", ", None, None, emb", SD3),),
+    "diffusion/base_model.py": (("given = self._embedded.get(prompt)", "given = None", EMBEDDED),),
+    "learner/embeddings.py": (
+        ("*evaluation_prompts(config)", "", EMBEDDED),
+        ("model.device, model.text_tokens]", "model.device]", EMBEDDED),
+        (">= LARGE", "> 1e99", EMBEDDED),
+    ),
     "models/shapes_flow/train.py": (("bias[:, -1] = math.log(times)", "bias[:, -1] = times", SHAPES_FLOW),),
     "diffusion/parts.py": (
         ("if _today(key) not in there and id(parameters.get(key)) in held:", "if False:", FLUX),
