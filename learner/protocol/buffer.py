@@ -87,9 +87,10 @@ class Buffer:
         self._advance(chunk, "issued")
         self.works[key] = Work(chunk)
 
-    def part(self, purpose: str, epoch: int = 0) -> list[Work]:
-        """An epoch, or the evaluation, in chunk order."""
-        part = [work for work in self.works.values() if (work.chunk.purpose, work.chunk.epoch) == (purpose, epoch)]
+    def part(self, purpose: str, epoch: int | None = None) -> list[Work]:
+        """An epoch, or the evaluation, of whatever kind, in chunk order."""
+        chunks = ((work, work.chunk) for work in self.works.values())
+        part = [work for work, chunk in chunks if chunk.purpose == purpose and epoch in (None, chunk.epoch)]
         return sorted(part, key=lambda work: work.chunk.index)
 
     def take(self, epoch: int, version: int) -> list[Work]:

@@ -16,12 +16,13 @@ from diffusion.snapshot import Snapshot, digest
 from diffusion.trajectory import Chunk
 from learner import build
 from learner.config import load_config
+from learner.protocol.chunks import CONTINUED
 from learner.protocol.receipts import StaleWeights
 
 pytestmark = pytest.mark.ray
 PARTS = emulated.parts(emulated.Emulation())
 SNAPSHOT = Snapshot(0, np.ones(64, np.float32), digest(np.ones(64, np.float32)))
-CHUNKS = [Chunk(i, "evaluate", 0, 0, ("a ring", "a star"), (2 * i, 2 * i + 1)) for i in range(6)]
+CHUNKS = [Chunk(i, "evaluate", CONTINUED, 0, ("a ring", "a star"), (2 * i, 2 * i + 1)) for i in range(6)]
 
 
 @pytest.fixture
