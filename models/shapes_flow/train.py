@@ -106,7 +106,7 @@ def save_pipeline(out: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, netwo
     vae.register_to_config(shift_factor=0.0)
     first, second = network.encoders
     StableDiffusion3Pipeline(
-        transformer=copy.deepcopy(network.transformer).half(), scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=copy.deepcopy(network.transformer).half(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae.half(), text_encoder=copy.deepcopy(first).half(), tokenizer=tokenizer,
         text_encoder_2=copy.deepcopy(second).half(), tokenizer_2=tokenizer, text_encoder_3=t5.half(),
         tokenizer_3=words,

@@ -99,6 +99,23 @@ def test_every_objective_gives_the_same_bits_in_process_and_with_2_samplers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_every_objective_trains_the_embedded_flow_model_in_a_window_on_ray(
+    cluster, small_settings, settings_of, tmp_path, kind
+):
+    """Those that are trajectory sums by natural steps, too; all with the nats that the certificate counts."""
+    settings = [
+        *small_settings, *settings_of(kind), "model.path=models/shapes_flow", "model.text_tokens=16",
+        "objective.window=[0,1]", "sampler.noise=window", "sampler.adapter=window", "objective.log_prob_reduction=sum",
+        "objective.group_size=4",
+    ]  # fmt: skip
+    assert_same_bits(settings, tmp_path, two="sampler.actors=2")
+    assert outcome(tmp_path / "two")["metrics"][-1]["eval_nats"] > 0
+    if kind in ("rtb", "rsub", "rdb"):
+        assert_same_bits([*settings, "learner.optimizer=natural"], tmp_path / "natural", two="sampler.actors=2")
+
+
+@pytest.mark.slow
 def test_stable_diffusion_in_bfloat16_with_a_sum_of_rewards_gives_the_same_bits_on_ray(cluster, tmp_path):
     """A paper's preset over tiny networks of its classes."""
     (tmp_path / "prompts.txt").write_text("a fox\na green chair\n")

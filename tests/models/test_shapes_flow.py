@@ -1,12 +1,50 @@
-"""The embedded flow model's training: what it trains is what plain diffusers draws with, and a stopped one goes on."""
+"""The embedded flow model: the committed weights draw what they are asked in plain diffusers; what its training trains
+is what plain diffusers draws with, and a stopped one goes on."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTokenizer
 
 from learner.config import ROOT
+from models.shapes.measure import correct, evenness, generate, law, scenes
 from models.shapes_flow import train
+
+FOLDER = ROOT / "models/shapes_flow"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def accuracy(pipeline, kind: str, count: int) -> float:
+    asked = scenes(kind, count)
+    images = generate(pipeline, [scene.caption() for scene in asked], 20, 3.0)
+    return float(np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)]))
+
+
+@pytest.mark.long
+def test_draws_common_prompts(pipeline):
+    assert accuracy(pipeline, "seen", 96) >= 0.8
+
+
+@pytest.mark.long
+def test_draws_open_prompts_and_leaves_them_open(pipeline):
+    assert accuracy(pipeline, "no-background", 48) >= 0.75
+    drawn = law(generate(pipeline, ["a circle"] * 48, 20, 3.0))
+    assert evenness(drawn["colour"]) >= 0.7 and evenness(drawn["background"]) >= 0.7
+
+
+def test_loads_in_one_precision_and_is_small(pipeline):
+    encoders = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
+    parts = (pipeline.transformer, pipeline.vae, *encoders)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 6e6
+    assert pipeline.scheduler.config.shift == 3.0
 
 
 @pytest.fixture(scope="module")
