@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from cluster import signals
 from commands import outcome
 from diffusion.failures import RunFailure
-from diffusion.locate import is_unconditional, locate
+from diffusion.locate import countable, is_unconditional, locate
 from learner.config import (
     DEFAULT_CONFIG,
     Config,
@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         from records import facts
         from records.run_folder import Records
 
-        prompts, placement, resources = api.check(config, warn)
+        counted = countable(str(resolve(config.model.path))) if args.plan else None
+        prompts, placement, resources = api.check(config, warn, counted=counted)
         if args.plan:
             from commands import plan
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             known = facts.there(storage)
             config = settled(config, Records.open(storage)) if known else config
             place = f"{storage}, {'going on' if known else 'new'}"
-            print(plan.describe(config, placement, resources, place))
+            print(plan.describe(config, placement, resources, place, counted))
             return 0
         opened = open_run.open_run(config, source, prompts, warn)
         api.run(opened, resources, say, complain)

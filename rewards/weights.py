@@ -18,6 +18,10 @@ class WeightsNotFound(RunFailure, ValueError):
     """What a reward is read from is neither here nor to be had; the message names the setting."""
 
 
+class NotFromHub(WeightsNotFound):
+    """No path is wrong: the hub did not give it."""
+
+
 class BadWeights(RunFailure, ValueError):
     """A file that is there, but does not hold what the reward needs; the message names file and keys."""
 
@@ -37,7 +41,10 @@ def find(assets: Sequence[Asset], fetch: bool = True) -> list[Any]:
     what is not here, and that has None for a path. Raises WeightsNotFound, which names all that is missing at once,
     wrong paths before any hub is asked."""
     paths: list[Path | None] = []
-    for look in (_local, lambda asset: _local(asset) or _from_hub(asset, fetch)):
+    for kind, look in (
+        (WeightsNotFound, _local),
+        (NotFromHub, lambda asset: _local(asset) or _from_hub(asset, fetch)),
+    ):
         paths, missing = [], []
         for asset in assets:
             try:
@@ -45,7 +52,7 @@ def find(assets: Sequence[Asset], fetch: bool = True) -> list[Any]:
             except FileNotFoundError as error:
                 missing.append(f"{asset.key}: {error}")
         if missing:
-            raise WeightsNotFound("; ".join(missing))
+            raise kind("; ".join(missing))
     return paths
 
 
