@@ -125,21 +125,19 @@ def count(config: Config, parts: Networks) -> Memory:
 def lines(config: Config, held: Memory) -> list[str]:
     """A line a role."""
     passes, micro = passes_of(config), config.learner.micro_batch or 1
-    twice = " twice, for guidance" if passes == 2 else ""
-    network = {f"network ({config.model.dtype})": held.network, "LoRA": held.lora}
+    twice = ", twice for guidance" if passes == 2 else ""
+    network = {f"network in {config.model.dtype}": held.network, "LoRA": held.lora}
     chunk = config.sampler.chunk_size
-    sampler = network | {f"a pass over {chunk} samples{twice}": chunk * passes * held.forward}
-    joint = held.flow_train and not config.flow.fit_steps  # on one loss, at both ends of a transition
-    alive = micro * (passes * held.train + 2 * held.flow_train * bool(joint))
-    if not joint:
-        alive = max(alive, 2 * config.flow.batch * held.flow_train)
+    sampler = network | {f"{chunk} samples forward{twice}": chunk * passes * held.forward}
+    flow = 2 * held.flow_train  # at both ends of a transition
+    joint = 0 if config.flow.fit_steps else flow  # the policy's loss trains it, too
+    steps = {f"{plural(micro, 'transition')} forward and back{twice}": micro * (passes * held.train + joint)}
+    if config.flow.fit_steps or config.flow.warmup_steps:
+        steps[f"{config.flow.batch} transitions in a flow-only step"] = config.flow.batch * flow
+    most = max(steps, key=lambda name: steps[name])  # one is done after the other
     moments = 0 if config.learner.optimizer == "natural" else 2 * held.lora
-    learner = network | {
-        "its gradient": held.lora,
-        "AdamW's moments": moments,
-        "flow network with its own": 4 * held.flow,
-    }
-    learner[f"{plural(micro, 'transition')} forward and back{twice}"] = alive
+    learner = network | {"its gradient": held.lora, "its moments": moments, "flow network with its own": 4 * held.flow}
+    learner[most] = steps[most]
     actor = {"decoder": held.decoders, config.reward.name: held.reward, "decoding an image": held.decode}
     encoded = []
     if held.encoders:
