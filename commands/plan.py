@@ -173,11 +173,6 @@ def describe(
     actors = [f"{places.counted(share.count, role)}, each {share}" for role, share in roles.items()]
     facts = {
         "run directory": [place],
-        "model": [
-            *known,
-            f"{_number(cost.parameters)} parameters, LoRA {_number(cost.lora)}; a sample forward {_flops(cost.unet)}, "
-            f"forward and back {_flops(cost.unet_train)}",
-        ],
         "cluster": [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"],
         "actors": ["none: 1 sampler, 1 scorer, 1 learner in this process"] if in_process else actors,
         "an epoch": [
@@ -188,6 +183,11 @@ def describe(
         "the run": [
             f"{plural(train.epochs, 'epoch')}, {trajectories} trajectories, {plural(train.epochs * updates, 'update')}",
             f"{plural(evaluations, 'evaluation')} of {plural(images, 'image')}",
+        ],
+        "model": [
+            *known,
+            f"{_number(cost.parameters)} parameters, LoRA {_number(cost.lora)}; a sample forward {_flops(cost.unet)}, "
+            f"forward and back {_flops(cost.unet_train)}",
         ],
         "window": _window(config, cost),
         "FLOPs": [
