@@ -116,13 +116,18 @@ def test_prompts_that_only_a_hub_has_are_as_many_made_up_ones(tmp_path, capsys, 
     assert "'hpdv2:phto' is no prompt set" in capsys.readouterr().err
 
 
-def test_a_plan_warns_of_a_reward_only_a_hub_has_and_refuses_a_wrong_path(tmp_path, capsys, small_settings):
+def test_a_plan_warns_of_a_reward_that_no_hub_gives_and_refuses_a_wrong_path(
+    tmp_path, capsys, small_settings, monkeypatch
+):
     settings = [*small_settings, "reward.name=hpsv2", f"run.dir={tmp_path / 'run'}"]
     assert main([*settings, "--plan"]) == 0
     assert "warning: reward.weights: HPS_v2.1_compressed.pt of" in capsys.readouterr().err
     assert main(settings) == 2
     assert main([*settings, "--plan", "reward.weights=./nowhere.pt"]) == 2
     assert "no such file or folder: ./nowhere.pt" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.model_info", lambda path, timeout: mock.Mock(siblings=()))
+    assert main([*settings, "--plan"]) == 2  # it answers, and has no such file
+    assert "the hub did not give it (no HPS_v2.1_compressed.pt)" in capsys.readouterr().err
 
 
 def test_what_is_alive_at_once_by_hand():
