@@ -8,29 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.placement import Placement, counted
-from diffusion import flux, lora, noise
-from diffusion.locate import family_of
-from diffusion.parts import latent_shape, tiny_without_weights, without_weights
+from cluster import placement as places
+from cluster.placement import Placement
+from commands import memory
+from commands.networks import networks, passes_of
+from diffusion import lora, noise
+from diffusion.locate import PUBLISHED, ROOT
 from diffusion.rollout import states_with_reward
-from diffusion.sd3 import velocity
-from diffusion.sdxl import predicted
 from evaluation import settling
 from learner import later
-from learner.build import flow_network
-from learner.config import Config, resolve
+from learner.config import Config
 from learner.objectives.by_name import OBJECTIVES
 from learner.prompts import training_prompts
 from reports.summary import plural
 
-TOKENS = 77  # of a prompt's embedding: CLIP's
 FLOAT = 4  # bytes
 # FLOPs of scoring one image, its prompt read anew, counted on the networks at their published sizes; others: unknown.
 REWARDS = {"aesthetic": 162.03e9, "hpsv2": 381.68e9, "imagereward": 137.78e9}
@@ -41,16 +38,18 @@ class Costs:
     """One sample through each network, in FLOPs, and sizes."""
 
     unet: float  # forward
-    unet_train: float  # forward and backward into the LoRA
+    unet_train: float  # forward and backward into the LoRA, with what gradient checkpointing computes again
     decode: float
     tiny: float | None  # decoding by the tiny decoder; None: unknown
     reward: float | None  # of one image; None: unknown
     flow: float  # forward
     flow_train: float  # forward and backward
     latent: int  # D, numbers
+    parameters: int  # of the denoising network
     lora: int  # parameters
     lora_b: int  # of them those of the second matrices, which natural steps train
     flow_parameters: int
+    held: memory.Memory
 
 
 @dataclass(frozen=True)
@@ -75,42 +74,23 @@ class Work:
 
 def costs(config: Config) -> Costs:
     """Count on the meta device. Raises a BaseModelError if the model's configuration cannot be read."""
-    unet, vae = without_weights(str(resolve(config.model.path)))
-    shape = (1, *latent_shape(str(resolve(config.model.path)), config.model.pixels))
-    # None without prompts; Stable Diffusion 3's has another name.
-    width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
-    kind, tiny = family_of(str(resolve(config.model.path))), None
-    # Of CLIP (FLUX: none), of T5, and the pooled one, which Stable Diffusion 1.x and 2.x have not.
-    t5 = kind.t5_tokens and (config.model.text_tokens or kind.t5_tokens)
-    rows = TOKENS * (kind.name != "flux") + t5 + (kind.name != "base_model")
-    with torch.device("meta"):
-        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank, lora.TARGETS[config.lora.targets])
-        flow = flow_network(config, shape[1:], width)
-        x, t, embedding = torch.zeros(shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, rows, width or 0)
-        if config.objective.forward_looking_decoder == "tiny":
-            tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
-
-    def output() -> Any:
-        if kind.name == "sd3":
-            return velocity(unet, x, t, embedding)
-        if kind.name == "sdxl":
-            return predicted(unet, x, t, embedding, torch.zeros(6, device="meta"))
-        if kind.name == "flux":
-            return flux.velocity(unet, x, t, embedding, config.sampler.guidance)
-        return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
-
+    parts = networks(config)
+    flow, vae, tiny, latents = parts.flow, parts.vae, parts.tiny, parts.latents
+    adapter = lora.named(parts.unet)
     return Costs(
-        unet=_count(output),
-        unet_train=_count(output, backward=True),
-        decode=_count(lambda: vae.decode(x).sample) if vae is not None else 0.0,
-        tiny=_count(lambda: tiny.decode(x).sample) if tiny is not None else None,
+        unet=_count(parts.output),
+        unet_train=_count(parts.output, backward=True),
+        decode=_count(lambda: vae.decode(latents).sample) if vae is not None else 0.0,
+        tiny=_count(lambda: tiny.decode(latents).sample) if tiny is not None else None,
         reward=REWARDS.get(config.reward.name),
-        flow=_count(lambda: flow(x, t, embedding)) if flow else 0.0,
-        flow_train=_count(lambda: flow(x, t, embedding), backward=True) if flow else 0.0,
-        latent=prod(shape),
-        lora=sum(p.numel() for _, p in lora.named(unet)),
-        lora_b=sum(p.numel() for name, p in lora.named(unet) if "lora_B" in name),
+        flow=_count(parts.log_flow) if flow else 0.0,
+        flow_train=_count(parts.log_flow, backward=True) if flow else 0.0,
+        latent=latents.numel(),
+        parameters=sum(p.numel() for p in parts.unet.parameters()) - sum(p.numel() for _, p in adapter),
+        lora=sum(p.numel() for _, p in adapter),
+        lora_b=sum(p.numel() for name, p in adapter if "lora_B" in name),
         flow_parameters=sum(p.numel() for p in flow.parameters()) if flow else 0,
+        held=memory.count(config, parts),
     )
 
 
@@ -128,8 +108,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     needed = states_with_reward(settings, chosen)
     scored = int(needed.sum()) * count // len(ids)
     trained = selected.shape[1] * count
-    told = family_of(str(resolve(config.model.path))).distilled
-    passes = 1 if told or config.sampler.guidance == 1 else 2  # classifier-free guidance
+    passes = passes_of(config)
     reference = 0
     if settings.forward_looking == "base":
         states = int(needed[:, :n].sum()) * count // len(ids)
@@ -172,8 +151,14 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     )
 
 
-def describe(config: Config, placement: Placement, resources: dict[str, float], place: str) -> str:
-    """The plan as text, one fact a line."""
+def describe(
+    config: Config, placement: Placement, resources: dict[str, float], place: str, counted: str | None = None
+) -> str:
+    """The plan as text, one fact a line. `counted`: where the model is counted, if not at model.path."""
+    known = []
+    if counted and Path(counted).is_relative_to(PUBLISHED):
+        known = [f"{config.model.path}: no hub answers; by the configurations in {Path(counted).relative_to(ROOT)}"]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": counted})})
     cost, sampler, updates = costs(config), config.sampler, config.steps_per_epoch
     each = work(config, cost, placement.ranks.count)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
@@ -185,7 +170,7 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
     kept = min((config.run.keep_checkpoints or train.epochs) + evaluations, train.epochs + 1)
     disk = kept * each.checkpoint + train.epochs * each.thumbnails
     roles = {"sampler": placement.samplers, "reward actor": placement.scorers, "learner rank": placement.ranks}
-    actors = [f"{counted(share.count, role)}, each {share}" for role, share in roles.items()]
+    actors = [f"{places.counted(share.count, role)}, each {share}" for role, share in roles.items()]
     facts = {
         "run directory": [place],
         "cluster": [", ".join(f"{amount:g} {name}s" for name, amount in resources.items()) or "nothing found"],
@@ -199,12 +184,18 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{plural(train.epochs, 'epoch')}, {trajectories} trajectories, {plural(train.epochs * updates, 'update')}",
             f"{plural(evaluations, 'evaluation')} of {plural(images, 'image')}",
         ],
+        "model": [
+            *known,
+            f"{_number(cost.parameters)} parameters, LoRA {_number(cost.lora)}; a sample forward {_flops(cost.unet)}, "
+            f"forward and back {_flops(cost.unet_train)}",
+        ],
         "window": _window(config, cost),
         "FLOPs": [
             f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
             f"the run: {_flops(total)}",
         ],
+        "memory": memory.lines(config, cost.held),
         "object store": [] if in_process else [
             f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
             f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
@@ -257,6 +248,10 @@ def _scaled(value: float, unit: str) -> str:
             return f"{value:.3g} {prefix}{unit}"
         value /= 1000
     return f"{value:.3g} E{unit}"
+
+
+def _number(value: int) -> str:
+    return f"{value / 1e6:.5g} M"
 
 
 _flops, _bytes = partial(_scaled, unit="FLOP"), partial(_scaled, unit="B")

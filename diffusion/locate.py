@@ -16,6 +16,7 @@ from diffusion.families import FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model_index.json"
+PUBLISHED = ROOT / "configs" / "models"  # by hub id: configurations without weights, to count by
 HUB_SECONDS = 10  # for the hub to answer
 TINY_DECODER = ("config.json", "model.tiny_decoder")  # the index of one, and its setting
 AGAIN = "copy or download it again"
@@ -23,6 +24,10 @@ AGAIN = "copy or download it again"
 
 class BaseModelError(RunFailure, ValueError):
     """A model path that cannot be loaded; the message names it and the remedy."""
+
+
+class NoHub(BaseModelError):
+    """It may be a hub id, but no hub answers."""
 
 
 def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
@@ -43,6 +48,20 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
     if local.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) != 1:
         raise BaseModelError(f"{key}: no such folder: {path}")
     return path  # a hub id
+
+
+def countable(path: str) -> str:
+    """`path`; where it is a hub id that cannot be read because no hub answers, the repository's own folder of its
+    configurations, if it has one. Nothing can be loaded from that: it is to count by."""
+    own = PUBLISHED / path
+    if not Path(path).exists() and (own / INDEX).is_file():
+        try:
+            pipeline_index(path)
+        except NoHub:
+            return str(own)
+        except BaseModelError:  # a hub's answer, which whoever reads the path next gets, too
+            pass
+    return path
 
 
 def pipeline_index(path: str) -> dict[str, Any]:
@@ -142,7 +161,8 @@ def load_errors(path: str, key: str = "model.path", part: str = "") -> Iterator[
             raise BaseModelError(f"{key}: {place} cannot be used: {reason}; {AGAIN}") from error
         remedy = f"where there is a network: `hf download {path} --local-dir FOLDER`, then set {key}=FOLDER"
         where = f"{path} is neither a model's folder nor reachable on the hub"
-        raise BaseModelError(f"{key}: {where}: {reason}; {remedy}") from error
+        kind = NoHub if isinstance(error, ConnectionError) else BaseModelError
+        raise kind(f"{key}: {where}: {reason}; {remedy}") from error
 
 
 def _read(folder: str, file: str) -> dict[str, Any]:
@@ -150,12 +170,14 @@ def _read(folder: str, file: str) -> dict[str, Any]:
     place = os.path.join(folder, file)
     if not Path(folder).is_dir():
         from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
+        from huggingface_hub.errors import HfHubHTTPError
 
         if not isinstance(try_to_load_from_cache(folder, file), str):
             try:
                 model_info(folder, timeout=HUB_SECONDS)  # once: a download tries for half a minute
             except Exception as error:  # of the hub's client, or its http library
-                raise OSError(f"{error or type(error).__name__} (asked once, for {HUB_SECONDS} s at most)") from error
+                kind = OSError if isinstance(error, HfHubHTTPError) else ConnectionError  # that is an answer
+                raise kind(f"{error or type(error).__name__} (asked once, for {HUB_SECONDS} s at most)") from error
         place = hf_hub_download(folder, file)
     try:
         content = json.loads(Path(place).read_text(encoding="utf-8"))

@@ -93,9 +93,9 @@ def cut_prompts(path: str, prompts: Sequence[str]) -> str | None:
     )
 
 
-def check_parts(path: str) -> None:
+def check_parts(path: str, whole: bool = True) -> None:
     """Raises BaseModelError where a part is absent or damaged, is not what its configuration says, or cannot be trained
-    here. Of weights only the headers are read."""
+    here. Of weights only the headers are read, and unless `whole` neither they nor tokenizers."""
     index, family = pipeline_index(path), family_of(path)
     unconditional = not family.text
     for name, kind in family.all_parts.items():
@@ -105,7 +105,7 @@ def check_parts(path: str) -> None:
         if str(found).removesuffix("Fast") != kind:
             raise BaseModelError(f"model.path: the {INDEX} of {path} names {found} as its {name}, not {kind}; {AGAIN}")
     if family.flow:
-        _check_transformer(path, family)
+        _check_transformer(path, family, whole)
         return
     unet = part_config(path, "unet")
     wanted: dict[str, Any] = dict.fromkeys(MORE_INPUTS)
@@ -128,6 +128,8 @@ def check_parts(path: str) -> None:
         faults.append("it has no attention for a LoRA to adapt")
     if faults:
         raise BaseModelError(f"model.path: the U-Net of {path} cannot be used: {', '.join(faults)}")
+    if not whole:
+        return
     parts = dict(zip(("unet", "vae"), without_weights(path), strict=True))
     if not unconditional:
         parts |= text_encoders_without_weights(path)
@@ -152,7 +154,7 @@ def reads_by_t5(path: str) -> bool:
     return any(_class_of(index, name) is not None for name in encoders)
 
 
-def _check_transformer(path: str, family: Family) -> None:
+def _check_transformer(path: str, family: Family, whole: bool) -> None:
     """Of a Stable Diffusion 3 or FLUX pipeline: raises as check_parts."""
     config, channels = part_config(path, "transformer"), part_config(path, "vae").get("latent_channels", 4)
     encoders: list[dict[str, Any]] = []  # whose rows are side by side
@@ -173,6 +175,8 @@ def _check_transformer(path: str, family: Family) -> None:
         faults.append(f"its joint_attention_dim is {config.get('joint_attention_dim')}, less than {width} of CLIP")
     if faults:
         raise BaseModelError(f"model.path: the transformer of {path} cannot be used: {', '.join(faults)}")
+    if not whole:
+        return
     for number in ("", "_2")[: len(encoders) or 1]:
         load_tokenizer(path, number)
     parts = dict(zip(("transformer", "vae"), without_weights(path), strict=True))

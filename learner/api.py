@@ -40,6 +40,7 @@ from reports.summary import plural
 from reports.views import RunViews
 from rewards import judges, registry
 from rewards.registry import UnknownReward, UserReward
+from rewards.weights import NotFromHub
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 Say = Callable[[str], None]
@@ -98,19 +99,27 @@ def train(
     return TrainedRun(str(storage), opened.records.lines, str(checkpoint.lora_folder(storage)))
 
 
-def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[list[str], Placement, dict[str, float]]:
+def check(
+    config: Config, warn: Say, own_reward: Reward | None = None, counted: str | None = None
+) -> tuple[list[str], Placement, dict[str, float]]:
     """Everything that would otherwise fail only after actors are up: the prompts, what would run where, and the
-    cluster's resources. Raises a ConfigError, a line for each fault, or ClusterUnreachable."""
+    cluster's resources. `counted`: for a plan, where the model is counted (`locate.countable`); of what a reward lacks
+    because a hub did not give it, a plan only warns. Raises a ConfigError, a line for each fault, or
+    ClusterUnreachable."""
     faults = list(untrainable(config))
 
     def attempt(step: Callable[[], Any]) -> Any:  # None where it fails
         try:
             return step()
         except (RunFailure, ValueError) as error:
-            faults.append(str(error))
+            if counted and isinstance(error, NotFromHub):
+                warn(str(error))
+            else:
+                faults.append(str(error))
 
     sampler, reward, evaluation = config.sampler, config.reward, config.evaluation
-    path, in_process = str(resolve(config.model.path)), config.run.runner == "inprocess"
+    named, in_process = str(resolve(config.model.path)), config.run.runner == "inprocess"
+    path = counted or named
     prompts = attempt(lambda: [*training_prompts(config), *evaluation_prompts(config)]) or []
     family = attempt(lambda: family_of(path))
     unconditional = not family.text if family else None
@@ -121,8 +130,13 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
     if unconditional is False and config.prompts.path is None:
         faults.append(f"prompts.path: {path} takes prompts; name a file of them")
     if unconditional is not None:  # there is a pipeline
-        attempt(lambda: check_parts(path))
-        if unconditional is False and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
+        attempt(lambda: check_parts(path, whole=path == named))
+        if (
+            unconditional is False
+            and path == named
+            and prompts
+            and (said := attempt(lambda: cut_prompts(path, prompts)))
+        ):
             warn(said)
         kernel = attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels))
         given = config.objective.window != "auto"  # a measured one ends before a step without noise

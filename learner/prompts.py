@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,23 @@ def evaluation_prompts(config: Config) -> list[str]:
     """Of the fixed evaluation set: the training prompts, unless there are others. Raises as read_prompts."""
     path = config.evaluation.prompts
     return read_prompts(path, config.prompts.column, "evaluation.prompts") if path else training_prompts(config)
+
+
+def countable(config: Config, warn: Callable[[str], None]) -> Config:
+    """For a plan: with as many made-up prompts in place of sets that the hub did not give."""
+    for section, key in (("prompts", "path"), ("evaluation", "prompts")):
+        settings = getattr(config, section)
+        name = getattr(settings, key)
+        if isinstance(name, str) and prompt_sets.is_name(name) and not resolve(name).is_file():
+            try:
+                prompt_sets.fetch(name)
+            except prompt_sets.NotFromHub as error:
+                warn(f"{section}.{key}: {error}")
+                made_up = settings.model_copy(update={key: tuple(prompt_sets.made_up(name))})
+                config = config.model_copy(update={section: made_up})
+            except prompt_sets.PromptSetError:  # whoever reads them says it
+                pass
+    return config
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args, get_origin
 from cluster import signals
 from commands import outcome
 from diffusion.failures import RunFailure
-from diffusion.locate import is_unconditional, locate
+from diffusion.locate import countable, is_unconditional, locate
+from learner import prompts
 from learner.config import (
     DEFAULT_CONFIG,
     Config,
@@ -28,7 +29,6 @@ from learner.config import (
 )
 from learner.config.checks import untrainable
 from learner.config.load import resolve
-from learner.prompts import evaluation_prompts, training_prompts
 from rewards import registry
 
 complain = partial(outcome.complain, "run")
@@ -46,23 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
             raise_faults(faults)
             print(config_yaml(config).decode(), end="")
             return 0
+        config = prompts.countable(config, warn) if args.plan else config
         raise_faults([*faults, *_faults_seen_at_once(config)])
 
         from learner import api, open_run  # here: they import torch
         from records import facts
         from records.run_folder import Records
 
-        prompts, placement, resources = api.check(config, warn)
+        counted = countable(str(resolve(config.model.path))) if args.plan else None
+        texts, placement, resources = api.check(config, warn, counted=counted)
         if args.plan:
             from commands import plan
 
-            storage = open_run.find(config, source, prompts)
+            storage = open_run.find(config, source, texts)
             known = facts.there(storage)
             config = settled(config, Records.open(storage)) if known else config
             place = f"{storage}, {'going on' if known else 'new'}"
-            print(plan.describe(config, placement, resources, place))
+            print(plan.describe(config, placement, resources, place, counted))
             return 0
-        opened = open_run.open_run(config, source, prompts, warn)
+        opened = open_run.open_run(config, source, texts, warn)
         api.run(opened, resources, say, complain)
         return 0
     except (ConfigError, RunFailure) as error:
@@ -79,11 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _faults_seen_at_once(config: Config) -> list[str]:
     """What can be found to be wrong without torch: prompt files, the model's kind, a reward of no known name."""
-    prompts = partial(training_prompts, config), partial(evaluation_prompts, config)
+    read = partial(prompts.training_prompts, config), partial(prompts.evaluation_prompts, config)
     reward = partial(registry.check_name, config.reward.name, config.reward.backend)
     faults, path = [*untrainable(config)], str(resolve(config.model.path))
     look = is_unconditional if Path(path).is_dir() else locate  # no hub is asked yet
-    for step in (*prompts, partial(look, path), reward):
+    for step in (*read, partial(look, path), reward):
         try:
             step()
         except ValueError as error:

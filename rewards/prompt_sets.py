@@ -9,11 +9,16 @@ FOLDER = Path(__file__).resolve().parent.parent / "configs" / "prompts"
 LISTS = ("animals", "imagenet_classes")  # files in FOLDER
 STYLES = ("photo", "paintings", "anime", "concept-art")
 DATASETS = ("zhwang/HPDv2", "ymhao/HPDv2")  # the second is a copy
+SIZES = {"drawbench": 200, **dict.fromkeys(STYLES, 800)}  # prompts in each file of the datasets
 NAMES = (*LISTS, "drawbench", *(f"hpdv2:{style}" for style in STYLES))
 
 
 class PromptSetError(ValueError):
     """No set of that name, or one that cannot be read; the message says how to get it."""
+
+
+class NotFromHub(PromptSetError):
+    """The hub did not give a set that there is."""
 
 
 def is_name(name: str) -> bool:
@@ -32,6 +37,11 @@ def fetch(name: str) -> list[str]:
     return [prompt for file in files for prompt in _read(_download(name, file), name)]
 
 
+def made_up(name: str) -> list[str]:
+    """As many prompts as a set of the hub has, to count with."""
+    return [f"{file} {i}" for file in name.removeprefix("hpdv2:").split("+") for i in range(SIZES[file])]
+
+
 def _download(name: str, file: str) -> Path:
     """Cached by the hub's client, which also asks the hub whether there is a newer one unless HF_HUB_OFFLINE is set."""
     from huggingface_hub import hf_hub_download
@@ -42,7 +52,7 @@ def _download(name: str, file: str) -> Path:
             return Path(hf_hub_download(dataset, f"benchmark/{file}.json", repo_type="dataset"))
         except Exception as error:  # of the hub's client, or its http library
             reasons.append(f"{dataset}: {type(error).__name__}")
-    raise PromptSetError(
+    raise NotFromHub(
         f"{name} is neither in the hub's cache nor to be had from the hub ({', '.join(reasons)}); where there is a "
         f"network: `hf download {DATASETS[0]} benchmark/{file}.json --repo-type dataset --local-dir FOLDER` (from "
         f"https://huggingface.co/datasets/{DATASETS[0]}), then set prompts.path=FOLDER/benchmark/{file}.json; or give "

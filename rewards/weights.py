@@ -18,6 +18,14 @@ class WeightsNotFound(RunFailure, ValueError):
     """What a reward is read from is neither here nor to be had; the message names the setting."""
 
 
+class NotFromHub(WeightsNotFound):
+    """No path is wrong: no hub answers."""
+
+
+class _Silence(FileNotFoundError):
+    """The hub's."""
+
+
 class BadWeights(RunFailure, ValueError):
     """A file that is there, but does not hold what the reward needs; the message names file and keys."""
 
@@ -38,14 +46,15 @@ def find(assets: Sequence[Asset], fetch: bool = True) -> list[Any]:
     wrong paths before any hub is asked."""
     paths: list[Path | None] = []
     for look in (_local, lambda asset: _local(asset) or _from_hub(asset, fetch)):
-        paths, missing = [], []
+        paths, missing, answered = [], [], False
         for asset in assets:
             try:
                 paths.append(look(asset))
             except FileNotFoundError as error:
                 missing.append(f"{asset.key}: {error}")
+                answered |= not isinstance(error, _Silence)
         if missing:
-            raise WeightsNotFound("; ".join(missing))
+            raise (WeightsNotFound if answered else NotFromHub)("; ".join(missing))
     return paths
 
 
@@ -68,6 +77,7 @@ def _local(asset: Asset) -> Path | None:
 
 def _from_hub(asset: Asset, fetch: bool) -> Path | None:
     from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     repository, _, file = asset.source.partition(":")
     names = [file] if file else list(asset.files)
@@ -85,7 +95,8 @@ def _from_hub(asset: Asset, fetch: bool) -> Path | None:
     except Exception as error:  # of the hub's client, or its http library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         target = "/path/to/folder" if asset.folder else f"/path/to/{Path(names[0]).name}"
-        raise FileNotFoundError(
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError | HfHubHTTPError) else _Silence
+        raise kind(
             f"{', '.join(names)} of https://huggingface.co/{repository} is not in the hub's cache, and the hub did not "
             f"give it ({reason}); where there is a network: `hf download {repository} {' '.join(names)} --local-dir "
             f"FOLDER`, then set {asset.key}={target}"

@@ -33,6 +33,7 @@ DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED = "tests/learner/test_embeddings.py"
+MEMORY = "tests/commands/test_memory.py"
 SHAPES_FLOW = "tests/models/test_shapes_flow.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
@@ -76,6 +77,11 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if pixels % step:", "if False:", FLUX),
         ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
     ),
+    "commands/memory.py": (
+        ("self.now -= count", "pass", f"{MEMORY} -k by_hand"),
+        ("2 * held.lora", "held.lora", f"{MEMORY} -k roles"),
+    ),
+    "diffusion/locate.py": (("NoHub if isinstance(error, ConnectionError) else", "NoHub or", f"{MEMORY} -k answers"),),
     "learner/api.py": (
         ("config.objective.span(sampler.steps)[1] > kernel.noisy_steps", "False", SD3),
         ('config.objective.window != "auto"', "True", SD3),

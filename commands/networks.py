@@ -1,0 +1,88 @@
+"""The networks of a run without their weights, on torch's meta device, and one sample through each: for counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusion import flux, lora
+from diffusion.locate import family_of
+from diffusion.parts import latent_shape, text_encoders_without_weights, tiny_without_weights, without_weights
+from diffusion.sd3 import velocity
+from diffusion.sdxl import predicted
+from learner.build import flow_network
+from learner.config import Config, resolve
+
+TOKENS = 77  # of a prompt's embedding: CLIP's
+
+
+@dataclass(frozen=True)
+class Networks:
+    """As a learner rank and a reward actor have them: the network with its LoRA, in model.dtype; the decoders in that
+    which they decode in."""
+
+    unet: Any
+    flow: nn.Module | None
+    vae: Any  # None: states are images
+    tiny: Any  # decoder; None: not in use
+    encoders: dict[str, Any]  # of text, float32
+    output: Callable[[], Tensor]  # of the denoising network for one sample
+    log_flow: Callable[[], Tensor]  # of the flow network for one state
+    latents: Tensor  # [1, C, H, W], of the decoders' type
+    embedding: tuple[int, int]  # rows and width of a prompt's; 0 without text
+
+
+def networks(config: Config) -> Networks:
+    """Raises a BaseModelError if the model's configuration cannot be read."""
+    path, dtype = str(resolve(config.model.path)), getattr(torch, config.model.dtype)
+    unet, vae = without_weights(path)
+    shape = (1, *latent_shape(path, config.model.pixels))
+    # None without prompts; Stable Diffusion 3's has another name.
+    width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
+    kind, tiny = family_of(path), None
+    # Of CLIP (FLUX: none), of T5, and the pooled one, which Stable Diffusion 1.x and 2.x have not.
+    t5 = kind.t5_tokens and (config.model.text_tokens or kind.t5_tokens)
+    rows = TOKENS * (kind.name != "flux") + t5 + (kind.name != "base_model")
+    decoded = torch.float32 if config.needs.reward_gradients else dtype
+    nn.Module.to(unet, dtype).eval()  # the class's own warns of parts in float32, also where there are none
+    with torch.device("meta"):
+        lora.attach(unet, config.lora.rank, config.lora.alpha or config.lora.rank, lora.TARGETS[config.lora.targets])
+        flow = flow_network(config, shape[1:], width)
+        x, t = torch.zeros(shape, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+        embedding = torch.zeros(1, rows, width or 0, dtype=dtype)
+        latents = torch.zeros(shape, dtype=decoded, requires_grad=config.needs.reward_gradients)
+        if config.objective.forward_looking_decoder == "tiny":
+            tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
+    if config.learner.gradient_checkpointing:
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    for decoder in (vae, tiny):
+        if decoder is not None:
+            nn.Module.to(decoder, decoded).requires_grad_(False)
+
+    def output() -> Tensor:
+        if kind.name == "sd3":
+            return velocity(unet, x, t, embedding)
+        if kind.name == "sdxl":
+            return predicted(unet, x, t, embedding, torch.zeros(6, dtype=dtype, device="meta"))
+        if kind.name == "flux":
+            return flux.velocity(unet, x, t, embedding, config.sampler.guidance)
+        return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
+
+    def log_flow() -> Tensor:
+        assert flow is not None
+        return flow(x, t, embedding)
+
+    encoders = text_encoders_without_weights(path) if kind.text else {}
+    return Networks(unet, flow, vae, tiny, encoders, output, log_flow, latents, (rows, width or 0))
+
+
+def passes_of(config: Config) -> int:
+    """Samples that go through the denoising network for one: two under classifier-free guidance."""
+    told = family_of(str(resolve(config.model.path))).distilled
+    return 1 if told or config.sampler.guidance == 1 else 2
