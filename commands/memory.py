@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from commands.networks import Networks, passes_of
 from diffusion import lora
+from learner import embeddings
 from learner.config import Config
-from learner.prompts import evaluation_prompts, training_prompts
 from learner.update import MOST
 from reports.summary import plural
 
@@ -126,7 +126,15 @@ def lines(config: Config, held: Memory) -> list[str]:
     """A line a role."""
     passes, micro = passes_of(config), config.learner.micro_batch or 1
     twice = ", twice for guidance" if passes == 2 else ""
-    network = {f"network in {config.model.dtype}": held.network, "LoRA": held.lora}
+    once, encoded = held.encoders >= FLOAT * embeddings.LARGE, []
+    network = {"text encoders": held.encoders * (not once), f"network in {config.model.dtype}": held.network}
+    network["LoRA"] = held.lora
+    if once:
+        prompts = len(embeddings.prompts(config))
+        encoded = [
+            f"text encoders (once, before training): {_gb(held.encoders)} in float32; the embeddings of "
+            f"{plural(prompts, 'prompt')} go through the object store: {_gb(prompts * held.embedding)}"
+        ]
     chunk = config.sampler.chunk_size
     sampler = network | {f"{chunk} samples forward{twice}": chunk * passes * held.forward}
     flow = 2 * held.flow_train  # at both ends of a transition
@@ -139,13 +147,6 @@ def lines(config: Config, held: Memory) -> list[str]:
     learner = network | {"its gradient": held.lora, "its moments": moments, "flow network with its own": 4 * held.flow}
     learner[most] = steps[most]
     actor = {"decoder": held.decoders, config.reward.name: held.reward, "decoding an image": held.decode}
-    encoded = []
-    if held.encoders:
-        prompts = len({*training_prompts(config), *evaluation_prompts(config), *[""] * (passes - 1)})
-        encoded = [
-            f"text encoders (once, before training): {_gb(held.encoders)} in float32; the embeddings of "
-            f"{plural(prompts, 'prompt')} go through the object store: {_gb(prompts * held.embedding)}"
-        ]
     free = "" if config.learner.micro_batch else f"; micro-batches are what free memory holds, {MOST} at most"
     unknown = "" if held.reward is not None else f"; {config.reward.name}'s own size is not known"
     return [
