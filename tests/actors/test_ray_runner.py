@@ -73,10 +73,16 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(cluster, sma
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3", "tiny_flux"])
-def test_other_models_give_the_bits_of_the_inprocess_run(cluster, small_settings, tmp_path, request, model):
+@pytest.mark.parametrize(
+    ("model", "kernel"),
+    [("tiny_sdxl", "ddim"), ("tiny_sd3", "ddim"), ("tiny_sd3", "calibrated"), ("tiny_flux", "ddim")],
+)
+def test_other_models_give_the_bits_of_the_inprocess_run(cluster, small_settings, tmp_path, request, model, kernel):
     settings = [f"model.path={request.getfixturevalue(model)}", "model.pixels=64", "objective.last_transition=skip"]
-    assert_same_bits([*small_settings, *settings], tmp_path, two="sampler.actors=2", ranks="learner.ranks=1")
+    settings += [*small_settings[:-1], f"sampler.kernel={kernel}"]
+    assert_same_bits(settings, tmp_path, two="sampler.actors=2", ranks="learner.ranks=1")
+    spreads = [json.loads((tmp_path / name / "run.json").read_text()).get("spread") for name in ("inprocess", "two")]
+    assert spreads[0] == spreads[1] and (spreads[0] is not None) == (kernel == "calibrated")
 
 
 @pytest.mark.slow
