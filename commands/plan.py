@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement, counted
 from diffusion import flux, lora, noise
+from diffusion.calibration import STEPS
 from diffusion.locate import family_of
 from diffusion.parts import latent_shape, tiny_without_weights, without_weights
 from diffusion.rollout import states_with_reward
 from diffusion.sd3 import velocity
 from diffusion.sdxl import predicted
-from evaluation import settling
+from evaluation import calibration, settling
 from learner import later
 from learner.build import flow_network
 from learner.config import Config, resolve
@@ -128,8 +129,7 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     needed = states_with_reward(settings, chosen)
     scored = int(needed.sum()) * count // len(ids)
     trained = selected.shape[1] * count
-    told = family_of(str(resolve(config.model.path))).distilled
-    passes = 1 if told or config.sampler.guidance == 1 else 2  # classifier-free guidance
+    passes = _passes(config)
     reference = 0
     if settings.forward_looking == "base":
         states = int(needed[:, :n].sum()) * count // len(ids)
@@ -176,6 +176,7 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
     """The plan as text, one fact a line."""
     cost, sampler, updates = costs(config), config.sampler, config.steps_per_epoch
     each = work(config, cost, placement.ranks.count)
+    passes = _passes(config)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
     evaluations *= images > 0
@@ -199,6 +200,10 @@ def describe(config: Config, placement: Placement, resources: dict[str, float], 
             f"{plural(train.epochs, 'epoch')}, {trajectories} trajectories, {plural(train.epochs * updates, 'update')}",
             f"{plural(evaluations, 'evaluation')} of {plural(images, 'image')}",
         ],
+        "variance": [
+            f"sampler.kernel=calibrated is measured before training: {plural(calibration.PICTURES, 'picture')}, "
+            f"{_flops(calibration.PICTURES * passes * (max(STEPS, sampler.steps) + 2 * sampler.steps) * cost.unet)}"
+        ] * config.uncalibrated,
         "window": _window(config, cost),
         "FLOPs": [
             f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
@@ -229,12 +234,18 @@ def _least_squares(config: Config, cost: Costs, each: Work, ranks: int) -> str:
     return f"{residuals} residuals, {_bytes(rows)} of rows and {_bytes(gram)} of their products on each learner rank"
 
 
+def _passes(config: Config) -> int:
+    """Of the network at a state: two of classifier-free guidance."""
+    told = family_of(str(resolve(config.model.path))).distilled
+    return 1 if told or config.sampler.guidance == 1 else 2
+
+
 def _window(config: Config, cost: Costs) -> list[str]:
     """Where objective.window=auto is still to be measured."""
     if config.objective.window != "auto":
         return []
     wanted = settling.continuations(config, training_prompts(config))
-    each = wanted.transitions * (1 if config.sampler.guidance == 1 else 2) * cost.unet
+    each = wanted.transitions * _passes(config) * cost.unet
     each += wanted.pictures * (cost.decode + (cost.reward or 0.0))
     return [
         f"objective.window=auto is measured before training, unless it has been for this model, prompts, reward and "

@@ -63,7 +63,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
     ),
     "diffusion/calibration.py": (
-        ("fine = model.kernel(max(STEPS, settings.num_steps))", "fine = model.kernel(settings.num_steps)", STEP_KERNELS),
+        ("model.kernel(max(STEPS, settings.num_steps))", "model.kernel(settings.num_steps)", STEP_KERNELS),
         ("deviation * draw(step)", "deviation * draw(noise.INITIAL_STATE)", STEP_KERNELS),
     ),
     "learner/config/load.py": (("if config.uncalibrated and spread:", "if False:", STEP_KERNELS),),

@@ -15,6 +15,7 @@ from diffusion.flow_kernels import FlowGRPOKernel, FlowKernel
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk
 from evaluation import calibration as measured
+from evaluation import settling
 from learner.config import saved_config
 from learner.run import main
 from records.run_folder import Records
@@ -44,15 +45,15 @@ class Normal:
         return (x - clean) / sigma, None
 
 
-@pytest.mark.parametrize("deviation", [1.0, 0.4])
-def test_of_normal_data_the_posteriors_variance_is_measured(deviation, monkeypatch):
-    monkeypatch.setattr(calibration, "STEPS", 300)
+@pytest.mark.parametrize("deviation", [1.0, 0.3])
+def test_of_normal_data_the_posteriors_variance_is_measured(deviation):
+    """Euler's own 50 steps leave images 3 to 6 % of their variance short, 10 steps 20 % and more."""
     chunk = Chunk(0, "evaluate", 0, 1, ("",) * 8, tuple(range(8)))
     found = calibration.spread(Normal(deviation), RolloutSettings(10), chunk)
     t = np.linspace(1, 0.1, 10)
     exact = deviation**2 * t**2 / ((1 - t) ** 2 * deviation**2 + t**2)
     assert found.shape == (8, 10)
-    np.testing.assert_allclose(found.mean(0), exact, rtol=0.05)
+    np.testing.assert_allclose(found.mean(0), exact, rtol=0.09)
 
 
 @pytest.fixture
@@ -63,6 +64,8 @@ def settings(small_settings, settings_of, tiny_sd3, monkeypatch):
 
 
 def test_a_run_measures_its_variances_once_and_all_go_by_them(settings, tiny_sd3, tmp_path, capsys):
+    assert main([*settings("dag_db", "sampler.kernel=calibrated"), "--plan"]) == 0
+    assert "calibrated is measured before training: 8 pictures" in capsys.readouterr().out
     run = goes_on_to_the_bit(settings("dag_db", "sampler.kernel=calibrated"), tmp_path)
     about, cut = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut"))
     spread = about["spread"]
@@ -92,6 +95,8 @@ def test_a_run_measures_its_variances_once_and_all_go_by_them(settings, tiny_sd3
 
 def test_a_measured_window_comes_after_and_a_damaged_spread_is_said(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TRIBUTARY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(settling, "STARTS", 16)
+    monkeypatch.setattr(settling, "PROMPTS", 4)
     free = ["objective.window=auto", "objective.last_transition=train", "flow.warmup_steps=0", "flow.fit_steps=0"]
     more = ["train.epochs=1", "train.replay_updates=0", "prompts.per_prompt=4", f"run.dir={tmp_path / 'run'}"]
     assert main(settings("rtb", "sampler.kernel=calibrated", *free, *more)) == 0
