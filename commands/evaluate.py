@@ -115,7 +115,7 @@ def number(value: float | None) -> str:
 def facts(target: Target) -> dict[str, Any]:
     evaluation = target.config.evaluation
     settings = evaluation.model_dump(include={"images", "seed", "features"})
-    settings |= target.config.sampler.model_dump(include={"steps", "guidance", "eta", "grid"})
+    settings |= target.config.sampler.model_dump(include={"steps", "guidance", "eta", "grid", "kernel"})
     settings |= {"noise_steps": target.config.noise_steps}
     settings |= {"prompts": len(set(target.prompts[: evaluation.images])), "other_seed": evaluation.seed + OTHER_SEED}
     return {

@@ -76,6 +76,9 @@ def settings(run_config: Config | None, base: str | None, seed: int | None, samp
     if config.noise_steps < config.sampler.steps != sampling.get("steps", config.sampler.steps):
         first = f"noise in the first {config.noise_steps} of {config.sampler.steps} steps alone (sampler.noise=window)"
         raise ValueError(f"--steps: the run has {first}; leave it out")
+    measured = config.sampler.spread if config.sampler.kernel == "calibrated" else None
+    if measured and len(measured) != sampling.get("steps", len(measured)):
+        raise ValueError(f"--steps: the run's calibrated variances are of {len(measured)} steps; leave it out")
     try:
         sampler = SamplerConfig(**config.sampler.model_dump() | sampling)
         evaluation = Evaluation(**config.evaluation.model_dump() | ({} if seed is None else {"seed": seed}))
@@ -127,7 +130,7 @@ def write(args: argparse.Namespace) -> None:
     ends = f" in the first {config.noise_steps}" if config.noise_steps < sampler.steps else ""
     legend = (
         f"base: {Path(config.model.path).name}.{with_lora} {noise}, {sampler.steps} steps, "
-        f"guidance {sampler.guidance:g}, eta {sampler.eta:g}{ends}"
+        f"guidance {sampler.guidance:g}, {sampler.kernel} kernel, eta {sampler.eta:g}{ends}"
     )
     Storage(str(args.out.parent)).write(args.out.name, png(comparison(prompts, drawn, legend)))
     print(args.out)

@@ -19,9 +19,10 @@ from cluster.placement import Placement
 from commands import memory
 from commands.networks import networks, passes_of
 from diffusion import lora, noise
+from diffusion.calibration import STEPS
 from diffusion.locate import PUBLISHED, ROOT
 from diffusion.rollout import states_with_reward
-from evaluation import settling
+from evaluation import calibration, settling
 from learner import later
 from learner.config import Config
 from learner.objectives.by_name import OBJECTIVES
@@ -161,6 +162,7 @@ def describe(
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": counted})})
     cost, sampler, updates = costs(config), config.sampler, config.steps_per_epoch
     each = work(config, cost, placement.ranks.count)
+    passes = passes_of(config)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
     evaluations = len({*range(config.evaluation.every, train.epochs, config.evaluation.every), train.epochs}) + 1
     evaluations *= images > 0
@@ -189,6 +191,10 @@ def describe(
             f"{_number(cost.parameters)} parameters, LoRA {_number(cost.lora)}; a sample forward {_flops(cost.unet)}, "
             f"forward and back {_flops(cost.unet_train)}",
         ],
+        "variance": [
+            f"sampler.kernel=calibrated is measured before training: {plural(calibration.PICTURES, 'picture')}, "
+            f"{_flops(calibration.PICTURES * passes * (max(STEPS, sampler.steps) + 2 * sampler.steps) * cost.unet)}"
+        ] * config.uncalibrated,
         "window": _window(config, cost),
         "FLOPs": [
             f"an epoch: rollout {_flops(each.rollout)}, decoding {_flops(each.decoding)}, {scoring}, training "
@@ -225,7 +231,7 @@ def _window(config: Config, cost: Costs) -> list[str]:
     if config.objective.window != "auto":
         return []
     wanted = settling.continuations(config, training_prompts(config))
-    each = wanted.transitions * (1 if config.sampler.guidance == 1 else 2) * cost.unet
+    each = wanted.transitions * passes_of(config) * cost.unet
     each += wanted.pictures * (cost.decode + (cost.reward or 0.0))
     return [
         f"objective.window=auto is measured before training, unless it has been for this model, prompts, reward and "

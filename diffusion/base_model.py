@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import gpu_memory, lora
-from diffusion.flow_kernels import FlowKernel
+from diffusion.flow_kernels import FlowGRPOKernel, FlowKernel
 from diffusion.kernels import DDIMKernel, GaussianKernel
 from diffusion.locate import (
     INDEX,
@@ -27,7 +27,7 @@ from diffusion.locate import (
     part_config,
 )
 from diffusion.parts import PACKED, check_weights, latent_shape, load_scheduler, reads_by_t5
-from diffusion.settings import Grid
+from diffusion.settings import Grid, StepKernel
 
 OPTIONAL = ("feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
 
@@ -109,9 +109,13 @@ class BaseModel:
     def embedding_width(self) -> int | None:  # E; None for models without prompts
         return getattr(self.unet.config, "cross_attention_dim", None)
 
-    def kernel(self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim") -> GaussianKernel:
-        """Of a flow model, its labels are what `predict` takes for t from then on."""
-        kernel = _kernel(self.path, self.scheduler, num_steps, eta, grid, self._pixels)
+    def kernel(
+        self, num_steps: int, eta: float = 1.0, grid: Grid = "ddim", kind: StepKernel = "ddim",
+        spread: Sequence[float] | None = None,
+    ) -> GaussianKernel:  # fmt: skip
+        """Of a flow model, its labels are what `predict` takes for t from then on. `spread` [N] is what a calibrated
+        one goes by; without it has the posterior's variance alone."""
+        kernel = _kernel(self.path, self.scheduler, num_steps, eta, grid, self._pixels, kind, spread)
         if isinstance(kernel, FlowKernel):
             self._times = torch.cat([torch.zeros(1), kernel.times.flip(0)]).to(self.device)
         return kernel
@@ -227,14 +231,18 @@ class Decoder:
 
 
 def load_kernel(
-    path: str, num_steps: int, eta: float, grid: Grid = "ddim", pixels: int | None = None
-) -> GaussianKernel:
+    path: str, num_steps: int, eta: float, grid: Grid = "ddim", pixels: int | None = None, kind: StepKernel = "ddim",
+    spread: Sequence[float] | None = None,
+) -> GaussianKernel:  # fmt: skip
     """The kernel of a pipeline's scheduler. Raises BaseModelError as `load_scheduler`, or for settings of the scheduler
     that the kernel does not follow."""
-    return _kernel(path, load_scheduler(path), num_steps, eta, grid, pixels)
+    return _kernel(path, load_scheduler(path), num_steps, eta, grid, pixels, kind, spread)
 
 
-def _kernel(path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid, pixels: int | None) -> GaussianKernel:
+def _kernel(
+    path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid, pixels: int | None, kind: StepKernel,
+    spread: Sequence[float] | None,
+) -> GaussianKernel:  # fmt: skip
     try:
         if (family := family_of(path)).flow:
             if grid != "ddim":
@@ -243,7 +251,12 @@ def _kernel(path: str, scheduler: Any, num_steps: int, eta: float, grid: Grid, p
             if family.name == "flux":  # its pipeline packs latents itself, and hands its scheduler these
                 patch, sigmas = PACKED, np.linspace(1.0, 1 / num_steps, num_steps)
             tokens = (latent_shape(path, pixels)[1] // patch) ** 2
-            return FlowKernel.from_scheduler(scheduler, num_steps, eta, sigmas, tokens)
+            kernel = FlowKernel.from_scheduler(scheduler, num_steps, eta, sigmas, tokens)
+            if kind == "flow_grpo":
+                return FlowGRPOKernel(kernel.sigmas, kernel.times, a=eta)
+            return kernel.calibrated(torch.tensor(spread)) if kind == "calibrated" and spread else kernel
+        if kind != "ddim":
+            raise ValueError(f"sampler.kernel: {kind} is a flow model's; set it to ddim")
         return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
     except (ValueError, TypeError) as error:
         raise BaseModelError(f"model.path: the scheduler of {path} cannot be used: {error}") from error

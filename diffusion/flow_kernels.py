@@ -94,6 +94,8 @@ class FlowGRPOKernel(FlowKernel):
 
     It is the reverse of no noising kernel: log p_B raises a TypeError."""
 
+    reverses_noising = False
+
     def __init__(self, sigmas: Tensor, times: Tensor | None = None, a: float = 0.7) -> None:
         super().__init__(sigmas, times)
         tables = self._tables[torch.device("cpu")]

@@ -30,6 +30,7 @@ class GaussianKernel:
     arithmetic is float32 or wider whatever the inputs' dtype: in bfloat16 abar_1 rounds to 1 and sigma to 0."""
 
     clip: float | None = None
+    reverses_noising = True  # else there is no p_B
 
     def __init__(
         self, timesteps: Tensor, prediction_type: str, squares: Mapping[str, Tensor], noisy_steps: int | None = None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import gpu_memory, lora, noise
+from diffusion import calibration, gpu_memory, lora, noise
 from diffusion.base_model import BaseModel
 from diffusion.settings import RolloutSettings
 from diffusion.trajectory import Chunk, CleanPredictions, Nats, Trajectories
@@ -18,7 +18,7 @@ class Sampler:
     def __init__(self, model: BaseModel, settings: RolloutSettings) -> None:
         """`model` has its adapter attached already."""
         self.model, self.settings = model, settings
-        self.kernel = model.kernel(settings.num_steps, settings.eta, settings.grid)
+        self.kernel = model.kernel(settings.num_steps, settings.eta, settings.grid, settings.kernel, settings.spread)
         self._loaded: tuple[int, str] | None = None
         self._adapted = True  # else it is the reference itself
 
@@ -80,7 +80,8 @@ class Sampler:
             if i < noisy:
                 x_next = kernel.sample(guided, t, x, draw(i + 1)).to(store).float()
                 log_pf.append(kernel.log_pf(guided, t, x, x_next, "sum"))
-                log_pb.append(kernel.log_pb(t, x, x_next, "sum"))
+                none = torch.zeros_like(log_pf[-1])
+                log_pb.append(kernel.log_pb(t, x, x_next, "sum") if kernel.reverses_noising else none)
                 if compare:
                     reference = (
                         model.predict_reference(x, t, embeddings, settings.guidance) if adapted and used else guided
@@ -116,7 +117,10 @@ class Sampler:
         row, step = np.nonzero(needed)
         latents = torch.stack([*cleans, x.to(store)], 1).cpu().numpy()[row, step if training else np.zeros_like(step)]
         terminal = n if settings.terminal is None or not training else settings.terminal
-        return trajectories, CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal, nats)
+        measuring = settings.kernel == "calibrated" and settings.spread is None
+        spread = calibration.spread(model, settings, chunk) if measuring else None
+        clean = CleanPredictions(chunk, n, np.ascontiguousarray(latents), row, step, terminal, nats, spread)
+        return trajectories, clean
 
     def _predict(self, chunk: Chunk, step: int, x: Tensor, t: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Guided and conditional output; of rows that are still one trajectory, one for all."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Grid = Literal["ddim", "dpm_solver"]
+StepKernel = Literal["ddim", "calibrated", "flow_grpo"]
 Reduction = Literal["sum", "mean"]
 Selection = Literal["all", "random", "low_variance"]
 ForwardLooking = Literal["base", "snapshot", "none"]
@@ -19,6 +20,8 @@ class RolloutSettings:
     guidance: float = 5.0
     eta: float = 1.0
     grid: Grid = "ddim"
+    kernel: StepKernel = "ddim"
+    spread: tuple[float, ...] | None = None  # [N] V_t of the calibrated kernel; None: it is being measured
     forward_looking: ForwardLooking = "base"  # whose clean predictions: the frozen reference's, its own; none: psi = 0
     clean_prediction: CleanPrediction = "conditional"  # as the published code; guided foretells the image better
     selection: Selection = "all"

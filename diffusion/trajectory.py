@@ -61,7 +61,7 @@ class Trajectories:
     timesteps: np.ndarray  # [N] int64, decreasing
     states: np.ndarray  # [B, N+1, C, H, W] noise -> data: states[:, i] is x at timesteps[i], states[:, N] is x_0
     log_pf: np.ndarray  # [B, N] nats, summed over dimensions, of the rollout's own weights and the states as stored
-    log_pb: np.ndarray  # [B, N] nats, summed over dimensions, of the states as stored
+    log_pb: np.ndarray  # [B, N] nats, summed over dimensions, of the states as stored; 0 where a kernel has no p_B
     selected: np.ndarray  # [B, K] int64 steps to train on, ascending
     model_output: np.ndarray  # [B, K, C, H, W] the rollout's guided output at the selected steps
     # [B, N] nats, summed over dimensions: log p_F of the frozen reference; None where it was not asked for. Transitions
@@ -96,6 +96,7 @@ class CleanPredictions:
     step: np.ndarray  # [M] int64 its state's index, 0..N
     terminal: int  # the state whose reward is the trajectory's in training: N, or an earlier one
     nats: "Nats | None" = None
+    spread: np.ndarray | None = None  # [B, N] float32, of diffusion/calibration.py, while it is measured
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Scores:
     # Of evaluation chunks, NaN in bad rows: label -> [B] by each reward that is not trained on; [B, F] float32
     held_out: dict[str, np.ndarray] = field(default_factory=dict)
     features: np.ndarray | None = None
-    nats: Nats | None = None  # the sampler's
+    nats: Nats | None = None  # the sampler's, as is
+    spread: np.ndarray | None = None
 
     @property
     def good_ids(self) -> tuple[int, ...]:

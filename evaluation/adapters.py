@@ -32,7 +32,10 @@ if TYPE_CHECKING:  # torch and diffusers come with it
 LORA = "lora"  # a checkpoint's folder of LoRA files
 OTHER_SEED = 1_000_003  # added to evaluation.seed: noise that no training run evaluates on
 SETTING = re.compile(r"[^/:]+=")
-SAMPLING = {"actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid", "noise", "adapter"}
+SAMPLING = {
+    "actors", "gpus", "labels", "chunk_size", "steps", "guidance", "eta", "grid", "kernel", "spread", "noise",
+    "adapter",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,9 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
     config, adapter, sampler = target.config, target.adapter, target.config.sampler
     path = str(resolve(config.model.path))
     check_parts(path)
-    load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels)
+    load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels, sampler.kernel, sampler.spread)
+    if config.uncalibrated:
+        raise ValueError("sampler.spread: a run's is measured; give the run's folder, or sampler.kernel=ddim")
     if not is_unconditional(path) and (said := cut_prompts(path, target.prompts)):
         warn(f"{target.name}: {said}")
     unet, _ = without_weights(path)

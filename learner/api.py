@@ -21,7 +21,7 @@ from diffusion.base_model import load_kernel
 from diffusion.failures import RunFailure
 from diffusion.locate import family_of
 from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
-from evaluation import collapse, settling
+from evaluation import calibration, collapse, settling
 from evaluation.image_sets import Cache, Pools
 from learner import controller
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
@@ -138,7 +138,8 @@ def check(
             and (said := attempt(lambda: cut_prompts(path, prompts)))
         ):
             warn(said)
-        kernel = attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels))
+        grid = sampler.steps, sampler.eta, sampler.grid, config.model.pixels
+        kernel = attempt(lambda: load_kernel(path, *grid, sampler.kernel, sampler.spread))
         given = config.objective.window != "auto"  # a measured one ends before a step without noise
         if kernel and given and config.objective.span(sampler.steps)[1] > kernel.noisy_steps:
             faults.append(
@@ -183,10 +184,13 @@ def run(
         else:
             records.note(finished=False, failure=None, environment=environment.facts(), cluster=resources)
             views.open()
+            if config.uncalibrated:
+                views.say(f"sampler.kernel=calibrated: {calibration.DOING}")
+                opened.settle(spread=measured_spread(config, views.say, views.progress, own_reward))
+                views.settled(config := opened.config)
             if config.objective.window == "auto":
-                opened.settle(_settle(config, views, own_reward))
-                config = opened.config
-                views.settled(config)
+                opened.settle(settled=_settle(config, views, own_reward))
+                views.settled(config := opened.config)
             if done < config.train.epochs:
                 say(f"starting {'in process' if config.run.runner == 'inprocess' else 'on Ray'}: loading the model")
                 runner = _start(opened, views, own_reward)
@@ -232,10 +236,22 @@ def pools_for(config: Config, say: Say, own_reward: Reward | None = None) -> Poo
         return evaluation_pools(config, say, reward)
 
 
+def measured_spread(
+    config: Config, say: Say, progress: Callable[[str, int, int], None], own_reward: Reward | None = None
+) -> list[float]:
+    """sampler.spread of this config, as evaluation/calibration.py's `measure`."""
+    wanted = calibration.pictures(config, training_prompts(config))
+    with contextlib.closing(pools_for(wanted.config, say, own_reward)) as pools:
+        return calibration.measure(wanted, pools, progress)
+
+
 def settled_profile(
     config: Config, cache: Cache, say: Say, progress: Callable[[str, int, int], None], own_reward: Reward | None = None
 ) -> list[dict[str, float]]:
-    """Where the reward of this config is settled, as evaluation/settling.py's `measure`."""
+    """Where the reward of this config is settled, as evaluation/settling.py's `measure`; sampler.spread comes first."""
+    if config.uncalibrated:
+        found = {"spread": tuple(measured_spread(config, say, progress, own_reward))}
+        config = config.model_copy(update={"sampler": config.sampler.model_copy(update=found)})
     wanted = settling.continuations(config, training_prompts(config))
     with contextlib.ExitStack() as stack:
 

@@ -25,14 +25,15 @@ class OpenRun:
 
     records: Records
     given: Config  # as the command says
-    config: Config  # with the window that was measured, once it is
+    config: Config  # with what is measured before training, once it is
     as_begun: Config  # with what it leaves open as the run began
     checkpoint: Checkpoint | None
     close: Callable[[], None]
 
-    def settle(self, known: dict[str, Any]) -> None:
-        """Keep in run.json what was measured for objective.window=auto, and go by it from now on."""
-        self.records.note(settled=known)
+    def settle(self, **known: Any) -> None:
+        """Keep in run.json what was measured before training (records/shapes.py: spread, settled), and go by it from
+        now on."""
+        self.records.note(**known)
         self.config, self.as_begun = (settled(config, self.records) for config in (self.config, self.as_begun))
 
 

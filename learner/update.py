@@ -47,7 +47,8 @@ class Learner:
 
     def __init__(self, model: BaseModel, flow: nn.Module | None, config: Config) -> None:
         self.model, self.config = model, config
-        self.kernel = model.kernel(config.sampler.steps, config.sampler.eta, config.sampler.grid)
+        given = config.sampler
+        self.kernel = model.kernel(given.steps, given.eta, given.grid, given.kernel, given.spread)
         self.objective = OBJECTIVES[config.objective.kind](config.objective, self.kernel)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.policy = Policy(model, config.sampler.guidance)

@@ -162,6 +162,22 @@ def flow_usage(config: Config, base: str, place: str, options: str) -> str:
     first, end = config.objective.span(sampler.steps)
     within = sampler.adapter == "window" and (first, end) != (0, sampler.steps)
     eta = f"({sampler.eta!r} if i < {config.noise_steps} else 0.0)" if config.noise_steps < sampler.steps else None
+    noisy = min(config.noise_steps, sampler.steps - 1)
+    step = [
+        "        clean, noise = sample - t * output, sample + (1 - t) * output",
+        "        variance = eta**2 * s**2 * (t**2 - ((1 - t) / (1 - s) * s) ** 2) / t**2",
+        "        mean = (1 - s) * clean + (s**2 - variance) ** 0.5 * noise",
+    ]
+    if sampler.kernel == "calibrated" and sampler.spread:
+        spread = [*sampler.spread[:noisy], *[0.0] * (sampler.steps - noisy)]
+        step.append(f"        spread = {spread}[i]")
+        step.append("        variance += ((1 - s) - (1 - t) ** 2 / (1 - s) * s**2 / t**2) ** 2 * spread")
+    elif sampler.kernel == "flow_grpo":
+        step = [
+            f"        inside, eta = self.sigmas[1].item() if t == 1 else t, eta if i < {sampler.steps - 1} else 0.0",
+            "        variance = eta**2 * inside / (1 - inside) * (t - s)",
+            "        mean = sample + (s - t) * output - variance / (2 * t) * (sample + (1 - t) * output)",
+        ]
     return "\n".join([
         "import torch",
         f"from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}",
@@ -170,9 +186,7 @@ def flow_usage(config: Config, base: str, place: str, options: str) -> str:
         "    def step(self, output, timestep, sample, **more):",
         "        i = self.index_for_timestep(timestep)",
         "        t, s, eta = self.sigmas[i].item(), self.sigmas[i + 1].item(), " + (eta or repr(sampler.eta)),
-        "        clean, noise = sample - t * output, sample + (1 - t) * output",
-        "        variance = eta**2 * s**2 * (t**2 - ((1 - t) / (1 - s) * s) ** 2) / t**2",
-        "        mean = (1 - s) * clean + (s**2 - variance) ** 0.5 * noise",
+        *step,
         "        return (mean + variance**0.5 * torch.randn_like(mean),)",
         "",
         *(lora_within(first, end) if within else []),

@@ -40,7 +40,7 @@ class RunViews:
         self._heartbeat = self._try("status.json", lambda: Heartbeat(storage, config.train.epochs, uri, quiet))
 
     def settled(self, config: Config) -> None:
-        """Where its reward is settled is known."""
+        """What is measured before training is known."""
         self._config = config
 
     def say(self, text: str) -> None:

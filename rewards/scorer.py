@@ -132,7 +132,7 @@ class Scorer:
         if judged.gradients is not None:
             further |= {"gradients": judged.gradients, "gradient_row": index}
         if chunk.purpose == "evaluate":
-            further["nats"] = clean.nats
+            further |= {"nats": clean.nats, "spread": clean.spread}
         if chunk.purpose == "train" and self.thumbnail_pixels:
             further["thumbnails"] = tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures.values())
         if chunk.purpose == "train" and self.shuffle:

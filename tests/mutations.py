@@ -34,7 +34,7 @@ FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/tes
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED = "tests/learner/test_embeddings.py"
 MEMORY = "tests/commands/test_memory.py"
-SHAPES_FLOW = "tests/models/test_shapes_flow.py"
+SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -71,6 +71,11 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("model.device, model.text_tokens]", "model.device]", EMBEDDED),
         (">= LARGE", "> 1e99", EMBEDDED),
     ),
+    "diffusion/calibration.py": (
+        ("model.kernel(max(STEPS, settings.num_steps))", "model.kernel(settings.num_steps)", STEP_KERNELS),
+        ("deviation * draw(step)", "deviation * draw(noise.INITIAL_STATE)", STEP_KERNELS),
+    ),
+    "learner/config/load.py": (("if config.uncalibrated and spread:", "if False:", STEP_KERNELS),),
     "models/shapes_flow/train.py": (("bias[:, -1] = math.log(times)", "bias[:, -1] = times", SHAPES_FLOW),),
     "diffusion/parts.py": (
         ("if _today(key) not in there and id(parameters.get(key)) in held:", "if False:", FLUX),
@@ -89,6 +94,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "reports/model_card.py": (
         ("((1 - t) / (1 - s) * s) ** 2", "((1 - t) * s) ** 2", SD3),
+        ("[*sampler.spread[:noisy], *[0.0] * (sampler.steps - noisy)]", "[*sampler.spread]", SD3),
+        ("eta if i < {sampler.steps - 1} else 0.0", "eta", SD3),
         ("{sampler.eta!r} if i < {config.noise_steps}", "{sampler.eta!r} if i <= {config.noise_steps}", SD3),
     ),
     "diffusion/sd3.py": (

@@ -41,6 +41,9 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"prompts.per_prompt: {config.prompts.per_prompt} does not divide sampler.chunk_size {chunk}"
     if config.objective.forward_looking_from >= config.sampler.steps:
         yield f"objective.forward_looking_from: must be below sampler.steps {config.sampler.steps}"
+    spread, steps = config.sampler.spread, config.sampler.steps
+    if config.sampler.kernel == "calibrated" and spread is not None and len(spread) != steps:
+        yield f"sampler.spread: it is of {len(spread)} steps, not of sampler.steps {steps}; or set sampler.kernel=ddim"
     if config.train.shuffle_rewards and config.sampler.transitions != "all":
         yield "train.shuffle_rewards: only with sampler.transitions=all (other states have no reward to swap)"
     if config.train.shuffle_rewards and chunk == 1:
@@ -125,11 +128,13 @@ def contradictions(config: Config) -> Iterator[str]:
 
 def untrainable(config: Config) -> Iterator[str]:
     """What has no target to train towards, a line each. It may be judged and drawn with: no contradiction."""
-    if config.needs.noising_kernel and config.sampler.eta != 1:
+    key, value = ("kernel", "ddim") if config.sampler.kernel == "flow_grpo" else ("eta", 1)
+    if config.needs.noising_kernel and getattr(config.sampler, key) != value:
         allowed = ", ".join(kind for kind, other in NEEDS.items() if not other.noising_kernel)
+        when = "with flow_grpo never" if key == "kernel" else "at eta 1 alone"
         yield (
-            f"sampler.eta: {config.objective.kind} compares the sampler's steps with the noising kernel, whose reverse "
-            f"they are at eta 1 alone; use sampler.eta=1, or one of {allowed}"
+            f"sampler.{key}: {config.objective.kind} compares the sampler's steps with the noising kernel, whose "
+            f"reverse they are {when}; use sampler.{key}={value}, or one of {allowed}"
         )
 
 

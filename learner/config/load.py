@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from learner.config.checks import ConfigError, contradictions, raise_faults
 from learner.config.schema import CONFIG_VERSION, Config, known_keys, section_types
+from learner.config.sections import Section
 from records.passwords import without_passwords
 
 if TYPE_CHECKING:
@@ -91,23 +92,28 @@ def as_arguments(settings: Mapping[str, Any]) -> str:
 
 
 def saved_config(records: "Records") -> Config:
-    """The settings of a run, objective.window as it was measured. Raises a ConfigError where they are of another
+    """The settings of a run, with what was measured before training. Raises a ConfigError where they are of another
     version, or damaged; a StorageError."""
     return settled(given_config(records), records)
 
 
 def settled(config: Config, records: "Records") -> Config:
-    """With the window that the run's run.json has for objective.window=auto, if it is measured. Raises a ConfigError
-    where it is of other steps."""
-    known = records.about.get("settled")
-    if config.objective.window != "auto" or not known:
-        return config
-    if known["steps"] != config.sampler.steps:
-        fault = f"its window is of {known['steps']} steps, not of {config.sampler.steps}"
-        raise ConfigError(f"run.dir: run.json in {records.storage} is damaged: {fault}")
-    first, last = known["window"]
-    objective = config.objective.model_copy(update={"window": (first, last)})
-    return config.model_copy(update={"objective": objective})
+    """With what the run's run.json has, if it is measured: sampler.spread, and the window for objective.window=auto.
+    Raises a ConfigError where one is of other steps."""
+    spread, known, found = records.about.get("spread"), records.about.get("settled"), dict[str, Section]()
+
+    def require(name: str, steps: int) -> None:
+        if steps != config.sampler.steps:
+            fault = f"its {name} is of {steps} steps, not of {config.sampler.steps}"
+            raise ConfigError(f"run.dir: run.json in {records.storage} is damaged: {fault}")
+
+    if config.uncalibrated and spread:
+        require("spread", len(spread))
+        found["sampler"] = config.sampler.model_copy(update={"spread": tuple(spread)})
+    if config.objective.window == "auto" and known:
+        require("window", known["steps"])
+        found["objective"] = config.objective.model_copy(update={"window": tuple(known["window"])})
+    return config.model_copy(update=found)
 
 
 def given_config(records: "Records") -> Config:

@@ -88,6 +88,11 @@ class Config(Section):
         steps = self.sampler.steps
         return self.objective.span(steps)[1] if self.sampler.noise == "window" else steps
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether its kernel's variances are still to be measured."""
+        return self.sampler.kernel == "calibrated" and self.sampler.spread is None
+
     def rollout_settings(self) -> RolloutSettings:
         steps = self.sampler.steps
         first, end = self.objective.span(steps)
@@ -99,6 +104,8 @@ class Config(Section):
             guidance=self.sampler.guidance,
             eta=self.sampler.eta,
             grid=self.sampler.grid,
+            kernel=self.sampler.kernel,
+            spread=self.sampler.spread,
             forward_looking=self.objective.forward_looking if self.needs.inner_rewards else "none",
             clean_prediction=self.objective.clean_prediction,
             from_step=self.objective.forward_looking_from,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from diffusion.settings import CleanPrediction, ForwardLooking, Grid, Reduction, Selection, StatePrecision
+from diffusion.settings import CleanPrediction, ForwardLooking, Grid, Reduction, Selection, StatePrecision, StepKernel
 from learner.objectives.needs import NEEDS, Decay, Kind, Penalty, Weighting
 from rewards.names import Backend, FeatureKind
 
@@ -96,6 +96,16 @@ class SamplerConfig(Section):
         "others, in rollouts and in evaluations",
     )
     eta: float = key(1.0, "noise scale of DDIM; 1 is the papers', and the only one of objectives with p_B", gt=0, le=1)
+    kernel: StepKernel = key(
+        "ddim",
+        "of a step: ddim; of flow models also calibrated, whose steps have more variance where few would draw too "
+        "little, or flow_grpo, that method's step (eta is its a, by default 0.7), for objectives without p_B",
+    )
+    spread: tuple[Annotated[float, Field(ge=0)], ...] | None = key(
+        None,
+        "of kernel=calibrated: at each step the mean square of a number of image minus clean prediction; default: "
+        "measured on the base model before training",
+    )
     grid: Grid = key(
         "ddim",
         "timesteps: ddim (the scheduler's own spacing), or dpm_solver: of first-order SDE-DPM-Solver++ with "
@@ -106,6 +116,12 @@ class SamplerConfig(Section):
     state_precision: StatePrecision = key(
         "float32", "of stored states and model outputs; float16 halves the object store, log p_F stays exact"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _noise_of_flow_grpo(cls, given: Any) -> Any:
+        published = isinstance(given, dict) and given.get("kernel") == "flow_grpo"
+        return {"eta": 0.7, **given} if published else given
 
 
 class RewardConfig(Section):

@@ -78,7 +78,9 @@ def _inexact(config: Config) -> Iterator[str]:
     balanced = needs.flow or needs.whole_trajectories or needs.adjoint or needs.fitted_flow
     if balanced and config.train.shuffle_rewards:
         yield "train.shuffle_rewards: rewards are other pictures'"
-    if balanced and config.sampler.eta != 1:
+    if balanced and config.sampler.kernel == "flow_grpo":
+        yield "sampler.kernel=flow_grpo: the image keeps part of its first noise, which nothing moves"
+    elif balanced and config.sampler.eta != 1:
         yield "sampler.eta below 1: the image keeps part of its first noise, which nothing moves"
     first, end = settings.span(config.sampler.steps)
     if balanced and first > 0:

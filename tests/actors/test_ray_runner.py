@@ -74,18 +74,23 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(cluster, sma
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize(
+    ("model", "kernel"),
+    [("tiny_sdxl", "ddim"), ("tiny_sd3", "ddim"), ("tiny_sd3", "calibrated"), ("tiny_flux", "ddim")],
+)
 def test_other_models_give_the_bits_of_the_inprocess_run(
-    cluster, small_settings, tmp_path, request, model, monkeypatch
+    cluster, small_settings, tmp_path, request, model, kernel, monkeypatch
 ):
     """On Ray with prompts that an actor has embedded."""
     monkeypatch.setenv("TRIBUTARY_CACHE", str(tmp_path / "cache"))
-    settings = [f"model.path={request.getfixturevalue(model)}", "model.pixels=64", "objective.last_transition=skip"]
-    settings += small_settings
+    settings = [*small_settings, f"model.path={request.getfixturevalue(model)}", "model.pixels=64"]
+    settings += ["objective.last_transition=skip", f"sampler.kernel={kernel}"]
     assert main([*settings, "run.runner=inprocess", f"run.dir={tmp_path / 'inprocess'}"]) == 0
     monkeypatch.setattr(embeddings, "LARGE", 0)
     assert_same_bits(settings, tmp_path, two="sampler.actors=2")
     assert [*(tmp_path / "cache/embeddings").rglob("*.npy")]
+    spreads = [json.loads((tmp_path / name / "run.json").read_text()).get("spread") for name in ("inprocess", "two")]
+    assert spreads[0] == spreads[1] and (spreads[0] is not None) == (kernel == "calibrated")
 
 
 @pytest.mark.slow

@@ -178,7 +178,8 @@ def run(small_settings, tiny_sd3, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("window", [False, True])
-def test_the_cards_own_code_draws_the_samplers_pixels(run, tiny_sd3, tmp_path, monkeypatch, window):
+@pytest.mark.parametrize("kernel", ["ddim", "calibrated", "flow_grpo"])
+def test_the_cards_own_code_draws_the_samplers_pixels(run, tiny_sd3, tmp_path, monkeypatch, kernel, window):
     """Its scheduler's noise is replaced by the sampler's."""
     from commands.export import main as export
     from learner.config import read_config
@@ -188,7 +189,8 @@ def test_the_cards_own_code_draws_the_samplers_pixels(run, tiny_sd3, tmp_path, m
     assert "WithNoise" in (tmp_path / "out/README.md").read_text()
     more = ["objective.last_transition=train", "objective.window=[0, 1]"] if window else []
     settings = ["sampler.noise=window", "sampler.adapter=window"] if window else []
-    config, faults = read_config(run / "config.yaml", [*more, *settings])
+    own = [f"sampler.kernel={kernel}", "sampler.spread=[0.9, 0.7, 0.5, 0.3]", "sampler.eta=0.8"]
+    config, faults = read_config(run / "config.yaml", [*more, *settings, *own])
     assert not faults
     model = open_base_model(tiny_sd3, text_tokens=16)
     lora_files.attach(model, lora_files.read(tmp_path / "out"))

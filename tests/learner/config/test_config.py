@@ -32,6 +32,13 @@ def test_an_eta_that_would_change_the_target_is_refused(capsys):
     assert main(["sampler.eta=0.5"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "sampler.eta: dag_db" in line and "use sampler.eta=1, or one of residual_nabla_db" in line
+    assert main(["sampler.kernel=flow_grpo"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sampler.kernel: dag_db" in line and "use sampler.kernel=ddim, or one of residual_nabla_db" in line
+    (said,) = faults("sampler.kernel=calibrated", "sampler.spread=[1, 1]")
+    assert said == "sampler.spread: it is of 2 steps, not of sampler.steps 10; or set sampler.kernel=ddim"
+    assert load_config(overrides=["sampler.kernel=flow_grpo"]).sampler.eta == 0.7
+    assert load_config(overrides=["sampler.kernel=flow_grpo", "sampler.eta=0.5"]).sampler.eta == 0.5
 
 
 def test_settings_come_from_a_file_or_sections_with_overrides_as_text_or_objects():

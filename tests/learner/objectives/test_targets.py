@@ -89,6 +89,7 @@ def test_every_sampler_with_every_objective_is_exact_refused_or_without_target(k
     samplers = SAMPLERS | ({"transitions": ("all",)} if needs.whole_trajectories or needs.fitted_flow else {})
     assert status(kind, TRAINED, **samplers) == at_one
     assert status(kind, TRAINED, **samplers, eta=(0.999, 0.5)) == below
+    assert status(kind, TRAINED, kernel=("flow_grpo",), eta=(1, 0.7)) == below
     assert status(kind, TRAINED, "objective.setting=faithful", **samplers) == published
     # The clean prediction's reward is known at the state before the last; rtb and tb score the image alone.
     assert status(kind, "objective.last_transition=skip") == (NONE if whole else at_one)
