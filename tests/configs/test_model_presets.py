@@ -1,5 +1,5 @@
 """Presets of SDXL, Stable Diffusion 3.5 and FLUX: their plan, and one small epoch over pipelines of the very classes
-with random weights."""
+with random weights; of the embedded flow model one small epoch."""
 
 import json
 from pathlib import Path
@@ -52,3 +52,19 @@ def test_a_small_epoch_in_bfloat16(settings, tmp_path):
     assert np.isfinite([after[key] for key in ("loss", "grad_norm", "drift", "kl")]).all()
     adapter = lora_files.read(tmp_path / "run/checkpoints/latest/lora")
     assert any(bool(b.any()) for _, b in adapter.factors.values())
+
+
+FLOW = sorted(path.stem for path in CONFIGS.glob("shapes_flow_*.yaml"))
+LEAST = [*SMALL[:2], "train.epochs=1", "evaluation.images=0", "sampler.steps=4", "learner.ranks=1"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FLOW)
+def test_a_small_epoch_of_every_preset_of_the_embedded_flow_model(name, tmp_path):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    chunk, updates = config.sampler.chunk_size, config.train.updates_per_epoch
+    settings = [*LEAST, f"train.trajectories={chunk * updates}", f"run.dir={tmp_path / 'run'}"]
+    settings += ["objective.window=[0,2]"] * (config.objective.window != "all")
+    assert main(["--config", str(CONFIGS / f"{name}.yaml"), *settings]) == 0
+    after = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite([after[key] for key in ("loss", "drift", "kl")]).all() and after["drift"] > 0
