@@ -1,4 +1,4 @@
-"""Ranks stopped after an update and restored in new processes end bitwise as ranks unbroken; two train what one does."""
+"""Ranks stopped and restored in new processes end bitwise as ranks unbroken; two train what one does."""
 
 import numpy as np
 import pytest
