@@ -16,12 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.placement import Placement, counted
-from diffusion import flux, lora, noise
+from diffusion import lora, noise
 from diffusion.locate import family_of
 from diffusion.parts import latent_shape, tiny_without_weights, without_weights
+from diffusion.rehearsal import embedding_width, network_output
 from diffusion.rollout import states_with_reward
-from diffusion.sd3 import velocity
-from diffusion.sdxl import predicted
 from evaluation import settling
 from learner import later
 from learner.build import flow_network
@@ -77,9 +76,7 @@ def costs(config: Config) -> Costs:
     """Count on the meta device. Raises a BaseModelError if the model's configuration cannot be read."""
     unet, vae = without_weights(str(resolve(config.model.path)))
     shape = (1, *latent_shape(str(resolve(config.model.path)), config.model.pixels))
-    # None without prompts; Stable Diffusion 3's has another name.
-    width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
-    kind, tiny = family_of(str(resolve(config.model.path))), None
+    width, kind, tiny = embedding_width(unet), family_of(str(resolve(config.model.path))), None
     # Of CLIP (FLUX: none), of T5, and the pooled one, which Stable Diffusion 1.x and 2.x have not.
     t5 = kind.t5_tokens and (config.model.text_tokens or kind.t5_tokens)
     rows = TOKENS * (kind.name != "flux") + t5 + (kind.name != "base_model")
@@ -91,13 +88,7 @@ def costs(config: Config) -> Costs:
             tiny = tiny_without_weights(str(resolve(config.model.tiny_decoder)))
 
     def output() -> Any:
-        if kind.name == "sd3":
-            return velocity(unet, x, t, embedding)
-        if kind.name == "sdxl":
-            return predicted(unet, x, t, embedding, torch.zeros(6, device="meta"))
-        if kind.name == "flux":
-            return flux.velocity(unet, x, t, embedding, config.sampler.guidance)
-        return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
+        return network_output(kind, unet, x, t, embedding, config.sampler.guidance)
 
     return Costs(
         unet=_count(output),

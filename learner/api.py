@@ -17,10 +17,10 @@ from cluster import signals
 from cluster.nodes import totals
 from cluster.placement import Placement, Share, place_for
 from cluster.session import nodes_at_hand
-from diffusion.base_model import load_kernel
 from diffusion.failures import RunFailure
 from diffusion.locate import family_of
-from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
+from diffusion.parts import check_tiny_decoder, cut_prompts
+from diffusion.rehearsal import check_model
 from evaluation import collapse, settling
 from evaluation.image_sets import Cache, Pools
 from learner import controller
@@ -121,10 +121,9 @@ def check(config: Config, warn: Say, own_reward: Reward | None = None) -> tuple[
     if unconditional is False and config.prompts.path is None:
         faults.append(f"prompts.path: {path} takes prompts; name a file of them")
     if unconditional is not None:  # there is a pipeline
-        attempt(lambda: check_parts(path))
         if unconditional is False and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
             warn(said)
-        kernel = attempt(lambda: load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels))
+        kernel = attempt(lambda: check_model(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels))
         given = config.objective.window != "auto"  # a measured one ends before a step without noise
         if kernel and given and config.objective.span(sampler.steps)[1] > kernel.noisy_steps:
             faults.append(
