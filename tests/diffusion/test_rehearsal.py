@@ -1,4 +1,4 @@
-"""Folders of transformers and SDXL that are damaged or made to deceive: one line before a run starts, no code is run."""
+"""Folders of transformers and SDXL, damaged or made to deceive: one line before a run starts, and no code is run."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ CHANGES = [  # of a JSON file
     (("tiny_sd3",), TRANSFORMER, "num_layers", 0, "transformer/config.json cannot be used: Target modules"),
     (("tiny_sd3",), TRANSFORMER, "patch_size", 0, "cannot be used: ZeroDivisionError"),
     (("tiny_sd3",), TRANSFORMER, "sample_size", -1, "transformer/config.json cannot be used"),
-    (("tiny_sd3",), TRANSFORMER, "pos_embed_max_size", ABSENT, "transformer/diffusion_pytorch_model.safetensors has po"),
+    (("tiny_sd3",), TRANSFORMER, "pos_embed_max_size", ABSENT, "transformer/diffusion_pytorch_model.safetensors has"),
     (("tiny_flux",), TRANSFORMER, "axes_dims_rope", ABSENT, "transformer/config.json cannot be used: RuntimeError"),
     (("tiny_flux",), TRANSFORMER, "in_channels", "x", "its in_channels is x, not 16"),
     (
