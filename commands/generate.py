@@ -109,6 +109,7 @@ def write(args: argparse.Namespace) -> None:
         warn(adapter.note)
     from diffusion.locate import is_unconditional
     from diffusion.parts import cut_prompts
+    from diffusion.rehearsal import check_model
     from reports.pictures import LABELS, comparison, png
 
     unconditional = is_unconditional(str(resolve(config.model.path)))
@@ -117,6 +118,7 @@ def write(args: argparse.Namespace) -> None:
     if not unconditional and not args.prompt:
         raise ValueError("--prompt: what shall be drawn? give one or more")
     prompts, sampler = args.prompt or [""], config.sampler
+    check_model(str(resolve(config.model.path)), sampler.steps, sampler.eta, sampler.grid, config.model.pixels)
     if args.prompt and (said := cut_prompts(str(resolve(config.model.path)), prompts)):
         warn(said)
     drawn = draw(config, adapter, prompts, args.images)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import flux, lora
+from diffusion import lora
 from diffusion.locate import family_of
 from diffusion.parts import latent_shape, text_encoders_without_weights, tiny_without_weights, without_weights
-from diffusion.sd3 import velocity
-from diffusion.sdxl import predicted
+from diffusion.rehearsal import embedding_width, network_output
 from learner.build import flow_network
 from learner.config import Config, resolve
 
@@ -43,9 +42,7 @@ def networks(config: Config) -> Networks:
     path, dtype = str(resolve(config.model.path)), getattr(torch, config.model.dtype)
     unet, vae = without_weights(path)
     shape = (1, *latent_shape(path, config.model.pixels))
-    # None without prompts; Stable Diffusion 3's has another name.
-    width = getattr(unet.config, "cross_attention_dim", None) or getattr(unet.config, "joint_attention_dim", None)
-    kind, tiny = family_of(path), None
+    width, kind, tiny = embedding_width(unet), family_of(path), None
     # Of CLIP (FLUX: none), of T5, and the pooled one, which Stable Diffusion 1.x and 2.x have not.
     t5 = kind.t5_tokens and (config.model.text_tokens or kind.t5_tokens)
     rows = TOKENS * (kind.name != "flux") + t5 + (kind.name != "base_model")
@@ -66,13 +63,7 @@ def networks(config: Config) -> Networks:
             nn.Module.to(decoder, decoded).requires_grad_(False)
 
     def output() -> Tensor:
-        if kind.name == "sd3":
-            return velocity(unet, x, t, embedding)
-        if kind.name == "sdxl":
-            return predicted(unet, x, t, embedding, torch.zeros(6, dtype=dtype, device="meta"))
-        if kind.name == "flux":
-            return flux.velocity(unet, x, t, embedding, config.sampler.guidance)
-        return unet(x, t, **({} if width is None else {"encoder_hidden_states": embedding})).sample
+        return network_output(kind, unet, x, t, embedding, config.sampler.guidance)
 
     def log_flow() -> Tensor:
         assert flow is not None

@@ -223,11 +223,16 @@ class Decoder:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
         images = latents.to(self.device)
         if self.vae is not None:
-            images = images.to(self.dtype) / self.vae.config.scaling_factor
-            if self.vae.config.get("shift_factor"):  # of Stable Diffusion 3
-                images = images + self.vae.config.shift_factor
-            images = self.vae.decode(images).sample
+            images = decode(self.vae, images.to(self.dtype))
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] around [-1, 1] of a denoiser's latents."""
+    latents = latents / vae.config.scaling_factor
+    if vae.config.get("shift_factor"):  # of Stable Diffusion 3
+        latents = latents + vae.config.shift_factor
+    return vae.decode(latents).sample
 
 
 def load_kernel(
@@ -258,5 +263,7 @@ def _kernel(
         if kind != "ddim":
             raise ValueError(f"sampler.kernel: {kind} is a flow model's; set it to ddim")
         return DDIMKernel.from_scheduler(scheduler, num_steps, eta, grid)
+    except BaseModelError:  # of another part, or model.pixels
+        raise
     except (ValueError, TypeError) as error:
         raise BaseModelError(f"model.path: the scheduler of {path} cannot be used: {error}") from error

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusion import families
+from diffusion import families, single_files
 from diffusion.failures import RunFailure
 from diffusion.families import FAMILIES, Family
+from diffusion.single_files import AGAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model_index.json"
 PUBLISHED = ROOT / "configs" / "models"  # by hub id: configurations without weights, to count by
 HUB_SECONDS = 10  # for the hub to answer
 TINY_DECODER = ("config.json", "model.tiny_decoder")  # the index of one, and its setting
-AGAIN = "copy or download it again"
 
 
 class BaseModelError(RunFailure, ValueError):
@@ -38,10 +38,10 @@ def locate(path: str, index: str = INDEX, key: str = "model.path") -> str:
             raise BaseModelError(f"{key}: {path} holds no {index}: name a whole diffusers folder, or {AGAIN}")
         return str(local)
     if local.is_file():
-        raise BaseModelError(
-            f"{key}: {path} is a file, and a diffusers folder is wanted. A checkpoint in one file becomes one by "
-            "diffusers' StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); a LoRA is no model"
-        )
+        if index != INDEX:
+            raise BaseModelError(f"{key}: {path} is a file, and a diffusers folder is wanted")
+        said = f"is {single_files.described(local)}. Wanted is a diffusers folder of one of: {families.known()}"
+        raise BaseModelError(f"{key}: {path} {said}")
     beside = [file.parent.name for place in (Path(), ROOT) for file in (place / local.parent).glob(f"*/{index}")]
     if (close := difflib.get_close_matches(local.name, beside, 1)) and local.parent != Path():  # the hub is not asked
         raise BaseModelError(f"{key}: no such folder: {path}; did you mean {local.parent / close[0]}?")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffusion import lora
 from diffusion.base_model import BaseModel
+from diffusion.single_files import AGAIN, network_of
 from diffusion.snapshot import Snapshot, digest
 
 PLAIN = re.compile(r".+[._]lora[._](A|B|down|up)(\.default)?\.weight|.+\.alpha")
@@ -28,7 +29,6 @@ OTHER_KINDS = (
     "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "lora_bias",
     "layer_replication", "modules_to_save",
 )  # fmt: skip
-AGAIN = "copy or download it again"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers'
 # Stable Diffusion 1.x and 2.x, as kohya's scripts name them, by the width of the text that its attention takes.
 GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}
@@ -48,6 +48,7 @@ class AdapterFile:
     alpha: float
     state: dict[str, Tensor]  # MODULE.lora_A.weight, MODULE.lora_B.weight, float32; MODULE as diffusers' U-Net names it
     note: str | None = None  # what had to be assumed
+    made_for: str | None = None  # the kind of model, as far as the file's names tell
 
     @property
     def modules(self) -> list[str]:
@@ -75,14 +76,16 @@ class AdapterFile:
 def read(path: str | Path) -> AdapterFile:
     """A LoRA from a .safetensors file, or from a folder with one: pytorch_lora_weights.safetensors, PEFT's
     adapter_model.safetensors, kohya.safetensors or, if it is the only one, any other. Raises BadAdapter."""
-    file, note = _find(Path(path).expanduser()), None
+    file, note, made_for = _find(Path(path).expanduser()), None, None
     try:
         with safe_open(str(file), "pt") as opened:
             names = list(opened.keys())
+            made_for = network_of(names)
             others = [name for name in names if name.startswith(TEXT_ENCODER) or not PLAIN.fullmatch(name)]
             if others or not any("lora" in name and not name.endswith(".alpha") for name in names):
+                of = made_for or "a U-Net"
                 raise BadAdapter(
-                    f"{file} is no plain LoRA of a U-Net: it holds {min(others, default='nothing')} (text encoders', "
+                    f"{file} is no plain LoRA of {of}: it holds {min(others, default='nothing')} (text encoders', "
                     "DoRA, LoHa and the like are not read; diffusers' save_lora_weights writes what is)"
                 )
             tensors = {name: opened.get_tensor(name) for name in names}
@@ -103,7 +106,8 @@ def read(path: str | Path) -> AdapterFile:
         }
         factors = AdapterFile(str(file), 0, 0, state).factors.values()
     except (KeyError, ValueError) as error:  # a partner is missing, or weights of an alpha are
-        raise BadAdapter(f"{file} is not whole: {' '.join(str(error).split())[:200]}; {AGAIN}") from error
+        whose = f" (a LoRA of {made_for})" if made_for else ""
+        raise BadAdapter(f"{file}{whose} is not whole: {' '.join(str(error).split())[:200]}; {AGAIN}") from error
     ranks = {rank for a, b in factors for rank in (a.shape[0], b.shape[1])}
     # A kohya file's alpha is a float32: its shortest decimal is what was meant, 0.1 and not 0.10000000149.
     alphas = {float(str(np.float32(alpha))) for alpha in (kohya_alphas or {}).values()}
@@ -115,7 +119,7 @@ def read(path: str | Path) -> AdapterFile:
         note = f"{file} does not say its alpha: taken to be its rank {min(ranks)}, as diffusers does"
     if len(ranks) > 1 or len(alphas) > 1:
         raise BadAdapter(f"{file} has ranks {sorted(ranks)} and alphas {sorted(alphas)}: use a LoRA of one each")
-    adapter = AdapterFile(str(file), ranks.pop(), alphas.pop(), state, note)
+    adapter = AdapterFile(str(file), ranks.pop(), alphas.pop(), state, note, made_for)
     for name, (a, b) in adapter.factors.items():
         largest = float(a.abs().max()), float(b.abs().max()), abs(adapter.alpha) * float(a.abs().max() * b.abs().max())
         if not max(largest) <= LARGEST:  # NaN, too
@@ -150,10 +154,15 @@ def require_fit(unet: nn.Module, adapter: AdapterFile) -> None:
     for name, (a, b) in adapter.factors.items():
         weight, shape = getattr(layers.get(name), "weight", None), [b.shape[0], *a.shape[1:]]
         if weight is None or list(weight.shape) != shape:
-            there = "there is none" if weight is None else list(weight.shape)
+            there, mine = "there is none" if weight is None else list(weight.shape), network_of(layers)
+            remedy = "name the base model that it was made for"
+            if adapter.made_for == mine and weight is None:
+                remedy += ", or have diffusers' load_lora_weights and save_lora_weights write it in the names read here"
+            other = mine and adapter.made_for and adapter.made_for != mine
+            told = f"made for {adapter.made_for}, and the model is {mine}: " if other else ""
             raise BadAdapter(
-                f"{adapter.source} is a LoRA of another base model: its {name} is {shape}, in this U-Net {there}; name "
-                "the base model that it was made for"
+                f"{adapter.source} is a LoRA of another base model: {told}its {name} is {shape}, in this model {there};"
+                f" {remedy}"
             )
 
 

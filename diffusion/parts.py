@@ -76,6 +76,18 @@ def load_tokenizer(path: str, number: str = "") -> Any:
     return tokenizer
 
 
+def _check_t5_tokenizer(path: str, number: str) -> None:
+    """Raises BaseModelError where it cannot be loaded or does not fit its encoder: one without its file would be empty,
+    and read every word as unknown. Encoders have a multiple of 128 tokens, of which the last may be unused."""
+    from transformers import T5Tokenizer
+
+    with load_errors(path, part=f"tokenizer{number}"):
+        known = len(T5Tokenizer.from_pretrained(locate(path), subfolder=f"tokenizer{number}"))
+        tokens = part_config(path, f"text_encoder{number}").get("vocab_size", 32128)
+        if not tokens - 128 < known <= tokens:
+            raise ValueError(f"it knows {known} tokens, the text encoder's config.json {tokens} (vocab_size)")
+
+
 def cut_prompts(path: str, prompts: Sequence[str]) -> str | None:
     """What is to be said of prompts longer than the text encoder reads, whose rest is cut; raises as load_tokenizer.
     Where a T5 reads them too, nothing is."""
@@ -98,11 +110,12 @@ def check_parts(path: str, whole: bool = True) -> None:
     here. Of weights only the headers are read, and unless `whole` neither they nor tokenizers."""
     index, family = pipeline_index(path), family_of(path)
     unconditional = not family.text
-    for name, kind in family.all_parts.items():
+    for name, kind in {"scheduler": "a scheduler of diffusers", **family.all_parts}.items():
         found = _class_of(index, name)
         if found is None and name in family.optional:
             continue
-        if str(found).removesuffix("Fast") != kind:
+        any_scheduler = name not in family.parts and found is not None and "." not in found
+        if str(found).removesuffix("Fast") != kind and not any_scheduler:
             raise BaseModelError(f"model.path: the {INDEX} of {path} names {found} as its {name}, not {kind}; {AGAIN}")
     if family.flow:
         _check_transformer(path, family, whole)
@@ -142,9 +155,13 @@ def check_parts(path: str, whole: bool = True) -> None:
 
 
 def _class_of(index: dict[str, Any], name: str) -> str | None:
-    """The class that a pipeline's index names for a part; None: it has none."""
-    library_and_class = index.get(name)
-    return library_and_class[-1] if isinstance(library_and_class, list) and library_and_class else None
+    """The class that a pipeline's index names for a part, with its library, if that is another than it should be; None:
+    it has none."""
+    entry = index.get(name)
+    if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+        return None
+    library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
+    return entry[1] if entry[0] == library else f"{entry[0]}.{entry[1]}"
 
 
 def reads_by_t5(path: str) -> bool:
@@ -171,14 +188,17 @@ def _check_transformer(path: str, family: Family, whole: bool) -> None:
     faults = [
         f"its {key} is {config[key]}, not {good}" for key, good in wanted.items() if config.get(key, good) != good
     ]
-    if (width := sum(encoder.get("hidden_size", 0) for encoder in encoders)) > config.get("joint_attention_dim", 4096):
-        faults.append(f"its joint_attention_dim is {config.get('joint_attention_dim')}, less than {width} of CLIP")
+    width, most = sum(encoder.get("hidden_size", 0) for encoder in encoders), config.get("joint_attention_dim", 4096)
+    if encoders and not (isinstance(most, int) and width <= most):
+        faults.append(f"its joint_attention_dim is {most}, less than {width} of CLIP")
     if faults:
         raise BaseModelError(f"model.path: the transformer of {path} cannot be used: {', '.join(faults)}")
     if not whole:
         return
     for number in ("", "_2")[: len(encoders) or 1]:
         load_tokenizer(path, number)
+    if reads_by_t5(path):
+        _check_t5_tokenizer(path, "_2" if family.name == "flux" else "_3")
     parts = dict(zip(("transformer", "vae"), without_weights(path), strict=True))
     for name, model in {**parts, **text_encoders_without_weights(path)}.items():
         check_weights(path, name, model)

@@ -271,15 +271,15 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
     """Raises a ValueError for what would otherwise fail only after actors are up: a damaged base model, or a
     LoRA of another; a reward, held-out rewards or features that cannot be had. Says which prompts are cut."""
     from diffusion import lora, lora_files
-    from diffusion.base_model import load_kernel
     from diffusion.locate import is_unconditional
-    from diffusion.parts import check_parts, cut_prompts, without_weights
+    from diffusion.parts import cut_prompts, without_weights
+    from diffusion.rehearsal import check_model
     from rewards import judges, registry
 
     config, adapter, sampler = target.config, target.adapter, target.config.sampler
     path = str(resolve(config.model.path))
-    check_parts(path)
-    load_kernel(path, sampler.steps, sampler.eta, sampler.grid, config.model.pixels, sampler.kernel, sampler.spread)
+    grid = sampler.steps, sampler.eta, sampler.grid, config.model.pixels
+    check_model(path, *grid, sampler.kernel, sampler.spread)
     if config.uncalibrated:
         raise ValueError("sampler.spread: a run's is measured; give the run's folder, or sampler.kernel=ddim")
     if not is_unconditional(path) and (said := cut_prompts(path, target.prompts)):

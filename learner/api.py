@@ -17,10 +17,10 @@ from cluster import signals
 from cluster.nodes import totals
 from cluster.placement import Placement, Share, place_for
 from cluster.session import nodes_at_hand
-from diffusion.base_model import load_kernel
 from diffusion.failures import RunFailure
 from diffusion.locate import family_of
-from diffusion.parts import check_parts, check_tiny_decoder, cut_prompts
+from diffusion.parts import check_tiny_decoder, cut_prompts
+from diffusion.rehearsal import check_model
 from evaluation import calibration, collapse, settling
 from evaluation.image_sets import Cache, Pools
 from learner import controller
@@ -130,16 +130,11 @@ def check(
     if unconditional is False and config.prompts.path is None:
         faults.append(f"prompts.path: {path} takes prompts; name a file of them")
     if unconditional is not None:  # there is a pipeline
-        attempt(lambda: check_parts(path, whole=path == named))
-        if (
-            unconditional is False
-            and path == named
-            and prompts
-            and (said := attempt(lambda: cut_prompts(path, prompts)))
-        ):
+        there = path == named
+        if unconditional is False and there and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
             warn(said)
         grid = sampler.steps, sampler.eta, sampler.grid, config.model.pixels
-        kernel = attempt(lambda: load_kernel(path, *grid, sampler.kernel, sampler.spread))
+        kernel = attempt(lambda: check_model(path, *grid, sampler.kernel, sampler.spread, whole=there))
         given = config.objective.window != "auto"  # a measured one ends before a step without noise
         if kernel and given and config.objective.span(sampler.steps)[1] > kernel.noisy_steps:
             faults.append(

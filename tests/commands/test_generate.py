@@ -6,11 +6,14 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from commands import generate
 from diffusion import lora
 from diffusion.base_model import BaseModel
+from diffusion.open_model import open_base_model
 from evaluation.adapters import drawing
 from learner.config import Config, load_config
 from learner.config.sections import LoraConfig
@@ -162,6 +165,59 @@ def test_what_cannot_be_drawn_is_refused(finished_run, without_text, tmp_path, r
     ):
         assert message in refused("generate", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors"]
+
+
+MADE_FOR = {
+    "tiny_pipeline": "Stable Diffusion 1.x, 2.x",
+    "tiny_sdxl": "Stable Diffusion XL",
+    "tiny_sd3": "Stable Diffusion 3, 3.5",
+    "tiny_flux": "FLUX.1",
+}
+KOHYA = {  # a module of each, as kohya's scripts name it
+    "input_blocks_4_1_transformer_blocks_0_attn1_to_q": "Stable Diffusion XL",
+    "joint_blocks_0_context_block_attn_qkv": "Stable Diffusion 3, 3.5",
+    "double_blocks_0_img_attn_qkv": "FLUX.1",
+}
+
+
+@pytest.fixture(scope="module")
+def loras(request, tmp_path_factory):
+    """A LoRA's file for each kind of model, and kohya's: whose each is."""
+    folder, found = tmp_path_factory.mktemp("loras"), {}
+    for name, words in MADE_FOR.items():
+        model = open_base_model(request.getfixturevalue(name), text_tokens=8)
+        model.attach_lora(1, 1, seed=0)
+        lora.save_files(model.unet, folder / name)
+        found[folder / name / lora.DIFFUSERS_FILE] = words
+    for name, words in KOHYA.items():
+        parts = {"lora_down": torch.ones(1, 8), "lora_up": torch.ones(8, 1)}
+        tensors = {f"lora_unet_{name}.{part}.weight": tensor for part, tensor in parts.items()}
+        save_file(tensors | {f"lora_unet_{name}.alpha": torch.tensor(1.0)}, folder / f"{name}.safetensors")
+        found[folder / f"{name}.safetensors"] = words
+    return found
+
+
+@pytest.mark.parametrize(("verb", "model"), [*(("generate", model) for model in MADE_FOR), ("evaluate", "tiny_sd3")])
+def test_a_lora_of_another_kind_of_model_is_told_whose_it_is(verb, model, loras, request, tmp_path, refused):
+    base = request.getfixturevalue(model)
+    drawn = ["--prompt", "a ring", "--steps", "4", "--out", tmp_path / "grid.png", "--lora"]
+    judged = [
+        "sampler.steps=4",
+        "sampler.chunk_size=4",
+        "model.text_tokens=8",
+        "objective.clean_prediction=guided",
+        "--images",
+        "4",
+    ]
+    mine = MADE_FOR[model]
+    for file, words in loras.items():
+        if words == mine and file.parent.name == model:
+            continue
+        line = refused(verb, *(drawn if verb == "generate" else judged), file, "--base", base)
+        told = f"made for {words}, and the model is {mine}: " if words != mine else "its "
+        assert f"{file} is a LoRA of another base model: {told}" in line
+        assert ("save_lora_weights write it in the names read here" in line) == (words == mine)
+    assert not list(tmp_path.iterdir())
 
 
 def test_noise_ends_with_the_runs_window(tiny_pipeline, tmp_path):

@@ -43,12 +43,6 @@ def test_what_is_no_pipeline_of_a_supported_class_is_named_in_one_line(index, sa
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_is_no_folder_and_the_line_says_how_to_make_one(tmp_path):
-    (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(BaseModelError, match=r"is a file, .*from_single_file\(FILE\)\.save_pretrained.* a LoRA is no"):
-        locate(str(tmp_path / "model.safetensors"))
-
-
 def test_a_misspelt_folder_is_no_hub_id_and_the_hub_is_asked_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("models/shaps", str(ROOT / "models/shaps")):
