@@ -73,10 +73,12 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(cluster, sma
     assert lora(tmp_path / "seed") != lora(tmp_path / "three")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "kernel"),
-    [("tiny_sdxl", "ddim"), ("tiny_sd3", "ddim"), ("tiny_sd3", "calibrated"), ("tiny_flux", "ddim")],
+    [
+        *(pytest.param(model, "ddim", marks=pytest.mark.slow) for model in ("tiny_sdxl", "tiny_sd3")),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("tiny_sd3", "calibrated"), ("tiny_flux", "ddim"))),
+    ],
 )
 def test_other_models_give_the_bits_of_the_inprocess_run(
     cluster, small_settings, tmp_path, request, model, kernel, monkeypatch
@@ -111,8 +113,8 @@ def test_every_objective_trains_the_embedded_flow_model_in_a_window_on_ray(
     """Those that are trajectory sums by natural steps, too; all with the nats that the certificate counts."""
     settings = [
         *small_settings, *settings_of(kind), "model.path=models/shapes_flow", "model.text_tokens=16",
-        "objective.window=[0,1]", "sampler.noise=window", "sampler.adapter=window", "objective.log_prob_reduction=sum",
-        "objective.group_size=4",
+        "objective.last_transition=train", "objective.window=[0,1]", "sampler.noise=window", "sampler.adapter=window",
+        "objective.log_prob_reduction=sum", "objective.group_size=4",
     ]  # fmt: skip
     assert_same_bits(settings, tmp_path, two="sampler.actors=2")
     assert outcome(tmp_path / "two")["metrics"][-1]["eval_nats"] > 0

@@ -81,8 +81,9 @@ PRESETS = {path.stem: load_config(path).model.path for path in CONFIGS.glob("s*_
 PRESETS["flux_dev_aesthetic"] = FLUX
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=pytest.mark.slow if "sd15" in name else pytest.mark.long) for name in PRESETS]
+)
 def test_the_plan_of_every_preset_of_a_public_model(preset, tmp_path, capsys):
     said, name = plan_of(preset, tmp_path, capsys), PRESETS[preset]
     count, _, text = SIZES[name]
