@@ -45,11 +45,13 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 
 
 def row(name: str, found: Sequence[Mapping[str, Any]], attribute: str) -> dict[str, Any]:
-    """A line of the table: of each figure the mean over the runs that have it, with its 95 % interval over seeds."""
+    """A line of the table: of each figure the mean over the runs that have it, with its 95 % interval over seeds. And
+    the runs' own points, nats and gain, for the picture."""
     good = [figures(one, attribute) for one in found if "failed" not in one]
     known = {key: [one[key] for one in good if one[key] is not None] for key in (good[0] if good else ())}
     numbers = {key: _mean(values) for key, values in known.items() if values}
-    return {"name": name, "figures": numbers, "runs": len(found), "failed": len(found) - len(good)}
+    points = [(one["nats"], one["gain"]) for one in good if one["nats"] is not None]
+    return {"name": name, "figures": numbers, "points": points, "runs": len(found), "failed": len(found) - len(good)}
 
 
 def _mean(values: Sequence[Any]) -> tuple[float, float | None, float | None]:
@@ -75,17 +77,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def pareto(
     rows: Sequence[Mapping[str, Any]], frontier: Sequence[tuple[float, float]], target: tuple[float, float]
 ) -> Figure:
-    """Reward gained against nats spent, with intervals over seeds, below the frontier of ideal tilts."""
+    """Reward gained against nats spent, a mark for each seed, below the frontier of ideal tilts."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     ax = figure.subplots()
     ax.plot(*zip(*frontier, strict=True), color="0.5", label="ideal tilts of the base model")
     ax.plot(*target, marker="*", markersize=15, color="black", linestyle="", label="the target")
-    for index, each in enumerate(each for each in rows if "nats" in each["figures"]):
-        (x, *across), (y, *along) = each["figures"]["nats"], each["figures"]["gain"]
-        reach = [None if None in ends else [[at - ends[0]], [ends[1] - at]] for at, ends in ((x, across), (y, along))]
-        ax.errorbar(x, y, xerr=reach[0], yerr=reach[1], marker="os^v"[index // 10 % 4], color=f"C{index % 10}",
-                    label=each["name"], linestyle="")  # fmt: skip
+    for index, each in enumerate(each for each in rows if each["points"]):
+        marker, colour = "os^v"[index // 10 % 4], f"C{index % 10}"
+        ax.plot(*zip(*each["points"], strict=True), marker=marker, color=colour, label=each["name"], linestyle="")
     ax.set_xscale("symlog", linthresh=0.1)  # a maximiser is far away
+    ax.set_xlim(left=0)
     ax.set_xlabel("nats from the base model (KL of paths; left is better)")
     ax.set_ylabel("gain in mean reward")
     ax.grid(alpha=0.25)
