@@ -63,7 +63,10 @@ def _encode(crew: Crew, prompts: Sequence[str]) -> Iterator[np.ndarray]:
 
 
 def _share(config: Config) -> Share:
-    """A whole GPU, where there is one for samplers."""
+    """A whole GPU, where there is one for samplers, or will be."""
     nodes = [node for node in alive_nodes() if node.matches(config.sampler.labels)]
-    gpus = float(config.model.device != "cpu" and any(node.gpus >= 1 for node in nodes))
-    return Share(1, min(1.0, max((node.cpus for node in nodes), default=1.0)), gpus, config.sampler.labels)
+    with_gpu = [node for node in nodes if node.gpus >= 1]
+    coming = config.run.autoscale and config.model.device == "cuda"
+    gpus = float(config.model.device != "cpu" and bool(with_gpu or coming))
+    cpus = max((node.cpus for node in (with_gpu if gpus else nodes)), default=1.0)
+    return Share(1, min(1.0, cpus), gpus, config.sampler.labels)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from commands.outcome import attempt, require_writable, warner
 from diffusion.trajectory import Chunk
-from evaluation.adapters import open_adapter
+from evaluation.adapters import UNCALIBRATED, open_adapter
 from learner.config import Config, load_config, resolve, saved_config
 from learner.config.sections import Evaluation, SamplerConfig
 from records.storage import Storage
@@ -118,7 +118,10 @@ def write(args: argparse.Namespace) -> None:
     if not unconditional and not args.prompt:
         raise ValueError("--prompt: what shall be drawn? give one or more")
     prompts, sampler = args.prompt or [""], config.sampler
-    check_model(str(resolve(config.model.path)), sampler.steps, sampler.eta, sampler.grid, config.model.pixels)
+    grid = sampler.steps, sampler.eta, sampler.grid, config.model.pixels
+    check_model(str(resolve(config.model.path)), *grid, sampler.kernel, sampler.spread)
+    if config.uncalibrated:
+        raise ValueError(UNCALIBRATED)
     if args.prompt and (said := cut_prompts(str(resolve(config.model.path)), prompts)):
         warn(said)
     drawn = draw(config, adapter, prompts, args.images)

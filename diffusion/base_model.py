@@ -85,9 +85,11 @@ class BaseModel:
         kind: Any = getattr(diffusers, family.pipelines[0])
         with load_errors(self.path):
             if not family.text:  # old ones have a .bin alone: read with weights_only
-                return kind.from_pretrained(locate(self.path), dtype=dtype, use_safetensors=None)
-            closed = dict.fromkeys(name for name in family.all_parts if name not in (*parts, "scheduler"))
-            closed |= dict.fromkeys(OPTIONAL)
+                return kind.from_pretrained(
+                    locate(self.path), dtype=dtype, use_safetensors=None, scheduler=self.scheduler
+                )
+            closed: dict[str, Any] = dict.fromkeys(name for name in family.all_parts if name not in parts)
+            closed |= dict.fromkeys(OPTIONAL) | {"scheduler": self.scheduler}  # the folder's own is not opened again
             more: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
             more = more if family.name == "base_model" else {}
             return kind.from_pretrained(locate(self.path), dtype=dtype, use_safetensors=True, **closed, **more)

@@ -83,10 +83,10 @@ def read(path: str | Path) -> AdapterFile:
             made_for = network_of(names)
             others = [name for name in names if name.startswith(TEXT_ENCODER) or not PLAIN.fullmatch(name)]
             if others or not any("lora" in name and not name.endswith(".alpha") for name in names):
-                of = made_for or "a U-Net"
+                of, held = made_for or "a U-Net", " ".join(min(others, default="nothing").split())
                 raise BadAdapter(
-                    f"{file} is no plain LoRA of {of}: it holds {min(others, default='nothing')} (text encoders', "
-                    "DoRA, LoHa and the like are not read; diffusers' save_lora_weights writes what is)"
+                    f"{file} is no plain LoRA of {of}: it holds {held:.200} (text "
+                    "encoders', DoRA, LoHa and the like are not read; diffusers' save_lora_weights writes what is)"
                 )
             tensors = {name: opened.get_tensor(name) for name in names}
             settings = _settings(file, opened.metadata() or {})

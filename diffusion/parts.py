@@ -114,7 +114,8 @@ def check_parts(path: str, whole: bool = True) -> None:
         found = _class_of(index, name)
         if found is None and name in family.optional:
             continue
-        any_scheduler = name not in family.parts and found is not None and "." not in found
+        any_scheduler = name == "scheduler" and isinstance(found, str) and "." not in found
+        any_scheduler &= name not in family.parts
         if str(found).removesuffix("Fast") != kind and not any_scheduler:
             raise BaseModelError(f"model.path: the {INDEX} of {path} names {found} as its {name}, not {kind}; {AGAIN}")
     if family.flow:

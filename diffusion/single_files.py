@@ -70,7 +70,7 @@ def described(file: Path) -> str:
     for beginnings, part in PARTS:
         if any(name.startswith(beginnings) for name in names):
             return f"a {part} alone, a part of a diffusers folder: name the folder with the model_index.json"
-    return f"of no known kind: {len(names)} tensors, as {min(names, default='none')[:100]}"
+    return f"of no known kind: {len(names)} tensors, as {' '.join(min(names, default='none').split()):.100}"
 
 
 def _conversion(kind: str, folder: str) -> str:

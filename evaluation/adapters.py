@@ -17,7 +17,7 @@ import numpy as np
 from diffusion.snapshot import Snapshot, digest
 from evaluation.image_sets import ACCURACY, ImageSet
 from learner.config import Config, ConfigError, as_arguments, read_config, resolve, saved_config
-from learner.config.sections import Evaluation, LoraConfig, Objective, SamplerConfig
+from learner.config.sections import Evaluation, LoraConfig, Objective, Prompts, SamplerConfig
 from learner.prompts import evaluation_prompts, prompts_digest, training_prompts
 from records import checkpoint, facts
 from records.checkpoint import Checkpoint, CheckpointError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch and diffusers come with it
     from diffusion.lora_files import AdapterFile
 
 LORA = "lora"  # a checkpoint's folder of LoRA files
+UNCALIBRATED = "sampler.spread: a run's is measured; give the run's folder, or sampler.kernel=ddim"
 OTHER_SEED = 1_000_003  # added to evaluation.seed: noise that no training run evaluates on
 SETTING = re.compile(r"[^/:]+=")
 SAMPLING = {
@@ -245,20 +246,22 @@ def _needed(config: Config, adapter: AdapterFile, prompts: Sequence[str]) -> Con
         judges.check([ACCURACY], "pixels", None, prompts)
         if ACCURACY not in judges.labels(evaluation.held_out):
             evaluation = evaluation.model_copy(update={"held_out": (*evaluation.held_out, ACCURACY)})
-    return drawing(config, evaluation, LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=_targets(adapter)))
+    lora = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=_targets(adapter))
+    return drawing(config, prompts, evaluation, lora)
 
 
-def drawing(config: Config, evaluation: Evaluation, adapter: LoraConfig) -> Config:
-    """What drawing and scoring need of the settings. Of the objective it is the window, where noise or the adapter end
-    with it."""
+def drawing(config: Config, prompts: Sequence[str], evaluation: Evaluation, adapter: LoraConfig) -> Config:
+    """What drawing these prompts and scoring need of the settings. Of the objective it is the window, where noise or
+    the adapter end with it."""
     sampler, objective = SamplerConfig(**config.sampler.model_dump(include=SAMPLING)), Objective()
     if "window" in (sampler.noise, sampler.adapter):
         first, end = config.objective.span(sampler.steps)
         objective = Objective(window=(first, end - 1))
     return Config(
         run=config.run.model_copy(update={"seed": 0, "dir": None, "root": None, "resume": "auto"}),
-        model=config.model, reward=config.reward, evaluation=evaluation, sampler=sampler, objective=objective,
-        lora=adapter,
+        model=config.model, prompts=Prompts(path=tuple(dict.fromkeys(prompts)) if any(prompts) else None),
+        reward=config.reward, evaluation=evaluation.model_copy(update={"prompts": None}), sampler=sampler,
+        objective=objective, lora=adapter,
     )  # fmt: skip
 
 
@@ -281,7 +284,7 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
     grid = sampler.steps, sampler.eta, sampler.grid, config.model.pixels
     check_model(path, *grid, sampler.kernel, sampler.spread)
     if config.uncalibrated:
-        raise ValueError("sampler.spread: a run's is measured; give the run's folder, or sampler.kernel=ddim")
+        raise ValueError(UNCALIBRATED)
     if not is_unconditional(path) and (said := cut_prompts(path, target.prompts)):
         warn(f"{target.name}: {said}")
     unet, _ = without_weights(path)

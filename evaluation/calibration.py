@@ -23,9 +23,9 @@ class NotCalibrated(RunFailure, ArithmeticError):
 
 def pictures(config: Config, prompts: Sequence[str]) -> ImageSet:
     """That are drawn, by the base model."""
-    base = settling.continuations(config, prompts)
-    evaluation = base.config.evaluation.model_copy(update={"images": PICTURES})
-    return ImageSet(base.config.model_copy(update={"evaluation": evaluation}), tuple(prompts), base.snapshot)
+    drawn, chosen, snapshot = settling.of_the_base(config, prompts, PICTURES)
+    evaluation = drawn.evaluation.model_copy(update={"images": PICTURES})
+    return ImageSet(drawn.model_copy(update={"evaluation": evaluation}), chosen, snapshot)
 
 
 def measure(wanted: ImageSet, pools: Pools, progress: Callable[[str, int, int], None]) -> list[float]:

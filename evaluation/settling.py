@@ -70,6 +70,11 @@ class Continuations(ImageSet):
 
 def continuations(config: Config, prompts: Sequence[str]) -> Continuations:
     """Of a run of this config. Until its window is known, noise is added in all transitions."""
+    return Continuations(*of_the_base(config, prompts, PROMPTS))
+
+
+def of_the_base(config: Config, prompts: Sequence[str], most: int) -> tuple[Config, tuple[str, ...], Snapshot]:
+    """What the base model of a run needs to draw some of its prompts, at most so many, evenly spread."""
     import torch
 
     from diffusion import lora
@@ -79,11 +84,11 @@ def continuations(config: Config, prompts: Sequence[str]) -> Continuations:
     with torch.device("meta"):
         lora.attach(unet, 1, 1)
     nothing = np.zeros(sum(parameter.numel() for _, parameter in lora.named(unet)), np.float32)
-    drawn = drawing(config, Evaluation(images=0, seed=config.evaluation.seed), LoraConfig(rank=1, alpha=1))
-    drawn = drawn.model_copy(update={"model": config.model.model_copy(update={"compile": False})})  # widths vary
-    count = min(PROMPTS, len(prompts))
+    count = min(most, len(prompts))
     chosen = tuple(prompts[i * len(prompts) // count] for i in range(count))
-    return Continuations(drawn, chosen, Snapshot(0, nothing, digest(nothing)))
+    drawn = drawing(config, chosen, Evaluation(images=0, seed=config.evaluation.seed), LoraConfig(rank=1, alpha=1))
+    drawn = drawn.model_copy(update={"model": config.model.model_copy(update={"compile": False})})  # widths vary
+    return drawn, chosen, Snapshot(0, nothing, digest(nothing))
 
 
 def measure(

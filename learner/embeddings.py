@@ -8,12 +8,14 @@ import contextlib
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from diffusion.locate import family_of
+from diffusion.locate import family_of, pipeline_index
 from diffusion.open_model import Embed
 from diffusion.parts import text_encoders_without_weights
 from learner.config import Config, resolve
@@ -40,15 +42,16 @@ def embedded(config: Config, encode: Embed, progress: Callable[[int, int], None]
     """Each prompt with its rows, from the cache or by `encode`, which is given all that are not there. `progress` hears
     how many are done, of how many."""
     storage, wanted = cache(), prompts(config)
-    files, missing = {prompt: f"embeddings/{_key(config)}/{_name(prompt)}.npy" for prompt in wanted}, list[str]()
+    folder, missing = f"embeddings/{_key(config)}", list[str]()
+    files = {prompt: f"{folder}/{_name(prompt)}.npy" for prompt in wanted}
     for prompt in wanted:
-        rows = None
-        with contextlib.suppress(StorageError, ValueError, EOFError):  # not there, or damaged: made again
+        rows: Any = None
+        with contextlib.suppress(StorageError, ValueError, EOFError, zipfile.BadZipFile):  # absent or damaged
             rows = np.load(io.BytesIO(storage.read(files[prompt])), allow_pickle=False)
-        if rows is None:
-            missing.append(prompt)
-        else:
+        if isinstance(rows, np.ndarray) and (rows.dtype, rows.ndim) == (np.float32, 2) and np.isfinite(rows).all():
             yield prompt, rows
+        else:
+            missing.append(prompt)
     if missing:
         progress(len(wanted) - len(missing), len(wanted))
         for done, (prompt, rows) in enumerate(zip(missing, encode(missing), strict=True), 1):
@@ -61,10 +64,11 @@ def embedded(config: Config, encode: Embed, progress: Callable[[int, int], None]
 
 def _key(config: Config) -> str:
     """Of all but the prompt that rows depend on: the encoders, by their content, and how they are run."""
-    path, model = resolve(config.model.path), config.model
+    path, model = str(resolve(config.model.path)), config.model
     parts = [str(part) for part in sorted(Path(path).glob("*")) if part.name.startswith(("text_encoder", "tokenizer"))]
-    read = [content.digest(parts or [str(path)]), content.program(), model.device, model.text_tokens]
-    return _name(json.dumps([*read, config.run.cpu_threads]))
+    named = "" if parts else path  # a hub id
+    read = [content.digest(parts or [path]), content.program(), pipeline_index(path), model.device, model.text_tokens]
+    return _name(json.dumps([*read, named, config.run.cpu_threads], sort_keys=True))
 
 
 def _name(text: str) -> str:

@@ -230,7 +230,7 @@ def test_noise_ends_with_the_runs_window(tiny_pipeline, tmp_path):
         generate.draw(each, None, ["a red circle"], 2)[0]
         for each in (config, generate.settings(load_config(overrides=settings), None, 3, {}))
     )
-    judged = drawing(config, config.evaluation, LoraConfig(rank=1, alpha=1))
+    judged = drawing(config, ["a ring"], config.evaluation, LoraConfig(rank=1, alpha=1))
     assert judged.noise_steps == 2 and judged.rollout_settings().noise_steps == 2
     (again,) = generate.draw(judged, None, ["a red circle"], 2)[0]
     assert np.array_equal(ours, again) and differ(ours, all_noise) > 5

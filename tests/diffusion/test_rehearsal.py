@@ -34,6 +34,7 @@ CHANGES = [  # of a JSON file
     (("tiny_sd3",), "text_encoder_2/config.json", "projection_dim", None, "cannot be used: TypeError"),
     (("tiny_sd3",), "text_encoder_2/config.json", "num_hidden_layers", -1, "text_encoder_2/config.json cannot be used"),
     (("tiny_sd3",), TRANSFORMER, "num_layers", 0, "transformer/config.json cannot be used: Target modules"),
+    (("tiny_sd3",), INDEX, "text_encoder_3", ["transformers", "UMT5EncoderModel"], "names UMT5EncoderModel as its"),
     (("tiny_sd3",), TRANSFORMER, "patch_size", 0, "cannot be used: ZeroDivisionError"),
     (("tiny_sd3",), TRANSFORMER, "sample_size", -1, "transformer/config.json cannot be used"),
     (("tiny_sd3",), TRANSFORMER, "pos_embed_max_size", ABSENT, "transformer/diffusion_pytorch_model.safetensors has"),

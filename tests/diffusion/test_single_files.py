@@ -12,6 +12,7 @@ UNET = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"
 FLUX = ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")
 FILES = [
     (("a.lora_A.weight", "a.lora_B.weight"), "is a LoRA, no model: name the folder of the model that it was made for"),
+    (("FAKE\nlearner.run: all is well",), "of no known kind: 1 tensors, as FAKE learner.run: all is well"),
     (("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",), "is a LoRA of FLUX.1, no model"),
     (("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora.up.weight",), "Stable Diffusion 1.x, 2.x,"),
     ((UNET, "cond_stage_model.transformer.x"), "1.x, 2.x in one file: diffusers.StableDiffusionPipeline.from_single"),

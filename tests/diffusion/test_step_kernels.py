@@ -86,6 +86,9 @@ def test_a_run_measures_its_variances_once_and_all_go_by_them(settings, tiny_sd3
     assert generate.main(sheet) == 0
     assert generate.main([*sheet, "--steps", "5"]) == 2
     assert "are of 4 steps" in capsys.readouterr().err
+    Records.open(Storage(str(run))).note(spread=None)
+    assert generate.main(sheet) == 2
+    assert "sampler.spread: a run's is measured" in capsys.readouterr().err
     lora = str(run / "checkpoints/latest/lora")
     preset = tmp_path / "preset.yaml"
     preset.write_text((run / "config.yaml").read_text())

@@ -1,6 +1,9 @@
 """Prompts embedded once: what is kept, and that runs are the same without text encoders in their parts."""
 
+import json
+import shutil
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +12,13 @@ import torch
 from diffusion import lora
 from diffusion.base_model import BaseModel
 from diffusion.open_model import open_base_model, open_text_encoders
+from evaluation import calibration, settling
+from evaluation.adapters import drawing
+from evaluation.image_sets import ImageSet
 from learner import build, embeddings
 from learner.config import read_config
+from learner.config.sections import LoraConfig
+from learner.inprocess import InProcessPools
 from learner.run import main
 
 PROMPTS = ["a red circle", "", "a blue square on a white background"]
@@ -81,9 +89,52 @@ def test_no_prompt_is_embedded_twice(config, folder, tmp_path):
     assert np.array_equal(rows("prompts.path=[a fox]")["a fox"], first["a fox"]) and sorted(asked[7:]) == ["", "a fox"]
 
 
+def test_rows_are_of_the_pipeline_that_the_index_names(config, tiny_sd3, tmp_path):
+    """Whether a T5 is read the index alone says."""
+    key, copy = embeddings._key(config()), Path(shutil.copytree(tiny_sd3, tmp_path / "copy"))
+    assert embeddings._key(config(f"model.path={copy}")) == key
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    assert embeddings._key(config(f"model.path={copy}")) != key
+
+
+@pytest.mark.parametrize("rows", [np.zeros((2, 3)), np.zeros(3, np.float32), np.full((2, 3), np.nan, np.float32)])
+def test_rows_that_cannot_be_are_made_again(config, folder, rows):
+    good = np.ones((2, 3), np.float32)
+
+    def made() -> list[np.ndarray]:
+        found = embeddings.embedded(config("prompts.path=[a fox]"), lambda prompts: [good] * len(prompts), print)
+        return [each for _, each in found]
+
+    made()
+    for file in folder.rglob("*.npy"):
+        np.save(file, rows)
+    assert all(np.array_equal(each, good) for each in made())
+
+
+@pytest.mark.parametrize("what", ["calibration", "window", "evaluation"])
+def test_pools_have_what_they_read_embedded(config, what, tiny_sd3, monkeypatch):
+    """Nothing else, and so no text encoders of their own."""
+    own = config("prompts.path=[a fox,an owl]", "sampler.kernel=calibrated", "objective.last_transition=train")
+    if what == "calibration":
+        wanted = calibration.pictures(own, ["a fox", "an owl"])
+    elif what == "window":
+        wanted = settling.continuations(own, ["a fox", "an owl"])
+    else:
+        drawn = drawing(own, ["a fox", "an owl"], own.evaluation, LoraConfig(rank=1, alpha=1))
+        wanted = ImageSet(drawn, ("a fox", "an owl"), settling.continuations(own, ["a fox"]).snapshot)
+    assert set(embeddings.prompts(wanted.config)) == {"", "a fox", "an owl"}
+    monkeypatch.setattr(embeddings, "LARGE", 0)
+    pools = InProcessPools(wanted.config)
+    no_text_encoders(monkeypatch)
+    pools.sampler.sample(wanted.chunks()[0], wanted.snapshot)
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(config, folder):
     folder.write_text("a file where the folder would be")
-    rows = embeddings.embedded(config("prompts.path=[a fox]"), lambda prompts: [np.zeros((1, 1))] * len(prompts), print)
+    rows = embeddings.embedded(
+        config("prompts.path=[a fox]"), lambda prompts: [np.zeros((1, 1), np.float32)] * len(prompts), print
+    )
     assert sorted(dict(rows)) == ["", "a fox"]
 
 
