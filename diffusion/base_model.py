@@ -29,7 +29,7 @@ from diffusion.locate import (
 from diffusion.parts import PACKED, check_weights, latent_shape, load_scheduler, reads_by_t5
 from diffusion.settings import Grid, StepKernel
 
-OPTIONAL = ("feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
 
 
 class BaseModel:
@@ -89,9 +89,10 @@ class BaseModel:
                     locate(self.path), dtype=dtype, use_safetensors=None, scheduler=self.scheduler
                 )
             closed: dict[str, Any] = dict.fromkeys(name for name in family.all_parts if name not in parts)
-            closed |= dict.fromkeys(OPTIONAL) | {"scheduler": self.scheduler}  # the folder's own is not opened again
-            more: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-            more = more if family.name == "base_model" else {}
+            closed |= {"scheduler": self.scheduler}  # the folder's own is not opened again
+            plain = family.name == "base_model"  # others know no safety checker
+            closed |= dict.fromkeys(OPTIONAL if plain else OPTIONAL[1:])
+            more = {"requires_safety_checker": False} if plain else {}
             return kind.from_pretrained(locate(self.path), dtype=dtype, use_safetensors=True, **closed, **more)
 
     @cached_property

@@ -155,7 +155,7 @@ class ToyModel:
         self.unet = Perceptron(problem) if problem.bimodal else Affine(problem)
         self.latent_shape = (problem.dimensions, 1, 1)
 
-    def kernel(self, num_steps: int, eta: float, grid: str) -> GaussianKernel:
+    def kernel(self, num_steps: int, eta: float, grid: str, *of_flow_models: object) -> GaussianKernel:
         if make := getattr(self.problem, "kernel", None):  # flow_problem.py
             return make(eta)
         if num_steps == self.problem.steps:
