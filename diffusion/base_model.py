@@ -69,9 +69,10 @@ class BaseModel:
         self._embedded = embedded or {}
         self.latent_shape = latent_shape(path, pixels)  # C, H, W
         self._pixels = pixels
-        self._t5_tokens, self.unet = text_tokens or family_of(path).t5_tokens, None
+        self._family = family_of(path)  # once: it reads a file, and every guided step embeds the empty prompt
+        self._t5_tokens, self.unet = text_tokens or self._family.t5_tokens, None
         if network:
-            name = family_of(path).network
+            name = self._family.network
             self.unet = getattr(self._pipeline([name], self.dtype), name).to(device).requires_grad_(False).eval()
             check_weights(path, name, self.unet)
 
@@ -81,7 +82,7 @@ class BaseModel:
         """The pipeline, opened with these of its parts."""
         import diffusers
 
-        family = family_of(self.path)
+        family = self._family
         kind: Any = getattr(diffusers, family.pipelines[0])
         with load_errors(self.path):
             if not family.text:  # old ones have a .bin alone: read with weights_only
@@ -98,8 +99,7 @@ class BaseModel:
     @cached_property
     def texts(self) -> Any:
         """The pipeline with its text encoders and tokenizers alone."""
-        family = family_of(self.path)
-        there = family.all_parts if reads_by_t5(self.path) else family.parts
+        there = self._family.all_parts if reads_by_t5(self.path) else self._family.parts
         names = [name for name in there if name.startswith(("text_encoder", "tokenizer"))]
         pipeline = self._pipeline(names)
         for name in names:
@@ -162,7 +162,7 @@ class BaseModel:
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [B, L, E], computed once a prompt, and one by one: they must not depend on the batch. What
         is in which row is the model's own affair."""
-        if not family_of(self.path).text:
+        if not self._family.text:
             return torch.zeros(len(prompts), 0, 0, device=self.device)
         rows = {prompt: self._rows(prompt) for prompt in dict.fromkeys(prompts)}
         return torch.stack([rows[prompt] for prompt in prompts])

@@ -61,7 +61,7 @@ class About(Written):
     failure: str | None = None  # the kind of the one that ended it last
     changes: list[dict[str, Any]] = []  # of settings, on the way
     settled: Settled | None = None  # what objective.window=auto was measured to be
-    spread: list[Annotated[FiniteFloat, Field(ge=0, le=100)]] | None = None  # what sampler.spread was measured to be
+    spread: list[Annotated[FiniteFloat, Field(ge=0, le=1e6)]] | None = None  # what sampler.spread was measured to be
 
 
 class Line(Shape):

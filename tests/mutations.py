@@ -67,10 +67,13 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "diffusion/open_model.py": ((", pixels, text_tokens, emb", ", None, None, emb", SD3),),
     "diffusion/base_model.py": (("given = self._embedded.get(prompt)", "given = None", EMBEDDED),),
+    "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
     "learner/embeddings.py": (
         ("*evaluation_prompts(config)", "", EMBEDDED),
         ("model.device, model.text_tokens]", "model.device]", EMBEDDED),
         (">= LARGE", "> 1e99", EMBEDDED),
+        ("content.program(), pipeline_index(path), ", "content.program(), ", EMBEDDED),
+        (" and np.isfinite(rows).all()", "", EMBEDDED),
     ),
     "diffusion/calibration.py": (
         ("model.kernel(max(STEPS, settings.num_steps))", "model.kernel(settings.num_steps)", STEP_KERNELS),
@@ -81,6 +84,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "diffusion/parts.py": (
         ("if _today(key) not in there and id(parameters.get(key)) in held:", "if False:", FLUX),
         ("if pixels % step:", "if False:", FLUX),
+        ('name == "scheduler" and isinstance(found, str)', "isinstance(found, str)", f"{REHEARSAL} -k must_not_say"),
         ("if not tokens - 128 < known <= tokens:", "if False:", REHEARSAL),
         ('return entry[1] if entry[0] == library else f"{entry[0]}.{entry[1]}"', "return entry[1]", REHEARSAL),
         ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
@@ -95,6 +99,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("            lora.attach(network, 1, 1)\n", "", REHEARSAL),
     ),
     "diffusion/single_files.py": (
+        ("' '.join(min(names, default='none').split())", "min(names, default='none')", SINGLE_FILES),
         ('if file.suffix != ".safetensors":', "if False:", SINGLE_FILES),
         ("if any(name.startswith(WHOLE) for name in names):", "if True:", SINGLE_FILES),
     ),
@@ -262,6 +267,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("of_tuned, _, of_pool = self._codes(given)", "of_tuned, _, of_pool = self._codes(name)", LAWS),
     ),
     "evaluation/adapters.py": (
+        ("if any(prompts) else None", "if False else None", f"{EMBEDDED} -k pools"),
         ("own = {key: value for key, value in config.own_code.items() if key not in given}", "own = {}", RECEIVED),
         ('!= run.about["prompts_sha256"]', '== ""', RECEIVED),
         ("return f\"{self.place}-{self.sets()['tuned'].name}\"", "return self.place", JUDGED),

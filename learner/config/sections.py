@@ -101,7 +101,7 @@ class SamplerConfig(Section):
         "of a step: ddim; of flow models also calibrated, whose steps have more variance where few would draw too "
         "little, or flow_grpo, that method's step (eta is its a, by default 0.7), for objectives without p_B",
     )
-    spread: tuple[Annotated[float, Field(ge=0, le=100)], ...] | None = key(
+    spread: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] | None = key(
         None,
         "of kernel=calibrated: at each step the mean square of a number of image minus clean prediction; default: "
         "measured on the base model before training",

@@ -96,6 +96,12 @@ def generate(pipeline: Any, prompts: list[str], steps: int, guidance: float) -> 
     return (np.concatenate(images) * 255).round().astype(np.uint8)
 
 
+def accuracy(pipeline: Any, asked: list[Scene], steps: int, guidance: float) -> float:
+    """Share of the scenes of which a picture is strictly right."""
+    images = generate(pipeline, [scene.caption() for scene in asked], steps, guidance)
+    return float(np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(Path(__file__).parent))
@@ -123,11 +129,10 @@ def main() -> None:
         pipeline.load_lora_weights(args.lora)
     for kind, asked in sets.items():
         start = time.perf_counter()
-        images = generate(pipeline, [scene.caption() for scene in asked], args.steps, args.guidance)
-        speed = len(images) / (time.perf_counter() - start)
-        accuracy = np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)])
+        share = accuracy(pipeline, asked, args.steps, args.guidance)
+        speed = len(asked) / (time.perf_counter() - start)
         print(
-            f"{kind:13} strict accuracy {accuracy:.3f} of {len(images)} "
+            f"{kind:13} strict accuracy {share:.3f} of {len(asked)} "
             f"({args.steps} steps, guidance {args.guidance:g}, {speed:.1f} images/s)"
         )
     for prompt in args.laws:

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from models.shapes import world
-from models.shapes.measure import correct, evenness, generate, law, scenes
+from models.shapes import measure, world
+from models.shapes.measure import evenness, generate, law, scenes
 from models.shapes.train import build_tokenizer, start_from
 
 FOLDER = Path("models/shapes")
@@ -23,9 +22,7 @@ def pipeline():
 
 
 def accuracy(pipeline, kind: str, count: int) -> float:
-    asked = scenes(kind, count)
-    images = generate(pipeline, [scene.caption() for scene in asked], 10, 3.0)
-    return float(np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)]))
+    return measure.accuracy(pipeline, scenes(kind, count), 10, 3.0)
 
 
 @pytest.mark.long

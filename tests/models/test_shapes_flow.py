@@ -1,14 +1,14 @@
 """The embedded flow model: the committed weights draw what they are asked in plain diffusers; what its training trains
 is what plain diffusers draws with, and a stopped one goes on."""
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTokenizer
 
 from learner.config import ROOT
-from models.shapes.measure import correct, evenness, generate, law, scenes
+from models.shapes import measure
+from models.shapes.measure import evenness, generate, law, scenes
 from models.shapes_flow import train
 
 FOLDER = ROOT / "models/shapes_flow"
@@ -22,9 +22,7 @@ def pipeline():
 
 
 def accuracy(pipeline, kind: str, count: int) -> float:
-    asked = scenes(kind, count)
-    images = generate(pipeline, [scene.caption() for scene in asked], 20, 3.0)
-    return float(np.mean([correct(image, scene) for image, scene in zip(images, asked, strict=True)]))
+    return measure.accuracy(pipeline, scenes(kind, count), 20, 3.0)
 
 
 @pytest.mark.long
