@@ -141,6 +141,15 @@ def test_prompts_that_the_text_encoder_does_not_read_to_their_end_are_said_once(
     assert capsys.readouterr().err.startswith("learner.generate: warning: 1 of 2 prompts are longer than the 16 tokens")
 
 
+def test_of_a_t5_what_it_cuts_counts_and_not_what_clip_does(tiny_flux, tiny_sd3):
+    long = "a red circle and a blue ring and a green square on a white background"  # 14 words and an end
+    assert cut_prompts(tiny_flux, [long]) is None
+    said = cut_prompts(tiny_flux, [long, "a ring"], 10)
+    assert said.startswith("1 of 2 prompts are longer than the 10 tokens that ")
+    assert said.endswith("it reads 'a red circle and a blue ring and a'")
+    assert cut_prompts(tiny_sd3, [f"{long} with a cat"], 10).startswith("1 of 1 prompts are longer than the 16 tokens")
+
+
 FIRE = "a ring\u2028of fire"
 
 
