@@ -94,7 +94,9 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, folder, tmp_path,
 
 
 def test_columns_of_the_prompt_file_reach_the_reward(tmp_path, monkeypatch, capsys):
-    code = "import torch\ndef f(images, prompts, metadata):\n    return torch.tensor([float(m['n']) for m in metadata])\n"
+    code = (
+        "import torch\ndef f(images, prompts, metadata):\n    return torch.tensor([float(m['n']) for m in metadata])\n"
+    )
     (tmp_path / "own_score_columns.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "p.csv").write_text("prompt,n\nx,3\ny,4\n")
