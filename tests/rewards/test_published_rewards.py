@@ -7,10 +7,10 @@ import pytest
 import torch
 from brightness import require_slope
 from golden import inputs
-from tiny_models import WRITE
+from tiny_models import WRITE, clip_state
 from transformers import BlipVisionConfig, CLIPConfig
 
-from rewards import clip, clip_score, hpsv2, imagereward, pickscore, registry
+from rewards import clip, hpsv2, imagereward, pickscore, registry
 from rewards.network import Published, fill, layout, long_side, score_head, short_side
 from rewards.weights import HPS_FILES
 
@@ -72,6 +72,14 @@ def test_preprocessing_is_that_of_the_authors_transforms(name, resize):
         np.testing.assert_allclose(resize(as_image(picture), expected.shape[-1])[0].numpy(), expected, atol=3e-6)
 
 
+def test_the_clip_score_is_cut_at_zero_and_has_no_slope_there(tmp_path):
+    turned = -clip_state(inputs.CLIP_SCORE_SEED)["text_projection.weight"]
+    reward = registry.load(**WRITE["clip_score"](tmp_path, text_projection__weight=turned))
+    pictures, prompts = images()
+    scores = reward(pictures.requires_grad_(), prompts)
+    assert scores.tolist() == [0, 0, 0] and not torch.autograd.grad(scores.sum(), pictures)[0].any()
+
+
 def test_resizing_for_gradients_is_close_to_that_of_pictures():
     for picture in inputs.pictures():
         image = as_image(picture)
@@ -99,7 +107,9 @@ def published_network(name: str, tmp_path):
         return imagereward.Network(vision, imagereward.text_config(tmp_path / "med_config.json", vision.hidden_size))
 
 
-@pytest.mark.parametrize(("name", "count"), [("aesthetic", 10), ("hpsv2", 686), ("imagereward", 625), ("pickscore", 912)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("aesthetic", 10), ("hpsv2", 686), ("imagereward", 625), ("pickscore", 912)]
+)
 def test_every_published_key_is_known_and_loads_strictly_at_full_size(name, count, tmp_path):
     keys = inputs.published_keys(name)
     assert len(keys) == count

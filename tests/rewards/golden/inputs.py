@@ -42,6 +42,17 @@ PUBLISHED_PICKSCORE = {
         "patch_size": 14, "hidden_act": "gelu", "projection_dim": 1024,
     },
 }  # fmt: skip
+PUBLISHED_CLIP = {  # OpenAI's ViT-L/14, likewise
+    "projection_dim": 768,
+    "text_config": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768,
+        "bos_token_id": 0, "eos_token_id": 2,
+    },
+    "vision_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "patch_size": 14, "projection_dim": 768,
+    },
+}  # fmt: skip
 AESTHETIC_SIZE = {"embedding": 16, "image": 28, "patch": 14, "width": 128, "layers": 2}  # CLIP's heads are 64 wide
 
 PROMPTS = ["A red Bird, on the sea!", "the the cat sings"]
@@ -146,7 +157,11 @@ def tiny_clip(activation: str) -> dict:
         width, heads = HPS_SIZE[f"{tower}_width"], HPS_SIZE[f"{tower}_heads"]
         sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
         towers[f"{tower}_config"] = both | sizes
-    towers["text_config"] |= {"vocab_size": len(bpe_vocabulary("<start>", "<end>")), "bos_token_id": 0, "eos_token_id": 2}
+    towers["text_config"] |= {
+        "vocab_size": len(bpe_vocabulary("<start>", "<end>")),
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
     towers["vision_config"] |= {"image_size": HPS_SIZE["image"], "patch_size": HPS_SIZE["patch"]}
     return towers | {"projection_dim": HPS_SIZE["embedding"]}
 

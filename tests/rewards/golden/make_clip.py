@@ -63,9 +63,7 @@ def make(name: str, config: dict, seed: int, score: Callable[..., Tensor]) -> No
     gradients = torch.autograd.grad(scores.sum(), pixels)[0]
     # One by one, as the authors' examples; in float64, for which pixels of float32 are exact.
     pairs = zip(inputs.pictures(), inputs.REPORTED, strict=True)
-    reported = [
-        score(model, seen([picture]).double(), words([text], padding=True)).item() for picture, text in pairs
-    ]
+    reported = [score(model, seen([picture]).double(), words([text], padding=True)).item() for picture, text in pairs]
     print(name, scores.tolist(), reported)
     tokens = words(inputs.TRICKY, padding="max_length")["input_ids"].numpy().astype(np.uint16)
     inputs.write(
