@@ -10,11 +10,9 @@ docs/performance.md says what each figure means. Exit status 2: bad input, said 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ import torch
 
 from benchmarks import parts as names
 from benchmarks import pipelines
-from benchmarks.measure import CEILING, Measured, measure, process_peak_bytes, ratio
+from benchmarks.measure import CEILING, Measured, measure, process_peak_bytes, processor, ratio
 from benchmarks.parts import COMPARISON, Bench, objective_configs, with_settings
 from diffusion.locate import BaseModelError
 from learner import build
@@ -220,14 +218,6 @@ def table(report: dict[str, Any]) -> str:
     ]
     lines += [f"not measured: {name}: {why}" for name, why in report["not_measured"].items()]
     return "\n".join(lines)
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,7 @@ docs/performance.md says what each part is. Exit status 1: a check failed or was
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -20,8 +21,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,8 +50,8 @@ class Part:
 PARTS = (
     Part("kernels", "benchmarks.gpu_checks:kernels", 30, True),
     Part("objectives", "benchmarks.gpu_checks:objectives", 60, True),
-    Part("network", "benchmarks.gpu_checks:network", 30, True),
-    Part("bf16 ratios", "benchmarks.gpu_checks:ratios", 30, True),
+    Part("network", "benchmarks.gpu_network:network", 30, True),
+    Part("bf16 ratios", "benchmarks.gpu_network:ratios", 30, True),
     Part("copies", "benchmarks.gpu_process:copies", 20, True),
     Part("process group", "benchmarks.gpu_process:group", 40, True),
     Part("memory fit", "benchmarks.gpu_process:memory_fit", 60, True),
@@ -111,10 +113,8 @@ class Worker:
         self.process.stdin.flush()
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -137,27 +137,35 @@ def run(parts: Sequence[Part], device: str, tiny: bool, seconds: float, output: 
                     report |= hello
                     output, failed = output or _place(report), 0
                 except (EOFError, TimeoutError) as error:
-                    _end(worker)
+                    if worker is not None:
+                        worker.kill()
                     worker, failed = None, failed + 1
                     entry |= {"status": "broken", "reason": f"torch did not start: {error or 'not in time'}"}
             allowed = min(part.seconds * scale, end - time.monotonic())
-            if worker is None or allowed < LEAST:
-                entry.setdefault("reason", f"no time was left of --seconds {seconds:g}" if failed < 2 else "as before")
+            if worker is None and entry["status"] == "not begun":
+                entry["reason"] = "torch did not start" if failed else f"no time was left of --seconds {seconds:g}"
+            elif worker is None:
+                pass
+            elif allowed < LEAST:
+                entry["reason"] = f"no time was left of --seconds {seconds:g}"
             else:
                 _say(f"{part.name}: at most {allowed:.0f} s")
-                _run_part(worker, part, allowed, entry, lambda: gpu_report.write(report, output))
+                assert output
+                _run_part(worker, part, allowed, entry, partial(gpu_report.write, report, output))
                 if entry["status"] not in AS_SAID:
-                    worker = _end(worker)
+                    worker.kill()
+                    worker = None
                 _say(f"{part.name}: {entry['status']}" + (f": {entry['reason']}" if entry.get("reason") else ""))
             report["seconds"] = seconds - (end - time.monotonic())
             if output:
                 gpu_report.write(report, output)
     finally:
-        _end(worker)
+        if worker is not None:
+            worker.kill()
     return report | {"output": str(output) if output else None}
 
 
-def _run_part(worker: Worker, part: Part, seconds: float, entry: dict[str, Any], save: Any) -> None:
+def _run_part(worker: Worker, part: Part, seconds: float, entry: dict[str, Any], save: Callable[[], None]) -> None:
     """Fill in the part's entry, whatever becomes of it."""
     start = time.monotonic()
     try:
@@ -206,11 +214,6 @@ def _place(report: dict[str, Any]) -> Path:
     hardware = report["hardware"]
     name = re.sub(r"[^a-z0-9]+", "-", (hardware["gpu"] or "cpu").lower()).strip("-")
     return RESULTS / f"{report['date'][:10]}-gpu-{name}{'-tiny' * report['tiny']}.json"
-
-
-def _end(worker: Worker | None) -> None:
-    if worker is not None:
-        worker.kill()
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Correctness on a device: kernels, objectives, a real network and its ratios, against float64 on the CPU.
+"""Correctness on a device: kernels and objectives against float64 on the CPU.
 
 Parts of benchmarks/gpu.py. The formulas of the steps are written out here a second time, on purpose: what both sides
 computed by the same code would agree where both are wrong.
@@ -17,27 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_worker import Day
-from diffusion import lora
-from diffusion.base_model import BaseModel
 from diffusion.flow_kernels import FlowGRPOKernel, FlowKernel
 from diffusion.kernels import DDIMKernel, GaussianKernel
-from diffusion.rollout import Sampler
-from diffusion.trajectory import Scores
-from learner import build
-from learner.config import ROOT, load_config
 from learner.config.sections import Objective as Settings
-from learner.experience import Experience
 from learner.objectives.base import Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
-from learner.protocol.chunks import training_chunks
 
 CPU = torch.device("cpu")
-EMBEDDED = str(ROOT / "models/shapes")
 STEPS, COUNT, SHAPE, BETA = 10, 4, (4, 8, 8), 3.0
 NATS = 1e-5  # a dimension, of a density in float32; measured on a CPU: 1e-6
 CLOSE = 1e-4  # of the largest number, of a state in float32; measured on a CPU: 3e-7
 GRADIENT = 1e-3  # of the norm, of a float32 gradient; measured on a CPU: 2e-5
-RATIO = 0.05  # of a float32 policy with itself in other batches; measured on a CPU: 2e-3
 
 
 def exactly() -> None:
@@ -118,15 +108,15 @@ def kernels(day: Day) -> None:
                 mean, variance = case.step(output.double().numpy(), x.double().numpy(), i)
                 expected = mean + math.sqrt(variance) * noise.double().numpy()
                 x_next = torch.from_numpy(expected).float()
-                moved = [each.to(day.device) for each in (output, t, x, x_next, noise)]
+                here, at, of, to, by = (each.to(day.device) for each in (output, t, x, x_next, noise))
                 found = {
-                    "step": case.kernel.sample(*moved[:3], moved[4]),
-                    "log_pf": case.kernel.log_pf(*moved[:4], "sum"),
+                    "step": case.kernel.sample(here, at, of, by),
+                    "log_pf": case.kernel.log_pf(here, at, of, to, "sum"),
                 }
                 wanted = {"step": expected, "log_pf": normal(x_next.double().numpy() - mean, variance)}
                 if case.kernel.reverses_noising:
                     shrink, noising = case.noising(i)
-                    found["log_pb"] = case.kernel.log_pb(*moved[1:4], "sum")
+                    found["log_pb"] = case.kernel.log_pb(at, of, to, "sum")
                     wanted["log_pb"] = normal((x.double() - shrink * x_next.double()).numpy(), noising)
                 for name, value in found.items():
                     apart = float(np.abs(value.double().cpu().numpy() - wanted[name]).max())
@@ -186,7 +176,7 @@ def loss_and_gradients(kind: str, device: torch.device, dtype: torch.dtype) -> t
     reference = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     case = next(case for case in cases() if case.prediction == "v_prediction")
     kernel = case.kernel
     objective = OBJECTIVES[kind](Settings(kind=kind, beta=BETA, group_size=COUNT), kernel)
@@ -200,7 +190,8 @@ def loss_and_gradients(kind: str, device: torch.device, dtype: torch.dtype) -> t
     rewards = batch.reward_terminal.reshape(COUNT, STEPS)[:, 0].tolist()
     nats = np.zeros((COUNT, 0))
     if needs.whole_trajectories:
-        nats = (objective.log_pf_old(batch) - objective.log_q(batch)).detach().reshape(COUNT, STEPS).cpu().numpy()  # type: ignore[attr-defined]
+        ratio = objective.log_pf_old(batch) - objective.log_q(batch)  # type: ignore[attr-defined]
+        nats = ratio.detach().double().cpu().reshape(COUNT, STEPS).numpy()
     objective.begin_epoch(range(COUNT), ["a", "b"] * (COUNT // 2), rewards, nats, BETA)
     batch.prepared |= objective.prepare(policy, batch)
     if needs.adjoint:
@@ -256,77 +247,3 @@ def moved(batch: Transitions, device: torch.device, dtype: torch.dtype) -> Trans
 
     named = {field.name: one(getattr(batch, field.name)) for field in fields(batch) if field.name != "prepared"}
     return replace(batch, **named, prepared={name: one(value) for name, value in batch.prepared.items()})
-
-
-def network(day: Day) -> None:
-    """The embedded model's guided output, and the gradient of its LoRA, against the same network in float64."""
-    exactly()
-    exact = output_and_gradient(CPU, torch.float64)
-    for name, setting in (("float32", False), ("TF32", True)):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = setting
-        found = output_and_gradient(day.device, torch.float32)
-        apart = [((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
-        for what, value in zip(("output", "gradient"), apart, strict=True):
-            if setting:
-                day.tell(**{f"{what} in TF32": value})
-            else:
-                day.check(f"{what} in {name}", value, GRADIENT)
-    exactly()
-    found = output_and_gradient(day.device, torch.bfloat16)
-    apart = [((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
-    day.tell(**dict(zip(("output in bfloat16", "gradient in bfloat16"), apart, strict=True)))
-
-
-def output_and_gradient(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    model = BaseModel(EMBEDDED, str(device), dtype)
-    model.attach_lora(rank=4, alpha=4, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in lora.named(model.unet):
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(device)
-    x, t = torch.randn(2, *model.latent_shape, generator=generator).to(device), torch.tensor([500, 20], device=device)
-    output, _ = model.predict(x, t, model.embed(["a red circle", "a blue star"]), 3.0)
-    output.square().mean().backward()
-    gradient = torch.cat([parameter.grad.flatten() for _, parameter in lora.named(model.unet)])  # type: ignore[union-attr]
-    return output.detach().double().cpu(), gradient.double().cpu()
-
-
-def ratios(day: Day) -> None:
-    """p_F of the learner over p_F of the sampler, of the same weights and before any update: 1, but for the numbers'
-    precision and other batches. An objective with a clip is blind to what exceeds it."""
-    exactly()
-    for dtype in ("float32", "bfloat16"):
-        steps = 4 if day.tiny else STEPS
-        config = load_config(
-            None,
-            [
-                f"model.dtype={dtype}", f"model.device={day.device.type}", f"sampler.steps={steps}",
-                "sampler.chunk_size=8", "train.trajectories=8", "prompts.per_prompt=8", "train.updates_per_epoch=1",
-                "evaluation.images=0", "run.runner=inprocess", "objective.kind=ddpo", "flow.fit_steps=0",
-                "flow.warmup_steps=0", "objective.last_transition=train",
-            ],
-        )  # fmt: skip
-        learner = build.build_learner(config)
-        chunk = training_chunks(config, ["a red circle"], 0)[0]
-        sampler = Sampler(learner.model, config.rollout_settings())
-        made, clean = sampler.sample(chunk, learner.published)
-        rewards = np.zeros((len(chunk.prompts), steps + 1), np.float32)
-        experience = Experience(made, Scores(chunk, rewards))
-        apart = []
-        with torch.no_grad():
-            for part in np.array_split(np.arange(len(experience)), max(1, len(experience) // 6)):
-                batch = experience.gather(part, learner.model, config)
-                log_pf = learner.kernel.log_pf(learner.policy.output(batch), batch.t, batch.x, batch.x_next, "sum")
-                apart.append((log_pf - batch.log_pf_old).double().cpu())
-        nats = torch.cat(apart)
-        deviation = (nats.exp() - 1).abs()
-        if dtype == "float32":
-            day.check("float32: ratio less 1", deviation.max().item(), RATIO)
-        else:
-            day.check("bfloat16: transitions without a ratio", float((~nats.isfinite()).sum()), 0)
-            outside = (deviation > config.objective.clip_range * batch.x[0].numel()).double().mean()
-            day.tell(**{"bfloat16: share outside the clip": outside.item()})
-        day.tell(
-            **{f"{dtype}: ratio less 1": {"largest": deviation.max().item(), "mean": deviation.mean().item()}},
-            **{f"{dtype}: largest nats": nats.abs().max().item(), "dimensions": batch.x[0].numel()},
-        )

@@ -86,10 +86,10 @@ def tiny(published: Path) -> Path:
         if config.get("architectures") == ["T5EncoderModel"]:
             changes = TINY_T5
         if (levels := config.get("block_out_channels")) is not None:
-            changes["block_out_channels"] = [16 if file.parent.name == "unet" else 8] * len(levels)
-            changes["attention_head_dim"] = 8 if isinstance(config.get("attention_head_dim"), int) else [2] * len(levels)
-        if isinstance(config.get("transformer_layers_per_block"), list):
-            changes["transformer_layers_per_block"] = 1
+            changes["block_out_channels"] = [16, 16] if file.parent.name == "unet" else [8] * len(levels)
+        if file.parent.name == "unet":  # of its levels the first and the last
+            changes |= {key: [config[key][0], config[key][-1]] for key in ("down_block_types", "up_block_types")}
+            changes |= {"attention_head_dim": 2, "transformer_layers_per_block": 1}
         config |= {key: value for key, value in changes.items() if key in config or key == "norm_num_groups"}
         file.write_text(json.dumps(config))
     return folder

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import queue
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import processor
+from benchmarks.measure import processor
 from records import environment
 
 
@@ -99,8 +100,6 @@ def hello(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    import subprocess
-
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()[0]
@@ -137,4 +136,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import gpu_worker  # parts know its classes, which __main__'s are not
+
+    gpu_worker.main()

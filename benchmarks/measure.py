@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -107,7 +109,8 @@ def count(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def clock(one: Measured, device: torch.device) -> None:
-    """A run more. The clock is the host's, between two moments at which the device is idle: waiting for the host is part of it."""
+    """One more run. The clock is the host's, between two moments at which the device is idle: waiting for the host is
+    part of it."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -150,6 +153,15 @@ def ratio(
     if ideal and all(flops):
         result["of_flops"] = flops[0] / flops[1]
     return result
+
+
+def processor() -> str:
+    """Its name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def process_peak_bytes() -> int:

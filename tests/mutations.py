@@ -39,6 +39,7 @@ COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
 PUBLISHED = "tests/rewards/test_published_rewards.py"
+GPU = "tests/benchmarks/test_gpu.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -50,10 +51,14 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("return flat.sum(1) if reduction", "return flat.mean(1) if reduction", KERNELS),
         ('self._at("root_noise_next", t, x) * self.eps', 'self._at("root_direction", t, x) * self.eps', KERNELS),
         ('return -self._at("root_shrink"', 'return self._at("root_shrink"', SLOW),
+        ("sigma2 = eta**2 * (1 - after)", "sigma2 = eta * (1 - after)", f"{GPU} -k kernels"),
+        ("[t].to(like.dtype).reshape", "[t].bfloat16().to(like.dtype).reshape", f"{GPU} -k kernels"),
+        ("residual.square() / variance + variance.log()", "residual.square() / variance", f"{GPU} -k kernels"),
     ),
     "diffusion/rollout.py": (
         ("settings.noise_steps, kernel.noisy_steps)", "settings.noise_steps, n)", SD3),
         ("log_pf.append(kernel.log_pf(guided", "log_pf.append(kernel.log_pf(conditional", ROLLOUT),
+        ("log_pf.append(kernel.log_pf(guided", "log_pf.append(kernel.log_pf(conditional", f"{GPU} -m long -k sampler"),
         ("needed[:, 1:] |= chosen[:, :-1]", "needed[:, 1:] |= chosen[:, 1:]", ROLLOUT),
         ("draw(i + 1)).to(store).float()", "draw(i + 1)).float()", ROLLOUT),
         ("if i < noisy:", "if i <= noisy:", f"{ROLLOUT} -k behind"),
@@ -62,11 +67,35 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "diffusion/flow_kernels.py": (
         ("posterior = after.square() * noising / square", "posterior = after.square() * noising", FLOW_KERNELS),
+        ("g2 = a**2 * inside", "g2 = a * inside", f"{GPU} -k kernels"),
         ("alpha / alpha_next * alpha * after.square()", "alpha * after.square()", FLOW_KERNELS),
         ("* _by_label(spread.to(torch.float64)) * (after > 0)", "* _by_label(spread.to(torch.float64))", FLOW_KERNELS),
         ("noisy_steps=count - 1", "noisy_steps=count", FLOW_KERNELS),
         ("low + (tokens - first) * (high - low)", "low + tokens * (high - low)", FLOW_KERNELS),
         ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
+    ),
+    "learner/process_group.py": (
+        ("gradient.copy_(mean", "gradient.add_(mean", f"{GPU} -k collectives"),
+        ("return parts", "return parts[1:]", f"{GPU} -k collectives"),
+    ),
+    "diffusion/gpu_memory.py": (
+        ("np.ascontiguousarray(array))", "np.ascontiguousarray(array[::-1]))", f"{GPU} -k copies"),
+    ),
+    "benchmarks/gpu.py": (
+        ('if entry["status"] not in AS_SAID:', "if False:", f"{GPU} -m long -k hangs"),
+        ('entry["status"] in ("ok", "skipped")', 'entry["status"] != "failed"', f"{GPU} -k without_time"),
+        ("            save()\n", "            pass\n", f"{GPU} -m long -k killed"),
+    ),
+    "benchmarks/gpu_worker.py": (
+        ("os._exit(0)", "return", f"{GPU} -m long -k killed"),
+        ("fine = bool(value <= limit)", "fine = not value > limit", f"{GPU} -m long -k whatever"),
+        ("    gpu_worker.main()", "    main()", f"{GPU} -m long -k whatever"),
+    ),
+    "benchmarks/gpu_checks.py": (
+        ("((found[1] - exact[1]).norm() / norm)", "((found[1] - exact[1]).mean() / norm)", f"{GPU} -k objective"),
+    ),
+    "benchmarks/gpu_process.py": (
+        ("1 - after / before, 0.05)", "1 - after / before, 0.5)", f"{GPU} -m long -k given_back"),
     ),
     "rewards/contract.py": (
         ("for row in metadata or [{}] * len(prompts)]", "for row in [{}] * len(prompts)]", TRIAL),
