@@ -76,11 +76,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "learner/process_group.py": (
         ("gradient.copy_(mean", "gradient.add_(mean", f"{GPU} -k collectives"),
-        ("return parts", "return parts[1:]", f"{GPU} -k collectives"),
     ),
-    "diffusion/gpu_memory.py": (
-        ("np.ascontiguousarray(array))", "np.ascontiguousarray(array[::-1]))", f"{GPU} -k copies"),
-    ),
+    "diffusion/gpu_memory.py": (("ascontiguousarray(array))", "ascontiguousarray(array[::-1]))", f"{GPU} -k copies"),),
     "benchmarks/gpu.py": (
         ('if entry["status"] not in AS_SAID:', "if False:", f"{GPU} -m long -k hangs"),
         ('entry["status"] in ("ok", "skipped")', 'entry["status"] != "failed"', f"{GPU} -k without_time"),
@@ -91,12 +88,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("fine = bool(value <= limit)", "fine = not value > limit", f"{GPU} -m long -k whatever"),
         ("    gpu_worker.main()", "    main()", f"{GPU} -m long -k whatever"),
     ),
-    "benchmarks/gpu_checks.py": (
-        ("((found[1] - exact[1]).norm() / norm)", "((found[1] - exact[1]).mean() / norm)", f"{GPU} -k objective"),
-    ),
-    "benchmarks/gpu_process.py": (
-        ("1 - after / before, 0.05)", "1 - after / before, 0.5)", f"{GPU} -m long -k given_back"),
-    ),
+    "benchmarks/gpu_process.py": (("before, 0.05)", "before, 0.5)", f"{GPU} -m long -k given_back"),),
     "rewards/contract.py": (
         ("for row in metadata or [{}] * len(prompts)]", "for row in [{}] * len(prompts)]", TRIAL),
         ('getattr(function, "forward", function)', "function", TRIAL),
