@@ -15,6 +15,8 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+import gpu_mutations
+
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 900  # of a row's tests: a hang is told from a failure, and neither from a busy machine
 KERNELS, SLOW = "tests/diffusion/test_kernels.py", "tests/learner/objectives/test_slow_loops.py"
@@ -39,7 +41,6 @@ COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
 PUBLISHED = "tests/rewards/test_published_rewards.py"
-GPU = "tests/benchmarks/test_gpu.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -51,14 +52,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("return flat.sum(1) if reduction", "return flat.mean(1) if reduction", KERNELS),
         ('self._at("root_noise_next", t, x) * self.eps', 'self._at("root_direction", t, x) * self.eps', KERNELS),
         ('return -self._at("root_shrink"', 'return self._at("root_shrink"', SLOW),
-        ("sigma2 = eta**2 * (1 - after)", "sigma2 = eta * (1 - after)", f"{GPU} -k kernels"),
-        ("[t].to(like.dtype).reshape", "[t].bfloat16().to(like.dtype).reshape", f"{GPU} -k kernels"),
-        ("residual.square() / variance + variance.log()", "residual.square() / variance", f"{GPU} -k kernels"),
     ),
     "diffusion/rollout.py": (
         ("settings.noise_steps, kernel.noisy_steps)", "settings.noise_steps, n)", SD3),
         ("log_pf.append(kernel.log_pf(guided", "log_pf.append(kernel.log_pf(conditional", ROLLOUT),
-        ("log_pf.append(kernel.log_pf(guided", "log_pf.append(kernel.log_pf(conditional", f"{GPU} -m long -k sampler"),
         ("needed[:, 1:] |= chosen[:, :-1]", "needed[:, 1:] |= chosen[:, 1:]", ROLLOUT),
         ("draw(i + 1)).to(store).float()", "draw(i + 1)).float()", ROLLOUT),
         ("if i < noisy:", "if i <= noisy:", f"{ROLLOUT} -k behind"),
@@ -67,28 +64,12 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "diffusion/flow_kernels.py": (
         ("posterior = after.square() * noising / square", "posterior = after.square() * noising", FLOW_KERNELS),
-        ("g2 = a**2 * inside", "g2 = a * inside", f"{GPU} -k kernels"),
         ("alpha / alpha_next * alpha * after.square()", "alpha * after.square()", FLOW_KERNELS),
         ("* _by_label(spread.to(torch.float64)) * (after > 0)", "* _by_label(spread.to(torch.float64))", FLOW_KERNELS),
         ("noisy_steps=count - 1", "noisy_steps=count", FLOW_KERNELS),
         ("low + (tokens - first) * (high - low)", "low + tokens * (high - low)", FLOW_KERNELS),
         ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
     ),
-    "learner/process_group.py": (
-        ("gradient.copy_(mean", "gradient.add_(mean", f"{GPU} -k collectives"),
-    ),
-    "diffusion/gpu_memory.py": (("ascontiguousarray(array))", "ascontiguousarray(array[::-1]))", f"{GPU} -k copies"),),
-    "benchmarks/gpu.py": (
-        ('if entry["status"] not in AS_SAID:', "if False:", f"{GPU} -m long -k hangs"),
-        ('entry["status"] in ("ok", "skipped")', 'entry["status"] != "failed"', f"{GPU} -k without_time"),
-        ("            save()\n", "            pass\n", f"{GPU} -m long -k killed"),
-    ),
-    "benchmarks/gpu_worker.py": (
-        ("os._exit(0)", "return", f"{GPU} -m long -k killed"),
-        ("fine = bool(value <= limit)", "fine = not value > limit", f"{GPU} -m long -k whatever"),
-        ("    gpu_worker.main()", "    main()", f"{GPU} -m long -k whatever"),
-    ),
-    "benchmarks/gpu_process.py": (("before, 0.05)", "before, 0.5)", f"{GPU} -m long -k given_back"),),
     "rewards/contract.py": (
         ("for row in metadata or [{}] * len(prompts)]", "for row in [{}] * len(prompts)]", TRIAL),
         ('getattr(function, "forward", function)', "function", TRIAL),
@@ -341,7 +322,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("{_content(path)}\\0", "\\0", JUDGED),
     ),
 }  # fmt: skip
-MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]
+MUTATIONS = [(name, *row) for part in (ROWS, gpu_mutations.ROWS) for name, rows in part.items() for row in rows]
 
 
 def run_tests(folder: Path, tests: str) -> int | None:
