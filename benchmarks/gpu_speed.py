@@ -42,7 +42,7 @@ TINY_SERVICE = (
     "reward.options={tiny: true}", "flow.widths=[8,16]", "lora.rank=2",
 )  # fmt: skip
 TINY_DEMO = (
-    "sampler.steps=4", "train.trajectories=16", "train.updates_per_epoch=1", "train.replay_updates=0", "lora.rank=2",
+    "sampler.steps=4", "train.trajectories=8", "train.updates_per_epoch=1", "train.replay_updates=0", "lora.rank=2",
     "evaluation.images=8", "objective.window=[0,1]",
 )  # fmt: skip
 
