@@ -23,6 +23,9 @@ from benchmarks.measure import processor
 from records import environment
 
 
+IDLE = 600.0  # seconds that it waits for the next part, which is asked for at once
+
+
 class Skipped(Exception):
     """What cannot be done on this device, and why."""
 
@@ -131,7 +134,7 @@ def main() -> None:
     day = Day(torch.device(sys.argv[1]), "tiny" in sys.argv[2:], send)
     send(hello(day.device))
     while True:
-        message = json.loads(asked.get())
+        message = json.loads(asked.get(timeout=IDLE))
         send(run(day, message["place"], message["seconds"]))
 
 
