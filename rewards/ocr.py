@@ -29,6 +29,7 @@ class Ocr:
     differentiable = False
     image_only = True  # an unfinished picture shows no text, and a reading takes 0.1 s of a core
     range = (0.0, 1.0)
+    batch = 32  # it reads one after the other: more would only lengthen the search for the fitting batch on a GPU
 
     def __init__(self) -> None:
         """Raises UnknownReward where the reader cannot be imported."""
@@ -47,10 +48,10 @@ class Ocr:
         self.reader = RapidOCR(intra_op_num_threads=threads, inter_op_num_threads=1)
         self.distance = Levenshtein.distance
 
-    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> None:
-        """Raises ValueError, as scoring does, for a prompt that asks for no text."""
-        for prompt, columns in zip(prompts, metadata or [{}] * len(prompts), strict=True):
-            asked_for(prompt, columns)
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError, as scoring does, for a prompt that asks for no text. Those of a file have its columns."""
+        for prompt in prompts:
+            asked_for(prompt, getattr(prompt, "metadata", {}))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> Tensor:
         pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

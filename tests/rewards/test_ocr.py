@@ -13,6 +13,7 @@ from words import as_images, draw, page
 
 from commands import score
 from diffusion.trajectory import Chunk, CleanPredictions
+from learner.prompts import Prompt
 from learner.run import main
 from rewards import prompt_sets, registry
 from rewards.ocr import asked_for
@@ -61,17 +62,25 @@ def test_the_text_asked_for_is_the_column_or_what_is_quoted(prompt, columns, ask
 )  # fmt: skip
 def test_a_prompt_that_asks_for_no_text_is_named(ocr, prompt, columns):
     said = f"prompt {prompt!r} asks for no text"
-    for ask in (ocr.check_prompts, lambda *rows: ocr(torch.ones(2, 3, 8, 8), *rows)):
+    for ask in (
+        lambda: ocr.check_prompts(['"A"', Prompt(prompt, columns)]),
+        lambda: ocr(torch.ones(2, 3, 8, 8), ['"A"', prompt], [{}, columns]),
+    ):
         with pytest.raises(ValueError, match="between double quotes") as caught:
-            ask(['"A"', prompt], [{}, columns])
+            ask()
         assert said in str(caught.value) and "column 'text'" in str(caught.value)
 
 
-def test_a_run_is_refused_before_it_starts(tiny_pipeline, tmp_path, capsys):
-    settings = [f"model.path={tiny_pipeline}", "run.runner=inprocess", f"run.dir={tmp_path / 'run'}"]
-    assert main([*settings, "reward.name=ocr", 'prompts.path=["a \\"A\\"", a dog]']) == 2
-    said = capsys.readouterr().err
-    assert "prompt 'a dog' asks for no text" in said and len(said.splitlines()) == 1
+def test_a_run_is_refused_before_it_starts(small_settings, tmp_path, capsys):
+    settings = [*small_settings, "run.runner=inprocess", f"run.dir={tmp_path / 'run'}", "reward.name=ocr"]
+    rtb = ["objective.kind=rtb", "flow.fit_steps=0", "flow.warmup_steps=0"]
+    for further, said in (
+        ([*rtb, 'prompts.path=["a \\"A\\"", a dog]'], "prompt 'a dog' asks for no text"),
+        (["prompts.path=quoted_words"], "judges finished pictures alone, and dag_db asks it at every inner state"),
+    ):
+        assert main([*settings, *further]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "has settings for dag_db" not in line]
+        assert len(lines) == 1 and said in lines[0]
     assert not (tmp_path / "run").exists()
 
 
