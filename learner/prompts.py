@@ -26,8 +26,8 @@ class Prompt(str):
         prompt.metadata = metadata
         return prompt
 
-    def __getnewargs__(self) -> tuple[str, Columns]:
-        return str(self), self.metadata  # to be copied and sent to actors
+    def __reduce__(self) -> tuple[type["Prompt"], tuple[str, Columns]]:
+        return Prompt, (str(self), self.metadata)  # to be copied and sent to actors
 
 
 def metadata_of(prompts: Iterable[str]) -> tuple[Columns, ...]:

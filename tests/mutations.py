@@ -87,7 +87,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "learner/prompts.py": (
         ("if metadata else prompts\n", "if False else prompts\n", COLUMNS),
         ("if field.name == column or _is_json(field.type)]", "]", PROMPTS),
-        ("return str(self), self.metadata", "return str(self), {}", PROMPTS),
+        ("Prompt, (str(self), self.metadata)", "Prompt, (str(self), {})", PROMPTS),
     ),
     "learner/protocol/chunks.py": (
         ("parents, at, metadata))", "parents, at))", PROMPTS),
