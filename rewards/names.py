@@ -3,4 +3,5 @@
 from typing import Literal
 
 Backend = Literal["native", "package"]
+Normalise = Literal["none", "prompt", "epoch"]  # rewards/mixture.py
 FeatureKind = Literal["pixels", "clip"]  # rewards/judges.py

@@ -135,11 +135,12 @@ class Scorer:
             further |= {"nats": clean.nats, "spread": clean.spread}
         if chunk.purpose == "train" and self.thumbnail_pixels:
             further["thumbnails"] = tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures.values())
+        parts = {label: judged.by_trajectory(part[at_end], row[at_end]) for label, part in judged.parts.items()}
         if chunk.purpose == "train" and self.shuffle:
             good = np.setdiff1d(np.arange(len(rewards)), list(judged.bad))
             order = noise.generator(chunk.seed, noise.SHUFFLE, chunk.epoch, chunk.index).permutation(len(good))
-            rewards[good[order]] = rewards[good[np.roll(order, 1)]]  # nobody keeps their own
-        parts = {label: judged.by_trajectory(part[at_end], row[at_end]) for label, part in judged.parts.items()}
+            for values in (rewards, *parts.values()):
+                values[good[order]] = values[good[np.roll(order, 1)]]  # nobody keeps their own
         shown = [row for row, reason in judged.bad.items() if not reason.startswith(UNDECODABLE)]
         bad_images = {row: _png(judged.pictures[row]) for row in shown}
         return Scores(chunk, rewards, parts=parts, bad=judged.bad, bad_images=bad_images, **further)

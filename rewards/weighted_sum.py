@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, FiniteFloat, ValidationError, field_validator
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.failures import RunFailure
 from rewards import registry
+from rewards.names import Normalise
 
 Result = TypeVar("Result")
 WHERE = "reward.options.terms"
@@ -35,19 +36,22 @@ class Term(BaseModel, extra="forbid", strict=True):
 
 
 class WeightedSum:
-    """sum_k weight_k * reward_k. Differentiable when every term is."""
+    """sum_k weight_k * reward_k. Differentiable when every term is. `normalise` is the learner's (rewards/mixture.py):
+    scores are raw."""
 
     name = "weighted_sum"
 
-    def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu") -> None:
+    def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu", normalise: Normalise = "none") -> None:
         """`terms`: what `Term` has. Raises ValueError, which names the term that is wrong or cannot be made."""
+        check_normalise(normalise)
         self.terms = read_terms(terms)
         self.rewards = each_term(self.terms, lambda term: term.load(device))
         self.differentiable = all(reward.differentiable for reward in self.rewards.values())
 
     @staticmethod
-    def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None) -> None:
+    def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None, normalise: Any = "none") -> None:
         """As `registry.check`, of every term; the ValueError names it."""
+        check_normalise(normalise)
         each_term(read_terms(terms), lambda term: term.check(prompts, objective))
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -60,6 +64,11 @@ class WeightedSum:
     def total(self, parts: dict[str, Tensor], device: torch.device) -> Tensor:
         """The sum [B] of `parts`."""
         return torch.stack([term.weight * parts[label].to(device) for label, term in self.terms.items()]).sum(0)
+
+
+def check_normalise(how: Any) -> None:
+    if how not in get_args(Normalise):
+        raise ValueError(f"reward.options.normalise: expected {', '.join(get_args(Normalise))}, got {how!r}")
 
 
 def read_terms(terms: Any, where: str = WHERE) -> dict[str, Term]:

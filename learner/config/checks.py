@@ -70,6 +70,18 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"flow.stem_stride: {given.kind} has a flow network of full size; set it to 1"
     if needs.reward_gradients and needs.inner_rewards and not needs.flow and given.forward_looking == "none":
         yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
+    if config.reward.normalise in ("prompt", "epoch") and not needs.maximises:
+        allowed = ", ".join(kind for kind, other in NEEDS.items() if other.maximises)
+        yield (
+            f"reward.options.normalise: {given.kind} trains towards what r itself gives, as p_ref exp(beta r), and that "
+            "would change with the policy by whose pictures r is standardised; set it to none, or objective.kind to "
+            f"one of {allowed}"
+        )
+    if config.reward.normalise == "prompt" and config.prompts.per_prompt < 2:
+        yield (
+            "prompts.per_prompt: reward.options.normalise=prompt compares a prompt's trajectories; make it at least 2, "
+            "or set normalise to epoch"
+        )
     if needs.reward_gradients and config.train.shuffle_rewards:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
     if isinstance(given.window, tuple) and not 0 <= given.window[0] <= given.window[1] < config.sampler.steps:

@@ -149,6 +149,11 @@ class RewardConfig(Section):
         "bad", "an all-black image is the mark of NaN latents or a safety checker; allow where it may be right"
     )
 
+    @property
+    def normalise(self) -> Any:
+        """Of a weighted_sum, reward.options.normalise as given (rewards/names.py); else none."""
+        return self.options.get("normalise", "none") if self.name == "weighted_sum" else "none"
+
 
 class LoraConfig(Section):
     rank: int = key(4, "LoRA rank", ge=1)
