@@ -29,6 +29,7 @@ PATHS = "tests/learner/objectives/test_trajectories.py"
 QUARANTINE = "tests/learner/protocol/test_quarantine.py"
 ADJOINT, NATURAL = "tests/learner/objectives/test_adjoint_matching.py", "tests/learner/test_natural.py"
 SQUARES = "tests/learner/test_least_squares.py"
+MIXTURE, MIXED = "tests/rewards/test_mixture.py", "tests/learner/test_mixtures.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
@@ -138,7 +139,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("variance * batch.prepared[\"log", "variance.sqrt() * batch.prepared[\"log", FITTED),
         ('weights * batch.prepared["target_weight"]', "weights", FITTED),
     ),
-    "learner/config/checks.py": (("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),),
+    "learner/config/checks.py": (
+        ("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),
+        ('("prompt", "epoch") and not needs.maximises', '("prompt", "epoch") and False', f"{MIXED} -k refuse_it"),
+    ),
     "learner/objectives/base.py": (
         ("variance / self.kernel.variance(self.kernel.timesteps, batch.x.dtype).mean()", "variance", SLOW),
         ('abar.sqrt() if decay == "sqrt_abar" else abar', "abar", SLOW),
@@ -217,6 +221,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "learner/protocol/quarantine.py": (
         ("trajectories.log_ref[rows]", "trajectories.log_ref", f"{QUARANTINE} -k densities"),
+        ("values[rows] for label", "values for label", f"{MIXED} -k stand_ins"),
     ),
     "learner/config/schema.py": (
         ('self.objective.window == "all" and self.needs.inner_rewards', 'self.objective.window == "all"',
@@ -239,6 +244,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("terminal=tensor(step + 1 >= end)", "terminal=tensor(step >= end)", GATHER),
     ),
     "learner/update.py": (
+        ("raw = tuple(self.mixture.trained(ids, prompts, parts))", "pass", f"{MIXED} -k gets_the_sum"),
+        ("for part in process_group.gather(mine) for row in part", "for row in mine", f"{MIXED} -m long -k two_ranks"),
         ("flow_loss(concatenate(parts), self.flow, beta)",
          "flow_loss(concatenate(parts), self.flow, self.config.objective.beta)", f"{UPDATE} -k annealed"),
         ("experience.scores.rewards[:, -1] - offset", "experience.scores.rewards[:, -1]", f"{EVERY} -k no_residual"),
@@ -280,6 +287,15 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),),
     "records/passwords.py": (('return USERINFO.sub("", text)', "return text", "tests/records/test_passwords.py"),),
     "reports/summary.py": (('"rose" if low > 0', '"rose" if low >= 0', "tests/reports/test_summary.py"),),
+    "rewards/mixture.py": (
+        ("(own - own.mean()) / own.std()", "own - own.mean()", MIXTURE),
+        ("if not is_flat(own):", "if True:", MIXTURE),
+        ('if self.normalise != "prompt":', "if True:", MIXTURE),
+        ("once = list(places.values())", "once = list(range(len(ids)))", MIXTURE),
+        ("@ apart / (apart @ apart)", "@ apart / (each @ each.T).trace()", MIXTURE),
+    ),
+    "rewards/scorer.py": (("(rewards, *parts.values())", "(rewards,)", "tests/rewards/test_scorer.py -k shuffled"),),
+    "learner/controller.py": (("if label not in warned:", "if True:", f"{MIXED} -k once"),),
     "rewards/content.py": (
         ("yield from _modules(place) if inside else ()", "yield from ()", JUDGED),
         ("{_content(path)}\\0", "\\0", JUDGED),

@@ -73,7 +73,7 @@ def contradictions(config: Config) -> Iterator[str]:
     if config.reward.normalise in ("prompt", "epoch") and not needs.maximises:
         allowed = ", ".join(kind for kind, other in NEEDS.items() if other.maximises)
         yield (
-            f"reward.options.normalise: {given.kind} trains towards what r itself gives, as p_ref exp(beta r), and that "
+            f"reward.options.normalise: {given.kind} trains towards what r itself gives, as p_ref exp(beta r): that "
             "would change with the policy by whose pictures r is standardised; set it to none, or objective.kind to "
             f"one of {allowed}"
         )
