@@ -71,10 +71,10 @@ def test_the_objective_gets_the_sum_of_standardised_parts(kind, normalise, small
 def test_bad_trajectories_are_in_no_mean_and_their_stand_ins_have_their_own_parts(small_config, monkeypatch):
     learner = build.build_learner(config := small_config(*mixed("epoch")))
     (made, scores), other = scored_epoch(config, learner.published)
-    parts = {label: np.where([0, 1, 0, 0], np.nan, values) for label, values in scores.parts.items()}
-    spoiled = [(made, replace(scores, parts=parts, bad={1: "spoiled"})), other]
+    parts = {label: np.where([0, 0, 0, 1], np.nan, values) for label, values in scores.parts.items()}
+    spoiled = [(made, replace(scores, parts=parts, bad={3: "spoiled"})), other]
     table, expected = begun(learner, spoiled, monkeypatch), by_pandas(spoiled, "epoch").set_index("id")["reward"]
-    assert table["id"].tolist() == [0, 2, 2, 3, 4, 5, 6, 7]
+    assert table["id"].tolist() == [0, 0, 1, 2, 4, 5, 6, 7]
     np.testing.assert_allclose(table["reward"], expected[table["id"]], rtol=1e-6)
 
 
