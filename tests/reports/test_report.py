@@ -120,6 +120,7 @@ def test_there_is_a_curve_for_whatever_was_measured(page):
     titles = re.findall(r'class="chart" [^>]*aria-label="([^"]+)"', page)
     assert [unescape(title) for title in titles] == [
         "Reward", "Part of the reward: sharp & bright", f"Part of the reward: {LABEL}", "Held-out reward: held out",
+        "Parts of the reward's variance",
         "Different pictures (Vendi score)", "Distance within a prompt",
         "Loss", "Clipped", "Step size", "Gradient norm before clipping", "Staleness", "Seconds an epoch",
     ]  # fmt: skip
