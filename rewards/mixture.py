@@ -15,7 +15,7 @@ from rewards.registry import SUM
 from rewards.weighted_sum import read_terms
 
 # No spread: a standard deviation of at most this share of the largest score. What float32 models return for one picture
-# in batches of other sizes differs by some 1e-6 of it, which must not be blown up to a spread of 1.
+# in batches of other sizes differs by 1e-7 to 1e-6 of it, which must not be blown up to a spread of 1.
 FLAT = 1e-5
 Parts = Mapping[str, Sequence[float]]  # raw scores [n] by label
 

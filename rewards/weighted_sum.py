@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, FiniteFloat, ValidationError, field_validator
@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.failures import RunFailure
 from rewards import registry
 from rewards.contract import Columns, Reward, call, told
-from rewards.names import Normalise
+from rewards.names import Normalise, wrong_normalise
 
 Result = TypeVar("Result")
 WHERE = "reward.options.terms"
@@ -44,7 +44,8 @@ class WeightedSum:
 
     def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu", normalise: Normalise = "none") -> None:
         """`terms`: what `Term` has. Raises ValueError, which names the term that is wrong or cannot be made."""
-        check_normalise(normalise)
+        if fault := wrong_normalise(normalise):
+            raise ValueError(fault)
         self.terms = read_terms(terms)
         self.rewards = each_term(self.terms, lambda term: term.load(device))
         rewards = self.rewards.values()
@@ -56,7 +57,8 @@ class WeightedSum:
     @staticmethod
     def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None, normalise: Any = "none") -> None:
         """As `registry.check`, of every term; the ValueError names it."""
-        check_normalise(normalise)
+        if fault := wrong_normalise(normalise):
+            raise ValueError(fault)
         each_term(read_terms(terms), lambda term: term.check(prompts, objective))
 
     def parts(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> dict[str, Tensor]:
@@ -69,11 +71,6 @@ class WeightedSum:
     def total(self, parts: dict[str, Tensor], device: torch.device) -> Tensor:
         """The sum [B] of `parts`."""
         return torch.stack([term.weight * parts[label].to(device) for label, term in self.terms.items()]).sum(0)
-
-
-def check_normalise(how: Any) -> None:
-    if how not in get_args(Normalise):
-        raise ValueError(f"reward.options.normalise: expected {', '.join(get_args(Normalise))}, got {how!r}")
 
 
 def read_terms(terms: Any, where: str = WHERE) -> dict[str, Term]:

@@ -7,6 +7,7 @@ from diffusion.noise import select_transitions
 from learner.config.schema import Config
 from learner.objectives.needs import NEEDS
 from records.passwords import PASSWORD, without_passwords
+from rewards.names import wrong_normalise
 
 MLFLOW_VARIABLES = " (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD; or the whole as MLFLOW_TRACKING_URI)"
 SECRET = "settings are kept in the run's files: leave user name and password out, and give them by the environment"
@@ -70,12 +71,14 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"flow.stem_stride: {given.kind} has a flow network of full size; set it to 1"
     if needs.reward_gradients and needs.inner_rewards and not needs.flow and given.forward_looking == "none":
         yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
+    if fault := wrong_normalise(config.reward.normalise):
+        yield fault
     if config.reward.normalise in ("prompt", "epoch") and not needs.maximises:
         allowed = ", ".join(kind for kind, other in NEEDS.items() if other.maximises)
         yield (
-            f"reward.options.normalise: {given.kind} trains towards what r itself gives, as p_ref exp(beta r): that "
-            "would change with the policy by whose pictures r is standardised; set it to none, or objective.kind to "
-            f"one of {allowed}"
+            f"reward.options.normalise: {given.kind}'s target is made of r, as p_ref exp(beta r), and would change "
+            "with the policy, by whose pictures r is standardised; set it to none, or objective.kind to one of "
+            f"{allowed}"
         )
     if config.reward.normalise == "prompt" and config.prompts.per_prompt < 2:
         yield (

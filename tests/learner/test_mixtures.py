@@ -11,7 +11,7 @@ from scored_epochs import scored_epoch
 from test_process_group import Ranks
 
 from learner import build, process_group
-from learner.config import ConfigError, load_config
+from learner.config import ROOT, ConfigError, load_config
 from learner.objectives.by_name import OBJECTIVES, describe
 from learner.objectives.needs import NEEDS
 from learner.run import main
@@ -184,9 +184,14 @@ def test_objectives_with_a_target_refuse_it_and_say_why(settings_of):
         with pytest.raises(ConfigError) as caught:
             load_config(overrides=settings)
         said = [line for line in str(caught.value).splitlines() if "normalise" in line]
-        assert len(said) == 1 and said[0].startswith(f"reward.options.normalise: {kind} trains towards")
+        assert len(said) == 1 and said[0].startswith(f"reward.options.normalise: {kind}'s target is made of r")
         assert "p_ref exp(beta r)" in said[0] and said[0].endswith("one of ddpo, grpo")
         assert load_config(overrides=[*settings, mixed("none", kind)[2]])
+
+
+def test_an_unknown_way_is_refused_by_the_configuration():
+    with pytest.raises(ConfigError, match=r"^reward\.options\.normalise: expected none, prompt, epoch, got 'batch'$"):
+        load_config(ROOT / "configs/shapes_ddpo.yaml", overrides=mixed("batch", "ddpo"))
 
 
 def test_a_prompts_only_trajectory_cannot_be_standardised():
