@@ -36,9 +36,10 @@ SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED = "tests/learner/test_embeddings.py"
 MEMORY = "tests/commands/test_memory.py"
 TRIAL, PROMPTS = "tests/rewards/test_trial.py", "tests/learner/test_prompts.py"
-COLUMNS = "tests/learner/test_metadata.py -m 'not long'"
+COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
+PUBLISHED = "tests/rewards/test_published_rewards.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -323,6 +324,13 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "rewards/scorer.py": (("(rewards, *parts.values())", "(rewards,)", "tests/rewards/test_scorer.py -k shuffled"),),
     "learner/controller.py": (("if label not in warned:", "if True:", f"{MIXED} -k once"),),
+    "rewards/clip.py": (
+        ("partial(short_side, half=int)", "short_side", f"{PUBLISHED} -k pictures"),
+        ('{"hidden_act": "gelu"', '{"hidden_act": "quick_gelu"', f"{PUBLISHED} -k authors_code"),
+        ("!= end:", "== -1:", "tests/rewards/test_reward_weights.py -k read_off"),
+    ),
+    "rewards/clip_score.py": ((".clamp(min=0)", "", f"{PUBLISHED} -k slope"),),
+    "rewards/pickscore.py": (("self.logit_scale.exp()", "self.logit_scale", f"{PUBLISHED} -k authors_code"),),
     "rewards/content.py": (
         ("yield from _modules(place) if inside else ()", "yield from ()", JUDGED),
         ("{_content(path)}\\0", "\\0", JUDGED),

@@ -158,6 +158,8 @@ def test_models_with_weights_are_tried_only_as_a_whole_and_held_out_rewards_too(
     term = {"name": "aesthetic", "weight": 1.0, "weights": str(own / "absent.pth")}
     config = load_config(None, {"reward.name": "weighted_sum", "reward.options": {"terms": [term]}})
     assert faults(config) == [] and "absent.pth" in faults(config, whole=True)[0]
+    config = load_config(None, {"evaluation.held_out": [{"name": "aesthetic", "weights": str(own / "absent.pth")}]})
+    assert faults(config) == [] and "absent.pth" in faults(config, whole=True)[0]
     config = load_config(None, {"evaluation.held_out": ["jpeg_compressibility", "own_trial:nan"]})
     [said] = faults(config)
     assert said.startswith("evaluation.held_out[1] (own_trial:nan): reward own_trial:nan failed on two made-up")
