@@ -35,6 +35,7 @@ class BadReward(RunFailure, ValueError):
 PLAIN = {
     "jpeg_compressibility": "jpeg:JpegCompressibility",
     "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "ocr": "ocr:Ocr",
     "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",

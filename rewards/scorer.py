@@ -102,10 +102,12 @@ class Scorer:
         if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
             return min(self.most, GRADIENT_BATCH if self.gradients else SCORE_BATCH)
 
+        columns = getattr(prompt, "metadata", {})  # of a prompt file
+
         def trial(size: int) -> None:
             latents = torch.zeros(size, *latent, device="cuda", requires_grad=self.gradients)
             with torch.set_grad_enabled(self.gradients):
-                scores, _ = self._judge(self.decoder(latents), [prompt] * size)
+                scores, _ = self._judge(self.decoder(latents), [prompt] * size, [columns] * size)
             if self.gradients:
                 self._differentiate(scores, latents)
 

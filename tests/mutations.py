@@ -39,7 +39,7 @@ TRIAL, PROMPTS = "tests/rewards/test_trial.py", "tests/learner/test_prompts.py"
 COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
-PUBLISHED = "tests/rewards/test_published_rewards.py"
+PUBLISHED, OCR = "tests/rewards/test_published_rewards.py", "tests/rewards/test_ocr.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -88,6 +88,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "learner/prompts.py": (
         ("if metadata else prompts\n", "if False else prompts\n", COLUMNS),
         ("if field.name == column or _is_json(field.type)]", "]", PROMPTS),
+        ("Prompt, (str(self), self.metadata)", "Prompt, (str(self), {})", PROMPTS),
     ),
     "learner/protocol/chunks.py": (
         ("parents, at, metadata))", "parents, at))", PROMPTS),
@@ -331,6 +332,17 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "rewards/clip_score.py": ((".clamp(min=0)", "", f"{PUBLISHED} -k slope"),),
     "rewards/pickscore.py": (("self.logit_scale.exp()", "self.logit_scale", f"{PUBLISHED} -k authors_code"),),
+    "rewards/ocr.py": (
+        ("(r'(?<![0-9A-Za-z])", "(r'", f"{OCR} -k asked"),
+        ('if text is None or text == "":', "if True:", f"{OCR} -k asked"),
+        ("min(self.distance(_plain(found), target), len(target))", "self.distance(_plain(found), target)", OCR),
+        (".translate(SAME)", "", f"{OCR} -k edits"),
+        (", use_cls=False)", ")", f"{OCR} -k line_by_line"),
+        ("- slope_y.sum() / slope_x.sum() * boxes[..., 0]", "", f"{OCR} -k line_by_line"),
+        ("cv2.setNumThreads(threads)", "pass", f"{OCR} -k threads"),
+        ("intra_op_num_threads=threads, ", "", f"{OCR} -k threads"),
+        ("image_only = True", "image_only = False", f"{OCR} -k refused_before"),
+    ),
     "rewards/content.py": (
         ("yield from _modules(place) if inside else ()", "yield from ()", JUDGED),
         ("{_content(path)}\\0", "\\0", JUDGED),
