@@ -39,6 +39,7 @@ class BadReward(RunFailure, ValueError):
 PLAIN = {
     "jpeg_compressibility": "jpeg:JpegCompressibility",
     "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "remote": "remote:Remote",
     "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",
@@ -88,6 +89,8 @@ def check(
     check_gradient(reward, name, objective)
     if hasattr(reward, "check_prompts") and not isinstance(reward, type):
         reward.check_prompts(prompts)
+    if name == "remote":
+        reward.check_health()
 
 
 def check_name(name: str, backend: Backend = "native") -> None:

@@ -9,6 +9,7 @@ from learner.config import sections
 from learner.config.sections import Section, key
 from learner.objectives.needs import NEEDS, Needs
 
+REMOTE = "remote"  # the reward behind HTTP
 CONFIG_VERSION = 2  # of the keys and their meaning
 
 # What a resumed run may set anew: on CPU none of it changes a bit of the result, but train.epochs, which prolongs it,
@@ -47,8 +48,9 @@ class Config(Section):
         return {f"{section}.{key}": value for section in section_types() for key, value in tree[section].items()}
 
     def binding(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with its beginning: all but FREE."""
-        return {key: value for key, value in self.flat().items() if key not in FREE}
+        """The settings that a resumed run must share with its beginning: all but FREE, and where a judge is."""
+        shared = {key: value for key, value in self.flat().items() if key not in FREE}
+        return shared | ({"reward.options": None} if self.reward.name == REMOTE else {})
 
     def digest(self) -> str:
         """sha256 of the binding settings: equal runs have equal ones."""
@@ -73,9 +75,10 @@ class Config(Section):
 
     @property
     def own_code(self) -> dict[str, Any]:
-        """The settings by which code of a user's own runs, by key: rewards as module:callable, and their options."""
+        """The settings by which code of a user's own runs, by key: rewards as module:callable, and their options; or by
+        which pictures and a token are sent to somebody's judge."""
         reward, terms, named = self.reward, self.reward.options.get("terms"), {}
-        if ":" in reward.name:
+        if _is_own(reward.name):
             named = {"reward.name": reward.name} | ({"reward.options": reward.options} if reward.options else {})
         elif isinstance(terms, list | tuple) and any(map(_is_own, terms)):  # of a weighted_sum
             named = {"reward.options": reward.options}
@@ -124,8 +127,9 @@ class Config(Section):
 
 
 def _is_own(reward: Any) -> bool:
-    """Whether a term or held-out reward, a name or {name, ...}, is a user's own."""
-    return ":" in str(reward.get("name") if isinstance(reward, dict) else reward)
+    """Whether a term or held-out reward, a name or {name, ...}, is a user's own, or behind HTTP."""
+    name = str(reward.get("name") if isinstance(reward, dict) else reward)
+    return ":" in name or name == REMOTE
 
 
 def known_keys() -> dict[str, Any]:
