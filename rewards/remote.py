@@ -84,6 +84,7 @@ class Options(BaseModel, extra="forbid", strict=True):
     token_env: str = Field(tokens.VARIABLE, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     token_file: str | None = None
     range: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2), AfterValidator(_ordered)] | None = None
+    columns: list[str] | None = None  # metadata that the judge needs, and gets; None: it gets all that there is
     inner_states: bool = False  # also predictions at inner states are judged
 
 
@@ -127,6 +128,7 @@ class Remote:
         """`options`: those of `Options`. Raises ValueError, which names the one that is wrong."""
         self.options = read_options(options)
         self.image_only = not self.options.inner_states
+        self.columns = tuple(self.options.columns or ())
         self.range = tuple(self.options.range) if self.options.range else None
         self._token = tokens.read(self.options.token_env, self.options.token_file)
         self._threads = ThreadPoolExecutor(self.options.in_flight, "remote")
@@ -139,7 +141,8 @@ class Remote:
         has null. Raises ValueError where the judge refuses a picture or prompt, JudgeRefused, JudgeSilent."""
         batch, deadline, over = self.options.batch, time.monotonic() + self.options.seconds, threading.Event()
         pixels = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        given = {"prompts": list(prompts)} | ({"metadata": list(metadata)} if metadata and any(metadata) else {})
+        rows = [{key: row[key] for key in self.columns or row} for row in metadata or ()]
+        given = {"prompts": list(prompts)} | ({"metadata": rows} if any(rows) else {})
         if any(len(texts) != len(pixels) for texts in given.values()):
             raise ValueError(f"expected as many prompts and metadata as the {len(pixels)} images")
         pieces = [slice(start, start + batch) for start in range(0, len(pixels), batch)]

@@ -136,6 +136,11 @@ class RewardConfig(Section):
         "their own (python -m rewards.package build NAME), without gradients",
     )
     options: dict[str, Any] = key({}, "the reward's keyword arguments; a callable of yours is called with them first")
+    try_first: bool = key(
+        True,
+        "call the rewards once on two made-up pictures before anything is loaded (models with weights only at "
+        "--try-reward); false: for rewards that only the machines of the actors can load",
+    )
     batch: int | None = key(
         None, "images scored at once; default: what free GPU memory holds (on a CPU 32, with gradients 16)", ge=1
     )

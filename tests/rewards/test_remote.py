@@ -13,8 +13,11 @@ from judge import HEALTH, Judge, in_process, pictures, shade
 
 from diffusion.failures import DeadlineExceeded, RunFailure, ServiceFailed
 from rewards import registry, remote, tokens
+from rewards.contract import call
 from rewards.own_code import named_failure
 from rewards.remote import JudgeRefused, JudgeSilent, Remote
+from rewards.trial import try_reward
+from rewards.weighted_sum import WeightedSum
 
 TOKEN = "s3cret-of-the-judge"
 PROMPTS = ["a red circle", "a blue ring", "", 'a "quoted" word\n and an umlaut \u00fc', "five"]
@@ -76,6 +79,28 @@ def test_without_metadata_none_is_sent_and_null_is_a_bad_trajectory(judge):
     assert found[[0, 2]].tolist() == [1, 2.5] and found[1].isnan() and "metadata" not in judge.seen[0][2]
     with pytest.raises(ValueError, match="as many prompts and metadata as the 2 images"):
         Remote(urls=judge.url)(images(2), PROMPTS)
+
+
+def test_columns_that_are_named_are_needed_and_no_others_travel(judge):
+    reward = Remote(urls=judge.url, columns=["bonus"])
+    rows = [{"bonus": 1, "secret": "hidden"}, {"bonus": 2}]
+    call(reward, images(2), PROMPTS[:2], rows)
+    assert judge.seen[0][2]["metadata"] == [{"bonus": 1}, {"bonus": 2}] and reward.columns == ("bonus",)
+    with pytest.raises(registry.BadReward, match="reward remote needs a column 'bonus', which 1 of 2 prompts do not"):
+        try_reward(reward, PROMPTS[:2], [rows[0], {"other": 1}], 8, "cpu")
+    Remote(urls=judge.url)(images(2), PROMPTS[:2], metadata=rows)
+    assert judge.seen[-1][2]["metadata"] == rows
+
+
+def test_it_is_tried_before_a_run_and_its_judge_asked_first(judge):
+    term = {"name": "remote", "weight": 1.0, "options": {"urls": judge.url}}
+    for reward in (Remote(urls=judge.url), WeightedSum([{"name": "jpeg_compressibility", "weight": 1.0}, term])):
+        judge.seen.clear()
+        try_reward(reward, PROMPTS[:2], [], 8, "cpu")
+        assert [path for path, _, _ in judge.seen] == ["/health", "/score"]
+        judge.plan.append((503, {"error": "loading"}))
+        with pytest.raises(JudgeRefused, match="is not ready"):
+            try_reward(reward, PROMPTS[:2], [], 8, "cpu")
 
 
 def reset(handler, body):
@@ -389,7 +414,7 @@ def test_a_remote_reward_is_for_images_alone_unless_it_is_said():
 
 def test_before_a_run_every_judge_is_asked_whether_it_can_score(judge, other, monkeypatch):
     def check(*urls):
-        registry.check("remote", None, {"urls": [*urls]}, ["a dog"])
+        Remote(urls=[*urls]).check_health()
 
     check(judge.url, other.url)
     assert [path for path, _, _ in judge.seen + other.seen] == ["/health"] * 2
