@@ -122,7 +122,7 @@ def write(args: argparse.Namespace) -> None:
     check_model(str(resolve(config.model.path)), *grid, sampler.kernel, sampler.spread)
     if config.uncalibrated:
         raise ValueError(UNCALIBRATED)
-    if args.prompt and (said := cut_prompts(str(resolve(config.model.path)), prompts)):
+    if args.prompt and (said := cut_prompts(str(resolve(config.model.path)), prompts, config.model.text_tokens)):
         warn(said)
     drawn = draw(config, adapter, prompts, args.images)
     for p, models in enumerate(drawn if args.separate else [], 1):

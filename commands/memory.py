@@ -26,8 +26,8 @@ from reports.summary import plural
 FLOAT = 4  # bytes
 # Parameters of the reward models at their published sizes, all float32; others: unknown.
 REWARDS = {
-    "aesthetic": 304_894_177, "hpsv2": 986_109_441, "imagereward": 446_206_689, "jpeg_compressibility": 0,
-    "jpeg_incompressibility": 0,
+    "aesthetic": 304_894_177, "clip_score": 427_616_513, "hpsv2": 986_109_441, "imagereward": 446_206_689,
+    "jpeg_compressibility": 0, "jpeg_incompressibility": 0, "pickscore": 986_109_441,
 }  # fmt: skip
 
 

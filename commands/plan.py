@@ -31,7 +31,9 @@ from reports.summary import plural
 
 FLOAT = 4  # bytes
 # FLOPs of scoring one image, its prompt read anew, counted on the networks at their published sizes; others: unknown.
-REWARDS = {"aesthetic": 162.03e9, "hpsv2": 381.68e9, "imagereward": 137.78e9}
+REWARDS = {
+    "aesthetic": 162.03e9, "clip_score": 175.33e9, "hpsv2": 381.68e9, "imagereward": 137.78e9, "pickscore": 381.68e9,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

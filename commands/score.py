@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from commands.outcome import complain, require_writable
 from rewards import registry
-from rewards.contract import Reward
+from rewards.contract import Reward, call
 from rewards.own_code import named_failure
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def score(reward: Reward, files: Sequence[Path], prompts: Sequence[str], device:
     import numpy as np
     import torch
 
+    from learner.prompts import metadata_of
+
     scores: list[float] = []
     waiting = zip(files, map(_picture, files), prompts, strict=True)
     for _, same_size in itertools.groupby(waiting, lambda item: item[1].shape):
@@ -99,7 +101,7 @@ def score(reward: Reward, files: Sequence[Path], prompts: Sequence[str], device:
             names, pictures, texts = zip(*part, strict=True)
             images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad(), named_failure(ValueError, f"{reward.name} failed on {names[0]}"):
-                values = reward(images.to(device), list(texts))
+                values = call(reward, images.to(device), list(map(str, texts)), metadata_of(texts))
             for file, value in zip(names, values.tolist(), strict=True):
                 scores.append(value)
                 print(f"{file}\t{value:.6g}", flush=True)

@@ -76,29 +76,34 @@ def load_tokenizer(path: str, number: str = "") -> Any:
     return tokenizer
 
 
-def _check_t5_tokenizer(path: str, number: str) -> None:
+def load_t5_tokenizer(path: str, number: str) -> Any:
     """Raises BaseModelError where it cannot be loaded or does not fit its encoder: one without its file would be empty,
     and read every word as unknown. Encoders have a multiple of 128 tokens, of which the last may be unused."""
     from transformers import T5Tokenizer
 
     with load_errors(path, part=f"tokenizer{number}"):
-        known = len(T5Tokenizer.from_pretrained(locate(path), subfolder=f"tokenizer{number}"))
-        tokens = part_config(path, f"text_encoder{number}").get("vocab_size", 32128)
+        tokenizer = T5Tokenizer.from_pretrained(locate(path), subfolder=f"tokenizer{number}")
+        known, tokens = len(tokenizer), part_config(path, f"text_encoder{number}").get("vocab_size", 32128)
         if not tokens - 128 < known <= tokens:
             raise ValueError(f"it knows {known} tokens, the text encoder's config.json {tokens} (vocab_size)")
+    return tokenizer
 
 
-def cut_prompts(path: str, prompts: Sequence[str]) -> str | None:
+def cut_prompts(path: str, prompts: Sequence[str], text_tokens: int | None = None) -> str | None:
     """What is to be said of prompts longer than the text encoder reads, whose rest is cut; raises as load_tokenizer.
-    Where a T5 reads them too, nothing is."""
-    if reads_by_t5(path):
-        return None
-    tokenizer, prompts = load_tokenizer(path), list(dict.fromkeys(prompts))
-    lengths, limit = [len(ids) for ids in tokenizer(prompts).input_ids], tokenizer.model_max_length
+    Where a T5 reads them too, it is what that one cuts at `text_tokens`, by default its pipeline's."""
+    prompts = list(dict.fromkeys(prompts))
+    if number := t5_number(path):
+        tokenizer, limit = load_t5_tokenizer(path, number), text_tokens or family_of(path).t5_tokens
+    else:
+        tokenizer = load_tokenizer(path)
+        limit = tokenizer.model_max_length
+    lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
     cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
     if not cut:
         return None
-    read = tokenizer.decode(tokenizer(cut[0], truncation=True).input_ids, skip_special_tokens=True)
+    ids = tokenizer(cut[0], truncation=True, max_length=limit).input_ids
+    read = tokenizer.decode(ids, skip_special_tokens=True)
     return (
         f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens that {path} reads: of "
         f"{textwrap.shorten(cut[0], 200)!r} it reads {textwrap.shorten(read, 200)!r}"
@@ -167,9 +172,14 @@ def _class_of(index: dict[str, Any], name: str) -> str | None:
 
 def reads_by_t5(path: str) -> bool:
     """Whether a T5 reads the prompts beside CLIP."""
+    return t5_number(path) is not None
+
+
+def t5_number(path: str) -> str | None:
+    """Of the T5 that reads the prompts beside CLIP (_2 or _3), if there is one."""
     family, index = family_of(path), pipeline_index(path)
     encoders = [name for name, kind in family.all_parts.items() if kind == "T5EncoderModel"]
-    return any(_class_of(index, name) is not None for name in encoders)
+    return next((name.removeprefix("text_encoder") for name in encoders if _class_of(index, name) is not None), None)
 
 
 def _check_transformer(path: str, family: Family, whole: bool) -> None:
@@ -199,7 +209,7 @@ def _check_transformer(path: str, family: Family, whole: bool) -> None:
     for number in ("", "_2")[: len(encoders) or 1]:
         load_tokenizer(path, number)
     if reads_by_t5(path):
-        _check_t5_tokenizer(path, "_2" if family.name == "flux" else "_3")
+        load_t5_tokenizer(path, "_2" if family.name == "flux" else "_3")
     parts = dict(zip(("transformer", "vae"), without_weights(path), strict=True))
     for name, model in {**parts, **text_encoders_without_weights(path)}.items():
         check_weights(path, name, model)

@@ -226,7 +226,9 @@ def unconfirmed(config: Config, given: Collection[str], run: Records) -> list[st
     own = {key: value for key, value in config.own_code.items() if key not in given}
     if own:
         place = f"{run.storage}/{CONFIG}"
-        return [f"{', '.join(own)}: code that only {place} names is not run; if it is yours, give {as_arguments(own)}"]
+        asked = " (and no judge behind a URL is asked)" if "remote" in str(own) else ""
+        said = f"{', '.join(own)}: code that only {place} names is not run{asked}"
+        return [f"{said}; if it is yours, give {as_arguments(own)}"]
     key = "evaluation.prompts" if config.evaluation.prompts else "prompts.path"
     if key in given:
         return []
@@ -285,7 +287,7 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
     check_model(path, *grid, sampler.kernel, sampler.spread)
     if config.uncalibrated:
         raise ValueError(UNCALIBRATED)
-    if not is_unconditional(path) and (said := cut_prompts(path, target.prompts)):
+    if not is_unconditional(path) and (said := cut_prompts(path, target.prompts, config.model.text_tokens)):
         warn(f"{target.name}: {said}")
     unet, _ = without_weights(path)
     lora_files.require_fit(unet, adapter)

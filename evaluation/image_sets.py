@@ -151,7 +151,7 @@ class ImageSet:
 
         reward, evaluation, clip = self.config.reward.model_dump(), self.config.evaluation, None
         if evaluation.features == "clip":
-            from rewards.aesthetic import CLIP
+            from rewards.clip import CLIP
 
             clip = evaluation.clip or CLIP
         read = [str(resolve(self.config.model.path)), reward, evaluation.held_out, clip]

@@ -132,7 +132,12 @@ def check(
         faults.append(f"prompts.path: {path} takes prompts; name a file of them")
     if unconditional is not None:  # there is a pipeline
         there = path == named
-        if unconditional is False and there and prompts and (said := attempt(lambda: cut_prompts(path, prompts))):
+        if (
+            unconditional is False
+            and there
+            and prompts
+            and (said := attempt(lambda: cut_prompts(path, prompts, config.model.text_tokens)))
+        ):
             warn(said)
         grid = sampler.steps, sampler.eta, sampler.grid, config.model.pixels
         kernel = attempt(lambda: check_model(path, *grid, sampler.kernel, sampler.spread, whole=there))

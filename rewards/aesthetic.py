@@ -6,15 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
+from rewards.clip import CLIP, POSITIONS, SAVED, asset, saved_config
 from rewards.network import NetworkReward, Published, fill, score_head
 from rewards.weights import Asset, BadWeights, find, read
 
-HEAD, CLIP = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", "openai/clip-vit-large-patch14"
-SAVED = "model.safetensors"  # as transformers saves CLIP
-OTHERS = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")  # not needed
+HEAD = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"
+OTHERS = ("text_model.", "text_projection.", "logit_scale", *POSITIONS)  # of CLIP, not needed
 
 
 class Network(nn.Module):
@@ -48,20 +47,15 @@ class Aesthetic(NetworkReward):
 
 
 def clip_asset(key: str, source: str) -> Asset:
-    return Asset(key, source, ("config.json", SAVED), folder=True)
+    return asset(key, source, "config.json", SAVED)
 
 
 def clip_tower(folder: Path, device: str) -> CLIPVisionModelWithProjection:
     """The image tower of OpenAI's CLIP, from the folder that `clip_asset` names. Raises BadWeights where it is not
     CLIP's, or not with OpenAI's activation, which the aesthetic head was trained on."""
-    file = folder / "config.json"
-    try:
-        whole = CLIPConfig.from_json_file(file)
-    except Exception as error:  # json, and transformers' own validation
-        raise BadWeights(f"{file} is no configuration of a CLIP model: {type(error).__name__}: {error}") from error
-    config = whole.vision_config
-    config.projection_dim, config._attn_implementation = whole.projection_dim, "sdpa"
+    config = saved_config(folder).vision_config
     if config.hidden_act != "quick_gelu":
+        file = folder / "config.json"
         raise BadWeights(f"{file}: hidden_act is {config.hidden_act}, expected quick_gelu, as in OpenAI's CLIP")
     make, what = partial(CLIPVisionModelWithProjection, config), f"{folder / SAVED}: no CLIP image tower"
     return fill(make, read(folder / SAVED), what, device, unused=OTHERS)

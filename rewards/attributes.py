@@ -3,12 +3,10 @@
 A reading is the attribute's possible values and, of each picture, the number of the one it has."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from rewards.weights import Asset, BadWeights, find, read
+from rewards.weights import Asset, find
 
 Values = tuple[str, ...]
 Readings = dict[str, tuple[Values, np.ndarray]]  # name -> values, and [n] int64, 0 to len(values) - 1
@@ -19,7 +17,6 @@ EDGES = (20, 24, 28, 32, 36, 40, 44)  # pixels, of the bins of an object's place
 SIZES = {"small": 10.0, "medium": 19.0}  # below which radius in pixels an object is that; else large
 BATCH = 32
 KEY = "evaluation.clip"
-OF_TEXT = ("config.json", "model.safetensors", "vocab.json", "merges.txt")  # of CLIP's folder
 
 
 def names_shapes(prompts: Sequence[str]) -> bool:
@@ -79,38 +76,19 @@ def by_clip(attributes: dict[str, Values], clip: str | None, device: str = "cpu"
     """What reads attributes off: of each the value whose text CLIP finds nearest to the picture. Raises
     WeightsNotFound, BadWeights."""
     import torch
-    import torch.nn.functional as F
-    from transformers import CLIPConfig, CLIPTokenizer
-    from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 
-    from rewards.aesthetic import SAVED
-    from rewards.judges import load_features
-    from rewards.network import fill
+    from rewards import clip as clips
 
-    folder: Path = find([_asset(clip)])[0]
-    embed = load_features("clip", str(folder), device)
-    whole = CLIPConfig.from_json_file(folder / "config.json")  # which load_features has read
-    config = whole.text_config
-    config.projection_dim, config._attn_implementation = whole.projection_dim, "sdpa"
-    unused = ("vision_model.", "visual_projection.", "logit_scale", "text_model.embeddings.position_ids")
-    what, state = f"{folder / SAVED}: no CLIP text tower", read(folder / SAVED)
-    model = fill(partial(CLIPTextModelWithProjection, config), state, what, device, unused=unused)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # json, and whatever transformers has of its own
-        raise BadWeights(f"{folder} has no vocabulary of CLIP: {type(error).__name__}: {error}") from error
-    texts = {}
-    for name, values in attributes.items():
-        length = config.max_position_embeddings
-        tokens = tokenizer(list(values), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        with torch.no_grad():
-            texts[name] = F.normalize(model(input_ids=tokens.input_ids.to(device)).text_embeds, dim=-1)
+    seer = clips.ClipReward(*clips.load(clips.Network, find([_asset(clip)])[0], device))
+    with torch.no_grad():
+        texts = {name: seer.network.texts(seer.tokens(values)[0].to(device)) for name, values in attributes.items()}
 
     def readings(pictures: Pictures) -> Readings:
         found = {name: [np.zeros(0, np.int64)] for name in attributes}
         for start in range(0, len(pictures), BATCH):
             images = torch.from_numpy(np.stack(pictures[start : start + BATCH])).permute(0, 3, 1, 2).float() / 255
-            seen = embed(images)
+            with torch.no_grad():
+                seen = seer.network.pictures(seer.resize(images, seer.side).to(device))
             for name, text in texts.items():
                 found[name].append((seen @ text.T).argmax(1).cpu().numpy())
         return {name: (attributes[name], np.concatenate(parts)) for name, parts in found.items()}
@@ -119,6 +97,6 @@ def by_clip(attributes: dict[str, Values], clip: str | None, device: str = "cpu"
 
 
 def _asset(clip: str | None) -> Asset:
-    from rewards.aesthetic import CLIP
+    from rewards import clip as clips
 
-    return Asset(KEY, clip or CLIP, OF_TEXT, folder=True)
+    return clips.asset(KEY, clip or clips.CLIP, *clips.WHOLE)

@@ -103,6 +103,7 @@ def require_features(kind: FeatureKind, clip: str | None = None, fetch: bool = F
     """The paths that `load_features` reads, as `weights.find`; raises WeightsNotFound where not all is there."""
     if kind == "pixels":
         return []
-    from rewards.aesthetic import CLIP, clip_asset
+    from rewards.aesthetic import clip_asset
+    from rewards.clip import CLIP
 
     return find([clip_asset("evaluation.clip", clip or CLIP)], fetch)

@@ -21,15 +21,16 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def short_side(images: Tensor, side: int) -> Tensor:
+def short_side(images: Tensor, side: int, half: Callable[[float], int] = round) -> Tensor:
     """The short side to `side`, the centre cut out, normalised: CLIP, BLIP. [B, 3, H, W] in [0, 1] -> [B, 3, side,
-    side]. By PIL, unless the images need a gradient."""
+    side]. By PIL, unless the images need a gradient. Where the centre is between two pixels torchvision rounds, and
+    transformers does not: there `half` is int."""
     height, width = images.shape[-2:]
     longer = int(side * max(height, width) / min(height, width))
     size = (longer, side) if height > width else (side, longer)
     by_torch = images.requires_grad and torch.is_grad_enabled()
     resized = _resize(images, size) if by_torch else _resize_as_pictures(images, size)
-    top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    top, left = half((size[0] - side) / 2), half((size[1] - side) / 2)
     return _normalise(resized[..., top : top + side, left : left + side])
 
 
@@ -67,7 +68,7 @@ def _resize_as_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 class NetworkReward:
     differentiable = True
-    resize = staticmethod(short_side)
+    resize: Callable[[Tensor, int], Tensor] = staticmethod(short_side)
 
     def __init__(self, network: nn.Module, side: int) -> None:
         self.network, self.side = network, side

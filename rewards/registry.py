@@ -42,7 +42,13 @@ PLAIN = {
     "shapes_preference": "shapes_preference:ShapesPreference",
     "shapes_preference_soft": "shapes_preference:ShapesPreferenceSoft",
 }
-MODELS = {"aesthetic": "aesthetic:Aesthetic", "hpsv2": "hpsv2:HPSv2", "imagereward": "imagereward:ImageReward"}
+MODELS = {
+    "aesthetic": "aesthetic:Aesthetic",
+    "clip_score": "clip_score:ClipScore",
+    "hpsv2": "hpsv2:HPSv2",
+    "imagereward": "imagereward:ImageReward",
+    "pickscore": "pickscore:PickScore",
+}
 SUM = "weighted_sum"
 NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
 
@@ -129,7 +135,7 @@ def check_gradient(reward: Any, name: str, objective: str | None) -> None:
     if objective and not getattr(reward, "differentiable", False):
         raise ValueError(
             f"objective.kind: {objective} learns from the gradient of the reward, and {name} is not differentiable; "
-            "use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, aesthetic, imagereward, hpsv2, or "
+            f"use dag_db, dag_kl or ddpo, or a reward that is: shapes_alignment_soft, {', '.join(MODELS)}, or "
             "your own with an attribute `differentiable = True` whose scores autograd can follow back to the images"
         )
 

@@ -6,8 +6,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import inputs
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import CLIPVisionConfig
+from transformers import CLIPConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from commands import memory, plan
@@ -18,7 +19,7 @@ from diffusion.parts import check_parts, text_encoders_without_weights, without_
 from learner import embeddings
 from learner.config import load_config
 from learner.run import main
-from rewards import aesthetic, hpsv2
+from rewards import aesthetic, clip, clip_score, pickscore
 from rewards.network import score_head
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -78,7 +79,7 @@ def test_the_plan_of_a_public_model_needs_no_hub_and_a_run_does(tmp_path, capsys
 
 
 PRESETS = {path.stem: load_config(path).model.path for path in CONFIGS.glob("s*_*.yaml") if path.stem[:2] == "sd"}
-PRESETS["flux_dev_aesthetic"] = FLUX
+PRESETS["flux_dev_pickscore"] = FLUX
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,11 @@ def test_reward_models_hold_what_their_networks_do():
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     with torch.device("meta"):
         tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, patch_size=14, projection_dim=768))
-        made = {"aesthetic": aesthetic.Network(tower, score_head(768)), "hpsv2": hpsv2.Network(hpsv2.clip_config())}
+        made = {
+            "aesthetic": aesthetic.Network(tower, score_head(768)),
+            "clip_score": clip_score.Network(CLIPConfig(**inputs.PUBLISHED_CLIP)),
+            "hpsv2": clip.Network(clip.vit_h()),
+            "pickscore": pickscore.Network(clip.vit_h()),
+        }
     for name, network in made.items():
         assert memory.REWARDS[name] == sum(p.numel() for p in network.parameters())

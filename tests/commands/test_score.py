@@ -91,3 +91,18 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, folder, tmp_path,
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG but not really")
     assert message in refused("score", "--reward", *arguments.split())
+
+
+def test_columns_of_the_prompt_file_reach_the_reward(tmp_path, monkeypatch, capsys):
+    code = (
+        "import torch\ndef f(images, prompts, metadata):\n    return torch.tensor([float(m['n']) for m in metadata])\n"
+    )
+    (tmp_path / "own_score_columns.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "p.csv").write_text("prompt,n\nx,3\ny,4\n")
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
+    given = ["--reward", "own_score_columns:f", "--prompts", str(tmp_path / "p.csv"), str(tmp_path / "pictures")]
+    assert score.main(given) == 0
+    assert [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()] == ["3", "4"]

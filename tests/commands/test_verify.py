@@ -42,11 +42,17 @@ def test_verify_tells_a_sound_reward_from_a_broken_one(reward, capsys):
 def test_verify_says_what_is_wrong_with_weights_and_how_to_get_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert verify.main([]) == 2
-    files = {"aesthetic": "aesthetic-model.pth", "hpsv2": "HPS_v2.1_compressed.pt", "imagereward": "ImageReward.pt"}
+    files = {
+        "aesthetic": "aesthetic-model.pth",
+        "clip_score": "config.json, model.safetensors, vocab.json, merges.txt",
+        "hpsv2": "HPS_v2.1_compressed.pt",
+        "imagereward": "ImageReward.pt",
+        "pickscore": "model.safetensors",
+    }
     wanted = [f"{name}: not verified: reward.weights: {file}" for name, file in files.items()]
     assert [line.split(" of https")[0] for line in capsys.readouterr().err.splitlines()] == wanted
     assert verify.main(["beauty"]) == 2
-    assert "beauty, expected aesthetic, hpsv2, imagereward" in capsys.readouterr().err
+    assert "beauty, expected aesthetic, clip_score, hpsv2, imagereward, pickscore" in capsys.readouterr().err
 
     assert verify.report("hpsv2", Mock(side_effect=BadWeights("1 missing: logit_scale"))) == 1
     assert "hpsv2: FAILED: 1 missing: logit_scale" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from learner.config import load_config
 from learner.run import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PRESETS = {"sdxl_aesthetic": "tiny_sdxl", "sd35_medium_aesthetic": "tiny_sd3", "flux_dev_aesthetic": "tiny_flux"}
+PRESETS = {"sdxl_pickscore": "tiny_sdxl", "sd35_medium_pickscore": "tiny_sd3", "flux_dev_pickscore": "tiny_flux"}
 SMALL = (
     "run.runner=inprocess", "mlflow.enabled=false", "sampler.steps=4", "sampler.chunk_size=4", "prompts.per_prompt=2",
     "train.trajectories=8", "train.epochs=1", "train.updates_per_epoch=1", "evaluation.images=4",
@@ -25,7 +25,7 @@ SMALL = (
 def settings(request, tmp_path):
     name = request.param
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    options = tiny_models.WRITE["aesthetic"](tmp_path)
+    options = tiny_models.WRITE["pickscore"](tmp_path)
     assert load_config(CONFIGS / f"{name}.yaml").reward.name == options.pop("name")
     return [
         "--config", str(CONFIGS / f"{name}.yaml"), *SMALL,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from brightness import require_slope
 from golden import inputs
-from tiny_models import WRITE
-from transformers import BlipVisionConfig
+from tiny_models import WRITE, clip_state
+from transformers import BlipVisionConfig, CLIPConfig
 
-from rewards import hpsv2, imagereward, registry
-from rewards.network import fill, layout, long_side, score_head, short_side
+from rewards import clip, hpsv2, imagereward, pickscore, registry
+from rewards.network import Published, fill, layout, long_side, score_head, short_side
 from rewards.weights import HPS_FILES
 
 MODELS = sorted(WRITE)
@@ -39,7 +39,7 @@ def as_image(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("aesthetic", 1e-5), ("hpsv2", 1e-10), ("imagereward", 1e-10)])
+@pytest.mark.parametrize(("name", "tolerance"), [("aesthetic", 1e-5), *((name, 1e-10) for name in MODELS[1:])])
 def test_scores_and_gradients_are_those_of_the_authors_code(name, tolerance, made):
     golden, reward = inputs.golden(name), made(name)
     reward.network.to(kind := torch.float64 if tolerance < 1e-5 else torch.float32)
@@ -63,10 +63,21 @@ def test_reported_scores_of_pictures_are_those_of_the_authors_score(name, made):
     np.testing.assert_allclose(scores, golden, atol=3e-6)
 
 
-@pytest.mark.parametrize(("name", "resize"), [("imagereward", short_side), ("hpsv2", long_side)])
+@pytest.mark.parametrize(
+    ("name", "resize"),
+    [("imagereward", short_side), ("hpsv2", long_side), ("pickscore", pickscore.PickScore.resize)],
+)
 def test_preprocessing_is_that_of_the_authors_transforms(name, resize):
     for picture, expected in zip(inputs.pictures(), inputs.golden(name)["preprocessed"], strict=True):
-        np.testing.assert_allclose(resize(as_image(picture), 20)[0].numpy(), expected, atol=3e-6)
+        np.testing.assert_allclose(resize(as_image(picture), expected.shape[-1])[0].numpy(), expected, atol=3e-6)
+
+
+def test_the_clip_score_is_cut_at_zero_and_has_no_slope_there(tmp_path):
+    turned = -clip_state(inputs.CLIP_SCORE_SEED)["text_projection.weight"]
+    reward = registry.load(**WRITE["clip_score"](tmp_path, text_projection__weight=turned))
+    pictures, prompts = images()
+    scores = reward(pictures.requires_grad_(), prompts)
+    assert scores.tolist() == [0, 0, 0] and not torch.autograd.grad(scores.sum(), pictures)[0].any()
 
 
 def test_resizing_for_gradients_is_close_to_that_of_pictures():
@@ -80,7 +91,7 @@ def test_resizing_for_gradients_is_close_to_that_of_pictures():
             assert torch.equal(short_side(image.clone().requires_grad_(), 20), short_side(image, 20))
 
 
-@pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
+@pytest.mark.parametrize("name", MODELS[1:])
 def test_tokens_are_those_of_the_authors(name, made):
     ids, *masks = made(name).tokens(inputs.TRICKY)
     assert ids.tolist() == inputs.golden(name)["tokens"].tolist()
@@ -89,25 +100,31 @@ def test_tokens_are_those_of_the_authors(name, made):
 
 def published_network(name: str, tmp_path):
     with torch.device("meta"):
-        if name == "hpsv2":
-            return hpsv2.Network(hpsv2.clip_config())
+        if name != "imagereward":
+            return {"hpsv2": clip, "pickscore": pickscore}[name].Network(clip.vit_h())
         (tmp_path / "med_config.json").write_text(json.dumps(inputs.PUBLISHED_MED_CONFIG))
         vision = imagereward.vision_config()
         return imagereward.Network(vision, imagereward.text_config(tmp_path / "med_config.json", vision.hidden_size))
 
 
-@pytest.mark.parametrize(("name", "count"), [("aesthetic", 10), ("hpsv2", 686), ("imagereward", 625)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("aesthetic", 10), ("hpsv2", 686), ("imagereward", 625), ("pickscore", 912)]
+)
 def test_every_published_key_is_known_and_loads_strictly_at_full_size(name, count, tmp_path):
     keys = inputs.published_keys(name)
     assert len(keys) == count
     if name == "aesthetic":
         assert keys == {f"mlp.layers.{key}": shape for key, shape in layout(score_head(768)).items()}
         return
-    network, module = published_network(name, tmp_path), {"hpsv2": hpsv2, "imagereward": imagereward}[name]
-    unused = imagereward.UNUSED if name == "imagereward" else ()
-    assert layout(network, module.published) == {key: keys[key] for key in keys if not key.startswith(unused)}
+    network = published_network(name, tmp_path)
+    published, unused = {
+        "hpsv2": (hpsv2.published, ()),
+        "imagereward": (imagereward.published, imagereward.UNUSED),
+        "pickscore": (Published, clip.POSITIONS),
+    }[name]
+    assert layout(network, published) == {key: keys[key] for key in keys if not key.startswith(unused)}
     state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    fill(lambda: network, state, name, "meta", module.published, unused)
+    fill(lambda: network, state, name, "meta", published, unused)
 
 
 def test_published_configurations(tmp_path):
@@ -120,10 +137,12 @@ def test_published_configurations(tmp_path):
     assert (text.vocab_size, text.encoder_hidden_size, text.is_decoder) == (30524, 1024, True)
     assert (text.num_attention_heads, text.hidden_act, text.layer_norm_eps) == (12, "gelu", 1e-12)
     assert (imagereward.MEAN, imagereward.STD) == (0.16717362830052426, 1.0333394966054072)
-    clip = hpsv2.clip_config()
-    for tower in (clip.vision_config, clip.text_config):
+    large, theirs = clip.vit_h(), CLIPConfig(**inputs.PUBLISHED_PICKSCORE)
+    for tower, its in ((large.vision_config, theirs.vision_config), (large.text_config, theirs.text_config)):
         assert (tower.hidden_act, tower.layer_norm_eps, tower.num_attention_heads) == ("gelu", 1e-5, 16)
-    assert (clip.text_config.eos_token_id, clip.text_config.max_position_embeddings) == (49407, 77)
+        for key in ("hidden_act", "layer_norm_eps", "hidden_size", "num_attention_heads", "num_hidden_layers"):
+            assert getattr(tower, key) == getattr(its, key)
+    assert (large.text_config.eos_token_id, large.text_config.max_position_embeddings) == (49407, 77)
     assert HPS_FILES == {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 

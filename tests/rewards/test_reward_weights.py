@@ -3,19 +3,32 @@
 import json
 import pickle  # noqa: TID251 (what is never to be read)
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from golden import inputs
-from tiny_models import WRITE, aesthetic_state, hpsv2_state, imagereward_state, write_aesthetic, write_hpsv2
+from tiny_models import (
+    WRITE,
+    aesthetic_state,
+    clip_state,
+    hpsv2_state,
+    imagereward_state,
+    write_aesthetic,
+    write_clip_score,
+    write_hpsv2,
+)
 
 from rewards import registry, weights
+from rewards.clip import SAVED
 from rewards.weights import Asset, BadWeights, WeightsNotFound
 
 ONE_KEY = {
     "aesthetic": ("layers.2.weight", aesthetic_state()[0]),
     "hpsv2": ("visual.transformer.resblocks.1.attn.in_proj_weight", hpsv2_state()),
+    "clip_score": ("text_projection.weight", clip_state(inputs.CLIP_SCORE_SEED)),
+    "pickscore": ("vision_model.encoder.layers.1.self_attn.q_proj.weight", clip_state(inputs.PICKSCORE_SEED)),
     "imagereward": ("blip.text_encoder.encoder.layer.0.crossattention.self.key.weight", imagereward_state()),
 }
 MODELS = sorted(WRITE)
@@ -137,17 +150,35 @@ def test_files_that_are_no_weights_and_foreign_ones_are_refused_and_never_run(tm
     bad(settings, r"med_config\.json is no med_config\.json of .*: KeyError: 'hidden_size'")
 
 
+def test_a_text_is_read_off_at_its_end_whatever_the_configuration_calls_it(tmp_path):
+    """2 in the published configurations of CLIP, where transformers takes the highest id; its true id in later ones."""
+    settings = write_clip_score(tmp_path)
+    images, prompts = torch.rand(2, 3, 30, 20, generator=torch.Generator().manual_seed(0)), ["the cat", "a red bird"]
+    expected, file = loaded(settings)(images, prompts), tmp_path / "whole" / "config.json"
+    config = json.loads(file.read_text())
+    end = config["text_config"]["vocab_size"] - 1
+    assert config["text_config"]["eos_token_id"] == 2 and (loaded(settings).tokens(prompts)[0][:, -1] == end).all()
+    config["text_config"]["eos_token_id"] = end
+    file.write_text(json.dumps(config))
+    assert torch.equal(loaded(settings)(images, prompts), expected)
+    config["text_config"]["eos_token_id"] = 7
+    file.write_text(json.dumps(config))
+    bad(settings, rf"whole: this tokenizer's last token is {end}, expected CLIP's, with 7")
+
+
 @pytest.mark.parametrize("act", [loaded, checked])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_path, no_hub):
     settings = WRITE[name](tmp_path)
     for wrong in (tmp_path / "elsewhere.pt", "weights.safetensors", "./owner/repository", "~/nowhere/weights"):
         not_found(act, {**settings, "weights": str(wrong)}, f"reward.weights: no such file or folder: {wrong}")
-    companion = "clip" if name == "aesthetic" else "tokenizer"
+    key = {"aesthetic": "clip", "clip_score": "weights"}.get(name, "tokenizer")
     places = {"a/b/c": "no such file or folder: a/b/c", str(tmp_path): f"{tmp_path} holds no "}
-    places[settings["weights"]] = ".* is a file, expected the folder"
+    (tmp_path / "file.pt").touch()
+    places[str(tmp_path / "file.pt")] = ".* is a file, expected the folder"
     for place, said in places.items():
-        not_found(act, {**settings, companion: place}, rf"reward\.options\.{companion}: {said}")
+        setting = "weights" if key == "weights" else rf"options\.{key}"
+        not_found(act, {**settings, key: place}, rf"reward\.{setting}: {said}")
     settings = {**write_hpsv2(tmp_path), "weights": str(tmp_path)}  # a folder stands for the published file in it
     act(settings)
     not_found(act, {**settings, "version": "v2.0"}, r"holds no HPS_v2_compressed\.pt")
@@ -166,6 +197,10 @@ def test_a_path_that_does_not_exist_is_named_and_no_hub_asked(name, act, tmp_pat
         ("hpsv2", ["reward.weights: HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2",
                    "`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir FOLDER`, then set reward.weights=",
                    "reward.options.tokenizer: vocab.json, merges.txt"]),
+        ("pickscore", ["reward.weights: model.safetensors of https://huggingface.co/yuvalkirstain/PickScore_v1",
+                       "tokenizer: vocab.json, merges.txt of https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]),
+        ("clip_score", ["reward.weights: config.json, model.safetensors, vocab.json, merges.txt of "
+                        "https://huggingface.co/openai/clip-vit-large-patch14"]),
     ],
 )  # fmt: skip
 def test_offline_the_message_says_what_to_fetch_from_where_and_which_key_to_set(name, said, act, tmp_path, monkeypatch):
@@ -220,11 +255,13 @@ def test_a_hub_is_asked_until_the_cache_has_it(tmp_path, hub):
 @pytest.mark.parametrize("name", MODELS)
 def test_check_reads_no_weights_and_knows_the_options(name, tmp_path, monkeypatch, no_hub):
     settings = WRITE[name](tmp_path)
-    (tmp_path / settings["weights"]).write_bytes(b"gigabytes that nobody reads")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("weights were read"))
+    file = Path(settings["weights"])
+    (file / SAVED if file.is_dir() else file).write_bytes(b"gigabytes that nobody reads")
+    for reading in ("torch.load", "safetensors.torch.load_file"):
+        monkeypatch.setattr(reading, lambda *_, **__: pytest.fail("weights were read"))
     checked(settings, "nabla_db")
     wrong_options = [({"colour": 3}, rf"reward\.options: {name}: .*colour")]
-    if size := {"hpsv2": "size", "imagereward": "vision"}.get(name):
+    if size := {"hpsv2": "size", "imagereward": "vision", "pickscore": "size"}.get(name):
         wrong_options.append(({size: {"depth": 3}}, rf"reward\.options: {name}: .*depth"))
     if name == "hpsv2":
         wrong_options.append(({"version": "v3"}, r"reward\.options\.version: 'v3', expected v2\.0 or v2\.1"))

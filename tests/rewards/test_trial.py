@@ -11,7 +11,7 @@ import torch
 from brightness import clean, scorer
 
 from learner import run
-from learner.config import load_config
+from learner.config import ROOT, load_config
 from learner.trial import faults
 from rewards import contract, registry
 from rewards.registry import BadReward
@@ -158,6 +158,8 @@ def test_models_with_weights_are_tried_only_as_a_whole_and_held_out_rewards_too(
     term = {"name": "aesthetic", "weight": 1.0, "weights": str(own / "absent.pth")}
     config = load_config(None, {"reward.name": "weighted_sum", "reward.options": {"terms": [term]}})
     assert faults(config) == [] and "absent.pth" in faults(config, whole=True)[0]
+    config = load_config(None, {"evaluation.held_out": [{"name": "aesthetic", "weights": str(own / "absent.pth")}]})
+    assert faults(config) == [] and "absent.pth" in faults(config, whole=True)[0]
     config = load_config(None, {"evaluation.held_out": ["jpeg_compressibility", "own_trial:nan"]})
     [said] = faults(config)
     assert said.startswith("evaluation.held_out[1] (own_trial:nan): reward own_trial:nan failed on two made-up")
@@ -229,3 +231,13 @@ def test_quarantine_is_advised_for_data_and_not_for_a_defect():
         with pytest.raises(BadReward) as caught:
             scorer(failing(error)).score(clean())
         assert ("on_bad_reward=quarantine" in str(caught.value)) == isinstance(error, ValueError | KeyError)
+
+
+def test_the_example_of_the_page_is_a_sound_reward(tmp_path, monkeypatch):
+    page = (ROOT / "docs/rewards.md").read_text()
+    [code] = re.findall(r"```python\n(# my_reward\.py, in the current directory or on.*?)```", page, re.DOTALL)
+    (tmp_path / "own_page.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = registry.load("own_page:Closeness", sharpness=2)
+    try_reward(reward, ["a", "b"], [{"target": "0.5"}, {"target": "1"}], 16, "cpu")
+    assert contract.told(reward, "batch") == 8 and contract.told(reward, "image_only")

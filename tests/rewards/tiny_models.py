@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from golden import inputs
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BlipTextConfig, CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
+from rewards import clip as clips
 from rewards import hpsv2, imagereward
 from rewards.network import fill, layout, score_head
 
@@ -30,8 +32,16 @@ def imagereward_state() -> dict[str, Tensor]:
 
 def hpsv2_state() -> dict[str, Tensor]:
     with torch.device("meta"):
-        network = hpsv2.Network(hpsv2.clip_config(**HPS_SIZE))
+        network = clips.Network(clips.vit_h(**HPS_SIZE))
     return tensors(inputs.state(layout(network, hpsv2.published), seed=2))
+
+
+def clip_state(seed: int) -> dict[str, Tensor]:
+    """Of a whole CLIP, with what older releases of transformers saved, too."""
+    with torch.device("meta"):
+        network = clips.Network(clips.vit_h(**HPS_SIZE))
+    positions = dict(zip(clips.POSITIONS, ((1, 77), (1, 5)), strict=True))
+    return tensors(inputs.state(layout(network) | positions, seed))
 
 
 def clip_config(activation: str = "quick_gelu") -> CLIPConfig:
@@ -83,8 +93,6 @@ def write_hpsv2(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
 
 def write_aesthetic(folder: Path, activation: str = "quick_gelu", **changed: Tensor | None) -> dict[str, Any]:
     """As `write_imagereward`; `changed` are those of the head."""
-    from safetensors.torch import save_file
-
     head, tower = aesthetic_state()
     torch.save(change(head, changed), folder / "aesthetic-model.pth")
     clip = folder / "clip"
@@ -97,7 +105,27 @@ def write_aesthetic(folder: Path, activation: str = "quick_gelu", **changed: Ten
     return {"name": "aesthetic", "weights": str(folder / "aesthetic-model.pth"), "clip": str(clip)}
 
 
-WRITE = {"aesthetic": write_aesthetic, "hpsv2": write_hpsv2, "imagereward": write_imagereward}
+def write_pickscore(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
+    weights = folder / clips.SAVED
+    save_file(change(clip_state(inputs.PICKSCORE_SEED), changed), weights)
+    tokenizer = inputs.write_clip_tokenizer(folder / "bpe")
+    return {"name": "pickscore", "weights": str(weights), "tokenizer": str(tokenizer), "size": HPS_SIZE}
+
+
+def write_clip_score(folder: Path, **changed: Tensor | None) -> dict[str, Any]:
+    place = inputs.write_clip_tokenizer(folder / "whole")
+    (place / "config.json").write_text(json.dumps(inputs.tiny_clip("quick_gelu")))
+    save_file(change(clip_state(inputs.CLIP_SCORE_SEED), changed), place / clips.SAVED)
+    return {"name": "clip_score", "weights": str(place)}
+
+
+WRITE = {
+    "aesthetic": write_aesthetic,
+    "clip_score": write_clip_score,
+    "hpsv2": write_hpsv2,
+    "imagereward": write_imagereward,
+    "pickscore": write_pickscore,
+}
 
 
 def change(state: dict[str, Tensor], changed: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -29,6 +29,30 @@ HPS_SIZE = {
     "embedding": 16, "image": 28, "patch": 14, "vision_width": 32, "vision_layers": 2, "vision_heads": 2,
     "text_width": 24, "text_layers": 2, "text_heads": 2, "context": 77,
 }  # fmt: skip
+PICKSCORE_SEED, CLIP_SCORE_SEED = 8, 210  # with cosines above 0, but for one reported picture of the second
+# PickScore's config.json, in what is not transformers' default.
+PUBLISHED_PICKSCORE = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "hidden_act": "gelu", "projection_dim": 1024, "bos_token_id": 0, "eos_token_id": 2,
+    },
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "patch_size": 14, "hidden_act": "gelu", "projection_dim": 1024,
+    },
+}  # fmt: skip
+PUBLISHED_CLIP = {  # OpenAI's ViT-L/14, likewise
+    "projection_dim": 768,
+    "text_config": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768,
+        "bos_token_id": 0, "eos_token_id": 2,
+    },
+    "vision_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "patch_size": 14, "projection_dim": 768,
+    },
+}  # fmt: skip
 AESTHETIC_SIZE = {"embedding": 16, "image": 28, "patch": 14, "width": 128, "layers": 2}  # CLIP's heads are 64 wide
 
 PROMPTS = ["A red Bird, on the sea!", "the the cat sings"]
@@ -125,6 +149,23 @@ def write_clip_tokenizer(folder: Path, merges: Iterable[str] = MERGES) -> Path:
     return folder
 
 
+def tiny_clip(activation: str) -> dict:
+    """transformers' configuration of a CLIP of HPS_SIZE, with the end of texts that published ones name."""
+    both = {"hidden_act": activation, "projection_dim": HPS_SIZE["embedding"], "num_hidden_layers": 2}
+    towers = {}
+    for tower in ("text", "vision"):
+        width, heads = HPS_SIZE[f"{tower}_width"], HPS_SIZE[f"{tower}_heads"]
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
+        towers[f"{tower}_config"] = both | sizes
+    towers["text_config"] |= {
+        "vocab_size": len(bpe_vocabulary("<start>", "<end>")),
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    towers["vision_config"] |= {"image_size": HPS_SIZE["image"], "patch_size": HPS_SIZE["patch"]}
+    return towers | {"projection_dim": HPS_SIZE["embedding"]}
+
+
 def write_bert_tokenizer(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
@@ -135,7 +176,7 @@ def templates(shapes: Mapping[str, Iterable[int]]) -> dict[str, list]:
     """Key names and shapes with a layer's number left out: {"...blocks.#.norm1.weight": [24, [1024]]}."""
     made: dict[str, list] = {}
     for key, shape in shapes.items():
-        template = re.sub(r"\b(blocks|layer|resblocks)\.\d+\.", r"\1.#.", key)
+        template = re.sub(r"\b(blocks|layer|resblocks|encoder\.layers)\.\d+\.", r"\1.#.", key)
         count, known = made.get(template, (0, list(shape)))
         assert known == list(shape), key
         made[template] = [count + 1, known]
