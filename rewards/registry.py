@@ -36,6 +36,7 @@ PLAIN = {
     "jpeg_compressibility": "jpeg:JpegCompressibility",
     "jpeg_incompressibility": "jpeg:JpegIncompressibility",
     "ocr": "ocr:Ocr",
+    "remote": "remote:Remote",
     "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",

@@ -1,6 +1,7 @@
 """Scoring a chunk's clean predictions: decode, reward, and refuse what is not a number."""
 
 import io
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,7 @@ class Scorer:
         return told(self.reward, "batch") or MOST
 
     def __post_init__(self) -> None:
+        self._decoding = threading.Lock()  # chunks that wait for a judge need no memory; one that is decoded does
         if self.gradients and not self.reward.differentiable:
             raise BadReward(f"reward {self.reward.name} is not differentiable, as the objective needs")
 
@@ -173,7 +175,8 @@ class Scorer:
         latents = latents.nan_to_num(0, 0, 0).requires_grad_(differentiate)
         gradients = None
         with torch.set_grad_enabled(differentiate):
-            images = decoder(latents)
+            with self._decoding:
+                images = decoder(latents)
             for i in _not_finite(images.detach()):
                 judged.add_bad(positions[i], BAD_IMAGE)
             images = images.nan_to_num(0, 0, 0)

@@ -40,6 +40,7 @@ COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
 PUBLISHED, OCR = "tests/rewards/test_published_rewards.py", "tests/rewards/test_ocr.py"
+REMOTE, JUDGE = (f"tests/rewards/test_remote{part}.py" for part in ("", "_settings"))
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -80,6 +81,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if not scores.isfinite().all():", "if False:", TRIAL),
         ("if not gradient.isfinite().all():", "if False:", TRIAL),
         ("places = [0, 1 % len(prompts)]", "places = [0, 1]", TRIAL),
+        ("check_health()  # a judge", "pass  # a judge", REMOTE),
     ),
     "learner/trial.py": (
         ("if whole or not registry.reads_weights(term.name):", "if True:", TRIAL),
@@ -343,6 +345,20 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("intra_op_num_threads=threads, ", "", f"{OCR} -k threads"),
         ("image_only = True", "image_only = False", f"{OCR} -k refused_before"),
     ),
+    "rewards/remote.py": (
+        ("if status == 429 or status >= 500:", "if status >= 500:", REMOTE),
+        ("if status == 429 or status >= 500:", "if status >= 400:", REMOTE),
+        ('"allow_redirects": False', '"allow_redirects": True', REMOTE),
+        ("session.trust_env = False", "session.trust_env = True", REMOTE),
+        ("max(backoff, min(request.pauses[-judges:]))", "backoff", REMOTE),
+        ("[(request.first + request.tries) %", "[request.first %", f"{REMOTE} -k spread"),
+        ("or len(scores) != count:", "or len(scores) > count:", REMOTE),
+        ("number and low <= score <= high", "number", REMOTE), ("if len(body) > MOST_BYTES:", "if False:", REMOTE),
+        ("if time.monotonic() > end:", "if False:", REMOTE),
+        ('words.replace(self._token, "[token]")', "words", JUDGE),
+    ),
+    "rewards/tokens.py": (('yield str(value.get("token_env", VARIABLE))', "yield VARIABLE", JUDGE),),
+    "actors/pool.py": (("if first and calls:", "if calls:", "tests/actors/test_pool.py"),),
     "rewards/content.py": (
         ("yield from _modules(place) if inside else ()", "yield from ()", JUDGED),
         ("{_content(path)}\\0", "\\0", JUDGED),
