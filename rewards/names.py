@@ -2,5 +2,4 @@
 
 from typing import Literal
 
-Backend = Literal["native", "package"]
 FeatureKind = Literal["pixels", "clip"]  # rewards/judges.py
