@@ -98,6 +98,7 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
         listener.bind((host, port))
         if token is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             raise ValueError(f"--host: others reach {host}: give a token, by --token-file or the variable {TOKEN}")
+        listener.listen(2048)
     except (OSError, OverflowError) as error:
         listener.close()
         raise ValueError(f"--host, --port: cannot listen on {host}, port {port}: {error}") from error

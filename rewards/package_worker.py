@@ -1,5 +1,5 @@
 """Serves a reward package's own code over HTTP, in the package's own environment: of this project it loads the server
-alone (rewards/serving.py). commands/serve.py starts it."""
+alone (rewards/serving.py, score_request.py). commands/serve.py starts it."""
 
 import importlib.util
 import json
@@ -24,7 +24,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # before it serves, and once more when all is answered
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     settings, listener = json.loads(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
-    serving = _load_server()
+    _load("score_request")
+    serving = _load("serving")
     package = MODELS[settings["name"]]
 
     def load() -> Any:
@@ -39,11 +40,11 @@ def main() -> None:
         os._exit(2)
 
 
-def _load_server() -> Any:
-    """By its path: nothing else of this project can be imported."""
-    spec = importlib.util.spec_from_file_location("serving", Path(__file__).with_name("serving.py"))
+def _load(name: str) -> Any:
+    """A module of the server by its path: nothing else of this project can be imported."""
+    spec = importlib.util.spec_from_file_location(f"rewards.{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules["serving"] = module  # dataclasses look there
+    sys.modules[f"rewards.{name}"] = module
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     return module
 

@@ -1,12 +1,9 @@
 """A reward behind HTTP: pictures and prompts come as JSON, scores go back (docs/remote_rewards.md has the protocol).
-Imports nothing of this project: the environment of a reward package loads this file, too (docs/adr/0030)."""
+Imports nothing of this project but score_request.py: a reward package's own environment loads both (docs/adr/0030)."""
 
 import asyncio
-import base64
 import contextlib
 import hmac
-import io
-import json
 import math
 import socket
 import sys
@@ -14,20 +11,19 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image, PngImagePlugin  # noqa: F401 (the plugin: now, and not in a thread)
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
+from rewards.score_request import Asked, Limits, line, parse
+
 PROTOCOL = 1
-MOST = 4000  # characters of a message
 
 # Pictures, uint8 [H, W, 3] of one size, a prompt and the metadata of each -> as many scores.
 Score = Callable[[list[np.ndarray], list[str], list[dict[str, Any]]], Sequence[float]]
@@ -46,45 +42,20 @@ class Served(NamedTuple):
     batch: int = 16  # pictures in one call, at most
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Beyond them a request is refused, for good (413) or for now (503)."""
-
-    body: int = 64 * 2**20  # bytes of a request
-    pictures: int = 1024  # of a request
-    pixels: int = 256 * 2**20  # bytes of a request's pictures once they are unpacked
-    held: int = 4 * 2**30  # bytes of all requests that are here
-    requests: int = 2048  # that are here: being read, waiting or scored
-    read_seconds: float = 60.0  # for a request to arrive
-    wait_seconds: float = 300.0  # for its answer
-    end_seconds: int = 7  # after a signal, for what is here to be answered
-
-
-class _Ask(BaseModel):
-    """What a request says. Strict: a number is no text."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    prompts: Annotated[list[str], Field(min_length=1)]
-    metadata: list[dict[str, Any]] | None = None
-    images: list[str] | None = None
-    pixels: str | None = None
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)] | None = None
-
-
 @dataclass(eq=False)
-class _Request:
+class _Waiting:
+    """A request that is read."""
+
     name: str  # X-Request-Id
-    pictures: list[np.ndarray]
-    prompts: list[str]
-    metadata: list[dict[str, Any]]
-    answer: asyncio.Future[list[float]] | None = None
+    asked: Asked
+    answer: asyncio.Future[list[float]]
     scores: dict[int, float] = field(default_factory=dict)  # by picture
 
 
 class _Part(NamedTuple):
     """Pictures of a request that are scored in one call: of one size, not more than the batch."""
 
-    request: _Request
+    request: _Waiting
     rows: list[int]
     shape: tuple[int, ...]
 
@@ -94,11 +65,11 @@ class Service:
 
     def __init__(
         self, name: str, load: Callable[[], Served], token: str | None = None, *, merge: bool = True,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
     ) -> None:  # fmt: skip
         """`merge`: pictures of several requests are scored together. Without, a request's scores do not depend on what
         else is asked, not even in their last bits."""
-        self.name, self.load, self.token, self.merge, self.limits = name, load, token, merge, limits
+        self.name, self.load, self.token, self.merge, self.limits = name, load, token, merge, limits or Limits()
         self.served: Served | None = None  # once it is loaded
         self.end: Callable[[], None] = lambda: None
         self.fault: BaseException | None = None  # what ended the thread
@@ -146,7 +117,7 @@ class Service:
             self.fault = worker.exception()
             self.end()
 
-    def _authorize(self, request: Request) -> None:
+    async def _authorize(self, request: Request) -> None:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(token.strip().encode(), (self.token or "").encode())
         if self.token and not (kind.lower() == "bearer" and same):
@@ -176,7 +147,6 @@ class Service:
             self._loaded()
             self._held += (held := len(body))
             asked = await asyncio.to_thread(parse, body, self.limits)
-            asked.name = line(request.headers.get("x-request-id", "without a name"), 64)
             del body
             unpacked = sum(picture.nbytes for picture in asked.pictures)
             self._held += unpacked - held
@@ -224,29 +194,30 @@ class Service:
             raise fault
         return b"".join(parts)
 
-    async def _wait(self, asked: _Request, request: Request) -> list[float]:
+    async def _wait(self, asked: Asked, request: Request) -> list[float]:
         """Until all its pictures are scored, the client is gone, or it took too long."""
+        name, answer = request.headers.get("x-request-id", "without a name"), asyncio.Future[list[float]]()
+        waiting, batch = _Waiting(line(name, 64), asked, answer), self._loaded().batch
         sizes: dict[tuple[int, ...], list[int]] = {}
         for row, picture in enumerate(asked.pictures):
             sizes.setdefault(picture.shape, []).append(row)
-        asked.answer, batch = asyncio.get_running_loop().create_future(), self._loaded().batch
         for shape, rows in sizes.items():
             starts = range(0, len(rows), batch)
-            self._parts += [_Part(asked, rows[start : start + batch], shape) for start in starts]
+            self._parts += [_Part(waiting, rows[start : start + batch], shape) for start in starts]
         self._more.set()
         gone = asyncio.ensure_future(request.receive())  # the body is read: only the client's end is left to come
         try:
-            waited: set[asyncio.Future[Any]] = {gone, asked.answer}
+            waited: set[asyncio.Future[Any]] = {gone, answer}
             await asyncio.wait(waited, timeout=self.limits.wait_seconds, return_when=asyncio.FIRST_COMPLETED)
-            if asked.answer.done():
-                return asked.answer.result()
+            if answer.done():
+                return answer.result()
         except Refused as error:
             raise HTTPException(422, line(str(error))) from error
         except Exception as error:
             raise HTTPException(500, line(f"{type(error).__name__}: {error}")) from error
         finally:
             gone.cancel()
-            asked.answer.cancel()  # what is left of it is not scored
+            answer.cancel()  # what is left of it is not scored
         if gone.done():
             raise HTTPException(499, "the client is gone")
         raise _later(f"not scored within {self.limits.wait_seconds:g} s")
@@ -267,7 +238,7 @@ class Service:
 
     def _next(self) -> list[_Part]:
         """The oldest part, and others that fit into its batch; these are no longer waiting."""
-        self._parts = [part for part in self._parts if part.request.answer and not part.request.answer.done()]
+        self._parts = [part for part in self._parts if not part.request.answer.done()]
         chosen, room = self._parts[:1], self._loaded().batch - sum(len(part.rows) for part in self._parts[:1])
         for part in self._parts[1:] if self.merge else ():
             if not room:
@@ -281,11 +252,10 @@ class Service:
 
     def _outcomes(self, parts: list[_Part]) -> list[list[float] | Exception]:
         """The scores of each part. If the reward raises, each is scored alone: one may be at fault, not all."""
-        rows = [(part.request, row) for part in parts for row in part.rows]
+        rows = [(part.request.asked, row) for part in parts for row in part.rows]
+        columns = zip(*((of.pictures[row], of.prompts[row], of.metadata[row]) for of, row in rows), strict=True)
         try:
-            pictures = [request.pictures[row] for request, row in rows]
-            prompts = [request.prompts[row] for request, row in rows]
-            scores = self._loaded().score(pictures, prompts, [request.metadata[row] for request, row in rows])
+            scores = self._loaded().score(*map(list, columns))
             if len(scores) != len(rows):
                 raise Refused(f"{len(scores)} scores for {len(rows)} pictures")
             left = iter(map(float, scores))
@@ -294,89 +264,22 @@ class Service:
             return [error] if len(parts) == 1 else [outcome for part in parts for outcome in self._outcomes([part])]
 
     def _deliver(self, part: _Part, outcome: list[float] | Exception) -> None:
-        answer, asked = part.request.answer, part.request
+        request = part.request
         if isinstance(outcome, Exception):
             kind = "" if isinstance(outcome, Refused) else f"{type(outcome).__name__}: "
-            say(f"{self.name}: request {asked.name}: {kind}{outcome}")
+            say(f"{self.name}: request {request.name}: {kind}{outcome}")
             if kind:  # not the request's fault
-                traceback.print_exception(outcome)
-        if answer is None or answer.done():
+                with contextlib.suppress(OSError):
+                    traceback.print_exception(outcome)
+        if request.answer.done():
             return
         if isinstance(outcome, Exception):
-            answer.set_exception(outcome)
+            request.answer.set_exception(outcome)
             return
         self._images.inc(len(part.rows))
-        asked.scores |= zip(part.rows, outcome, strict=True)
-        if len(asked.scores) == len(asked.pictures):
-            answer.set_result([asked.scores[row] for row in range(len(asked.pictures))])
-
-
-def parse(body: bytes, limits: Limits) -> _Request:
-    """Raises HTTPException 400 or 413. Nothing is unpacked before its size is known."""
-    try:
-        ask = _Ask.model_validate(json.loads(body, parse_constant=_no_constant))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise HTTPException(400, line(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}")) from error
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, line(f"the body is not JSON: {error}")) from error
-    count = len(ask.prompts)
-    if (ask.images is None) == (ask.pixels is None) or (ask.pixels is None) != (ask.shape is None):
-        raise HTTPException(400, "expected either images, or pixels and shape")
-    there = len(ask.images) if ask.images is not None else (ask.shape or [0])[0]
-    if there != count or len(ask.metadata or ask.prompts) != count:
-        of_metadata = "none" if ask.metadata is None else len(ask.metadata)
-        raise HTTPException(400, f"{there} pictures, {count} prompts and {of_metadata} of metadata, expected as many")
-    if count > limits.pictures:
-        raise HTTPException(413, f"{count} pictures, at most {limits.pictures} in a request")
-    pictures = _unpack(ask.images, limits) if ask.images is not None else _raw(ask, limits)
-    return _Request("", pictures, ask.prompts, ask.metadata or [{} for _ in ask.prompts])
-
-
-def _raw(ask: _Ask, limits: Limits) -> list[np.ndarray]:
-    shape, pixels = ask.shape or [], _decoded(ask.pixels or "", "pixels")
-    if shape[3] != 3:
-        raise HTTPException(400, f"shape: {shape}, expected [B, H, W, 3]")
-    _require_size(math.prod(shape), limits)
-    if len(pixels) != math.prod(shape):
-        raise HTTPException(400, f"pixels: {len(pixels)} bytes for shape {shape}, expected {math.prod(shape)}")
-    return list(np.frombuffer(pixels, np.uint8).reshape(shape))
-
-
-def _unpack(images: list[str], limits: Limits) -> list[np.ndarray]:
-    pictures, size = [], 0
-    for i, text in enumerate(images):
-        content = _decoded(text, f"images.{i}")
-        try:
-            with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-                size += 3 * image.width * image.height
-                _require_size(size, limits)
-                if image.mode != "RGB":
-                    raise HTTPException(400, f"images.{i}: its mode is {image.mode}, expected RGB")
-                pictures.append(np.asarray(image))
-        except HTTPException:
-            raise
-        except Image.DecompressionBombError as error:
-            raise HTTPException(413, f"images.{i}: {error}") from error
-        except Exception as error:  # of the decoder, whatever the bytes make it raise
-            raise HTTPException(400, line(f"images.{i}: no PNG that can be read: {error}")) from error
-    return pictures
-
-
-def _decoded(text: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise HTTPException(400, f"{where}: not base64: {error}") from error
-
-
-def _require_size(size: int, limits: Limits) -> None:
-    if size > limits.pixels:
-        raise HTTPException(413, f"pictures of over {limits.pixels} bytes: ask for fewer, or smaller ones")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+        request.scores |= zip(part.rows, outcome, strict=True)
+        if len(request.scores) == len(request.asked.pictures):
+            request.answer.set_result([request.scores[row] for row in sorted(request.scores)])
 
 
 def _later(why: str) -> HTTPException:
@@ -387,11 +290,6 @@ def _later(why: str) -> HTTPException:
 def _host(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def line(text: str, most: int = MOST) -> str:
-    """`text` in one line that a terminal takes for text."""
-    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text[:most].split()))
 
 
 def say(text: str) -> None:
