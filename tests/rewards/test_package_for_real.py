@@ -1,5 +1,6 @@
-"""The packages' own code in environments built for it, served over HTTP, on random checkpoints in the published layout:
-ImageReward's of full size, HPSv2's of fewer layers. Needs a package index, 4 GB of temporary disk and 5 GB of memory."""
+"""The packages' own code in environments built for it, served over HTTP, on random checkpoints in the published
+layout: ImageReward's of full size, HPSv2's of fewer layers. Needs a package index, 4 GB of temporary disk and 5 GB of
+memory."""
 
 import gzip
 import json
@@ -13,7 +14,7 @@ import pytest
 import torch
 from golden import inputs
 from PIL import Image
-from test_serve import ask, png, raw, until
+from served import ask, command, png, raw, until
 
 from commands.build_package import BPE, build
 from rewards import package_worker, registry
@@ -100,8 +101,8 @@ def test_a_package_scores_in_its_own_environment_and_as_the_native_model_does(na
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     python, images, weights = build(name), pictures(), str(folder / "weights.pt")
     files, native_options = {"imagereward": imagereward, "hpsv2": hpsv2}[name](folder)
-    command = [str(python), "-I", "-c", MAKE, package_worker.__file__, name, weights, json.dumps(files)]
-    subprocess.run(command, check=True, timeout=600)
+    make = [str(python), "-I", "-c", MAKE, package_worker.__file__, name, weights, json.dumps(files)]
+    subprocess.run(make, check=True, timeout=600)
     rows = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     line = [name, "--package", "--weights", weights, "--port", "0"]
     line += [word for file in files.items() for word in ("--option", "=".join(file))]

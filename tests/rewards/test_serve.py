@@ -1,11 +1,9 @@
 """A reward behind HTTP, on free ports of this machine: right scores to the right request, and what is refused."""
 
 import asyncio
-import base64
 import http.client
 import io
 import json
-import os
 import signal
 import socket
 import struct
@@ -23,40 +21,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from served import ask, command, png, raw, text, until
 
 from commands import serve
 from rewards import contract, package_environment, package_worker, registry
 from rewards.score_request import Limits
 from rewards.serving import Service
 
-ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
-
-
-def text(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def png(picture: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return text(file.getvalue())
-
-
-def raw(pictures: np.ndarray, prompts: list[str], **more) -> dict:
-    return {"pixels": text(pictures.tobytes()), "shape": list(pictures.shape), "prompts": prompts, **more}
-
-
-def ask(url: str, body=None, token: str | None = None, path: str = "score") -> tuple[int, dict]:
-    """Status, and the answer's JSON. A `body` that is no bytes is sent as JSON."""
-    content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{url}/{path}", content, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except HTTPError as error:
-        return error.code, json.load(error)
 
 
 def soon(happens) -> None:
@@ -411,21 +383,6 @@ def test_before_the_reward_is_loaded_503_and_one_that_cannot_be_loaded_ends_the_
 
     with pytest.raises(ValueError, match="no such weights"):
         Service("broken", broken).run(serve.listen("127.0.0.1", 0, None))
-
-
-def command(*arguments, cwd: Path, **environment) -> subprocess.Popen:
-    """The server as a user starts it, with its log in stderr."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    line = [sys.executable, "-m", "rewards.serve", *arguments]
-    return subprocess.Popen(line, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def until(server: subprocess.Popen, word: str) -> str:
-    """The first line of its log with `word`."""
-    for text in server.stderr:
-        if word in text:
-            return text
-    raise AssertionError(f"it ended without {word!r}")
 
 
 def test_a_signal_in_mid_request_ends_it_after_the_answer(tmp_path):
