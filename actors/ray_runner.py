@@ -38,7 +38,7 @@ from learner.protocol import receipts
 from learner.protocol.buffer import Buffer, Work
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Training, Vitals
-from rewards.registry import Reward
+from rewards.contract import Reward
 
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
 

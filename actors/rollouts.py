@@ -23,7 +23,7 @@ from learner.config import Config
 from learner.prompts import training_prompts
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
-from rewards.registry import Reward
+from rewards.contract import Reward
 from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25

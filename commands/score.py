@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from commands.outcome import complain, require_writable
 from rewards import registry
+from rewards.contract import Reward
 from rewards.own_code import named_failure
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def read_prompts(name: str | None, count: int) -> list[str]:
     return lines if len(lines) == count else lines * count
 
 
-def score(reward: registry.Reward, files: Sequence[Path], prompts: Sequence[str], device: str) -> list[float]:
+def score(reward: Reward, files: Sequence[Path], prompts: Sequence[str], device: str) -> list[float]:
     """Prints each file's score as it is known, then their mean and spread. At most BATCH pictures of one size at once.
     Raises ValueError for a file that cannot be read, or that the reward raised on."""
     import numpy as np

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "rewards.serve"
 TOKEN = "TRIBUTARY_REWARD_TOKEN"
-BATCH = 16
+BATCH, MIB = 16, 2**20
 
 
 def enter() -> NoReturn:
@@ -50,13 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--host", default="127.0.0.1", help="address to listen on; others than this machine's own need a token")
     add("--port", type=int, default=8100, help="0: any that is free")
     add("--batch", type=int, default=BATCH, metavar="N", help=f"pictures in one call, at most (default {BATCH})")
+    add(
+        "--body", type=int, default=64, metavar="MIB", help="a request at most (default 64); its pictures four times it"
+    )
     add("--separate", action="store_true", help="score no two requests together: repeatable in the last bits")
     add("--token-env", default=TOKEN, metavar="NAME", help=f"variable that holds the token (default {TOKEN})")
     add("--token-file", type=Path, metavar="FILE", help="that holds the token")
     args = parser.parse_args(arguments)
     try:
-        if args.batch < 1:
-            raise ValueError(f"--batch: {args.batch}, expected 1 or more")
+        for flag in ("batch", "body"):
+            if vars(args)[flag] < 1:
+                raise ValueError(f"--{flag}: {vars(args)[flag]}, expected 1 or more")
         options = dict(option(text) for text in args.option)
         registry.check_options(options)
         registry.check_name(args.name)
@@ -65,13 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if args.package:
                 start_package(args, options, token, listener)
             registry.check(args.name, args.weights, options, [])
-            from rewards.serving import Service
+            from rewards.serving import Limits, Service
 
             def load() -> Served:
                 return served(registry.load(args.name, args.weights, args.device, **options), args.device, args.batch)
 
             signals.enter("running")
-            Service(args.name, load, token, merge=not args.separate).run(listener)
+            limits = Limits(body=args.body * MIB)
+            Service(args.name, load, token, merge=not args.separate, limits=limits).run(listener)
     except KeyboardInterrupt:
         return signals.status()
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: a device that is not here
@@ -124,7 +129,8 @@ def served(reward: registry.Reward, device: str, batch: int) -> Served:
 
     limits = contract.told(reward, "range")
     most = contract.told(reward, "batch") or batch
-    return Served(score, contract.takes_metadata(reward), limits and tuple(limits), min(batch, most))
+    takes = contract.takes_metadata(getattr(reward, "function", reward))  # a user's own
+    return Served(score, takes, limits and tuple(limits), min(batch, most))
 
 
 def start_package(
@@ -149,6 +155,7 @@ def start_package(
         "device": args.device,
         "batch": args.batch,
         "merge": not args.separate,
+        "body": args.body * MIB,
     }
     listener.set_inheritable(True)
     # -I: neither PYTHONPATH nor this folder, whose modules have names that the packages' own may have. Nothing of ours

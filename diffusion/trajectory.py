@@ -1,7 +1,8 @@
 """The records that travel: a chunk of work, the trajectories made of it, and their rewards."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +38,10 @@ class Chunk:
     # B each, or none: row i is trajectory parents[i] until its state forks[i], and goes on from there with own noise.
     parents: tuple[int, ...] = ()
     forks: tuple[int, ...] = ()
+    metadata: tuple[Mapping[str, Any], ...] = ()  # B, or none: the other columns of each prompt, for the reward
+
+    def metadata_of(self, rows: Iterable[int]) -> tuple[Mapping[str, Any], ...]:
+        return tuple(self.metadata[row] for row in rows) if self.metadata else ()
 
     def noise_ids(self, step: int) -> tuple[int, ...]:
         """Whose noise each row takes, by the steps of diffusion/noise.py. Rows of one are equal in state `step`."""

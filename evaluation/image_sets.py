@@ -29,6 +29,7 @@ from diffusion.trajectory import Chunk, Scores
 from evaluation import metrics
 from evaluation.metrics import Interval, mean_of_good
 from learner.config import Config, resolve
+from learner.prompts import metadata_of
 from learner.protocol.chunks import evaluation_chunks
 from records.run_folder import IMAGES, parquet, read_parquet
 from records.storage import StorageError, cache
@@ -37,7 +38,7 @@ FORMAT = 3  # of chunk files and of the figures' JSON
 ACCURACY = "shapes_accuracy"  # a held-out reward with a key of its own
 SHOWN_PIXELS = 256  # side of the pictures that a set keeps
 # Settings that change no picture and no score; prompts are compared themselves.
-NOT_JUDGED_BY = {"actors", "gpus", "labels", "quarantine_limit", "prompts", "every"}
+NOT_JUDGED_BY = {"actors", "gpus", "labels", "quarantine_limit", "try_first", "prompts", "every"}
 Figure = dict[str, float | None]
 
 
@@ -140,7 +141,8 @@ class ImageSet:
         }
         if "window" in (self.config.sampler.noise, self.config.sampler.adapter):
             settings["objective.window"] = self.config.objective.span(self.config.sampler.steps)
-        return {**settings, "run.cpu_threads": self.config.run.cpu_threads, "prompts": self.prompts}
+        metadata = {"metadata": found} if (found := metadata_of(self.prompts)) else {}
+        return {**settings, "run.cpu_threads": self.config.run.cpu_threads, "prompts": self.prompts, **metadata}
 
     @property
     def facts(self) -> dict[str, Any]:

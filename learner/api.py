@@ -23,7 +23,7 @@ from diffusion.parts import check_tiny_decoder, cut_prompts
 from diffusion.rehearsal import check_model
 from evaluation import calibration, collapse, settling
 from evaluation.image_sets import Cache, Pools
-from learner import controller
+from learner import controller, trial
 from learner.config import DEFAULT_CONFIG, Config, ConfigError, load_config, raise_faults, resolve
 from learner.config.checks import untrainable
 from learner.inprocess import InProcessPools, InProcessRunner
@@ -92,6 +92,7 @@ def train(
     def warn(text: str) -> None:
         say(f"warning: {text}")
 
+    raise_faults([*untrainable(built), *(trial.faults(built, own) if built.reward.try_first else ())])
     read, _, resources = check(built, warn, own)
     opened = open_run(built, Path("run" if isinstance(source, Mapping) else source or DEFAULT_CONFIG), read, warn)
     run(opened, resources, say, lambda text: None, own)

@@ -18,7 +18,7 @@ from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.update import Learner
 from rewards import judges, registry
-from rewards.registry import Reward
+from rewards.contract import Reward
 from rewards.scorer import Scorer
 
 Embedded = Mapping[str, np.ndarray]  # rows [L, E] float32 by prompt

@@ -17,7 +17,7 @@ from learner.protocol import receipts
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
 from learner.protocol.runner import EpochResult, Hooks, Vitals
-from rewards.registry import Reward
+from rewards.contract import Reward
 
 Progress = Callable[[int, int], None]
 

@@ -1,21 +1,43 @@
-"""Prompts: files (.txt, .json, .jsonl, .csv and .parquet), sets by name, and lists."""
+"""Prompts: files (.txt, .json, .jsonl, .csv, .tsv and .parquet), sets by name, and lists. What a file says of a prompt
+beside its text is its metadata, which rewards may read."""
 
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from learner.config import Config, ConfigError, resolve
 from rewards import prompt_sets
+from rewards.contract import Columns
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+class Prompt(str):
+    """A prompt of a file, with the other columns of its line: JSON values. It equals its text."""
+
+    metadata: Columns
+
+    def __new__(cls, text: str, metadata: Columns) -> "Prompt":
+        prompt = super().__new__(cls, text)
+        prompt.metadata = metadata
+        return prompt
+
+
+def metadata_of(prompts: Iterable[str]) -> tuple[Columns, ...]:
+    """Of each prompt; none at all where no prompt has any."""
+    found = tuple(prompt.metadata if isinstance(prompt, Prompt) else {} for prompt in prompts)
+    return found if any(found) else ()
 
 
 def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str = "prompts.path") -> list[str]:
-    """Prompts in file order, stripped, without empty ones. .json holds a list and .jsonl lines of strings or objects
-    with the key `column`; .csv and .parquet a column of that name; other files a prompt a line, # begins a comment.
-    Where there is no file `source`, it may be the name of a set. Raises a ConfigError that names `key`."""
+    """Prompts in file order, stripped, without empty ones; with metadata where the file has any. .json holds a list and
+    .jsonl lines of strings or objects with the key `column`; .csv, .tsv and .parquet a column of that name; other files
+    a prompt a line, # begins a comment. Where there is no file `source`, it may be the name of a set. Raises a
+    ConfigError that names `key`."""
     file = resolve(source) if isinstance(source, str) else None
     try:
         if file is None:
@@ -23,7 +45,7 @@ def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str =
         elif prompt_sets.is_name(str(source)) and not file.is_file():
             texts = prompt_sets.fetch(str(source))
         else:
-            texts = [_text(item, column, number) for number, item in enumerate(_items(file, column), 1)]
+            texts = [_prompt(item, column, number) for number, item in enumerate(_items(file, column), 1)]
     except prompt_sets.PromptSetError as error:
         raise ConfigError(f"{key}: {error}") from error
     # pyarrow raises ValueError, OSError and NotImplementedError; json, nested too deeply, RecursionError.
@@ -31,7 +53,7 @@ def read_prompts(source: str | Sequence[str], column: str = "prompt", key: str =
         remedy = f" (nor a prompt set: {', '.join(prompt_sets.NAMES)})" if isinstance(error, FileNotFoundError) else ""
         remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else remedy
         raise ConfigError(f"{key}: cannot read {file}: {' '.join(str(error).split())}{remedy}") from error
-    prompts = [text.strip() for text in texts if text.strip()]
+    prompts = [text if isinstance(text, Prompt) else text.strip() for text in texts if text.strip()]
     if not prompts:
         raise ConfigError(f"{key}: {file or 'the list'} holds no prompt")
     return prompts
@@ -66,27 +88,33 @@ def countable(config: Config, warn: Callable[[str], None]) -> Config:
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """What run.json knows a run's prompts by: sha256 of the training and then the evaluation prompts."""
-    return sha256("\n".join(prompts).encode()).hexdigest()
+    """What run.json knows a run's prompts by: sha256 of the training and then the evaluation prompts, and of their
+    metadata, if they have any."""
+    metadata = metadata_of(prompts)
+    lines = [*prompts, json.dumps(metadata, sort_keys=True)] if metadata else prompts
+    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _items(file: Path, column: str) -> list[Any]:
-    """Strings or objects that a file holds; of Parquet the column alone, if it is there."""
+    """Strings or objects that a file holds; of Parquet the columns of JSON types."""
     kind = file.suffix.lower()
     if kind == ".parquet":
         import pyarrow.parquet  # here: other files are read without it
 
-        table = pyarrow.parquet.read_table(file)
-        if column not in table.column_names:
-            return [dict.fromkeys(table.column_names)]
-        return ["" if cell is None else cell for cell in table[column].to_pylist()]
+        schema = pyarrow.parquet.read_schema(file)
+        if column not in schema.names:
+            return [dict.fromkeys(schema.names)]
+        names = [field.name for field in schema if field.name == column or _is_json(field.type)]
+        rows = pyarrow.parquet.read_table(file, columns=names).to_pylist()
+        return [row | {column: ""} if row.get(column, "") is None else row for row in rows]
     text = file.read_text(encoding="utf-8-sig")
     lines = text.split("\n")  # not splitlines(), which also splits at characters that a prompt may hold
-    if kind == ".csv":
+    if kind in DELIMITERS:
         rows = []
-        for row in (table := csv.DictReader(io.StringIO(text), strict=True)):
+        for row in (table := csv.DictReader(io.StringIO(text), delimiter=DELIMITERS[kind], strict=True)):
             if None in row or None in row.values():
-                raise ValueError(f"line {table.line_num} has more or fewer values than the header names; quote commas")
+                quote = "commas" if kind == ".csv" else "tabs"
+                raise ValueError(f"line {table.line_num} has more or fewer values than the header names; quote {quote}")
             rows.append(row)
         return rows
     if kind not in (".json", ".jsonl"):
@@ -97,9 +125,22 @@ def _items(file: Path, column: str) -> list[Any]:
     return items
 
 
-def _text(item: Any, column: str, number: int) -> str:
+def _is_json(kind: Any) -> bool:
+    """Whether values of an Arrow type are text, numbers, truth values, or lists and structs of them."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        return _is_json(kind.value_type)
+    if types.is_struct(kind) or types.is_list(kind) or types.is_large_list(kind):
+        return all(_is_json(kind.field(i).type) for i in range(kind.num_fields))
+    plain = types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean
+    return any(is_it(kind) for is_it in plain)
+
+
+def _prompt(item: Any, column: str, number: int) -> str:
     text = item.get(column) if isinstance(item, dict) else item
     if not isinstance(text, str):
         keys = f"; its keys: {', '.join(item)}" if isinstance(item, dict) else ""
         raise ValueError(f"item {number} has no text under {column!r} (prompts.column){keys}")
-    return text
+    metadata = {key: value for key, value in item.items() if key != column} if isinstance(item, dict) else {}
+    return Prompt(text.strip(), metadata) if metadata else text

@@ -49,11 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         config = prompts.countable(config, warn) if args.plan else config
         raise_faults([*faults, *_faults_seen_at_once(config)])
 
-        from learner import api, open_run  # here: they import torch
+        from learner import trial  # here: it imports torch, and no more
+
+        counted = countable(str(resolve(config.model.path))) if args.plan else None
+        if args.try_reward or (config.reward.try_first and not args.plan):
+            raise_faults(trial.faults(config, whole=args.try_reward, path=counted))
+
+        from learner import api, open_run
         from records import facts
         from records.run_folder import Records
 
-        counted = countable(str(resolve(config.model.path))) if args.plan else None
         texts, placement, resources = api.check(config, warn, counted=counted)
         if args.plan:
             from commands import plan
@@ -113,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help=f"YAML preset (default: {DEFAULT_CONFIG.name})")
     parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and stop")
     parser.add_argument("--plan", action="store_true", help="print what would run where and what it costs, and stop")
+    parser.add_argument("--try-reward", action="store_true", help="call all rewards once, also with --plan")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the preset's")
     return parser
 

@@ -18,7 +18,7 @@ from diffusion.failures import RunFailure
 from records.shapes import Manifest, Written
 from records.storage import Storage, StorageError, sealed
 
-FORMAT = 5  # of run.json, checkpoints and the trajectories' columns
+FORMAT = 6  # of run.json, checkpoints and the trajectories' columns
 FOLDER, MANIFEST, LATEST = "checkpoints", "state.json", "latest"
 COPY = "put it back from a copy, or go on from another checkpoint"
 

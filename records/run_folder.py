@@ -36,6 +36,7 @@ SCHEMA = {
     "policy_version": pa.int32(),  # that sampled it
     "adapter_sha256": pa.string(),  # as it stood in the sampler's module
     "prompt": pa.string(),
+    "metadata": pa.string(),  # JSON: the other columns of the prompt's line; null where there are none
     "reward": pa.float32(),  # raw, of the image; null of a bad one
     "reward_parts": pa.map_(pa.string(), pa.float32()),  # of a weighted_sum, each reward's own by its label
     "log_pf_sum": pa.float64(),  # nats, over all transitions and dimensions

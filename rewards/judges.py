@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewards import registry
+from rewards.contract import Columns, Reward, call
 from rewards.names import FeatureKind
 from rewards.network import short_side
 from rewards.own_code import named_failure
@@ -28,19 +29,22 @@ HeldOut = Sequence[str | dict[str, Any]]  # names, or {name, weights?, options?}
 class Judges:
     """Rewards [by label] and a feature extractor for finished pictures."""
 
-    held_out: dict[str, registry.Reward]
+    held_out: dict[str, Reward]
     features: Features
 
-    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], batch: int) -> tuple[Arrays, np.ndarray]:
+    def __call__(
+        self, pictures: np.ndarray, prompts: Sequence[str], batch: int, metadata: Sequence[Columns] = ()
+    ) -> tuple[Arrays, np.ndarray]:
         """pictures [B, H, W, 3] uint8, as they would be saved -> each held-out reward's scores [B] by label, and
         features [B, F], float32. `batch` pictures at once. Raises BadReward where a reward raised."""
         scores, vectors = {label: list[np.ndarray]() for label in self.held_out}, list[np.ndarray]()
         for start in range(0, len(pictures), batch):
-            images = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 255
+            part = slice(start, start + batch)
+            images = torch.from_numpy(pictures[part]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():
                 for label, reward in self.held_out.items():
                     with named_failure(registry.BadReward, f"{WHERE}: {label}"):
-                        values = reward(images, list(prompts[start : start + batch]))
+                        values = call(reward, images, list(prompts[part]), metadata[part])
                     scores[label].append(values.detach().float().cpu().numpy())
                 vectors.append(self.features(images).float().cpu().numpy())
         return {label: np.concatenate(parts) for label, parts in scores.items()}, np.concatenate(vectors)
@@ -48,21 +52,22 @@ class Judges:
 
 def build(held_out: HeldOut, kind: FeatureKind, clip: str | None, device: str) -> Judges:
     """Raises ValueError as `check`, or for a reward that cannot be made."""
-    return Judges(each_term(_terms(held_out), lambda term: term.load(device), WHERE), load_features(kind, clip, device))
+    return Judges(each_term(terms(held_out), lambda term: term.load(device), WHERE), load_features(kind, clip, device))
 
 
 def check(held_out: HeldOut, kind: FeatureKind, clip: str | None, prompts: Sequence[str]) -> None:
     """Raises ValueError, which names the setting, where `build` would fail, or a reward refuse a prompt."""
-    each_term(_terms(held_out), lambda term: term.check(prompts), WHERE)
+    each_term(terms(held_out), lambda term: term.check(prompts), WHERE)
     require_features(kind, clip)
 
 
 def labels(held_out: HeldOut) -> list[str]:
     """What the scores will be called."""
-    return list(_terms(held_out))
+    return list(terms(held_out))
 
 
-def _terms(held_out: HeldOut) -> dict[str, Term]:
+def terms(held_out: HeldOut) -> dict[str, Term]:
+    """By label. Raises ValueError, which names the entry that is none."""
     entries = [{"name": entry} if isinstance(entry, str) else entry for entry in held_out]
     if weighted := [index for index, entry in enumerate(entries) if "weight" in entry]:
         raise ValueError(f"{WHERE}[{weighted[0]}]: a held-out reward has no weight")

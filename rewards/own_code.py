@@ -16,6 +16,7 @@ OTHERS = [  # whose lines are nobody's reward: ours on the way to it, Python's, 
     *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")),
 ]
 LINES, CHARACTERS = 5, 2000  # that a message has at most
+DEFECTS = AttributeError, ImportError, NameError, NotImplementedError, SyntaxError, TypeError
 
 
 @contextlib.contextmanager
@@ -33,6 +34,11 @@ def named_failure(kind: type[Exception], text: str) -> Iterator[None]:
         raise DeadlineExceeded(f"{error}{_lines(error)}") from error
     except BaseException as error:
         raise kind(f"{text}: {in_words(error)}") from error
+
+
+def is_defect(error: BaseException | None) -> bool:
+    """Whether this is a fault of the code, which every picture meets, and not of the data."""
+    return isinstance(error, DEFECTS)
 
 
 def in_words(error: BaseException) -> str:

@@ -32,7 +32,8 @@ def main() -> None:
         score = package(settings["files"], settings["device"])
         return serving.Served(_refusing(score, serving.Refused), metadata=False, batch=settings["batch"])
 
-    service = serving.Service(settings["name"], load, os.environ.get(TOKEN), merge=settings["merge"])
+    limits = serving.Limits(body=settings["body"])
+    service = serving.Service(settings["name"], load, os.environ.get(TOKEN), merge=settings["merge"], limits=limits)
     try:
         service.run(listener)
     except Exception as error:  # files or a device that do not fit: the package may raise anything

@@ -5,11 +5,12 @@ import contextlib
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from diffusion.failures import RunFailure
+from rewards.contract import OPTIONAL, Columns, Reward, call, parameters, told
 from rewards.own_code import named_failure
 from rewards.weights import Asset, find
 
@@ -17,17 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Reward(Protocol):
-    name: str
-    differentiable: bool  # autograd reaches the images
-
-    def __call__(self, images: "Tensor", prompts: Sequence[str]) -> "Tensor":
-        """images [B, 3, H, W] float in [0, 1], B prompts -> raw scores [B] float32."""
-        ...
-
-
 class UnknownReward(RunFailure, ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
+
+
+class CannotBeMade(UnknownReward):
+    """Its own code raised as it was made: here, but perhaps not on another machine."""
 
 
 class BadReward(RunFailure, ValueError):
@@ -89,6 +85,13 @@ def assets(name: str, weights: str | None, options: dict[str, Any]) -> list[Asse
     model, _ = _maker(name, weights, "cpu")
     with _named_options(name, options):
         return model.assets(weights, **options)
+
+
+def reads_weights(name: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether this reward, or one of a sum, is a model with weights: large, and perhaps not to be had here."""
+    terms = (options or {}).get("terms")
+    inside = [term.get("name") for term in terms if isinstance(term, dict)] if isinstance(terms, list | tuple) else []
+    return any(each in MODELS for each in (name, *inside))
 
 
 def check_name(name: str) -> None:
@@ -160,7 +163,7 @@ def _maker(name: str, weights: str | None, device: str) -> tuple[Any, dict[str, 
     elif name in PLAIN:
         place, settings = PLAIN[name], {}
     else:
-        return user_reward, {"name": name}
+        return user_reward, {"name": name, "device": device}
     return pkgutil.resolve_name(f"rewards.{place}"), settings
 
 
@@ -182,16 +185,18 @@ def _import(name: str) -> Any:
 
 
 class UserReward:
-    """A user's own function, named in the config as `module:callable` or given as a Python object."""
+    """A user's own function or object, named in the config as `module:callable` or given as a Python object."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name, self.function = name, function
         self.differentiable = bool(getattr(function, "differentiable", False))
+        for attribute in OPTIONAL:
+            setattr(self, attribute, told(function, attribute))
 
-    def __call__(self, images: "Tensor", prompts: Sequence[str]) -> "Tensor":
+    def __call__(self, images: "Tensor", prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> "Tensor":
         import torch
 
-        returned = self.function(images, prompts)
+        returned = call(self.function, images, prompts, metadata)
         try:
             scores = returned if isinstance(returned, torch.Tensor) else torch.as_tensor(returned)
             scores = scores.to(images.device, torch.float32)
@@ -206,12 +211,24 @@ class UserReward:
         return scores
 
 
-def user_reward(name: str, **options: Any) -> UserReward:
-    """The callable `module:callable`; a class, or a function where there are options, is called with them first."""
+def user_reward(name: str, device: str = "cpu", **options: Any) -> UserReward:
+    """The callable `module:callable`; a class, or a function where there are options, is called with them first, and
+    with the device, if it has such a parameter. Raises UnknownReward."""
     function = _import(name)
-    reward = UserReward(name, function)
     if options or isinstance(function, type):
-        with named_failure(UnknownReward, f"reward.name: {name} cannot be made"):
-            reward.function = function(**options)
-        reward.differentiable = bool(getattr(reward.function, "differentiable", reward.differentiable))
-    return reward
+        known = parameters(function)
+        any_name = not known or any(each.kind is each.VAR_KEYWORD for each in known.values())
+        if unknown := [] if any_name else [option for option in options if option not in known]:
+            takes = ", ".join(option for option in known if option != "device") or "none"
+            raise UnknownReward(f"reward.options: {name} has no {', '.join(unknown)}; it takes {takes}")
+        with named_failure(CannotBeMade, f"reward.name: {name} cannot be made"):
+            function = function(**options, **({"device": device} if "device" in known else {}))
+        if not callable(function):
+            kind = type(function).__name__
+            raise UnknownReward(f"reward.name: {name} made a {kind}, expected what takes (images, prompts)")
+    known = parameters(function)
+    if known and len(known) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in known.values()):
+        raise UnknownReward(
+            f"reward.name: {name} takes ({', '.join(known)}), expected (images, prompts) and, if it likes, metadata"
+        )
+    return UserReward(name, function)

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin  # noqa: F401 (the plugin: now, and not in
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MOST = 4000  # characters of a message
+UNPACKED = 4  # times a body at most: what its pictures take
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,6 @@ class Limits:
 
     body: int = 64 * 2**20  # bytes of a request
     pictures: int = 1024  # of a request
-    pixels: int = 256 * 2**20  # bytes of a request's pictures once they are unpacked
     held: int = 4 * 2**30  # bytes of all requests that are here
     requests: int = 2048  # that are here: being read, waiting or scored
     read_seconds: float = 60.0  # for a request to arrive
@@ -112,8 +112,9 @@ def _decoded(text: str, where: str) -> bytes:
 
 
 def _require_size(size: int, limits: Limits) -> None:
-    if size > limits.pixels:
-        raise HTTPException(413, f"pictures of over {limits.pixels} bytes: ask for fewer, or smaller ones")
+    if size > UNPACKED * limits.body:
+        most = UNPACKED * limits.body
+        raise HTTPException(413, f"pictures of over {most} bytes when unpacked: ask for fewer, or smaller ones")
 
 
 def _no_constant(name: str) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from diffusion import gpu_memory, noise
 from diffusion.trajectory import CleanPredictions, Scores
+from rewards.contract import Columns, Reward, call, told
 from rewards.judges import Judges
-from rewards.own_code import named_failure
-from rewards.registry import BadReward, Reward
+from rewards.own_code import is_defect, named_failure
+from rewards.registry import BadReward
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
@@ -85,6 +86,11 @@ class Scorer:
     allow_black: bool = False  # an all-black image is not bad
     judges: Judges | None = None  # see evaluation images, besides the reward
 
+    @property
+    def most(self) -> int:
+        """Images that the reward takes at once."""
+        return told(self.reward, "batch") or MOST
+
     def __post_init__(self) -> None:
         if self.gradients and not self.reward.differentiable:
             raise BadReward(f"reward {self.reward.name} is not differentiable, as the objective needs")
@@ -93,7 +99,7 @@ class Scorer:
         """Images at once in this process's `share` of the free GPU memory; elsewhere a constant. Found once a run:
         rewards depend on it in their last bits."""
         if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
-            return GRADIENT_BATCH if self.gradients else SCORE_BATCH
+            return min(self.most, GRADIENT_BATCH if self.gradients else SCORE_BATCH)
 
         def trial(size: int) -> None:
             latents = torch.zeros(size, *latent, device="cuda", requires_grad=self.gradients)
@@ -103,7 +109,7 @@ class Scorer:
                 self._differentiate(scores, latents)
 
         with gpu_memory.smaller("reward.batch", 1):
-            return gpu_memory.largest_batch(trial, torch.device("cuda"), MOST, share)
+            return gpu_memory.largest_batch(trial, torch.device("cuda"), min(self.most, MOST), share)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
@@ -115,7 +121,7 @@ class Scorer:
         chunk, row, step, at_end = clean.chunk, clean.row, clean.step, clean.step == clean.num_steps
         judged = _Judgement(clean, self.gradients and chunk.purpose == "train", self.quarantine)
         inner = step < clean.terminal if self.tiny else np.zeros(len(step), bool)
-        size = self.batch or (SCORE_BATCH if judged.gradients is None else GRADIENT_BATCH)
+        size = min(self.most, self.batch or (SCORE_BATCH if judged.gradients is None else GRADIENT_BATCH))
         with gpu_memory.smaller("reward.batch", self.batch):
             for positions, decoder in ((np.flatnonzero(inner), self.tiny), (np.flatnonzero(~inner), self.decoder)):
                 for start in range(0, len(positions), size):
@@ -146,7 +152,8 @@ class Scorer:
         if self.judges is None:
             return {"images": pictures}
         prompts = [judged.chunk.prompts[row] for row in rows]
-        held_out, features = self.judges(pictures, prompts, self.batch or SCORE_BATCH)
+        metadata = judged.chunk.metadata_of(rows)
+        held_out, features = self.judges(pictures, prompts, self.batch or SCORE_BATCH, metadata)
         held_out = {label: judged.by_trajectory(values, rows) for label, values in held_out.items()}
         return {"images": pictures, "held_out": held_out, "features": judged.by_trajectory(features, rows)}
 
@@ -170,12 +177,14 @@ class Scorer:
                 if not self.allow_black and not picture.any():
                     judged.add_bad(position, BLACK)
             try:
-                scores, parts = self._judge(images, [clean.chunk.prompts[r] for r in row])
+                prompts, metadata = [clean.chunk.prompts[r] for r in row], clean.chunk.metadata_of(row)
+                scores, parts = self._judge(images, prompts, metadata)
                 if differentiate:
                     gradients = self._differentiate(scores, latents)
             except RewardRaised as error:
                 if not self.quarantine:
-                    raise BadReward(f"{error} ({REMEDY})") from error
+                    advice = "" if is_defect(error.__cause__) else f" ({REMEDY})"
+                    raise BadReward(f"{error}{advice}") from error
                 if len(positions) == 1:
                     return judged.add_bad(positions[0], str(error), raised=True)
                 for i in range(len(positions)):
@@ -204,14 +213,16 @@ class Scorer:
             )
         return gradients
 
-    def _judge(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _judge(
+        self, images: Tensor, prompts: list[str], metadata: Sequence[Columns] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores [B], and of a sum of rewards each one's own [B]."""
         failed = f"failed on {len(images)} images with prompts from {prompts[0]!r} to {prompts[-1]!r}"
         with named_failure(RewardRaised, f"reward {self.reward.name} {failed}"):
             if isinstance(self.reward, WeightedSum):
-                parts = self.reward.parts(images, prompts)
+                parts = self.reward.parts(images, prompts, metadata)
                 return self.reward.total(parts, images.device), parts
-            return self.reward(images, prompts), {}
+            return call(self.reward, images, prompts, metadata), {}
 
 
 def _not_finite(values: Tensor) -> list[int]:

@@ -133,7 +133,8 @@ class Service:
 
     async def _health(self) -> Response:
         _, metadata, limits, batch = self._loaded()
-        content = {"reward": self.name, "protocol": PROTOCOL, "range": limits, "batch": batch, "metadata": metadata}
+        ends = limits and [end if math.isfinite(end) else None for end in limits]
+        content = {"reward": self.name, "protocol": PROTOCOL, "range": ends, "batch": batch, "metadata": metadata}
         return self._answer(content)
 
     async def _show_metrics(self) -> Response:
@@ -185,7 +186,7 @@ class Service:
                     if size > 8 * self.limits.body:
                         break
         except TimeoutError:
-            fault = HTTPException(408, f"the body did not arrive within {self.limits.read_seconds:g} s")
+            fault = _later(f"the body did not arrive within {self.limits.read_seconds:g} s")
         except ClientDisconnect:
             fault = HTTPException(499, "the client is gone")
         finally:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.failures import RunFailure
 from rewards import registry
+from rewards.contract import Columns, Reward, call, told
 
 Result = TypeVar("Result")
 WHERE = "reward.options.terms"
@@ -27,7 +28,7 @@ class Term(BaseModel, extra="forbid", strict=True):
         registry.check_options(options)
         return options
 
-    def load(self, device: str) -> registry.Reward:
+    def load(self, device: str) -> Reward:
         return registry.load(self.name, self.weights, device, **self.options)
 
     def check(self, prompts: Sequence[str], objective: str | None = None) -> None:
@@ -43,19 +44,23 @@ class WeightedSum:
         """`terms`: what `Term` has. Raises ValueError, which names the term that is wrong or cannot be made."""
         self.terms = read_terms(terms)
         self.rewards = each_term(self.terms, lambda term: term.load(device))
-        self.differentiable = all(reward.differentiable for reward in self.rewards.values())
+        rewards = self.rewards.values()
+        self.differentiable = all(reward.differentiable for reward in rewards)
+        self.batch = min((most for reward in rewards if (most := told(reward, "batch"))), default=None)
+        self.image_only = any(told(reward, "image_only") for reward in rewards)
+        self.columns = tuple(dict.fromkeys(column for reward in rewards for column in told(reward, "columns")))
 
     @staticmethod
     def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None) -> None:
         """As `registry.check`, of every term; the ValueError names it."""
         each_term(read_terms(terms), lambda term: term.check(prompts, objective))
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def parts(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> dict[str, Tensor]:
         """Raw scores [B] of each term, unweighted, by label: its name, with _2, _3 and so on where that is taken."""
-        return {label: reward(images, prompts) for label, reward in self.rewards.items()}
+        return {label: call(reward, images, prompts, metadata) for label, reward in self.rewards.items()}
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts), images.device)
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> Tensor:
+        return self.total(self.parts(images, prompts, metadata), images.device)
 
     def total(self, parts: dict[str, Tensor], device: torch.device) -> Tensor:
         """The sum [B] of `parts`."""

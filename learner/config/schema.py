@@ -17,7 +17,7 @@ FREE = (
     "run.dir", "run.root", "run.resume", "run.keep_checkpoints", "run.thumbnail_pixels", "run.chunk_attempts",
     "run.ready_seconds", "run.chunk_seconds", "run.train_seconds", "run.autoscale", "sampler.actors",
     "sampler.gpus", "sampler.labels", "reward.actors", "reward.gpus", "reward.labels", "reward.quarantine_limit",
-    "learner.gpus", "learner.labels", "learner.attempts", "train.epochs", "train.stop_on_collapse",
+    "reward.try_first", "learner.gpus", "learner.labels", "learner.attempts", "train.epochs", "train.stop_on_collapse",
     "learner.micro_batch", "reward.batch", "mlflow.enabled", "mlflow.uri", "mlflow.experiment", "mlflow.finish_seconds",
     "mlflow.group", "mlflow.registered_model",
 )  # fmt: skip
@@ -73,9 +73,10 @@ class Config(Section):
 
     @property
     def own_code(self) -> dict[str, Any]:
-        """The settings by which code of a user's own runs, by key: rewards as module:callable, and their options."""
+        """The settings by which code of a user's own runs, or by which others are sent pictures and a token, by key:
+        rewards as module:callable or remote, and their options."""
         reward, terms, named = self.reward, self.reward.options.get("terms"), {}
-        if ":" in reward.name:
+        if _is_own(reward.name):
             named = {"reward.name": reward.name} | ({"reward.options": reward.options} if reward.options else {})
         elif isinstance(terms, list | tuple) and any(map(_is_own, terms)):  # of a weighted_sum
             named = {"reward.options": reward.options}
@@ -124,8 +125,9 @@ class Config(Section):
 
 
 def _is_own(reward: Any) -> bool:
-    """Whether a term or held-out reward, a name or {name, ...}, is a user's own."""
-    return ":" in str(reward.get("name") if isinstance(reward, dict) else reward)
+    """Whether a term or held-out reward, a name or {name, ...}, is a user's own, or is sent pictures and a token."""
+    name = str(reward.get("name") if isinstance(reward, dict) else reward)
+    return ":" in name or name == "remote"
 
 
 def known_keys() -> dict[str, Any]:

@@ -131,6 +131,11 @@ class RewardConfig(Section):
     name: str = key("shapes_alignment", "reward by name, or your own as module:callable")
     weights: str | None = key(None, "weights of the reward model: path or hub id")
     options: dict[str, Any] = key({}, "the reward's keyword arguments; a callable of yours is called with them first")
+    try_first: bool = key(
+        True,
+        "call the rewards once on two made-up pictures before anything is loaded (models with weights only at "
+        "--try-reward); false: for rewards that only the machines of the actors can load",
+    )
     batch: int | None = key(
         None, "images scored at once; default: what free GPU memory holds (on a CPU 32, with gradients 16)", ge=1
     )

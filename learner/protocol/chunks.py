@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from diffusion import noise
 from diffusion.trajectory import Chunk, Purpose
 from learner.config import Config
+from learner.prompts import metadata_of
 
 CONTINUED = 1  # in place of the evaluation set's epoch 0: other noise
 
@@ -37,15 +38,17 @@ def continuation_chunks(
     ids, size, seed = range(starts * each), config.sampler.chunk_size, config.evaluation.seed
     chunks = []
     for index, rows in enumerate(ids[start : start + size] for start in range(0, len(ids), size)):
-        texts = tuple(prompts[row // each % len(prompts)] for row in rows)
+        chosen = [prompts[row // each % len(prompts)] for row in rows]
         parents, at = tuple(row // each * each for row in rows), tuple(forks[row % each] for row in rows)
-        chunks.append(Chunk(index, "evaluate", CONTINUED, seed, texts, tuple(rows), parents, at))
+        texts, metadata = tuple(map(str, chosen)), metadata_of(chosen)
+        chunks.append(Chunk(index, "evaluate", CONTINUED, seed, texts, tuple(rows), parents, at, metadata))
     return chunks
 
 
 def _cut(prompts: Sequence[str], size: int, purpose: Purpose, epoch: int, seed: int) -> list[Chunk]:
     """A trajectory of each prompt, numbered from 0, in chunks of `size`."""
-    return [
-        Chunk(i, purpose, epoch, seed, tuple(prompts[start : start + size]), tuple(range(start, start + size)))
-        for i, start in enumerate(range(0, len(prompts), size))
-    ]
+    chunks = []
+    for i, start in enumerate(range(0, len(prompts), size)):
+        part, ids = prompts[start : start + size], tuple(range(start, start + size))
+        chunks.append(Chunk(i, purpose, epoch, seed, tuple(map(str, part)), ids, metadata=metadata_of(part)))
+    return chunks

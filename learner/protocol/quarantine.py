@@ -57,7 +57,7 @@ def replaced(trajectories: Trajectories, scores: Scores) -> tuple[Trajectories, 
     good = [row for row in range(len(scores.rewards)) if row not in scores.bad]
     rows = [next((g for g in good if g >= row), good[0]) for row in range(len(scores.rewards))]
     prompts, ids = tuple(chunk.prompts[row] for row in rows), tuple(chunk.trajectory_ids[row] for row in rows)
-    chunk = replace(chunk, prompts=prompts, trajectory_ids=ids)
+    chunk = replace(chunk, prompts=prompts, trajectory_ids=ids, metadata=chunk.metadata_of(rows))
     arrays = {name: getattr(trajectories, name)[rows] for name in (*ARRAYS, "selected", "model_output")}
     if trajectories.log_ref is not None:
         arrays["log_ref"] = trajectories.log_ref[rows]

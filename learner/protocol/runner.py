@@ -1,5 +1,6 @@
 """The contract between the epoch loop and whoever does the work, in process or on Ray."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
@@ -55,6 +56,7 @@ class EpochResult:
                 "policy_version": receipt.policy_version,
                 "adapter_sha256": receipt.adapter_sha256,
                 "prompt": chunk.prompts[i],
+                "metadata": json.dumps(chunk.metadata[i]) if chunk.metadata else None,
                 "reward": None if i in verdict.bad else verdict.rewards[i],
                 "reward_parts": [(label, values[i]) for label, values in verdict.parts.items()],
                 "log_pf_sum": receipt.log_pf_sum[i],

@@ -25,7 +25,7 @@ VITALS = Vitals(
     3, 2, (0.5, 1), {"sampler": 2, "scorer": 1, "learner": 1}, {"sampler": 5, "scorer": 0}, {"sampler": 2, "scorer": 1}
 )
 ABOUT = {
-    "format": 5, "run_id": "abc", "name": "mine", "created": 0, "finished": False, "config_digest": "",
+    "format": 6, "run_id": "abc", "name": "mine", "created": 0, "finished": False, "config_digest": "",
     "prompts_sha256": "", "mlflow_run_id": "f00",
 }  # fmt: skip
 

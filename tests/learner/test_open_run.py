@@ -264,7 +264,7 @@ def test_torn_checkpoints_are_passed_over_and_dropped_and_the_end_is_the_same(go
 @pytest.mark.parametrize(
     ("file", "before", "after", "said"),
     [
-        ("run.json", '"format": 5', '"format": 99', "format 99"),
+        ("run.json", '"format": 6', '"format": 99', "format 99"),
         ("config.yaml", f"config_version: {CONFIG_VERSION}", "config_version: 99", "version 99"),
         ("config.yaml", "steps: 10", "steps: ten", "config.yaml is damaged"),
     ],

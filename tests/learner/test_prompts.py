@@ -12,7 +12,8 @@ from diffusion.base_model import BaseModel
 from diffusion.parts import cut_prompts
 from learner import api
 from learner.config import ROOT, ConfigError, load_config, resolve
-from learner.prompts import read_prompts
+from learner.prompts import metadata_of, prompts_digest, read_prompts
+from learner.protocol.chunks import continuation_chunks, evaluation_chunks, training_chunks
 
 PROMPTS = ["a red circle, large", 'a "quoted" ring', "ein grüner Würfel"]
 
@@ -28,13 +29,14 @@ def write(folder, kind: str, column: str = "prompt", prompts=PROMPTS):
         "txt": "# comment\n\n" + "\n".join(prompts) + "\n",
         "json": json.dumps(objects, indent=1),
         "jsonl": "".join(json.dumps(row | {"id": i} if i else row) + "\n" for i, row in enumerate(objects)),
+        "tsv": f"id\t{column}\n" + "".join(f"{i}\t{prompt}\n" for i, prompt in enumerate(quoted)),
         "csv": f"id,{column}\n" + "".join(f"{i},{prompt}\n" for i, prompt in enumerate(quoted)),
     }[kind]
     file.write_text(text, encoding="utf-8")
     return file
 
 
-@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "tsv", "parquet"])
 def test_every_kind_gives_the_same_prompts_and_a_missing_column_names_those_there_are(tmp_path, kind):
     assert read_prompts(str(write(tmp_path, kind))) == PROMPTS
     if kind != "txt":
@@ -78,6 +80,43 @@ def test_parquet_holds_text_or_categories_and_no_numbers_and_a_list_is_read_like
     assert read_prompts([" a ring", "", "# no comment"]) == ["a ring", "# no comment"]
     with pytest.raises(ConfigError, match=r"prompts\.path: the list holds no prompt"):
         read_prompts([" "])
+
+
+GENEVAL = [  # the form of its file; the sentences are ours
+    {"tag": "counting", "include": [{"class": "cup", "count": 3}], "prompt": "three cups"},
+    {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"},
+]
+
+
+def test_what_a_file_says_beside_its_prompts_travels_with_them(tmp_path, small_config):
+    file = tmp_path / "geneval.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in GENEVAL))
+    prompts = read_prompts(str(file))
+    expected = [{key: row[key] for key in ("tag", "include")} for row in GENEVAL]
+    assert prompts == ["three cups", "a red dog"] and list(metadata_of(prompts)) == expected
+    config, of = small_config(), dict(zip(prompts, expected, strict=True))
+    chunks = [
+        *training_chunks(config, prompts, 0), *evaluation_chunks(config, prompts),
+        *continuation_chunks(config, prompts, 3, [1], 2),
+    ]  # fmt: skip
+    assert all([of[prompt] for prompt in chunk.prompts] == list(chunk.metadata) for chunk in chunks)
+    assert {type(prompt) for chunk in chunks for prompt in chunk.prompts} == {str}
+    assert chunks[0].metadata_of([1, 0]) == (chunks[0].metadata[1], chunks[0].metadata[0])
+    assert prompts_digest(prompts) != prompts_digest(["three cups", "a red dog"])
+    bare = training_chunks(config, ["a", "b"], 0)[0]
+    assert bare.metadata == () and bare.metadata_of([0]) == () and metadata_of(["a"]) == ()
+
+
+def test_of_tables_all_columns_that_json_can_hold_are_metadata(tmp_path):
+    table = {"prompt": ["a", "b"], "count": [1, 2], "words": [["x"], []], "picture": [b"1", b"2"], "on": [True, False]}
+    pq.write_table(pa.table(table), tmp_path / "p.parquet")
+    found = metadata_of(read_prompts(str(tmp_path / "p.parquet")))
+    assert found == ({"count": 1, "words": ["x"], "on": True}, {"count": 2, "words": [], "on": False})
+    (tmp_path / "p.tsv").write_text("text\tprompt\nSALE, today\ta sign\n")
+    assert metadata_of(read_prompts(str(tmp_path / "p.tsv"))) == ({"text": "SALE, today"},)
+    (tmp_path / "p.tsv").write_text("text\tprompt\nSALE\ta\tsign\n")
+    with pytest.raises(ConfigError, match="line 2 has more or fewer values than the header names; quote tabs"):
+        read_prompts(str(tmp_path / "p.tsv"))
 
 
 def test_prompts_that_the_text_encoder_does_not_read_to_their_end_are_said_once(tmp_path, capsys):

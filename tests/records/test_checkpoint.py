@@ -115,7 +115,7 @@ def test_checkpoints_of_another_format_are_said_and_none_whole_is_an_error_not_a
         about = {**json.loads(storage.read(name)), "format": 4}
         del about["sha256"]
         storage.write_json(name, about) if sealed else storage.write(name, json.dumps(about).encode())
-    with pytest.raises(CheckpointError, match="is of format 4, this Tributary reads 5: use the version that wrote it"):
+    with pytest.raises(CheckpointError, match="is of format 4, this Tributary reads 6: use the version that wrote it"):
         newest(storage)
     for step in (0, 2, 4):
         storage.remove(f"checkpoints/step-{step:06d}/state.json")
@@ -173,13 +173,13 @@ def test_pruning_never_takes_the_last_whole_one(storage):
     assert checkpoint.steps(storage) == [4, 6, 8]  # none is whole: none goes
 
 
-def test_a_checkpoint_as_format_5_first_had_it_is_read(storage):
+def test_a_checkpoint_as_format_6_first_had_it_is_read(storage):
     """Bytes that an earlier version of this code wrote."""
-    begin = b'{\n "format": 5,\n "run_id": "this run",\n "step": 4,\n "next_epoch": 2,\n'
+    begin = b'{\n "format": 6,\n "run_id": "this run",\n "step": 4,\n "next_epoch": 2,\n'
     begin += b' "policy_version": 2,\n "adapter_sha256": "a",\n "ranks": 1,\n "batch_sizes": {\n  "chunk": 4\n },\n'
     begin += b' "ledger": {\n  "epochs": 2,\n  "totals": {\n   "lost": 0\n  }\n },\n'
     files = b' "files": {\n  "learner.pt": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"\n },\n'
-    seal = b' "sha256": "b63ae6626d5e54cc8a7178512f9c7df55d764d3faa8953b0e302219f4371116a"\n}\n'
+    seal = b' "sha256": "ae3aa42a07c3216891fd89a5e13e0a90f6869da4de74be8350de1266983bd824"\n}\n'
     storage.write_folder(NEWEST, {"learner.pt": b"weights", "state.json": begin + files + seal})
     loaded, warnings = newest(storage)
     assert loaded.name == NEWEST and loaded.files == {"learner.pt": b"weights"} and not warnings

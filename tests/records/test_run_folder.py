@@ -65,7 +65,7 @@ def test_trajectories_are_rows_of_a_parquet_dataset(records):
     assert [row["trajectory_id"] for row in rows] == [0, 1, 2, 3]
     assert rows[3] == {
         "run_id": records.run_id, "epoch": 1, "trajectory_id": 3, "policy_version": 1, "adapter_sha256": "sha",
-        "prompt": "b", "reward": 0.75, "reward_parts": [("sharp", 2.0), ("bright", 4.0)],
+        "prompt": "b", "metadata": None, "reward": 0.75, "reward_parts": [("sharp", 2.0), ("bright", 4.0)],
         "log_pf_sum": -2.0, "log_pb_sum": -4.0, "beta": 30.0, "thumbnail_png": b"png2",
         "sampler_node": "node", "chunk": 1, "sample_seconds": 0.5, "score_seconds": pytest.approx(0.1), "bad": None,
     }  # fmt: skip
