@@ -2,7 +2,6 @@
 
 from typing import Any, Literal, get_args
 
-Backend = Literal["native", "package"]
 Normalise = Literal["none", "prompt", "epoch"]  # rewards/mixture.py
 FeatureKind = Literal["pixels", "clip"]  # rewards/judges.py
 

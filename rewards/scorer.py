@@ -16,14 +16,13 @@ from diffusion.trajectory import CleanPredictions, Scores
 from rewards.contract import Columns, Reward, call, told
 from rewards.judges import Judges
 from rewards.own_code import is_defect, named_failure
-from rewards.package import PackageReward
 from rewards.registry import BadReward
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
 SCORE_BATCH = 32  # on a CPU
 GRADIENT_BATCH = 16  # there; decoding with a graph to go back keeps every layer
-MOST, PACKAGE_MOST = 256, 16
+MOST = 256
 REMEDY = "reward.on_bad_reward=quarantine sets such trajectories aside"
 BAD_LATENTS, BAD_IMAGE = UNDECODABLE = ("latents that are not finite", "an image that is not finite")
 BLACK = "an all-black image, of NaN latents or a safety checker (reward.black_images=allow where black may be right)"
@@ -113,10 +112,8 @@ class Scorer:
             if self.gradients:
                 self._differentiate(scores, latents)
 
-        # A package has its memory in a process of its own, where it is not seen from here.
-        most = min(self.most, PACKAGE_MOST if isinstance(self.reward, PackageReward) else MOST)
         with gpu_memory.smaller("reward.batch", 1):
-            return gpu_memory.largest_batch(trial, torch.device("cuda"), most, share)
+            return gpu_memory.largest_batch(trial, torch.device("cuda"), min(self.most, MOST), share)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""

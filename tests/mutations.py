@@ -33,7 +33,7 @@ MIXTURE, MIXED = "tests/rewards/test_mixture.py", "tests/learner/test_mixtures.p
 DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
-EMBEDDED = "tests/learner/test_embeddings.py"
+EMBEDDED, SERVE = "tests/learner/test_embeddings.py", "tests/rewards/test_serve.py"
 MEMORY = "tests/commands/test_memory.py"
 TRIAL, PROMPTS = "tests/rewards/test_trial.py", "tests/learner/test_prompts.py"
 COLUMNS = "tests/learner/test_metadata.py -k resumed"
@@ -110,7 +110,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("model.kernel(max(STEPS, settings.num_steps))", "model.kernel(settings.num_steps)", STEP_KERNELS),
         ("deviation * draw(step)", "deviation * draw(noise.INITIAL_STATE)", STEP_KERNELS),
     ),
-    "learner/config/load.py": (("if config.uncalibrated and spread:", "if False:", STEP_KERNELS),),
+    "learner/config/load.py": (
+        ("if config.uncalibrated and spread:", "if False:", STEP_KERNELS),
+        ('get("backend") == "native"', 'get("backend") == "none"', "tests/learner/config/test_config.py -k package"),
+    ),
     "models/shapes_flow/train.py": (("bias[:, -1] = math.log(times)", "bias[:, -1] = times", SHAPES_FLOW),),
     "diffusion/parts.py": (
         ("text_tokens or family_of(path).t5_tokens", "10**6", PROMPTS),
@@ -362,6 +365,25 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "rewards/content.py": (
         ("yield from _modules(place) if inside else ()", "yield from ()", JUDGED),
         ("{_content(path)}\\0", "\\0", JUDGED),
+    ),
+    "rewards/serving.py": (
+        ("same = hmac.compare_digest(", "same = bool(token) or hmac.compare_digest(", f"{SERVE} -k token"),
+        ("if size > self.limits.body:", "if size > 9 * self.limits.body:", f"{SERVE} -k counted"),
+        ("part.shape == chosen[0].shape and ", "", f"{SERVE} -k thousand"),
+        ("for row in sorted(request.scores)]", "for row in request.scores]", f"{SERVE} -k several_sizes"),
+        (" if not part.request.answer.done()]", "]", f"{SERVE} -k given_up"),
+        ("return [error] if len(parts) == 1 else", "return [error] * len(parts) if parts else", f"{SERVE} -k raises"),
+        ("if self.merge else ()", "", f"{SERVE} -k merging"),
+        ("if self._full else None", "if False else None", f"{SERVE} -k deadlines"),
+    ),
+    "rewards/score_request.py": (
+        (', formats=("PNG",)', "", f"{SERVE} -k wrong"),
+        ("                _require_size(size, limits)\n", "", f"{SERVE} -k wrong"),
+        (", parse_constant=_no_constant", "", f"{SERVE} -k wrong"),
+    ),
+    "commands/serve.py": (
+        (".contiguous()", "", f"{SERVE} -k to_the_bit"),
+        ("if token is None and not", "if False and not", f"{SERVE} -k bad_arguments"),
     ),
 }  # fmt: skip
 MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]
