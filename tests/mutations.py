@@ -375,6 +375,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("return [error] if len(parts) == 1 else", "return [error] * len(parts) if parts else", f"{SERVE} -k raises"),
         ("if self.merge else ()", "", f"{SERVE} -k merging"),
         ("if self._full else None", "if False else None", f"{SERVE} -k deadlines"),
+        ("            if self._full:\n", "            if False:\n", f"{SERVE} -k memory_now"),
     ),
     "rewards/score_request.py": (
         (', formats=("PNG",)', "", f"{SERVE} -k wrong"),

@@ -110,6 +110,7 @@ def test_pictures_of_several_sizes_in_one_request(start):
     assert sorted(calls) == [(1, 3, 4, 4), (1, 3, 4, 5), (2, 3, 4, 4), (2, 3, 4, 5)]
 
 
+@pytest.mark.long
 def test_a_thousand_requests_at_once_each_get_their_own_scores(start):
     batches = []
 
@@ -327,7 +328,7 @@ def test_deadlines_on_reading_and_waiting_and_a_full_queue(start):
     second.start()
     soon(lambda: service._here == 2)
     with pytest.raises(HTTPError) as refused:
-        urllib.request.urlopen(f"{url}/score", json.dumps(body).encode(), timeout=60)
+        urllib.request.urlopen(f"{url}/score", b"is not even looked at", timeout=60)
     assert refused.value.code == 503 and refused.value.headers["Retry-After"] == "1"
     first.join(60)
     second.join(60)
@@ -335,6 +336,12 @@ def test_deadlines_on_reading_and_waiting_and_a_full_queue(start):
     go.set()
     soon(lambda: ask(url, body)[0] == 200)
     assert service._here == 0 and service._held == 0 and not service._parts
+
+
+def test_pictures_that_do_not_fit_into_memory_now_may_come_later(start):
+    url = ready(start(brightness, held=10**6))
+    large = {"images": [png(np.zeros((1000, 1000, 3), np.uint8))], "prompts": ONE}  # a small file
+    assert ask(url, large)[0] == 503 and ask(url, raw(PICTURES, PROMPTS))[0] == 200
 
 
 def test_what_a_client_has_given_up_is_not_scored(start):
@@ -389,6 +396,7 @@ def test_before_the_reward_is_loaded_503_and_one_that_cannot_be_loaded_ends_the_
         Service("broken", broken).run(serve.listen("127.0.0.1", 0, None))
 
 
+@pytest.mark.long
 def test_a_signal_in_mid_request_ends_it_after_the_answer(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\ndef judge(images, prompts):\n    open('begun', 'w').close()\n    time.sleep(2)\n"
@@ -499,6 +507,7 @@ def package(tmp_path, monkeypatch):
     return maker
 
 
+@pytest.mark.long
 def test_a_package_is_served_in_its_own_environment_by_the_same_protocol(package):
     with package("") as server:
         url = until(server, "http://").split()[2].rstrip(",")
@@ -519,6 +528,7 @@ def test_a_package_is_served_in_its_own_environment_by_the_same_protocol(package
         assert "hpsv2: ends; 6 requests answered\n" in server.stderr.read()
 
 
+@pytest.mark.long
 def test_a_package_whose_model_does_not_load_is_one_line(package):
     with package("broken") as server:
         said = server.communicate(timeout=60)[1].splitlines()
