@@ -91,7 +91,7 @@ def build_scorer(
     prepare_process(config)
     tokens.put(carried or {})
     where, judge, evaluation = device(config), config.reward, config.evaluation
-    reward = own_reward or registry.load(judge.name, judge.weights, where, judge.backend, **judge.options)
+    reward = own_reward or registry.load(judge.name, judge.weights, where, **judge.options)
     # Gradients in float32: beta multiplies them by up to 1e4.
     dtype = torch.float32 if config.needs.reward_gradients else getattr(torch, config.model.dtype)
     tiny = config.objective.forward_looking_decoder == "tiny"

@@ -45,7 +45,7 @@ def faults(
     def reward() -> Reward:
         if own_reward:
             return UserReward(settings.name, own_reward)
-        return registry.load(settings.name, settings.weights, device, settings.backend, **settings.options)
+        return registry.load(settings.name, settings.weights, device, **settings.options)
 
     def held_out(term: Term) -> None:
         if whole or not registry.reads_weights(term.name):
