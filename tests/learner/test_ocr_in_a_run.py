@@ -51,7 +51,8 @@ class Writer:
     """Writes the more letters of OPEN right, the brighter the first channel of its latents is on average."""
 
     def __init__(self, *place: object) -> None:
-        self.pages = as_images(*(page((60, 300, 110, text)) for text in ("GRIM", "GREM", "OREM", "OPEM", "OPEN")))
+        pages = as_images(*(page((60, 300, 110, text)) for text in ("GRIM", "GREM", "OREM", "OPEM", "OPEN")))
+        self.pages = torch.nn.functional.avg_pool2d(pages, 2)
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         right = (5 * (0.5 + latents[:, 0].mean((1, 2)))).clamp(0, 4).long()
@@ -59,7 +60,7 @@ class Writer:
 
 
 def test_training_follows_what_is_read(tmp_path, monkeypatch):
-    """From a third of the letters to more than half: the reward through a whole run, with scores that differ."""
+    """The reward through a whole run, with scores that differ."""
     monkeypatch.setattr(build, "Decoder", Writer)
     result = learner.train(
         "configs/shapes_ddpo.yaml",
