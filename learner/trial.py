@@ -12,17 +12,18 @@ from learner.config import Config, resolve
 from learner.prompts import evaluation_prompts, metadata_of, training_prompts
 from rewards import judges, registry
 from rewards.contract import Reward
-from rewards.registry import BadReward, CannotBeMade, UserReward
+from rewards.registry import BadReward, CannotBeMade, NoReward, UserReward
 from rewards.trial import LEFT_OUT, try_reward
 from rewards.weighted_sum import Term, each_term
+from rewards.weights import BadWeights
 
 
 def faults(
     config: Config, own_reward: Callable[..., Any] | None = None, whole: bool = False, path: str | None = None
 ) -> list[str]:
     """A line for each reward that would end the run; the prompts are known to be sound. Without `whole` those that read
-    weights are left out. On Ray they are tried on the CPU: the driver takes no GPU from an actor. `path`: the model's,
-    where it is not model.path."""
+    weights are left out, and faults that learner/api.py's `check` finds, which says all at once. On Ray they are tried
+    on the CPU: the driver takes no GPU from an actor. `path`: the model's, where it is not model.path."""
     settings, path = config.reward, path or str(resolve(config.model.path))
     cuda = config.run.runner == "inprocess" and config.model.device != "cpu" and torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
@@ -35,8 +36,11 @@ def faults(
                 step()
         except (BadReward, CannotBeMade) as error:
             found.append(f"{error} ({LEFT_OUT})")
-        except (ValueError, ServiceFailed) as error:
+        except (NoReward, BadWeights, ServiceFailed) as error:
             found.append(str(error))
+        except ValueError as error:
+            if whole:
+                found.append(str(error))
 
     def one(load: Callable[[], Reward], prompts: Sequence[str], *asked: Any) -> None:
         pixels = latent_shape(path, config.model.pixels)[1] * magnification(path)

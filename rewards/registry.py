@@ -22,7 +22,11 @@ class UnknownReward(RunFailure, ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 
-class CannotBeMade(UnknownReward):
+class NoReward(UnknownReward):
+    """A user's own, as module:callable, that is none: it cannot be imported or made, or not be called as one."""
+
+
+class CannotBeMade(NoReward):
     """Its own code raised as it was made: here, but perhaps not on another machine."""
 
 
@@ -178,7 +182,7 @@ def _maker(name: str, weights: str | None, device: str) -> tuple[Any, dict[str, 
 def _import(name: str) -> Any:
     module, attribute = _place(name)
     where = "looked in the current directory and PYTHONPATH"
-    with named_failure(UnknownReward, f"reward.name: cannot import {name!r} ({where})"):
+    with named_failure(NoReward, f"reward.name: cannot import {name!r} ({where})"):
         names = [key for key, value in vars(importlib.import_module(module)).items() if callable(value)]
         try:
             function = pkgutil.resolve_name(f"{module}:{attribute}")
@@ -188,7 +192,7 @@ def _import(name: str) -> Any:
             remedy = f"did you mean {close[0]}?" if close else f"it has {there}"
             raise AttributeError(f"{error}; {remedy}") from error
     if not callable(function):
-        raise UnknownReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
+        raise NoReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
     return function
 
 
@@ -221,22 +225,22 @@ class UserReward:
 
 def user_reward(name: str, device: str = "cpu", **options: Any) -> UserReward:
     """The callable `module:callable`; a class, or a function where there are options, is called with them first, and
-    with the device, if it has such a parameter. Raises UnknownReward."""
+    with the device, if it has such a parameter. Raises NoReward."""
     function = _import(name)
     if options or isinstance(function, type):
         known = parameters(function)
         any_name = not known or any(each.kind is each.VAR_KEYWORD for each in known.values())
         if unknown := [] if any_name else [option for option in options if option not in known]:
             takes = ", ".join(option for option in known if option != "device") or "none"
-            raise UnknownReward(f"reward.options: {name} has no {', '.join(unknown)}; it takes {takes}")
+            raise NoReward(f"reward.options: {name} has no {', '.join(unknown)}; it takes {takes}")
         with named_failure(CannotBeMade, f"reward.name: {name} cannot be made"):
             function = function(**options, **({"device": device} if "device" in known else {}))
         if not callable(function):
             kind = type(function).__name__
-            raise UnknownReward(f"reward.name: {name} made a {kind}, expected what takes (images, prompts)")
+            raise NoReward(f"reward.name: {name} made a {kind}, expected what takes (images, prompts)")
     known = parameters(function)
     if known and len(known) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in known.values()):
-        raise UnknownReward(
+        raise NoReward(
             f"reward.name: {name} takes ({', '.join(known)}), expected (images, prompts) and, if it likes, metadata"
         )
     return UserReward(name, function)

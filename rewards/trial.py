@@ -23,6 +23,9 @@ def try_reward(
     judge behind HTTP that cannot be asked. Pictures have a side of
     `pixels`, and the first two of the `prompts`."""
     name, rows = reward.name, metadata or [{}] * len(prompts)
+    gradient &= reward.differentiable  # else whoever checks settings says it
+    if hasattr(reward, "check_prompts"):
+        reward.check_prompts(prompts)
     if inner and told(reward, "image_only"):
         raise BadReward(
             f"reward {name} judges finished pictures alone, and {inner} asks it at every inner state of a "
