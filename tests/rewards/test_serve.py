@@ -75,19 +75,16 @@ def numbered(images, prompts):
     return images[:, 0, 0, 0] * 255 + 256 * torch.tensor([float(prompt) for prompt in prompts])
 
 
-WEIGHTS = torch.from_numpy(RNG.normal(size=(3, 20, 28)).astype(np.float32))
-
-
-def weighted(images, prompts):
-    """Its last bits depend on the order in which it adds."""
-    return torch.nn.functional.conv2d(images.sqrt(), WEIGHTS[None]).flatten()
+def cubes(images, prompts):
+    """Its last bits depend on the order in which it adds, and that on how the images lie in memory."""
+    return images.pow(3).sum((1, 2, 3))
 
 
 PICTURES = RNG.integers(0, 256, (4, 20, 28, 3), np.uint8)
 PROMPTS = ["one", "two", "three", "four"]
 
 
-@pytest.mark.parametrize("reward", [weighted, registry.load("jpeg_compressibility")])
+@pytest.mark.parametrize("reward", [cubes, registry.load("jpeg_compressibility")])
 def test_scores_are_those_of_the_same_process_to_the_bit(start, reward):
     url = ready(start(reward))
     images = torch.from_numpy(PICTURES).permute(0, 3, 1, 2).contiguous().float() / 255
