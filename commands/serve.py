@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,13 +29,13 @@ TOKEN = "TRIBUTARY_REWARD_TOKEN"
 BATCH, MIB = 16, 2**20
 
 
-def enter() -> NoReturn:
-    """Run the command and leave the process with its exit status."""
+def enter(command: Callable[[], int]) -> NoReturn:
+    """Run it and leave the process with its exit status."""
     if faults := hidden():
         print(*(f"{PROGRAM}: {fault}" for fault in faults), sep="\n", file=sys.stderr)
         sys.exit(2)
     signals.watch(PROGRAM)
-    signals.leave_with(main)
+    signals.leave_with(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,9 @@ from rewards.contract import Columns
 from rewards.registry import UnknownReward
 
 COLUMN = "text"  # of the prompt file
+# Words are looked for in a picture enlarged until its shorter side has the second, above the first the third. In small
+# ones more is read so than at the reader's own 736 (of 120 words at 64 pixels 103, not 100), in a fifth of the time.
+SIDES = 256, 320, 736
 # No single quotes: they are apostrophes too ('90s, the boys' club). Nor a straight one after a digit or letter: 5".
 QUOTED = re.compile(r'(?<![0-9A-Za-z])"([^"]+)"|“([^“”]+)”|„([^„“”]+)[“”]|«([^«»]+)»|「([^「」]+)」')
 SAME = str.maketrans("‘’“”–—", "''\"\"--")  # the reader knows those of a keyboard
@@ -66,7 +69,8 @@ class Ocr:
 
     def read(self, picture: np.ndarray) -> str:
         """Of a picture [H, W, 3] uint8: its words, by lines from the top, in each from the left."""
-        bgr = np.ascontiguousarray(picture[..., ::-1])
+        bgr, (small, side, larger) = np.ascontiguousarray(picture[..., ::-1]), SIDES
+        self.reader.text_det.limit_side_len = side if min(bgr.shape[:2]) <= small else larger
         found, _ = self.reader(bgr, use_cls=False)  # that classifier turns text that stands on its head
         if not found:
             return ""

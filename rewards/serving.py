@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from rewards.score_request import Asked, Limits, line, parse
 
 PROTOCOL = 1
+IDLE_SECONDS = 60.0  # between two looks for work where nobody asks
 
 # Pictures, uint8 [H, W, 3] of one size, a prompt and the metadata of each -> as many scores.
 Score = Callable[[list[np.ndarray], list[str], list[dict[str, Any]]], Sequence[float]]
@@ -74,7 +75,6 @@ class Service:
         self.end: Callable[[], None] = lambda: None
         self.fault: BaseException | None = None  # what ended the thread
         self._parts: list[_Part] = []
-        self._more = asyncio.Event()
         self._here, self._held = 0, 0  # requests, and their bytes
         self._metrics = registry = CollectorRegistry()
         self._answers = Counter("tributary_reward_requests", "Answers by status.", ["status"], registry=registry)
@@ -102,6 +102,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _live(self, app: FastAPI) -> AsyncIterator[None]:
+        self._woken = asyncio.get_running_loop().create_future()  # done: there is work
         worker = asyncio.create_task(self._work())
         worker.add_done_callback(self._note_end)
         try:
@@ -205,13 +206,14 @@ class Service:
         for shape, rows in sizes.items():
             starts = range(0, len(rows), batch)
             self._parts += [_Part(waiting, rows[start : start + batch], shape) for start in starts]
-        self._more.set()
+        if not self._woken.done():
+            self._woken.set_result(None)
         gone = asyncio.ensure_future(request.receive())  # the body is read: only the client's end is left to come
         try:
             waited: set[asyncio.Future[Any]] = {gone, answer}
             await asyncio.wait(waited, timeout=self.limits.wait_seconds, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
-                return answer.result()
+                return await answer
         except Refused as error:
             raise HTTPException(422, line(str(error))) from error
         except Exception as error:
@@ -229,8 +231,8 @@ class Service:
         say(f"{self.name}: ready")
         while True:
             if not (parts := self._next()):
-                self._more.clear()
-                await self._more.wait()
+                self._woken = loop.create_future()
+                await asyncio.wait({self._woken}, timeout=IDLE_SECONDS)
                 continue
             with self._seconds.time():
                 outcomes = await loop.run_in_executor(thread, self._outcomes, parts)

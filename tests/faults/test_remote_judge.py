@@ -122,14 +122,15 @@ def test_a_judge_that_stays_away_ends_the_run_in_one_line_and_it_goes_on_later(
     folder = tmp_path / "run"
     command = [*settings, "reward.name=remote", "reward.on_bad_reward=quarantine", f"run.runner={runner}"]
     command += [f"run.dir={folder}"]
-    assert main([*command, OPTIONS.format(url=judge.url, seconds=5)]) == 1
+    assert main([*command, OPTIONS.format(url=judge.url, seconds=20)]) == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("learner.run: ")]
     assert (
-        f"JudgeSilent: reward remote: no scores from {judge.url} for 2 images within reward.options.seconds=5 s" in line
+        f"JudgeSilent: reward remote: no scores from {judge.url} for 2 images within reward.options.seconds=20 s"
+        in line
     )
     assert "ConnectionRefusedError" in line and f"GET {judge.url}/health" in line and "the same command goes on" in line
     assert judge("killed").exists() and not (folder / "quarantine").exists()
-    assert main([*command, OPTIONS.format(url=judge.url, seconds=5)]) == 2  # looked at before anything starts
+    assert main([*command, OPTIONS.format(url=judge.url, seconds=20)]) == 2  # looked at before anything starts
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("learner.run: ")]
     assert f"reward.options.urls: {judge.url} does not answer" in line
     elsewhere = Process(judge.folder)  # where a judge is may change

@@ -267,12 +267,12 @@ def test_while_another_judge_is_left_there_is_no_pause(judge, other, monkeypatch
     assert paused[0] == 0 and paused[1] == 5 and paused[2] == 0 and paused[3] <= remote.MOST_PAUSE
 
 
-def test_a_judge_at_fault_is_no_fault_of_the_picture(judge):
+def test_a_judge_at_fault_is_no_fault_of_the_picture(once, judge):
     """It ends the run as itself; what the judge refuses is the picture's, which quarantine sets aside."""
     for act, kind in (((401, b""), JudgeRefused), ((500, b""), JudgeSilent)):
         judge.always = act
         with pytest.raises(kind) as raised, named_failure(registry.BadReward, "reward remote failed"):
-            scored(judge, seconds=0.2)
+            scored(judge)
         assert isinstance(raised.value, ServiceFailed)
     judge.always = (422, {"error": "all black"})
     with (
