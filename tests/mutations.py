@@ -384,7 +384,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "commands/serve.py": (
         (".contiguous()", "", f"{SERVE} -k to_the_bit"),
-        ("if token is None and not", "if False and not", f"{SERVE} -k bad_arguments"),
+        ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k bad_arguments"),
     ),
 }  # fmt: skip
 MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]
