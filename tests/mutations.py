@@ -369,7 +369,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "rewards/serving.py": (
         ("same = hmac.compare_digest(", "same = bool(token) or hmac.compare_digest(", f"{SERVE} -k token"),
         ("if size > self.limits.body:", "if size > 9 * self.limits.body:", f"{SERVE} -k counted"),
-        ("part.shape == chosen[0].shape and ", "", f"{SERVE} -k thousand"),
+        ("part.shape == chosen[0].shape and ", "", f"{SERVE} -m long -k thousand"),
         ("for row in sorted(request.scores)]", "for row in request.scores]", f"{SERVE} -k several_sizes"),
         (" if not part.request.answer.done()]", "]", f"{SERVE} -k given_up"),
         ("return [error] if len(parts) == 1 else", "return [error] * len(parts) if parts else", f"{SERVE} -k raises"),
@@ -384,7 +384,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "commands/serve.py": (
         (".contiguous()", "", f"{SERVE} -k to_the_bit"),
-        ("if token is None and not", "if False and not", f"{SERVE} -k bad_arguments"),
+        ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k bad_arguments"),
     ),
 }  # fmt: skip
 MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from urllib.error import HTTPError
@@ -55,3 +56,10 @@ def until(server: subprocess.Popen, word: str) -> str:
         if word in text:
             return text
     raise AssertionError(f"it ended without {word!r}")
+
+
+def soon(happens) -> None:
+    end = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.01)
