@@ -93,7 +93,8 @@ PASSING = {
     "no scores": (200, {"score": [1.0]}),
     "a list": (200, [1.0]),
     "one number": (200, {"scores": 1.0}),
-    "wrong count": (200, {"scores": [1.0, 2.0]}),
+    "too many": (200, {"scores": [1.0, 2.0]}),
+    "too few": (200, {"scores": []}),
     "a word": (200, {"scores": ["1.0"]}),
     "a truth": (200, {"scores": [True]}),
     "NaN": (200, b'{"scores": [NaN]}'),
@@ -101,7 +102,7 @@ PASSING = {
     "more than float32": (200, {"scores": [1e39]}),
     "a huge number": (200, b'{"scores": [' + b"9" * 4000 + b"]}"),
     "deep": (200, b"[" * 100_000),
-    "huge": (200, b" " * (remote.MOST_BYTES + 1)),
+    "huge": (200, {"scores": [1.0], "more": "a" * remote.MOST_BYTES}),
 }
 
 
