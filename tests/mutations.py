@@ -15,6 +15,8 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+import gpu_mutations
+
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 900  # of a row's tests: a hang is told from a failure, and neither from a busy machine
 KERNELS, SLOW = "tests/diffusion/test_kernels.py", "tests/learner/objectives/test_slow_loops.py"
@@ -387,7 +389,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k bad_arguments"),
     ),
 }  # fmt: skip
-MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]
+MUTATIONS = [(name, *row) for part in (ROWS, gpu_mutations.ROWS) for name, rows in part.items() for row in rows]
 
 
 def run_tests(folder: Path, tests: str) -> int | None:
