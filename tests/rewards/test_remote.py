@@ -206,14 +206,15 @@ def test_pauses_grow_and_are_drawn(judge, monkeypatch):
 
 
 def trickle(handler, body):
-    """Never silent for long, and never done."""
+    """Never silent for long, and right in the end."""
     handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
+    handler.send_header("Content-Length", "114")
     handler.end_headers()
-    for _ in range(1000):
+    for _ in range(100):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
+    handler.wfile.write(b'{"scores":[9]}')
 
 
 @pytest.mark.parametrize("act", [hang, trickle])
