@@ -131,7 +131,7 @@ def main() -> None:
     day = Day(torch.device(sys.argv[1]), "tiny" in sys.argv[2:], send)
     send(hello(day.device))
     while True:
-        message = json.loads(asked.get())
+        message = json.loads(asked.get(timeout=3600))  # by then its parent has ended it
         send(run(day, message["place"], message["seconds"]))
 
 
