@@ -119,10 +119,9 @@ def samplers(sizes: Sizes) -> dict[str, Any]:
             "ray_and_actors_milliseconds_a_chunk": 1000 * (used["ray"] + used["actors"]) / chunks,
             "machine_busy": used["machine"] / spent / (psutil.cpu_count() or 1),
             "driver_bytes": grown, "driver_bytes_grown": grown - resident,
-        })  # fmt: skip
-        _say(
-            f"  {count} samplers of {seconds:g} s: {rows[-1]['chunks_per_second']:.1f} of {rows[-1]['ideal']:g} chunks/s"
-        )
+        }  # fmt: skip
+        rows.append(row)
+        _say(f"  {json.dumps(row)}")
     return {"rows": rows}
 
 
