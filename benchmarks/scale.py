@@ -1,6 +1,6 @@
 """How far one driver and one object store go, with compute that is emulated (benchmarks/emulated.py): no GPU, no model.
 
-    python -m benchmarks.scale samplers ranks spilling [--output F.json] [--samplers 256] [--lanes 8] ...
+    python -m benchmarks.scale samplers ranks spilling [--output F.json] [--samplers 256] [--lanes 16] ...
 
 samplers    chunks a second of many samplers on one driver against the ideal; CPU seconds and memory of the driver
 ranks       an update of 1, 4 and 8 gloo ranks: seconds and bytes of the all-reduce; one adapter, whatever the ranks
@@ -53,7 +53,7 @@ class TooSmall(RuntimeError):
 @dataclass(frozen=True)
 class Sizes:
     samplers: int = 256
-    lanes: int = 8  # samplers in a process
+    lanes: int = 16  # samplers in a process
     seconds: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0)  # that a sampler takes for a chunk
     ranks: tuple[int, ...] = (1, 4, 8)
     gradients: tuple[int, ...] = (FULL_SIZE.parameters, SDXL_LORA)
@@ -97,9 +97,8 @@ def samplers(sizes: Sizes) -> dict[str, Any]:
     """Two epochs, of which the second counts; four chunks a sampler."""
     count, rows, memory = sizes.samplers, [], psutil.Process()
     for seconds in sizes.seconds:
-        config = settings(
-            4 * count * CHUNK, f"sampler.actors={count}", f"reward.actors={max(1, count // 16)}", *SECONDS
-        )
+        actors = f"sampler.actors={count}", f"reward.actors={max(1, count // 64)}"  # emulated scoring takes no time
+        config = settings(4 * count * CHUNK, *actors, *SECONDS)
         with (
             patch.object(Crew, "spawn", crowd.spawner(Crew.spawn, sizes.lanes)),
             protocol.running(RayRunner, config, Emulation(sample_seconds=seconds)) as runner,
