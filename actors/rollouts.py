@@ -27,6 +27,7 @@ from rewards.contract import Reward
 from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25
+AT_ONCE = 4  # chunks that a reward actor has under way where it waits for a judge behind HTTP, not for its own work
 SHOWN_CHARACTERS = 1000  # of a chunk's prompts
 Take = Callable[[Chunk, Scores], None]
 REMEDIES = {
@@ -53,9 +54,11 @@ class Rollouts:
 
     def _pool(self, role: str, doing: str, shell: type, part: Callable[[], Any], call: Callable[..., Any]) -> Pool:
         shares_gpu = any(share.gpus % 1 > 0 for share in self.shares.values())
-        spawn = partial(self.crew.spawn, role, shell, self.shares[role].spread, part, shares_gpu)
+        at_once = AT_ONCE if role == "scorer" and self.config.reward.name == "remote" else 1
+        options = self.shares[role].spread | ({"max_concurrency": at_once} if at_once > 1 else {})
+        spawn = partial(self.crew.spawn, role, shell, options, part, shares_gpu)
         hears = partial(self.crew.failed, role), partial(self._lost, role), partial(self._remedy, role)
-        return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears)
+        return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears, at_once)
 
     def await_ready(
         self, deadline: float, latent: tuple[int, int, int] | None = None, progress: Progress = lambda done, total: None

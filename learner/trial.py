@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cluster.deadline import within
+from diffusion.failures import ServiceFailed
 from diffusion.parts import latent_shape, magnification
 from learner.config import Config, resolve
 from learner.prompts import evaluation_prompts, metadata_of, training_prompts
@@ -34,7 +35,7 @@ def faults(
                 step()
         except (BadReward, CannotBeMade) as error:
             found.append(f"{error} ({LEFT_OUT})")
-        except ValueError as error:
+        except (ValueError, ServiceFailed) as error:
             found.append(str(error))
 
     def one(load: Callable[[], Reward], prompts: Sequence[str], *asked: Any) -> None:
@@ -44,7 +45,7 @@ def faults(
     def reward() -> Reward:
         if own_reward:
             return UserReward(settings.name, own_reward)
-        return registry.load(settings.name, settings.weights, device, settings.backend, **settings.options)
+        return registry.load(settings.name, settings.weights, device, **settings.options)
 
     def held_out(term: Term) -> None:
         if whole or not registry.reads_weights(term.name):

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion.failures import RunFailure
 from rewards.contract import OPTIONAL, Columns, Reward, call, parameters, told
-from rewards.names import Backend
 from rewards.own_code import named_failure
-from rewards.weights import find
+from rewards.weights import Asset, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +34,8 @@ class BadReward(RunFailure, ValueError):
 PLAIN = {
     "jpeg_compressibility": "jpeg:JpegCompressibility",
     "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "ocr": "ocr:Ocr",
+    "remote": "remote:Remote",
     "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",
@@ -52,28 +53,25 @@ SUM = "weighted_sum"
 NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
 
 
-def load(
-    name: str, weights: str | None = None, device: str = "cpu", backend: Backend = "native", **options: Any
-) -> Reward:
+def load(name: str, weights: str | None = None, device: str = "cpu", **options: Any) -> Reward:
     """The reward called `name`, or a user's own as `module:callable`. `weights` is a path or hub id; `options` go to
-    the reward's constructor. `backend` package: as its authors' package computes it (rewards/package.py).
+    the reward's constructor.
 
     Raises UnknownReward, ValueError for weights or options that this reward does not take, WeightsNotFound, BadWeights.
     """
-    make, settings = _maker(name, weights, device, backend)
+    make, settings = _maker(name, weights, device)
     with _named_options(name, options):
         return make(**settings, **options)
 
 
 def check(
-    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None,
-    backend: Backend = "native",
-) -> None:  # fmt: skip
+    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None
+) -> None:
     """Raises ValueError where `load` would fail, the reward refuse a prompt, or an `objective` that learns from its
     gradient find none. A user's own reward is only imported, not made: it may need the actor's device. Of a reward
     model nothing is read or downloaded: its files are looked for."""
     check_options(options)
-    reward, settings = _maker(name, weights, "cpu", backend)
+    reward, settings = _maker(name, weights, "cpu")
     with _named_options(name, options):
         if reward is user_reward:
             reward = _import(name)
@@ -81,15 +79,20 @@ def check(
                 return  # what it makes may say so itself: the scorer asks again
         elif name == SUM:
             return reward.check(prompts, objective, **options)
-        elif backend == "native" and name in MODELS:
-            find(reward.assets(weights, **options), fetch=False)
+        elif name in MODELS:
+            find(assets(name, weights, options), fetch=False)
         else:
             reward = reward(**settings, **options)
-    if backend == "package":
-        find(reward.assets, fetch=False)
     check_gradient(reward, name, objective)
     if hasattr(reward, "check_prompts") and not isinstance(reward, type):
         reward.check_prompts(prompts)
+
+
+def assets(name: str, weights: str | None, options: dict[str, Any]) -> list[Asset]:
+    """What the reward model `name` is read from. Raises ValueError for weights or options that it does not take."""
+    model, _ = _maker(name, weights, "cpu")
+    with _named_options(name, options):
+        return model.assets(weights, **options)
 
 
 def reads_weights(name: str, options: Mapping[str, Any] | None = None) -> bool:
@@ -99,9 +102,9 @@ def reads_weights(name: str, options: Mapping[str, Any] | None = None) -> bool:
     return any(each in MODELS for each in (name, *inside))
 
 
-def check_name(name: str, backend: Backend = "native") -> None:
+def check_name(name: str) -> None:
     """Raises UnknownReward where no reward has this name, or it is no module:callable. Nothing is imported here."""
-    if name in NAMES or backend != "native":
+    if name in NAMES:
         return
     if ":" in name:
         _place(name)
@@ -141,7 +144,7 @@ def check_gradient(reward: Any, name: str, objective: str | None) -> None:
 
 def check_options(options: dict[Any, Any]) -> None:
     """Raises ValueError for a key that cannot be a reward's own."""
-    own = ("name", "weights", "device", "backend")
+    own = ("name", "weights", "device")
     for key in options:
         if not isinstance(key, str) or not key.isidentifier() or key in own:
             raise ValueError(f"reward.options: {key!r} cannot be one; {', '.join(own)} are settings beside options")
@@ -155,13 +158,11 @@ def _named_options(name: str, options: dict[str, Any]) -> Iterator[None]:
         raise ValueError(f"reward.options: {name}: {error}; got {', '.join(options) or 'none'}") from error
 
 
-def _maker(name: str, weights: str | None, device: str, backend: Backend) -> tuple[Any, dict[str, Any]]:
+def _maker(name: str, weights: str | None, device: str) -> tuple[Any, dict[str, Any]]:
     """What makes the reward, imported only now (the reward models need transformers), and what it takes but options."""
-    check_name(name, backend)
+    check_name(name)
     settings: dict[str, Any] = {"weights": weights, "device": device}
-    if backend == "package":
-        place, settings["name"] = "package:PackageReward", name
-    elif name in MODELS:
+    if name in MODELS:
         place = MODELS[name]
     elif weights is not None:
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")

@@ -1,0 +1,28 @@
+"""Judges behind HTTP, on ports of their own."""
+
+from contextlib import closing
+
+import pytest
+from judge import Judge
+
+from rewards import remote, tokens
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses of thousandths of a second; no token of the developer's."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(remote, "MOST_PAUSE", 0.01)
+    monkeypatch.delenv(tokens.VARIABLE, raising=False)
+
+
+@pytest.fixture
+def judge():
+    with closing(Judge()) as one:
+        yield one
+
+
+@pytest.fixture
+def other():
+    with closing(Judge()) as one:
+        yield one
