@@ -45,8 +45,10 @@ TITLES = {
     "ray::SamplerActor": "sampler", "ray::RewardActor": "reward actor", "ray::LearnerActor": "learner rank",
     "ray::TextActor": "text encoders",
 }  # fmt: skip
-PLANNED = re.compile(r"(sampler|learner rank|reward actor|text encoders)[^:=]*: ([\d.]+) ([kMG]?)B")
-SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+PLANNED = re.compile(
+    r"^(?:memory)? +(sampler|learner rank|reward actor|text encoders)[^:=]*: ([\d.]+) GB", re.MULTILINE
+)
+TINY = ("flow.widths=[8,16]", "lora.rank=2")
 
 # Draws with the exported LoRA as anyone would, and says how much it changes.
 RELOAD = """
@@ -158,7 +160,7 @@ def serve(model: Model, folder: Path, pixels: int, overrides: Sequence[str]) -> 
 
 def planned(text: str) -> dict[str, float]:
     """Bytes by role, as --plan says them."""
-    return {role: float(number) * SCALE[unit] for role, number, unit in PLANNED.findall(text)}
+    return {role: float(number) * 1e9 for role, number in PLANNED.findall(text)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             built = {"pixels": pixels, "weights_bytes": sum(file.stat().st_size for file in files)}
             _say(f"{args.model}, {name}: {built['weights_bytes'] / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s")
             report[name] = {**built, "build_seconds": time.perf_counter() - start}
-            report[name] |= serve(model, folder, pixels, args.overrides)
+            report[name] |= serve(model, folder, pixels, [*(TINY if tiny else ()), *args.overrides])
             _say(json.dumps({key: value for key, value in report[name].items() if key != "plan"}))
             if args.output:
                 args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
