@@ -41,6 +41,7 @@ SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
 PUBLISHED, OCR = "tests/rewards/test_published_rewards.py", "tests/rewards/test_ocr.py"
 REMOTE, JUDGE = (f"tests/rewards/test_remote{part}.py" for part in ("", "_settings"))
+SCALE, FULL_SIZE = "tests/benchmarks/test_scale.py", "tests/benchmarks/test_full_size.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -384,6 +385,21 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "commands/serve.py": (
         (".contiguous()", "", f"{SERVE} -k to_the_bit"),
         ("if token is None and not", "if False and not", f"{SERVE} -k bad_arguments"),
+    ),
+    "benchmarks/crowd.py": (
+        ("(made.states == value).all() and ", "", SCALE),
+        ("(made.model_output == value).all()", "True", SCALE),
+        ("if not same or not np", "if not same and not np", SCALE),
+        ("if not np.array_equal(parameter.grad", "if False and not np.array_equal(parameter.grad", SCALE),
+        ("begun % lanes, begun + 1", "0, begun + 1", SCALE),
+    ),
+    "benchmarks/random_models.py": (
+        ("like[0].numel() ** -0.5", "1.0", FULL_SIZE),
+        ("config | dict(smaller[name] if tiny else {})", "config | smaller[name] | {'use_linear_projection': False}", FULL_SIZE),
+    ),
+    "benchmarks/full_size.py": (
+        ("{_gb(plan + bare)} | {_gb(peak)}", "{_gb(plan)} | {_gb(peak)}", FULL_SIZE),
+        ("if done.returncode:", "if done.returncode == 2:", FULL_SIZE),
     ),
 }  # fmt: skip
 MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]
