@@ -41,6 +41,7 @@ SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
 PUBLISHED, OCR = "tests/rewards/test_published_rewards.py", "tests/rewards/test_ocr.py"
 REMOTE, JUDGE = (f"tests/rewards/test_remote{part}.py" for part in ("", "_settings"))
+STORE = "tests/cluster/test_waits.py -m long"
 SCALE, FULL_SIZE = "tests/benchmarks/test_scale.py", "tests/benchmarks/test_full_size.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
@@ -387,8 +388,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if token is None and not", "if False and not", f"{SERVE} -k bad_arguments"),
     ),
     "cluster/waits.py": (
-        ("isinstance(cause, ObjectStoreFullError | OutOfDiskError)", "False", "tests/cluster/test_waits.py -m long"),
-        ("except (ObjectStoreFullError, OutOfDiskError) as", "except ZeroDivisionError as", "tests/cluster/test_waits.py -m long"),
+        ("isinstance(cause, ObjectStoreFullError | OutOfDiskError)", "False", STORE),
+        ("except (ObjectStoreFullError, OutOfDiskError) as", "except ZeroDivisionError as", STORE),
     ),
     "benchmarks/crowd.py": (
         ("(made.states == value).all() and ", "", SCALE),
@@ -399,7 +400,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "benchmarks/random_models.py": (
         ("like[0].numel() ** -0.5", "1.0", FULL_SIZE),
-        ("config | dict(smaller[name] if tiny else {})", "config | smaller[name] | {'use_linear_projection': False}", FULL_SIZE),
+        ("dict(smaller[name] if tiny else {})", "smaller[name] | {'use_linear_projection': False}", FULL_SIZE),
     ),
     "benchmarks/full_size.py": (
         ("{_gb(plan + bare)} | {_gb(peak)}", "{_gb(plan)} | {_gb(peak)}", FULL_SIZE),
