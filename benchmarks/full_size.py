@@ -73,11 +73,12 @@ class Failed(RuntimeError):
 
 
 class Watch:
-    """Peak memory by role of a process's descendants: what is resident, less what is shared with the object store; and
-    of all of them together at a time, with the object store counted once."""
+    """Peak memory by role of a process's descendants: what is resident, less what is shared with the object store, and
+    less the files that it maps (`alone`); of all of them together at a time `alone`, with the object store once."""
 
     def __init__(self, root: int) -> None:
-        self.root, self.most, self.together, self.store = root, dict[str, int](), 0, 0
+        self.root, self.most, self.alone = root, dict[str, int](), dict[str, int]()
+        self.together = self.store = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -94,11 +95,12 @@ class Watch:
             total, shared = 0, 0
             for process in psutil.Process(self.root).children(recursive=True):
                 try:
-                    role, (own, store) = _role(process), _resident(process.pid)
+                    role, (alone, files, store) = _role(process), _resident(process.pid)
                 except (psutil.Error, OSError, KeyError):  # it is gone
                     continue
-                self.most[role] = max(own, self.most.get(role, 0))
-                total, shared = total + own, max(shared, store)
+                self.most[role] = max(alone + files, self.most.get(role, 0))
+                self.alone[role] = max(alone, self.alone.get(role, 0))
+                total, shared = total + alone, max(shared, store)
             self.store, self.together = max(self.store, shared), max(self.together, total + shared)
 
 
@@ -108,11 +110,11 @@ def _role(process: psutil.Process) -> str:
     return found or ("driver" if "learner.run" in line else "Ray's own" if "ray" in line else "others")
 
 
-def _resident(pid: int) -> tuple[int, int]:
-    """Bytes of a process: its own and files' that it maps; of shared memory, which is the object store."""
+def _resident(pid: int) -> tuple[int, int, int]:
+    """Bytes of a process: its own, of files that it maps, of shared memory, which is the object store's."""
     text = Path(f"/proc/{pid}/status").read_text()
     kilobytes = {name: int(number) for name, number in re.findall(r"Rss(\w+):\s+(\d+) kB", text)}
-    return 1024 * (kilobytes["Anon"] + kilobytes["File"]), 1024 * kilobytes["Shmem"]
+    return 1024 * kilobytes["Anon"], 1024 * kilobytes["File"], 1024 * kilobytes["Shmem"]
 
 
 def command(*arguments: str) -> tuple[str, float]:
@@ -145,7 +147,8 @@ def serve(model: Model, folder: Path, pixels: int, overrides: Sequence[str]) -> 
     changed, reload = command("-c", RELOAD, str(folder), str(out), str(pixels))
     return {
         "plan": [line for line in plan.splitlines() if line.strip()], "planned_bytes": planned(plan),
-        "peak_bytes": watch.most, "peak_bytes_together": watch.together, "object_store_bytes": watch.store,
+        "peak_bytes": watch.most, "peak_bytes_without_files": watch.alone, "peak_bytes_together": watch.together,
+        "object_store_bytes": watch.store,
         "seconds": {
             "plan": plan_seconds, "the run, one epoch": first, "going on, another": second,
             "export": export, "reload in diffusers, 2 pictures": reload,
