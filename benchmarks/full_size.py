@@ -52,10 +52,12 @@ TINY = ("flow.widths=[8,16]", "lora.rank=2")
 
 # Draws with the exported LoRA as anyone would, and says how much it changes.
 RELOAD = """
-import sys, torch, diffusers
+import json, sys, torch, diffusers
 folder, lora, pixels = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(2)
-pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+index = json.load(open(folder + "/model_index.json"))
+absent = {name: None for name, value in index.items() if value == [None, None]}  # a T5
+pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16, **absent)
 pipeline.set_progress_bar_config(disable=True)
 def draw():
     options = dict(num_inference_steps=2, height=pixels, width=pixels, output_type="latent")
