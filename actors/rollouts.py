@@ -83,7 +83,7 @@ class Rollouts:
 
     def publish(self, snapshot: Snapshot) -> None:
         """The weights for what no sampler has yet: one object of the driver's, which outlives whoever made it. Older
-        ones are freed once no call uses them. Raises ObjectLost if the object store has no room."""
+        ones are freed once no call uses them. Raises StoreFull if the object store has no room."""
         self._ref = put(snapshot, f"publishing policy version {snapshot.version}")
         self._snapshot = snapshot
 

@@ -15,7 +15,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-import gpu_mutations
+import benchmark_mutations
 import reward_mutations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,7 +312,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k bad_arguments"),
     ),
 }  # fmt: skip
-PARTS = ROWS, reward_mutations.ROWS, gpu_mutations.ROWS
+PARTS = ROWS, reward_mutations.ROWS, benchmark_mutations.ROWS
 MUTATIONS = [(name, *row) for part in PARTS for name, rows in part.items() for row in rows]
 
 
