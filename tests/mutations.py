@@ -33,6 +33,7 @@ DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED = "tests/learner/test_embeddings.py"
+SCORER, SLOPES = "tests/rewards/test_scorer.py", "tests/rewards/test_reward_gradients.py"
 MEMORY = "tests/commands/test_memory.py"
 TRIAL, PROMPTS = "tests/rewards/test_trial.py", "tests/learner/test_prompts.py"
 COLUMNS = "tests/learner/test_metadata.py -k resumed"
@@ -68,6 +69,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("low + (tokens - first) * (high - low)", "low + tokens * (high - low)", FLOW_KERNELS),
         ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
     ),
+    "rewards/scorer.py": (
+        ("at_once // pixels", "at_once", f"{SCORER} -k pixels"),
+        ('getattr(self.decoder, "magnification", 1)', "1", f"{SCORER} -k pixels"),
+    ),
     "rewards/contract.py": (
         ("for row in metadata or [{}] * len(prompts)]", "for row in [{}] * len(prompts)]", TRIAL),
         ('getattr(function, "forward", function)', "function", TRIAL),
@@ -93,7 +98,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("tuple(map(str, part)), ids, metadata=", "tuple(part), ids, metadata=", PROMPTS),
     ),
     "diffusion/open_model.py": ((", pixels, text_tokens, emb", ", None, None, emb", SD3),),
-    "diffusion/base_model.py": (("given = self._embedded.get(prompt)", "given = None", EMBEDDED),),
+    "diffusion/base_model.py": (
+        ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
+        ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
+    ),
     "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
     "learner/embeddings.py": (
         ("*evaluation_prompts(config)", "", EMBEDDED),
