@@ -34,7 +34,7 @@ FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/tes
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED = "tests/learner/test_embeddings.py"
 SCORER, SLOPES = "tests/rewards/test_scorer.py", "tests/rewards/test_reward_gradients.py"
-MEMORY = "tests/commands/test_memory.py"
+MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
 TRIAL, PROMPTS = "tests/rewards/test_trial.py", "tests/learner/test_prompts.py"
 COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
@@ -124,6 +124,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if not tokens - 128 < known <= tokens:", "if False:", REHEARSAL),
         ('return entry[1] if entry[0] == library else f"{entry[0]}.{entry[1]}"', "return entry[1]", REHEARSAL),
         ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
+    ),
+    "commands/plan.py": (
+        ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
+        ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
     ),
     "commands/memory.py": (
         ("self.now -= count", "pass", f"{MEMORY} -k by_hand"),
