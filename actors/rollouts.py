@@ -24,7 +24,6 @@ from learner.prompts import training_prompts
 from learner.protocol.buffer import Buffer
 from learner.protocol.ledger import Ledger
 from rewards.contract import Reward
-from rewards.scorer import SCORE_BATCH
 
 POLL_SECONDS = 0.25
 AT_ONCE = 4  # chunks that a reward actor has under way where it waits for a judge behind HTTP, not for its own work
@@ -44,7 +43,7 @@ class Rollouts:
         """Starts the actors; `await_ready` comes first."""
         self.crew, self.config, self.description, self.close = crew, crew.config, crew.description, crew.close
         self.buffer = Buffer(lambda epoch: [], range(0), 0, Ledger())  # without a learner nothing is trained
-        self.score_batch = self.config.reward.batch or SCORE_BATCH  # in evaluations: the same figures everywhere
+        self.score_batch = self.config.reward.batch  # in evaluations by size alone: the same figures everywhere
         self.made_again: Counter[ChunkKey] = Counter()
         self.sampled_at = 0.0  # when the last training chunk came from a sampler
         self.shares = {"sampler": crew.placement.samplers, "scorer": crew.placement.scorers}

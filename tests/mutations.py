@@ -37,7 +37,8 @@ DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED, SERVE = "tests/learner/test_embeddings.py", "tests/rewards/test_serve.py"
-MEMORY = "tests/commands/test_memory.py"
+MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
+SLOPES = "tests/rewards/test_reward_gradients.py"
 PROMPTS = "tests/learner/test_prompts.py"
 COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
@@ -81,7 +82,14 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("tuple(map(str, part)), ids, metadata=", "tuple(part), ids, metadata=", PROMPTS),
     ),
     "diffusion/open_model.py": ((", pixels, text_tokens, emb", ", None, None, emb", SD3),),
-    "diffusion/base_model.py": (("given = self._embedded.get(prompt)", "given = None", EMBEDDED),),
+    "diffusion/base_model.py": (
+        ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
+        ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
+    ),
+    "commands/plan.py": (
+        ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
+        ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
+    ),
     "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
     "learner/embeddings.py": (
         ("*evaluation_prompts(config)", "", EMBEDDED),

@@ -1,6 +1,7 @@
 """Rows of mutations.py: faults in rewards, which their tests must see."""
 
 JUDGED, SERVE = "tests/commands/test_evaluate.py", "tests/rewards/test_serve.py"
+SCORER = "tests/rewards/test_scorer.py"
 MIXTURE, TRIAL = "tests/rewards/test_mixture.py", "tests/rewards/test_trial.py"
 PUBLISHED, OCR = "tests/rewards/test_published_rewards.py", "tests/rewards/test_ocr.py"
 REMOTE, JUDGE = (f"tests/rewards/test_remote{part}.py" for part in ("", "_settings"))
@@ -30,7 +31,11 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("once = list(places.values())", "once = list(range(len(ids)))", MIXTURE),
         ("@ apart / (apart @ apart)", "@ apart / (each @ each.T).trace()", MIXTURE),
     ),
-    "rewards/scorer.py": (("(rewards, *parts.values())", "(rewards,)", "tests/rewards/test_scorer.py -k shuffled"),),
+    "rewards/scorer.py": (
+        ("(rewards, *parts.values())", "(rewards,)", f"{SCORER} -k shuffled"),
+        ("at_once // pixels", "at_once", f"{SCORER} -k pixels"),
+        ('getattr(self.decoder, "magnification", 1)', "1", f"{SCORER} -k pixels"),
+    ),
     "rewards/clip.py": (
         ("partial(short_side, half=int)", "short_side", f"{PUBLISHED} -k pictures"),
         ('{"hidden_act": "gelu"', '{"hidden_act": "quick_gelu"', f"{PUBLISHED} -k authors_code"),
