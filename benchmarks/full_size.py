@@ -31,6 +31,7 @@ from benchmarks.random_models import MODELS, Model, build
 from learner.config import ROOT
 from records import environment
 
+COMMAND_SECONDS = 7200
 LOOK_SECONDS = 0.2
 EPOCHS = 2
 # The preset, small: what is left of it is the model, its LoRA, its precision and its objective.
@@ -123,7 +124,8 @@ def command(*arguments: str) -> tuple[str, float]:
     """What `python ...` says, and its seconds. Raises Failed."""
     known = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "token"}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=known)
+    how: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "env": known, "timeout": COMMAND_SECONDS}
+    done = subprocess.run([sys.executable, *arguments], **how)
     if done.returncode:
         raise Failed(f"{' '.join(arguments[:3])}: exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
     return done.stdout, time.perf_counter() - start
