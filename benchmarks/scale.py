@@ -213,7 +213,7 @@ def spilling(sizes: Sizes) -> dict[str, Any]:
         with Watch(folder) as watch:
             for seconds, result in results(runner, config, sizes.epochs):
                 rows.append({
-                    "seconds": seconds, "waited": result.sample_seconds + result.score_seconds,
+                    "seconds": seconds, "waited": result.score_seconds,
                     "train_seconds": result.train_seconds, "trained": len(result.training.trajectory_ids),
                     "epochs_in_work": runner.buffer.in_work, "store": watch.last,
                 })  # fmt: skip
