@@ -80,6 +80,7 @@ class RayRunner:
         # Memory is measured when every network is in it, one role after the other; ranks train while the others rest.
         self.rollouts.await_ready(deadline, latent, partial(self.hooks.progress, "starting samplers and reward actors"))
         micro_batch = self._group.fit_micro_batch(deadline)
+        assert self.rollouts.score_batch is not None  # it was asked for
         self.batch_sizes = {"score": self.rollouts.score_batch, "micro_batch": micro_batch}
         # A restarted group keeps the batches that this one found.
         learner = config.learner.model_copy(update={"micro_batch": micro_batch})

@@ -63,8 +63,8 @@ class RewardActor(_Shell):
         return self.part.batch or self.part.fitting_batch(latent, prompt, device, share)
 
     @ray.method(num_returns=2)
-    def score(self, clean: CleanPredictions, batch: int) -> tuple[Scores, Verdict]:
-        """For the learner and the driver. `batch` images at once, the same in every actor."""
+    def score(self, clean: CleanPredictions, batch: int | None) -> tuple[Scores, Verdict]:
+        """For the learner and the driver. `batch` images at once, the same in every actor; None: by their size."""
         start = time.perf_counter()
         self.part.batch = batch
         scores = self.part.score(clean)

@@ -115,7 +115,7 @@ class Worker:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(60)
+        self.process.wait(timeout=60)
 
 
 def run(parts: Sequence[Part], device: str, tiny: bool, seconds: float, output: Path | None) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def group(day: Day) -> None:
     backend = "nccl" if day.cuda else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         address = process_group.free_address("127.0.0.1", folder)
-        dist.init_process_group(backend, address, timeout=datetime.timedelta(seconds=30), world_size=1, rank=0)
+        dist.init_process_group(backend, address, timeout=timedelta(seconds=60), world_size=1, rank=0)
         try:
             parameters = [nn.Parameter(torch.zeros(shape, device=day.device)) for shape in ((3, 4), (5,), (1000, 10))]
             wanted = [torch.randn_like(parameter) for parameter in parameters]

@@ -23,9 +23,6 @@ from benchmarks.measure import processor
 from records import environment
 
 
-IDLE = 600.0  # seconds that it waits for the next part, which is asked for at once
-
-
 class Skipped(Exception):
     """What cannot be done on this device, and why."""
 
@@ -134,7 +131,7 @@ def main() -> None:
     day = Day(torch.device(sys.argv[1]), "tiny" in sys.argv[2:], send)
     send(hello(day.device))
     while True:
-        message = json.loads(asked.get(timeout=IDLE))
+        message = json.loads(asked.get(timeout=3600))  # by then its parent has ended it
         send(run(day, message["place"], message["seconds"]))
 
 

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import lora
+from diffusion.base_model import spare_memory
 from diffusion.locate import family_of
-from diffusion.parts import latent_shape, text_encoders_without_weights, tiny_without_weights, without_weights
+from diffusion.parts import (
+    latent_shape,
+    magnification,
+    text_encoders_without_weights,
+    tiny_without_weights,
+    without_weights,
+)
 from diffusion.rehearsal import embedding_width, network_output
 from learner.build import flow_network
 from learner.config import Config, resolve
@@ -61,6 +68,7 @@ def networks(config: Config) -> Networks:
     for decoder in (vae, tiny):
         if decoder is not None:
             nn.Module.to(decoder, decoded).requires_grad_(False)
+            spare_memory(decoder, magnification(path) * shape[-1])
 
     def output() -> Tensor:
         return network_output(kind, unet, x, t, embedding, config.sampler.guidance)

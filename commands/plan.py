@@ -66,9 +66,17 @@ class Work:
     evaluation: float  # FLOPs of one evaluation
     transitions: int  # trained on
     states_scored: int
-    object_store: int  # bytes put in an epoch
-    checkpoint: int  # bytes
+    trajectories: int  # bytes of them, of clean predictions and of scores
+    checkpoint: int  # bytes, once as many epochs are kept as may be trained on again
     thumbnails: int  # bytes, at most
+
+    version: int  # bytes of the adapter
+
+    @property
+    def object_store(self) -> int:
+        """Bytes put in an epoch: a version of the adapter by rank 0, and again by the driver, which outlives it; the
+        ranks' files of a checkpoint, which the driver writes."""
+        return self.trajectories + 2 * self.version + self.checkpoint
 
     @property
     def flops(self) -> float:
@@ -131,12 +139,16 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
     if config.learner.optimizer == "natural":  # rows of earlier epochs too; every step starts anew
         step *= config.learner.natural_epochs * updates
     held = len(later.steps(config)) * count * bool(config.objective.later_kl)  # behind the window
-    outputs = trained * cost.latent * (1 + config.needs.prepared_fields) if config.train.replay_updates else 0
+    whole = bool(config.train.replay_updates) and not config.needs.fitted_flow  # with the rollout's outputs
     there_and_back = 2 if config.needs.reward_gradients else 1
     ends = count * (1 + (settings.terminal is not None and not settings.image_only))
     inner = cost.decode if config.objective.forward_looking_decoder == "full" else (cost.tiny or 0.0)
     number = 2 if config.sampler.state_precision == "float16" else FLOAT
     clean = scored * cost.latent * (number + FLOAT * (there_and_back - 1))
+    kept = number * (stored + whole * trained * cost.latent) + FLOAT * (
+        config.needs.prepared_fields * trained * cost.latent + 2 * count * n
+    )
+    moments = 0 if config.learner.optimizer == "natural" else 2
     return Work(
         rollout=(count * n * passes + reference) * cost.unet,
         decoding=((scored - ends) * inner + ends * cost.decode) * there_and_back,
@@ -147,10 +159,10 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
         evaluation=config.evaluation.images * (n * passes * cost.unet + cost.decode + (cost.reward or 0.0)),
         transitions=trained,
         states_scored=scored,
-        object_store=number * (stored + trained * cost.latent) + clean + FLOAT * (2 * count * n + cost.lora),
-        checkpoint=FLOAT * (5 * cost.lora + 3 * cost.flow_parameters + config.kept_epochs * 2 * count * n)
-        + number * config.kept_epochs * (stored + outputs),
+        trajectories=number * (stored + trained * cost.latent) + clean + FLOAT * 2 * count * n,
+        checkpoint=FLOAT * ((3 + moments) * cost.lora + 3 * cost.flow_parameters) + config.kept_epochs * kept,
         thumbnails=count * 3 * config.run.thumbnail_pixels**2,
+        version=FLOAT * cost.lora,
     )
 
 
@@ -205,8 +217,12 @@ def describe(
         ],
         "memory": memory.lines(config, cost.held),
         "object store": [] if in_process else [
-            f"{_bytes(each.object_store)} an epoch, of which an adapter version {_bytes(FLOAT * cost.lora)}; at most "
-            f"{_bytes((train.max_staleness + 1) * each.object_store)} at a time (train.max_staleness + 1 epochs)",
+            f"{_bytes(each.object_store)} an epoch: trajectories, clean predictions and scores "
+            f"{_bytes(each.trajectories)}, adapter versions {_bytes(2 * each.version)}, a checkpoint's files "
+            f"{_bytes(each.checkpoint)}"
+            + f", of which {plural(config.kept_epochs, 'epoch')} to train on again" * (config.kept_epochs > 0),
+            f"at most {_bytes(each.object_store + train.max_staleness * each.trajectories)} at a time "
+            "(train.max_staleness + 1 epochs of trajectories)",
         ],
         "least squares": [_least_squares(config, cost, each, placement.ranks.count)] * (
             config.learner.optimizer == "natural"

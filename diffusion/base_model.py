@@ -29,6 +29,7 @@ from diffusion.locate import (
 from diffusion.parts import PACKED, check_weights, latent_shape, load_scheduler, reads_by_t5
 from diffusion.settings import Grid, StepKernel
 
+CHECKPOINTED = 256  # pixels a side, from which on a decoder's blocks are computed again on the way back
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline's parts that no run opens
 
 
@@ -210,6 +211,7 @@ class Decoder:
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tiny: bool = False) -> None:
         """`path` is a pipeline's, with `tiny` that of the autoencoder itself. Raises as BaseModel."""
         self.device, self.dtype = torch.device(device), dtype
+        self.magnification = 1  # pixels a side for each of the latents'
         self.vae: Any = None
         if tiny or not is_unconditional(path):
             from diffusers import AutoencoderKL, AutoencoderTiny
@@ -221,13 +223,23 @@ class Decoder:
             if not tiny:
                 check_weights(path, "vae", vae)
             self.vae = vae.to(device).requires_grad_(False).eval()
+            self.magnification = 2 ** (
+                len(vae.config["decoder_block_out_channels" if tiny else "block_out_channels"]) - 1
+            )
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32 in [0, 1] of latents [B, C, h, w], with gradient to the latents."""
         images = latents.to(self.device)
         if self.vae is not None:
+            spare_memory(self.vae, latents.shape[-1] * self.magnification)
             images = decode(self.vae, images.to(self.dtype))
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def spare_memory(vae: Any, pixels: int) -> None:
+    """Of pictures of this side, and on the way back alone: Stable Diffusion's decoder would keep 6 GB of one of 512."""
+    if pixels >= CHECKPOINTED and vae._supports_gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from brightness import Brightness, require_slope
 
+from diffusion import base_model
 from diffusion.base_model import Decoder
 from diffusion.trajectory import Chunk, CleanPredictions
 from models.shapes.measure import scenes
@@ -97,3 +98,30 @@ def test_objectives_and_rewards_that_do_not_fit_are_refused_before_anything_star
         said = rf"objective\.kind: {kind} learns from .* {reward} is not differentiable; .*shapes_alignment_soft"
         with pytest.raises(ValueError, match=said):
             registry.check(reward, None, {}, ["a red circle"], kind)
+
+
+def test_a_large_pictures_decoder_is_computed_again_on_the_way_back_with_the_same_gradient(decoder, monkeypatch):
+    """And keeps less: what autograd saves of the decoder, counted by its hooks."""
+    latents = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+
+    def gradient(plain: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+        x, kept = latents.clone().requires_grad_(), 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        decoder.vae.disable_gradient_checkpointing()
+        with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            patch.setattr(base_model, "CHECKPOINTED", 10**9 if plain else base_model.CHECKPOINTED)
+            images = decoder(x)
+        images.square().sum().backward()
+        return images.detach(), x.grad, kept
+
+    assert decoder.magnification * 64 == base_model.CHECKPOINTED
+    (image, slope, kept), (less_image, less_slope, less) = gradient(True), gradient(False)
+    decoder.vae.disable_gradient_checkpointing()
+    assert less < 0.5 * kept
+    torch.testing.assert_close(less_image, image, rtol=0, atol=0)
+    torch.testing.assert_close(less_slope, slope, rtol=0, atol=0)

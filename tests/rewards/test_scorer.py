@@ -12,7 +12,8 @@ from PIL import Image
 
 from diffusion.gpu_memory import OutOfMemory
 from diffusion.trajectory import Chunk, CleanPredictions
-from rewards.scorer import BadReward, Scorer
+from rewards import registry
+from rewards.scorer import BadReward, Scorer, usual_batch
 
 
 def test_scorer_lays_rewards_out_by_trajectory_and_state():
@@ -36,6 +37,33 @@ def test_shuffled_rewards_are_a_permutation_of_whole_good_trajectories():
         plain, mixed = (scorer(quarantine=True, shuffle=mix).score(four(bad)).rewards for mix in (False, True))
         assert np.isnan(mixed[1]).all() == (1 not in good) and (mixed[good] != plain[good]).all()
         assert {tuple(row) for row in mixed[good]} == {tuple(row) for row in plain[good]}
+
+
+def test_parts_of_a_sum_go_where_its_shuffled_reward_goes():
+    reward = registry.load("weighted_sum", terms=[{"name": "brightness:Brightness", "weight": 2}])
+    scores = scorer(reward, quarantine=True, shuffle=True).score(four(bad=4))
+    assert len({*scores.rewards[[0, 2, 3], -1]}) == 3
+    np.testing.assert_allclose(2 * scores.parts["brightness:Brightness"], scores.rewards[:, -1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("gradients", "sizes"), [(False, (32, 32, 16, 4, 1, 1)), (True, (16, 16, 4, 1, 1, 1))])
+def test_where_no_gpu_says_images_at_once_go_by_their_pixels(gradients, sizes):
+    """And are those of before at 64 pixels: rewards depend on them in their last bits."""
+    for side, size in zip((32, 64, 256, 512, 1024, 2048), sizes, strict=True):
+        assert usual_batch(side**2, gradients) == size
+    sides, seen = (4, 256), list[int]()
+
+    def decode(made):
+        seen.append(len(made))
+        return made[:, :3].expand(-1, 3, -1, -1)
+
+    decode.magnification = 2
+    for side in sides:
+        scorer_, given = scorer(), four()
+        scorer_.decoder = decode
+        scorer_.score(replace(given, latents=np.resize(given.latents, (12, *given.latents.shape[1:2], side, side))))
+        assert scorer_.fitting_batch((4, side, side), "p", "cpu") == {4: 32, 256: 4}[side]
+    assert seen == [12, 4, 4, 4]
 
 
 def raises_on(above) -> Brightness:
