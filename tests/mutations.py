@@ -34,6 +34,7 @@ FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/tes
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED = "tests/learner/test_embeddings.py"
 SCORER, SLOPES = "tests/rewards/test_scorer.py", "tests/rewards/test_reward_gradients.py"
+FITS, HOURS = "tests/commands/test_fits.py", "tests/commands/test_hours.py"
 MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
 TRIAL, PROMPTS = "tests/rewards/test_trial.py", "tests/learner/test_prompts.py"
 COLUMNS = "tests/learner/test_metadata.py -k resumed"
@@ -128,6 +129,18 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "commands/plan.py": (
         ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
         ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
+    ),
+    "commands/fits.py": (
+        ("USED * max(0.0, size - fixed)", "max(0.0, size - fixed)", FITS),
+        ('beside.append("learner rank")', "pass", FITS),
+        ("CONTEXT * processes\n", "0\n", FITS),
+        ("moments = 0 if", "moments = 0 if True or", FITS),
+    ),
+    "commands/hours.py": (
+        ("math.ceil(chunks / share.count) * share.count / chunks", "1.0", HOURS),
+        ("at_once(2) + mine[2]", "max(at_once(2), mine[2])", HOURS),
+        ("sharing / shared", "0.0", HOURS),
+        ("at_once * cost.unet_train", "cost.unet_train", HOURS),
     ),
     "commands/memory.py": (
         ("self.now -= count", "pass", f"{MEMORY} -k by_hand"),

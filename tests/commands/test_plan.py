@@ -34,7 +34,7 @@ def cost(small_settings) -> plan.Costs:
 )
 def test_counts_and_bytes_are_those_of_a_real_epoch(small_config, cost, overrides):
     config = small_config("run.runner=inprocess", "flow.replay_epochs=1", *overrides)
-    sampler, scorer, learner = build.build_sampler(config), build.build_scorer(config), build.build_learner(config)
+    sampler, learner = build.build_sampler(config), build.build_learner(config)
     chunks = training_chunks(config, ["a red circle", "a blue ring"], 0)
     made = [sampler.sample(chunk, learner.published) for chunk in chunks]
     each = plan.work(config, cost, ranks=1)
