@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster import placement as places
 from cluster.placement import Placement
-from commands import memory
+from commands import fits, hours, memory
 from commands.networks import networks, passes_of
 from diffusion import lora, noise
 from diffusion.calibration import STEPS
@@ -167,14 +167,19 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
 
 
 def describe(
-    config: Config, placement: Placement, resources: dict[str, float], place: str, counted: str | None = None
-) -> str:
-    """The plan as text, one fact a line. `counted`: where the model is counted, if not at model.path."""
+    config: Config, placement: Placement, resources: dict[str, float], place: str, counted: str | None = None,
+    tflops: float | None = None, measure: bool = False, gpu: float | None = None,
+) -> str:  # fmt: skip
+    """The plan as text, one fact a line. `counted`: where the model is counted, if not at model.path; `tflops` that a
+    device reaches, or `measure` it; `gpu`: GB of a GPU to fit into, where there is none as if there were one. Raises a
+    NotMeasurable."""
     known = []
     if counted and Path(counted).is_relative_to(PUBLISHED):
         known = [f"{config.model.path}: no hub answers; by the configurations in {Path(counted).relative_to(ROOT)}"]
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": counted})})
     cost, sampler, updates = costs(config), config.sampler, config.steps_per_epoch
+    if gpu and not resources.get("GPU"):
+        config, placement, resources = fits.on_one_gpu(config, placement, resources)
     each = work(config, cost, placement.ranks.count)
     passes = passes_of(config)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
@@ -215,6 +220,7 @@ def describe(
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
             f"the run: {_flops(total)}",
         ],
+        "time": [],
         "memory": memory.lines(config, cost.held),
         "object store": [] if in_process else [
             f"{_bytes(each.object_store)} an epoch: trajectories, clean predictions and scores "
@@ -232,6 +238,14 @@ def describe(
             f"{_bytes(each.thumbnails)} an epoch; at most {_bytes(disk)} in all",
         ],
     }  # fmt: skip
+    if tflops or measure:
+        rates = hours.measured(config, cost) if measure else hours.stated(tflops or 0)
+        devices = resources.get("GPU") or resources.get("CPU") or 1.0
+        took = hours.seconds(config, placement, devices, each, cost, rates)
+        facts["time"] = hours.lines(config, took, evaluations, (rates.reward or cost.reward) is not None, rates)
+    if gpu or torch.cuda.is_available():
+        gpu = gpu or torch.cuda.get_device_properties(0).total_memory / 1e9
+        facts[f"a GPU of {gpu:.3g} GB"] = fits.lines(config, placement, resources, gpu * 1e9, cost.held)
     rows = ((title if i == 0 else "", text) for title, texts in facts.items() for i, text in enumerate(texts))
     return "\n".join(f"{title:<26} {text}" for title, text in rows)
 
