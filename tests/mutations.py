@@ -87,8 +87,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
         ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
     ),
+    "commands/counts.py": (("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),),
     "commands/plan.py": (
-        ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
         ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
     ),
     "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
