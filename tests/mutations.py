@@ -330,7 +330,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "actors/pool.py": (("if first and calls:", "if calls:", "tests/actors/test_pool.py"),),
     "commands/serve.py": (
         (".contiguous()", "", f"{SERVE} -k to_the_bit"),
-        ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k bad_arguments"),
+        ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k lets_others"),
     ),
 }  # fmt: skip
 PARTS = ROWS, reward_mutations.ROWS, benchmark_mutations.ROWS
