@@ -227,7 +227,7 @@ def test_a_range_also_holds_for_scores_that_are_no_tensor_yet():
     reward.range = (0, 1)
     user = registry.UserReward("mine", reward)
     assert contract.call(user, torch.zeros(1, 3, 4, 4), ["a"]).tolist() == [0.5]
-    with pytest.raises(ValueError, match="it returned 1.5, outside of its range, 0 to 1"):
+    with pytest.raises(ValueError, match=r"it returned 1\.5, outside of its range, 0 to 1"):
         contract.call(user, torch.zeros(2, 3, 4, 4), ["a", "b"])
 
 
