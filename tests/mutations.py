@@ -130,6 +130,9 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
         ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
     ),
+    "actors/learner_group.py": (
+        ("gpus if self.crew.config.train.max_staleness else ", "", "tests/actors/test_learner_group.py -k rest"),
+    ),
     "commands/fits.py": (
         ("USED * max(0.0, size - fixed)", "max(0.0, size - fixed)", FITS),
         ('beside.append("learner rank")', "pass", FITS),

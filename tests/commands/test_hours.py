@@ -32,7 +32,7 @@ def cost(small_settings) -> plan.Costs:
         (ON_ONE, 1, ("train.max_staleness=1",), 90),
         (ON_THREE, 1, ("run.runner=inprocess",), 90),
         # Two chunks on four samplers leave two idle.
-        (dataclasses.replace(ON_THREE, samplers=Share(4, gpus=1.0)), 6, (), 20 + 30),
+        (dataclasses.replace(ON_THREE, samplers=Share(4, gpus=1.0), scorers=Share(2, gpus=1.0)), 7, (), 20 + 30),
         (dataclasses.replace(ON_THREE, ranks=Share(3, gpus=1.0)), 5, (), 40 + 10),
     ],
 )
