@@ -101,6 +101,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "diffusion/open_model.py": ((", pixels, text_tokens, emb", ", None, None, emb", SD3),),
     "diffusion/base_model.py": (
         ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
+        ("            return self._lender._rows(prompt)", "            pass", "tests/learner/test_inprocess.py"),
         ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
     ),
     "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
@@ -129,6 +130,9 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "commands/plan.py": (
         ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
         ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
+    ),
+    "learner/inprocess.py": (
+        ("        self.learner.model.borrow(self.sampler.model)\n", "", "tests/learner/test_inprocess.py"),
     ),
     "actors/learner_group.py": (
         ("gpus if self.crew.config.train.max_staleness else ", "", "tests/actors/test_learner_group.py -k rest"),
