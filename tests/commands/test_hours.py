@@ -47,7 +47,8 @@ def test_rates_are_work_over_seconds_and_the_reward_is_called(small_config, cost
     with mock.patch.object(hours, "_seconds", lambda step, cuda: (step(), runs.append(step), 2.0)[2]):
         rates = hours.measured(config, cost)
     assert len(runs) == 4
-    assert (rates.forward, rates.train) == pytest.approx((cost.unet, cost.unet_train))  # two passes in two seconds
+    # Four transitions of two passes in two seconds.
+    assert (rates.forward, rates.train) == pytest.approx((4 * cost.unet, 4 * cost.unet_train))
     assert rates.decode == pytest.approx(cost.decode / 2) and rates.reward == 2.0
     took = hours.seconds(config, ON_ONE, 1, WORK, cost, rates)
     assert took.scoring == pytest.approx(WORK.decoding / rates.decode + 8 * 2.0)
