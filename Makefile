@@ -3,7 +3,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-long test-all mutate faults faults-shapes soak lint check docs
+.PHONY: setup demo test test-long test-all mutate faults faults-shapes soak gpu full-size lint check docs
 
 setup: .venv/.ready
 
@@ -46,6 +46,17 @@ faults-shapes: setup
 # One run broken some sixty times at random.
 soak: setup
 	$(BIN)/python tests/faults/soak.py
+
+# Correctness, speed and memory on one GPU, 8 minutes at most (docs/performance.md). Not of `setup`, whose torch is the
+# CPU's: GPU_PYTHON is a python with a torch that finds the GPU, and what pyproject.toml names but Ray and MLflow.
+GPU_PYTHON ?= $(BIN)/python
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
+
+# The whole service once at Stable Diffusion 1.5's size with random weights, on a CPU, beside what --plan says; some 20
+# minutes, 8 GB of memory and 3 GB of disk. MODEL=sdxl or sd35_medium: more of all.
+full-size: setup
+	$(BIN)/python -m benchmarks.full_size --model $(or $(MODEL),sd15)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Own dispatch over a pool of actors: at most n calls in flight each, every call under a deadline, the dead replaced.
+"""Own dispatch over a pool of actors: at most n calls at once each and one behind, under deadlines, the dead replaced.
 Work is a pure function of its arguments, so what a dead or hung actor had in hand simply goes to another one. Idle
 actors are asked now and then whether they live. (`ray.util.ActorPool` strands its work when an actor dies.)"""
 
@@ -15,7 +15,6 @@ from cluster.waits import ActorDied, ObjectLost, done, get
 from diffusion.failures import DeadlineExceeded
 from learner.config import Config
 
-IN_FLIGHT = 2  # calls of an actor: the one that it is at, and one behind it
 PING_SECONDS = 0.5  # between two questions to an idle actor
 PATIENCE = 2.0  # an idle actor that has not answered for so long gets no work while others do
 
@@ -72,12 +71,14 @@ class Pool:
     def __init__(
         self, doing: str, count: int, spawn: Callable[[], Any], call: Callable[[Any, Any], list[ray.ObjectRef]],
         config: Config, failed: Callable[[Exception, str], None], lost: Callable[[Any], None],
-        remedy: Callable[[Any], str],
+        remedy: Callable[[Any], str], at_once: int = 1,
     ) -> None:  # fmt: skip
         """Spawns `count` actors; they have a method `ready`, and are to be up before `pump`. `call(actor, key)` has
         one do a key's work, with several returns, the last of them small. `failed` hears of every failure survived and
-        the way on; `lost` of every call to be made again; `remedy` is for a key that cost all attempts."""
+        the way on; `lost` of every call to be made again; `remedy` is for a key that cost all attempts.
+        An actor does `at_once` calls at the same time, and is given one more, so that it need not wait for it."""
         self.doing, self.run, limit = doing, config.run, config.run.chunk_seconds
+        self._most = at_once + 1
         self.inputs_lost: list[Any] = []  # keys whose arguments are gone: the owner must make them again
         self._spawn, self._call, self._failed, self._lost, self._remedy = spawn, call, failed, lost, remedy
         self.calls: dict[Any, list[_Call]] = {spawn(): [] for _ in range(count)}  # by actor that is up, in their order
@@ -151,9 +152,10 @@ class Pool:
             else:
                 finished.append((call.key, call.outputs[:-1], summary))
                 self._attempts.pop(call.key, None)
+            first = calls[0] is call
             calls.remove(call)
-            for behind in calls[:1]:
-                behind.since = time.monotonic()
+            if first and calls:
+                calls[0].since = time.monotonic()
         return death
 
     def _discard(self, actor: Any, error: Exception) -> None:
@@ -212,7 +214,7 @@ class Pool:
     def _least_busy(self) -> Any:
         """An actor with room, or None. One that leaves a question unanswered is the last to be given work."""
         silent = [actor for actor in self.calls if self._idle.silence(actor) > PATIENCE]
-        free = [actor for actor, calls in self.calls.items() if len(calls) < IN_FLIGHT]
+        free = [actor for actor, calls in self.calls.items() if len(calls) < self._most]
         answering = [actor for actor in free if actor not in silent]
         if not answering and len(silent) < len(self.calls):
             return None  # those that answer have their hands full, but will be free

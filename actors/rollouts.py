@@ -26,6 +26,7 @@ from learner.protocol.ledger import Ledger
 from rewards.contract import Reward
 
 POLL_SECONDS = 0.25
+AT_ONCE = 4  # chunks that a reward actor has under way where it waits for a judge behind HTTP, not for its own work
 SHOWN_CHARACTERS = 1000  # of a chunk's prompts
 Take = Callable[[Chunk, Scores], None]
 REMEDIES = {
@@ -52,9 +53,11 @@ class Rollouts:
 
     def _pool(self, role: str, doing: str, shell: type, part: Callable[[], Any], call: Callable[..., Any]) -> Pool:
         shares_gpu = any(share.gpus % 1 > 0 for share in self.shares.values())
-        spawn = partial(self.crew.spawn, role, shell, self.shares[role].spread, part, shares_gpu)
+        at_once = AT_ONCE if role == "scorer" and self.config.reward.name == "remote" else 1
+        options = self.shares[role].spread | ({"max_concurrency": at_once} if at_once > 1 else {})
+        spawn = partial(self.crew.spawn, role, shell, options, part, shares_gpu)
         hears = partial(self.crew.failed, role), partial(self._lost, role), partial(self._remedy, role)
-        return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears)
+        return Pool(doing, self.shares[role].count, spawn, call, self.config, *hears, at_once)
 
     def await_ready(
         self, deadline: float, latent: tuple[int, int, int] | None = None, progress: Progress = lambda done, total: None
@@ -79,7 +82,7 @@ class Rollouts:
 
     def publish(self, snapshot: Snapshot) -> None:
         """The weights for what no sampler has yet: one object of the driver's, which outlives whoever made it. Older
-        ones are freed once no call uses them. Raises ObjectLost if the object store has no room."""
+        ones are freed once no call uses them. Raises StoreFull if the object store has no room."""
         self._ref = put(snapshot, f"publishing policy version {snapshot.version}")
         self._snapshot = snapshot
 

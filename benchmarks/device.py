@@ -10,10 +10,9 @@ docs/performance.md says what each figure means. Exit status 2: bad input, said 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import math
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ import torch
 
 from benchmarks import parts as names
 from benchmarks import pipelines
-from benchmarks.measure import CEILING, Measured, measure, process_peak_bytes, ratio
+from benchmarks.measure import CEILING, Measured, measure, process_peak_bytes, processor, ratio
 from benchmarks.parts import COMPARISON, Bench, objective_configs, with_settings
 from diffusion.locate import BaseModelError
 from learner import build
@@ -67,8 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        args = _parser().parse_intermixed_args(arguments)
-        _check(args)
+        args = parsed(arguments)
         with tempfile.TemporaryDirectory() as folder:
             report = run(args, Path(folder))
     except (BadArguments, ConfigError, BaseModelError, UnknownReward) as error:
@@ -78,6 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Raises BadArguments."""
+    args = _parser().parse_intermixed_args(arguments)
+    _check(args)
+    return args
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -104,7 +109,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.objectives and missing:
         raise BadArguments("; ".join(f"{name}: {why}" for name, why in missing.items()))
     _say("sampling and scoring what the learners learn from")
-    found, left_out = measure(bench.parts(configs), args.repeats, bench.model.device, _say)
+    end = time.monotonic() + args.seconds
+    found, left_out = measure(
+        bench.parts(configs), args.repeats, bench.model.device, _say, lambda: end - time.monotonic()
+    )
     return _report(args, bench, found, missing | left_out)
 
 
@@ -158,7 +166,7 @@ def _report(
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "hardware": {
             "device": bench.model.device.type, "gpu": facts["gpu"] if bench.model.device.type == "cuda" else "",
-            "cpu": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+            "cpu": processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
         },
         "versions": {name: facts[name] for name in (*environment.PACKAGES, "python")},
         "git_commit": facts["git_commit"],
@@ -212,14 +220,6 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -245,6 +245,9 @@ def _parser() -> Parser:
         f"objective.forward_looking_from, else {LATE} of the steps)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="rounds measured (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of measuring, after which no round but the first is begun"
+    )
     parser.add_argument("--output", type=Path, help="JSON file of every figure with its repeats")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the preset's")
     return parser

@@ -42,6 +42,7 @@ class Emulation:
     sample_seconds: float = 0.0  # a chunk
     score_seconds: float = 0.0  # a chunk
     train_seconds: float = 0.0  # an epoch
+    gradients: int = 0  # numbers that an update averages over the ranks (benchmarks/crowd.py)
 
 
 FULL_SIZE = Emulation(latent=(4, 64, 64), steps=50, parameters=797_184)  # LoRA of rank 4 on the attention projections
@@ -199,16 +200,18 @@ def learner_group() -> Group:
     return Gloo() if joined else Alone()
 
 
-def build_learner(emulation: Emulation, files: dict[str, bytes] | None) -> EmulatedLearner:
+def build_learner(
+    emulation: Emulation, files: dict[str, bytes] | None, kind: type[EmulatedLearner] = EmulatedLearner
+) -> EmulatedLearner:
     """A rank."""
-    return EmulatedLearner(emulation, learner_group(), files)
+    return kind(emulation, learner_group(), files)
 
 
-def parts(emulation: Emulation) -> Any:
+def parts(emulation: Emulation, kind: type[EmulatedLearner] = EmulatedLearner) -> Any:
     """In the place of learner.build.parts."""
     from learner.build import Parts
 
     sampler: Any = partial(EmulatedSampler, emulation)
     scorer: Any = partial(EmulatedScorer, emulation)
-    learner: Any = partial(build_learner, emulation)
+    learner: Any = partial(build_learner, emulation, kind=kind)
     return Parts(sampler, scorer, learner)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -65,10 +68,15 @@ class Measured:
 
 
 def measure(
-    parts: Sequence[Part], repeats: int, device: torch.device, say: Callable[[str], None]
+    parts: Sequence[Part],
+    repeats: int,
+    device: torch.device,
+    say: Callable[[str], None],
+    left: Callable[[], float] = lambda: math.inf,
 ) -> tuple[dict[str, Measured], dict[str, str]]:
     """Every part once to warm up, with its FLOPs counted, then `repeats` rounds of all of them, every other one
-    backwards. A part that does not fit into the device's memory is left out: the second result says so by name."""
+    backwards; after the first none is begun that, as long as the last, would need more than the seconds `left`. A part
+    that does not fit into the device's memory is left out: the second result says so by name."""
     found: dict[str, Measured] = {}
     missing: dict[str, str] = {}
     for part in parts:
@@ -78,12 +86,16 @@ def measure(
             found[part.name] = Measured(part, count(part.run, device))
         except torch.OutOfMemoryError as error:
             missing[part.name] = f"out of memory: {str(error).splitlines()[0]}"
+    last = 0.0
     for i in range(repeats):
+        if i and last > left():
+            break
         say(f"round {i + 1} of {repeats}")
-        rounds = list(found.values())
+        start, rounds = time.perf_counter(), list(found.values())
         for one in rounds if i % 2 == 0 else reversed(rounds):
             one.part.reset()
-            _time(one, device)
+            clock(one, device)
+        last = time.perf_counter() - start
     return found, missing
 
 
@@ -96,8 +108,9 @@ def count(run: Callable[[], Any], device: torch.device) -> float:
     return float(counter.get_total_flops())
 
 
-def _time(one: Measured, device: torch.device) -> None:
-    """The clock is the host's, between two moments at which the device is idle: waiting for the host is part of it."""
+def clock(one: Measured, device: torch.device) -> None:
+    """One more run. The clock is the host's, between two moments at which the device is idle: waiting for the host is
+    part of it."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -140,6 +153,15 @@ def ratio(
     if ideal and all(flops):
         result["of_flops"] = flops[0] / flops[1]
     return result
+
+
+def processor() -> str:
+    """Its name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def process_peak_bytes() -> int:

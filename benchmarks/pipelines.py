@@ -116,10 +116,12 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIPTokenizer without merges: every byte of the text is a token. Writes vocab.json and merges.txt."""
+def build_tokenizer(folder: Path, size: int = 514) -> CLIPTokenizer:
+    """A CLIPTokenizer without merges: every byte of the text is a token. Writes vocab.json and merges.txt. `size`: of
+    its vocabulary, filled up with words that never occur; start and end are the last two, as in CLIP's own."""
     letters = _byte_letters()
-    words = [*letters, *(letter + "</w>" for letter in letters), START, END]
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += [*(f"<|unused{i}|>" for i in range(len(words), size - 2)), START, END]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

@@ -37,7 +37,7 @@ from torch import nn
 
 from actors.ray_runner import RayRunner
 from benchmarks import emulated
-from benchmarks.emulated import FULL_SIZE, Emulation
+from benchmarks.emulated import FULL_SIZE, EmulatedLearner, Emulation
 from cluster.session import Session
 from cluster.waits import get
 from diffusion import lora
@@ -70,8 +70,10 @@ def settings(trajectories: int, *overrides: str) -> Config:
 
 
 @contextmanager
-def running(kind: Callable[..., Runner], config: Config, emulation: Emulation) -> Iterator[Runner]:
-    with patch.object(build, "parts", lambda _: emulated.parts(emulation)):
+def running(
+    kind: Callable[..., Runner], config: Config, emulation: Emulation, learner: type[EmulatedLearner] = EmulatedLearner
+) -> Iterator[Runner]:
+    with patch.object(build, "parts", lambda *_: emulated.parts(emulation, learner)):
         runner = kind(config, None, Hooks())
         try:
             yield runner

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayError,
+    RayTaskError,
+)
 
 from diffusion.failures import DeadlineExceeded, RunFailure
 
@@ -17,9 +24,20 @@ class ObjectLost(RunFailure, RuntimeError):
     """Something an actor had made, trajectories or clean predictions, was gone when it was needed."""
 
 
+class StoreFull(RunFailure, RuntimeError):
+    """Neither the object store of a node nor the disk that it spills to has room for what was made there."""
+
+
+FULL = (
+    "the object store is full, and so is the disk that it spills to; --plan says what an epoch needs of them: fewer "
+    "train.trajectories, a smaller train.max_staleness or sampler.state_precision=float16 need less, and RAY_TMPDIR "
+    "names a folder on another disk"
+)
+
+
 def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
     """ray.get with a deadline. Raises DeadlineExceeded, ActorDied (the actor that owes the answer is gone), ObjectLost
-    (what it needed for the answer is gone), or whatever the remote code raised, as its own type."""
+    (what it needed for the answer is gone), StoreFull, or whatever the remote code raised, as its own type."""
     try:
         return ray.get(refs, timeout=seconds)
     except GetTimeoutError:
@@ -27,6 +45,8 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
         raise DeadlineExceeded(f"{what} took longer than {limit} s") from None
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+            raise StoreFull(f"{what}: {FULL}") from error
         if isinstance(cause, ObjectLostError):
             raise ObjectLost(f"{what}: {_reason(cause)}") from error
         if cause is not error:
@@ -35,9 +55,11 @@ def get(refs: Any, seconds: float, what: str, setting: str) -> Any:
 
 
 def put(value: Any, what: str) -> ray.ObjectRef:
-    """ray.put. Raises ObjectLost if the object store has no room for it."""
+    """ray.put. Raises StoreFull if there is no room for it, ObjectLost where the object store is gone."""
     try:
         return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise StoreFull(f"{what}: {FULL}") from error
     except RayError as error:
         raise ObjectLost(f"{what}: {_reason(error)}") from error
 

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BuildFailed as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
-    print(f"reward.name={name}\nreward.backend=package")
+    print(f"python -m rewards.serve {name} --package")
     return 0
 
 

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from cluster.placement import Placement
+from commands.counts import Costs, Work
 from commands.networks import networks, passes_of
 from diffusion.failures import RunFailure
 from learner import build
@@ -21,9 +21,6 @@ from learner.update import MICRO_BATCH
 from reports.summary import plural
 from rewards import registry
 from rewards.contract import call
-
-if TYPE_CHECKING:
-    from commands.plan import Costs, Work
 
 ENOUGH = 5.0  # seconds of measuring, after which a part is not run again
 FILLED = 0.1e12  # FLOPs of a transition forward and back that fill a CPU
@@ -117,7 +114,7 @@ def _reward_seconds(config: Config, device: str, pixels: int, cuda: bool) -> tup
     """An image's; else why there are none."""
     settings = config.reward
     try:
-        reward = registry.load(settings.name, settings.weights, device, settings.backend, **settings.options)
+        reward = registry.load(settings.name, settings.weights, device, **settings.options)
         images, prompt = torch.rand(1, 3, pixels, pixels, device=device), training_prompts(config)[0]
         with torch.no_grad():
             return _seconds(lambda: call(reward, images, [prompt], ({},)), cuda), ""

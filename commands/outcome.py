@@ -16,10 +16,10 @@ from records.passwords import without_passwords
 from records.words import MOST, printable, short
 
 
-def complain(verb: str, text: str) -> None:
+def complain(verb: str, text: str, program: str = "learner") -> None:
     """One line on stderr, whatever `text` holds; URLs without their passwords."""
     line = short(" ".join(without_passwords(text).split()), 2 * MOST)
-    tell(f"learner.{verb}: {printable(line)}", sys.stderr)
+    tell(f"{program}.{verb}: {printable(line)}", sys.stderr)
 
 
 def warner(verb: str) -> Callable[[str], None]:

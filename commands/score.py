@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--output: {args.output}, expected a .csv")
         require_writable("--output", args.output)
         registry.check_name(args.reward)
-        options = dict(_option(text) for text in args.option)
+        options = dict(option(text) for text in args.option)
         registry.check_options(options)
         files = find_images(args.images)
         prompts = read_prompts(args.prompts, len(files))
@@ -121,7 +121,8 @@ def _picture(file: Path) -> np.ndarray:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, Any]:
+    """Name and value of a reward's option. Raises ValueError."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise ValueError(f"--option: {text!r}, expected key=value")

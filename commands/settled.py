@@ -37,7 +37,7 @@ def settings(name: str, overrides: list[str]) -> Config:
         faults = faults or unconfirmed(config, {text.partition("=")[0].strip() for text in overrides}, run)
     raise_faults(faults)
     reward = config.reward
-    registry.check(reward.name, reward.weights, reward.options, training_prompts(config), backend=reward.backend)
+    registry.check(reward.name, reward.weights, reward.options, training_prompts(config))
     return config
 
 

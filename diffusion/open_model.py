@@ -24,12 +24,12 @@ def open_base_model(
 ) -> BaseModel:
     """The base model of a pipeline, as BaseModel. Raises BaseModelError as `locate.is_unconditional`, and for a size
     that cannot be."""
-    return _class(path)(path, device, dtype, pixels, text_tokens, embedded)
+    return class_of(path)(path, device, dtype, pixels, text_tokens, embedded)
 
 
 def open_text_encoders(path: str, device: str = "cpu", text_tokens: int | None = None) -> Embed:
     """A pipeline's text encoders alone. Raises as `open_base_model`, also when they are first called."""
-    model = _class(path)(path, device, text_tokens=text_tokens, network=False)
+    model = class_of(path)(path, device, text_tokens=text_tokens, network=False)
 
     def embed(prompts: Sequence[str]) -> Iterator[np.ndarray]:
         for prompt in prompts:
@@ -38,7 +38,7 @@ def open_text_encoders(path: str, device: str = "cpu", text_tokens: int | None =
     return embed
 
 
-def _class(path: str) -> type[BaseModel]:
+def class_of(path: str) -> type[BaseModel]:
     name = family_of(path).name
     kind: type[BaseModel] = getattr(import_module(f"diffusion.{name}"), CLASSES[name])
     return kind

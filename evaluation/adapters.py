@@ -299,5 +299,5 @@ def _check(target: Target, warn: Callable[[str], None]) -> None:
         )
     reward, evaluation = config.reward, config.evaluation
     target.out.exists(f"{target.file}.json")  # no link leads out
-    registry.check(reward.name, reward.weights, reward.options, target.prompts, backend=reward.backend)
+    registry.check(reward.name, reward.weights, reward.options, target.prompts)
     judges.check(evaluation.held_out, evaluation.features, evaluation.clip, target.prompts)

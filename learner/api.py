@@ -156,7 +156,7 @@ def check(
     if own_reward:
         attempt(lambda: registry.check_gradient(own_reward, reward.name, needing))
     else:
-        attempt(lambda: registry.check(reward.name, reward.weights, reward.options, prompts, needing, reward.backend))
+        attempt(lambda: registry.check(reward.name, reward.weights, reward.options, prompts, needing))
     attempt(lambda: judges.check(evaluation.held_out, evaluation.features, evaluation.clip, prompts))
     if in_process and config.model.device == "cuda" and not torch.cuda.is_available():
         faults.append("model.device: cuda was asked for, but torch finds none here")

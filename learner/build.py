@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from pydantic import SecretStr
 from torch import nn
 
 from diffusion import lora
@@ -17,7 +18,7 @@ from diffusion.open_model import Embed, open_base_model, open_text_encoders
 from diffusion.rollout import Sampler
 from learner.config import Config, resolve
 from learner.update import Learner
-from rewards import judges, registry
+from rewards import judges, registry, tokens
 from rewards.contract import Reward
 from rewards.scorer import Scorer
 
@@ -42,7 +43,9 @@ class Parts:
 
 def parts(config: Config, reward: Reward | None = None) -> Parts:
     """`reward`: a Python object in place of the one that the config names."""
-    return Parts(partial(build_sampler, config), partial(build_scorer, config, reward), partial(build_learner, config))
+    judged = config.reward.options, config.evaluation.held_out
+    scorer = partial(build_scorer, config, reward, tokens.carried(*judged))
+    return Parts(partial(build_sampler, config), scorer, partial(build_learner, config))
 
 
 def build_text_encoders(config: Config) -> Embed:
@@ -81,10 +84,14 @@ def build_sampler(config: Config, embedded: Embedded | None = None) -> Sampler:
     return Sampler(build_model(config, embedded=embedded), config.rollout_settings())
 
 
-def build_scorer(config: Config, own_reward: Reward | None = None) -> Scorer:
+def build_scorer(
+    config: Config, own_reward: Reward | None = None, carried: Mapping[str, SecretStr] | None = None
+) -> Scorer:
+    """`carried`: tokens of judges behind HTTP, by environment variable."""
     prepare_process(config)
+    tokens.put(carried or {})
     where, judge, evaluation = device(config), config.reward, config.evaluation
-    reward = own_reward or registry.load(judge.name, judge.weights, where, judge.backend, **judge.options)
+    reward = own_reward or registry.load(judge.name, judge.weights, where, **judge.options)
     # Gradients in float32: beta multiplies them by up to 1e4.
     dtype = torch.float32 if config.needs.reward_gradients else getattr(torch, config.model.dtype)
     tiny = config.objective.forward_looking_decoder == "tiny"

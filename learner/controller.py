@@ -35,6 +35,8 @@ from learner.protocol.runner import EpochResult, Runner, Vitals
 from records import checkpoint
 from records.facts import digest
 from records.run_folder import BEFORE, CONFIG, Records
+from rewards import mixture
+from rewards.weighted_sum import WHERE
 
 FAR = 3  # standard deviations of the rewards: an offset of another reward's
 Judge = Callable[[int, Sequence[Scores]], dict[str, Any]]  # records an evaluation; returns its part of the metrics line
@@ -68,6 +70,7 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
     if config.objective.window != "all" and (said := later.in_words(config)):
         views.say(said)
     views.say(prospects(config))
+    mixed, warned = mixture.Mixture.of(config.reward.name, config.reward.options), set[str]()
     records.note(dimensions=runner.dimensions)
     if opened.checkpoint is None:
         if fixed:
@@ -90,6 +93,8 @@ def run(opened: OpenRun, runner: Runner, judge: Judge, views: Views) -> None:
         evaluated = _evaluate(runner, fixed, epoch, judge, views) if due else {}
         evaluated |= {"evaluate_seconds": time.perf_counter() - trained} if due else {}
         evaluated |= {"beta": beta, "seconds": time.perf_counter() - start, "lost_trajectories": lost}
+        if mixed is not None:
+            evaluated |= _shares(mixed, epoch, result, warned, views)
         line = _line(config, epoch, runner, ledger, result, **evaluated)
         records.append(line)
         _save(opened, runner, ledger, epoch + 1, offset, views)
@@ -116,6 +121,26 @@ def _evaluate(runner: Runner, fixed: Sequence[Chunk], epoch: int, judge: Judge, 
     if bad := [reason for part in scores for reason in part.bad.values()]:
         views.event(f"warning: {len(bad)} evaluation images are bad and left out of the reward; the first: {bad[0]}")
     return judge(epoch, scores)
+
+
+def _shares(
+    mixed: mixture.Mixture, epoch: int, result: EpochResult, warned: set[str], views: Views
+) -> dict[str, float | None]:
+    """For the metrics line: each part's share of the variance of what was trained on. Warns of parts without spread,
+    once each."""
+    prompts, parts = result.parts
+    where = "within any prompt" if mixed.normalise == "prompt" else "among the pictures"
+    for label in mixed.without_spread(prompts, parts):
+        if label not in warned:
+            warned.add(label)
+            place, mean = list(mixed.weights).index(label), np.mean(parts[label])
+            views.event(
+                f"warning: {WHERE}[{place}] ({label}): its scores have no spread {where} in epoch {epoch} (mean "
+                f"{mean:.4g}), so nothing is learned from it: check its options and weights, try it on pictures that "
+                "differ (python -m learner score), or leave it out"
+            )
+    shares = mixture.shares(mixed.contributions(prompts, parts))
+    return {f"reward_share/{label}": share for label, share in shares.items()}
 
 
 def _offset(config: Config, records: Records, views: Views) -> float:

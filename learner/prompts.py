@@ -26,6 +26,9 @@ class Prompt(str):
         prompt.metadata = metadata
         return prompt
 
+    def __reduce__(self) -> tuple[type["Prompt"], tuple[str, Columns]]:
+        return Prompt, (str(self), self.metadata)  # to be copied and sent to actors
+
 
 def metadata_of(prompts: Iterable[str]) -> tuple[Columns, ...]:
     """Of each prompt; none at all where no prompt has any."""

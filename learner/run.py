@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _faults_seen_at_once(config: Config) -> list[str]:
     """What can be found to be wrong without torch: prompt files, the model's kind, a reward of no known name."""
     read = partial(prompts.training_prompts, config), partial(prompts.evaluation_prompts, config)
-    reward = partial(registry.check_name, config.reward.name, config.reward.backend)
+    reward = partial(registry.check_name, config.reward.name)
     faults, path = [*untrainable(config)], str(resolve(config.model.path))
     look = is_unconditional if Path(path).is_dir() else locate  # no hub is asked yet
     for step in (*read, partial(look, path), reward):

@@ -6,22 +6,24 @@ from typing import Any
 import torch
 
 from cluster.deadline import within
+from diffusion.failures import ServiceFailed
 from diffusion.parts import latent_shape, magnification
 from learner.config import Config, resolve
 from learner.prompts import evaluation_prompts, metadata_of, training_prompts
 from rewards import judges, registry
 from rewards.contract import Reward
-from rewards.registry import BadReward, CannotBeMade, UserReward
+from rewards.registry import BadReward, CannotBeMade, NoReward, UserReward
 from rewards.trial import LEFT_OUT, try_reward
 from rewards.weighted_sum import Term, each_term
+from rewards.weights import BadWeights
 
 
 def faults(
     config: Config, own_reward: Callable[..., Any] | None = None, whole: bool = False, path: str | None = None
 ) -> list[str]:
     """A line for each reward that would end the run; the prompts are known to be sound. Without `whole` those that read
-    weights are left out. On Ray they are tried on the CPU: the driver takes no GPU from an actor. `path`: the model's,
-    where it is not model.path."""
+    weights are left out, and faults that learner/api.py's `check` finds, which says all at once. On Ray they are tried
+    on the CPU: the driver takes no GPU from an actor. `path`: the model's, where it is not model.path."""
     settings, path = config.reward, path or str(resolve(config.model.path))
     cuda = config.run.runner == "inprocess" and config.model.device != "cpu" and torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
@@ -34,8 +36,11 @@ def faults(
                 step()
         except (BadReward, CannotBeMade) as error:
             found.append(f"{error} ({LEFT_OUT})")
-        except ValueError as error:
+        except (NoReward, BadWeights, ServiceFailed) as error:
             found.append(str(error))
+        except ValueError as error:
+            if whole:
+                found.append(str(error))
 
     def one(load: Callable[[], Reward], prompts: Sequence[str], *asked: Any) -> None:
         pixels = latent_shape(path, config.model.pixels)[1] * magnification(path)
@@ -44,7 +49,7 @@ def faults(
     def reward() -> Reward:
         if own_reward:
             return UserReward(settings.name, own_reward)
-        return registry.load(settings.name, settings.weights, device, settings.backend, **settings.options)
+        return registry.load(settings.name, settings.weights, device, **settings.options)
 
     def held_out(term: Term) -> None:
         if whole or not registry.reads_weights(term.name):

@@ -29,6 +29,7 @@ from learner.objectives.base import Loss, Policy, Transitions
 from learner.objectives.by_name import OBJECTIVES
 from learner.protocol import quarantine, receipts
 from learner.protocol.runner import Training
+from rewards.mixture import Mixture
 
 Scored = tuple[Trajectories, Scores]
 Compute = Callable[[Transitions], dict[str, Tensor]]  # values by name, [b, ...]
@@ -72,6 +73,8 @@ class Learner:
         self.natural = Natural(self.policy, self.objective, flow, self.rank) if natural else None
         fitted = self.objective.needs.fitted_flow
         self.fitted_flow = FittedFlow(self.policy, self.kernel, config) if fitted else None
+        mixture = Mixture.of(config.reward.name, config.reward.options)
+        self.mixture = mixture if mixture and mixture.normalise != "none" else None
         self.stood_still = False  # a natural step found nothing to do: the next version may equal the last
         self.micro_batch = config.learner.micro_batch or MICRO_BATCH
         self.tell: Callable[[int, int], None] = lambda done, total: None  # transitions of the epoch trained; all of it
@@ -179,13 +182,19 @@ class Learner:
 
     def _prepare(self, experiences: Sequence[Experience], beta: float) -> dict[str, float]:
         """Let the objective compute what it needs once an epoch; metrics."""
-        mine: list[tuple[int, str, float, list[float]]] = []  # id, prompt, reward and nats of each image
+        # Id, prompt, reward, nats, and scores by the reward's parts where they are standardised, of each image.
+        mine: list[tuple[int, str, float, list[float], list[float]]] = []
+        labels = tuple(self.mixture.weights) if self.mixture else ()
         offset = self.config.objective.reward_offset or 0.0
         for experience in experiences:
             chunk, rewards = experience.trajectories.chunk, (experience.scores.rewards[:, -1] - offset).tolist()
             nats = self.objective.nats(experience.trajectories).tolist()
-            mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, nats, strict=True)
-        ids, prompts, raw, nats = zip(*sorted(row for part in process_group.gather(mine) for row in part), strict=True)
+            by_part = [[float(experience.scores.parts[label][row]) for label in labels] for row in range(len(rewards))]
+            mine += zip(chunk.trajectory_ids, chunk.prompts, rewards, nats, by_part, strict=True)
+        everyone = sorted(row for part in process_group.gather(mine) for row in part)
+        ids, prompts, raw, nats, parts = zip(*everyone, strict=True)
+        if self.mixture is not None:
+            raw = tuple(self.mixture.trained(ids, prompts, parts))
         self.objective.begin_epoch(ids, prompts, raw, np.asarray(nats, np.float32), beta)
         told = {}
         if self.fitted_flow is not None:
@@ -196,7 +205,7 @@ class Learner:
             experience.prepared |= computed
             if self.objective.needs.adjoint:
                 experience.prepared |= self._carried_back(experience)
-            experience.scores = replace(experience.scores, gradients=None, gradient_row=None)
+            experience.scores = replace(experience.scores, gradients=None, gradient_row=None, parts={})
         return told
 
     def _carried_back(self, experience: Experience) -> dict[str, np.ndarray]:

@@ -145,6 +145,9 @@ def _sections(facts: Facts) -> dict[str, list[Diagram]]:
         curves(f"{words}: {label}", "raw reward", {f"{key}/{label}": kind for key, kind in REWARD.items()}, lines)
         for label, words in labels.items()
     ]
+    share = "reward_share/"
+    parts = {key: key.removeprefix(share) for line in lines for key in line if key.startswith(share)}
+    rewards.append(curves("Parts of the reward's variance", "share, of what is trained on", parts, lines))
     betas = {line.get("beta") for line in lines} - {None}
     learning = [curves(*diagram, lines) for diagram in LEARNING if diagram[0] != BETA or len(betas) > 1]
     diversity = [curves(*diagram, lines) for diagram in DIVERSITY]

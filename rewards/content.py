@@ -4,6 +4,7 @@ an edit of any of it is no longer answered with old scores.
 Not seen: what a reward's code imports inside of functions, or reads without a setting that names it.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -11,7 +12,7 @@ import pkgutil
 import sys
 import sysconfig
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from rewards.registry import MODELS
 HOME = Path(__file__).resolve().parent.parent
 OURS = ("diffusion", "models", "rewards")  # what draws and scores
 PACKAGES = ("diffusers", "numpy", "pillow", "torch", "transformers")
+EXTRAS = ("onnxruntime", "rapidocr-onnxruntime")  # of the reward ocr; they may be missing
 INSTALLED = tuple(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
 PARTS = (".bin", ".json", ".model", ".pt", ".pth", ".safetensors", ".txt")  # of a model's folder
 
@@ -38,6 +40,9 @@ def digest(settings: Any) -> str:
 def program() -> str:
     """sha256 of our own code that draws and scores, and the versions of what it calls."""
     versions = [f"{name} {version(name)}" for name in PACKAGES]
+    for name in EXTRAS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
     files = sorted(file for room in OURS for file in (HOME / room).rglob("*.py"))
     contents = [f"{file.relative_to(HOME)} {_content(file)}" for file in files]
     return hashlib.sha256("\n".join(versions + contents).encode()).hexdigest()

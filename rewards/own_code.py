@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusion.failures import DeadlineExceeded
+from diffusion.failures import DeadlineExceeded, ServiceFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHERS = [  # whose lines are nobody's reward: ours on the way to it, Python's, what is installed
@@ -22,13 +22,13 @@ DEFECTS = AttributeError, ImportError, NameError, NotImplementedError, SyntaxErr
 @contextlib.contextmanager
 def named_failure(kind: type[Exception], text: str) -> Iterator[None]:
     """Whatever is raised in here, also an exit, becomes `kind`: `text`, then `in_words`. But for Ctrl-C, a deadline,
-    which only gains the lines, and a lack of GPU memory, which is not the reward's fault."""
+    which only gains the lines, and what is not the reward's fault: a lack of GPU memory, a service that fails."""
     import torch
 
     try:
         with _settings_kept():
             yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError):
+    except (KeyboardInterrupt, torch.OutOfMemoryError, ServiceFailed):
         raise
     except DeadlineExceeded as error:
         raise DeadlineExceeded(f"{error}{_lines(error)}") from error

@@ -28,6 +28,6 @@ def find(name: str) -> Path:
     if marker.is_file() and marker.read_bytes() == lock(name).read_bytes() and python.exists():
         return python
     raise EnvironmentMissing(
-        f"reward.backend: there is no environment for {name} in {place(name)}, or one of another Tributary; `python -m "
-        f"rewards.package build {name}` builds it (some minutes, 1.2 GB), on every machine that scores"
+        f"--package: there is no environment for {name} in {place(name)}, or one of another Tributary; `python -m "
+        f"rewards.package build {name}` builds it (some minutes, 1.2 GB), on every machine that serves it"
     )

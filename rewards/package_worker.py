@@ -1,62 +1,71 @@
-"""Scores pictures with a package's own code, in the package's own environment: it imports nothing of this project.
-package.py starts it with one end of a socket and its own process id."""
+"""Serves a reward package's own code over HTTP, in the package's own environment: of this project it loads the server
+alone (rewards/serving.py, score_request.py). commands/serve.py starts it."""
 
 import importlib.util
 import json
-import math
 import os
 import signal
 import socket
 import sys
-import threading
-import time
-import traceback
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 KEPT: list[Any] = []  # a torch library's declarations go with it
+TOKEN = "TRIBUTARY_REWARD_TOKEN"
 
-# One call of a scorer: uint8 pictures [B, H, W, 3] and B prompts -> B floats.
-Score = Callable[[Any, list[str]], list[float]]
+# One call of a scorer: uint8 pictures [H, W, 3] and a prompt each -> as many floats.
+Score = Callable[[list[Any], list[str]], list[float]]
 
 
 def main() -> None:
-    """Load what the first request names, then score. A request is a line of JSON and raw pixels, an answer a line."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us
-    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
-    stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
-    score: Score | None = None
-    while line := stream.readline():
-        request, answer = json.loads(line), dict[str, Any](scores=[])
+    """Serve what the first argument says, JSON, on the socket that the second is the number of."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # before it serves, and once more when all is answered
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    settings, listener = json.loads(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
+    _load("score_request")
+    serving = _load("serving")
+    package = MODELS[settings["name"]]
+
+    def load() -> Any:
+        score = package(settings["files"], settings["device"])
+        return serving.Served(_refusing(score, serving.Refused), metadata=False, batch=settings["batch"])
+
+    limits = serving.Limits(body=settings["body"])
+    service = serving.Service(settings["name"], load, os.environ.get(TOKEN), merge=settings["merge"], limits=limits)
+    try:
+        service.run(listener)
+    except Exception as error:  # files or a device that do not fit: the package may raise anything
+        serving.say(f"{settings['name']}: {type(error).__name__}: {error}")
+        os._exit(2)
+
+
+def _load(name: str) -> Any:
+    """A module of the server by its path: nothing else of this project can be imported."""
+    spec = importlib.util.spec_from_file_location(f"rewards.{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules[f"rewards.{name}"] = module
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+def _refusing(score: Score, refused: type[Exception]) -> Callable[..., list[float]]:
+    def answer(pictures: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        import torch
+
         try:
-            if score is None:
-                score = MODELS[request["package"]](request["files"], request["device"], request["threads"])
-            else:
-                import numpy as np
-
-                pixels = stream.read(math.prod(request["shape"]))
-                pictures = np.frombuffer(pixels, np.uint8).reshape(request["shape"])
-                scores = score(pictures, request["prompts"])
-                if len(scores) != len(pictures):
-                    raise ValueError(f"{len(scores)} scores for {len(pictures)} images")
-                answer = {"scores": scores}
+            return score(pictures, prompts)
+        except torch.OutOfMemoryError:  # not the pictures' fault
+            raise
         except Exception as error:  # the packages' code, and what they call, may raise anything
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        stream.write(json.dumps(answer).encode() + b"\n")
-        stream.flush()
+            raise refused(f"{type(error).__name__}: {error}") from error
+
+    return answer
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, also in the midst of scoring, or where a fork holds the socket."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
-
-
-def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
-    torch = _torch(threads)
+def image_reward(files: dict[str, str], device: str) -> Score:
+    torch = _torch()
     # Its own __init__ modules also import the fine-tuning code and two more scores: diffusers, datasets, CLIP.
     _without_init("ImageReward", "ImageReward.models")
     from ImageReward.ImageReward import ImageReward
@@ -82,9 +91,9 @@ def image_reward(files: dict[str, str], device: str, threads: int) -> Score:
     return _of_pictures(torch, device, model.preprocess, score)
 
 
-def hps(files: dict[str, str], device: str, threads: int) -> Score:
+def hps(files: dict[str, str], device: str) -> Score:
     """The body of hpsv2 1.2.0's `score()`, which reads the weights anew at every call, for a batch."""
-    torch = _torch(threads)
+    torch = _torch()
     _without_init("hpsv2")  # which imports a progress bar and the benchmark's code
     # A stray import in its factory, which needs Tk.
     sys.modules["turtle"] = types.ModuleType("turtle")
@@ -108,11 +117,10 @@ def hps(files: dict[str, str], device: str, threads: int) -> Score:
 MODELS: dict[str, Callable[..., Score]] = {"imagereward": image_reward, "hpsv2": hps}
 
 
-def _torch(threads: int) -> Any:
+def _torch() -> Any:
     """torch, with torchvision made importable beside a build of it that PyPI's torchvision does not fit."""
     import torch
 
-    torch.set_num_threads(threads)
     try:
         import torchvision
     except RuntimeError as error:
@@ -140,7 +148,7 @@ def _without_init(*names: str) -> None:
 def _of_pictures(torch: Any, device: str, preprocess: Callable[[Any], Any], score: Callable[..., Any]) -> Score:
     from PIL import Image
 
-    def score_pictures(pictures: Any, prompts: list[str]) -> list[float]:
+    def score_pictures(pictures: list[Any], prompts: list[str]) -> list[float]:
         with torch.no_grad():
             images = torch.stack([preprocess(Image.fromarray(picture)) for picture in pictures]).to(device)
             return score(images, prompts).float().cpu().tolist()

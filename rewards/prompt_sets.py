@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "prompts"
-LISTS = ("animals", "imagenet_classes")  # files in FOLDER
+LISTS = ("animals", "imagenet_classes", "quoted_words")  # files in FOLDER
 STYLES = ("photo", "paintings", "anime", "concept-art")
 DATASETS = ("zhwang/HPDv2", "ymhao/HPDv2")  # the second is a copy
 SIZES = {"drawbench": 200, **dict.fromkeys(STYLES, 800)}  # prompts in each file of the datasets

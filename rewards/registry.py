@@ -10,10 +10,9 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from diffusion.failures import RunFailure
-from rewards.contract import OPTIONAL, Columns, Reward, call, parameters, told
-from rewards.names import Backend
+from rewards.contract import OPTIONAL, Columns, Reward, ask, parameters, told
 from rewards.own_code import named_failure
-from rewards.weights import find
+from rewards.weights import Asset, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +22,11 @@ class UnknownReward(RunFailure, ValueError):
     """No reward of that name, or a `module:callable` that cannot be imported or made; the message says why."""
 
 
-class CannotBeMade(UnknownReward):
+class NoReward(UnknownReward):
+    """A user's own, as module:callable, that is none: it cannot be imported or made, or not be called as one."""
+
+
+class CannotBeMade(NoReward):
     """Its own code raised as it was made: here, but perhaps not on another machine."""
 
 
@@ -35,6 +38,8 @@ class BadReward(RunFailure, ValueError):
 PLAIN = {
     "jpeg_compressibility": "jpeg:JpegCompressibility",
     "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "ocr": "ocr:Ocr",
+    "remote": "remote:Remote",
     "shapes_accuracy": "shapes_alignment:ShapesAccuracy",
     "shapes_alignment": "shapes_alignment:ShapesAlignment",
     "shapes_alignment_soft": "shapes_alignment:ShapesAlignmentSoft",
@@ -52,28 +57,25 @@ SUM = "weighted_sum"
 NAMES = tuple(sorted((*PLAIN, *MODELS, SUM)))
 
 
-def load(
-    name: str, weights: str | None = None, device: str = "cpu", backend: Backend = "native", **options: Any
-) -> Reward:
+def load(name: str, weights: str | None = None, device: str = "cpu", **options: Any) -> Reward:
     """The reward called `name`, or a user's own as `module:callable`. `weights` is a path or hub id; `options` go to
-    the reward's constructor. `backend` package: as its authors' package computes it (rewards/package.py).
+    the reward's constructor.
 
     Raises UnknownReward, ValueError for weights or options that this reward does not take, WeightsNotFound, BadWeights.
     """
-    make, settings = _maker(name, weights, device, backend)
+    make, settings = _maker(name, weights, device)
     with _named_options(name, options):
         return make(**settings, **options)
 
 
 def check(
-    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None,
-    backend: Backend = "native",
-) -> None:  # fmt: skip
+    name: str, weights: str | None, options: dict[str, Any], prompts: Sequence[str], objective: str | None = None
+) -> None:
     """Raises ValueError where `load` would fail, the reward refuse a prompt, or an `objective` that learns from its
     gradient find none. A user's own reward is only imported, not made: it may need the actor's device. Of a reward
     model nothing is read or downloaded: its files are looked for."""
     check_options(options)
-    reward, settings = _maker(name, weights, "cpu", backend)
+    reward, settings = _maker(name, weights, "cpu")
     with _named_options(name, options):
         if reward is user_reward:
             reward = _import(name)
@@ -81,15 +83,20 @@ def check(
                 return  # what it makes may say so itself: the scorer asks again
         elif name == SUM:
             return reward.check(prompts, objective, **options)
-        elif backend == "native" and name in MODELS:
-            find(reward.assets(weights, **options), fetch=False)
+        elif name in MODELS:
+            find(assets(name, weights, options), fetch=False)
         else:
             reward = reward(**settings, **options)
-    if backend == "package":
-        find(reward.assets, fetch=False)
     check_gradient(reward, name, objective)
     if hasattr(reward, "check_prompts") and not isinstance(reward, type):
         reward.check_prompts(prompts)
+
+
+def assets(name: str, weights: str | None, options: dict[str, Any]) -> list[Asset]:
+    """What the reward model `name` is read from. Raises ValueError for weights or options that it does not take."""
+    model, _ = _maker(name, weights, "cpu")
+    with _named_options(name, options):
+        return model.assets(weights, **options)
 
 
 def reads_weights(name: str, options: Mapping[str, Any] | None = None) -> bool:
@@ -99,9 +106,9 @@ def reads_weights(name: str, options: Mapping[str, Any] | None = None) -> bool:
     return any(each in MODELS for each in (name, *inside))
 
 
-def check_name(name: str, backend: Backend = "native") -> None:
+def check_name(name: str) -> None:
     """Raises UnknownReward where no reward has this name, or it is no module:callable. Nothing is imported here."""
-    if name in NAMES or backend != "native":
+    if name in NAMES:
         return
     if ":" in name:
         _place(name)
@@ -141,7 +148,7 @@ def check_gradient(reward: Any, name: str, objective: str | None) -> None:
 
 def check_options(options: dict[Any, Any]) -> None:
     """Raises ValueError for a key that cannot be a reward's own."""
-    own = ("name", "weights", "device", "backend")
+    own = ("name", "weights", "device")
     for key in options:
         if not isinstance(key, str) or not key.isidentifier() or key in own:
             raise ValueError(f"reward.options: {key!r} cannot be one; {', '.join(own)} are settings beside options")
@@ -155,13 +162,11 @@ def _named_options(name: str, options: dict[str, Any]) -> Iterator[None]:
         raise ValueError(f"reward.options: {name}: {error}; got {', '.join(options) or 'none'}") from error
 
 
-def _maker(name: str, weights: str | None, device: str, backend: Backend) -> tuple[Any, dict[str, Any]]:
+def _maker(name: str, weights: str | None, device: str) -> tuple[Any, dict[str, Any]]:
     """What makes the reward, imported only now (the reward models need transformers), and what it takes but options."""
-    check_name(name, backend)
+    check_name(name)
     settings: dict[str, Any] = {"weights": weights, "device": device}
-    if backend == "package":
-        place, settings["name"] = "package:PackageReward", name
-    elif name in MODELS:
+    if name in MODELS:
         place = MODELS[name]
     elif weights is not None:
         raise ValueError(f"reward.weights: {name} takes none, got {weights!r} (your own reward: use reward.options)")
@@ -177,7 +182,7 @@ def _maker(name: str, weights: str | None, device: str, backend: Backend) -> tup
 def _import(name: str) -> Any:
     module, attribute = _place(name)
     where = "looked in the current directory and PYTHONPATH"
-    with named_failure(UnknownReward, f"reward.name: cannot import {name!r} ({where})"):
+    with named_failure(NoReward, f"reward.name: cannot import {name!r} ({where})"):
         names = [key for key, value in vars(importlib.import_module(module)).items() if callable(value)]
         try:
             function = pkgutil.resolve_name(f"{module}:{attribute}")
@@ -187,7 +192,7 @@ def _import(name: str) -> Any:
             remedy = f"did you mean {close[0]}?" if close else f"it has {there}"
             raise AttributeError(f"{error}; {remedy}") from error
     if not callable(function):
-        raise UnknownReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
+        raise NoReward(f"reward.name: {name} is {type(function).__name__}, expected a function or a class")
     return function
 
 
@@ -203,7 +208,7 @@ class UserReward:
     def __call__(self, images: "Tensor", prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> "Tensor":
         import torch
 
-        returned = call(self.function, images, prompts, metadata)
+        returned = ask(self.function, images, prompts, metadata)
         try:
             scores = returned if isinstance(returned, torch.Tensor) else torch.as_tensor(returned)
             scores = scores.to(images.device, torch.float32)
@@ -220,22 +225,22 @@ class UserReward:
 
 def user_reward(name: str, device: str = "cpu", **options: Any) -> UserReward:
     """The callable `module:callable`; a class, or a function where there are options, is called with them first, and
-    with the device, if it has such a parameter. Raises UnknownReward."""
+    with the device, if it has such a parameter. Raises NoReward."""
     function = _import(name)
     if options or isinstance(function, type):
         known = parameters(function)
         any_name = not known or any(each.kind is each.VAR_KEYWORD for each in known.values())
         if unknown := [] if any_name else [option for option in options if option not in known]:
             takes = ", ".join(option for option in known if option != "device") or "none"
-            raise UnknownReward(f"reward.options: {name} has no {', '.join(unknown)}; it takes {takes}")
+            raise NoReward(f"reward.options: {name} has no {', '.join(unknown)}; it takes {takes}")
         with named_failure(CannotBeMade, f"reward.name: {name} cannot be made"):
             function = function(**options, **({"device": device} if "device" in known else {}))
         if not callable(function):
             kind = type(function).__name__
-            raise UnknownReward(f"reward.name: {name} made a {kind}, expected what takes (images, prompts)")
+            raise NoReward(f"reward.name: {name} made a {kind}, expected what takes (images, prompts)")
     known = parameters(function)
     if known and len(known) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in known.values()):
-        raise UnknownReward(
+        raise NoReward(
             f"reward.name: {name} takes ({', '.join(known)}), expected (images, prompts) and, if it likes, metadata"
         )
     return UserReward(name, function)

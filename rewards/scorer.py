@@ -1,6 +1,7 @@
 """Scoring a chunk's clean predictions: decode, reward, and refuse what is not a number."""
 
 import io
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,13 @@ from diffusion.trajectory import CleanPredictions, Scores
 from rewards.contract import Columns, Reward, call, told
 from rewards.judges import Judges
 from rewards.own_code import is_defect, named_failure
-from rewards.package import PackageReward
 from rewards.registry import BadReward
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
 SCORE_BATCH, SCORE_PIXELS = 32, 2**20  # most images at once, and their pixels, where no GPU's memory says
 GRADIENT_BATCH, GRADIENT_PIXELS = 16, 2**18  # there; decoding with a graph to go back keeps every layer
-MOST, PACKAGE_MOST = 256, 16
+MOST = 256
 REMEDY = "reward.on_bad_reward=quarantine sets such trajectories aside"
 BAD_LATENTS, BAD_IMAGE = UNDECODABLE = ("latents that are not finite", "an image that is not finite")
 BLACK = "an all-black image, of NaN latents or a safety checker (reward.black_images=allow where black may be right)"
@@ -93,6 +93,7 @@ class Scorer:
         return told(self.reward, "batch") or MOST
 
     def __post_init__(self) -> None:
+        self._decoding = threading.Lock()  # chunks that wait for a judge need no memory; one that is decoded does
         if self.gradients and not self.reward.differentiable:
             raise BadReward(f"reward {self.reward.name} is not differentiable, as the objective needs")
 
@@ -108,17 +109,17 @@ class Scorer:
         if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
             return self.usual(latent[-1], self.gradients)
 
+        columns = getattr(prompt, "metadata", {})  # of a prompt file
+
         def trial(size: int) -> None:
             latents = torch.zeros(size, *latent, device="cuda", requires_grad=self.gradients)
             with torch.set_grad_enabled(self.gradients):
-                scores, _ = self._judge(self.decoder(latents), [prompt] * size)
+                scores, _ = self._judge(self.decoder(latents), [prompt] * size, [columns] * size)
             if self.gradients:
                 self._differentiate(scores, latents)
 
-        # A package has its memory in a process of its own, where it is not seen from here.
-        most = min(self.most, PACKAGE_MOST if isinstance(self.reward, PackageReward) else MOST)
         with gpu_memory.smaller("reward.batch", 1):
-            return gpu_memory.largest_batch(trial, torch.device("cuda"), most, share)
+            return gpu_memory.largest_batch(trial, torch.device("cuda"), min(self.most, MOST), share)
 
     def rest(self) -> None:
         """Between turns on a shared GPU."""
@@ -147,11 +148,12 @@ class Scorer:
             further |= {"nats": clean.nats, "spread": clean.spread}
         if chunk.purpose == "train" and self.thumbnail_pixels:
             further["thumbnails"] = tuple(_png(picture, self.thumbnail_pixels) for picture in judged.pictures.values())
+        parts = {label: judged.by_trajectory(part[at_end], row[at_end]) for label, part in judged.parts.items()}
         if chunk.purpose == "train" and self.shuffle:
             good = np.setdiff1d(np.arange(len(rewards)), list(judged.bad))
             order = noise.generator(chunk.seed, noise.SHUFFLE, chunk.epoch, chunk.index).permutation(len(good))
-            rewards[good[order]] = rewards[good[np.roll(order, 1)]]  # nobody keeps their own
-        parts = {label: judged.by_trajectory(part[at_end], row[at_end]) for label, part in judged.parts.items()}
+            for values in (rewards, *parts.values()):
+                values[good[order]] = values[good[np.roll(order, 1)]]  # nobody keeps their own
         shown = [row for row, reason in judged.bad.items() if not reason.startswith(UNDECODABLE)]
         bad_images = {row: _png(judged.pictures[row]) for row in shown}
         return Scores(chunk, rewards, parts=parts, bad=judged.bad, bad_images=bad_images, **further)
@@ -176,7 +178,8 @@ class Scorer:
         latents = latents.nan_to_num(0, 0, 0).requires_grad_(differentiate)
         gradients = None
         with torch.set_grad_enabled(differentiate):
-            images = decoder(latents)
+            with self._decoding:
+                images = decoder(latents)
             for i in _not_finite(images.detach()):
                 judged.add_bad(positions[i], BAD_IMAGE)
             images = images.nan_to_num(0, 0, 0)

@@ -19,9 +19,13 @@ def try_reward(
 ) -> None:  # fmt: skip
     """Raises BadReward, in one line, for what would end a run: a reward that raises, or does not return a finite number
     for each picture; with `gradient`, where it gives none; with `inner`, the objective that asks for the rewards of
-    inner states, where it judges images alone; for a prompt without a column that it needs. Pictures have a side of
+    inner states, where it judges images alone; for a prompt without a column that it needs. Raises ServiceFailed for a
+    judge behind HTTP that cannot be asked. Pictures have a side of
     `pixels`, and the first two of the `prompts`."""
     name, rows = reward.name, metadata or [{}] * len(prompts)
+    gradient &= reward.differentiable  # else whoever checks settings says it
+    if hasattr(reward, "check_prompts"):
+        reward.check_prompts(prompts)
     if inner and told(reward, "image_only"):
         raise BadReward(
             f"reward {name} judges finished pictures alone, and {inner} asks it at every inner state of a "
@@ -38,6 +42,9 @@ def try_reward(
     places = [0, 1 % len(prompts)]
     texts = [str(prompts[place]) for place in places]
     images = pictures(pixels).to(device).requires_grad_(gradient)
+    for part in (reward, *getattr(reward, "rewards", {}).values()):  # of a sum
+        if check_health := getattr(part, "check_health", None):
+            check_health()  # a judge that is down answers no call, and after minutes
     said = f"reward {name} failed on two made-up pictures of {pixels} x {pixels} with the prompts "
     said += " and ".join(f"{text!r:.200}" for text in texts)
     with named_failure(BadReward, said), torch.set_grad_enabled(gradient):

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion.failures import RunFailure
 from rewards import registry
 from rewards.contract import Columns, Reward, call, told
+from rewards.names import Normalise, wrong_normalise
 
 Result = TypeVar("Result")
 WHERE = "reward.options.terms"
@@ -36,12 +37,15 @@ class Term(BaseModel, extra="forbid", strict=True):
 
 
 class WeightedSum:
-    """sum_k weight_k * reward_k. Differentiable when every term is."""
+    """sum_k weight_k * reward_k. Differentiable when every term is. `normalise` is the learner's (rewards/mixture.py):
+    scores are raw."""
 
     name = "weighted_sum"
 
-    def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu") -> None:
+    def __init__(self, terms: Sequence[dict[str, Any]], device: str = "cpu", normalise: Normalise = "none") -> None:
         """`terms`: what `Term` has. Raises ValueError, which names the term that is wrong or cannot be made."""
+        if fault := wrong_normalise(normalise):
+            raise ValueError(fault)
         self.terms = read_terms(terms)
         self.rewards = each_term(self.terms, lambda term: term.load(device))
         rewards = self.rewards.values()
@@ -51,8 +55,10 @@ class WeightedSum:
         self.columns = tuple(dict.fromkeys(column for reward in rewards for column in told(reward, "columns")))
 
     @staticmethod
-    def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None) -> None:
+    def check(prompts: Sequence[str], objective: str | None, *, terms: Any = None, normalise: Any = "none") -> None:
         """As `registry.check`, of every term; the ValueError names it."""
+        if fault := wrong_normalise(normalise):
+            raise ValueError(fault)
         each_term(read_terms(terms), lambda term: term.check(prompts, objective))
 
     def parts(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> dict[str, Tensor]:

@@ -15,6 +15,9 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+import benchmark_mutations
+import reward_mutations
+
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 900  # of a row's tests: a hang is told from a failure, and neither from a busy machine
 KERNELS, SLOW = "tests/diffusion/test_kernels.py", "tests/learner/objectives/test_slow_loops.py"
@@ -29,18 +32,18 @@ PATHS = "tests/learner/objectives/test_trajectories.py"
 QUARANTINE = "tests/learner/protocol/test_quarantine.py"
 ADJOINT, NATURAL = "tests/learner/objectives/test_adjoint_matching.py", "tests/learner/test_natural.py"
 SQUARES = "tests/learner/test_least_squares.py"
+MIXED = "tests/learner/test_mixtures.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
-EMBEDDED = "tests/learner/test_embeddings.py"
-SCORER, SLOPES = "tests/rewards/test_scorer.py", "tests/rewards/test_reward_gradients.py"
+EMBEDDED, SERVE = "tests/learner/test_embeddings.py", "tests/rewards/test_serve.py"
 FITS, HOURS = "tests/commands/test_fits.py", "tests/commands/test_hours.py"
 MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
-TRIAL, PROMPTS = "tests/rewards/test_trial.py", "tests/learner/test_prompts.py"
+SLOPES = "tests/rewards/test_reward_gradients.py"
+PROMPTS = "tests/learner/test_prompts.py"
 COLUMNS = "tests/learner/test_metadata.py -k resumed"
 SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion/test_step_kernels.py"
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
-PUBLISHED = "tests/rewards/test_published_rewards.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
 # By file: old text (there once), new text, tests that must fail.
@@ -70,29 +73,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("low + (tokens - first) * (high - low)", "low + tokens * (high - low)", FLOW_KERNELS),
         ("inside = torch.where(sigma == 1, sigma[-2], sigma)", "inside = sigma.clamp(max=0.999)", FLOW_KERNELS),
     ),
-    "rewards/scorer.py": (
-        ("at_once // pixels", "at_once", f"{SCORER} -k pixels"),
-        ('getattr(self.decoder, "magnification", 1)', "1", f"{SCORER} -k pixels"),
-    ),
-    "rewards/contract.py": (
-        ("for row in metadata or [{}] * len(prompts)]", "for row in [{}] * len(prompts)]", TRIAL),
-        ('getattr(function, "forward", function)', "function", TRIAL),
-        ("(scores < limits[0]) | (scores > limits[1])", "scores < limits[0]", TRIAL),
-    ),
-    "rewards/trial.py": (
-        ('if inner and told(reward, "image_only"):', "if False:", TRIAL),
-        ("if column not in row]", "if not row]", TRIAL),
-        ("if not scores.isfinite().all():", "if False:", TRIAL),
-        ("if not gradient.isfinite().all():", "if False:", TRIAL),
-        ("places = [0, 1 % len(prompts)]", "places = [0, 1]", TRIAL),
-    ),
-    "learner/trial.py": (
-        ("if whole or not registry.reads_weights(term.name):", "if True:", TRIAL),
-        ("evaluation_prompts(config))", "[])", TRIAL),
-    ),
     "learner/prompts.py": (
         ("if metadata else prompts\n", "if False else prompts\n", COLUMNS),
         ("if field.name == column or _is_json(field.type)]", "]", PROMPTS),
+        ("Prompt, (str(self), self.metadata)", "Prompt, (str(self), {})", PROMPTS),
     ),
     "learner/protocol/chunks.py": (
         ("parents, at, metadata))", "parents, at))", PROMPTS),
@@ -103,6 +87,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
         ("            return self._lender._rows(prompt)", "            pass", "tests/learner/test_inprocess.py"),
         ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
+    ),
+    "commands/counts.py": (("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),),
+    "commands/plan.py": (
+        ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
     ),
     "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
     "learner/embeddings.py": (
@@ -116,7 +104,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("model.kernel(max(STEPS, settings.num_steps))", "model.kernel(settings.num_steps)", STEP_KERNELS),
         ("deviation * draw(step)", "deviation * draw(noise.INITIAL_STATE)", STEP_KERNELS),
     ),
-    "learner/config/load.py": (("if config.uncalibrated and spread:", "if False:", STEP_KERNELS),),
+    "learner/config/load.py": (
+        ("if config.uncalibrated and spread:", "if False:", STEP_KERNELS),
+        ('get("backend") == "native"', 'get("backend") == "none"', "tests/learner/config/test_config.py -k package"),
+    ),
     "models/shapes_flow/train.py": (("bias[:, -1] = math.log(times)", "bias[:, -1] = times", SHAPES_FLOW),),
     "diffusion/parts.py": (
         ("text_tokens or family_of(path).t5_tokens", "10**6", PROMPTS),
@@ -126,10 +117,6 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if not tokens - 128 < known <= tokens:", "if False:", REHEARSAL),
         ('return entry[1] if entry[0] == library else f"{entry[0]}.{entry[1]}"', "return entry[1]", REHEARSAL),
         ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
-    ),
-    "commands/plan.py": (
-        ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
-        ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
     ),
     "learner/inprocess.py": (
         ("        self.learner.model.borrow(self.sampler.model)\n", "", "tests/learner/test_inprocess.py"),
@@ -198,7 +185,10 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("variance * batch.prepared[\"log", "variance.sqrt() * batch.prepared[\"log", FITTED),
         ('weights * batch.prepared["target_weight"]', "weights", FITTED),
     ),
-    "learner/config/checks.py": (("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),),
+    "learner/config/checks.py": (
+        ("if config.needs.noising_kernel and", "if 0 and", f"{TARGETS} -k every_sampler"),
+        ('("prompt", "epoch") and not needs.maximises', '("prompt", "epoch") and False', f"{MIXED} -k refuse_it"),
+    ),
     "learner/objectives/base.py": (
         ("variance / self.kernel.variance(self.kernel.timesteps, batch.x.dtype).mean()", "variance", SLOW),
         ('abar.sqrt() if decay == "sqrt_abar" else abar', "abar", SLOW),
@@ -277,6 +267,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "learner/protocol/quarantine.py": (
         ("trajectories.log_ref[rows]", "trajectories.log_ref", f"{QUARANTINE} -k densities"),
+        ("values[rows] for label", "values for label", f"{MIXED} -k stand_ins"),
     ),
     "learner/config/schema.py": (
         ('self.objective.window == "all" and self.needs.inner_rewards', 'self.objective.window == "all"',
@@ -299,6 +290,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("terminal=tensor(step + 1 >= end)", "terminal=tensor(step >= end)", GATHER),
     ),
     "learner/update.py": (
+        ("raw = tuple(self.mixture.trained(ids, prompts, parts))", "pass", f"{MIXED} -k gets_the_sum"),
+        ("for part in process_group.gather(mine) for row in part", "for row in mine", f"{MIXED} -m long -k two_ranks"),
         ("flow_loss(concatenate(parts), self.flow, beta)",
          "flow_loss(concatenate(parts), self.flow, self.config.objective.beta)", f"{UPDATE} -k annealed"),
         ("experience.scores.rewards[:, -1] - offset", "experience.scores.rewards[:, -1]", f"{EVERY} -k no_residual"),
@@ -340,19 +333,15 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),),
     "records/passwords.py": (('return USERINFO.sub("", text)', "return text", "tests/records/test_passwords.py"),),
     "reports/summary.py": (('"rose" if low > 0', '"rose" if low >= 0', "tests/reports/test_summary.py"),),
-    "rewards/clip.py": (
-        ("partial(short_side, half=int)", "short_side", f"{PUBLISHED} -k pictures"),
-        ('{"hidden_act": "gelu"', '{"hidden_act": "quick_gelu"', f"{PUBLISHED} -k authors_code"),
-        ("!= end:", "== -1:", "tests/rewards/test_reward_weights.py -k read_off"),
-    ),
-    "rewards/clip_score.py": ((".clamp(min=0)", "", f"{PUBLISHED} -k slope"),),
-    "rewards/pickscore.py": (("self.logit_scale.exp()", "self.logit_scale", f"{PUBLISHED} -k authors_code"),),
-    "rewards/content.py": (
-        ("yield from _modules(place) if inside else ()", "yield from ()", JUDGED),
-        ("{_content(path)}\\0", "\\0", JUDGED),
+    "learner/controller.py": (("if label not in warned:", "if True:", f"{MIXED} -k once"),),
+    "actors/pool.py": (("if first and calls:", "if calls:", "tests/actors/test_pool.py"),),
+    "commands/serve.py": (
+        (".contiguous()", "", f"{SERVE} -k to_the_bit"),
+        ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k lets_others"),
     ),
 }  # fmt: skip
-MUTATIONS = [(name, *row) for name, rows in ROWS.items() for row in rows]
+PARTS = ROWS, reward_mutations.ROWS, benchmark_mutations.ROWS
+MUTATIONS = [(name, *row) for part in PARTS for name, rows in part.items() for row in rows]
 
 
 def run_tests(folder: Path, tests: str) -> int | None:

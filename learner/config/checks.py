@@ -7,6 +7,7 @@ from diffusion.noise import select_transitions
 from learner.config.schema import Config
 from learner.objectives.needs import NEEDS
 from records.passwords import PASSWORD, without_passwords
+from rewards.names import wrong_normalise
 
 MLFLOW_VARIABLES = " (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD; or the whole as MLFLOW_TRACKING_URI)"
 SECRET = "settings are kept in the run's files: leave user name and password out, and give them by the environment"
@@ -70,6 +71,20 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"flow.stem_stride: {given.kind} has a flow network of full size; set it to 1"
     if needs.reward_gradients and needs.inner_rewards and not needs.flow and given.forward_looking == "none":
         yield f"objective.forward_looking: none leaves {given.kind} nothing to learn from; use base or snapshot"
+    if fault := wrong_normalise(config.reward.normalise):
+        yield fault
+    if config.reward.normalise in ("prompt", "epoch") and not needs.maximises:
+        allowed = ", ".join(kind for kind, other in NEEDS.items() if other.maximises)
+        yield (
+            f"reward.options.normalise: {given.kind}'s target is made of r, as p_ref exp(beta r), and would change "
+            "with the policy, by whose pictures r is standardised; set it to none, or objective.kind to one of "
+            f"{allowed}"
+        )
+    if config.reward.normalise == "prompt" and config.prompts.per_prompt < 2:
+        yield (
+            "prompts.per_prompt: reward.options.normalise=prompt compares a prompt's trajectories; make it at least 2, "
+            "or set normalise to epoch"
+        )
     if needs.reward_gradients and config.train.shuffle_rewards:
         yield f"train.shuffle_rewards: {given.kind} learns from gradients of rewards, which cannot change places"
     if isinstance(given.window, tuple) and not 0 <= given.window[0] <= given.window[1] < config.sampler.steps:

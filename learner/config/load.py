@@ -61,6 +61,8 @@ def read_config(source: Source = None, overrides: Overrides = (), name: str = "t
             f"config_version: {name} is of version {version!r}, this Tributary reads {CONFIG_VERSION}: use the version "
             "that wrote it, or start from a preset in configs/"
         )
+    if _section(tree, "reward").get("backend") == "native":  # of an older Tributary: there is no other now
+        del tree["reward"]["backend"]
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -228,6 +230,11 @@ def _describe(item: Any) -> str:
         choices = re.findall(r"'(.*?)'", item.get("ctx", {}).get("expected", ""))
         close = difflib.get_close_matches(str(item["input"]), choices, 1)
         return f"{key}: {item['msg']}, got {item['input']!r:.200}" + (f"; did you mean {close[0]}?" if close else "")
+    if key == "reward.backend":
+        return (
+            "reward.backend: a package is served now: start `python -m rewards.serve NAME --package` beside the run, "
+            "and set reward.name=remote with its url in reward.options (docs/remote_rewards.md)"
+        )
     kind, known = ("key", [*known_keys()]) if "." in key else ("section", [*section_types()])
     same_leaf = [other for other in known_keys() if other.split(".")[1] == key.split(".")[-1]]
     close = difflib.get_close_matches(key, known, 1, 0.5) or same_leaf

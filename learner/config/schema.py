@@ -9,6 +9,7 @@ from learner.config import sections
 from learner.config.sections import Section, key
 from learner.objectives.needs import NEEDS, Needs
 
+REMOTE = "remote"  # the reward behind HTTP
 CONFIG_VERSION = 2  # of the keys and their meaning
 
 # What a resumed run may set anew: on CPU none of it changes a bit of the result, but train.epochs, which prolongs it,
@@ -47,8 +48,9 @@ class Config(Section):
         return {f"{section}.{key}": value for section in section_types() for key, value in tree[section].items()}
 
     def binding(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with its beginning: all but FREE."""
-        return {key: value for key, value in self.flat().items() if key not in FREE}
+        """The settings that a resumed run must share with its beginning: all but FREE, and where a judge is."""
+        shared = {key: value for key, value in self.flat().items() if key not in FREE}
+        return shared | ({"reward.options": None} if self.reward.name == REMOTE else {})
 
     def digest(self) -> str:
         """sha256 of the binding settings: equal runs have equal ones."""
@@ -127,7 +129,7 @@ class Config(Section):
 def _is_own(reward: Any) -> bool:
     """Whether a term or held-out reward, a name or {name, ...}, is a user's own, or is sent pictures and a token."""
     name = str(reward.get("name") if isinstance(reward, dict) else reward)
-    return ":" in name or name == "remote"
+    return ":" in name or name == REMOTE
 
 
 def known_keys() -> dict[str, Any]:

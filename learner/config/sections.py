@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from diffusion.settings import CleanPrediction, ForwardLooking, Grid, Reduction, Selection, StatePrecision, StepKernel
 from learner.objectives.needs import NEEDS, Decay, Kind, Penalty, Weighting
-from rewards.names import Backend, FeatureKind
+from rewards.names import FeatureKind
 
 Precision = Literal["float32", "bfloat16"]
 LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
@@ -130,11 +130,6 @@ class RewardConfig(Section):
     labels: Labels = key({}, "labels of the nodes for reward actors; values as Ray's: x, !x, in(x, y), !in(x)")
     name: str = key("shapes_alignment", "reward by name, or your own as module:callable")
     weights: str | None = key(None, "weights of the reward model: path or hub id")
-    backend: Backend = key(
-        "native",
-        "native: our own code, differentiable; package: imagereward's and hpsv2's packages in an environment of "
-        "their own (python -m rewards.package build NAME), without gradients",
-    )
     options: dict[str, Any] = key({}, "the reward's keyword arguments; a callable of yours is called with them first")
     try_first: bool = key(
         True,
@@ -153,6 +148,11 @@ class RewardConfig(Section):
     black_images: Literal["bad", "allow"] = key(
         "bad", "an all-black image is the mark of NaN latents or a safety checker; allow where it may be right"
     )
+
+    @property
+    def normalise(self) -> Any:
+        """Of a weighted_sum, reward.options.normalise as given (rewards/names.py); else none."""
+        return self.options.get("normalise", "none") if self.name == "weighted_sum" else "none"
 
 
 class LoraConfig(Section):

@@ -89,7 +89,7 @@ class Objective:
         self, ids: Sequence[int], prompts: Sequence[str], rewards: Sequence[float], nats: np.ndarray, beta: float
     ) -> None:
         """All n trajectories of the epoch, on all ranks, in the order of their ids; their images' raw rewards less
-        objective.reward_offset; and `nats` [n, K] of each."""
+        objective.reward_offset, or, with reward.options.normalise, sums of standardised parts; and `nats` [n, K]."""
 
     def prepare(self, policy: Policy, batch: Transitions) -> dict[str, Tensor]:
         """Values [b, ...] of the batch, computed once an epoch, before its first update, and then in `prepared`: here

@@ -35,6 +35,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "forward_fitted_nabla_db": ForwardFittedNablaDB,
 }
 
+AMONG = {"prompt": "within each prompt's trajectories of an epoch", "epoch": "within an epoch's trajectories"}
+
 
 def target(config: Config, dimensions: int | None = None) -> str:
     """What the objective samples from when its loss is zero, in words; where D is not known, in terms of it."""
@@ -108,6 +110,8 @@ def describe(config: Config, dimensions: int) -> str:
     other = [key for key, value in settings.model_dump().items() if key != "reward_offset" and value != published[key]]
     but = f", but {', '.join(other)}" if other and settings.setting == "faithful" else ""
     text = f"{settings.kind} ({settings.setting}{but}): {target(config, dimensions)}"
+    if config.reward.normalise != "none":
+        text += f"; the reward's parts are standardised {AMONG[config.reward.normalise]}"
     if kind.needs.uses_ratio:
         nats = settings.clip_range * (dimensions if settings.log_prob_reduction == "mean" else 1)
         text += f"; the clip lets a transition's log-probability move by {nats:.3g} nats"

@@ -34,6 +34,9 @@ class Needs:
     least_squares: bool = False  # its policy part is a sum of squares, for learner.optimizer=natural
     free_constant: bool = False  # residuals of a prompt share a constant, log Z, that is left to the data
     residual: bool = False  # its target is p_ref exp(beta r)
+    # The expected reward, and so has no target that rewards on another scale would change. Its rewards are those that
+    # `begin_epoch` gets: with reward.options.normalise of standardised parts.
+    maximises: bool = False
     whole_trajectories: bool = False  # a loss of trajectories: all transitions of the window are trained on together
 
 
@@ -74,13 +77,13 @@ NEEDS: dict[str, Needs] = {
     "nabla_db": Needs(_PLAIN, "gradient", reward_gradients=True, prepared_fields=4, noising_kernel=True),
     "residual_nabla_db": Needs(_RESIDUAL, "gradient", reward_gradients=True, prepared_fields=4, residual=True),
     "residual_nabla_db_no_flow": Needs(_RESIDUAL, reward_gradients=True, prepared_fields=2),
-    "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False),
+    "ddpo": Needs(_DDPO, uses_ratio=True, inner_rewards=False, maximises=True),
     "rtb": Needs(_BALANCE, inner_rewards=False, reference=True, residual=True, **_WHOLE, free_constant=True),
     "rsub": Needs(_BALANCE, "log_flow", reference=True, residual=True, **_WHOLE),
     "rdb": Needs(_BALANCE, "log_flow", reference=True, residual=True, least_squares=True),
     "tb": Needs(_BALANCE, inner_rewards=False, noising_kernel=True, **_WHOLE, free_constant=True),
     "sub_tb": Needs(_BALANCE, "log_flow", noising_kernel=True, **_WHOLE),
-    "grpo": Needs(_GRPO, uses_ratio=True, inner_rewards=False),
+    "grpo": Needs(_GRPO, uses_ratio=True, inner_rewards=False, maximises=True),
     "adjoint_matching": Needs(
         _BALANCE, reward_gradients=True, inner_rewards=False, adjoint=True, residual=True, prepared_fields=2
     ),

@@ -62,7 +62,8 @@ def replaced(trajectories: Trajectories, scores: Scores) -> tuple[Trajectories, 
     if trajectories.log_ref is not None:
         arrays["log_ref"] = trajectories.log_ref[rows]
     gradient_row = None if index is None else index[rows]
-    kept = Scores(chunk, scores.rewards[rows], gradients=scores.gradients, gradient_row=gradient_row)
+    parts = {label: values[rows] for label, values in scores.parts.items()}
+    kept = Scores(chunk, scores.rewards[rows], gradients=scores.gradients, gradient_row=gradient_row, parts=parts)
     return replace(trajectories, chunk=chunk, **arrays), kept
 
 

@@ -43,8 +43,21 @@ class EpochResult:
     @property
     def reward_parts(self) -> dict[str, float]:
         """Of a weighted_sum: mean raw terminal score of each of its rewards."""
-        parts = [verdict.parts for _, _, verdict in self.accounts]
-        return {label: mean(value for part in parts for value in part[label] if not isnan(value)) for label in parts[0]}
+        return {label: mean(scores) for label, scores in self.parts[1].items()}
+
+    @property
+    def parts(self) -> tuple[list[str], dict[str, list[float]]]:
+        """Of a weighted_sum: the prompt of each trajectory that is not bad, and its raw scores by label."""
+        good = [
+            (chunk.prompts[row], verdict.parts, row)
+            for chunk, _, verdict in self.accounts
+            for row in range(len(chunk.prompts))
+            if row not in verdict.bad
+        ]
+        labels = self.accounts[0][2].parts
+        return [prompt for prompt, *_ in good], {
+            label: [parts[label][row] for _, parts, row in good] for label in labels
+        }
 
     def rows(self, run_id: str, epoch: int, beta: float) -> list[dict[str, Any]]:
         """A row a trajectory, columns of records/run_folder.py's SCHEMA."""

@@ -58,7 +58,7 @@ class World:
             actor.dead = True
             self.failed |= {ref: ActorDied(f"{actor.name} is gone") for ref in actor.calls if ref not in self.done}
 
-    def pool(self, names, keys=0, seconds=10.0, ready=10.0, attempts=3, call=FakeActor.work):
+    def pool(self, names, keys=0, seconds=10.0, ready=10.0, attempts=3, call=FakeActor.work, at_once=1):
         """Of actors that are up, by name, with keys submitted and handed out: (pool, *actors)."""
         limits = {"chunk_seconds": seconds, "ready_seconds": ready, "chunk_attempts": attempts}
         config = load_config(overrides=[f"run.{name}={limit}" for name, limit in limits.items()])
@@ -74,7 +74,7 @@ class World:
         def failed(error, way_on):
             self.said.append(f"{error}: {way_on}")
 
-        pool = Pool("sampling", len(first), spawn, call, config, failed, self.lost.append, "remedy {}".format)
+        pool = Pool("sampling", len(first), spawn, call, config, failed, self.lost.append, "remedy {}".format, at_once)
         submit(pool, *range(keys))
         assert pool.pump() == []
         return pool, *first

@@ -30,6 +30,18 @@ def test_a_hung_actor_is_killed_and_its_work_done_elsewhere(world):
     assert world.finish(pool) == [1]
 
 
+def test_an_actor_that_does_several_calls_at_once_is_given_one_more_and_each_has_its_deadline(world):
+    """One that hangs is not forgotten because others are done meanwhile."""
+    pool, hung = world.pool("hung", keys=9, at_once=3)
+    assert [key for _, key in hung.calls] == [0, 1, 2, 3]
+    for now, done in ((4.0, 1), (8.0, 2), (10.5, 3)):
+        world.now = now
+        world.done.add(hung.calls[done])
+        assert [key for key, _, _ in pool.pump()] == [done]
+    assert world.killed == [hung] and "sampling 0 took longer than run.chunk_seconds=10 s" in world.said[-1]
+    assert world.finish(pool) == [0, 4, 5, 6, 7, 8]
+
+
 def test_what_a_dead_actor_had_in_hand_goes_to_others_and_nothing_else(world):
     pool, dead, alive = world.pool("dead alive", keys=6)
     in_hand = [ref[1] for ref in dead.calls]

@@ -74,6 +74,23 @@ def test_any_number_of_samplers_gives_the_bits_of_the_inprocess_run(cluster, sma
     assert lora(tmp_path / "seed") != lora(tmp_path / "three")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "normalise"), [("grpo", "prompt"), ("ddpo", "epoch")])
+def test_standardised_parts_give_the_bits_and_shares_of_the_inprocess_run(
+    cluster, small_settings, settings_of, tmp_path, kind, normalise
+):
+    terms = [{"name": "shapes_alignment", "weight": 1}, {"name": "jpeg_incompressibility", "weight": 100}]
+    options = json.dumps({"terms": terms, "normalise": normalise})
+    settings = [*small_settings, *settings_of(kind), "prompts.per_prompt=4"]
+    settings += ["reward.name=weighted_sum", f"reward.options={options}"]
+    assert_same_bits(settings, tmp_path, two="sampler.actors=2")
+    shares = [
+        [[value for key, value in line.items() if key.startswith("reward_share/")] for line in lines]
+        for lines in (outcome(tmp_path / name)["metrics"][1:] for name in ("inprocess", "two"))
+    ]
+    assert shares[0] == shares[1] and [sum(each) for each in shares[0]] == pytest.approx([1, 1])
+
+
 @pytest.mark.parametrize(
     ("model", "kernel"),
     [

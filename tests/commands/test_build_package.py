@@ -7,6 +7,7 @@ import pytest
 
 from commands import build_package
 from commands.build_package import BPE, BuildFailed
+from learner import ROOT
 from rewards import package_environment, package_worker
 from rewards.package_environment import EnvironmentMissing
 
@@ -39,7 +40,7 @@ def test_a_build_is_whole_or_not_there_and_done_once(tmp_path, monkeypatch, caps
     (folder.parent / ".hpsv2.building" / "half").mkdir(parents=True)  # of one that was killed
     monkeypatch.setattr(build_package, "_run", pip := Pip())
     assert build_package.main(["build", "hpsv2"]) == 0
-    assert capsys.readouterr().out.split() == ["reward.name=hpsv2", "reward.backend=package"]
+    assert capsys.readouterr().out == "python -m rewards.serve hpsv2 --package\n"
     assert (folder / "lib/python3.11/site-packages/hpsv2/src/open_clip" / BPE).exists()
     assert package_environment.find("hpsv2") == folder / "bin" / "python"
     _venv, first, rest = pip.commands
@@ -67,3 +68,6 @@ def test_locks_pin_everything_and_what_builds_the_rest(name):
     assert not any(" " in line for line in lines) and name in package_worker.MODELS
     pinned = dict(line.split("==") for line in lines)
     assert len(pinned) == len(lines) and {"torch", "setuptools", "wheel"} <= set(pinned)
+    ours = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    server = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client", "anyio", "h11")
+    assert {part: pinned[part] for part in server} == {part: ours[part] for part in server}

@@ -39,6 +39,7 @@ REWARDS = {
         "reward.options": {"args": "touch WITNESS", "shell": True},
     },
     "term": {"reward.name": "weighted_sum", "reward.options": {"terms": [{**TERM, "weight": 1.0}]}},
+    "a judge": {"reward.name": "remote", "reward.options": {"urls": "http://127.0.0.1:9", "token_env": "PATH"}},
     "held out": {"evaluation.held_out": [TERM]},
     "held out in short": {"evaluation.held_out": [TERM["name"]]},
 }
@@ -104,7 +105,11 @@ def test_a_reward_that_only_the_runs_settings_name_is_not_run(settings, witness,
     lora = run / "checkpoints/latest/lora"  # its settings are the run's that it lies in
     for verb, *names in (("evaluate", run), ("compare", run, run), ("evaluate", lora)):
         said = do(capsys, verb, *names, "--images", 4)
-        assert said.startswith("2 ") and f"only {run}/config.yaml names is not run; if it is yours, give" in said
+        assert (
+            said.startswith("2 ")
+            and f"only {run}/config.yaml names is not run" in said
+            and "; if it is yours, give" in said
+        )
     assert not witness.exists() and EVIL not in sys.modules
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,26 +9,13 @@ import pytest
 from commands import evaluate
 from learner.run import main
 
-OWN = """
-import torch
-
-class Redder:
-    columns = ("weight",)
-    def __call__(self, images, prompts, metadata):
-        weights = torch.tensor([float(row["weight"]) for row in metadata], device=images.device)
-        return weights * images[:, 0].mean((1, 2))
-"""
 ROWS = [("a red circle on a white background", "1.5"), ("a blue ring on a black background", "-0.5")]
 
 
 @pytest.fixture
-def settings(small_settings, tmp_path, monkeypatch):
-    (tmp_path / "own_columns.py").write_text(OWN)
+def settings(small_settings, tmp_path):
     write(tmp_path, ROWS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    yield [*small_settings, "reward.name=own_columns:Redder", f"prompts.path={tmp_path / 'prompts.csv'}"]
-    sys.modules.pop("own_columns", None)
+    return [*small_settings, "reward.name=weighted_by_column:Redder", f"prompts.path={tmp_path / 'prompts.csv'}"]
 
 
 def write(folder, rows) -> None:
@@ -51,7 +37,7 @@ def test_a_column_reaches_the_reward_and_the_records_and_a_resumed_run_goes_on_t
     assert main([*settings, "train.epochs=1", f"run.dir={two}"]) == 0
     assert main([*settings, f"run.dir={two}"]) == 0
     assert lora(one) == lora(two)
-    assert evaluate.main([str(one), "--images", "4", "reward.name=own_columns:Redder"]) == 0
+    assert evaluate.main([str(one), "--images", "4", "reward.name=weighted_by_column:Redder"]) == 0
     write(tmp_path, [(prompt, "2") for prompt, _ in ROWS])
     capsys.readouterr()
     assert main([*settings, "train.epochs=3", f"run.dir={two}"]) == 2
@@ -60,7 +46,7 @@ def test_a_column_reaches_the_reward_and_the_records_and_a_resumed_run_goes_on_t
     (tmp_path / "prompts.csv").write_text("prompt,tag\na red circle,x\n")
     assert main([*settings, f"run.dir={tmp_path / 'three'}"]) == 2
     said = capsys.readouterr().err
-    assert "reward own_columns:Redder needs a column 'weight', which 1 of 1 prompts do not have" in said
+    assert "reward weighted_by_column:Redder needs a column 'weight', which 1 of 1 prompts do not have" in said
     assert "columns beside the prompt: tag" in said and not (tmp_path / "three").exists()
 
 

@@ -1,5 +1,6 @@
 """Prompt files of five kinds, and sets; what is wrong with one is said with its name."""
 
+import copy
 import json
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from diffusion.base_model import BaseModel
 from diffusion.parts import cut_prompts
 from learner import api
 from learner.config import ROOT, ConfigError, load_config, resolve
-from learner.prompts import metadata_of, prompts_digest, read_prompts
+from learner.prompts import Prompt, metadata_of, prompts_digest, read_prompts
 from learner.protocol.chunks import continuation_chunks, evaluation_chunks, training_chunks
 
 PROMPTS = ["a red circle, large", 'a "quoted" ring', "ein grüner Würfel"]
@@ -105,6 +106,11 @@ def test_what_a_file_says_beside_its_prompts_travels_with_them(tmp_path, small_c
     assert prompts_digest(prompts) != prompts_digest(["three cups", "a red dog"])
     bare = training_chunks(config, ["a", "b"], 0)[0]
     assert bare.metadata == () and bare.metadata_of([0]) == () and metadata_of(["a"]) == ()
+
+
+def test_a_prompt_with_metadata_can_be_copied_and_so_sent_to_an_actor():
+    prompt = copy.copy(Prompt("a red circle", {"text": "OPEN"}))
+    assert prompt == "a red circle" and metadata_of([prompt]) == ({"text": "OPEN"},)
 
 
 def test_of_tables_all_columns_that_json_can_hold_are_metadata(tmp_path):

@@ -125,8 +125,10 @@ def test_a_reward_that_cannot_be_made_is_said_in_one_line_in_process_too(small_s
     (tmp_path / "unmakeable.py").write_text("class R:\n    def __init__(self):\n        raise OSError('no weights')\n")
     monkeypatch.syspath_prepend(tmp_path)
     arguments = [*small_settings, "run.runner=inprocess", "reward.name=unmakeable:R", f"run.dir={tmp_path / 'run'}"]
-    assert main(arguments) == 1
-    assert "reward.name: unmakeable:R cannot be made: OSError: no weights" in capsys.readouterr().err
+    for status, more in ((2, []), (1, ["reward.try_first=false"])):  # tried before the run, or in it
+        assert main([*arguments, *more]) == status
+        assert "reward.name: unmakeable:R cannot be made: OSError: no weights" in capsys.readouterr().err
+        assert (tmp_path / "run").exists() == (status == 1)
 
 
 OWN = """
@@ -166,9 +168,8 @@ def test_whatever_a_reward_does_fails_the_run_with_its_lines(name, said, light, 
     monkeypatch.setattr(
         EmulatedScorer, "score", lambda self, clean: scorer(registry.load(f"own_failing:{name}")).score(images())
     )
-    assert (
-        main([*light, f"reward.name=own_failing:{name}", "run.chunk_seconds=0.5", f"run.dir={tmp_path / 'run'}"]) == 1
-    )
+    settings = [*light, f"reward.name=own_failing:{name}", "run.chunk_seconds=0.5", f"run.dir={tmp_path / 'run'}"]
+    assert main([*settings, "reward.try_first=false"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("learner.run: ")]
     status = json.loads((tmp_path / "run/status.json").read_text())
     for text in (line, f"learner.run: {status['reason']}"):

@@ -37,6 +37,7 @@ def line_of(epoch: int, epochs: int, evaluated: bool) -> dict:
         "epoch": epoch, "step": 2 * (epoch + 1), "time": 1.8e9 + epoch, "policy_version": epoch + 1, "beta": 30.0,
         "loss": 1 / (1 + progress), "flow_loss": None, "clipped": 0.25, "kl": 0.01, "grad_norm": 2.5,
         "reward_mean": 0.5 + 0.2 * progress, "reward_std": 0.1, "reward_mean/sharp & bright": 3 + progress,
+        "reward_share/sharp & bright": 0.7, f"reward_share/{LABEL}": 0.3 if epoch else None,
         "staleness_mean": 0.5, "staleness_max": 1.0, "seconds": 10.0, "sample_seconds": 2.0, "score_seconds": 3.0,
         "train_seconds": 4.0, "trajectories": 30, "quarantined": 1, "lost_trajectories": 2 * (epoch == 0),
         "eval_reward_mean": None, "updates": [], f"reward_mean/{LABEL}": 0.1,

@@ -120,10 +120,11 @@ def test_there_is_a_curve_for_whatever_was_measured(page):
     titles = re.findall(r'class="chart" [^>]*aria-label="([^"]+)"', page)
     assert [unescape(title) for title in titles] == [
         "Reward", "Part of the reward: sharp & bright", f"Part of the reward: {LABEL}", "Held-out reward: held out",
+        "Parts of the reward's variance",
         "Different pictures (Vendi score)", "Distance within a prompt",
         "Loss", "Clipped", "Step size", "Gradient norm before clipping", "Staleness", "Seconds an epoch",
     ]  # fmt: skip
-    assert words(page).count("bold: mean of 3 epochs") == 9  # the training figures; evaluations are not smoothed
+    assert words(page).count("bold: mean of 3 epochs") == 10  # the training figures; evaluations are not smoothed
     assert page.count("stroke-opacity: 0.65") == 3  # intervals of the three evaluations
     assert "flow-only fits" not in page  # it was never anything but null
 

@@ -1,8 +1,10 @@
-"""The packages' own code in environments built for it, on random checkpoints in the published layout: ImageReward's of
-full size, HPSv2's of fewer layers. Needs a package index, 4 GB of temporary disk and 5 GB of memory."""
+"""The packages' own code in environments built for it, served over HTTP, on random checkpoints in the published
+layout: ImageReward's of full size, HPSv2's of fewer layers. Needs a package index, 4 GB of temporary disk and 5 GB of
+memory."""
 
 import gzip
 import json
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,10 +14,10 @@ import pytest
 import torch
 from golden import inputs
 from PIL import Image
+from served import ask, command, png, raw, until
 
 from commands.build_package import BPE, build
 from rewards import package_worker, registry
-from rewards.package import PackageReward
 from rewards.package_environment import place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -27,7 +29,7 @@ import importlib.util, json, sys, types
 spec = importlib.util.spec_from_file_location("package_worker", sys.argv[1])
 worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
-torch = worker._torch(2)
+torch = worker._torch()
 files = json.loads(sys.argv[4])
 torch.manual_seed(0)
 if sys.argv[2] == "imagereward":
@@ -99,14 +101,28 @@ def test_a_package_scores_in_its_own_environment_and_as_the_native_model_does(na
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     python, images, weights = build(name), pictures(), str(folder / "weights.pt")
     files, native_options = {"imagereward": imagereward, "hpsv2": hpsv2}[name](folder)
-    command = [str(python), "-I", "-c", MAKE, package_worker.__file__, name, weights, json.dumps(files)]
-    subprocess.run(command, check=True, timeout=600)
-    reward = PackageReward(name, weights, **files)
-    together = reward(images, PROMPTS)
-    apart = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
-    other = reward(images, PROMPTS[::-1])
-    reward.close()
+    make = [str(python), "-I", "-c", MAKE, package_worker.__file__, name, weights, json.dumps(files)]
+    subprocess.run(make, check=True, timeout=600)
+    rows = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    line = [name, "--package", "--weights", weights, "--port", "0"]
+    line += [word for file in files.items() for word in ("--option", "=".join(file))]
+    with command(*line, cwd=folder, TRIBUTARY_REWARD_TOKEN="secret") as server:
+        url = until(server, "http://").split()[2].rstrip(",")
+        until(server, "ready")
+
+        def score(body: dict) -> torch.Tensor:
+            status, answer = ask(url, body, "secret")
+            assert status == 200, answer
+            return torch.tensor(answer["scores"])
+
+        together = score(raw(rows, PROMPTS))
+        of_files = score({"images": [png(picture) for picture in rows], "prompts": PROMPTS})
+        apart = torch.cat([score(raw(rows[i : i + 1], PROMPTS[i : i + 1])) for i in range(4)])
+        other = score(raw(rows, PROMPTS[::-1]))
+        server.terminate()
+        assert server.wait(60) == 128 + signal.SIGTERM
     assert together.shape == (4,) and together.isfinite().all() and together.std() > 1e-3
+    assert torch.equal(together, of_files)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     assert (together - other).abs().max() > 1e-3  # prompts matter
     native = registry.load(name, weights, **native_options)

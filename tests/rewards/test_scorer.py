@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion.gpu_memory import OutOfMemory
 from diffusion.trajectory import Chunk, CleanPredictions
+from rewards import registry
 from rewards.scorer import BadReward, Scorer, usual_batch
 
 
@@ -36,6 +37,13 @@ def test_shuffled_rewards_are_a_permutation_of_whole_good_trajectories():
         plain, mixed = (scorer(quarantine=True, shuffle=mix).score(four(bad)).rewards for mix in (False, True))
         assert np.isnan(mixed[1]).all() == (1 not in good) and (mixed[good] != plain[good]).all()
         assert {tuple(row) for row in mixed[good]} == {tuple(row) for row in plain[good]}
+
+
+def test_parts_of_a_sum_go_where_its_shuffled_reward_goes():
+    reward = registry.load("weighted_sum", terms=[{"name": "brightness:Brightness", "weight": 2}])
+    scores = scorer(reward, quarantine=True, shuffle=True).score(four(bad=4))
+    assert len({*scores.rewards[[0, 2, 3], -1]}) == 3
+    np.testing.assert_allclose(2 * scores.parts["brightness:Brightness"], scores.rewards[:, -1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("gradients", "sizes"), [(False, (32, 32, 16, 4, 1, 1)), (True, (16, 16, 4, 1, 1, 1))])

@@ -90,3 +90,14 @@ def test_failures_of_a_term_keep_their_kind():
         registry.check("weighted_sum", None, {"terms": [JPEG], "colour": 1}, [])
     with pytest.raises(ValueError, match="weights"):
         registry.check("weighted_sum", "x", {"terms": [JPEG]}, [])
+
+
+def test_scores_are_raw_however_the_learner_is_to_standardise_them():
+    terms, prompts = [SHAPES, JPEG], ["a red circle", "a blue ring"]
+    plain = registry.load("weighted_sum", terms=terms)(IMAGES, prompts)
+    for how in ("none", "prompt", "epoch"):
+        assert torch.equal(registry.load("weighted_sum", terms=terms, normalise=how)(IMAGES, prompts), plain)
+    for act in (registry.load, lambda name, **options: registry.check(name, None, options, [])):
+        for how in ("Prompt", None, ["prompt"]):
+            with pytest.raises(ValueError, match=r"reward\.options\.normalise: expected none, prompt, epoch, got"):
+                act("weighted_sum", terms=[JPEG], normalise=how)

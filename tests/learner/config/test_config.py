@@ -27,6 +27,13 @@ def test_all_faults_are_reported_at_once_each_with_its_key():
         assert faults(override)[0].startswith(override.split("=")[0])
 
 
+def test_a_package_is_no_setting_any_more_and_configs_of_before_are_read():
+    assert load_config({"reward": {"name": "hpsv2", "backend": "native"}}).reward.name == "hpsv2"
+    assert load_config(overrides=["reward.backend=native"]) == load_config()
+    (line,) = faults("reward.backend=package")
+    assert "reward.backend" in line and "rewards.serve NAME --package" in line and "reward.name=remote" in line
+
+
 def test_an_eta_that_would_change_the_target_is_refused(capsys):
     assert faults("sampler.eta=1.5") == ["sampler.eta: Input should be less than or equal to 1, got 1.5"]
     assert main(["sampler.eta=0.5"]) == 2
