@@ -85,6 +85,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "diffusion/open_model.py": ((", pixels, text_tokens, emb", ", None, None, emb", SD3),),
     "diffusion/base_model.py": (
         ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
+        ("            return self._lender._rows(prompt)", "            pass", "tests/learner/test_inprocess.py"),
         ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
     ),
     "commands/counts.py": (("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),),
@@ -116,6 +117,12 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if not tokens - 128 < known <= tokens:", "if False:", REHEARSAL),
         ('return entry[1] if entry[0] == library else f"{entry[0]}.{entry[1]}"', "return entry[1]", REHEARSAL),
         ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
+    ),
+    "learner/inprocess.py": (
+        ("        self.learner.model.borrow(self.sampler.model)\n", "", "tests/learner/test_inprocess.py"),
+    ),
+    "actors/learner_group.py": (
+        ("gpus if self.crew.config.train.max_staleness else ", "", "tests/actors/test_learner_group.py -k rest"),
     ),
     "commands/fits.py": (
         ("USED * max(0.0, size - fixed)", "max(0.0, size - fixed)", FITS),
