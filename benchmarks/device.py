@@ -158,7 +158,7 @@ def _report(
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "hardware": {
             "device": bench.model.device.type, "gpu": facts["gpu"] if bench.model.device.type == "cuda" else "",
-            "cpu": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+            "cpu": processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
         },
         "versions": {name: facts[name] for name in (*environment.PACKAGES, "python")},
         "git_commit": facts["git_commit"],
@@ -212,7 +212,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _processor() -> str:
+def processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

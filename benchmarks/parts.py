@@ -17,7 +17,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
 from benchmarks.measure import Part, ceiling
-from benchmarks.published import Published, Rollouts
+from benchmarks.published import Published
+from benchmarks.usual import Rollouts
 from diffusion import lora
 from diffusion.base_model import Decoder
 from diffusion.rollout import Sampler
