@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.device import processor
+from benchmarks.parts import COMPARISON
 from benchmarks.published import Published
 from benchmarks.race_shown import Size, picture, reached, rows, sizes_table, table
 from benchmarks.usual import Rollouts, Usual
@@ -71,19 +72,33 @@ class Entry(NamedTuple):
     every: int = 1  # epochs between two judgements
 
 
-USUAL, PUBLISHED = "DDPO as usual", "published"
-TASK = {
+USUAL, PUBLISHED = "DDPO, as usual", "DAG-DB, as published"
+TASK: dict[str, Any] = {
     "model.path": "models/shapes", "prompts.path": ["a red circle on a white background"], "prompts.per_prompt": 16,
     "sampler.steps": 10, "sampler.guidance": 3.0, "sampler.chunk_size": 16, "reward.name": "shapes_preference",
     "reward.options": {"place_x": 0.2}, "lora.rank": 16, "lora.targets": "all", "learner.micro_batch": 16,
-    "learner.learning_rate": 2.5e-3, "objective.regulariser": 0.0, "train.epochs": 16, "train.trajectories": 64,
-    "train.updates_per_epoch": 2,
-    "run.runner": "inprocess", "run.thumbnail_pixels": 0, "evaluation.images": 0, "mlflow.enabled": False,
+    "learner.learning_rate": 2.5e-3, "objective.regulariser": 0.0, "train.epochs": 12, "train.trajectories": 64,
+    "train.updates_per_epoch": 2, "run.runner": "inprocess", "run.thumbnail_pixels": 0, "evaluation.images": 0,
+    "mlflow.enabled": False,
+}  # fmt: skip
+WINDOW = {"objective.window": [0, 3], "sampler.noise": "window", "sampler.adapter": "window", "learner.micro_batch": 64}
+FITTED = WINDOW | {
+    "objective.beta": 4.0, "objective.trajectory_weight": "target", "learner.learning_rate": 3e-3,
+    "learner.adam_beta2": 0.95, "learner.schedule": "linear", "train.updates_per_epoch": 4, "train.replay_updates": 4,
+    "train.replay_epochs": 7,
 }  # fmt: skip
 ENTRIES = {
     USUAL: Entry("usual_ddpo", {"objective.kind": "ddpo"}, 2),
-    PUBLISHED: Entry("published", {}, 2),
-}
+    PUBLISHED: Entry("published", dict(each.split("=") for each in COMPARISON) | {
+        "flow.widths": [32, 64], "flow.stem_stride": 2, "flow.learning_rate": 1e-3, "objective.regulariser": 0.1,
+        "objective.beta": 4.0, "train.epochs": 30,
+    }, 2),
+    "ddpo, window": Entry("ours", WINDOW | {"objective.kind": "ddpo"}, 2),
+    "fitted_nabla_db": Entry("ours", FITTED | {"objective.kind": "fitted_nabla_db"}),
+    "forward_fitted_nabla_db": Entry("ours", FITTED | {
+        "objective.kind": "forward_fitted_nabla_db", "reward.name": "shapes_preference_soft",
+    }),
+}  # fmt: skip
 
 
 class Calls:

@@ -59,7 +59,7 @@ def model(request) -> Model:
 
 
 def loop_of(model: Model, *overrides: str) -> UsualDDPO:
-    settings = [f"sampler.steps={STEPS}", "objective.kind=ddpo", "learner.micro_batch=4", "objective.clip_range=0.01"]
+    settings = [f"sampler.steps={STEPS}", "objective.kind=ddpo", "learner.micro_batch=4", "objective.clip_range=0.05"]
     config = load_config({}, [*settings, *overrides])
     return UsualDDPO(model, SimpleNamespace(decoder=lambda latents: latents, reward=judge), config)
 
@@ -104,7 +104,7 @@ def test_loss_and_gradients_are_those_of_the_project(model, more):
     model.unet.zero_grad()
     assert loop.accumulate(loop.compared(rollouts), 1.0) == pytest.approx(loss.item(), **close)
     assert model.unet.lora_weight.grad.tolist() == pytest.approx(wanted.tolist(), **close)
-    assert 0.1 < outside < 0.9 and wanted.abs().min() > 1e-4
+    assert 0.05 < outside < 0.95 and wanted.abs().min() > 1e-4
 
 
 def test_an_update_is_a_step_on_each_part_with_advantages_of_the_whole_epoch(model, monkeypatch):
