@@ -73,15 +73,24 @@ def rows(seeds: Sequence[Curves], usual: str, published: str, size: Size) -> lis
         for key in SPENT:
             line[key] = mean([figures(one, size)[key] for one in arrived if one])
         for key, other in (("to_usual", usual), ("to_published", published)):
-            pairs = [
-                (one["seconds"], reached(curves[other], end), curves[other][-1]["seconds"])
-                for one, curves, end in zip(arrived, seeds, ends, strict=True)
-                if one and other in curves
-            ]
-            line[key] = mean([mine / (theirs["seconds"] if theirs else spent) for mine, theirs, spent in pairs])
-            line[f"{key}_at_most"] = any(theirs is None for _, theirs, _ in pairs)
+            line[key], line[f"{key}_at_most"] = _against([curves.get(other) for curves in seeds], arrived, ends)
         result.append(line)
     return result
+
+
+def _against(
+    others: Sequence[Sequence[Point] | None], arrived: Sequence[Point | None], ends: Sequence[float]
+) -> tuple[tuple[float, float | None, float | None] | None, bool]:
+    """Mean ratio of the seconds, and whether the other has not arrived somewhere. Without seeds where one of them is
+    missing, or the other was there before it began."""
+    ratios, at_most = [], False
+    for curve, one, end in zip(others, arrived, ends, strict=True):
+        if curve and one:
+            theirs = reached(curve, end)
+            if whole := (theirs or curve[-1])["seconds"]:
+                ratios.append(one["seconds"] / whole)
+                at_most |= theirs is None
+    return mean(ratios), at_most
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None, float | None] | None:

@@ -311,7 +311,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "benchmarks/race_shown.py": (
         ("share = (reward - before", "share = (after", f"{RACE} -k reached"),
         ('2 * spent["decode_train"]', 'spent["decode_train"]', f"{RACE} -k cost"),
-        ('(theirs["seconds"] if theirs else spent)', "spent", f"{RACE} -k seed_by_seed"),
+        ("(theirs or curve[-1])", "(curve[-1])", f"{RACE} -k seed_by_seed"),
     ),
     "benchmarks/usual.py": (("(1 - after - variance)", "(1 - after)", USUAL_DDPO),),
     "benchmarks/usual_ddpo.py": (
