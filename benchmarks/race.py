@@ -79,7 +79,7 @@ TASK: dict[str, Any] = {
     "reward.options": {"place_x": 0.2}, "lora.rank": 16, "lora.targets": "all", "learner.micro_batch": 16,
     "learner.learning_rate": 2.5e-3, "objective.regulariser": 0.0, "train.epochs": 6, "train.trajectories": 64,
     "train.updates_per_epoch": 2, "run.runner": "inprocess", "run.thumbnail_pixels": 0, "evaluation.images": 0,
-    "mlflow.enabled": False,
+    "mlflow.enabled": False, "run.chunk_seconds": 86_400, "run.train_seconds": 86_400,  # it may be stopped for others
 }  # fmt: skip
 # As configs/shapes_ddpo.yaml.
 DDPO = {"objective.kind": "ddpo", "objective.transition_weight": "variance", "objective.last_transition": "skip"}
