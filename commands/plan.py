@@ -6,7 +6,6 @@ FLOPs are counted by torch on networks without weights (a multiplication and an 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster import placement as places
 from cluster.placement import Placement
-from commands import memory
+from commands import fits, hours, memory
+from commands.counts import Costs, Work
 from commands.networks import networks, passes_of
 from diffusion import lora, noise
 from diffusion.calibration import STEPS
@@ -34,53 +34,6 @@ FLOAT = 4  # bytes
 REWARDS = {
     "aesthetic": 162.03e9, "clip_score": 175.33e9, "hpsv2": 381.68e9, "imagereward": 137.78e9, "pickscore": 381.68e9,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Costs:
-    """One sample through each network, in FLOPs, and sizes."""
-
-    unet: float  # forward
-    unet_train: float  # forward and backward into the LoRA, with what gradient checkpointing computes again
-    decode: float
-    tiny: float | None  # decoding by the tiny decoder; None: unknown
-    reward: float | None  # of one image; None: unknown
-    flow: float  # forward
-    flow_train: float  # forward and backward
-    latent: int  # D, numbers
-    parameters: int  # of the denoising network
-    lora: int  # parameters
-    lora_b: int  # of them those of the second matrices, which natural steps train
-    flow_parameters: int
-    held: memory.Memory
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an epoch holds."""
-
-    rollout: float  # FLOPs
-    decoding: float
-    scoring: float
-    training: float  # with what the objective prepares
-    evaluation: float  # FLOPs of one evaluation
-    transitions: int  # trained on
-    states_scored: int
-    trajectories: int  # bytes of them, of clean predictions and of scores
-    checkpoint: int  # bytes, once as many epochs are kept as may be trained on again
-    thumbnails: int  # bytes, at most
-
-    version: int  # bytes of the adapter
-
-    @property
-    def object_store(self) -> int:
-        """Bytes put in an epoch: a version of the adapter by rank 0, and again by the driver, which outlives it; the
-        ranks' files of a checkpoint, which the driver writes."""
-        return self.trajectories + 2 * self.version + self.checkpoint
-
-    @property
-    def flops(self) -> float:
-        return self.rollout + self.decoding + self.scoring + self.training
 
 
 def costs(config: Config) -> Costs:
@@ -167,14 +120,19 @@ def work(config: Config, cost: Costs, ranks: int) -> Work:
 
 
 def describe(
-    config: Config, placement: Placement, resources: dict[str, float], place: str, counted: str | None = None
-) -> str:
-    """The plan as text, one fact a line. `counted`: where the model is counted, if not at model.path."""
+    config: Config, placement: Placement, resources: dict[str, float], place: str, counted: str | None = None,
+    tflops: float | None = None, measure: bool = False, gpu: float | None = None,
+) -> str:  # fmt: skip
+    """The plan as text, one fact a line. `counted`: where the model is counted, if not at model.path; `tflops` that a
+    device reaches, or `measure` it; `gpu`: GB of a GPU to fit into, where there is none as if there were one. Raises a
+    NotMeasurable."""
     known = []
     if counted and Path(counted).is_relative_to(PUBLISHED):
         known = [f"{config.model.path}: no hub answers; by the configurations in {Path(counted).relative_to(ROOT)}"]
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": counted})})
     cost, sampler, updates = costs(config), config.sampler, config.steps_per_epoch
+    if gpu and not resources.get("GPU"):
+        config, placement, resources = fits.on_one_gpu(config, placement, resources)
     each = work(config, cost, placement.ranks.count)
     passes = passes_of(config)
     train, images, in_process = config.train, config.evaluation.images, config.run.runner == "inprocess"
@@ -215,6 +173,7 @@ def describe(
             f"{_flops(each.training)}; an evaluation {_flops(each.evaluation)}",
             f"the run: {_flops(total)}",
         ],
+        "time": [],
         "memory": memory.lines(config, cost.held),
         "object store": [] if in_process else [
             f"{_bytes(each.object_store)} an epoch: trajectories, clean predictions and scores "
@@ -232,6 +191,14 @@ def describe(
             f"{_bytes(each.thumbnails)} an epoch; at most {_bytes(disk)} in all",
         ],
     }  # fmt: skip
+    if tflops or measure:
+        rates = hours.measured(config, cost) if measure else hours.stated(tflops or 0)
+        devices = resources.get("GPU") or resources.get("CPU") or 1.0
+        took = hours.seconds(config, placement, devices, each, cost, rates)
+        facts["time"] = hours.lines(config, took, evaluations, (rates.reward or cost.reward) is not None, rates)
+    if gpu or torch.cuda.is_available():
+        gpu = gpu or torch.cuda.get_device_properties(0).total_memory / 1e9
+        facts[f"a GPU of {gpu:.3g} GB"] = fits.lines(config, placement, resources, gpu * 1e9, cost.held)
     rows = ((title if i == 0 else "", text) for title, texts in facts.items() for i, text in enumerate(texts))
     return "\n".join(f"{title:<26} {text}" for title, text in rows)
 

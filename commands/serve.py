@@ -9,14 +9,13 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster import signals
 from commands.outcome import complain
 from commands.score import option
 from learner import hidden
-from rewards import package_environment, registry
+from rewards import package_environment, registry, tokens
 from rewards.own_code import named_failure
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from rewards.serving import Served
 
 PROGRAM = "rewards.serve"
-TOKEN = "TRIBUTARY_REWARD_TOKEN"
 BATCH, MIB = 16, 2**20
 
 
@@ -54,8 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--body", type=int, default=64, metavar="MIB", help="a request at most (default 64); its pictures four times it"
     )
     add("--separate", action="store_true", help="score no two requests together: repeatable in the last bits")
-    add("--token-env", default=TOKEN, metavar="NAME", help=f"variable that holds the token (default {TOKEN})")
-    add("--token-file", type=Path, metavar="FILE", help="that holds the token")
+    add(
+        "--token-env",
+        default=tokens.VARIABLE,
+        metavar="NAME",
+        help=f"variable that holds the token (default {tokens.VARIABLE})",
+    )
+    add("--token-file", metavar="FILE", help="that holds the token")
     args = parser.parse_args(arguments)
     try:
         for flag in ("batch", "body"):
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = dict(option(text) for text in args.option)
         registry.check_options(options)
         registry.check_name(args.name)
-        token = read_token(args.token_env, args.token_file)
+        token = tokens.read(args.token_env, args.token_file, "--token-")
         with listen(args.host, args.port, token) as listener:
             if args.package:
                 start_package(args, options, token, listener)
@@ -85,15 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_token(variable: str, file: Path | None) -> str | None:
-    """None where there is no token. Raises ValueError, OSError."""
-    where = f"--token-file: {file}" if file else f"--token-env: {variable}"
-    token = file.read_text(encoding="utf-8").strip() if file else os.environ.get(variable, "").strip() or None
-    if token is not None and not (token.isascii() and token.isprintable() and len(token.split()) == 1):
-        raise ValueError(f"{where} holds no token: expected one word of ASCII letters, as from `openssl rand -hex 32`")
-    return token
-
-
 def listen(host: str, port: int, token: str | None) -> socket.socket:
     """A socket of that address. Raises ValueError where others reach it and there is no `token`, or it is not to be
     had."""
@@ -102,7 +96,9 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         if token is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            raise ValueError(f"--host: others reach {host}: give a token, by --token-file or the variable {TOKEN}")
+            raise ValueError(
+                f"--host: others reach {host}: give a token, by --token-file or the variable {tokens.VARIABLE}"
+            )
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         listener.close()
@@ -163,6 +159,6 @@ def start_package(
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     environment.pop(args.token_env, None)
     if token:
-        environment[TOKEN] = token
+        environment[tokens.VARIABLE] = token
     command = [str(python), "-I", package_worker.__file__, json.dumps(settings), str(listener.fileno())]
     os.execve(python, command, environment)

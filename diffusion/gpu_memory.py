@@ -9,6 +9,8 @@ from torch import Tensor
 
 from diffusion.failures import RunFailure
 
+USED = 0.8  # of free memory: the rest is for fragments, and peaks that a trial does not see
+
 
 class OutOfMemory(RunFailure, RuntimeError):
     """A GPU is too small for what it was given; the message names the setting to make smaller."""
@@ -52,7 +54,6 @@ def largest_batch(trial: Callable[[int], object], device: torch.device, most: in
     if len(peaks) < 2:
         return 1
     each = max(peaks[1] - peaks[0], 1)
-    # A fifth of free memory is left for fragments, and peaks that a trial does not see.
-    room = torch.cuda.memory_allocated(device) + share * 0.8 * torch.cuda.mem_get_info(device)[0]
+    room = torch.cuda.memory_allocated(device) + share * USED * torch.cuda.mem_get_info(device)[0]
     fits = max(1, int((room - (peaks[0] - each)) // each))
     return min(most, 1 << (fits.bit_length() - 1))

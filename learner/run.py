@@ -37,7 +37,9 @@ complain = partial(outcome.complain, "run")
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: done; 2: bad input, said in full before anything starts; 1: the run failed; 130: Ctrl-C;
     143: SIGTERM."""
-    args = _parser().parse_intermixed_args(arguments)
+    args = (parser := _parser()).parse_intermixed_args(arguments)
+    if (args.tflops or args.measure or args.gpu_memory) and not args.plan:
+        parser.error("--tflops, --measure and --gpu-memory go with --plan")
     source, opened, warn = args.config or DEFAULT_CONFIG, None, outcome.warner("run")
     signals.enter("running")
     try:
@@ -67,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             known = facts.there(storage)
             config = settled(config, Records.open(storage)) if known else config
             place = f"{storage}, {'going on' if known else 'new'}"
-            print(plan.describe(config, placement, resources, place, counted))
+            asked = args.tflops, args.measure, args.gpu_memory
+            print(plan.describe(config, placement, resources, place, counted, *asked))
             return 0
         opened = open_run.open_run(config, source, texts, warn)
         api.run(opened, resources, say, complain)
@@ -118,9 +121,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help=f"YAML preset (default: {DEFAULT_CONFIG.name})")
     parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and stop")
     parser.add_argument("--plan", action="store_true", help="print what would run where and what it costs, and stop")
+    parser.add_argument("--tflops", type=_positive, metavar="N", help="with --plan: hours, if a device reaches so much")
+    parser.add_argument("--measure", action="store_true", help="with --plan: hours, by timing the parts here")
+    parser.add_argument(
+        "--gpu-memory", type=_positive, metavar="GB", help="with --plan: what fits into such a GPU (default: one found)"
+    )
     parser.add_argument("--try-reward", action="store_true", help="call all rewards once, also with --plan")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the preset's")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
 def _kind(annotation: Any) -> str:

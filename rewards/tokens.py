@@ -13,13 +13,14 @@ VARIABLE = "TRIBUTARY_REWARD_TOKEN"
 PRINTABLE = re.compile(r"[\x21-\x7e]+")  # all that may stand in a header
 
 
-def read(variable: str, file: str | None) -> str | None:
+def read(variable: str, file: str | None, settings: str = "reward.options.token_") -> str | None:
     """The content of `file`, else of the environment variable; None where that is not set. Raises ValueError, without
-    the token in it, for a file that cannot be read and for what cannot be a token."""
+    the token in it, for a file that cannot be read and for what cannot be a token. `settings`: what named the two
+    begins so, and goes on with env and file."""
     if file is None:
-        where, text = f"reward.options.token_env: the variable {variable}", os.environ.get(variable)
+        where, text = f"{settings}env: the variable {variable}", os.environ.get(variable)
     else:
-        where = f"reward.options.token_file: {file}"
+        where = f"{settings}file: {file}"
         try:
             text = Path(file).expanduser().read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:

@@ -37,6 +37,7 @@ DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED, SERVE = "tests/learner/test_embeddings.py", "tests/rewards/test_serve.py"
+FITS, HOURS = "tests/commands/test_fits.py", "tests/commands/test_hours.py"
 MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
 SLOPES = "tests/rewards/test_reward_gradients.py"
 PROMPTS = "tests/learner/test_prompts.py"
@@ -86,8 +87,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
         ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
     ),
+    "commands/counts.py": (("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),),
     "commands/plan.py": (
-        ("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),
         ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
     ),
     "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
@@ -115,6 +116,18 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("if not tokens - 128 < known <= tokens:", "if False:", REHEARSAL),
         ('return entry[1] if entry[0] == library else f"{entry[0]}.{entry[1]}"', "return entry[1]", REHEARSAL),
         ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
+    ),
+    "commands/fits.py": (
+        ("USED * max(0.0, size - fixed)", "max(0.0, size - fixed)", FITS),
+        ('beside.append("learner rank")', "pass", FITS),
+        ("CONTEXT * processes\n", "0\n", FITS),
+        ("moments = 0 if", "moments = 0 if True or", FITS),
+    ),
+    "commands/hours.py": (
+        ("math.ceil(chunks / share.count) * share.count / chunks", "1.0", HOURS),
+        ("at_once(2) + mine[2]", "max(at_once(2), mine[2])", HOURS),
+        ("sharing / shared", "0.0", HOURS),
+        ("at_once * cost.unet_train", "cost.unet_train", HOURS),
     ),
     "commands/memory.py": (
         ("self.now -= count", "pass", f"{MEMORY} -k by_hand"),

@@ -169,7 +169,12 @@ def test_a_killed_script_leaves_what_it_had_and_no_process(tmp_path):
     report = json.loads(file.read_text())
     assert report["parts"]["fine"]["status"] == "ok" and report["parts"]["hangs"]["status"] == "not begun"
     assert not gpu.passed(report) and "| fine | ok |" in file.with_suffix(".md").read_text()
-    wait(lambda: not alive(report["parts"]["hangs"]["figures"]["pid"]))
+    pid = report["parts"]["hangs"]["figures"]["pid"]
+    try:
+        wait(lambda: not alive(pid))
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:

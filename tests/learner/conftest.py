@@ -17,7 +17,7 @@ def light_parts():
     with pytest.MonkeyPatch.context() as patch:
         use_emulated_parts(patch)
         patch.setattr(html, "render", lambda records, config: b"drawn")
-        patch.setattr(plan, "describe", lambda config, placement, resources, place, counted: place)
+        patch.setattr(plan, "describe", lambda config, placement, resources, place, *more: place)
         yield [*SETTINGS, *IN_PROCESS]
 
 
