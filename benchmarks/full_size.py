@@ -39,6 +39,7 @@ SMALL = (
     "run.cpu_threads=1", "run.train_seconds=3600", "run.chunk_seconds=1800", "prompts.per_prompt=1",
     "sampler.actors=1", "sampler.chunk_size=1", "sampler.steps=2", "learner.ranks=1", "learner.micro_batch=1",
     "reward.actors=1", "reward.name=jpeg_compressibility", "reward.black_images=allow", "reward.batch=1",
+    "model.channels_last=false",  # for GPUs: on a CPU it would copy the convolutions' weights, which are mapped
     "train.trajectories=2", "train.updates_per_epoch=1", "evaluation.images=0", "mlflow.enabled=false",
 )  # fmt: skip
 # Roles by what Ray calls their processes; what is planned of them, by --plan's words.
