@@ -39,6 +39,7 @@ SMALL = (
     "run.cpu_threads=1", "run.train_seconds=3600", "run.chunk_seconds=1800", "prompts.per_prompt=1",
     "sampler.actors=1", "sampler.chunk_size=1", "sampler.steps=2", "learner.ranks=1", "learner.micro_batch=1",
     "reward.actors=1", "reward.name=jpeg_compressibility", "reward.black_images=allow", "reward.batch=1",
+    "model.channels_last=false",  # for GPUs: on a CPU it would copy the convolutions' weights, which are mapped
     "train.trajectories=2", "train.updates_per_epoch=1", "evaluation.images=0", "mlflow.enabled=false",
 )  # fmt: skip
 # Roles by what Ray calls their processes; what is planned of them, by --plan's words.
@@ -170,6 +171,21 @@ def planned(text: str) -> dict[str, float]:
     return {role: float(number) * 1e9 for role, number in PLANNED.findall(text)}
 
 
+def measure(model: Model, folder: Path, pixels: int | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Build the model in `folder`, tiny where that is its name, and serve it."""
+    tiny, start = folder.name == "tiny", time.perf_counter()
+    build(model, folder, tiny)
+    size, seconds = (
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        time.perf_counter() - start,
+    )
+    _say(f"{model.path}, {folder.name}: {size / 1e9:.2f} GB in {seconds:.0f} s")
+    side = 64 if tiny else pixels or 256
+    found = serve(model, folder, side, [*(TINY if tiny else ()), *overrides])
+    _say(json.dumps({key: value for key, value in found.items() if key != "plan"}))
+    return {"pixels": side, "weights_bytes": size, "build_seconds": seconds, **found}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.full_size", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="sd15")
@@ -179,19 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run")
     args = parser.parse_intermixed_args(arguments)
-    model, report = MODELS[args.model], {"date": time.strftime("%Y-%m-%d"), "environment": environment.facts()}
+    report: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "model": args.model,
+        "environment": environment.facts(),
+    }
     place = Path(tempfile.mkdtemp(prefix="full-size-", dir=args.folder))
     try:
         for name in ("tiny",) if args.tiny else ("tiny", "full"):
-            tiny, start = name == "tiny", time.perf_counter()
-            folder = build(model, place / name, tiny)
-            files = [file for file in folder.rglob("*") if file.is_file()]
-            pixels = args.pixels if args.pixels and not tiny else 64 if tiny else 256
-            built = {"pixels": pixels, "weights_bytes": sum(file.stat().st_size for file in files)}
-            _say(f"{args.model}, {name}: {built['weights_bytes'] / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s")
-            report[name] = {**built, "build_seconds": time.perf_counter() - start}
-            report[name] |= serve(model, folder, pixels, [*(TINY if tiny else ()), *args.overrides])
-            _say(json.dumps({key: value for key, value in report[name].items() if key != "plan"}))
+            report[name] = measure(MODELS[args.model], place / name, args.pixels, args.overrides)
             if args.output:
                 args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     finally:

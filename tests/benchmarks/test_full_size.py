@@ -12,7 +12,7 @@ from diffusion.parts import check_parts, part_config
 
 
 @pytest.mark.ray
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_service_runs_goes_on_exports_and_is_reloaded_and_the_plan_stands_beside(tmp_path, capsys):
     file = tmp_path / "figures.json"
     assert full_size.main(["--tiny", "--folder", str(tmp_path), "--output", str(file)]) == 0
