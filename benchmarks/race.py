@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.device import processor
+from benchmarks.measure import processor
 from benchmarks.parts import COMPARISON
 from benchmarks.published import Published
 from benchmarks.race_shown import Size, picture, reached, rows, sizes_table, table
