@@ -46,7 +46,6 @@ SHAPES_FLOW, STEP_KERNELS = "tests/models/test_shapes_flow.py", "tests/diffusion
 REHEARSAL, SINGLE_FILES = "tests/diffusion/test_rehearsal.py", "tests/diffusion/test_single_files.py"
 FITTED, RIDGE = "tests/learner/objectives/test_fitted_nabla_db.py", "tests/learner/test_kernel_ridge.py"
 
-RACE, USUAL_DDPO = "tests/benchmarks/test_race.py", "tests/benchmarks/test_usual_ddpo.py"
 
 # By file: old text (there once), new text, tests that must fail.
 ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -326,24 +325,6 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("own = {key: value for key, value in config.own_code.items() if key not in given}", "own = {}", RECEIVED),
         ('!= run.about["prompts_sha256"]', '== ""', RECEIVED),
         ("return f\"{self.place}-{self.sets()['tuned'].name}\"", "return self.place", JUDGED),
-    ),
-    "benchmarks/race.py": (
-        ("name = min(going", "name = max(going", f"{RACE} -k next"),
-        ("or racer.seconds > LIMIT * wanted", "or racer.seconds < 0 * wanted", f"{RACE} -k limit"),
-        ('self.add("single" if guidance == 1 else "guided", len(x))', 'self.add("guided", len(x))', f"{RACE} -k torch"),
-        ("self.calls.on = False\n        self.epochs += 1", "self.epochs += 1", f"{RACE} -k beside_the_clock"),
-    ),
-    "benchmarks/race_shown.py": (
-        ("share = (reward - before", "share = (after", f"{RACE} -k reached"),
-        ('2 * spent["decode_train"]', 'spent["decode_train"]', f"{RACE} -k cost"),
-        ("(theirs or curve[-1])", "(curve[-1])", f"{RACE} -k seed_by_seed"),
-    ),
-    "benchmarks/usual.py": (("(1 - after - variance)", "(1 - after)", USUAL_DDPO),),
-    "benchmarks/usual_ddpo.py": (
-        ("torch.maximum(-advantage", "torch.minimum(-advantage", USUAL_DDPO),
-        ("rewards.std(correction=0)", "rewards.std()", USUAL_DDPO),
-        ("self.weights[step].to(each) * each", "each", USUAL_DDPO),
-        ("self.compared(rollouts).split(updates)", "map(self.compared, rollouts.split(updates))", USUAL_DDPO),
     ),
     "learner/open_run.py": (("            _require_free(storage, config)", "            pass", OPEN),),
     "records/facts.py": (('" * ("config_sha256" in known)', '" * 0', DAMAGED),),
