@@ -37,9 +37,8 @@ DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED, SERVE = "tests/learner/test_embeddings.py", "tests/rewards/test_serve.py"
-FITS, HOURS, INPROCESS = (
-    f"tests/{it}.py" for it in ("commands/test_fits", "commands/test_hours", "learner/test_inprocess")
-)
+INPROCESS = "tests/learner/test_inprocess.py"
+FITS, HOURS = "tests/commands/test_fits.py", "tests/commands/test_hours.py"
 MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
 SLOPES = "tests/rewards/test_reward_gradients.py"
 PROMPTS = "tests/learner/test_prompts.py"
