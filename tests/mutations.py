@@ -37,6 +37,7 @@ DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
 EMBEDDED, SERVE = "tests/learner/test_embeddings.py", "tests/rewards/test_serve.py"
+INPROCESS = "tests/learner/test_inprocess.py"
 FITS, HOURS = "tests/commands/test_fits.py", "tests/commands/test_hours.py"
 MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
 SLOPES = "tests/rewards/test_reward_gradients.py"
@@ -86,13 +87,11 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "diffusion/open_model.py": ((", pixels, text_tokens, emb", ", None, None, emb", SD3),),
     "diffusion/base_model.py": (
         ("given = self._embedded.get(prompt)", "given = None", EMBEDDED),
-        ("            return self._lender._rows(prompt)", "            pass", "tests/learner/test_inprocess.py"),
+        ("            return self._lender._rows(prompt)", "            pass", INPROCESS),
         ("        vae.enable_gradient_checkpointing()", "        pass", f"{SLOPES} -k large"),
     ),
     "commands/counts.py": (("2 * self.version + self.checkpoint", "self.version", f"{PLAN} -m long -k ddpo"),),
-    "commands/plan.py": (
-        ("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),
-    ),
+    "commands/plan.py": (("config.kept_epochs * kept", "kept", f"{PLAN} -m long -k dag_db"),),
     "commands/generate.py": (("if config.uncalibrated:", "if False:", STEP_KERNELS),),
     "learner/embeddings.py": (
         ("*evaluation_prompts(config)", "", EMBEDDED),
@@ -119,9 +118,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ('return entry[1] if entry[0] == library else f"{entry[0]}.{entry[1]}"', "return entry[1]", REHEARSAL),
         ("{**parts, **text_encoders_without_weights(path)}", "parts", SD3),
     ),
-    "learner/inprocess.py": (
-        ("        self.learner.model.borrow(self.sampler.model)\n", "", "tests/learner/test_inprocess.py"),
-    ),
+    "learner/inprocess.py": (("        self.learner.model.borrow(self.sampler.model)\n", "", INPROCESS),),
     "actors/learner_group.py": (
         ("gpus if self.crew.config.train.max_staleness else ", "", "tests/actors/test_learner_group.py -k rest"),
     ),
