@@ -36,7 +36,7 @@ MIXED = "tests/learner/test_mixtures.py"
 DAMAGED = "tests/learner/test_damaged_files.py"
 FLOW_KERNELS, SD3 = "tests/diffusion/test_flow_kernels.py", "tests/diffusion/test_sd3.py"
 SDXL, FLUX = "tests/diffusion/test_sdxl.py", "tests/diffusion/test_flux.py"
-EMBEDDED, SERVE = "tests/learner/test_embeddings.py", "tests/rewards/test_serve.py"
+EMBEDDED = "tests/learner/test_embeddings.py"
 INPROCESS = "tests/learner/test_inprocess.py"
 FITS, HOURS = "tests/commands/test_fits.py", "tests/commands/test_hours.py"
 MEMORY, PLAN = "tests/commands/test_memory.py", "tests/commands/test_plan.py"
@@ -333,10 +333,6 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "reports/summary.py": (('"rose" if low > 0', '"rose" if low >= 0', "tests/reports/test_summary.py"),),
     "learner/controller.py": (("if label not in warned:", "if True:", f"{MIXED} -k once"),),
     "actors/pool.py": (("if first and calls:", "if calls:", "tests/actors/test_pool.py"),),
-    "commands/serve.py": (
-        (".contiguous()", "", f"{SERVE} -k to_the_bit"),
-        ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k lets_others"),
-    ),
 }  # fmt: skip
 PARTS = ROWS, reward_mutations.ROWS, benchmark_mutations.ROWS
 MUTATIONS = [(name, *row) for part in PARTS for name, rows in part.items() for row in rows]
