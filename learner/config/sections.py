@@ -137,7 +137,9 @@ class RewardConfig(Section):
         "--try-reward); false: for rewards that only the machines of the actors can load",
     )
     batch: int | None = key(
-        None, "images scored at once; default: what free GPU memory holds (on a CPU 32, with gradients 16)", ge=1
+        None,
+        "images scored at once; default: what free GPU memory holds; without a GPU 32 or 2^20 pixels together, with gradients 16 or 2^18",
+        ge=1,
     )
     on_bad_reward: Literal["stop", "quarantine"] = key(
         "stop",
