@@ -138,7 +138,8 @@ class RewardConfig(Section):
     )
     batch: int | None = key(
         None,
-        "images scored at once; default: what free GPU memory holds; without a GPU 32 or 2^20 pixels together, with gradients 16 or 2^18",
+        "images scored at once; default: what free GPU memory holds; without a GPU 32 or 2^20 pixels together, "
+        "with gradients 16 or 2^18",
         ge=1,
     )
     on_bad_reward: Literal["stop", "quarantine"] = key(
