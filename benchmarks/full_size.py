@@ -213,17 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(report: dict[str, Any]) -> str:
-    """By role: planned, the same with what a process takes without weights, measured, and how far that is apart."""
+    """By role: planned, the same with what a process takes without weights, measured, how far that is apart, and what
+    of it are no mapped files."""
     shown = report.get("full", report["tiny"])
-    lines = ["| process | planned | and without weights | measured | apart |", "|---|---|---|---|---|"]
+    lines = ["| process | planned | and without weights | measured | apart | of it no mapped files |", "|---" * 6 + "|"]
     for role, peak in sorted(shown["peak_bytes"].items()):
         bare, plan = report["tiny"]["peak_bytes"].get(role, 0), shown["planned_bytes"].get(role)
-        if plan is None:
-            lines.append(f"| {role} | | | {_gb(peak)} | |")
-            continue
-        lines.append(f"| {role} | {_gb(plan)} | {_gb(plan + bare)} | {_gb(peak)} | {peak / (plan + bare) - 1:+.0%} |")
-    lines.append(f"| all together | | | {_gb(shown['peak_bytes_together'])} | |")
-    return "\n".join(lines)
+        said = " | ".join((_gb(plan), _gb(plan + bare))) if plan else " | "
+        apart = f"{peak / (plan + bare) - 1:+.0%}" if plan else ""
+        lines.append(f"| {role} | {said} | {_gb(peak)} | {apart} | {_gb(shown['peak_bytes_without_files'][role])} |")
+    together = f"{_gb(shown['peak_bytes_together'])} with the object store"
+    return "\n".join([*lines, f"| all at one time | | | | | {together} |"])
 
 
 def _gb(value: float) -> str:

@@ -58,9 +58,11 @@ def test_what_is_planned_is_read_from_the_plan_and_compared_with_what_stands_wit
     found = full_size.planned(plan)
     assert found == {"text encoders": 3.3e9, "sampler": 2e9, "learner rank": 0.5e9}
     tiny = {"peak_bytes": {"sampler": 5e8, "driver": 1e8}}
-    full = {"planned_bytes": found, "peak_bytes": {"sampler": 3e9, "driver": 2e8}, "peak_bytes_together": 4e9}
+    peaks = {"peak_bytes": {"sampler": 3e9, "driver": 2e8}, "peak_bytes_without_files": {"sampler": 1e9, "driver": 1e8}}
+    full = {"planned_bytes": found, "peak_bytes_together": 4e9, **peaks}
     lines = full_size.table({"tiny": tiny, "full": full}).splitlines()
-    assert "| sampler | 2.00 GB | 2.50 GB | 3.00 GB | +20% |" in lines and "| driver | | | 0.20 GB | |" in lines
+    assert "| sampler | 2.00 GB | 2.50 GB | 3.00 GB | +20% | 1.00 GB |" in lines
+    assert "| driver |  |  | 0.20 GB |  | 0.10 GB |" in lines
 
 
 def test_a_command_that_fails_says_what_it_said():
