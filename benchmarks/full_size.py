@@ -47,6 +47,7 @@ TITLES = {
     "ray::SamplerActor": "sampler", "ray::RewardActor": "reward actor", "ray::LearnerActor": "learner rank",
     "ray::TextActor": "text encoders",
 }  # fmt: skip
+OTHERS = "Ray's own and others"
 PLANNED = re.compile(
     r"^(?:memory)? +(sampler|learner rank|reward actor|text encoders)[^:=]*: ([\d.]+) GB", re.MULTILINE
 )
@@ -83,6 +84,7 @@ class Watch:
     def __init__(self, root: int) -> None:
         self.root, self.most, self.alone = root, dict[str, int](), dict[str, int]()
         self.together = self.store = 0
+        self._peaks: dict[tuple[int, float], tuple[str, int, int]] = {}  # by process
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -93,17 +95,22 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join(60)
+        for role, most, alone in self._peaks.values():
+            self.most[role] = max(most, self.most.get(role, 0))
+            self.alone[role] = max(alone, self.alone.get(role, 0))
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
             total, shared = 0, 0
             for process in psutil.Process(self.root).children(recursive=True):
                 try:
-                    role, (alone, files, store) = _role(process), _resident(process.pid)
+                    key, role = (process.pid, process.create_time()), _role(process)
+                    alone, files, store = _resident(process.pid)
                 except (psutil.Error, OSError, KeyError):  # it is gone
                     continue
-                self.most[role] = max(alone + files, self.most.get(role, 0))
-                self.alone[role] = max(alone, self.alone.get(role, 0))
+                before, most, most_alone = self._peaks.get(key, (OTHERS, 0, 0))
+                role = before if role == OTHERS else role  # an actor is nobody while it is built
+                self._peaks[key] = role, max(most, alone + files), max(most_alone, alone)
                 total, shared = total + alone, max(shared, store)
             self.store, self.together = max(self.store, shared), max(self.together, total + shared)
 
@@ -111,7 +118,7 @@ class Watch:
 def _role(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     found = next((role for title, role in TITLES.items() if line.startswith(title)), None)
-    return found or ("driver" if "learner.run" in line else "Ray's own" if "ray" in line else "others")
+    return found or ("driver" if "learner.run" in line else OTHERS)
 
 
 def _resident(pid: int) -> tuple[int, int, int]:
