@@ -61,8 +61,10 @@ class LearnerGroup:
         return self._answers(calls, what, "ready_seconds", deadline)[0]
 
     def fit_micro_batch(self, deadline: float) -> int:
-        """Transitions at once that every rank's share of its free GPU memory holds."""
-        share = min(1.0, max(self.crew.placement.ranks.gpus or 1.0, 1 / self.ranks))
+        """Transitions at once that every rank's share of its free GPU memory holds: of all of it, since samplers and
+        reward actors rest while ranks train; with train.max_staleness these work beside them, and have their own."""
+        gpus = self.crew.placement.ranks.gpus or 1.0
+        share = min(1.0, gpus if self.crew.config.train.max_staleness else max(gpus, 1 / self.ranks))
         calls = [actor.fit_micro_batch.remote(share) for actor in self.actors]
         return min(self._answers(calls, f"starting {self.ranks} learner ranks", "ready_seconds", deadline))
 

@@ -52,6 +52,12 @@ RATIOS = {
     "whole epoch, inner states by the tiny decoder": (
         [names.PUBLISHED_SAMPLE, names.PUBLISHED_LEARN], [names.ROLLOUT, names.SCORE_TINY, names.LEARN],
     ),
+    "whole epoch, half of the transitions": (
+        [names.PUBLISHED_SAMPLE, names.PUBLISHED_LEARN], [names.ROLLOUT, names.SCORE_HALF, names.LEARN_HALF],
+    ),
+    "whole epoch, half of the transitions, tiny decoder": (
+        [names.PUBLISHED_SAMPLE, names.PUBLISHED_LEARN], [names.ROLLOUT, names.SCORE_HALF_TINY, names.LEARN_HALF],
+    ),
 }  # fmt: skip
 
 

@@ -70,6 +70,8 @@ class EmulatedSampler:
         )  # fmt: skip
         return trajectories, CleanPredictions(chunk, steps, states.reshape(-1, *latent).copy(), row, step, steps)
 
+    model = None  # nothing to lend
+
     def load(self, flat: np.ndarray) -> None:
         self.flat = np.array(flat)
 
@@ -142,7 +144,7 @@ class EmulatedLearner:
 
     def __init__(self, emulation: Emulation, group: Group, files: dict[str, bytes] | None) -> None:
         self.emulation, self.group, self.rank = emulation, group, group.rank
-        self.model = SimpleNamespace(latent_shape=emulation.latent)
+        self.model = SimpleNamespace(latent_shape=emulation.latent, borrow=lambda lender: None)
         self.dimensions = int(np.prod(emulation.latent))
         blank = {"version": 0, "momentum": [0] * emulation.parameters, "known": []}
         saved: dict[str, Any] = json.loads(files[STATE]) if files else blank

@@ -17,7 +17,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
 from benchmarks.measure import Part, ceiling
-from benchmarks.published import Published, Rollouts
+from benchmarks.published import Published
+from benchmarks.usual import Rollouts
 from diffusion import lora
 from diffusion.base_model import Decoder
 from diffusion.rollout import Sampler
@@ -44,6 +45,9 @@ COMPARISON = (
 ROLLOUT, ROLLOUT_BASE, PIPELINE = "rollout, snapshot", "rollout, base", "diffusers pipeline"
 SCORE, SCORE_CHEAP, LEARN = "score, all states", "score, late states", "learn, as published"
 SCORE_TINY = "score, tiny decoder"
+# Of half of each trajectory's transitions, drawn at random: the same loss on average, so the same target.
+HALF = {"transitions": "random", "transition_fraction": 0.5}
+SCORE_HALF, SCORE_HALF_TINY, LEARN_HALF = "score, half", "score, half, tiny decoder", "learn, half"
 PUBLISHED_SAMPLE, PUBLISHED_LEARN = "published: sample, score", "published: learn"
 
 
@@ -119,9 +123,10 @@ class Bench:
             self._pipeline(),
             self._score(SCORE, compared, 0, self.scorer),
             self._score(SCORE_CHEAP, compared, self.cheap_from, self.scorer),
-            *self._score_tiny(compared),
+            *self._score_tiny(SCORE_TINY, compared),
             self._learn(LEARN, learner, self.config),
             *self._published(learner),
+            *self._half(),
         ]
         for kind, config in objectives.items():
             own = Learner(self.model, self._flow(config), config)
@@ -171,13 +176,21 @@ class Bench:
 
         return Part(PIPELINE, "images", len(self.prompts), self.dtype, run, self.put_back)
 
-    def _score_tiny(self, settings: RolloutSettings) -> list[Part]:
+    def _half(self) -> list[Part]:
+        """The rollout is the whole one's."""
+        config = self.config.model_copy(update={"sampler": self.config.sampler.model_copy(update=HALF)})
+        own, settings = Learner(self.model, self._flow(config), config), config.rollout_settings()
+        own.fit_micro_batch()
+        scores = [self._score(SCORE_HALF, settings, 0, self.scorer), *self._score_tiny(SCORE_HALF_TINY, settings)]
+        return [*scores, self._learn(LEARN_HALF, own, config)]
+
+    def _score_tiny(self, name: str, settings: RolloutSettings) -> list[Part]:
         """Inner states by the tiny decoder, the images by the whole one."""
         if self.tiny is None:
             return []
         tiny = Decoder(self.tiny, build.device(self.config), self.decode_dtype, tiny=True)
         scorer = Scorer(self.scorer.decoder, self.scorer.reward, tiny=tiny, batch=self.scorer.batch)
-        return [self._score(SCORE_TINY, settings, 0, scorer)]
+        return [self._score(name, settings, 0, scorer)]
 
     def _score(self, name: str, settings: RolloutSettings, from_step: int, scorer: Scorer) -> Part:
         """The states from `from_step` on, as objective.forward_looking_from leaves them."""

@@ -93,6 +93,8 @@ def judge(config: Config, placement: Placement, counts: Counts, size: float, hel
     }
     processes = 1 if alone else sum(counts.values())
     fixed = sum(count * stays[role] for role, count in counts.items()) + CONTEXT * processes
+    if alone:  # the learner borrows what is frozen
+        fixed -= stays["sampler"] - held.lora
     free, parts = USED * max(0.0, size - fixed), _parts(config, placement, counts)
     text, fits, wrong, used, least = list[str](), dict[str, int](), list[str](), dict[str, float](), 0.0
     for role in counts:

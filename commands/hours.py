@@ -18,10 +18,12 @@ from learner import build
 from learner.config import Config
 from learner.prompts import training_prompts
 from learner.update import MICRO_BATCH
+from reports.summary import plural
 from rewards import registry
 from rewards.contract import call
 
 ENOUGH = 5.0  # seconds of measuring, after which a part is not run again
+FILLED = 0.1e12  # FLOPs of a transition forward and back that fill a CPU
 MOST = 4  # runs of a part; the first warms up
 
 
@@ -69,8 +71,9 @@ def measured(config: Config, cost: Costs) -> Rates:
             f"--measure: {(there + max(each, held.decode)) / 1e9:.3g} GB are needed for a transition of "
             f"{config.model.path}, {free / 1e9:.3g} GB are free here; state a rate (--tflops)"
         )
-    # A GPU is not filled by one.
-    count = max(1, min(config.learner.micro_batch or MICRO_BATCH, int((0.8 * free - there) // each))) if cuda else 1
+    # Small networks and GPUs are not filled by one; a CPU with a large one is, for minutes.
+    room = 0.8 * free - there if cuda else FILLED / (passes * cost.unet_train) * each
+    count = max(1, min(config.learner.micro_batch or MICRO_BATCH, int(room // each)))
     parts = networks(config, count * passes, device)
 
     def forward() -> None:
@@ -92,7 +95,7 @@ def measured(config: Config, cost: Costs) -> Rates:
         decoding = back * cost.decode / seconds(decode) if parts.vae is not None else rates[0]
     pixels = parts.latents.shape[-1] * (1 if parts.vae is None else 2 ** (len(parts.vae.config.block_out_channels) - 1))
     judged, missing = _reward_seconds(config, device, pixels, cuda)
-    where = torch.cuda.get_device_name() if cuda else f"a CPU with {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if cuda else f"a CPU, {plural(torch.get_num_threads(), 'thread')}"
     said = [
         f"forward {rates[0] / 1e12:.3g}",
         f"and back {rates[1] / 1e12:.3g}",

@@ -44,6 +44,7 @@ class BaseModel:
 
     _adapted = True
 
+    _lender: "BaseModel | None" = None  # whose frozen parts this one uses
     _times: Tensor | None = None  # of a flow model: what the network is told, by the kernel's labels
 
     def __init__(
@@ -143,6 +144,15 @@ class BaseModel:
             torch.manual_seed(seed)
             lora.attach(self.unet, rank, alpha, targets)
 
+    def borrow(self, lender: "BaseModel") -> None:
+        """Use the frozen network and the text encoders of another model of the same pipeline, in the same process, in
+        place of its own, which go; the adapter stays its own."""
+        frozen = dict(lender.unet.named_parameters())
+        for name, parameter in self.unet.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data = frozen[name].data
+        self._lender = lender
+
     @contextlib.contextmanager
     def without_lora(self) -> Iterator[None]:
         """The frozen reference: the same module with its adapter switched off."""
@@ -171,6 +181,8 @@ class BaseModel:
     def _rows(self, prompt: str) -> Tensor:
         """[L, E]. Those that were embedded before stay in the host's memory, but for the empty prompt's, which every
         guided step reads: a long list's are more than a GPU holds."""
+        if self._lender is not None:
+            return self._lender._rows(prompt)
         if prompt not in self._embeddings:
             given = self._embedded.get(prompt)
             rows = self._encode(prompt) if given is None else gpu_memory.to_device(given, self.device)

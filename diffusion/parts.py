@@ -30,6 +30,7 @@ MORE_INPUTS = (
     "num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim",
 )  # fmt: skip
 PACKED = 2  # side of the latents that FLUX makes one token of
+T5 = "T5EncoderModel"
 # Names in files from before diffusers 0.16, which it still reads; transformers 5 has left out the prefix of 4.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -178,8 +179,8 @@ def reads_by_t5(path: str) -> bool:
 def t5_number(path: str) -> str | None:
     """Of the T5 that reads the prompts beside CLIP (_2 or _3), if there is one."""
     family, index = family_of(path), pipeline_index(path)
-    encoders = [name for name, kind in family.all_parts.items() if kind == "T5EncoderModel"]
-    return next((name.removeprefix("text_encoder") for name in encoders if _class_of(index, name) is not None), None)
+    encoders = [name for name, kind in family.all_parts.items() if kind == T5]
+    return next((name.removeprefix("text_encoder") for name in encoders if _class_of(index, name) == T5), None)
 
 
 def _check_transformer(path: str, family: Family, whole: bool) -> None:

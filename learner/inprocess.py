@@ -67,6 +67,7 @@ class InProcessRunner(InProcessPools):
         super().__init__(config, own_reward, partial(hooks.progress, "embedding prompts"))
         hooks.progress("loading the model", 1, 2)
         self.config, self.hooks, self.learner = config, hooks, self.parts.learner(files)
+        self.learner.model.borrow(self.sampler.model)
         self.learner.tell = partial(hooks.progress, "training")
         self.snapshot, self.dimensions = self.learner.published, prod(self.learner.model.latent_shape)
         self.scorer.batch = config.reward.batch or self.scorer.fitting_batch(

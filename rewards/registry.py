@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from diffusion.failures import RunFailure
-from rewards.contract import OPTIONAL, Columns, Reward, call, parameters, told
+from rewards.contract import OPTIONAL, Columns, Reward, ask, parameters, told
 from rewards.own_code import named_failure
 from rewards.weights import Asset, find
 
@@ -208,7 +208,7 @@ class UserReward:
     def __call__(self, images: "Tensor", prompts: Sequence[str], metadata: Sequence[Columns] = ()) -> "Tensor":
         import torch
 
-        returned = call(self.function, images, prompts, metadata)
+        returned = ask(self.function, images, prompts, metadata)
         try:
             scores = returned if isinstance(returned, torch.Tensor) else torch.as_tensor(returned)
             scores = scores.to(images.device, torch.float32)

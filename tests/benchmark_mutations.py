@@ -5,6 +5,7 @@ KERNELS, COLLECTIVES = f"{GPU} -k kernels", f"{GPU} -k collectives"
 OUTCOMES, KILLED = f"{GPU} -m long -k whatever", f"{GPU} -m long -k killed"
 STORE = "tests/cluster/test_waits.py -m long"
 SCALE, FULL_SIZE = "tests/benchmarks/test_scale.py", "tests/benchmarks/test_full_size.py"
+RACE, USUAL_DDPO = "tests/benchmarks/test_race.py", "tests/benchmarks/test_usual_ddpo.py"
 
 ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "diffusion/kernels.py": (
@@ -54,5 +55,23 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("(_gb(plan), _gb(plan + bare))", "(_gb(plan), _gb(plan))", FULL_SIZE),
         ("role, max(most, alone + files), max(most_alone, alone)", "role, alone + files, alone", FULL_SIZE),
         ("if done.returncode:", "if done.returncode == 2:", FULL_SIZE),
+    ),
+    "benchmarks/race.py": (
+        ("name = min(going", "name = max(going", f"{RACE} -k next"),
+        ("or racer.seconds > LIMIT * wanted", "or racer.seconds < 0 * wanted", f"{RACE} -k limit"),
+        ('self.add("single" if guidance == 1 else "guided", len(x))', 'self.add("guided", len(x))', f"{RACE} -k torch"),
+        ("self.calls.on = False\n        self.epochs += 1", "self.epochs += 1", f"{RACE} -k beside_the_clock"),
+    ),
+    "benchmarks/race_shown.py": (
+        ("share = (reward - before", "share = (after", f"{RACE} -k reached"),
+        ('2 * spent["decode_train"]', 'spent["decode_train"]', f"{RACE} -k cost"),
+        ("(theirs or curve[-1])", "(curve[-1])", f"{RACE} -k seed_by_seed"),
+    ),
+    "benchmarks/usual.py": (("(1 - after - variance)", "(1 - after)", USUAL_DDPO),),
+    "benchmarks/usual_ddpo.py": (
+        ("torch.maximum(-advantage", "torch.minimum(-advantage", USUAL_DDPO),
+        ("rewards.std(correction=0)", "rewards.std()", USUAL_DDPO),
+        ("self.weights[step].to(each) * each", "each", USUAL_DDPO),
+        ("self.compared(rollouts).split(updates)", "map(self.compared, rollouts.split(updates))", USUAL_DDPO),
     ),
 }

@@ -88,4 +88,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("                _require_size(size, limits)\n", "", f"{SERVE} -k wrong"),
         (", parse_constant=_no_constant", "", f"{SERVE} -k wrong"),
     ),
+    "commands/serve.py": (
+        (".contiguous()", "", f"{SERVE} -k to_the_bit"),
+        ("if token is None and not", "if False and not", "tests/commands/test_serve_reward.py -k lets_others"),
+    ),
 }

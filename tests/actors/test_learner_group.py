@@ -40,11 +40,12 @@ class World:
     def __init__(self) -> None:
         self.now, self.spawned, self.silent, self.meanwhile = 0.0, [], {}, 0
 
-    def group(self, ranks=2, meanwhile=None, trained=lambda done, total: None) -> LearnerGroup:
+    def group(self, ranks=2, meanwhile=None, trained=lambda done, total: None, gpus=0, stale=0) -> LearnerGroup:
         limits = ("run.train_seconds=5", "run.chunk_seconds=3", "run.ready_seconds=10")
+        settings = [*limits, "train.updates_per_epoch=2", f"train.max_staleness={stale}"]
         crew = SimpleNamespace(
-            config=load_config(overrides=[*limits, "train.updates_per_epoch=2"]), room=None, spawn=self.spawn,
-            placement=SimpleNamespace(ranks=SimpleNamespace(count=ranks, gpus=0)),
+            config=load_config(overrides=settings), room=None, spawn=self.spawn,
+            placement=SimpleNamespace(ranks=SimpleNamespace(count=ranks, gpus=gpus)),
         )  # fmt: skip
         return LearnerGroup(crew, "build", meanwhile or self.wait, trained)
 
@@ -256,3 +257,21 @@ def test_what_is_slow_beside_what_is_lost_costs_one_deadline_not_one_each(monkey
     actor = fetching(monkeypatch, answers, now)
     assert actor.fetch(1, [[(f"t{i}", f"s{i}") for i in range(4)]], 3.0) == [(0, 0), (0, 1), (0, 2)]
     assert now[0] == pytest.approx(2.7)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "stale", "share"),
+    [
+        (1, 1.0, 0, 1.0),
+        (1, 1 / 3, 0, 1.0),
+        (1, 1 / 3, 1, 1 / 3),
+        (2, 1 / 4, 0, 1 / 2),
+        (2, 1 / 4, 1, 1 / 4),
+        (2, 1.0, 1, 1.0),
+    ],
+)
+def test_ranks_have_all_free_memory_of_a_shared_gpu_only_while_the_others_rest(world, ranks, gpus, stale, share):
+    group = world.group(ranks, gpus=gpus, stale=stale)
+    group.start(None, 10.0)
+    assert group.fit_micro_batch(10.0) == 9 - ranks  # the least of the ranks'
+    assert [rank.calls[-1] for rank in world.spawned] == [("fit_micro_batch", share)] * ranks

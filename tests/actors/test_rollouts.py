@@ -21,7 +21,7 @@ RECEIPT = Receipt(3, "adapter", (0.0,), (0.0,), "here", 0.0)
 class FakePool:
     """Finishes what it is given at once; scores are numbered as they are made."""
 
-    def __init__(self, doing, count, spawn, call, config, failed, lost, remedy) -> None:
+    def __init__(self, doing, count, spawn, call, config, failed, lost, remedy, at_once) -> None:
         self.call, self.remedy, self.scoring = call, remedy, doing == "scoring"
         self.queue, self.inputs_lost, self.asked, self.waiting_on = [], [], [], []
 

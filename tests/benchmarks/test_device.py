@@ -24,7 +24,8 @@ def test_every_part_is_measured_in_every_round_and_is_the_work_asked_for_and_so_
     report = json.loads(file.read_text())
     expected = {
         f"{CEILING} float32", parts.ROLLOUT, parts.ROLLOUT_BASE, parts.PIPELINE, parts.SCORE, parts.SCORE_CHEAP,
-        parts.SCORE_TINY, parts.LEARN, parts.PUBLISHED_SAMPLE, parts.PUBLISHED_LEARN, *map(parts.learning, KINDS),
+        parts.SCORE_TINY, parts.SCORE_HALF, parts.SCORE_HALF_TINY, parts.LEARN_HALF, parts.LEARN,
+        parts.PUBLISHED_SAMPLE, parts.PUBLISHED_LEARN, *map(parts.learning, KINDS),
     }  # fmt: skip
     assert set(report["parts"]) == expected and report["not_measured"] == {}
     for part in report["parts"].values():
@@ -40,6 +41,7 @@ def test_every_part_is_measured_in_every_round_and_is_the_work_asked_for_and_so_
     assert amounts[parts.ROLLOUT] == amounts[parts.PIPELINE] == amounts[parts.PUBLISHED_SAMPLE] == 2
     assert amounts[parts.LEARN] == amounts[parts.PUBLISHED_LEARN] == amounts[parts.learning("dag_db")] == 2 * 3
     assert (amounts[parts.SCORE], amounts[parts.SCORE_CHEAP]) == (2 * 4, 2 * 2)
+    assert amounts[parts.LEARN_HALF] == 2 * 2 and amounts[parts.SCORE_HALF] <= amounts[parts.SCORE]
 
     # Rollouts are guided: two passes a step; the base model's values cost a third.
     flops = {name: part["flops"] for name, part in report["parts"].items()}

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import pipelines
 from benchmarks.parts import COMPARISON
-from benchmarks.published import Published, Rollouts
+from benchmarks.published import Published
+from benchmarks.usual import Rollouts
 from learner import build
 from learner.config import load_config
 from learner.protocol.chunks import training_chunks

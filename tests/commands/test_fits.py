@@ -39,11 +39,12 @@ def test_one_gpu_is_shared_and_a_fifth_of_what_is_free_is_left(small_config):
 
 
 def test_ranks_that_train_beside_the_others_have_their_part_and_in_process_nothing_is_divided(small_config):
-    head, _, _, rank = said(small_config(*BASE, "train.max_staleness=1"), 24)
+    head, sampler, _, rank = said(small_config(*BASE, "train.max_staleness=1"), 24)
+    assert "2.8 GB free for it" in sampler
     assert rank.endswith("2.8 GB free for it: learner.micro_batch=1 fits (at most 1)")
     assert head.endswith("at most 18.5 GB, in sampling, scoring and training at once")  # 13.5 + 1 + 2 + 2
     one, _, actor, _ = said(small_config(*BASE, "run.runner=inprocess"), 24)
-    assert one.startswith("all in one process: 12.5 GB stay") and "9.2 GB free" in actor
+    assert one.startswith("all in one process: 10.5 GB stay") and "10.8 GB free" in actor
 
 
 def test_a_gpu_for_each_kind_is_judged_alone(small_config):

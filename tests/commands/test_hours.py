@@ -32,7 +32,7 @@ def cost(small_settings) -> plan.Costs:
         (ON_ONE, 1, ("train.max_staleness=1",), 90),
         (ON_THREE, 1, ("run.runner=inprocess",), 90),
         # Two chunks on four samplers leave two idle.
-        (dataclasses.replace(ON_THREE, samplers=Share(4, gpus=1.0)), 6, (), 20 + 30),
+        (dataclasses.replace(ON_THREE, samplers=Share(4, gpus=1.0), scorers=Share(2, gpus=1.0)), 7, (), 20 + 30),
         (dataclasses.replace(ON_THREE, ranks=Share(3, gpus=1.0)), 5, (), 40 + 10),
     ],
 )
@@ -47,7 +47,8 @@ def test_rates_are_work_over_seconds_and_the_reward_is_called(small_config, cost
     with mock.patch.object(hours, "_seconds", lambda step, cuda: (step(), runs.append(step), 2.0)[2]):
         rates = hours.measured(config, cost)
     assert len(runs) == 4
-    assert (rates.forward, rates.train) == pytest.approx((cost.unet, cost.unet_train))  # two passes in two seconds
+    # Four transitions of two passes in two seconds.
+    assert (rates.forward, rates.train) == pytest.approx((4 * cost.unet, 4 * cost.unet_train))
     assert rates.decode == pytest.approx(cost.decode / 2) and rates.reward == 2.0
     took = hours.seconds(config, ON_ONE, 1, WORK, cost, rates)
     assert took.scoring == pytest.approx(WORK.decoding / rates.decode + 8 * 2.0)

@@ -71,6 +71,8 @@ def test_bad_arguments_are_one_line_and_nothing_is_served(tmp_path, monkeypatch,
 
 
 def test_a_token_lets_others_in_and_this_machine_needs_none():
+    with pytest.raises(ValueError, match=r"others reach 0\.0\.0\.0: give a token"):
+        serve.listen("0.0.0.0", 0, None)
     with serve.listen("0.0.0.0", 0, "of-file") as listener:
         assert listener.getsockname()[1]
     with serve.listen("::1", 0, None) as listener:

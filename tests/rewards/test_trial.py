@@ -220,6 +220,17 @@ def test_a_scorer_hands_each_image_its_row_and_keeps_to_what_the_reward_says():
     assert list(bad) == [1] and "outside of its range, 0 to 0.45" in bad[1]
 
 
+def test_a_range_also_holds_for_scores_that_are_no_tensor_yet():
+    def reward(images, prompts):
+        return [0.5, 1.5][: len(images)]
+
+    reward.range = (0, 1)
+    user = registry.UserReward("mine", reward)
+    assert contract.call(user, torch.zeros(1, 3, 4, 4), ["a"]).tolist() == [0.5]
+    with pytest.raises(ValueError, match=r"it returned 1\.5, outside of its range, 0 to 1"):
+        contract.call(user, torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+
 def test_quarantine_is_advised_for_data_and_not_for_a_defect():
     def failing(error):
         def reward(images, prompts):
