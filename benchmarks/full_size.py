@@ -47,6 +47,7 @@ TITLES = {
     "ray::SamplerActor": "sampler", "ray::RewardActor": "reward actor", "ray::LearnerActor": "learner rank",
     "ray::TextActor": "text encoders",
 }  # fmt: skip
+OTHERS = "Ray's own and others"
 PLANNED = re.compile(
     r"^(?:memory)? +(sampler|learner rank|reward actor|text encoders)[^:=]*: ([\d.]+) GB", re.MULTILINE
 )
@@ -83,6 +84,7 @@ class Watch:
     def __init__(self, root: int) -> None:
         self.root, self.most, self.alone = root, dict[str, int](), dict[str, int]()
         self.together = self.store = 0
+        self._peaks: dict[tuple[int, float], tuple[str, int, int]] = {}  # by process
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -93,17 +95,22 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join(60)
+        for role, most, alone in self._peaks.values():
+            self.most[role] = max(most, self.most.get(role, 0))
+            self.alone[role] = max(alone, self.alone.get(role, 0))
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
             total, shared = 0, 0
             for process in psutil.Process(self.root).children(recursive=True):
                 try:
-                    role, (alone, files, store) = _role(process), _resident(process.pid)
+                    key, role = (process.pid, process.create_time()), _role(process)
+                    alone, files, store = _resident(process.pid)
                 except (psutil.Error, OSError, KeyError):  # it is gone
                     continue
-                self.most[role] = max(alone + files, self.most.get(role, 0))
-                self.alone[role] = max(alone, self.alone.get(role, 0))
+                before, most, most_alone = self._peaks.get(key, (OTHERS, 0, 0))
+                role = before if role == OTHERS else role  # an actor is nobody while it is built
+                self._peaks[key] = role, max(most, alone + files), max(most_alone, alone)
                 total, shared = total + alone, max(shared, store)
             self.store, self.together = max(self.store, shared), max(self.together, total + shared)
 
@@ -111,7 +118,7 @@ class Watch:
 def _role(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     found = next((role for title, role in TITLES.items() if line.startswith(title)), None)
-    return found or ("driver" if "learner.run" in line else "Ray's own" if "ray" in line else "others")
+    return found or ("driver" if "learner.run" in line else OTHERS)
 
 
 def _resident(pid: int) -> tuple[int, int, int]:
@@ -213,17 +220,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(report: dict[str, Any]) -> str:
-    """By role: planned, the same with what a process takes without weights, measured, and how far that is apart."""
+    """By role: planned, the same with what a process takes without weights, measured, how far that is apart, and what
+    of it are no mapped files."""
     shown = report.get("full", report["tiny"])
-    lines = ["| process | planned | and without weights | measured | apart |", "|---|---|---|---|---|"]
+    lines = ["| process | planned | and without weights | measured | apart | of it no mapped files |", "|---" * 6 + "|"]
     for role, peak in sorted(shown["peak_bytes"].items()):
         bare, plan = report["tiny"]["peak_bytes"].get(role, 0), shown["planned_bytes"].get(role)
-        if plan is None:
-            lines.append(f"| {role} | | | {_gb(peak)} | |")
-            continue
-        lines.append(f"| {role} | {_gb(plan)} | {_gb(plan + bare)} | {_gb(peak)} | {peak / (plan + bare) - 1:+.0%} |")
-    lines.append(f"| all together | | | {_gb(shown['peak_bytes_together'])} | |")
-    return "\n".join(lines)
+        said = " | ".join((_gb(plan), _gb(plan + bare))) if plan else " | "
+        apart = f"{peak / (plan + bare) - 1:+.0%}" if plan else ""
+        lines.append(f"| {role} | {said} | {_gb(peak)} | {apart} | {_gb(shown['peak_bytes_without_files'][role])} |")
+    together = f"{_gb(shown['peak_bytes_together'])} with the object store"
+    return "\n".join([*lines, f"| all at one time | | | | | {together} |"])
 
 
 def _gb(value: float) -> str:

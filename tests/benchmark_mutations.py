@@ -52,7 +52,8 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("dict(smaller[name] if tiny else {})", "smaller[name] | {'use_linear_projection': False}", FULL_SIZE),
     ),
     "benchmarks/full_size.py": (
-        ("{_gb(plan + bare)} | {_gb(peak)}", "{_gb(plan)} | {_gb(peak)}", FULL_SIZE),
+        ("(_gb(plan), _gb(plan + bare))", "(_gb(plan), _gb(plan))", FULL_SIZE),
+        ("role, max(most, alone + files), max(most_alone, alone)", "role, alone + files, alone", FULL_SIZE),
         ("if done.returncode:", "if done.returncode == 2:", FULL_SIZE),
     ),
     "benchmarks/race.py": (
