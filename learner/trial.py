@@ -29,7 +29,6 @@ def faults(
     settings, path = config.reward, path or str(resolve(config.model.path))
     cuda = config.run.runner == "inprocess" and config.model.device != "cpu" and torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    inner = config.objective.kind if config.needs.inner_rewards and config.objective.forward_looking != "none" else None
     found: list[str] = []
 
     def attempt(step: Callable[[], Any]) -> None:
@@ -61,7 +60,7 @@ def faults(
             one(lambda: term.load(device), evaluation_prompts(config))
 
     if whole or own_reward or not registry.reads_weights(settings.name, settings.options):
-        attempt(lambda: one(reward, training_prompts(config), config.needs.reward_gradients, inner))
+        attempt(lambda: one(reward, training_prompts(config), config.needs.reward_gradients, config.asks_inner_states))
     attempt(lambda: each_term(judges.terms(config.evaluation.held_out), held_out, judges.WHERE))
     return found
 

@@ -17,6 +17,7 @@ from rewards.contract import Columns, Reward, call, told
 from rewards.judges import Judges
 from rewards.own_code import is_defect, named_failure
 from rewards.registry import BadReward
+from rewards.trial import require_whole_pictures
 from rewards.weighted_sum import WeightedSum
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
@@ -129,6 +130,8 @@ class Scorer:
         """One raw reward for each clean latent, laid out by trajectory and state [B, N+1], and its gradient. Raises
         BadReward where a trajectory is bad (where such are set aside, only if none is good); OutOfMemory."""
         chunk, row, step, at_end = clean.chunk, clean.row, clean.step, clean.step == clean.num_steps
+        if not at_end.all():
+            require_whole_pictures(self.reward, "the objective")  # it may not have been tried before
         judged = _Judgement(clean, self.gradients and chunk.purpose == "train", self.quarantine)
         inner = step < clean.terminal if self.tiny else np.zeros(len(step), bool)
         size = min(self.most, self.batch or self.usual(clean.latents.shape[-1], judged.gradients is not None))

@@ -20,18 +20,12 @@ def try_reward(
     """Raises BadReward, in one line, for what would end a run: a reward that raises, or does not return a finite number
     for each picture; with `gradient`, where it gives none; with `inner`, the objective that asks for the rewards of
     inner states, where it judges images alone; for a prompt without a column that it needs. Raises ServiceFailed for a
-    judge behind HTTP that cannot be asked. Pictures have a side of
-    `pixels`, and the first two of the `prompts`."""
+    judge behind HTTP that cannot be asked. Pictures have a side of `pixels`, and the first two of the `prompts`."""
     name, rows = reward.name, metadata or [{}] * len(prompts)
     gradient &= reward.differentiable  # else whoever checks settings says it
     if hasattr(reward, "check_prompts"):
         reward.check_prompts(prompts)
-    if inner and told(reward, "image_only"):
-        raise BadReward(
-            f"reward {name} judges finished pictures alone, and {inner} asks it at every inner state of a "
-            "trajectory: set objective.forward_looking=none, or use rtb, fitted_nabla_db, grpo or ddpo, which ask once "
-            "a picture"
-        )
+    require_whole_pictures(reward, inner)
     for column in told(reward, "columns"):
         if without := [prompt for prompt, row in zip(prompts, rows, strict=True) if column not in row]:
             there = ", ".join(dict.fromkeys(key for row in rows for key in row)) or "none"
@@ -52,6 +46,16 @@ def try_reward(
         require_scores(scores)
         if gradient:
             require_gradient(scores, images)
+
+
+def require_whole_pictures(reward: Reward, inner: str | None) -> None:
+    """Raises BadReward where the objective `inner` asks for the rewards of inner states, and this one judges images."""
+    if inner and told(reward, "image_only"):
+        raise BadReward(
+            f"reward {reward.name} judges finished pictures alone, and {inner} asks it at every inner state of a "
+            "trajectory: set objective.forward_looking=none, or use rtb, fitted_nabla_db, grpo or ddpo, which ask once "
+            "a picture"
+        )
 
 
 def require_scores(scores: Any) -> None:

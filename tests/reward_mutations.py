@@ -13,7 +13,7 @@ ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("(scores < limits[0]) | (scores > limits[1])", "scores < limits[0]", TRIAL),
     ),
     "rewards/trial.py": (
-        ('if inner and told(reward, "image_only"):', "if False:", TRIAL),
+        ('if inner and told(reward, "image_only"):', "if False:", f"{TRIAL} -k image"),
         ("if column not in row]", "if not row]", TRIAL),
         ("if not scores.isfinite().all():", "if False:", TRIAL),
         ("if not gradient.isfinite().all():", "if False:", TRIAL),

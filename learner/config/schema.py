@@ -86,6 +86,12 @@ class Config(Section):
         return named | ({"evaluation.held_out": [*held_out]} if any(map(_is_own, held_out)) else {})
 
     @property
+    def asks_inner_states(self) -> str | None:
+        """The objective, where it asks for the rewards of inner states."""
+        asks = self.needs.inner_rewards and self.objective.forward_looking != "none"
+        return self.objective.kind if asks else None
+
+    @property
     def noise_steps(self) -> int:
         """Transitions that add noise; the later ones are DDIM's without."""
         steps = self.sampler.steps

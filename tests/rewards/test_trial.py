@@ -252,3 +252,12 @@ def test_the_example_of_the_page_is_a_sound_reward(tmp_path, monkeypatch):
     reward = registry.load("own_page:Closeness", sharpness=2)
     try_reward(reward, ["a", "b"], [{"target": "0.5"}, {"target": "1"}], 16, "cpu")
     assert contract.told(reward, "batch") == 8 and contract.told(reward, "image_only")
+
+
+def test_a_reward_of_images_alone_is_refused_inner_states_where_it_was_not_tried(own):
+    work = clean()
+    with pytest.raises(BadReward, match="judges finished pictures alone, and the objective asks it"):
+        scorer(registry.load("own_trial:dear")).score(work)
+    at_end = work.step == work.num_steps
+    ends = replace(work, latents=work.latents[at_end], row=work.row[at_end], step=work.step[at_end])
+    assert np.isfinite(scorer(registry.load("own_trial:dear")).score(ends).rewards[:, -1]).all()
